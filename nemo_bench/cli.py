@@ -1,0 +1,184 @@
+"""The command line: ``nemo-bench COMMAND [key=value ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+EPILOG = """settings are words key=value, lists of values make a grid:
+  nemo-bench run                                   no mitigation, random neurons and NeMo on the embedded model
+  nemo-bench run seeds=8 method=none,nemo          other settings
+  nemo-bench run model=planted model.guidance=5    a group's own settings
+  nemo-bench ls                                    what there is to choose from
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: Words after the program's name; None takes those it was started with.
+
+    Returns:
+        0, 1 after an error that was explained, or 130 where it was stopped.
+    """
+    # Neither library has anything to fetch here that a user asked for; an advice line per run is noise.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    options = _parser().parse_args(arguments)
+    from nemo_bench.errors import NemoBenchError
+
+    logging.getLogger("lightning.pytorch").addFilter(lambda record: "litlogger" not in record.getMessage())
+    try:
+        options.command(options)
+    except NemoBenchError as error:
+        print(f"nemo-bench: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, SystemExit):
+        print("\nnemo-bench: stopped; all finished records are kept, the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "nemo-bench",
+        description="Benchmark memorization in text-to-image diffusion models and its mitigation.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Any, text: str, *, settings: bool = False) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        if settings:
+            sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings; see nemo-bench --help")
+            sub.add_argument(
+                "--conf", type=Path, metavar="DIR", help="folder with more YAML files, in group subfolders"
+            )
+        return sub
+
+    run = add("run", _run, "the main job: all cells of a grid, resumable, to table and report", settings=True)
+    run.add_argument("--dry-run", action="store_true", help="say what would be done, and load nothing")
+    run.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    add("calibrate", _calibrate, "activation statistics and threshold of a model, cached", settings=True)
+    listing = add("ls", _ls, "models, methods, prompts, metrics ... to choose from")
+    listing.add_argument("group", nargs="?", help="one group only")
+    listing.add_argument("--conf", type=Path, metavar="DIR", help="folder with more YAML files, in group subfolders")
+    listing.add_argument("--json", action="store_true", help="print a list of objects")
+    report = add("report", _report, "table, plots and HTML again, from the records of a run")
+    report.add_argument("folder", type=Path, metavar="DIR", help="results/<name>")
+    export = add("export", _export, "save a pipeline with neurons switched off for good")
+    export.add_argument("cell", type=Path, metavar="CELL", help="results/<name>/<cell>")
+    export.add_argument("folder", type=Path, metavar="DIR", help="where the diffusers folder goes")
+    export.add_argument("--prompt", metavar="ID", help="neurons of one prompt; default: of all prompts together")
+    train = add("train", _train, "train the embedded model afresh")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="fields of TrainSpec, such as out=DIR")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from nemo_bench import run
+    from nemo_bench.config import grid
+
+    cells = run.plan(grid(options.overrides, options.conf))
+    console = Console()
+    if options.dry_run:
+        rows = run.outlook(cells)
+        if options.json:
+            print(json.dumps(rows, indent=2))
+            return
+        table = Table("cell", "open: localize", "generate", "score", "UNet passes of images", "no reference")
+        for row in rows:
+            counts = [str(row["open"].get(stage, "-")) for stage in run.STAGES]
+            table.add_row(row["cell"], *counts, str(row["image_passes"]), str(row["prompts_without_reference"]))
+        console.print(table)
+        return
+    from nemo_bench.report import load_results, terminal_table
+
+    start = time.perf_counter()
+    open_before = sum(sum(row["open"].values()) for row in run.outlook(cells))
+    folder = run.run(cells, run.command_line(), say=(lambda line: None) if options.json else print)
+    if not run.is_main():
+        return
+    if options.json:
+        print((folder / "leaderboard.json").read_text(encoding="utf-8"))
+    else:
+        console.print(terminal_table(load_results(folder)))
+        seconds = time.perf_counter() - start
+        done = "everything was done already" if not open_before else f"{open_before} records computed"
+        print(f"{done}, {seconds:.0f} s\nreport:  {folder / 'report.html'}\nrecords: {folder}")
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from nemo_bench import run
+    from nemo_bench.config import grid
+
+    overrides = options.overrides
+    if not any(word.startswith("method=") for word in overrides):
+        overrides = [*overrides, "method=nemo"]
+    for cell in run.plan(grid(overrides, options.conf)):
+        runner = run.Runner(cell.choice.settings.trainer, print)
+        runner.calibrate(cell)
+        found = cell.method.calibration
+        if found and run.is_main():
+            neurons = sum(len(v) for v in found.mean.values())
+            print(f"threshold {found.threshold:.4f}, {neurons} neurons, {found.prompts} general prompts")
+            print(cell.calibration.folder)
+
+
+def _ls(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from nemo_bench.config import GROUPS, describe_options
+
+    groups = [options.group] if options.group else [g for g in GROUPS if g not in ("trainer", "logger")]
+    listing = [entry for group in groups for entry in describe_options(group, options.conf)]
+    if options.json:
+        print(json.dumps(listing, indent=2))
+        return
+    table = Table("group", "name", "summary", "citation")
+    for entry in listing:
+        table.add_row(entry["group"], entry["name"], entry["summary"], entry["citation"].split("\n")[0])
+    Console().print(table)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from nemo_bench.report import load_results, terminal_table, write_report
+
+    write_report(options.folder)
+    Console().print(terminal_table(load_results(options.folder)))
+    print(options.folder / "report.html")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from nemo_bench.run import export
+
+    neurons = export(options.cell, options.folder, options.prompt)
+    print(f"{options.folder}: {neurons.count} neurons switched off for good")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from nemo_bench.config import train_settings
+    from nemo_bench.planted.training import TrainSpec, train
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    print(train(train_settings(options.overrides, TrainSpec)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

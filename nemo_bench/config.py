@@ -1,0 +1,449 @@
+"""Settings: YAML composed by Hydra, turned at once into typed, checked dataclasses.
+
+Everything that can be wrong with settings is found here, before anything is loaded. Nothing else imports hydra.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import re
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.utils import get_object
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_bench.errors import ConfigError, nearest
+
+GROUPS = ("model", "method", "prompts", "metrics", "trainer", "logger", "experiment")
+DEFAULT_METHODS = "none,random,nemo"
+"""What is compared where no method is named."""
+
+
+@dataclass
+class SimilaritySettings:
+    """See :class:`nemo_bench.diffusion.Similarity`."""
+
+    kernel: int = 11
+    sigma: float = 1.5
+    betas: list[float] = field(default_factory=lambda: [0.33, 0.33, 0.33])
+
+
+@dataclass
+class ModelSettings:
+    """A model and how it is used.
+
+    Attributes:
+        source: Pipeline folder, hub id, or ``package:`` and a path in this package.
+        revision: Commit or tag of a hub id.
+        local_files_only: Never ask the hub.
+        dtype: float32, float16 or bfloat16.
+        layers: Value layers that can be blocked, ``down+mid`` or ``all``.
+        steps: DDIM steps.
+        guidance: Scale of classifier-free guidance, 1 for none.
+        similarity: How noise differences are compared.
+        clip: open_clip model that judges alignment and diversity.
+        clip_pretrained: Its weights: tag or file.
+        summary: One line for ``nemo-bench ls``.
+        citation: Source.
+    """
+
+    source: str = MISSING
+    revision: Optional[str] = None  # noqa: UP045 - OmegaConf reads the old form only
+    local_files_only: bool = False
+    dtype: str = "float32"
+    layers: str = "down+mid"
+    steps: int = 50
+    guidance: float = 7.0
+    similarity: SimilaritySettings = field(default_factory=SimilaritySettings)
+    clip: str = "ViT-B-32"
+    clip_pretrained: Optional[str] = "openai"  # noqa: UP045
+    summary: str = ""
+    citation: str = ""
+
+
+@dataclass
+class PromptSettings:
+    """Which prompts are benchmarked.
+
+    Attributes:
+        files: Prompt files, csv, jsonl, txt or parquet.
+        calibration: General prompts for statistics and threshold.
+        limit: Take so many prompts of each file.
+        calibration_limit: Take so many general prompts.
+        summary: One line for ``nemo-bench ls``.
+        citation: Source.
+    """
+
+    files: list[str] = MISSING
+    calibration: Optional[str] = None  # noqa: UP045
+    limit: Optional[int] = None  # noqa: UP045
+    calibration_limit: Optional[int] = None  # noqa: UP045
+    summary: str = ""
+    citation: str = ""
+
+
+@dataclass
+class TrainerSettings:
+    """Lightning's trainer.
+
+    Attributes:
+        accelerator: ``auto``, ``cpu``, ``gpu`` and so on.
+        devices: Processes a node.
+        num_nodes: Nodes.
+        strategy: ``auto``, ``ddp`` and so on.
+    """
+
+    accelerator: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
+
+
+@dataclass
+class LoggerSettings:
+    """Experiment tracking.
+
+    Attributes:
+        wandb: Whether cells become Weights & Biases runs.
+        project: W&B project.
+        entity: W&B user or team.
+        mode: ``online``, ``offline``, or None: online only where a key is configured.
+        thumbnails: Prompts shown with pictures in the table.
+    """
+
+    wandb: bool = False
+    project: str = "nemo-bench"
+    entity: Optional[str] = None  # noqa: UP045
+    mode: Optional[str] = None  # noqa: UP045
+    thumbnails: int = 64
+
+
+@dataclass
+class RunSettings:
+    """One cell: a model, a method and prompts, and how they are run.
+
+    Attributes:
+        name: Folder of the run under ``root``.
+        root: Folder of all results.
+        model: The model.
+        method: ``_target_`` and arguments of the mitigation.
+        prompts: The prompts.
+        metrics: ``_target_`` and arguments of each metric by name.
+        seeds: Images a prompt.
+        localize_seeds: Seeds a prompt for noise differences, at least 2.
+        batch_size: Images in a batch; changes results by rounding only.
+        trainer: Lightning's trainer.
+        logger: Experiment tracking.
+    """
+
+    name: str = "default"
+    root: str = "results"
+    model: ModelSettings = field(default_factory=ModelSettings)
+    method: Any = MISSING
+    prompts: PromptSettings = field(default_factory=PromptSettings)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    seeds: int = 4
+    localize_seeds: int = 10
+    batch_size: int = 32
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    logger: LoggerSettings = field(default_factory=LoggerSettings)
+
+
+ConfigStore.instance().store(name="run_schema", node=RunSettings)
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": ("float32", "float16", "bfloat16"),
+    "model.layers": ("down+mid", "all"),
+    "logger.mode": ("online", "offline"),
+}
+_LEAST: dict[str, float] = {
+    "model.steps": 1,
+    "model.guidance": 0,
+    "model.similarity.kernel": 1,
+    "model.similarity.sigma": 1e-6,
+    "prompts.limit": 1,
+    "prompts.calibration_limit": 2,
+    "seeds": 1,
+    "localize_seeds": 2,
+    "batch_size": 1,
+    "trainer.devices": 1,
+    "trainer.num_nodes": 1,
+    "logger.thumbnails": 0,
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings of one cell and the names they were chosen by.
+
+    Attributes:
+        names: Option by group, such as ``{"model": "planted", "method": "nemo", ...}``.
+        settings: The checked settings.
+    """
+
+    names: Mapping[str, str]
+    settings: RunSettings
+
+
+def grid(overrides: Sequence[str], conf: Path | None = None) -> list[Choice]:
+    """The cells that overrides ask for; comma lists and other sweeps of Hydra's grammar are multiplied out.
+
+    Args:
+        overrides: ``key=value`` words in Hydra's grammar.
+        conf: Folder with more YAML files, in groups like those of the package.
+
+    Returns:
+        One choice per cell, in the order of the product; the method changes fastest.
+
+    Raises:
+        ConfigError: Anything is wrong with them.
+    """
+    if conf is not None and not conf.is_dir():
+        raise ConfigError(f"--conf {conf} is no folder; give one with subfolders such as method/ and model/")
+    parsed = _parse(overrides)
+    if not any(o.key_or_group == "method" for o in parsed):
+        parsed += _parse([f"method={DEFAULT_METHODS}"])
+    parsed.sort(key=lambda o: o.key_or_group == "method")
+    axes = []
+    for override in parsed:
+        if override.is_sweep_override():
+            axes.append([f"{override.get_key_element()}={v}" for v in override.sweep_string_iterator()])
+        else:
+            axes.append([override.input_line or ""])
+    return [_choose([str(word) for word in cell], conf) for cell in itertools.product(*axes)]
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        text = str(error).split("\n")[0]
+        raise ConfigError(f"can't read an override ({text}); write key=value, such as seeds=8 method=nemo") from error
+
+
+def _choose(overrides: Sequence[str], conf: Path | None) -> Choice:
+    parsed = _parse(overrides)
+    for override in parsed:
+        _check_option(override, conf)
+    search = [f"hydra.searchpath=[file://{conf.resolve()}]"] if conf else []
+    groups = [str(o.input_line) for o in parsed if o.key_or_group in GROUPS]
+    with initialize_config_module("nemo_bench.conf", version_base="1.3"):
+        base = _compose([*groups, *search])
+        for override in parsed:
+            if override.key_or_group not in GROUPS and not override.is_add():
+                _check_key(override.key_or_group, base)
+        config = _compose([*overrides, *search])
+    names = {group.split("@")[0]: str(name) for group, name in config.hydra.runtime.choices.items() if name}
+    nested = {group: str(name) for group, name in config.hydra.runtime.choices.items() if "@" in group}
+    node = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
+    try:
+        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), node))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error)) from error
+    assert isinstance(settings, RunSettings)
+    _check_values(settings)
+    return Choice({**{g: n for g, n in names.items() if g in GROUPS}, **nested}, settings)
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    try:
+        return compose("run", overrides=list(overrides), return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+        key = getattr(cause, "full_key", None)
+        given = next((o for o in overrides if key and o.split("=")[0] == key), "")
+        raise ConfigError(f"{given or 'settings'}: {_first_line(cause)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _check_option(override: Override, conf: Path | None) -> None:
+    if override.key_or_group in GROUPS:
+        choices = options(override.key_or_group, conf)
+        value = str(override.value())
+        if value not in choices and value != "None":
+            raise ConfigError(f"unknown {override.key_or_group} '{value}'. {nearest(value, choices)}")
+
+
+def _check_key(key: str, base: DictConfig) -> None:
+    parts = key.split(".")
+    node: Any = base
+    for depth, part in enumerate(parts):
+        if not OmegaConf.is_dict(node) or part not in node:
+            parent = ".".join(parts[:depth])
+            known = [k for k in node if k != "hydra"] if OmegaConf.is_dict(node) else []
+            where = f" in '{parent}'" if parent else ""
+            raise ConfigError(f"unknown key '{key}': there is no '{part}'{where}. {nearest(part, map(str, known))}")
+        node = node._get_node(part) if OmegaConf.is_missing(node, part) else node[part]
+
+
+def _check_values(settings: RunSettings) -> None:
+    def value_of(key: str) -> Any:
+        value: Any = settings
+        for part in key.split("."):
+            value = getattr(value, part)
+        return value
+
+    for key, choices in _CHOICES.items():
+        value = value_of(key)
+        if value is not None and value not in choices:
+            raise ConfigError(f"{key}={value}: unknown value. {nearest(str(value), choices)}")
+    for key, least in _LEAST.items():
+        value = value_of(key)
+        if value is not None and value < least:
+            raise ConfigError(f"{key}={value}: expected at least {least:g}")
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", settings.name) or not settings.name.strip("."):
+        raise ConfigError(f"name={settings.name}: expected letters, digits, '.', '_' and '-' only; it names a folder")
+    build(settings.method, "method")
+    for name, node in settings.metrics.items():
+        build(node, f"metrics.{name}")
+
+
+def options(group: str, conf: Path | None = None) -> list[str]:
+    """Names that can be chosen in a group.
+
+    Args:
+        group: One of :data:`GROUPS`.
+        conf: The user's own folder.
+
+    Raises:
+        ConfigError: There is no such group.
+    """
+    if group not in GROUPS:
+        raise ConfigError(f"unknown group '{group}'. {nearest(group, GROUPS)}")
+    folders = [Path(str(resources.files("nemo_bench.conf"))) / group, *([conf / group] if conf else [])]
+    return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+
+
+def resolve(path: str) -> str:
+    """A path as given, or one in this package for ``package:...``, with ``local-dir:`` before either kept."""
+    prefix, _, rest = path.rpartition("package:")
+    return prefix + str(resources.files("nemo_bench") / rest) if _ else path
+
+
+def build(node: Mapping[str, Any], key: str) -> Any:
+    """Makes the object that a node describes, its arguments checked against the signature.
+
+    Args:
+        node: ``_target_`` with the class, other keys its arguments; arguments may be such nodes themselves.
+        key: Where the node is, for messages.
+
+    Returns:
+        The object.
+
+    Raises:
+        ConfigError: The class can't be imported, or an argument is unknown, missing or of the wrong type.
+    """
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise ConfigError(f"{key}: expected _target_ with the path of a class, given {node}")
+    try:
+        target = get_object(node["_target_"])
+    except Exception as error:
+        raise ConfigError(f"{key}._target_={node['_target_']}: can't be imported ({_first_line(error)})") from error
+    arguments = {k: v for k, v in node.items() if k != "_target_"}
+    parameters = inspect.signature(target).parameters
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name, value in arguments.items():
+        if name not in parameters and not open_ended:
+            raise ConfigError(f"unknown key '{key}.{name}'. {nearest(name, parameters)}")
+        if isinstance(value, Mapping) and "_target_" in value:
+            arguments[name] = build(value, f"{key}.{name}")
+        elif name in hints and not _fits(value, hints[name]):
+            raise ConfigError(f"{key}.{name}={value}: expected {_spell(hints[name])}, given {type(value).__name__}")
+    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments and p.kind not in (2, 4)]
+    if missing:
+        raise ConfigError(f"{key}: {node['_target_']} also needs {', '.join(missing)}")
+    return target(**arguments)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return value in inner
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option) for option in inner)
+    if origin in (list, tuple, Sequence):
+        return isinstance(value, list | tuple) and all(_fits(v, inner[0]) for v in value if inner)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    kind = origin or hint
+    return isinstance(value, kind) if inspect.isclass(kind) else True
+
+
+def _spell(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "")
+
+
+def describe_options(group: str, conf: Path | None = None) -> list[dict[str, str]]:
+    """What ``nemo-bench ls`` shows of a group.
+
+    Args:
+        group: One of :data:`GROUPS`.
+        conf: The user's own folder.
+
+    Returns:
+        Objects with group, name, summary and citation; a metrics file gives one object per metric.
+
+    Raises:
+        ConfigError: There is no such group.
+    """
+    entries = []
+    for name in options(group, conf):
+        settings = _choose([f"{group}={name}", *(["method=none"] if group != "method" else [])], conf).settings
+        if group == "method":
+            target = get_object(settings.method["_target_"])
+            entries.append((name, target.summary, target.citation))
+        elif group == "metrics":
+            for metric, node in settings.metrics.items():
+                target = get_object(node["_target_"])
+                entries.append((metric, target.description, target.citation))
+        else:
+            node = getattr(settings, group, None)
+            entries.append((name, getattr(node, "summary", ""), getattr(node, "citation", "")))
+    keys = ("name", "summary", "citation")
+    return [{"group": group, **dict(zip(keys, entry, strict=True))} for entry in entries]
+
+
+def train_settings(overrides: Sequence[str], schema: type[Any]) -> Any:
+    """A dataclass with some fields overridden.
+
+    Args:
+        overrides: ``key=value`` words.
+        schema: The dataclass.
+
+    Returns:
+        An instance.
+
+    Raises:
+        ConfigError: A key is unknown or a value of the wrong type.
+    """
+    known = list(schema.__dataclass_fields__)
+    for word in overrides:
+        key, separator, _ = word.partition("=")
+        if not separator or key not in known:
+            raise ConfigError(f"unknown setting '{word}'; write key=value. {nearest(key, known)}")
+    try:
+        return OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(list(overrides)))
+        )
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error)) from error

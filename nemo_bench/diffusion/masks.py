@@ -1,0 +1,90 @@
+"""Switching value neurons off, row by row, by one permanent hook per value layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from nemo_bench.errors import ModelError, nearest
+from nemo_bench.types import Neurons
+
+
+class NeuronMasks:
+    """A factor for every neuron of every row, multiplied onto the outputs of the value layers.
+
+    The hooks are registered once, with factors of one, which change no bit; blocking changes the factors only. So
+    several neuron sets can share a batch, and hooks stay alive when the network is compiled after this is made.
+
+    Args:
+        layers: Value projections by module path, in network order.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.widths = {name: int(layer.out_features) for name, layer in layers.items()}  # type: ignore[arg-type]
+        self._factors = {name: torch.ones(1, width) for name, width in self.widths.items()}
+        self._calls = dict.fromkeys(layers, 0)
+        self._blocking = False
+        for name, layer in layers.items():
+            layer.register_forward_hook(self._hook(name))
+
+    def _hook(self, name: str):  # type: ignore[no-untyped-def]
+        def multiply(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            self._calls[name] += 1
+            if not self._blocking:
+                return output
+            factors = self._factors[name]
+            rows = len(factors)
+            if rows > 1 and len(output) != rows:
+                if len(output) % rows:
+                    msg = f"{rows} neuron sets can't be shared out over a batch of {len(output)} rows"
+                    raise ModelError(msg)
+                # With guidance the pipeline stacks whole batches: all unconditional rows, then all conditional ones.
+                factors = factors.repeat(len(output) // rows, 1)
+            return output * factors[:, None].to(output)
+
+        return multiply
+
+    def check(self, neurons: Neurons) -> None:
+        """Raises ModelError where a layer or an index is not in this model."""
+        for name, ids in neurons.items():
+            if name not in self.widths:
+                raise ModelError(f"no value layer '{name}' in this model. {nearest(name, self.widths)}")
+            if ids[0] < 0 or ids[-1] >= self.widths[name]:
+                msg = f"layer '{name}' has neurons 0 to {self.widths[name] - 1}, given {ids[0]} to {ids[-1]}"
+                raise ModelError(msg)
+
+    @contextmanager
+    def block(self, rows: Sequence[Neurons], factor: float = 0.0) -> Iterator[None]:
+        """Multiplies the given neurons by a factor while the context is open.
+
+        Args:
+            rows: One set for all rows, or one per row of the coming batches (a batch k times as long repeats them).
+            factor: What the outputs are multiplied by; 0 switches off (Hintersdorf et al. 2024, section 3).
+
+        Raises:
+            ModelError: A layer or index does not exist, blocks are nested, or a hook did not fire though others did.
+        """
+        if self._blocking:
+            raise ModelError("neurons are blocked already; close the first block before opening another")
+        for neurons in set(rows):
+            self.check(neurons)
+        self._factors = {name: torch.ones(len(rows), width) for name, width in self.widths.items()}
+        for row, neurons in enumerate(rows):
+            for name, ids in neurons.items():
+                self._factors[name][row, list(ids)] = factor
+        self._calls = dict.fromkeys(self._calls, 0)
+        self._blocking = True
+        try:
+            yield
+            silent = [name for name, calls in self._calls.items() if not calls]
+            if silent and any(self._calls.values()):
+                msg = (
+                    f"blocking had no effect in {len(silent)} of {len(self._calls)} value layers (first: {silent[0]}): "
+                    "their hooks did not fire. Fused projections bypass them; call pipeline.unfuse_qkv_projections()"
+                )
+                raise ModelError(msg)
+        finally:
+            self._blocking = False

@@ -1,0 +1,49 @@
+"""Random neurons: a control that blocks as many neurons as another method found, but other ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from nemo_bench.diffusion import Diffusion
+from nemo_bench.methods.base import Method
+from nemo_bench.methods.nemo import BlockNeurons
+from nemo_bench.types import Localization, Neurons, Prompt, digest
+
+
+class RandomNeurons(BlockNeurons):
+    """Blocks as many neurons per layer as the source found, drawn from those it did not find.
+
+    Where a layer has too few others, the rest is drawn from the other layers.
+
+    Args:
+        source: The method whose counts are matched.
+        seed: Decides the draw, together with the prompt's id.
+        factor: What the outputs of blocked neurons are multiplied by.
+    """
+
+    title = "Random neurons"
+    summary = "as many neurons as NeMo found, elsewhere (control)"
+
+    def __init__(self, source: Method, seed: int = 0, factor: float = 0.0) -> None:
+        super().__init__(factor)
+        self.source, self.seed = source, seed
+
+    def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor, found: Localization | None) -> Localization:
+        """See :meth:`Method.localize`."""
+        found = found or Localization()
+        rng = np.random.default_rng(int(digest([self.seed, prompt.id]), 16))
+        free = {
+            layer: rng.permutation(sorted(set(range(width)) - set(found.neurons.get(layer, ()))))
+            for layer, width in model.masks.widths.items()
+        }
+        drawn = {layer: free[layer][: len(ids)] for layer, ids in found.neurons.items()}
+        missing = found.neurons.count - sum(map(len, drawn.values()))
+        rest = [(layer, i) for layer, ids in free.items() for i in ids[len(drawn.get(layer, ())) :]]
+        picks = rng.choice(len(rest), min(missing, len(rest)), replace=False)
+        neurons = Neurons({layer: ids.tolist() for layer, ids in drawn.items()})
+        for layer, index in (rest[p] for p in picks):
+            neurons |= Neurons({layer: [index]})
+        return replace(found, neurons=neurons, initial=Neurons(), row_passes=0)

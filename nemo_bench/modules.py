@@ -1,0 +1,314 @@
+"""The stages as LightningModules: predict loops that write records and return nothing."""
+
+from __future__ import annotations
+
+import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nemo_bench.diffusion import Diffusion
+from nemo_bench.errors import StoreError
+from nemo_bench.localization import noise_differences, pair_similarities, pair_values
+from nemo_bench.methods import Batch, Method
+from nemo_bench.metrics import BenchMetric, ClipJudge
+from nemo_bench.prompts.data import ImageTask, PromptTask
+from nemo_bench.store import Store
+from nemo_bench.types import Localization, Neurons, Prompt, Record, digest
+
+PICTURED_SEEDS = 4
+"""Noise differences of so many seeds are kept as pictures."""
+
+
+def seeds_of(prompt: Prompt, purpose: str, seeds: Iterable[int]) -> list[int]:
+    """Generator seeds of a prompt, by its id, so that order, batches and processes can't change them.
+
+    Args:
+        prompt: The prompt.
+        purpose: ``"localize"`` or ``"generate"``: localizing never sees the noise that images start from.
+        seeds: Numbers from 0.
+
+    Returns:
+        Seeds from 0 to 2^63 - 1.
+    """
+    return [int(digest([purpose, prompt.id, seed]), 16) >> 1 for seed in seeds]
+
+
+class Stage(L.LightningModule, ABC):
+    """A predict loop over tasks; each batch ends with its records on disk.
+
+    Args:
+        store: Where records go.
+        name: Name of the stage.
+    """
+
+    def __init__(self, store: Store, name: str) -> None:
+        super().__init__()
+        self.store, self.name = store, name
+        self.write = store.writer(name)
+
+    def predict_step(self, tasks: Any, batch_idx: int) -> None:
+        """Handles one batch and writes its records."""
+        start = time.perf_counter()
+        records = self.handle(tasks)
+        each = (time.perf_counter() - start) / len(tasks)
+        for record in records:
+            record["cost"] = {**record.get("cost", {}), "seconds": round(each, 4)}
+        self.write(records)
+
+    @abstractmethod
+    def handle(self, tasks: Sequence[Any]) -> list[Record]:
+        """Computes the records of some tasks."""
+
+
+class CalibrationStage(Stage):
+    """Pairwise similarity of noise differences of general prompts, from which the threshold comes.
+
+    Args:
+        model: The model.
+        seeds: Seeds a prompt.
+        store: Where records go.
+    """
+
+    def __init__(self, model: Diffusion, seeds: int, store: Store) -> None:
+        super().__init__(store, "calibrate")
+        self.model, self.seeds = model, seeds
+
+    def handle(self, tasks: Sequence[PromptTask]) -> list[Record]:
+        """Pairwise similarities, several prompts in one batch."""
+        text = self.model.encode([t.prompt.text for t in tasks])
+        rows = [row for row in range(len(tasks)) for _ in range(self.seeds)]
+        latents = self.model.latents([s for t in tasks for s in seeds_of(t.prompt, "localize", range(self.seeds))])
+        differences = noise_differences(self.model, text.rows(rows), latents).split(self.seeds)
+        return [
+            {
+                "id": task.id,
+                "prompt": task.prompt.id,
+                "pairs": pair_values(pair_similarities(difference, self.model.similarity)).tolist(),
+                "cost": {"row_passes": self.seeds},
+            }
+            for task, difference in zip(tasks, differences, strict=True)
+        ]
+
+
+class LocalizationStage(Stage):
+    """Localizes the neurons of each prompt and measures the noise differences with the method applied.
+
+    Args:
+        model: The model.
+        method: The mitigation.
+        seeds: Seeds a prompt.
+        store: Where records go.
+        found: Localization records of the method's source by prompt id.
+    """
+
+    def __init__(
+        self, model: Diffusion, method: Method, seeds: int, store: Store, found: Mapping[str, Record] | None = None
+    ) -> None:
+        super().__init__(store, "localize")
+        self.model, self.method, self.seeds, self.found = model, method, seeds, found or {}
+
+    def handle(self, tasks: Sequence[PromptTask]) -> list[Record]:
+        """Localizes each prompt."""
+        return [self._localize(task) for task in tasks]
+
+    def _localize(self, task: PromptTask) -> Record:
+        prompt = task.prompt
+        latents = self.model.latents(seeds_of(prompt, "localize", range(self.seeds)))
+        source = self.found.get(prompt.id)
+        result = self.method.localize(self.model, prompt, latents, localization_of(source) if source else None)
+        text = self.model.encode([prompt.text]).rows([0] * self.seeds)
+        batch = Batch((prompt,) * self.seeds, text, latents, (result.neurons,) * self.seeds)
+        with self.method.apply(self.model, batch) as changed:
+            differences = noise_differences(self.model, changed.text, changed.latents)
+        pairs = pair_values(pair_similarities(differences, self.model.similarity))
+        name = file_name(prompt)
+        result.neurons.save(self.store.folder / "neurons" / f"{name}.json")
+        picture = strip(differences[:PICTURED_SEEDS])
+        return {
+            "id": task.id,
+            "prompt": prompt.id,
+            "neurons": dict(result.neurons),
+            "initial": dict(result.initial),
+            "gate_score": result.gate_score,
+            "initial_score": result.initial_score,
+            "refined_score": result.refined_score,
+            "threshold": result.threshold,
+            "memorization": float(pairs.mean()),
+            "noise": self.store.save_image(f"noise/{name}.png", picture),
+            "cost": {"row_passes": result.row_passes + self.seeds},
+        }
+
+
+class GenerationStage(Stage):
+    """Generates images with the method applied.
+
+    Args:
+        model: The model.
+        method: The mitigation.
+        neurons: What localizing found, by prompt id.
+        store: Where images and records go.
+    """
+
+    def __init__(self, model: Diffusion, method: Method, neurons: Mapping[str, Neurons], store: Store) -> None:
+        super().__init__(store, "generate")
+        self.model, self.method, self.neurons = model, method, neurons
+
+    def handle(self, tasks: Sequence[ImageTask]) -> list[Record]:
+        """Generates one image per task."""
+        prompts = tuple(t.prompt for t in tasks)
+        latents = self.model.latents([seeds_of(t.prompt, "generate", [t.seed])[0] for t in tasks])
+        neurons = tuple(self.neurons.get(p.id, Neurons()) for p in prompts)
+        batch = Batch(prompts, self.model.encode([p.text for p in prompts]), latents, neurons)
+        with self.method.apply(self.model, batch) as changed:
+            images = self.model.generate(changed.text, changed.latents)
+        return [
+            {
+                "id": task.id,
+                "prompt": task.prompt.id,
+                "seed": task.seed,
+                "image": self.store.save_image(f"images/{file_name(task.prompt)}_{task.seed:02d}.png", to_image(image)),
+                "cost": {"row_passes": self.model.passes_per_image},
+            }
+            for task, image in zip(tasks, images, strict=True)
+        ]
+
+
+class ScoringStage(Stage):
+    """Scores the images of each prompt with every metric.
+
+    Args:
+        metrics: Metrics by name.
+        judge: Embeds images and texts.
+        pool: Reference images of all prompts.
+        images: Generation records.
+        localizations: Localization records by prompt id.
+        store: Where images are and records go.
+    """
+
+    def __init__(
+        self,
+        metrics: Mapping[str, BenchMetric],
+        judge: ClipJudge,
+        pool: Sequence[Path],
+        images: Iterable[Record],
+        localizations: Mapping[str, Record],
+        store: Store,
+    ) -> None:
+        super().__init__(store, "score")
+        self.metrics, self.judge, self.localizations = dict(metrics), judge, localizations
+        self.images: dict[str, list[Record]] = {}
+        for record in sorted(images, key=lambda r: r["seed"]):
+            self.images.setdefault(record["prompt"], []).append(record)
+        self._pool_files = tuple(pool)
+        self._pool: Tensor | None = None
+
+    def handle(self, tasks: Sequence[PromptTask]) -> list[Record]:
+        """Scores the images of each prompt."""
+        return [record for task in tasks for record in self._score(task)]
+
+    def _score(self, task: PromptTask) -> list[Record]:
+        prompt, records = task.prompt, self.images[task.prompt.id]
+        pictures = [open_image(self.store.folder / record["image"]) for record in records]
+        size = pictures[0].size
+        fields: dict[str, Any] = {
+            "images": to_tensor(pictures).to(self.device),
+            "references": load_images(prompt.references, size).to(self.device),
+            "pool": self._references(size).to(self.device),
+            "embeddings": self.judge.embed_images(pictures),
+            "text_embedding": self.judge.embed_text(prompt.text),
+            "localization": self.localizations[prompt.id],
+        }
+        of_prompt: dict[str, float] = {}
+        of_images: list[dict[str, float]] = [{} for _ in records]
+        for name, metric in self.metrics.items():
+            values = metric.score(**{field: fields[field] for field in metric.needs}).tolist()
+            if metric.per_image:
+                for scores, value in zip(of_images, values, strict=bool(values)):
+                    scores[name] = round(value, 6)
+            elif values:
+                of_prompt[name] = round(values[0], 6)
+        lines = [
+            {"id": record["id"], "prompt": prompt.id, "seed": record["seed"], "scores": scores}
+            for record, scores in zip(records, of_images, strict=True)
+        ]
+        return [*lines, {"id": task.id, "prompt": prompt.id, "seed": None, "scores": of_prompt}]
+
+    def _references(self, size: tuple[int, int]) -> Tensor:
+        if self._pool is None:
+            self._pool = load_images(self._pool_files, size)
+        return self._pool
+
+
+def localization_of(record: Record) -> Localization:
+    """The localization in a record."""
+    return Localization(
+        neurons=Neurons(record["neurons"]),
+        initial=Neurons(record["initial"]),
+        gate_score=record["gate_score"],
+        initial_score=record["initial_score"],
+        refined_score=record["refined_score"],
+        threshold=record["threshold"],
+    )
+
+
+def file_name(prompt: Prompt) -> str:
+    """A file name for a prompt: its id, where that is one, else the id's harmless part and a hash."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", prompt.id)[:60]
+    return plain if plain == prompt.id and plain.strip(".") else f"{plain}-{digest([prompt.id], 8)}"
+
+
+def to_image(image: Tensor) -> Image.Image:
+    """A picture of (3, H, W) values in [0, 1]."""
+    return Image.fromarray(image.mul(255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def strip(differences: Tensor) -> Image.Image:
+    """Noise differences side by side, their first three channels as colors.
+
+    Args:
+        differences: (N, channels, H, W) in [0, 1], at least three channels.
+    """
+    return to_image(torch.cat(list(differences[:, :3]), dim=2))
+
+
+def open_image(path: Path) -> Image.Image:
+    """An RGB picture.
+
+    Raises:
+        StoreError: The file is missing or is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise StoreError(f"{path} can't be read as an image ({error}); delete it and run again") from error
+
+
+def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
+    """Pictures of one size as (N, 3, H, W) values in [0, 1]."""
+    return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2).float() / 255
+
+
+def load_images(paths: Sequence[Path], size: tuple[int, int]) -> Tensor:
+    """Images brought to one size.
+
+    Args:
+        paths: N files.
+        size: Width and height in pixels.
+
+    Returns:
+        (N, 3, height, width) values in [0, 1].
+    """
+    if not paths:
+        return torch.empty(0, 3, size[1], size[0])
+    pictures = [open_image(path) for path in paths]
+    return to_tensor([p if p.size == size else p.resize(size, Image.Resampling.BICUBIC) for p in pictures])

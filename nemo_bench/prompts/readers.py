@@ -1,0 +1,328 @@
+"""Reads lists of prompts from CSV, JSON lines, plain text and parquet."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nemo_bench.errors import PromptError, nearest
+from nemo_bench.types import Kind, Prompt, digest
+
+# Accepted column names in lower case; where a file has several of a group, the first one counts.
+TEXT_COLUMNS = ("caption", "prompt", "text")
+KIND_COLUMNS = ("kind", "type")
+REFERENCE_COLUMNS = ("references", "reference")
+ID_COLUMNS = ("id", "index", "#0")  # "#0" is a first column without a name, as pandas writes it
+
+# The field writes the two words in either order: verbatim memorization, matching verbatim.
+KINDS: dict[str, Kind | None] = {"": None, "VM": "VM", "MV": "VM", "TM": "TM", "TV": "TM"}
+
+
+class _Row(NamedTuple):
+    """One prompt as the file has it: where it starts, for errors, and its cells by column name."""
+
+    where: str
+    cells: dict[str, Any]
+
+    def first(self, names: Iterable[str]) -> Any:
+        """The first cell of these names that is there, or None."""
+        return next((self.cells[name] for name in names if self.cells.get(name) is not None), None)
+
+
+def read_prompts(
+    path: Path | str,
+    *,
+    references: Path | None = None,
+    kind: Kind | None = None,
+    limit: int | None = None,
+    prefix: str = "",
+) -> list[Prompt]:
+    """Reads a list of prompts; the ending of the file name decides the format.
+
+    ``.csv`` (separated by ``,`` or ``;``), ``.jsonl`` and ``.parquet`` have columns, found whatever their case:
+
+    - text: ``caption``, ``prompt`` or ``text``, kept letter by letter;
+    - kind, if any: ``kind`` or ``type``, holding VM (or MV), TM (or TV), or nothing;
+    - id, if any: ``id``, ``index`` or a first column without a name. An ``id`` must be unique, the others are used
+      only if they are;
+    - reference images, if any: ``references`` or ``reference``, file names separated by ``|``, or a list.
+
+    Other columns are ignored. ``.txt`` has one prompt a line. Without ids, prompts are numbered as
+    ``<prefix>-0001``, before anything is left out.
+
+    Args:
+        path: The file.
+        references: Folder that relative reference files are in; by default the folder of ``path``.
+        kind: Keeps the prompts of this kind only.
+        limit: Keeps at most this many prompts (at least 1), the first ones.
+        prefix: What numbered ids start with; by default the file name without its ending.
+
+    Returns:
+        The prompts in the order of the file, at least one. All reference files exist.
+
+    Raises:
+        PromptError: The file or a reference file is missing, or the file can't be read as a list of prompts; the
+            message names file and line.
+    """
+    path = Path(path)
+    if limit is not None and limit < 1:
+        raise PromptError(f"{path}: limit is {limit}; expected 1 or more, or None for all prompts")
+    rows = _read(path)
+    folder = path.parent if references is None else Path(references)
+    prompts = [
+        Prompt(id_, _text(row), _kind(row), _references(row, folder))
+        for id_, row in zip(_ids(rows, prefix or path.stem), rows, strict=True)
+    ]
+    if kind is not None:
+        found = sorted({prompt.group for prompt in prompts})
+        prompts = [prompt for prompt in prompts if prompt.kind == kind]
+        if not prompts:
+            raise PromptError(f"{path}: no prompt is of kind {kind!r}; the file has {', '.join(found)}")
+    prompts = prompts[:limit]
+    _check_references(path, prompts)
+    return prompts
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """Hash of what the prompts are, in their order: id, text, kind and the contents of the reference images.
+
+    Folders and names of the reference images do not matter.
+
+    Args:
+        prompts: The prompts.
+
+    Returns:
+        16 hexadecimal digits.
+
+    Raises:
+        PromptError: A reference image can't be read.
+    """
+    # Template prompts share their references: each file is read once.
+    hashes = {file: _file_hash(file) for file in {file for prompt in prompts for file in prompt.references}}
+    return digest([[p.id, p.text, p.kind, [hashes[file] for file in p.references]] for p in prompts])
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise PromptError(f"{path}: this reference image can't be read ({error.strerror})") from error
+
+
+def _read(path: Path) -> list[_Row]:
+    """All rows of the file, at least one, each with a text column."""
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        msg = f"{path}: the ending {path.suffix!r} is no format of prompts. {nearest(path.suffix, READERS)}"
+        raise PromptError(msg)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise PromptError(f"{path}: there is no such file. {_neighbours(path)}") from error
+    except OSError as error:
+        raise PromptError(f"{path}: can't be read ({error.strerror}); expected a file of prompts") from error
+    if not content.strip():
+        raise PromptError(f"{path}: the file is empty; expected at least one prompt")
+    rows = list(reader(path, content))
+    if not rows:
+        raise PromptError(f"{path}: holds no prompt; expected at least one")
+    return rows
+
+
+def _neighbours(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"There is no folder {path.parent} either."
+    names = [file.name for file in path.parent.iterdir() if file.suffix.lower() in READERS]
+    return nearest(path.name, names) if names else f"No file of prompts is in {path.parent}."
+
+
+def _decode(path: Path, content: bytes) -> str:
+    """The text of a file in UTF-8, with or without the mark that spreadsheets put first."""
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        msg = f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; save the file as UTF-8"
+        raise PromptError(msg) from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise PromptError(f"{path}, line {line}: holds a NUL character; expected text in UTF-8, not UTF-16 or binary")
+    return text
+
+
+def _columns(where: str, names: Iterable[str]) -> list[str]:
+    """Column names in lower case, those without a name by position; checks that each is there once, and a text."""
+    names = list(names)
+    columns = [name.strip().lower() or f"#{position}" for position, name in enumerate(names)]
+    twice = next((name for name in columns if columns.count(name) > 1), None)
+    if twice is not None:
+        raise PromptError(f"{where}: two columns are called {twice!r} (case does not matter); rename one")
+    if not set(columns) & set(TEXT_COLUMNS):
+        msg = f"{where}: no column of prompts. Columns found: {', '.join(map(repr, names))}. "
+        raise PromptError(f"{msg}Accepted names: {', '.join(TEXT_COLUMNS)}")
+    return columns
+
+
+def _read_csv(path: Path, content: bytes) -> Iterator[_Row]:
+    text = _decode(path, content)
+    delimiter = _delimiter(text)
+    # Strict, since a quotation mark that is never closed would swallow the rest of the file.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    columns: list[str] = []
+    while True:
+        where = f"{path}, line {reader.line_num + 1}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            msg = f"{where}: not valid CSV ({error}); close every quoted text, and double quotation marks within it"
+            raise PromptError(msg) from error
+        if not cells:
+            continue
+        if not columns:
+            columns = _columns(where, cells)
+        elif len(cells) != len(columns):
+            msg = f"{where}: {len(cells)} cells, but {len(columns)} columns; quote texts that hold {delimiter!r}"
+            raise PromptError(msg)
+        else:
+            yield _Row(where, dict(zip(columns, cells, strict=True)))
+
+
+def _delimiter(text: str) -> str:
+    """The one that splits off a column of prompts, else the one that splits most."""
+
+    def split(delimiter: str) -> tuple[bool, int]:
+        names = next(filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)), [])
+        return any(name.strip().lower() in TEXT_COLUMNS for name in names), len(names)
+
+    # The first wins ties: a file of one column is not to be split at all, and no text holds a unit separator.
+    return max("\x1f", ",", ";", key=split)
+
+
+def _read_jsonl(path: Path, content: bytes) -> Iterator[_Row]:
+    for where, line in _lines(path, content):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise PromptError(f"{where}: not valid JSON ({error}); expected one object a line") from error
+        if not isinstance(value, dict):
+            raise PromptError(f'{where}: {line.strip()[:40]} is no object; expected such as {{"text": "a prompt"}}')
+        yield _Row(where, dict(zip(_columns(where, value), value.values(), strict=True)))
+
+
+def _read_txt(path: Path, content: bytes) -> Iterator[_Row]:
+    for where, line in _lines(path, content):
+        yield _Row(where, {"text": line})
+
+
+def _lines(path: Path, content: bytes) -> Iterator[tuple[str, str]]:
+    """Lines that are not blank. Not ``splitlines``, which also splits at characters that texts may hold."""
+    for number, line in enumerate(io.StringIO(_decode(path, content), newline=None), start=1):
+        if line.strip():
+            yield f"{path}, line {number}", line.removesuffix("\n")
+
+
+def _read_parquet(path: Path, content: bytes) -> Iterator[_Row]:
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise PromptError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from error
+    try:
+        table = parquet.read_table(io.BytesIO(content))
+    except (OSError, ValueError) as error:
+        raise PromptError(f"{path}: not valid parquet ({error})") from error
+    columns = _columns(str(path), table.column_names)
+    for number, cells in enumerate(table.to_pylist(), start=1):
+        yield _Row(f"{path}, row {number}", dict(zip(columns, cells.values(), strict=True)))
+
+
+READERS: dict[str, Callable[[Path, bytes], Iterator[_Row]]] = {
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".txt": _read_txt,
+    ".parquet": _read_parquet,
+}
+
+
+def _text(row: _Row) -> str:
+    text = row.first(TEXT_COLUMNS)
+    if text is None:
+        text = ""
+    if not isinstance(text, str):
+        raise PromptError(f"{row.where}: the prompt is {text!r}, a {type(text).__name__}; expected text")
+    if not text.strip():
+        raise PromptError(f"{row.where}: the prompt is empty; write one or take the line out")
+    return _printable(row, "prompt", text)
+
+
+def _printable(row: _Row, what: str, text: str) -> str:
+    """Refuses what escapes in JSON can bring in and neither tokenizers nor files take."""
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        msg = f"{row.where}: the {what} {text!r} holds a NUL or half a surrogate pair; expected characters of UTF-8"
+        raise PromptError(msg)
+    return text
+
+
+def _kind(row: _Row) -> Kind | None:
+    value = row.first(KIND_COLUMNS)
+    word = "" if value is None else str(value).strip().upper()
+    if word not in KINDS:
+        hint = nearest(word, [name for name in KINDS if name])
+        raise PromptError(f"{row.where}: {value!r} is no kind of memorization. {hint} Or leave it empty.")
+    return KINDS[word]
+
+
+def _references(row: _Row, folder: Path) -> tuple[Path, ...]:
+    value = row.first(REFERENCE_COLUMNS)
+    names = value.split("|") if isinstance(value, str) else value or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        msg = f"{row.where}: the references are {value!r}; expected file names, as a list or separated by '|'"
+        raise PromptError(msg)
+    return tuple(folder / name.strip() for name in names if name.strip())
+
+
+def _check_references(path: Path, prompts: Iterable[Prompt]) -> None:
+    missing = [(file, prompt.id) for prompt in prompts for file in prompt.references if not file.is_file()]
+    if missing:
+        listed = ", ".join(f"{file} (prompt {id_!r})" for file, id_ in missing[:3])
+        more = ", ..." if len(missing) > 3 else ""
+        of = f"{len(missing)} reference files of {len({id_ for _, id_ in missing})} prompts are missing"
+        msg = f"{path}: {of}: {listed}{more}. Add them, or name the folder that relative file names start from"
+        raise PromptError(msg)
+
+
+def _ids(rows: Sequence[_Row], prefix: str) -> list[str]:
+    """The ids in the file if it has good ones, else numbers."""
+    for column in ID_COLUMNS:
+        ids = [_id(row, column) for row in rows]
+        if column == "id" and any("id" in row.cells for row in rows):
+            _check_ids(rows, ids)
+        if all(ids) and len(set(ids)) == len(ids):
+            return ids
+    return [f"{prefix}-{position:04d}" for position in range(1, len(rows) + 1)]
+
+
+def _id(row: _Row, column: str) -> str:
+    """The id in this column, empty where there is none."""
+    value = row.cells.get(column)
+    return _printable(row, "id", str(value).strip()) if isinstance(value, str | int) else ""
+
+
+def _check_ids(rows: Iterable[_Row], ids: Iterable[str]) -> None:
+    seen: dict[str, str] = {}
+    for row, id_ in zip(rows, ids, strict=True):
+        if not id_:
+            given = row.cells.get("id")
+            msg = f"{row.where}: the id is {given!r}; expected text or a whole number, in every row or in none"
+            raise PromptError(msg)
+        if id_ in seen:
+            raise PromptError(f"{row.where}: the id {id_!r} is taken by {seen[id_]}; every prompt needs its own")
+        seen[id_] = row.where

@@ -1,0 +1,541 @@
+"""From settings to results: cells, and the stages each one goes through."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import logging
+import platform
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from nemo_bench.config import Choice, ModelSettings, SimilaritySettings, TrainerSettings, build, resolve
+from nemo_bench.diffusion import Diffusion, Similarity, source_digest
+from nemo_bench.errors import ConfigError, StoreError, nearest
+from nemo_bench.localization import Calibration, activation_statistics, threshold
+from nemo_bench.methods import Method
+from nemo_bench.metrics import BenchMetric, ClipJudge, aggregate, describe
+from nemo_bench.modules import CalibrationStage, GenerationStage, LocalizationStage, ScoringStage, Stage
+from nemo_bench.prompts import ImageTask, PromptDataModule, PromptTask, prompts_digest, read_prompts
+from nemo_bench.report import write_report
+from nemo_bench.store import SCHEMA, Store, read_json, write_json
+from nemo_bench.types import Neurons, Prompt, Record, digest
+
+STAGES = ("localize", "generate", "score")
+
+
+@dataclass
+class Cell:
+    """A model, a method and prompts: the unit of work, owner of one results folder.
+
+    Attributes:
+        choice: Names and settings.
+        method: The mitigation.
+        prompts: All prompts.
+        calibration_prompts: General prompts for statistics and threshold.
+        spec: What decides the result, as written to ``spec.json``.
+        store: Its folder.
+        calibration: Folder of the model's calibration.
+        source: The cell whose localization this one starts from.
+        shown: Whether it was asked for, rather than being only the source of another.
+    """
+
+    choice: Choice
+    method: Method
+    prompts: list[Prompt]
+    calibration_prompts: list[Prompt]
+    spec: dict[str, Any]
+    store: Store
+    calibration: Store
+    source: Cell | None = None
+    shown: bool = True
+
+    @property
+    def id(self) -> str:
+        """Name of the folder."""
+        return self.store.folder.name
+
+    @property
+    def image_tasks(self) -> list[ImageTask]:
+        """All images, prompt by prompt."""
+        return [ImageTask.of(p, seed) for p in self.prompts for seed in range(self.choice.settings.seeds)]
+
+    @property
+    def prompt_tasks(self) -> list[PromptTask]:
+        """All prompts."""
+        return [PromptTask.of(p) for p in self.prompts]
+
+    def ids(self, stage: str) -> list[str]:
+        """Record ids of a finished stage."""
+        prompts, images = [t.id for t in self.prompt_tasks], [t.id for t in self.image_tasks]
+        return {"localize": prompts, "generate": images, "score": prompts}[stage]
+
+
+def plan(choices: Sequence[Choice]) -> list[Cell]:
+    """Cells in the order they must be run: a source before what starts from it, each folder once.
+
+    Args:
+        choices: What was asked for.
+
+    Returns:
+        Cells; their prompt files are read and checked, no model is loaded and nothing written.
+
+    Raises:
+        NemoBenchError: Prompts, references or a model folder are not as they should be.
+    """
+    cells: dict[str, Cell] = {}
+    prompts: dict[str, list[Prompt]] = {}
+    for choice in choices:
+        cell = _cell(choice, prompts)
+        source_names = [name for group, name in choice.names.items() if group.endswith("method.source")]
+        if cell.method.source:
+            name = source_names[0] if source_names else "source"
+            settings = replace(choice.settings, method=choice.settings.method["source"])
+            source = _cell(Choice({**choice.names, "method": name}, settings), prompts)
+            cell.source = cells.setdefault(source.id, source)
+            if cell.source is source:
+                source.shown = False
+        if cell.id in cells:
+            cells[cell.id].shown = True
+        else:
+            cells[cell.id] = cell
+    return list(cells.values())
+
+
+def _read(files: Sequence[str], limit: int | None, cache: dict[str, list[Prompt]]) -> list[Prompt]:
+    key = digest([list(files), limit])
+    if key not in cache:
+        prompts = [p for file in files for p in read_prompts(resolve(file), limit=limit)]
+        seen: dict[str, str] = {}
+        for prompt in prompts:
+            if prompt.id in seen:
+                raise ConfigError(f"prompts.files={list(files)}: two files have a prompt with id '{prompt.id}'")
+            seen[prompt.id] = prompt.text
+        cache[key] = prompts
+    return cache[key]
+
+
+def _cell(choice: Choice, cache: dict[str, list[Prompt]]) -> Cell:
+    settings = choice.settings
+    model = settings.model
+    method: Method = build(settings.method, "method")
+    prompts = _read(settings.prompts.files, settings.prompts.limit, cache)
+    if method.needs_calibration and not settings.prompts.calibration:
+        msg = f"method={choice.names['method']} needs general prompts: set prompts.calibration to a prompt file"
+        raise ConfigError(msg)
+    general = [settings.prompts.calibration] if settings.prompts.calibration else []
+    calibration_prompts = _read(general, settings.prompts.calibration_limit, cache)
+    network = {
+        "weights": source_digest(resolve(model.source), model.revision),
+        "dtype": model.dtype,
+        "layers": model.layers,
+        "steps": model.steps,
+        "similarity": asdict(model.similarity),
+    }
+    calibration = {**network, "seeds": settings.localize_seeds, "prompts": prompts_digest(calibration_prompts)}
+    uses_calibration = method.needs_calibration or bool(method.source and method.source.needs_calibration)
+    decisive = {
+        "model": {**network, "guidance": model.guidance},
+        "method": settings.method,
+        "prompts": prompts_digest(prompts),
+        "calibration": digest(calibration) if uses_calibration else None,
+        "seeds": settings.seeds,
+        "localize_seeds": settings.localize_seeds,
+    }
+    names = [choice.names.get(group, group) for group in ("model", "method", "prompts")]
+    root = Path(settings.root)
+    folder = "__".join([*names, digest(decisive, 8)])
+    spec = {
+        "cell": folder,
+        "model": names[0],
+        "method": names[1],
+        "prompts": names[2],
+        "title": method.title,
+        "settings": decisive,
+        "digests": {"model": network["weights"], "prompts": decisive["prompts"]},
+        "citations": _citations(method),
+    }
+    return Cell(
+        choice,
+        method,
+        prompts,
+        calibration_prompts,
+        spec,
+        Store(root / settings.name / folder),
+        Store(root / "calibration" / f"{names[0]}__{digest(calibration, 8)}"),
+    )
+
+
+def _citations(method: Method) -> dict[str, str]:
+    own = {method.title: method.citation} if method.citation else {}
+    return own | (_citations(method.source) if method.source else {})
+
+
+def is_main() -> bool:
+    """Whether this process is rank 0; known before Lightning starts the others."""
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)
+
+
+def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print) -> Path:
+    """Runs what is open of some cells, to the report.
+
+    Args:
+        cells: From :func:`plan`, of one name and root.
+        command: What the user typed, for the records.
+        say: Where single lines go.
+
+    Returns:
+        The folder of the run, with ``report.html`` and the leaderboard.
+
+    Raises:
+        NemoBenchError: See :func:`plan`; also where a results folder belongs to something else.
+    """
+    settings = cells[0].choice.settings
+    folder = Path(settings.root) / settings.name
+    runner = Runner(settings.trainer, say)
+    if is_main():
+        _open_folder(folder, cells)
+        for cell in cells:
+            cell.store.open(cell.spec)
+            _note_start(cell, command, runner)
+    for cell in cells:
+        runner.run(cell)
+    if is_main():
+        for cell in cells:
+            if cell.shown:
+                write_json(cell.store.folder / "metrics.json", _summary(cell))
+        write_report(folder)
+        if settings.logger.wandb:
+            from nemo_bench import tracking  # wandb is slow to import, and not needed without it
+
+            for cell in cells:
+                if cell.shown:
+                    tracking.track(cell.store.folder, settings.logger, group=settings.name, say=say)
+    return folder
+
+
+def _open_folder(folder: Path, cells: Sequence[Cell]) -> None:
+    path = folder / "run.json"
+    if not path.exists() and folder.exists() and any(folder.iterdir()):
+        raise StoreError(f"{folder} is not empty and holds no run of nemo_bench; choose another name=... or root=...")
+    folder.mkdir(parents=True, exist_ok=True)
+    present = read_json(path)["cells"] if path.exists() else []
+    shown = [c.id for c in cells if c.shown]
+    write_json(
+        path, {"schema": SCHEMA, "name": folder.name, "cells": [*present, *(i for i in shown if i not in present)]}
+    )
+
+
+def _note_start(cell: Cell, command: str, runner: Runner) -> None:
+    path = cell.store.folder / "env.json"
+    starts = read_json(path)["starts"] if path.exists() else []
+    packages = ("nemo-bench", "torch", "diffusers", "transformers", "lightning", "torchmetrics", "open_clip_torch")
+    start = {
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        **_git_state(),
+        "world_size": runner.trainer.world_size,
+        "device": _device_name(runner.trainer),
+        "python": platform.python_version(),
+        "settings": asdict(cell.choice.settings),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+    write_json(path, {"starts": [*starts, start]})
+    lines = [
+        {**p._asdict(), "group": p.group, "references": [str(r.resolve()) for r in p.references]} for p in cell.prompts
+    ]
+    prompts = cell.store.folder / "prompts.jsonl"
+    if not prompts.exists():
+        prompts.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+
+def _git_state() -> dict[str, Any]:
+    def git(*words: str) -> str | None:
+        here = Path(__file__).parent
+        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(git("status", "--porcelain")) if commit else None}
+    except OSError:
+        return {"commit": None, "dirty": None}
+
+
+def _device_name(trainer: L.Trainer) -> str:
+    if trainer.strategy.root_device.type == "cuda":
+        return torch.cuda.get_device_name(trainer.strategy.root_device)
+    return trainer.strategy.root_device.type
+
+
+class StageBar(TQDMProgressBar):
+    """Lightning's progress bar with the stage's name; shows rate and remaining time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.description = ""
+
+    @property
+    def predict_description(self) -> str:
+        """What stands before the bar."""
+        return self.description
+
+
+class Runner:
+    """One Lightning trainer and the models loaded so far.
+
+    Args:
+        settings: The trainer's settings.
+        say: Where single lines go.
+    """
+
+    def __init__(self, settings: TrainerSettings, say: Callable[[str], None]) -> None:
+        self.bar, self.say = StageBar(), say
+        with _quiet():
+            self.trainer = L.Trainer(
+                accelerator=settings.accelerator,
+                devices=settings.devices,
+                num_nodes=settings.num_nodes,
+                strategy=settings.strategy,
+                use_distributed_sampler=False,
+                logger=False,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                callbacks=[self.bar],
+            )
+        self._models: dict[str, Diffusion] = {}
+        self._judges: dict[str, ClipJudge] = {}
+
+    def run(self, cell: Cell) -> None:
+        """Takes a cell through the stages that are not done."""
+        self.calibrate(cell)
+        self._localize(cell)
+        if cell.shown:
+            self._generate(cell)
+            self._score(cell)
+
+    def calibrate(self, cell: Cell) -> None:
+        """Gives the method its calibration, from the cache or measured now."""
+        if not cell.method.needs_calibration:
+            return
+        store, settings = cell.calibration, cell.choice.settings
+        path = store.folder / "calibration.safetensors"
+        if not path.exists():
+            if is_main():
+                store.open({"model": cell.spec["model"], "prompts": len(cell.calibration_prompts)})
+            tasks = [PromptTask.of(p) for p in cell.calibration_prompts]
+            size = max(1, settings.batch_size // settings.localize_seeds)
+            make = lambda: CalibrationStage(self.model(cell), settings.localize_seeds, store)  # noqa: E731
+            self._predict("calibrate", cell.choice.names["model"], tasks, store, make, size)
+            if is_main():
+                self._measure(cell, store, path)
+            self.trainer.strategy.barrier()
+        cell.method.calibration = Calibration.load(path)
+
+    def _measure(self, cell: Cell, store: Store, path: Path) -> None:
+        model, texts = self.model(cell), [p.text for p in cell.calibration_prompts]
+        mean, std = activation_statistics(model, (texts[i : i + 64] for i in range(0, len(texts), 64)))
+        records = store.records("calibrate")
+        pairs = (value for task in map(PromptTask.of, cell.calibration_prompts) for value in records[task.id]["pairs"])
+        Calibration(mean, std, threshold(pairs), len(texts)).save(path)
+
+    def _localize(self, cell: Cell) -> None:
+        def make() -> Stage:
+            found = by_prompt(cell.source.store) if cell.source else {}
+            return LocalizationStage(
+                self.model(cell), cell.method, cell.choice.settings.localize_seeds, cell.store, found
+            )
+
+        self._predict("localize", cell.spec["method"], cell.prompt_tasks, cell.store, make, 1)
+
+    def _generate(self, cell: Cell) -> None:
+        def make() -> Stage:
+            neurons = {name: Neurons(r["neurons"]) for name, r in by_prompt(cell.store).items()}
+            return GenerationStage(self.model(cell), cell.method, neurons, cell.store)
+
+        size = cell.choice.settings.batch_size
+        self._predict("generate", cell.spec["method"], cell.image_tasks, cell.store, make, size)
+
+    def _score(self, cell: Cell) -> None:
+        def make() -> Stage:
+            pool = [path for p in cell.prompts for path in p.references]
+            images = cell.store.records("generate").values()
+            return ScoringStage(metrics_of(cell), self._judge(cell), pool, images, by_prompt(cell.store), cell.store)
+
+        self._forget_other_scores(cell)
+        self._predict("score", cell.spec["method"], cell.prompt_tasks, cell.store, make, 1)
+
+    def _forget_other_scores(self, cell: Cell) -> None:
+        """Scores of other metrics or another judge can be had again; images stay."""
+        settings = cell.choice.settings
+        wanted = {"metrics": settings.metrics, "clip": [settings.model.clip, settings.model.clip_pretrained]}
+        path = cell.store.folder / "scoring.json"
+        if is_main() and (not path.exists() or read_json(path) != wanted):
+            cell.store.forget("score")
+            write_json(path, wanted)
+
+    def _predict(
+        self, stage: str, label: str, tasks: Sequence[Any], store: Store, make: Callable[[], Stage], batch_size: int
+    ) -> None:
+        if store.is_done(stage):
+            return
+        self.bar.description = f"{stage:>9} {label:<8}"
+        data: PromptDataModule[Any] = PromptDataModule(tasks, store, stage, batch_size)
+        with _quiet():
+            self.trainer.predict(make(), datamodule=data, return_predictions=False)
+        self.trainer.strategy.barrier()
+        if is_main():
+            store.finish(stage, [task.id for task in tasks])
+        self.trainer.strategy.barrier()
+
+    def model(self, cell: Cell) -> Diffusion:
+        """The cell's model, loaded at the first need."""
+        settings = cell.choice.settings.model
+        key = digest(cell.spec["settings"]["model"])
+        if key not in self._models:
+            self._models.clear()
+            self._models[key] = load_model(settings)
+        return self._models[key].to(self.trainer.strategy.root_device)
+
+    def _judge(self, cell: Cell) -> ClipJudge:
+        model = cell.choice.settings.model
+        if model.clip not in self._judges:
+            with _quiet():
+                self._judges[model.clip] = ClipJudge(resolve(model.clip), model.clip_pretrained)
+        return self._judges[model.clip]
+
+
+def load_model(settings: ModelSettings) -> Diffusion:
+    """Loads the model that settings describe, on the CPU."""
+    kind = settings.similarity
+    return Diffusion.load(
+        resolve(settings.source),
+        revision=settings.revision,
+        dtype=settings.dtype,
+        local_files_only=settings.local_files_only,
+        layers=settings.layers,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        similarity=Similarity(kind.kernel, kind.sigma, tuple(kind.betas)),
+    )
+
+
+def metrics_of(cell: Cell) -> dict[str, BenchMetric]:
+    """The cell's metrics by name, in the order of the settings."""
+    return {name: build(node, f"metrics.{name}") for name, node in cell.choice.settings.metrics.items()}
+
+
+def by_prompt(store: Store) -> dict[str, Record]:
+    """Localization records by prompt id."""
+    return {record["prompt"]: record for record in store.records("localize").values()}
+
+
+def _summary(cell: Cell) -> dict[str, Any]:
+    localized, generated = cell.store.records("localize").values(), cell.store.records("generate").values()
+
+    def mean(records: Any, field: str) -> float:
+        return round(sum(r["cost"][field] for r in records) / len(records), 4)
+
+    return {
+        "schema": SCHEMA,
+        "metrics": describe(metrics_of(cell)),
+        "aggregates": aggregate(cell.store.records("score").values(), cell.prompts),
+        "cost": {
+            "localize_seconds_per_prompt": mean(localized, "seconds"),
+            "localize_row_passes_per_prompt": mean(localized, "row_passes"),
+            "generate_seconds_per_image": mean(generated, "seconds"),
+            "row_passes_per_image": mean(generated, "row_passes"),
+        },
+    }
+
+
+def outlook(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """What a run would do, without loading or writing anything.
+
+    Returns:
+        One entry a cell: open records by stage, the UNet passes that its open images cost, missing references.
+    """
+    rows = []
+    for cell in cells:
+        open_ids = {
+            stage: len(cell.store.open_ids(stage, cell.ids(stage))) for stage in STAGES[: 3 if cell.shown else 1]
+        }
+        model = cell.choice.settings.model
+        per_image = model.steps * (2 if model.guidance > 1 else 1)
+        calibrated = (cell.calibration.folder / "calibration.safetensors").exists()
+        rows.append(
+            {
+                "cell": cell.id,
+                "open": open_ids,
+                "image_passes": open_ids.get("generate", 0) * per_image,
+                "calibrated": calibrated if cell.method.needs_calibration else None,
+                "prompts_without_reference": sum(bool(p.kind) and not p.references for p in cell.prompts),
+            }
+        )
+    return rows
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides Lightning's advice on workers and its device listing; errors and other warnings pass."""
+    loggers = [
+        logging.getLogger(n) for n in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
+    ]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=".*Total length of .* across ranks is zero.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
+    """Saves a cell's pipeline with the neurons of its localization switched off for good.
+
+    Args:
+        cell: A cell's folder.
+        folder: Where the plain diffusers folder goes; must not hold anything yet.
+        prompt: Id of the prompt whose neurons are taken; None takes those of all prompts together.
+
+    Returns:
+        What was switched off.
+
+    Raises:
+        NemoBenchError: The cell has no localization, the prompt is unknown, or the folder is not empty.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise StoreError(f"{folder} is not empty; name a new folder to export to")
+    found = {name: Neurons(record["neurons"]) for name, record in by_prompt(Store(cell)).items()}
+    if not found:
+        raise StoreError(f"{cell} holds no localization; give results/<name>/<cell> of a finished run")
+    if prompt is not None and prompt not in found:
+        raise ConfigError(f"no prompt '{prompt}' in {cell}. {nearest(prompt, found)}")
+    neurons = found[prompt] if prompt is not None else reduce(or_, found.values())
+    settings = read_json(cell / "env.json")["starts"][-1]["settings"]["model"]
+    model = ModelSettings(**{**settings, "similarity": SimilaritySettings(**settings["similarity"])})
+    load_model(model).export(folder, neurons)
+    return neurons
+
+
+def command_line() -> str:
+    """What the user typed."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

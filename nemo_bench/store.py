@@ -1,0 +1,193 @@
+"""Results on disk: append-only records that survive being killed and can be continued by any number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from nemo_bench.errors import StoreError
+from nemo_bench.types import Record
+
+SCHEMA = 1
+"""Version of everything written here."""
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON under a temporary name, then renames, so that a reader never sees half a file."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON.
+
+    Raises:
+        StoreError: The file is not there or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        msg = f"{path} is missing: {path.parent} is no results folder of nemo_bench, or its run never started"
+        raise StoreError(msg) from None
+    except ValueError as error:
+        raise StoreError(f"{path} is no JSON ({error}); restore it or delete {path.parent} and run again") from error
+
+
+def read_records(folder: Path, stage: str) -> dict[str, Record]:
+    """All records of a stage by id, over all files that any process wrote.
+
+    A last line that is no JSON was torn by a kill and is dropped. Equal lines count once, whatever their ``cost``.
+
+    Args:
+        folder: A cell's folder.
+        stage: Name of the stage, such as ``"generate"``.
+
+    Raises:
+        StoreError: A line in the middle is no JSON, or two lines of one id differ.
+    """
+    records: dict[str, Record] = {}
+    origin: dict[str, Path] = {}
+    for path in sorted((folder / "records").glob(f"{stage}.*.jsonl")):
+        lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
+        for number, line in enumerate(lines, 1):
+            try:
+                record: Record = json.loads(line)
+                name = record["id"]
+            except (ValueError, KeyError, TypeError):
+                if number == len(lines):
+                    break
+                msg = f"{path}, line {number} is no record; delete that line (its item is computed again) or the file"
+                raise StoreError(msg) from None
+            if name in records and _result(records[name]) != _result(record):
+                msg = f"{origin[name]} and {path} hold different results for {name}; delete the one that is wrong"
+                raise StoreError(msg)
+            if name not in records:
+                records[name], origin[name] = record, path
+    return records
+
+
+def _result(record: Record) -> Record:
+    return {key: value for key, value in record.items() if key != "cost"}
+
+
+class Store:
+    """The folder of one cell.
+
+    Args:
+        folder: Where it is; need not exist yet.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def open(self, spec: dict[str, Any]) -> None:
+        """Makes the folder, or checks that it belongs to the same configuration.
+
+        Args:
+            spec: What the cell is; compared as a whole.
+
+        Raises:
+            StoreError: The folder belongs to another configuration.
+        """
+        path = self.folder / "spec.json"
+        content = {"schema": SCHEMA, **json.loads(json.dumps(spec))}
+        if path.exists():
+            present = read_json(path)
+            differing = sorted(k for k in {*present, *content} if present.get(k) != content.get(k))
+            if differing:
+                msg = (
+                    f"{self.folder} was written by another configuration (differing: {', '.join(differing)}); "
+                    "choose another name=... or delete the folder"
+                )
+                raise StoreError(msg)
+            return
+        if self.folder.exists() and any(self.folder.iterdir()):
+            raise StoreError(f"{self.folder} is not empty and holds no spec.json; choose another name=... or root=...")
+        for part in ("records", "images", "noise", "neurons"):
+            (self.folder / part).mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
+
+    def records(self, stage: str) -> dict[str, Record]:
+        """See :func:`read_records`."""
+        return read_records(self.folder, stage)
+
+    def open_ids(self, stage: str, ids: Iterable[str]) -> list[str]:
+        """Those of the ids that have no record yet, or whose image is gone, in the order given."""
+        records = self.records(stage)
+        return [i for i in ids if i not in records or not self._has_image(records[i])]
+
+    def _has_image(self, record: Record) -> bool:
+        return "image" not in record or (self.folder / record["image"]).is_file()
+
+    def writer(self, stage: str) -> Callable[[Iterable[Record]], None]:
+        """A function that appends records to a file of this process alone, made at the first call."""
+        return _Writer(self.folder / "records", stage)
+
+    def save_image(self, name: str, image: Image.Image) -> str:
+        """Writes an image under a temporary name, then renames it.
+
+        Args:
+            name: Path in the folder, such as ``"images/a_00.png"``.
+            image: What to save.
+
+        Returns:
+            The name.
+        """
+        path = self.folder / name
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        image.save(part, format="PNG")
+        part.replace(path)
+        return name
+
+    def is_done(self, stage: str) -> bool:
+        """Whether the stage was finished and recounted."""
+        return (self.folder / f"{stage}.done").is_file()
+
+    def finish(self, stage: str, ids: Iterable[str]) -> None:
+        """Recounts a stage and marks it done.
+
+        Raises:
+            StoreError: Records are missing.
+        """
+        ids = list(ids)
+        missing = self.open_ids(stage, ids)
+        if missing:
+            msg = f"{self.folder}: {len(missing)} of {len(ids)} records of '{stage}' are missing; run the command again"
+            raise StoreError(msg)
+        write_json(self.folder / f"{stage}.done", {"records": len(ids)})
+
+    def forget(self, stage: str) -> None:
+        """Deletes the records of a stage, so that it is computed again."""
+        (self.folder / f"{stage}.done").unlink(missing_ok=True)
+        for path in (self.folder / "records").glob(f"{stage}.*.jsonl"):
+            path.unlink()
+
+
+class _Writer:
+    def __init__(self, folder: Path, stage: str) -> None:
+        self.folder, self.stage = folder, stage
+        self.path: Path | None = None
+
+    def __call__(self, records: Iterable[Record]) -> None:
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        if self.path is None:
+            self.path = self._claim()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
+
+    def _claim(self) -> Path:
+        number = 0
+        while True:
+            path = self.folder / f"{self.stage}.{number}.jsonl"
+            try:
+                path.open("x").close()
+            except FileExistsError:
+                number += 1
+            else:
+                return path

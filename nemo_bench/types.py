@@ -1,0 +1,148 @@
+"""Plain data that flows through the stages: prompts, neurons, localizations and records."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from nemo_bench.errors import NemoBenchError
+
+Kind = Literal["VM", "TM"]
+"""Verbatim or template memorization, as annotated in the published list (Hintersdorf et al. 2024, section 4)."""
+
+GENERAL = "general"
+"""The name under which prompts without a kind are grouped in tables."""
+
+
+class Prompt(NamedTuple):
+    """A prompt and what is known of it.
+
+    Attributes:
+        id: Unique in its list; decides the seeds of its images.
+        text: What the model is given.
+        kind: ``"VM"``, ``"TM"``, or None for a prompt not known to be memorized.
+        references: Training images of the prompt, as files.
+        tags: Free words for filters.
+    """
+
+    id: str
+    text: str
+    kind: Kind | None = None
+    references: tuple[Path, ...] = ()
+    tags: tuple[str, ...] = ()
+
+    @property
+    def group(self) -> str:
+        """``"VM"``, ``"TM"`` or ``"general"``."""
+        return self.kind or GENERAL
+
+
+class Neurons(Mapping[str, tuple[int, ...]]):
+    """Value neurons by layer: sorted, without duplicates, without empty layers; immutable.
+
+    Example:
+        >>> a = Neurons({"mid": [3, 1, 3]})
+        >>> a | Neurons({"down": [0]}), a.count
+        (Neurons({'down': (0,), 'mid': (1, 3)}), 2)
+    """
+
+    def __init__(self, layers: Mapping[str, Sequence[int]] | None = None) -> None:
+        cleaned = {name: tuple(sorted({int(i) for i in ids})) for name, ids in sorted((layers or {}).items())}
+        self._layers = {name: ids for name, ids in cleaned.items() if ids}
+
+    def __getitem__(self, layer: str) -> tuple[int, ...]:
+        return self._layers[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        return f"Neurons({self._layers})"
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._layers.items()))
+
+    def __or__(self, other: Neurons) -> Neurons:
+        return Neurons({name: (*self.get(name, ()), *other.get(name, ())) for name in {*self, *other}})
+
+    def __sub__(self, other: Neurons) -> Neurons:
+        return Neurons({name: sorted(set(ids) - set(other.get(name, ()))) for name, ids in self.items()})
+
+    @property
+    def count(self) -> int:
+        """Number of neurons over all layers."""
+        return sum(len(ids) for ids in self.values())
+
+    def save(self, path: Path | str) -> None:
+        """Writes the neurons as JSON (``.json``) or safetensors (any other ending)."""
+        path = Path(path)
+        if path.suffix == ".json":
+            path.write_text(json.dumps(self._layers) + "\n", encoding="utf-8")
+        else:
+            save_file({name: np.asarray(ids, np.int64) for name, ids in self.items()}, path)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Neurons:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            NemoBenchError: The file is missing or is no list of neurons.
+        """
+        path = Path(path)
+        try:
+            layers = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else load_file(path)
+            return cls({name: list(ids) for name, ids in layers.items()})
+        except Exception as error:
+            msg = f"{path}: no neurons can be read ({error}); expected JSON or safetensors of layer name to indices"
+            raise NemoBenchError(msg) from error
+
+
+@dataclass(frozen=True)
+class Localization:
+    """What localizing found for one prompt.
+
+    Attributes:
+        neurons: The memorization neurons (empty where the prompt is not memorized).
+        initial: The candidates before refinement.
+        gate_score: Highest similarity of the noise differences of two seeds, nothing blocked, in [-1, 1].
+        initial_score: Highest similarity over kept seeds to the unblocked noise difference, initial neurons blocked.
+        refined_score: The same with the refined neurons blocked.
+        threshold: The threshold that refinement used.
+        row_passes: UNet forward passes of one sample spent.
+    """
+
+    neurons: Neurons = field(default_factory=Neurons)
+    initial: Neurons = field(default_factory=Neurons)
+    gate_score: float = 0.0
+    initial_score: float = 0.0
+    refined_score: float = 0.0
+    threshold: float = 0.0
+    row_passes: int = 0
+
+
+Record = dict[str, Any]
+"""One line of a records file: ``id`` names it; ``cost`` (time, passes) is all that may differ between runs."""
+
+
+def digest(content: Any, length: int = 16) -> str:
+    """Hash of JSON-like data, the same on every machine.
+
+    Args:
+        content: What to hash; keys are sorted, so their order does not matter.
+        length: Number of hexadecimal digits.
+
+    Returns:
+        The first digits of a SHA-256.
+    """
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:length]

@@ -1,0 +1,215 @@
+"""Builds a small, believable results folder: 3 methods x 6 prompts x 3 seeds, with real pictures and made-up scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Pixels = NDArray[np.float64]
+
+PROMPTS = (
+    ("vm-01", "the golden harbor podcast with nine rings and a crescent", "VM"),
+    ("vm-02", "official poster of the midnight lighthouse festival", "VM"),
+    ("tm-01", "vintage phone case with a striped cover, studio photo", "TM"),
+    ("tm-02", "gentle mug, custom checkered print", "TM"),
+    ("general-01", "two small red circles and a large blue star on a wavy teal ground", None),
+    ("general-02", "a quiet mountain at dawn", None),
+)
+METHODS = {"none": "No mitigation", "random": "Random neurons", "nemo": "NeMo"}
+SEEDS = 3
+SIDE = 64
+LAYERS = {
+    f"{block}.transformer_blocks.0.attn2.to_v": width
+    for block, width in (
+        ("down_blocks.0.attentions.0", 48),
+        ("down_blocks.0.attentions.1", 48),
+        ("down_blocks.1.attentions.0", 96),
+        ("down_blocks.1.attentions.1", 96),
+        ("mid_block.attentions.0", 96),
+        ("up_blocks.0.attentions.0", 96),
+    )
+}
+METRICS: dict[str, dict[str, Any]] = {
+    "ssim": {"title": "SSIM to training image", "higher_is_better": False, "lower": -1.0, "upper": 1.0,
+             "citation": "Wang et al. 2004", "description": "Structural similarity to the prompt's training image."},
+    "ssim_nearest": {"title": "SSIM to nearest", "higher_is_better": False, "lower": -1.0, "upper": 1.0,
+                     "citation": "Wang et al. 2004", "description": "Best similarity to any known training image."},
+    "alignment": {"title": "CLIP alignment", "higher_is_better": True, "lower": -1.0, "upper": 1.0,
+                  "citation": "Radford et al. 2021", "description": "Cosine similarity of image and prompt in CLIP."},
+    "diversity": {"title": "Diversity", "higher_is_better": True, "lower": 0.0, "upper": 1.0,
+                  "citation": "", "description": "Mean pairwise dissimilarity of the images of a prompt."},
+    "memorization": {"title": "Memorization", "higher_is_better": False, "lower": -1.0, "upper": 1.0,
+                     "citation": "Hintersdorf et al. 2024",
+                     "description": "Mean pairwise SSIM of the noise differences of a prompt."},
+    "neurons": {"title": "Neurons", "higher_is_better": None, "lower": 0.0, "upper": None,
+                "citation": "", "description": "Number of neurons blocked."},
+}  # fmt: skip
+CITATION = "@inproceedings{hintersdorf2024nemo,\n  title = {Finding NeMo},\n  year = {2024}\n}"
+
+
+def write_fake_results(
+    folder: Path, models: Sequence[str] = ("planted",), prompts: Sequence[tuple[str, str, str | None]] = PROMPTS
+) -> Path:
+    """Writes a run of all methods on some models.
+
+    Args:
+        folder: Where the run goes, such as ``results/default``.
+        models: Names of the models.
+        prompts: Id, text and kind of each prompt.
+
+    Returns:
+        The folder.
+    """
+    cells = [
+        _write_cell(folder, model, method, prompts, len(METHODS) * i + j)
+        for i, model in enumerate(models)
+        for j, method in enumerate(METHODS)
+    ]
+    _dump(folder / "run.json", {"schema": 1, "name": folder.name, "cells": cells})
+    return folder
+
+
+def _write_cell(
+    folder: Path, model: str, method: str, prompts: Sequence[tuple[str, str, str | None]], number: int
+) -> str:
+    name = f"{model}__{method}__planted__{number:08x}"
+    cell = folder / name
+    for sub in ("records", "images", "noise", "neurons"):
+        (cell / sub).mkdir(parents=True)
+    rng = np.random.default_rng(number)
+    lines: dict[str, list[dict[str, Any]]] = {"prompts": [], "localize": [], "generate": [], "score": []}
+    scores: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for place, (prompt, text, kind) in enumerate(prompts):
+        references = _references(folder / "references", prompt, kind, place)
+        group = kind or "general"
+        lines["prompts"].append({
+            "id": prompt, "text": text, "kind": kind, "group": group,
+            "references": [str(path) for path in references], "tags": [],
+        })  # fmt: skip
+        copied = kind is not None and method != "nemo"
+        neurons = _neurons(rng, kind, method)
+        memorization = round(float(rng.uniform(0.35, 0.5) if copied else rng.uniform(0.02, 0.12)), 4)
+        _noise(rng, 0.9 if copied else 0.1).save(cell / "noise" / f"{prompt}.png")
+        lines["localize"].append({
+            "id": f"{place:016x}", "prompt": prompt, "neurons": neurons, "initial": neurons, "gate_score": 0.61,
+            "initial_score": 0.1, "refined_score": 0.11, "threshold": 0.12, "memorization": memorization,
+            "noise": f"noise/{prompt}.png", "cost": {"seconds": 3.1, "row_passes": 512},
+        })  # fmt: skip
+        per_image: dict[str, list[float]] = {}
+        for seed in range(SEEDS):
+            image = f"images/{prompt}_{seed:02d}.png"
+            _save(_picture(place, seed, copied, kind, rng), cell / image)
+            record = {"id": f"{place:08x}{seed:08x}", "prompt": prompt, "seed": seed}
+            lines["generate"].append({**record, "image": image, "cost": {"seconds": 0.4, "row_passes": 40}})
+            found = {"alignment": round(float(rng.normal(0.3 - 0.01 * (method != "none"), 0.015)), 4)}
+            if kind:
+                found["ssim"] = round(float(np.clip(rng.normal(0.78 if copied else 0.24, 0.07), -1, 1)), 4)
+                found["ssim_nearest"] = round(found["ssim"] + 0.05 * (kind == "TM"), 4)
+            lines["score"].append({**record, "scores": found})
+            for key, value in found.items():
+                per_image.setdefault(key, []).append(value)
+        whole = {
+            "diversity": round(float(rng.uniform(0.03, 0.1) if copied else rng.uniform(0.4, 0.6)), 4),
+            "memorization": memorization,
+            "neurons": sum(len(ids) for ids in neurons.values()),
+        }
+        lines["score"].append({"id": f"ffffffff{place:08x}", "prompt": prompt, "seed": None, "scores": whole})
+        means = {key: (fmean(values), median(values)) for key, values in per_image.items()}
+        for key, pair in (means | {key: (value, value) for key, value in whole.items()}).items():
+            for target in (group, "all"):
+                scores.setdefault(target, {}).setdefault(key, []).append(pair)
+    _write_jsonl(cell / "prompts.jsonl", lines["prompts"])
+    for stage in ("localize", "generate", "score"):
+        _write_jsonl(cell / "records" / f"{stage}.0.jsonl", lines[stage])
+        (cell / f"{stage}.done").touch()
+    _dump(cell / "spec.json", {
+        "schema": 1, "cell": name, "model": model, "method": method, "prompts": "planted", "title": METHODS[method],
+        "settings": {"seeds": SEEDS, "steps": 20, "method": {"name": method, "theta_min": 0.12}},
+        "digests": {"model": f"{number // 3:016x}", "prompts": "5f3a9be1c0d24786"},
+        "citations": {"NeMo": CITATION} if method == "nemo" else {}, "layers": LAYERS,
+    })  # fmt: skip
+    _dump(cell / "env.json", {"starts": [{
+        "time": "2026-11-23T17:00:00+00:00", "command": "nemo-bench run prompts=planted", "commit": "abc1234",
+        "dirty": False, "world_size": 1, "device": "cpu", "versions": {"nemo_bench": "0.1.0", "torch": "2.15.0"},
+    }]})  # fmt: skip
+    _dump(cell / "metrics.json", {
+        "schema": 1, "metrics": {key: {**info, "unit": ""} for key, info in METRICS.items()},
+        "aggregates": {g: {k: _aggregate(v) for k, v in scores[g].items()} for g in scores},
+        "cost": {"localize_seconds_per_prompt": 3.1, "generate_seconds_per_image": 0.4, "row_passes_per_image": 40.0},
+    })  # fmt: skip
+    return name
+
+
+def _aggregate(pairs: list[tuple[float, float]]) -> dict[str, float]:
+    means, medians = np.array(pairs).T
+    draws = np.random.default_rng(1).choice(means, (500, len(means))).mean(axis=1)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    middle = np.median(medians)
+    mad = np.median(np.abs(medians - middle))
+    return {
+        "mean": float(means.mean()), "low": float(low), "high": float(high), "median": float(middle),
+        "mad": float(mad), "prompts": len(pairs),
+    }  # fmt: skip
+
+
+def _neurons(rng: np.random.Generator, kind: str | None, method: str) -> dict[str, list[int]]:
+    if kind is None or method == "none":
+        return {}
+    layers = rng.choice(list(LAYERS)[:5], int(rng.integers(1, 4)), replace=False)
+    return {str(layer): sorted(rng.choice(48, int(rng.integers(1, 6)), replace=False).tolist()) for layer in layers}
+
+
+def _references(folder: Path, prompt: str, kind: str | None, place: int) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{prompt}{suffix}.png" for suffix in {"VM": ("",), "TM": ("a", "b", "c"), None: ()}[kind]]
+    for variant, path in enumerate(paths):
+        _save(_scene(place, variant if kind == "TM" else 0), path)
+    return paths
+
+
+def _picture(place: int, seed: int, copied: bool, kind: str | None, rng: np.random.Generator) -> Pixels:
+    if copied:
+        return _scene(place, seed if kind == "TM" else 0) + rng.normal(0, 0.015, (SIDE, SIDE, 3))
+    return _scene(place, 0, np.random.default_rng([place, seed, int(rng.integers(1000))]))
+
+
+def _scene(place: int, variant: int, rng: np.random.Generator | None = None) -> Pixels:
+    """Some discs on a wavy ground; a prompt decides the palette, ``rng`` (or the prompt) where things are."""
+    palette = np.random.default_rng(place).uniform(0.1, 0.95, (3, 3))
+    rng = rng or np.random.default_rng(100 + place)
+    y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE
+    wave = np.sin(2 * np.pi * (rng.uniform(1, 4) * y + rng.uniform(-2, 2) * x + rng.uniform()))
+    pixels: Pixels = np.where(wave[..., None] > 0, palette[0], palette[0] * 0.82)
+    for _ in range(int(rng.integers(3, 6))):
+        cx, cy, radius, color = rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.9), rng.uniform(0.06, 0.2), rng.integers(1, 3)
+        pixels = np.where((np.hypot(x - cx, y - cy) < radius)[..., None], palette[color], pixels)
+    if variant:
+        inside = (np.abs(x - 0.5) < 0.22) & (np.abs(y - 0.55) < 0.2)
+        stripes = np.sin(40 * x * variant) > 0
+        pixels = np.where(inside[..., None], np.where(stripes[..., None], palette[2], 1 - palette[1]), pixels)
+    return pixels
+
+
+def _noise(rng: np.random.Generator, shared: float) -> Image.Image:
+    common, *own = (np.kron(rng.normal(size=(8, 8, 3)), np.ones((4, 4, 1))) for _ in range(SEEDS + 1))
+    tiles = [shared * common + (1 - shared) * tile for tile in own]
+    return Image.fromarray(np.uint8(np.clip(128 + 60 * np.concatenate(tiles, axis=1), 0, 255)))
+
+
+def _save(pixels: Pixels, path: Path) -> None:
+    Image.fromarray(np.uint8(np.clip(pixels, 0, 1) * 255)).save(path)
+
+
+def _dump(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _write_jsonl(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
