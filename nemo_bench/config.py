@@ -35,7 +35,6 @@ DEFAULT_METHODS = "none,random,nemo"
 class SimilaritySettings:
     """See :class:`nemo_bench.diffusion.Similarity`."""
 
-    kernel: int = 11
     sigma: float = 1.5
     betas: list[float] = field(default_factory=lambda: [0.33, 0.33, 0.33])
 
@@ -171,7 +170,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _LEAST: dict[str, float] = {
     "model.steps": 1,
     "model.guidance": 0,
-    "model.similarity.kernel": 1,
     "model.similarity.sigma": 1e-6,
     "prompts.limit": 1,
     "prompts.calibration_limit": 2,
@@ -245,8 +243,7 @@ def _choose(overrides: Sequence[str], conf: Path | None) -> Choice:
             if override.key_or_group not in GROUPS and not override.is_add():
                 _check_key(override.key_or_group, base)
         config = _compose([*overrides, *search])
-    names = {group.split("@")[0]: str(name) for group, name in config.hydra.runtime.choices.items() if name}
-    nested = {group: str(name) for group, name in config.hydra.runtime.choices.items() if "@" in group}
+    names = {group: str(name) for group, name in config.hydra.runtime.choices.items() if name and group in GROUPS}
     node = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
     try:
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), node))
@@ -254,7 +251,7 @@ def _choose(overrides: Sequence[str], conf: Path | None) -> Choice:
         raise ConfigError(_first_line(error)) from error
     assert isinstance(settings, RunSettings)
     _check_values(settings)
-    return Choice({**{g: n for g, n in names.items() if g in GROUPS}, **nested}, settings)
+    return Choice(names, settings)
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:

@@ -38,7 +38,7 @@ from nemo_bench.types import Neurons, Prompt, Record, digest
 STAGES = ("localize", "generate", "score")
 
 
-@dataclass
+@dataclass(eq=False)
 class Cell:
     """A model, a method and prompts: the unit of work, owner of one results folder.
 
@@ -50,8 +50,7 @@ class Cell:
         spec: What decides the result, as written to ``spec.json``.
         store: Its folder.
         calibration: Folder of the model's calibration.
-        source: The cell whose localization this one starts from.
-        shown: Whether it was asked for, rather than being only the source of another.
+        source: The cell whose localization this one starts from; it need not be one that was asked for.
     """
 
     choice: Choice
@@ -62,7 +61,6 @@ class Cell:
     store: Store
     calibration: Store
     source: Cell | None = None
-    shown: bool = True
 
     @property
     def id(self) -> str:
@@ -86,34 +84,28 @@ class Cell:
 
 
 def plan(choices: Sequence[Choice]) -> list[Cell]:
-    """Cells in the order they must be run: a source before what starts from it, each folder once.
+    """Makes the cells that were asked for.
 
     Args:
         choices: What was asked for.
 
     Returns:
-        Cells; their prompt files are read and checked, no model is loaded and nothing written.
+        Cells in the same order, each folder once; their prompt files are read and checked, no model is loaded and
+        nothing written.
 
     Raises:
         NemoBenchError: Prompts, references or a model folder are not as they should be.
     """
-    cells: dict[str, Cell] = {}
     prompts: dict[str, list[Prompt]] = {}
-    for choice in choices:
-        cell = _cell(choice, prompts)
-        source_names = [name for group, name in choice.names.items() if group.endswith("method.source")]
+    asked = {cell.id: cell for cell in (_cell(choice, prompts) for choice in choices)}
+    by_settings = {digest(cell.spec["settings"]): cell for cell in asked.values()}
+    for cell in asked.values():
         if cell.method.source:
-            name = source_names[0] if source_names else "source"
-            settings = replace(choice.settings, method=choice.settings.method["source"])
-            source = _cell(Choice({**choice.names, "method": name}, settings), prompts)
-            cell.source = cells.setdefault(source.id, source)
-            if cell.source is source:
-                source.shown = False
-        if cell.id in cells:
-            cells[cell.id].shown = True
-        else:
-            cells[cell.id] = cell
-    return list(cells.values())
+            settings = replace(cell.choice.settings, method=cell.choice.settings.method["source"])
+            name = type(cell.method.source).__name__.lower()
+            source = _cell(Choice({**cell.choice.names, "method": name}, settings), prompts)
+            cell.source = by_settings.setdefault(digest(source.spec["settings"]), source)
+    return list(asked.values())
 
 
 def _read(files: Sequence[str], limit: int | None, cache: dict[str, list[Prompt]]) -> list[Prompt]:
@@ -209,23 +201,27 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print)
     runner = Runner(settings.trainer, say)
     if is_main():
         _open_folder(folder, cells)
-        for cell in cells:
+        for cell in _with_sources(cells):
             cell.store.open(cell.spec)
             _note_start(cell, command, runner)
     for cell in cells:
         runner.run(cell)
     if is_main():
         for cell in cells:
-            if cell.shown:
-                write_json(cell.store.folder / "metrics.json", _summary(cell))
+            write_json(cell.store.folder / "metrics.json", _summary(cell))
         write_report(folder)
         if settings.logger.wandb:
             from nemo_bench import tracking  # wandb is slow to import, and not needed without it
 
             for cell in cells:
-                if cell.shown:
-                    tracking.track(cell.store.folder, settings.logger, group=settings.name, say=say)
+                tracking.track(cell.store.folder, settings.logger, group=settings.name, say=say)
     return folder
+
+
+def _with_sources(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells, and before them the sources that were not asked for."""
+    extra = {cell.source.id: cell.source for cell in cells if cell.source and cell.source not in cells}
+    return [*extra.values(), *cells]
 
 
 def _open_folder(folder: Path, cells: Sequence[Cell]) -> None:
@@ -234,9 +230,9 @@ def _open_folder(folder: Path, cells: Sequence[Cell]) -> None:
         raise StoreError(f"{folder} is not empty and holds no run of nemo_bench; choose another name=... or root=...")
     folder.mkdir(parents=True, exist_ok=True)
     present = read_json(path)["cells"] if path.exists() else []
-    shown = [c.id for c in cells if c.shown]
     write_json(
-        path, {"schema": SCHEMA, "name": folder.name, "cells": [*present, *(i for i in shown if i not in present)]}
+        path,
+        {"schema": SCHEMA, "name": folder.name, "cells": [*present, *(c.id for c in cells if c.id not in present)]},
     )
 
 
@@ -260,7 +256,7 @@ def _note_start(cell: Cell, command: str, runner: Runner) -> None:
     ]
     prompts = cell.store.folder / "prompts.jsonl"
     if not prompts.exists():
-        prompts.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        prompts.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def _git_state() -> dict[str, Any]:
@@ -322,11 +318,11 @@ class Runner:
 
     def run(self, cell: Cell) -> None:
         """Takes a cell through the stages that are not done."""
-        self.calibrate(cell)
+        if cell.source:
+            self._localize(cell.source)
         self._localize(cell)
-        if cell.shown:
-            self._generate(cell)
-            self._score(cell)
+        self._generate(cell)
+        self._score(cell)
 
     def calibrate(self, cell: Cell) -> None:
         """Gives the method its calibration, from the cache or measured now."""
@@ -339,7 +335,10 @@ class Runner:
                 store.open({"model": cell.spec["model"], "prompts": len(cell.calibration_prompts)})
             tasks = [PromptTask.of(p) for p in cell.calibration_prompts]
             size = max(1, settings.batch_size // settings.localize_seeds)
-            make = lambda: CalibrationStage(self.model(cell), settings.localize_seeds, store)  # noqa: E731
+
+            def make() -> Stage:
+                return CalibrationStage(self.model(cell), settings.localize_seeds, store)
+
             self._predict("calibrate", cell.choice.names["model"], tasks, store, make, size)
             if is_main():
                 self._measure(cell, store, path)
@@ -354,7 +353,13 @@ class Runner:
         Calibration(mean, std, threshold(pairs), len(texts)).save(path)
 
     def _localize(self, cell: Cell) -> None:
+        if cell.store.is_done("localize"):
+            return
+        self.calibrate(cell)
+
         def make() -> Stage:
+            if is_main():
+                write_json(cell.store.folder / "layers.json", self.model(cell).masks.widths)
             found = by_prompt(cell.source.store) if cell.source else {}
             return LocalizationStage(
                 self.model(cell), cell.method, cell.choice.settings.localize_seeds, cell.store, found
@@ -430,7 +435,7 @@ def load_model(settings: ModelSettings) -> Diffusion:
         layers=settings.layers,
         steps=settings.steps,
         guidance=settings.guidance,
-        similarity=Similarity(kind.kernel, kind.sigma, tuple(kind.betas)),
+        similarity=Similarity(kind.sigma, tuple(kind.betas)),
     )
 
 
@@ -470,10 +475,9 @@ def outlook(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         One entry a cell: open records by stage, the UNet passes that its open images cost, missing references.
     """
     rows = []
-    for cell in cells:
-        open_ids = {
-            stage: len(cell.store.open_ids(stage, cell.ids(stage))) for stage in STAGES[: 3 if cell.shown else 1]
-        }
+    for cell in _with_sources(cells):
+        stages = STAGES if cell in cells else STAGES[:1]
+        open_ids = {stage: len(cell.store.open_ids(stage, cell.ids(stage))) for stage in stages}
         model = cell.choice.settings.model
         per_image = model.steps * (2 if model.guidance > 1 else 1)
         calibrated = (cell.calibration.folder / "calibration.safetensors").exists()

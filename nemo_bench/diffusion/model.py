@@ -34,15 +34,18 @@ class Similarity:
     """How noise differences are compared; small latents need other settings than Stable Diffusion's.
 
     Attributes:
-        kernel: Side of the Gaussian window, in latent pixels.
-        sigma: Standard deviation of that window, in latent pixels.
-        betas: Weights of the scales of MS-SSIM, or empty for single-scale SSIM. The published settings are kernel 11,
-            sigma 1.5, betas (0.33, 0.33, 0.33) (Hintersdorf et al. 2024, appendix).
+        sigma: Standard deviation of the Gaussian window, in latent pixels.
+        betas: Weights of the scales of MS-SSIM, or empty for single-scale SSIM. The published settings are sigma 1.5
+            (a window of 11) and betas (0.33, 0.33, 0.33) (Hintersdorf et al. 2024, appendix).
     """
 
-    kernel: int = 11
     sigma: float = 1.5
     betas: tuple[float, ...] = (0.33, 0.33, 0.33)
+
+    @property
+    def kernel(self) -> int:
+        """Side of the window that torchmetrics takes for this sigma, in latent pixels."""
+        return 2 * int(3.5 * self.sigma + 0.5) + 1
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class Diffusion(nn.Module):
             pipeline = StableDiffusionPipeline.from_pretrained(
                 source,
                 revision=revision,
-                torch_dtype=getattr(torch, dtype),
+                dtype=getattr(torch, dtype),
                 safety_checker=None,
                 requires_safety_checker=False,
                 local_files_only=local_files_only or folder,

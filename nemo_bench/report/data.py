@@ -114,7 +114,7 @@ class Cell:
         settings: Resolved settings, nested.
         digests: Hashes of model and prompts.
         citations: BibTeX by name.
-        layers: Value layers in network order, at least those with neurons in the outcomes.
+        layers: Value layers in network order.
         starts: Every start of the run: time, command, versions.
         prompts: In the order of the list.
         outcomes: By prompt id.
@@ -262,7 +262,8 @@ def _missing(folder: Path) -> str:
 
 def _load_cell(folder: Path) -> Cell:
     try:
-        spec, env, metrics = (_read(folder / f"{name}.json") for name in ("spec", "env", "metrics"))
+        names = ("spec", "env", "metrics", "layers")
+        spec, env, metrics, layers = (_read(folder / f"{name}.json") for name in names)
         prompts = [_prompt(line) for line in (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
         outcomes = _outcomes(folder, prompts)
         return Cell(
@@ -275,7 +276,7 @@ def _load_cell(folder: Path) -> Cell:
             settings=spec["settings"],
             digests=spec["digests"],
             citations=spec["citations"],
-            layers=network_order({*spec.get("layers", ()), *(name for o in outcomes.values() for name in o.neurons)}),
+            layers=list(layers),
             starts=env["starts"],
             prompts=prompts,
             outcomes=outcomes,

@@ -133,8 +133,9 @@ def _write_cell(
         "schema": 1, "cell": name, "model": model, "method": method, "prompts": "planted", "title": METHODS[method],
         "settings": {"seeds": SEEDS, "steps": 20, "method": {"name": method, "theta_min": 0.12}},
         "digests": {"model": f"{number // 3:016x}", "prompts": "5f3a9be1c0d24786"},
-        "citations": {"NeMo": CITATION} if method == "nemo" else {}, "layers": LAYERS,
+        "citations": {"NeMo": CITATION} if method == "nemo" else {},
     })  # fmt: skip
+    _dump(cell / "layers.json", LAYERS)
     _dump(cell / "env.json", {"starts": [{
         "time": "2026-11-23T17:00:00+00:00", "command": "nemo-bench run prompts=planted", "commit": "abc1234",
         "dirty": False, "world_size": 1, "device": "cpu", "versions": {"nemo_bench": "0.1.0", "torch": "2.15.0"},

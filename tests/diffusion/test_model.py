@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_bench import Diffusion, Neurons
+from nemo_bench.diffusion import source_digest, value_layers
+from nemo_bench.errors import ModelError
+from tiny import tiny_pipeline, tiny_texts
+
+
+def test_seven_value_layers_in_network_order(tiny: Diffusion) -> None:
+    short = [name.split(".transformer")[0] for name in tiny.value_layers]
+    downs = [f"down_blocks.{block}.attentions.{layer}" for block in range(3) for layer in range(2)]
+    assert short == [*downs, "mid_block.attentions.0"]
+    assert len(value_layers(tiny.unet, "all")) == 7 + 9
+
+
+def test_v_prediction_is_converted_to_noise() -> None:
+    velocity = Diffusion(tiny_pipeline(prediction_type="v_prediction"), steps=4)
+    text, latents = velocity.encode(tiny_texts(1)), velocity.latents([0])
+    output = velocity.unet(latents, 500, encoder_hidden_states=text.text).sample
+    alpha = velocity.pipeline.scheduler.alphas_cumprod[500]
+    expected = alpha.sqrt() * output + (1 - alpha).sqrt() * latents
+    torch.testing.assert_close(velocity.predict_noise(latents, 500, text), expected)
+    epsilon = Diffusion(tiny_pipeline(prediction_type="epsilon"), steps=4)
+    torch.testing.assert_close(epsilon.predict_noise(latents, 500, text), output)
+
+
+def test_first_timestep_is_stable_diffusions() -> None:
+    assert Diffusion(tiny_pipeline(), steps=50).first_timestep() == 981
+
+
+def test_latents_depend_on_their_seed_alone(tiny: Diffusion) -> None:
+    torch.manual_seed(1)
+    together = tiny.latents([3, 2**62, 5])
+    torch.manual_seed(2)
+    assert torch.equal(together[1:2], tiny.latents([2**62]))
+    assert not torch.equal(together[0], together[2])
+
+
+def test_images_do_not_depend_on_their_batch(tiny: Diffusion) -> None:
+    text, latents = tiny.encode(tiny_texts(3)), tiny.latents(range(3))
+    together = tiny.generate(text, latents)
+    assert together.shape == (3, 3, 32, 32)
+    assert together.min() >= 0
+    assert together.max() <= 1
+    for row in range(3):
+        torch.testing.assert_close(
+            together[row : row + 1], tiny.generate(text.rows([row]), latents[row : row + 1]), atol=1e-4, rtol=1e-3
+        )
+
+
+def test_generating_equals_the_plain_pipeline(tiny: Diffusion) -> None:
+    text, latents = tiny.encode(tiny_texts(1)), tiny.latents([4])
+    plain = tiny.pipeline(
+        tiny_texts(1)[0], latents=latents, num_inference_steps=4, guidance_scale=3.0, output_type="pt"
+    ).images
+    torch.testing.assert_close(tiny.generate(text, latents), plain.clamp(0, 1))
+
+
+def test_export_gives_the_images_of_blocking_and_leaves_no_trace(tmp_path: Path) -> None:
+    model = Diffusion(tiny_pipeline(), steps=4)
+    before = model.state_digest()
+    neurons = Neurons({name: range(0, width, 2) for name, width in model.masks.widths.items()})
+    text, latents = model.encode(tiny_texts(2)), model.latents([1, 2])
+    with model.block(neurons):
+        blocked = model.generate(text, latents)
+    model.export(tmp_path / "exported", neurons)
+    assert model.state_digest() == before
+    exported = Diffusion.load(str(tmp_path / "exported"), steps=4)
+    torch.testing.assert_close(exported.generate(text, latents), blocked)
+    assert exported.state_digest() != before
+
+
+def test_loading_a_folder_asks_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("a connection was attempted")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert Diffusion.load(str(tmp_path / "model"), steps=4).dtype is torch.float32
+
+
+def test_half_precision_weights_load_in_the_format_asked_for(tmp_path: Path) -> None:
+    tiny_pipeline().to(torch.float16).save_pretrained(tmp_path / "model")
+    model = Diffusion.load(str(tmp_path / "model"), dtype="float32")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("source", ["/nowhere/at/all", "./missing", "~/missing"])
+def test_a_path_that_is_no_pipeline_is_an_error_before_loading(source: str) -> None:
+    with pytest.raises(ModelError, match=r"model_index\.json"):
+        source_digest(source)
+
+
+def test_a_broken_folder_is_an_error(tmp_path: Path) -> None:
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ModelError, match="can't be loaded"):
+        Diffusion.load(str(tmp_path / "model"))
+
+
+def test_the_source_digest_follows_contents_not_places(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        tiny_pipeline().save_pretrained(tmp_path / name)
+    first = source_digest(str(tmp_path / "a"))
+    assert first == source_digest(str(tmp_path / "b"))
+    config = tmp_path / "b" / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "beta_end": 0.5}))
+    assert first != source_digest(str(tmp_path / "b"))
+    assert source_digest("some/hub-id", "main") != source_digest("some/hub-id", "other")
+
+
+def test_truncation_is_noticed(tiny: Diffusion) -> None:
+    assert not tiny.truncated("red sun")
+    assert tiny.truncated("red " * 40)

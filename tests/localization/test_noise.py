@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_bench import Diffusion
+from nemo_bench.diffusion import Similarity
+from nemo_bench.localization import noise_differences, pair_similarities, pair_values, similarity
+from tiny import tiny_texts
+
+
+def test_differences_are_scaled_per_row_and_channel(tiny: Diffusion) -> None:
+    text, latents = tiny.encode(tiny_texts(2)), tiny.latents([0, 1])
+    differences = noise_differences(tiny, text, latents)
+    raw = tiny.predict_noise(latents, tiny.first_timestep(), text) - latents
+    for row in range(2):
+        for channel in range(4):
+            plane = raw[row, channel]
+            expected = (plane - plane.min()) / (plane.max() - plane.min())
+            torch.testing.assert_close(differences[row, channel], expected)
+
+
+def test_similarity_of_equal_rows_is_one_and_rows_are_independent() -> None:
+    a = torch.rand(3, 4, 48, 48, generator=torch.Generator().manual_seed(0))
+    for settings in (Similarity(1.0, ()), Similarity()):
+        torch.testing.assert_close(similarity(a, a, settings), torch.ones(3))
+        b = torch.cat([a[:1], 1 - a[1:]])
+        values = similarity(a, b, settings)
+        assert values[0] > 0.999 > values[1:].max()
+        torch.testing.assert_close(similarity(a[1:2], b[1:2], settings), values[1:2])
+
+
+def test_the_published_window_is_eleven_wide() -> None:
+    assert Similarity().kernel == 11
+
+
+@given(st.integers(2, 6))
+def test_pairs(count: int) -> None:
+    differences = torch.rand(count, 4, 16, 16, generator=torch.Generator().manual_seed(count))
+    settings = Similarity(1.0, ())
+    matrix = pair_similarities(differences, settings)
+    assert torch.equal(matrix, matrix.T)
+    assert torch.isneginf(matrix.diagonal()).all()
+    values = pair_values(matrix)
+    assert len(values) == count * (count - 1) // 2
+    torch.testing.assert_close(values[0], similarity(differences[:1], differences[1:2], settings)[0])
