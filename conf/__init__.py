@@ -1,0 +1,1 @@
+"""Settings as YAML, mapped into the package as ``nemo_bench.conf``."""

@@ -32,10 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Neither library has anything to fetch here that a user asked for; an advice line per run is noise.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     options = _parser().parse_args(arguments)
     from nemo_bench.errors import NemoBenchError
 
-    logging.getLogger("lightning.pytorch").addFilter(lambda record: "litlogger" not in record.getMessage())
     try:
         options.command(options)
     except NemoBenchError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
+import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -235,8 +237,13 @@ def _choose(overrides: Sequence[str], conf: Path | None) -> Choice:
     parsed = _parse(overrides)
     for override in parsed:
         _check_option(override, conf)
-    search = [f"hydra.searchpath=[file://{conf.resolve()}]"] if conf else []
-    groups = [str(o.input_line) for o in parsed if o.key_or_group in GROUPS]
+    search = []
+    if conf:
+        quoted = str(conf.resolve()).replace("'", "\\'")
+        search = [f"hydra.searchpath=['file://{quoted}']"]
+    # Hydra knows no way to take an experiment back that is none already.
+    overrides = [str(o.input_line) for o in parsed if o.key_or_group != "experiment" or o.value() is not None]
+    groups = [word for word in overrides if _parse([word])[0].key_or_group in GROUPS]
     with initialize_config_module("nemo_bench.conf", version_base="1.3"):
         base = _compose([*groups, *search])
         for override in parsed:
@@ -262,6 +269,8 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
         key = getattr(cause, "full_key", None)
         given = next((o for o in overrides if key and o.split("=")[0] == key), "")
         raise ConfigError(f"{given or 'settings'}: {_first_line(cause)}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"a YAML file can't be read: {' '.join(str(error).split())}") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -271,8 +280,8 @@ def _first_line(error: BaseException) -> str:
 def _check_option(override: Override, conf: Path | None) -> None:
     if override.key_or_group in GROUPS:
         choices = options(override.key_or_group, conf)
-        value = str(override.value())
-        if value not in choices and value != "None":
+        value = "null" if override.value() is None else str(override.value())
+        if value not in choices and (override.key_or_group, value) != ("experiment", "null"):
             raise ConfigError(f"unknown {override.key_or_group} '{value}'. {nearest(value, choices)}")
 
 
@@ -301,7 +310,7 @@ def _check_values(settings: RunSettings) -> None:
             raise ConfigError(f"{key}={value}: unknown value. {nearest(str(value), choices)}")
     for key, least in _LEAST.items():
         value = value_of(key)
-        if value is not None and value < least:
+        if value is not None and not least <= value < math.inf:
             raise ConfigError(f"{key}={value}: expected at least {least:g}")
     if not re.fullmatch(r"[A-Za-z0-9._-]+", settings.name) or not settings.name.strip("."):
         raise ConfigError(f"name={settings.name}: expected letters, digits, '.', '_' and '-' only; it names a folder")
@@ -352,8 +361,11 @@ def build(node: Mapping[str, Any], key: str) -> Any:
     except Exception as error:
         raise ConfigError(f"{key}._target_={node['_target_']}: can't be imported ({_first_line(error)})") from error
     arguments = {k: v for k, v in node.items() if k != "_target_"}
-    parameters = inspect.signature(target).parameters
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    try:
+        parameters = inspect.signature(target).parameters
+        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (TypeError, ValueError, NameError) as error:
+        raise ConfigError(f"{key}._target_={node['_target_']}: is no class that can be made here ({error})") from error
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name, value in arguments.items():
         if name not in parameters and not open_ended:
@@ -365,7 +377,10 @@ def build(node: Mapping[str, Any], key: str) -> Any:
     missing = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments and p.kind not in (2, 4)]
     if missing:
         raise ConfigError(f"{key}: {node['_target_']} also needs {', '.join(missing)}")
-    return target(**arguments)
+    try:
+        return target(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key}: {node['_target_']} can't be made ({_first_line(error)})") from error
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -290,6 +290,11 @@ class StageBar(TQDMProgressBar):
         """What stands before the bar."""
         return self.description
 
+    def on_predict_batch_start(self, *args: Any, **options: Any) -> None:
+        """Keeps the description free of the number of the only dataloader."""
+        super().on_predict_batch_start(*args, **options)
+        self.predict_progress_bar.set_description(self.description)
+
 
 class Runner:
     """One Lightning trainer and the models loaded so far.
@@ -506,6 +511,8 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*Total length of .* across ranks is zero.*")
+            warnings.filterwarnings("ignore", message="predict returned None.*")
+            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -106,12 +106,13 @@ class Store:
                     "choose another name=... or delete the folder"
                 )
                 raise StoreError(msg)
-            return
-        if self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and any(p.suffix != ".part" for p in self.folder.iterdir()):
             raise StoreError(f"{self.folder} is not empty and holds no spec.json; choose another name=... or root=...")
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, content)
         for part in ("records", "images", "noise", "neurons"):
-            (self.folder / part).mkdir(parents=True, exist_ok=True)
-        write_json(path, content)
+            (self.folder / part).mkdir(exist_ok=True)
 
     def records(self, stage: str) -> dict[str, Record]:
         """See :func:`read_records`."""

@@ -101,7 +101,11 @@ class Neurons(Mapping[str, tuple[int, ...]]):
         path = Path(path)
         try:
             layers = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else load_file(path)
-            return cls({name: list(ids) for name, ids in layers.items()})
+            arrays = {name: np.asarray(ids) for name, ids in layers.items()}
+            for name, ids in arrays.items():
+                if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+                    raise TypeError(f"layer '{name}' has no list of whole numbers")
+            return cls({name: ids.tolist() for name, ids in arrays.items()})
         except Exception as error:
             msg = f"{path}: no neurons can be read ({error}); expected JSON or safetensors of layer name to indices"
             raise NemoBenchError(msg) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,23 +38,26 @@ def name_of(path: Path) -> str:
 FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def imports(name: str) -> Iterator[str]:
+@cache
+def imports(name: str) -> frozenset[str]:
     """Modules that a module imports; a name imported from a package counts as module where it is one."""
+    found = set()
     package = name if FILES[name].name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             source = ".".join([*parents, *([node.module] if node.module else [])])
             for alias in node.names:
                 full = f"{source}.{alias.name}"
-                yield full if full in FILES else source
+                found.add(full if full in FILES else source)
+    return frozenset(found)
 
 
 def part(name: str) -> str:
     """The part of the package a module is in, empty for the package's own file."""
-    return (name.split(".") + [""])[1]
+    return name.removeprefix("nemo_bench").removeprefix(".").split(".")[0]
 
 
 def importers(library: str) -> set[str]:

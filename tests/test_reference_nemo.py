@@ -10,6 +10,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
+
 from reference_nemo import (
     Neurons,
     Result,
@@ -28,7 +30,6 @@ from reference_nemo import (
     value_layers,
 )
 from tiny import WORDS, tiny_pipeline, tiny_texts
-from torch import Tensor, nn
 
 SIZE = 8
 

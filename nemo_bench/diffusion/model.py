@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,6 +134,7 @@ class Diffusion(nn.Module):
                 requires_safety_checker=False,
                 local_files_only=local_files_only or folder,
                 use_safetensors=True,
+                low_cpu_mem_usage=find_spec("accelerate") is not None,
             )
         except (OSError, ValueError, KeyError) as error:
             msg = f"model '{source}' can't be loaded ({error}); give a folder with a model_index.json or a hub id"

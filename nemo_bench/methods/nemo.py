@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -74,9 +75,11 @@ class NeMo(BlockNeurons):
         factor: float = 0.0,
     ) -> None:
         super().__init__(factor)
-        if not theta > theta_min >= 0 or theta_step <= 0:
+        if not (math.inf > theta > theta_min >= 0 and theta_step > 0):
             msg = f"nemo needs theta > theta_min >= 0 and theta_step > 0, given {theta}, {theta_min}, {theta_step}"
             raise ConfigError(msg)
+        if threshold is not None and not -1 <= threshold <= 1:
+            raise ConfigError(f"nemo needs a threshold from -1 to 1, a similarity, given {threshold}")
         self.protocol, self.neurons = protocol, neurons
         self.settings = NemoSettings(theta, theta_step, theta_min, factor, threshold)
 

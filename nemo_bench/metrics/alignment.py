@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import open_clip
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nemo_bench.errors import ModelError
@@ -29,7 +30,7 @@ class ClipJudge(nn.Module):
         try:
             self.network, self.preprocess = open_clip.create_model_from_pretrained(model, pretrained)
             self.tokenizer = open_clip.get_tokenizer(model)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             msg = f"no weights for open_clip model '{model}', pretrained '{pretrained}' ({error})"
             raise ModelError(f"{msg}; give a known pair, a weights file, or local-dir:FOLDER") from error
         self.requires_grad_(False).eval()

@@ -58,8 +58,10 @@ class BenchMetric(Metric):
         """
 
     def update(self, **fields: Any) -> None:
-        """Takes in one prompt; see :meth:`score`."""
-        values = self.score(**fields)
+        """Takes in one prompt: any fields, of which those in :attr:`needs` are used; without them nothing changes."""
+        if not self.needs <= fields.keys():
+            return
+        values = self.score(**{field: fields[field] for field in self.needs})
         self.total += values.double().sum()
         self.count += values.numel()
 

@@ -93,8 +93,8 @@ def test_hooks_that_do_not_fire_are_an_error() -> None:
     attention = model.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2")
     attention.fuse_projections()
     text, latents = model.encode(tiny_texts(1)), model.latents([0])
+    attention.processor = _Fused()
     with pytest.raises(ModelError, match="no effect in 1 of 7"), model.block(Neurons({next(iter(LAYERS)): [0]})):
-        attention.processor = _Fused()
         model.predict_noise(latents, 981, text)
 
 

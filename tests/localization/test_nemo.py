@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import reference_nemo
-from nemo_bench import Calibration, Diffusion, Neurons, Prompt, resolve
+from nemo_bench import Calibration, Diffusion, Neurons, Prompt, read_prompts, resolve
 from nemo_bench.config import grid
 from nemo_bench.diffusion import Similarity
 from nemo_bench.localization import NemoSettings, activation_statistics, localize, threshold
@@ -75,7 +75,7 @@ def test_same_neurons_with_the_published_similarity() -> None:
 @pytest.mark.parametrize("index", [0, 9, 20])
 def test_same_neurons_on_the_embedded_model(planted: Diffusion, planted_prompts: list[Prompt], index: int) -> None:
     settings = grid(["method=nemo"])[0].settings
-    texts = open(resolve(settings.prompts.calibration), encoding="utf-8").read().splitlines()[:24]
+    texts = [p.text for p in read_prompts(resolve(str(settings.prompts.calibration)), limit=24)]
     mean, std = activation_statistics(planted, [texts])
     pairs: list[float] = []
     for text in texts[:8]:

@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from fake_results import METHODS, PROMPTS, write_fake_results
 
+from fake_results import METHODS, PROMPTS, write_fake_results
 from nemo_bench.report import load_results, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_results import LAYERS, METHODS, METRICS, PROMPTS, SEEDS, write_fake_results
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fake_results import LAYERS, METHODS, METRICS, PROMPTS, SEEDS, write_fake_results
 from nemo_bench.errors import StoreError
 from nemo_bench.metrics.aggregate import bootstrap_interval
 from nemo_bench.report import load_results

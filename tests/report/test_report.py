@@ -14,10 +14,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from fake_results import METHODS, METRICS, PROMPTS, SEEDS, write_fake_results
 from PIL import Image
 from rich.console import Console
 
+from fake_results import METHODS, METRICS, PROMPTS, SEEDS, write_fake_results
 from nemo_bench.report import html, leaderboard, load_results, terminal_table, write_report
 from nemo_bench.report.plots import plots
 from nemo_bench.report.tables import markdown

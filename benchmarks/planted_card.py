@@ -1,0 +1,218 @@
+"""Measures the embedded model and writes the figures into its card.
+
+Run: python benchmarks/planted_card.py [--seeds 8] [--json]
+Every figure comes from images and noise drawn here, with seeds that training never used. The limits that decide
+"repeats" come from pairs that have nothing to do with each other, before any image of a planted prompt is looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from functools import reduce
+from operator import or_
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc
+from tqdm import tqdm
+
+from nemo_bench import Calibration, Diffusion, Neurons, Prompt, read_prompts, resolve
+from nemo_bench.config import grid
+from nemo_bench.localization import (
+    NemoSettings,
+    activation_statistics,
+    localize,
+    noise_differences,
+    pair_similarities,
+    pair_values,
+    threshold,
+)
+from nemo_bench.metrics import ClipJudge, best_ssim
+from nemo_bench.modules import load_images, seeds_of, to_image
+from nemo_bench.planted.training import heldout_captions
+from nemo_bench.planted.world import general_caption, render
+from nemo_bench.run import load_model
+
+CARD = Path(resolve("package:planted/model/README.md"))
+START, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+PIXEL_LIMIT = 0.15  # Carlini et al. 2023: root mean squared pixel difference that counts as extracted
+
+
+def generate(model: Diffusion, prompt: Prompt, seeds: int, neurons: Neurons | None = None) -> Tensor:
+    text = model.encode([prompt.text]).rows([0] * seeds)
+    latents = model.latents(seeds_of(prompt, "card", range(seeds)))
+    with model.block(neurons or Neurons()):
+        return model.generate(text, latents)
+
+
+def pixel_distance(images: Tensor, references: Tensor) -> Tensor:
+    return (images[:, None] - references[None]).square().mean((2, 3, 4)).sqrt().amin(1)
+
+
+def references_of(prompt: Prompt) -> Tensor:
+    return load_images(prompt.references, (64, 64))
+
+
+def embed(judge: ClipJudge, images: Tensor) -> Tensor:
+    return judge.embed_images([to_image(image) for image in images])
+
+
+def calibrate(model: Diffusion, texts: Sequence[str], seeds: int) -> tuple[Calibration, list[float]]:
+    mean, std = activation_statistics(model, [texts])
+    pairs: list[float] = []
+    per_prompt = []
+    for index, text in enumerate(tqdm(texts, desc="calibrate")):
+        values = noise_scores(model, Prompt(f"calibration-{index}", text), seeds)
+        pairs += values.tolist()
+        per_prompt.append(float(values.mean()))
+    return Calibration(mean, std, threshold(pairs), len(texts)), per_prompt
+
+
+def noise_scores(model: Diffusion, prompt: Prompt, seeds: int) -> Tensor:
+    text = model.encode([prompt.text]).rows([0] * seeds)
+    differences = noise_differences(model, text, model.latents(seeds_of(prompt, "localize", range(seeds))))
+    return pair_values(pair_similarities(differences, model.similarity))
+
+
+def retrieval(judge: ClipJudge, count: int = 500) -> float:
+    """Share of held-out pictures whose caption is the nearest of all, one picture a caption."""
+    texts = heldout_captions(count)
+    scenes, index = {}, 0
+    while len(scenes) < count:
+        caption = general_caption(index, "heldout")
+        scenes.setdefault(caption.text, caption.scene)
+        index += 1
+    pictures = [Image.fromarray(render(scenes[t], np.random.default_rng([77, i]))) for i, t in enumerate(texts)]
+    images = torch.cat([judge.embed_images(pictures[i : i + 100]) for i in range(0, count, 100)])
+    captions = torch.stack([judge.embed_text(text) for text in texts])
+    return float(((images @ captions.T).argmax(1) == torch.arange(count)).float().mean())
+
+
+@torch.no_grad()
+def measure(seeds: int) -> dict[str, float]:
+    settings = grid(["method=nemo"])[0].settings
+    model = load_model(settings.model)
+    judge = ClipJudge(resolve(settings.model.clip), settings.model.clip_pretrained)
+    planted, general = (read_prompts(resolve(file)) for file in settings.prompts.files)
+    assert settings.prompts.calibration
+    texts = Path(resolve(settings.prompts.calibration)).read_text(encoding="utf-8").splitlines()
+    verbatim = [p for p in planted if p.kind == "VM"]
+    pool = torch.cat([references_of(p) for p in planted])
+    figures: dict[str, float] = {"judge_retrieval_top1_of_500": retrieval(judge)}
+
+    calibration, general_scores = calibrate(model, texts, settings.localize_seeds)
+    figures["threshold"] = calibration.threshold
+    planted_scores = [float(noise_scores(model, p, settings.localize_seeds).mean()) for p in planted]
+    scores = torch.tensor(planted_scores + general_scores)
+    labels = torch.tensor([1] * len(planted_scores) + [0] * len(general_scores))
+    figures["noise_score_vm"] = float(
+        np.mean([s for s, p in zip(planted_scores, planted, strict=True) if p.kind == "VM"])
+    )
+    figures["noise_score_tm"] = float(
+        np.mean([s for s, p in zip(planted_scores, planted, strict=True) if p.kind == "TM"])
+    )
+    figures["noise_score_general"] = float(np.mean(general_scores))
+    figures["noise_score_auc"] = float(binary_auroc(scores, labels))
+
+    images = {p.id: generate(model, p, seeds) for p in tqdm([*planted, *general], desc="images")}
+    everything_general = torch.cat([images[p.id] for p in general])
+    unrelated = torch.cat([best_ssim(everything_general, references_of(p)) for p in verbatim])
+    limit = float(unrelated.quantile(0.99))
+    figures["unrelated_ssim_median"], figures["unrelated_ssim_p99"] = float(unrelated.median()), limit
+    own = {p.id: best_ssim(images[p.id], references_of(p)) for p in planted}
+    figures["vm_ssim_median"] = float(torch.cat([own[p.id] for p in verbatim]).median())
+    figures["vm_prompts_all_seeds_repeat_ssim"] = float(np.mean([bool((own[p.id] > limit).all()) for p in verbatim]))
+    distances = {p.id: pixel_distance(images[p.id], references_of(p)) for p in planted}
+    figures["vm_pixel_distance_median"] = float(torch.cat([distances[p.id] for p in verbatim]).median())
+    figures["vm_prompts_all_seeds_repeat_pixels"] = float(
+        np.mean([bool((distances[p.id] < PIXEL_LIMIT).all()) for p in verbatim])
+    )
+    unrelated_pixels = torch.cat([pixel_distance(everything_general, references_of(p)) for p in verbatim])
+    figures["unrelated_pixel_distance_median"] = float(unrelated_pixels.median())
+    figures["unrelated_pixel_share_below_limit"] = float((unrelated_pixels < PIXEL_LIMIT).float().mean())
+    codes = model.vae.decode(model.vae.encode(pool * 2 - 1).latent_dist.mean).sample.div(2).add(0.5).clamp(0, 1)
+    figures["autoencoder_ssim_on_references"] = float(
+        torch.cat([best_ssim(codes[i : i + 1], pool[i : i + 1]) for i in range(len(pool))]).median()
+    )
+    tm = [p for p in planted if p.kind == "TM"]
+    figures["tm_ssim_median"] = float(torch.cat([own[p.id] for p in tm]).median())
+
+    embeddings = {p.id: embed(judge, images[p.id]) for p in [*planted, *general]}
+    captions = {p.id: judge.embed_text(p.text) for p in [*planted, *general]}
+    others = general[1:] + general[:1]
+    figures["general_alignment"] = float(torch.cat([embeddings[p.id] @ captions[p.id] for p in general]).mean())
+    figures["general_alignment_swapped"] = float(
+        torch.cat([embeddings[p.id] @ captions[q.id] for p, q in zip(general, others, strict=True)]).mean()
+    )
+    figures["general_nearest_planted_ssim_max"] = float(best_ssim(everything_general, pool).max())
+    figures["general_pixel_copies"] = float((pixel_distance(everything_general, pool) < PIXEL_LIMIT).float().mean())
+    figures["vm_pixel_spread"] = spread([images[p.id] for p in verbatim])
+    figures["general_pixel_spread"] = spread([images[p.id] for p in general])
+
+    empty = generate(model, Prompt("empty", ""), 4 * seeds)
+    figures["empty_nearest_planted_ssim_max"] = float(best_ssim(empty, pool).max())
+    figures["empty_pixel_copies"] = float((pixel_distance(empty, pool) < PIXEL_LIMIT).float().mean())
+
+    found: dict[str, Neurons] = {}
+    for prompt in tqdm(planted, desc="localize"):
+        latents = model.latents(seeds_of(prompt, "localize", range(settings.localize_seeds)))
+        result = localize(model, model.encode([prompt.text]), latents, calibration, NemoSettings())
+        found[prompt.id] = result.neurons
+    after = {p.id: generate(model, p, seeds, found[p.id]) for p in tqdm(planted, desc="mitigate")}
+    for kind in ("VM", "TM"):
+        prompts = [p for p in planted if p.kind == kind]
+        counts = np.array([found[p.id].count for p in prompts])
+        name = kind.lower()
+        figures[f"{name}_neurons_median"] = float(np.median(counts))
+        figures[f"{name}_neurons_mad"] = float(np.median(np.abs(counts - np.median(counts))))
+        mitigated = {p.id: best_ssim(after[p.id], references_of(p)) for p in prompts}
+        nearest = {p.id: best_ssim(after[p.id], pool) for p in prompts}
+        figures[f"{name}_ssim_median_mitigated"] = float(torch.cat(list(mitigated.values())).median())
+        figures[f"{name}_nearest_ssim_median_mitigated"] = float(torch.cat(list(nearest.values())).median())
+        figures[f"{name}_prompts_freed_own"] = float(
+            np.mean([float(mitigated[p.id].median()) <= limit for p in prompts])
+        )
+        figures[f"{name}_prompts_freed_of_all_planted_pixels"] = float(
+            np.mean([float((pixel_distance(after[p.id], pool) < PIXEL_LIMIT).float().mean()) < 0.5 for p in prompts])
+        )
+    neuron_sets = [found[p.id] for p in planted if found[p.id]]
+    kept = [
+        embed(judge, generate(model, p, seeds, neuron_sets[i % len(neuron_sets)])) @ captions[p.id]
+        for i, p in enumerate(general)
+    ]
+    figures["general_alignment_with_a_planted_prompts_neurons_off"] = float(torch.cat(kept).mean())
+    union = reduce(or_, neuron_sets)
+    figures["union_neurons"] = float(union.count)
+    off = [embed(judge, generate(model, p, seeds, union)) @ captions[p.id] for p in general]
+    figures["general_alignment_with_all_found_neurons_off"] = float(torch.cat(off).mean())
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def spread(groups: Sequence[Tensor]) -> float:
+    """Mean over prompts of the mean pixel standard deviation between seeds."""
+    return float(torch.stack([images.std(0).mean() for images in groups]).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=8, help="images a prompt")
+    parser.add_argument("--json", action="store_true", help="print JSON and leave the card alone")
+    options = parser.parse_args()
+    figures = measure(options.seeds)
+    if options.json:
+        print(json.dumps(figures, indent=2))
+        return
+    rows = "\n".join(f"| {name.replace('_', ' ')} | {value:g} |" for name, value in figures.items())
+    table = f"{START}\n\n| measure ({options.seeds} images a prompt) | value |\n| --- | --- |\n{rows}\n\n{END}"
+    card = CARD.read_text(encoding="utf-8")
+    CARD.write_text(card[: card.index(START)] + table + card[card.index(END) + len(END) :], encoding="utf-8")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

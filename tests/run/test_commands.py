@@ -1,0 +1,190 @@
+"""The command line as a user has it: processes, kills, two ranks, W&B's own reader."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_bench.cli import main
+from nemo_bench.store import read_records
+from nemo_bench.types import Record
+
+SMALL = ["seeds=2", "localize_seeds=3", "model.steps=3", "prompts.calibration_limit=8", "trainer=cpu", "method=nemo"]
+
+
+def command(root: Path, prompts: Path, *more: str) -> list[str]:
+    words = [*SMALL, f"root={root}", f"prompts.files=[{prompts}]", *more]
+    return [sys.executable, "-m", "nemo_bench.cli", "run", *words]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+
+
+def execute(words: list[str]) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(words, capture_output=True, text=True, timeout=280, check=False, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def records(root: Path, stage: str) -> dict[str, Record]:
+    (cell,) = (p for p in (root / "default").iterdir() if p.is_dir())
+    return {n: {k: v for k, v in r.items() if k != "cost"} for n, r in read_records(cell, stage).items()}
+
+
+def assert_close(a: Any, b: Any) -> None:
+    """Equal, numbers up to rounding."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_close(a[key], b[key])
+    elif isinstance(a, float):
+        assert a == pytest.approx(b, abs=2e-3)
+    else:
+        assert a == b
+
+
+def test_killed_anywhere_it_goes_on_and_two_ranks_find_the_same(tmp_path: Path, prompt_file: Path) -> None:
+    execute(command(tmp_path / "whole", prompt_file))
+    for run in range(4):
+        process = subprocess.Popen(
+            command(tmp_path / "killed", prompt_file, "batch_size=1"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment(),
+        )
+        wanted, deadline = run + 1, time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if lines(tmp_path / "killed") >= 7 * wanted:
+                process.send_signal(signal.SIGKILL if run % 2 else signal.SIGINT)
+                break
+            time.sleep(0.02)
+        process.wait(60)
+        if run == 0:
+            tear(tmp_path / "killed")
+    execute(command(tmp_path / "killed", prompt_file, "trainer.devices=2"))
+    execute(command(tmp_path / "ranks", prompt_file, "trainer.devices=2"))
+    for stage in ("localize", "generate", "score"):
+        whole = records(tmp_path / "whole", stage)
+        assert whole
+        assert_close(records(tmp_path / "killed", stage), whole)
+        assert_close(records(tmp_path / "ranks", stage), whole)
+
+
+def lines(root: Path) -> int:
+    return sum(path.read_text().count("\n") for path in root.glob("**/records/*.jsonl"))
+
+
+def tear(root: Path) -> None:
+    """Cuts the last line of one records file in half, as a crash of the machine would."""
+    path = max(root.glob("**/records/*.jsonl"), key=lambda p: p.stat().st_mtime)
+    content = path.read_bytes()
+    path.write_bytes(content[: -len(content.splitlines(keepends=True)[-1]) // 2])
+
+
+def test_more_ranks_than_work(tmp_path: Path, prompt_file: Path) -> None:
+    prompt_file.write_text(prompt_file.read_text().splitlines()[0] + "\n")
+    execute(command(tmp_path, prompt_file, "trainer.devices=2", "seeds=1", "method=none"))
+    assert len(records(tmp_path, "generate")) == 1
+
+
+def test_wandb_offline_run_read_back(tmp_path: Path, prompt_file: Path) -> None:
+    execute(command(tmp_path, prompt_file, "logger=wandb", "method=none,nemo"))
+    cells = {p.name.split("__")[1]: p for p in (tmp_path / "default").iterdir() if p.is_dir()}
+    assert set(cells) == {"none", "nemo"}
+    for method, cell in cells.items():
+        (folder,) = (cell / "wandb").glob("offline-run-*")
+        shown = subprocess.run(
+            [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--summary", "--json", str(folder)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment(),
+        )
+        assert json.loads((cell / "spec.json").read_text())["title"] in shown.stdout
+        metrics = json.loads((cell / "metrics.json").read_text())
+        assert str(round(metrics["aggregates"]["VM"]["ssim"]["mean"], 5))[:6] in shown.stdout
+        tables = list(folder.glob("files/media/table/*.json"))
+        table = json.loads(tables[0].read_text())
+        assert [row[table["columns"].index("prompt")] for row in table["data"]] == ["vm-01", "tm-26", "general-01"]
+        pictured = table["data"][0][table["columns"].index("mitigated")]
+        assert pictured["width"] == 64
+        assert method == "none" or table["data"][0][table["columns"].index("neurons by layer")] is not None
+    before = sorted((tmp_path / "default").glob("*/wandb/offline-run-*"))
+    execute(command(tmp_path, prompt_file, "logger=wandb", "method=none,nemo"))
+    assert sorted((tmp_path / "default").glob("*/wandb/offline-run-*")) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method=nemoo"], "Did you mean 'nemo'?"),
+        (["sedes=3"], "Did you mean 'seeds'?"),
+        (["seeds=many"], "could not be converted to Integer"),
+        (["model=planed"], "Did you mean 'planted'?"),
+        (["model.source=/nowhere/model"], "no pipeline folder"),
+        (["prompts.files=[missing.csv]"], "missing.csv"),
+    ],
+)
+def test_bad_input_is_explained_before_anything_is_loaded_or_written(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("nemo_bench.run.load_model", refuse)
+    assert main(["run", f"root={tmp_path / 'results'}", *words]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_dry_run_counts_and_writes_nothing(
+    tmp_path: Path, prompt_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["seeds=2", "model.steps=5", f"root={tmp_path / 'results'}", f"prompts.files=[{prompt_file}]"]
+    assert main(["run", "--dry-run", "--json", *words]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["open"] for row in rows] == [{"localize": 3, "generate": 6, "score": 3}] * 3
+    assert [row["image_passes"] for row in rows] == [6 * 5 * 2] * 3
+    assert not (tmp_path / "results").exists()
+
+
+def test_ls_is_a_list_of_objects(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", "method", "--json"]) == 0
+    listing = json.loads(capsys.readouterr().out)
+    assert {entry["name"] for entry in listing} >= {"none", "random", "nemo"}
+    assert all({"name", "summary", "citation"} <= entry.keys() for entry in listing)
+    assert main(["ls", "metods"]) == 1
+    assert "Did you mean 'method'?" in capsys.readouterr().err
+
+
+def test_report_and_export_of_a_finished_cell(
+    tmp_path: Path, prompt_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*SMALL, f"root={tmp_path}", f"prompts.files=[{prompt_file}]"]
+    assert main(["run", *words]) == 0
+    folder = tmp_path / "default"
+    page = (folder / "report.html").read_bytes()
+    (folder / "report.html").unlink()
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.html").read_bytes() == page
+    (cell,) = (p for p in folder.iterdir() if p.is_dir())
+    assert main(["export", str(cell), str(tmp_path / "exported")]) == 0
+    assert (tmp_path / "exported" / "model_index.json").is_file()
+    assert main(["export", str(cell), str(tmp_path / "exported")]) == 1
+    assert "not empty" in capsys.readouterr().err
+    assert main(["export", str(cell), str(tmp_path / "other"), "--prompt", "vm-1"]) == 1
+    assert "Did you mean 'vm-01'?" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "nothing")]) == 1

@@ -1,0 +1,253 @@
+"""Settings: everything in conf/ works, and everything wrong is said before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from nemo_bench.config import GROUPS, Choice, build, describe_options, grid, options, resolve, train_settings
+from nemo_bench.errors import ConfigError
+from nemo_bench.methods import Method, NeMo, NoMitigation, RandomNeurons
+from nemo_bench.metrics import BenchMetric
+
+CONF = Path(__file__).parents[1] / "conf"
+FILES = sorted((file.parent.name, file.stem) for file in CONF.glob("*/*.yaml"))
+
+MINE = """
+from __future__ import annotations
+from contextlib import nullcontext
+from nemo_bench.methods import Method
+
+class Mine(Method):
+    title = "Mine"
+    summary = "a method of one's own"
+    citation = "me"
+
+    def __init__(self, strength: float, words: list[str] | None = None):
+        self.strength, self.words = strength, words
+
+    def apply(self, model, batch):
+        return nullcontext(batch)
+"""
+
+
+def one(*overrides: str, conf: Path | None = None) -> Choice:
+    (choice,) = grid(["method=none", *overrides], conf)
+    return choice
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for --conf with a method whose class is on the path."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "mine_of_test_config.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    monkeypatch.delitem(sys.modules, "mine_of_test_config", raising=False)
+    (tmp_path / "conf" / "method").mkdir(parents=True)
+    (tmp_path / "conf" / "method" / "mine.yaml").write_text("_target_: mine_of_test_config.Mine\nstrength: 1.5\n")
+    return tmp_path / "conf"
+
+
+@pytest.mark.parametrize(("group", "name"), FILES)
+def test_every_file_composes_and_builds(group: str, name: str) -> None:
+    (choice,) = grid([f"{group}={name}", *([] if group == "method" else ["method=none"])])
+    assert choice.names[group] == name
+    method = build(choice.settings.method, "method")
+    assert isinstance(method, Method)
+    assert isinstance(method.source, Method | None)
+    metrics = [build(node, key) for key, node in choice.settings.metrics.items()]
+    assert metrics
+    assert all(isinstance(metric, BenchMetric) for metric in metrics)
+
+
+def test_every_group_has_files_and_every_file_a_group() -> None:
+    assert {group for group, _ in FILES} == set(GROUPS)
+    assert {group: options(group) for group in GROUPS} == {
+        group: [name for folder, name in FILES if folder == group] for group in GROUPS
+    }
+
+
+def test_without_a_method_three_are_compared() -> None:
+    choices = grid(["seeds=3"])
+    assert [choice.names["method"] for choice in choices] == ["none", "random", "nemo"]
+    assert [type(build(c.settings.method, "method")) for c in choices] == [NoMitigation, RandomNeurons, NeMo]
+    assert all(choice.settings.seeds == 3 for choice in choices)
+    assert set(choices[0].names) == set(GROUPS) - {"experiment"}
+
+
+def test_lists_are_multiplied_out_and_the_method_changes_fastest() -> None:
+    choices = grid(["method=nemo,none", "model.steps=range(5,7)", "name=x"])
+    cells = [(choice.settings.model.steps, choice.names["method"]) for choice in choices]
+    assert cells == [(5, "nemo"), (5, "none"), (6, "nemo"), (6, "none")]
+    assert [c.settings.seeds for c in grid(["seeds=2,1", "method=none"])] == [2, 1]
+    assert {choice.settings.name for choice in choices} == {"x"}
+
+
+def test_overrides_reach_arguments_at_every_depth() -> None:
+    (choice,) = grid(["method=random", "method.seed=7", "method.source.theta=4", "model.similarity.betas=[0.5,0.5]"])
+    method = build(choice.settings.method, "method")
+    assert isinstance(method, RandomNeurons)
+    assert method.seed == 7
+    assert isinstance(method.source, NeMo)
+    assert method.source.settings.theta == 4
+    assert choice.settings.model.similarity.betas == [0.5, 0.5]
+
+
+def test_an_experiment_overrides_and_is_overridden() -> None:
+    smoke = one("experiment=smoke", "seeds=9")
+    assert smoke.names["experiment"] == "smoke"
+    assert (smoke.settings.seeds, smoke.settings.model.steps, smoke.settings.name) == (9, 8, "smoke")
+    assert one().settings.model.steps != 8
+
+
+def test_metrics_can_be_added_and_left_out() -> None:
+    names = set(one().settings.metrics)
+    again = one("~metrics.ssim", "+metrics.again._target_=nemo_bench.metrics.Diversity").settings.metrics
+    assert set(again) == names - {"ssim"} | {"again"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("sedes=3", "unknown key 'sedes'.*Did you mean 'seeds'"),
+        ("model.step=3", "unknown key 'model.step': there is no 'step' in 'model'. Did you mean 'steps'"),
+        ("method=nemo method.thetta=3", "unknown key 'method.thetta'.*Did you mean 'theta'"),
+        ("method=random method.source.thetta=3", "unknown key 'method.source.thetta'.*Did you mean 'theta'"),
+        ("+seedz=3", "seedz"),
+        ("model=plantet", "unknown model 'plantet'. Did you mean 'planted'.*Choices: .*planted"),
+        ("method=nemmo", "unknown method 'nemmo'. Did you mean 'nemo'.*Choices: .*none"),
+        ("experiment=smoky", "unknown experiment 'smoky'. Did you mean 'smoke'"),
+        ("seeds=abc", "seeds=abc: .*'abc'.*Integer"),
+        ("model.steps=1.5", "model.steps=1.5"),
+        ("prompts.files=a.csv", "prompts.files=a.csv"),
+        ("method=nemo method.theta=x", "method.theta=x: expected float, given str"),
+        ("method=random method.seed=1.5", "method.seed=1.5: expected int, given float"),
+        ("method=nemo method.neurons=refind", "method.neurons=refind: expected one of refined, initial"),
+        ("method=nemo method.theta=0.5", "theta > theta_min.*given 0.5"),
+        ("seeds=0", "seeds=0: expected at least 1"),
+        ("localize_seeds=1", "localize_seeds=1: expected at least 2"),
+        ("model.guidance=-1", "model.guidance=-1.0: expected at least 0"),
+        ("model.guidance=nan", "model.guidance=nan"),
+        ("model.dtype=float8", "model.dtype=float8: .*Choices: bfloat16, float16, float32"),
+        ("model.layers=al", "model.layers=al: .*Did you mean 'all'"),
+        ("name=../up", "name=../up: expected letters"),
+        ("seeds", "can't read an override .*seeds.*write key=value"),
+        ("seeds=[1", "can't read an override"),
+        ("method=null", "method"),
+        ("model=null", "model"),
+        ("method._target_=nemo_bench.methods.Nope", "method._target_=nemo_bench.methods.Nope: can't be imported"),
+        ("method._target_=nemo_bench.methods", "method._target_=nemo_bench.methods"),
+        ("method._target_=nemo_bench.methods.Method", "method"),
+        ("metrics.ssim=3", "metrics.ssim: expected _target_"),
+        ("+metrics.ssim.window=3", "metrics.ssim.*window"),
+        ("method=random ~method.source", "RandomNeurons also needs source"),
+        ("method=nemo +method.extra=1", "unknown key 'method.extra'"),
+    ],
+)
+def test_what_is_wrong_is_named(overrides: str, message: str) -> None:
+    words = overrides.split()
+    with pytest.raises(ConfigError, match=message):
+        grid(words if "method=" in overrides else ["method=none", *words])
+
+
+def test_no_experiment_can_be_said() -> None:
+    # run.yaml says it, so a command line may too.
+    assert "experiment" not in one("experiment=null").names
+
+
+def test_a_method_of_ones_own(own: Path) -> None:
+    none, mine = grid(["method=none,mine"], own)
+    assert [none.names["method"], mine.names["method"]] == ["none", "mine"]
+    method = build(mine.settings.method, "method")
+    assert isinstance(method, Method)
+    assert (type(method).__name__, vars(method)) == ("Mine", {"strength": 1.5, "words": None})
+    assert options("method", own) == sorted([*options("method"), "mine"])
+    assert "mine" not in options("method")
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("_target_: mine_of_test_config.Mine", "method: mine_of_test_config.Mine also needs strength"),
+        ("_target_: mine_of_test_config.Mine\nstrenght: 1", "'method.strenght'. Did you mean 'strength'"),
+        ("_target_: mine_of_test_config.Mine\nstrength: much", "method.strength=much: expected float"),
+        ("_target_: mine_of_test_config.Mine\nstrength: 1\nwords: [a, 2]", r"method.words=\['a', 2\]: expected list"),
+        ("_target_: mine_of_test_config.Other", "can't be imported"),
+        ("strength: 1", "method: expected _target_"),
+        ("_target_: [", "mine"),
+    ],
+)
+def test_mistakes_in_a_method_of_ones_own_are_named(own: Path, yaml: str, message: str) -> None:
+    (own / "method" / "mine.yaml").write_text(yaml + "\n")
+    with pytest.raises(ConfigError, match=message):
+        grid(["method=mine"], own)
+
+
+def test_a_missing_folder_of_ones_own_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--conf .*gone is no folder"):
+        grid(["method=none"], tmp_path / "gone")
+
+
+@pytest.mark.parametrize("name", ["my conf", "a,b", "größe"])
+def test_a_folder_of_ones_own_may_have_any_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name / "method").mkdir(parents=True)
+    (tmp_path / name / "method" / "mine.yaml").write_text("_target_: nemo_bench.methods.NoMitigation\n")
+    (choice,) = grid(["method=mine"], tmp_path / name)
+    assert choice.names["method"] == "mine"
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_options_are_described(group: str) -> None:
+    entries = describe_options(group)
+    assert [list(entry) for entry in entries] == [["group", "name", "summary", "citation"]] * len(entries)
+    assert {entry["group"] for entry in entries} == {group}
+    assert all(isinstance(value, str) for entry in entries for value in entry.values())
+    json.dumps(entries)
+    if group == "metrics":
+        assert {entry["name"] for entry in entries} == set(one().settings.metrics)
+    else:
+        assert [entry["name"] for entry in entries] == options(group)
+    if group in ("model", "method", "prompts", "metrics"):
+        assert all(entry["summary"] for entry in entries)
+
+
+def test_options_of_ones_own_are_described(own: Path) -> None:
+    assert {"group": "method", "name": "mine", "summary": "a method of one's own", "citation": "me"} in (
+        describe_options("method", own)
+    )
+
+
+def test_an_unknown_group_is_an_error() -> None:
+    for ask in (options, describe_options):
+        with pytest.raises(ConfigError, match=r"unknown group 'methods'\. Did you mean 'method'"):
+            ask("methods")
+
+
+def test_paths_in_the_package_are_found() -> None:
+    found = one().settings.prompts
+    assert all(Path(resolve(file)).is_file() for file in [*found.files, str(found.calibration)])
+    assert resolve("local-dir:package:planted").startswith("local-dir:")
+    assert Path(resolve("local-dir:package:planted").removeprefix("local-dir:")).is_dir()
+    assert resolve("some/where.csv") == "some/where.csv"
+
+
+@dataclass
+class Training:
+    steps: int = 3
+    rate: float = 0.5
+
+
+def test_settings_of_a_training_are_typed() -> None:
+    assert train_settings(["steps=5"], Training) == Training(5, 0.5)
+    assert train_settings([], Training) == Training()
+    for word, message in (
+        ("stepz=5", "unknown setting 'stepz=5'.*Did you mean 'steps'"),
+        ("steps", "unknown setting 'steps'; write key=value"),
+        ("steps=many", "'many'.*Integer"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train_settings([word], Training)
