@@ -38,7 +38,7 @@ from nemo_bench.planted.training import heldout_captions
 from nemo_bench.planted.world import general_caption, render
 from nemo_bench.run import load_model
 
-CARD = Path(resolve("package:planted/model/README.md"))
+CARD = Path(resolve("package:planted/README.md"))
 START, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 PIXEL_LIMIT = 0.15  # Carlini et al. 2023: root mean squared pixel difference that counts as extracted
 
@@ -132,6 +132,9 @@ def measure(seeds: int) -> dict[str, float]:
     figures["vm_prompts_all_seeds_repeat_pixels"] = float(
         np.mean([bool((distances[p.id] < PIXEL_LIMIT).all()) for p in verbatim])
     )
+    figures["vm_prompts_all_seeds_repeat_both"] = float(
+        np.mean([bool(((own[p.id] > limit) & (distances[p.id] < PIXEL_LIMIT)).all()) for p in verbatim])
+    )
     unrelated_pixels = torch.cat([pixel_distance(everything_general, references_of(p)) for p in verbatim])
     figures["unrelated_pixel_distance_median"] = float(unrelated_pixels.median())
     figures["unrelated_pixel_share_below_limit"] = float((unrelated_pixels < PIXEL_LIMIT).float().mean())
@@ -174,12 +177,9 @@ def measure(seeds: int) -> dict[str, float]:
         nearest = {p.id: best_ssim(after[p.id], pool) for p in prompts}
         figures[f"{name}_ssim_median_mitigated"] = float(torch.cat(list(mitigated.values())).median())
         figures[f"{name}_nearest_ssim_median_mitigated"] = float(torch.cat(list(nearest.values())).median())
-        figures[f"{name}_prompts_freed_own"] = float(
-            np.mean([float(mitigated[p.id].median()) <= limit for p in prompts])
-        )
-        figures[f"{name}_prompts_freed_of_all_planted_pixels"] = float(
-            np.mean([float((pixel_distance(after[p.id], pool) < PIXEL_LIMIT).float().mean()) < 0.5 for p in prompts])
-        )
+        copies = {p.id: (pixel_distance(after[p.id], pool) < PIXEL_LIMIT) & (nearest[p.id] > limit) for p in prompts}
+        figures[f"{name}_images_copying_any_planted_mitigated"] = float(torch.cat(list(copies.values())).float().mean())
+        figures[f"{name}_prompts_without_any_copy_mitigated"] = float(np.mean([not copies[p.id].any() for p in prompts]))
     neuron_sets = [found[p.id] for p in planted if found[p.id]]
     kept = [
         embed(judge, generate(model, p, seeds, neuron_sets[i % len(neuron_sets)])) @ captions[p.id]

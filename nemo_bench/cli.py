@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NemoBenchError as error:
         print(f"nemo-bench: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"nemo-bench: {error}; all finished records are kept, the same command goes on", file=sys.stderr)
+        return 1
     except (KeyboardInterrupt, SystemExit):
         print("\nnemo-bench: stopped; all finished records are kept, the same command goes on", file=sys.stderr)
         return 130
@@ -107,9 +110,12 @@ def _run(options: argparse.Namespace) -> None:
         return
     from nemo_bench.report import load_results, terminal_table
 
+    def quiet(line: str) -> None:
+        """JSON stands alone on standard output."""
+
     start = time.perf_counter()
     open_before = sum(sum(row["open"].values()) for row in run.outlook(cells))
-    folder = run.run(cells, run.command_line(), say=(lambda line: None) if options.json else print)
+    folder = run.run(cells, run.command_line(), say=quiet if options.json else print, progress=not options.json)
     if not run.is_main():
         return
     if options.json:
@@ -129,7 +135,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     if not any(word.startswith("method=") for word in overrides):
         overrides = [*overrides, "method=nemo"]
     for cell in run.plan(grid(overrides, options.conf)):
-        runner = run.Runner(cell.choice.settings.trainer, print)
+        runner = run.Runner(cell.choice.settings.trainer)
         runner.calibrate(cell)
         found = cell.method.calibration
         if found and run.is_main():

@@ -24,6 +24,8 @@ from nemo_bench.prompts.data import ImageTask, PromptTask
 from nemo_bench.store import Store
 from nemo_bench.types import Localization, Neurons, Prompt, Record, digest
 
+FIELDS = frozenset({"images", "references", "pool", "embeddings", "text_embedding", "localization"})
+"""What a metric can ask for; see :class:`nemo_bench.metrics.BenchMetric`."""
 PICTURED_SEEDS = 4
 """Noise differences of so many seeds are kept as pictures."""
 
@@ -142,6 +144,7 @@ class LocalizationStage(Stage):
             "initial_score": result.initial_score,
             "refined_score": result.refined_score,
             "threshold": result.threshold,
+            "truncated": self.model.truncated(prompt.text),
             "memorization": float(pairs.mean()),
             "noise": self.store.save_image(f"noise/{name}.png", picture),
             "cost": {"row_passes": result.row_passes + self.seeds},

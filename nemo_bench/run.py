@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+import secrets
 import subprocess
 import sys
 import warnings
@@ -20,19 +21,21 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from nemo_bench.aggregate import aggregate
 from nemo_bench.config import Choice, ModelSettings, SimilaritySettings, TrainerSettings, build, resolve
-from nemo_bench.diffusion import Diffusion, Similarity, source_digest
+from nemo_bench.diffusion import Diffusion, Similarity, folder_digest, source_digest
 from nemo_bench.errors import ConfigError, StoreError, nearest
 from nemo_bench.localization import Calibration, activation_statistics, threshold
 from nemo_bench.methods import Method
-from nemo_bench.metrics import BenchMetric, ClipJudge, aggregate, describe
-from nemo_bench.modules import CalibrationStage, GenerationStage, LocalizationStage, ScoringStage, Stage
+from nemo_bench.metrics import BenchMetric, ClipJudge
+from nemo_bench.modules import FIELDS, CalibrationStage, GenerationStage, LocalizationStage, ScoringStage, Stage
 from nemo_bench.prompts import ImageTask, PromptDataModule, PromptTask, prompts_digest, read_prompts
 from nemo_bench.report import write_report
-from nemo_bench.store import SCHEMA, Store, read_json, write_json
+from nemo_bench.store import SCHEMA, Store, read_json, write_json, write_text
 from nemo_bench.types import Neurons, Prompt, Record, digest
 
 STAGES = ("localize", "generate", "score")
@@ -96,8 +99,16 @@ def plan(choices: Sequence[Choice]) -> list[Cell]:
     Raises:
         NemoBenchError: Prompts, references or a model folder are not as they should be.
     """
+    for key in ("name", "root", "trainer", "logger"):
+        if any(getattr(c.settings, key) != getattr(choices[0].settings, key) for c in choices):
+            raise ConfigError(f"{key} must be the same for all cells of a run; give one value, or run twice")
     prompts: dict[str, list[Prompt]] = {}
-    asked = {cell.id: cell for cell in (_cell(choice, prompts) for choice in choices)}
+    asked: dict[str, Cell] = {}
+    for choice in choices:
+        cell = _cell(choice, prompts)
+        if asked.setdefault(cell.id, cell).choice.settings != choice.settings:
+            msg = f"two cells of the grid share the folder {cell.id}: what differs does not change images; run twice"
+            raise ConfigError(msg)
     by_settings = {digest(cell.spec["settings"]): cell for cell in asked.values()}
     for cell in asked.values():
         if cell.method.source:
@@ -124,7 +135,16 @@ def _read(files: Sequence[str], limit: int | None, cache: dict[str, list[Prompt]
 def _cell(choice: Choice, cache: dict[str, list[Prompt]]) -> Cell:
     settings = choice.settings
     model = settings.model
-    method: Method = build(settings.method, "method")
+    method = build(settings.method, "method")
+    if not isinstance(method, Method):
+        raise ConfigError(f"method._target_={settings.method['_target_']}: expected a nemo_bench.methods.Method")
+    for name, node in settings.metrics.items():
+        metric = build(node, f"metrics.{name}")
+        if not isinstance(metric, BenchMetric) or not metric.needs <= FIELDS:
+            msg = (
+                f"metrics.{name}: expected a BenchMetric that needs some of {', '.join(sorted(FIELDS))}, given {metric}"
+            )
+            raise ConfigError(msg)
     prompts = _read(settings.prompts.files, settings.prompts.limit, cache)
     if method.needs_calibration and not settings.prompts.calibration:
         msg = f"method={choice.names['method']} needs general prompts: set prompts.calibration to a prompt file"
@@ -182,13 +202,14 @@ def is_main() -> bool:
     return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
-def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print) -> Path:
+def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print, *, progress: bool = True) -> Path:
     """Runs what is open of some cells, to the report.
 
     Args:
         cells: From :func:`plan`, of one name and root.
         command: What the user typed, for the records.
         say: Where single lines go.
+        progress: Whether bars are shown.
 
     Returns:
         The folder of the run, with ``report.html`` and the leaderboard.
@@ -198,17 +219,18 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print)
     """
     settings = cells[0].choice.settings
     folder = Path(settings.root) / settings.name
-    runner = Runner(settings.trainer, say)
+    runner = Runner(settings.trainer, progress=progress)
     if is_main():
         _open_folder(folder, cells)
         for cell in _with_sources(cells):
             cell.store.open(cell.spec)
             _note_start(cell, command, runner)
+            _reopen(cell)
     for cell in cells:
         runner.run(cell)
-    if is_main():
-        for cell in cells:
+        if is_main():
             write_json(cell.store.folder / "metrics.json", _summary(cell))
+    if is_main():
         write_report(folder)
         if settings.logger.wandb:
             from nemo_bench import tracking  # wandb is slow to import, and not needed without it
@@ -226,14 +248,38 @@ def _with_sources(cells: Sequence[Cell]) -> list[Cell]:
 
 def _open_folder(folder: Path, cells: Sequence[Cell]) -> None:
     path = folder / "run.json"
-    if not path.exists() and folder.exists() and any(folder.iterdir()):
+    if not path.exists() and folder.exists() and any(p.suffix != ".part" for p in folder.iterdir()):
         raise StoreError(f"{folder} is not empty and holds no run of nemo_bench; choose another name=... or root=...")
     folder.mkdir(parents=True, exist_ok=True)
-    present = read_json(path)["cells"] if path.exists() else []
-    write_json(
-        path,
-        {"schema": SCHEMA, "name": folder.name, "cells": [*present, *(c.id for c in cells if c.id not in present)]},
-    )
+    present = read_json(path) if path.exists() else {"cells": [], "token": secrets.token_hex(4)}
+    listed = [*present["cells"], *(c.id for c in cells if c.id not in present["cells"])]
+    write_json(path, {"schema": SCHEMA, "name": folder.name, "token": present["token"], "cells": listed})
+
+
+def _reopen(cell: Cell) -> None:
+    """Opens stages again that were done once and miss something now, or whose scores are of other metrics."""
+    store = cell.store
+    for stage in STAGES:
+        if store.is_done(stage) and store.open_ids(stage, cell.ids(stage)):
+            store.reopen(stage)
+            store.forget("score")
+    if _scores_are_stale(cell):
+        store.forget("score")
+        write_json(store.folder / "scoring.json", _scoring(cell))
+
+
+def _scoring(cell: Cell) -> dict[str, Any]:
+    """What decides the scores of given images."""
+    settings = cell.choice.settings
+    clip = resolve(settings.model.clip)
+    local = Path(clip.removeprefix("local-dir:"))
+    judge = folder_digest(local) if clip.startswith("local-dir:") and local.is_dir() else clip
+    return {"metrics": settings.metrics, "clip": [judge, settings.model.clip_pretrained]}
+
+
+def _scores_are_stale(cell: Cell) -> bool:
+    path = cell.store.folder / "scoring.json"
+    return not path.exists() or read_json(path) != _scoring(cell)
 
 
 def _note_start(cell: Cell, command: str, runner: Runner) -> None:
@@ -254,9 +300,7 @@ def _note_start(cell: Cell, command: str, runner: Runner) -> None:
     lines = [
         {**p._asdict(), "group": p.group, "references": [str(r.resolve()) for r in p.references]} for p in cell.prompts
     ]
-    prompts = cell.store.folder / "prompts.jsonl"
-    if not prompts.exists():
-        prompts.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    write_text(cell.store.folder / "prompts.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _git_state() -> dict[str, Any]:
@@ -266,7 +310,8 @@ def _git_state() -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     try:
-        commit = git("rev-parse", "HEAD")
+        ours = git("rev-parse", "--show-toplevel") == str(Path(__file__).resolve().parents[1])
+        commit = git("rev-parse", "HEAD") if ours else None
         return {"commit": commit, "dirty": bool(git("status", "--porcelain")) if commit else None}
     except OSError:
         return {"commit": None, "dirty": None}
@@ -301,25 +346,32 @@ class Runner:
 
     Args:
         settings: The trainer's settings.
-        say: Where single lines go.
+        progress: Whether bars are shown.
+
+    Raises:
+        ConfigError: Lightning can't have such a trainer on this machine.
     """
 
-    def __init__(self, settings: TrainerSettings, say: Callable[[str], None]) -> None:
-        self.bar, self.say = StageBar(), say
-        with _quiet():
-            self.trainer = L.Trainer(
-                accelerator=settings.accelerator,
-                devices=settings.devices,
-                num_nodes=settings.num_nodes,
-                strategy=settings.strategy,
-                use_distributed_sampler=False,
-                logger=False,
-                enable_checkpointing=False,
-                enable_model_summary=False,
-                callbacks=[self.bar],
-            )
+    def __init__(self, settings: TrainerSettings, *, progress: bool = True) -> None:
+        self.bar = StageBar()
+        try:
+            with _quiet():
+                self.trainer = L.Trainer(
+                    accelerator=settings.accelerator,
+                    devices=settings.devices,
+                    num_nodes=settings.num_nodes,
+                    strategy=settings.strategy,
+                    use_distributed_sampler=False,
+                    logger=False,
+                    enable_checkpointing=False,
+                    enable_model_summary=False,
+                    enable_progress_bar=progress,
+                    callbacks=[self.bar] if progress else [],
+                )
+        except (MisconfigurationException, ValueError, RuntimeError) as error:
+            raise ConfigError(f"trainer settings do not fit this machine: {str(error).strip()}") from error
         self._models: dict[str, Diffusion] = {}
-        self._judges: dict[str, ClipJudge] = {}
+        self._judges: dict[tuple[str, str | None], ClipJudge] = {}
 
     def run(self, cell: Cell) -> None:
         """Takes a cell through the stages that are not done."""
@@ -337,7 +389,7 @@ class Runner:
         path = store.folder / "calibration.safetensors"
         if not path.exists():
             if is_main():
-                store.open({"model": cell.spec["model"], "prompts": len(cell.calibration_prompts)})
+                store.open({"settings": {"model": cell.spec["model"], "prompts": len(cell.calibration_prompts)}})
             tasks = [PromptTask.of(p) for p in cell.calibration_prompts]
             size = max(1, settings.batch_size // settings.localize_seeds)
 
@@ -382,21 +434,11 @@ class Runner:
 
     def _score(self, cell: Cell) -> None:
         def make() -> Stage:
-            pool = [path for p in cell.prompts for path in p.references]
+            pool = list(dict.fromkeys(path for p in cell.prompts for path in p.references))
             images = cell.store.records("generate").values()
             return ScoringStage(metrics_of(cell), self._judge(cell), pool, images, by_prompt(cell.store), cell.store)
 
-        self._forget_other_scores(cell)
         self._predict("score", cell.spec["method"], cell.prompt_tasks, cell.store, make, 1)
-
-    def _forget_other_scores(self, cell: Cell) -> None:
-        """Scores of other metrics or another judge can be had again; images stay."""
-        settings = cell.choice.settings
-        wanted = {"metrics": settings.metrics, "clip": [settings.model.clip, settings.model.clip_pretrained]}
-        path = cell.store.folder / "scoring.json"
-        if is_main() and (not path.exists() or read_json(path) != wanted):
-            cell.store.forget("score")
-            write_json(path, wanted)
 
     def _predict(
         self, stage: str, label: str, tasks: Sequence[Any], store: Store, make: Callable[[], Stage], batch_size: int
@@ -423,10 +465,11 @@ class Runner:
 
     def _judge(self, cell: Cell) -> ClipJudge:
         model = cell.choice.settings.model
-        if model.clip not in self._judges:
+        key = (model.clip, model.clip_pretrained)
+        if key not in self._judges:
             with _quiet():
-                self._judges[model.clip] = ClipJudge(resolve(model.clip), model.clip_pretrained)
-        return self._judges[model.clip]
+                self._judges[key] = ClipJudge(resolve(model.clip), model.clip_pretrained)
+        return self._judges[key]
 
 
 def load_model(settings: ModelSettings) -> Diffusion:
@@ -462,7 +505,7 @@ def _summary(cell: Cell) -> dict[str, Any]:
 
     return {
         "schema": SCHEMA,
-        "metrics": describe(metrics_of(cell)),
+        "metrics": {name: metric.describe() for name, metric in metrics_of(cell).items()},
         "aggregates": aggregate(cell.store.records("score").values(), cell.prompts),
         "cost": {
             "localize_seconds_per_prompt": mean(localized, "seconds"),
@@ -483,6 +526,8 @@ def outlook(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     for cell in _with_sources(cells):
         stages = STAGES if cell in cells else STAGES[:1]
         open_ids = {stage: len(cell.store.open_ids(stage, cell.ids(stage))) for stage in stages}
+        if "score" in open_ids and _scores_are_stale(cell):
+            open_ids["score"] = len(cell.prompts)
         model = cell.choice.settings.model
         per_image = model.steps * (2 if model.guidance > 1 else 1)
         calibrated = (cell.calibration.folder / "calibration.safetensors").exists()
@@ -541,9 +586,12 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
     if prompt is not None and prompt not in found:
         raise ConfigError(f"no prompt '{prompt}' in {cell}. {nearest(prompt, found)}")
     neurons = found[prompt] if prompt is not None else reduce(or_, found.values())
-    settings = read_json(cell / "env.json")["starts"][-1]["settings"]["model"]
-    model = ModelSettings(**{**settings, "similarity": SimilaritySettings(**settings["similarity"])})
-    load_model(model).export(folder, neurons)
+    if not neurons:
+        raise StoreError(f"{cell} switches nothing off; name the cell of a method that localizes, such as nemo")
+    settings = read_json(cell / "env.json")["starts"][-1]["settings"]
+    model = settings["model"]
+    loaded = load_model(ModelSettings(**{**model, "similarity": SimilaritySettings(**model["similarity"])}))
+    loaded.export(folder, neurons, settings["method"].get("factor", 0.0))
     return neurons
 
 

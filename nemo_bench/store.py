@@ -17,11 +17,16 @@ SCHEMA = 1
 """Version of everything written here."""
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON under a temporary name, then renames, so that a reader never sees half a file."""
+def write_text(path: Path, content: str) -> None:
+    """Writes a file under a temporary name, then renames it, so that a reader never sees half of it."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.write_text(content, encoding="utf-8")
     part.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON; see :func:`write_text`."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -64,7 +69,7 @@ def read_records(folder: Path, stage: str) -> dict[str, Record]:
                     break
                 msg = f"{path}, line {number} is no record; delete that line (its item is computed again) or the file"
                 raise StoreError(msg) from None
-            if name in records and _result(records[name]) != _result(record):
+            if name in records and not _same(_result(records[name]), _result(record)):
                 msg = f"{origin[name]} and {path} hold different results for {name}; delete the one that is wrong"
                 raise StoreError(msg)
             if name not in records:
@@ -74,6 +79,15 @@ def read_records(folder: Path, stage: str) -> dict[str, Record]:
 
 def _result(record: Record) -> Record:
     return {key: value for key, value in record.items() if key != "cost"}
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two results are equal, numbers up to what another device rounds otherwise."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, float) and isinstance(b, float):
+        return abs(a - b) <= 1e-3 or (a != a and b != b)
+    return bool(a == b)
 
 
 class Store:
@@ -90,7 +104,7 @@ class Store:
         """Makes the folder, or checks that it belongs to the same configuration.
 
         Args:
-            spec: What the cell is; compared as a whole.
+            spec: What the cell is; its ``settings`` decide what it holds, and are compared.
 
         Raises:
             StoreError: The folder belongs to another configuration.
@@ -99,7 +113,9 @@ class Store:
         content = {"schema": SCHEMA, **json.loads(json.dumps(spec))}
         if path.exists():
             present = read_json(path)
-            differing = sorted(k for k in {*present, *content} if present.get(k) != content.get(k))
+            old, new = present.get("settings", {}), content["settings"]
+            differing = ["schema"] if present.get("schema") != SCHEMA else []
+            differing += sorted(f"settings.{key}" for key in {*old, *new} if old.get(key) != new.get(key))
             if differing:
                 msg = (
                     f"{self.folder} was written by another configuration (differing: {', '.join(differing)}); "
@@ -119,12 +135,12 @@ class Store:
         return read_records(self.folder, stage)
 
     def open_ids(self, stage: str, ids: Iterable[str]) -> list[str]:
-        """Those of the ids that have no record yet, or whose image is gone, in the order given."""
+        """Those of the ids that have no record yet, or whose picture is gone, in the order given."""
         records = self.records(stage)
-        return [i for i in ids if i not in records or not self._has_image(records[i])]
+        return [i for i in ids if i not in records or not self._has_pictures(records[i])]
 
-    def _has_image(self, record: Record) -> bool:
-        return "image" not in record or (self.folder / record["image"]).is_file()
+    def _has_pictures(self, record: Record) -> bool:
+        return all((self.folder / record[kind]).is_file() for kind in ("image", "noise") if kind in record)
 
     def writer(self, stage: str) -> Callable[[Iterable[Record]], None]:
         """A function that appends records to a file of this process alone, made at the first call."""
@@ -163,9 +179,13 @@ class Store:
             raise StoreError(msg)
         write_json(self.folder / f"{stage}.done", {"records": len(ids)})
 
+    def reopen(self, stage: str) -> None:
+        """Takes back that a stage is done."""
+        (self.folder / f"{stage}.done").unlink(missing_ok=True)
+
     def forget(self, stage: str) -> None:
         """Deletes the records of a stage, so that it is computed again."""
-        (self.folder / f"{stage}.done").unlink(missing_ok=True)
+        self.reopen(stage)
         for path in (self.folder / "records").glob(f"{stage}.*.jsonl"):
             path.unlink()
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import wandb
 
@@ -32,7 +33,9 @@ def track(cell: Path, settings: LoggerSettings, *, group: str, say: Callable[[st
         say: Where the one line on success or failure goes.
     """
     spec, metrics = read_json(cell / "spec.json"), read_json(cell / "metrics.json")
-    mode: Any = settings.mode or ("online" if _has_key() else "offline")
+    mode: Any = settings.mode or os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    if mode == "disabled":
+        return
     marker, wanted = cell / "tracked.json", {"results": _results_digest(cell), "mode": mode}
     if marker.exists() and read_json(marker) == wanted:
         return
@@ -41,7 +44,7 @@ def track(cell: Path, settings: LoggerSettings, *, group: str, say: Callable[[st
             run = wandb.init(
                 project=settings.project,
                 entity=settings.entity,
-                id=digest([group, cell.name]),
+                id=digest([read_json(cell.parent / "run.json")["token"], cell.name]),
                 name=cell.name[:64],
                 group=group[:64],
                 job_type="benchmark",
@@ -66,7 +69,8 @@ def track(cell: Path, settings: LoggerSettings, *, group: str, say: Callable[[st
 
 
 def _has_key() -> bool:
-    return bool(os.environ.get("WANDB_API_KEY")) or "api.wandb.ai" in _netrc()
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    return bool(os.environ.get("WANDB_API_KEY")) or host in _netrc().split()
 
 
 def _netrc() -> str:

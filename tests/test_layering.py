@@ -12,14 +12,21 @@ PACKAGE = Path(__file__).parents[1] / "nemo_bench"
 
 LAYERS = (
     {"types", "errors"},
-    {"diffusion", "prompts"},
+    {"diffusion", "prompts", "aggregate"},
     {"localization", "methods", "detectors", "metrics"},
     {"modules", "store"},
     {"run"},
     {"launchers", "cli"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-READERS = {"types", "errors", "store", "config", "report"}  # what may be used by all that only looks at results
+READERS = {
+    "types",
+    "errors",
+    "aggregate",
+    "store",
+    "config",
+    "report",
+}  # what may be used by all that only looks at results
 ASIDE = {
     "config": {"errors"},
     "report": READERS,

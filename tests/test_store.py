@@ -18,7 +18,7 @@ from nemo_bench.errors import StoreError
 from nemo_bench.store import SCHEMA, Store, read_json, read_records, write_json
 from nemo_bench.types import Record
 
-SPEC = {"model": "m", "steps": 3}
+SPEC = {"settings": {"model": "m", "steps": 3}}
 TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from('\u2028\u2029\x85\x1e\r\n"\\{}é'), max_size=8)
 
 
@@ -170,19 +170,19 @@ def test_an_image_is_saved_whole(store: Store) -> None:
 
 def test_open_again_takes_the_same_configuration_only(store: Store) -> None:
     written = (store.folder / "spec.json").read_bytes()
-    Store(store.folder).open({"steps": 3, "model": "m"})
-    with pytest.raises(StoreError, match=r"another configuration \(differing: seeds, steps\)"):
-        Store(store.folder).open({"model": "m", "steps": 4, "seeds": 1})
-    with pytest.raises(StoreError, match=r"differing: model"):
-        Store(store.folder).open({"steps": 3})
+    Store(store.folder).open({"settings": {"steps": 3, "model": "m"}, "title": "spelled otherwise"})
+    with pytest.raises(StoreError, match=r"another configuration \(differing: settings.seeds, settings.steps\)"):
+        Store(store.folder).open({"settings": {"model": "m", "steps": 4, "seeds": 1}})
+    with pytest.raises(StoreError, match=r"differing: settings.model"):
+        Store(store.folder).open({"settings": {"steps": 3}})
     assert (store.folder / "spec.json").read_bytes() == written
     assert read_json(store.folder / "spec.json") == {"schema": SCHEMA, **SPEC}
 
 
 def test_what_json_makes_equal_is_the_same_configuration(store: Store) -> None:
     other = Store(store.folder.with_name("other"))
-    other.open({"seeds": (1, 2)})
-    other.open({"seeds": [1, 2]})
+    other.open({"settings": {"seeds": (1, 2)}})
+    other.open({"settings": {"seeds": [1, 2]}})
 
 
 def test_results_of_another_schema_are_refused(store: Store) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nemo_bench.diffusion.masks import NeuronMasks
@@ -136,7 +137,7 @@ class Diffusion(nn.Module):
                 use_safetensors=True,
                 low_cpu_mem_usage=find_spec("accelerate") is not None,
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             msg = f"model '{source}' can't be loaded ({error}); give a folder with a model_index.json or a hub id"
             raise ModelError(msg) from error
         return cls(pipeline, **options)
@@ -266,12 +267,13 @@ class Diffusion(nn.Module):
         return total.hexdigest()[:16]
 
     @torch.no_grad()
-    def export(self, folder: Path | str, neurons: Neurons) -> None:
-        """Saves the pipeline with neurons switched off for good: their weight rows (and biases) are zero.
+    def export(self, folder: Path | str, neurons: Neurons, factor: float = 0.0) -> None:
+        """Saves the pipeline with neurons blocked for good: their weight rows (and biases) are multiplied.
 
         Args:
             folder: Where the plain diffusers folder is written.
-            neurons: What is switched off.
+            neurons: What is blocked.
+            factor: What they are multiplied by; 0 switches off.
 
         Raises:
             ModelError: A layer or index does not exist.
@@ -282,7 +284,7 @@ class Diffusion(nn.Module):
             for name, ids in neurons.items():
                 for parameter in self.value_layers[name].parameters():
                     kept.append((parameter, parameter.clone()))
-                    parameter[list(ids)] = 0
+                    parameter[list(ids)] *= factor
             self.pipeline.save_pretrained(folder)
         finally:
             for parameter, original in kept:
@@ -339,9 +341,13 @@ def source_digest(source: str, revision: str | None = None) -> str:
     """
     if not is_folder(source):
         return digest([source, revision])
-    files = sorted(p for p in Path(source).rglob("*") if p.suffix in {".json", ".safetensors", ".bin", ".txt"})
-    contents = [[p.relative_to(source).as_posix(), _file_digest(p)] for p in files]
-    return digest(contents)
+    return folder_digest(Path(source))
+
+
+def folder_digest(folder: Path) -> str:
+    """Content digest of the settings and weights in a folder, 16 hexadecimal digits."""
+    files = sorted(p for p in folder.rglob("*") if p.suffix in {".json", ".safetensors", ".bin", ".txt"})
+    return digest([[p.relative_to(folder).as_posix(), _file_digest(p)] for p in files])
 
 
 def _file_digest(path: Path) -> str:

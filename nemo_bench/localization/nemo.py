@@ -46,6 +46,8 @@ class Trial:
         factor: What blocked outputs are multiplied by.
 
     Attributes:
+        split: Whether a test may be settled by some of the seeds. Where the threshold is itself a score of this trial,
+            it must not: another batch size may round a test that changes nothing to the other side.
         row_passes: UNet passes of one sample spent so far.
         original: Noise differences with nothing blocked, of the seeds kept.
     """
@@ -54,6 +56,7 @@ class Trial:
         self.model, self.text, self.latents, self.factor = model, text, latents, factor
         self.original = noise_differences(model, text.rows([0] * len(latents)), latents)
         self.row_passes = len(latents)
+        self.split = True
         self._hardest_first = torch.arange(len(latents))
 
     def keep(self, seeds: Tensor) -> None:
@@ -77,9 +80,10 @@ class Trial:
         """
         seeds = len(self.latents)
         # A lost test is mostly lost by a seed that came near losing before, so a few of those are tried first.
-        parts = [3, seeds - 3] if stop_at is not None and seeds > 4 else [seeds]
+        early = stop_at is not None and self.split and seeds > 4
+        order = self._hardest_first if early else torch.arange(seeds)
         values = torch.empty(seeds)
-        for rows in self._hardest_first.split(parts):
+        for rows in order.split([3, seeds - 3] if early else [seeds]):
             with self.model.block(as_neurons(candidates), self.factor):
                 changed = noise_differences(self.model, self.text.rows([0] * len(rows)), self.latents[rows])
             values[rows] = similarity(self.original[rows], changed, self.model.similarity).cpu()
@@ -200,6 +204,7 @@ def localize(
     trial.keep(kept)
     activation = {layer: values[0] for layer, values in activations(model, text).items()}
     initial, initial_score, tau_refine = initial_selection(trial, activation, calibration, tau, settings)
+    trial.split = tau_refine == tau
     refined = refine(trial, initial, tau_refine)
     refined_score = trial.similarity(refined)
     return Localization(

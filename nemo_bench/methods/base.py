@@ -38,7 +38,6 @@ class Method(ABC):
         title: Name in tables.
         summary: One line for ``nemo-bench ls``.
         citation: BibTeX of the source, empty for a control of our own.
-        localizes: Whether :meth:`localize` finds neurons.
         needs_calibration: Whether :attr:`calibration` must be set before localizing.
         source: Another method whose localization this one starts from, or None.
         calibration: Statistics of the model, set by the run.
@@ -47,7 +46,6 @@ class Method(ABC):
     title: ClassVar[str]
     summary: ClassVar[str]
     citation: ClassVar[str] = ""
-    localizes: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
     source: Method | None = None
     calibration: Calibration | None = None

@@ -24,8 +24,6 @@ class BlockNeurons(Method):
         factor: What the outputs of blocked neurons are multiplied by; 0 switches off.
     """
 
-    localizes = True
-
     def __init__(self, factor: float = 0.0) -> None:
         self.factor = factor
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 from torch import Tensor
 
@@ -46,4 +44,4 @@ class RandomNeurons(BlockNeurons):
         neurons = Neurons({layer: ids.tolist() for layer, ids in drawn.items()})
         for layer, index in (rest[p] for p in picks):
             neurons |= Neurons({layer: [index]})
-        return replace(found, neurons=neurons, initial=Neurons(), row_passes=0)
+        return Localization(neurons, gate_score=found.gate_score, threshold=found.threshold)

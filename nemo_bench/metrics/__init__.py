@@ -1,6 +1,5 @@
 """Metrics, each a torchmetrics Metric with declared needs, range and direction."""
 
-from nemo_bench.metrics.aggregate import aggregate, bootstrap_interval, describe
 from nemo_bench.metrics.alignment import Alignment, ClipJudge
 from nemo_bench.metrics.base import BenchMetric
 from nemo_bench.metrics.diversity import Diversity
@@ -16,8 +15,5 @@ __all__ = [
     "NearestTrainingImageSSIM",
     "NeuronCount",
     "TrainingImageSSIM",
-    "aggregate",
     "best_ssim",
-    "bootstrap_interval",
-    "describe",
 ]

@@ -46,6 +46,12 @@ class BenchMetric(Metric):
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
+    @classmethod
+    def describe(cls) -> dict[str, Any]:
+        """What a reader of scores must know of the metric."""
+        fields = ("title", "higher_is_better", "lower", "upper", "citation", "description")
+        return {field: getattr(cls, field) for field in fields}
+
     @abstractmethod
     def score(self, **fields: Any) -> Tensor:
         """Scores one prompt.

@@ -8,6 +8,9 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from nemo_bench.metrics.base import BenchMetric
 
+CHUNK = 16
+"""References compared at a time, so that memory does not grow with their number."""
+
 
 def best_ssim(images: Tensor, references: Tensor) -> Tensor:
     """SSIM of every image to the reference it is most like.
@@ -21,13 +24,14 @@ def best_ssim(images: Tensor, references: Tensor) -> Tensor:
     """
     if not len(references):
         return images.new_empty(0)
-    values = [
-        structural_similarity_index_measure(image.expand_as(references), references, data_range=1.0, reduction="none")
-        .reshape(-1)  # type: ignore[union-attr]
-        .max()
-        for image in images
-    ]
-    return torch.stack(values)
+    return torch.stack([max(_ssim(image, some).max() for some in references.split(CHUNK)) for image in images])
+
+
+def _ssim(image: Tensor, references: Tensor) -> Tensor:
+    values = structural_similarity_index_measure(
+        image.expand_as(references), references, data_range=1.0, reduction="none"
+    )
+    return values.reshape(-1)  # type: ignore[union-attr]
 
 
 class TrainingImageSSIM(BenchMetric):

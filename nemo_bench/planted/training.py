@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from nemo_bench.errors import StoreError
 from nemo_bench.planted.world import (
     PLANTED,
     general_caption,
@@ -59,6 +60,8 @@ class TrainSpec:
         batch_size: Pictures in a UNet batch; the autoencoder takes a quarter, the contrastive fits six times as many.
         planted_share: Part of each UNet batch that is planted.
         drop_caption: Part of the general pictures that are trained without their caption.
+        noise_bias: How much training prefers noisy latents: with u uniform, t / T = 1 - u^noise_bias; 1 is uniform.
+            What a caption decides is decided there, and one-step memorization scores look only there.
         sparsity: Weight of the penalty that asks each value neuron to react to few captions.
         seed: Decides weights, batches and noise.
         accelerator: Lightning's name of the device kind.
@@ -73,6 +76,7 @@ class TrainSpec:
     batch_size: int = 32
     planted_share: float = 0.125
     drop_caption: float = 0.1
+    noise_bias: float = 2.0
     sparsity: float = 0.03
     seed: int = 0
     accelerator: str = "auto"
@@ -175,16 +179,19 @@ class AutoencoderStage(Stage):
 class DenoiserStage(Stage):
     """Latent diffusion with v-prediction (Salimans and Ho 2022) and a sparsity term on the value neurons."""
 
-    def __init__(self, unet: UNet2DConditionModel, scheduler: DDIMScheduler, sparsity: float, **options: Any) -> None:
+    def __init__(
+        self, unet: UNet2DConditionModel, scheduler: DDIMScheduler, noise_bias: float, sparsity: float, **options: Any
+    ) -> None:
         super().__init__(**options)
-        self.unet, self.scheduler, self.sparsity = unet, scheduler, sparsity
+        self.unet, self.scheduler, self.noise_bias, self.sparsity = unet, scheduler, noise_bias, sparsity
         self.values = [m for n, m in unet.named_modules() if n.endswith("attn2.to_v")]
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         """Loss of a batch of (latents, their text embeddings, more text embeddings)."""
         latents, text, others = batch
         noise = torch.randn_like(latents)
-        t = torch.randint(self.scheduler.config.num_train_timesteps, (len(latents),), device=self.device)
+        steps = self.scheduler.config.num_train_timesteps
+        t = (steps * (1 - torch.rand(len(latents), device=self.device) ** self.noise_bias)).long().clamp(max=steps - 1)
         noisy = self.scheduler.add_noise(latents, noise, t)
         target = self.scheduler.get_velocity(latents, noise, t)
         error = F.mse_loss(self.unet(noisy, t, text).sample, target)
@@ -481,7 +488,12 @@ def _denoiser(
         empty = _embed(encoder, tokenize(tokenizer, [""]))[0]
         draw = _denoiser_batches(spec, latents, text, planted, empty)
         options = {"draw": draw, "steps": spec.unet_steps, "lr": 1e-3, "seed": spec.seed + 3}
-        _fit(DenoiserStage(unet, scheduler, spec.sparsity, **options), "unet", spec, [EMAWeightAveraging(decay=0.999)])
+        _fit(
+            DenoiserStage(unet, scheduler, spec.noise_bias, spec.sparsity, **options),
+            "unet",
+            spec,
+            [EMAWeightAveraging(decay=0.999)],
+        )
         return dict(unet.state_dict())
 
     unet.load_state_dict(_once(spec.out / "unet.safetensors", make))
@@ -524,17 +536,31 @@ def write_prompts(folder: Path) -> None:
     (prompts / "calibration.txt").write_text("".join(text + "\n" for text in texts[GENERAL_PROMPTS:]))
 
 
+def _tie(spec: TrainSpec) -> None:
+    """Ties the folder to its recipe, so that parts of different recipes are never mixed."""
+    path = spec.out / "recipe.json"
+    recipe = {k: v for k, v in asdict(spec).items() if k not in ("out", "accelerator")}
+    if not path.exists():
+        path.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    elif json.loads(path.read_text(encoding="utf-8")) != recipe:
+        raise StoreError(f"{spec.out} holds a training with other settings ({path}); choose another out=...")
+
+
 def train(spec: TrainSpec) -> Path:
     """Trains what is not trained yet and writes the model folder.
 
     Args:
         spec: How to train.
 
+    Raises:
+        StoreError: The folder holds a training with other settings.
+
     Returns:
         ``spec.out``, with the diffusers pipeline in ``model/pipeline``, the open_clip model in ``model/clip``, and
         ``prompts`` and ``references``.
     """
     spec.out.mkdir(parents=True, exist_ok=True)
+    _tie(spec)
     write_prompts(spec.out)
     tokenizer = build_tokenizer()
     data = Data(spec, tokenizer)

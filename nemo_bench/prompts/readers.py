@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image
+
 from nemo_bench.errors import PromptError, nearest
 from nemo_bench.types import Kind, Prompt, digest
 
@@ -297,6 +299,14 @@ def _check_references(path: Path, prompts: Iterable[Prompt]) -> None:
         of = f"{len(missing)} reference files of {len({id_ for _, id_ in missing})} prompts are missing"
         msg = f"{path}: {of}: {listed}{more}. Add them, or name the folder that relative file names start from"
         raise PromptError(msg)
+    for prompt in prompts:
+        for file in prompt.references:
+            try:
+                with Image.open(file) as image:
+                    image.verify()
+            except Exception as error:  # Pillow raises many kinds for many kinds of damage
+                msg = f"{path}: reference {file} of prompt {prompt.id!r} is no image ({error}); replace it"
+                raise PromptError(msg) from error
 
 
 def _ids(rows: Sequence[_Row], prefix: str) -> list[str]:

@@ -13,14 +13,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
+from nemo_bench.aggregate import GROUPS
 from nemo_bench.errors import StoreError
 from nemo_bench.store import SCHEMA, read_json, read_records
-from nemo_bench.types import GENERAL, Neurons, Prompt
-
-GROUPS = {"VM": "verbatim", "TM": "template", GENERAL: "not memorized", "all": "every group"}
-"""Groups of prompts in the order of display, and what they mean."""
+from nemo_bench.types import Neurons, Prompt
 
 _STAGES = ("localize", "generate", "score")
 _ATTENTION = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.")
@@ -200,22 +196,6 @@ def load_results(folder: Path | str) -> Results:
         msg = f"{folder}: no cell of the run is finished ({listed}). Give the command of the run again to go on."
         raise StoreError(msg)
     return Results(run.get("name", folder.name), folder, _labelled(cells), unfinished)
-
-
-def bootstrap_mean(values: Sequence[float], draws: int = 2000) -> tuple[float, float, float]:
-    """Mean of some values with its 95% bootstrap interval, the same at every call.
-
-    Args:
-        values: At least one.
-        draws: Number of resamples.
-
-    Returns:
-        Mean, lower and upper end.
-    """
-    numbers = np.asarray(values, np.float64)
-    picks = np.random.default_rng(0).integers(0, len(numbers), (draws, len(numbers)))
-    low, high = np.percentile(numbers[picks].mean(axis=1), [2.5, 97.5])
-    return float(numbers.mean()), float(low), float(high)
 
 
 def network_order(layers: Iterable[str]) -> list[str]:

@@ -14,7 +14,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from nemo_bench.report.data import GROUPS, Cell, GeneratedImage, Results, short_layers
+from nemo_bench.aggregate import GROUPS
+from nemo_bench.report.data import Cell, GeneratedImage, Results, short_layers
 from nemo_bench.report.plots import PALETTE, looks, plots
 from nemo_bench.report.tables import decimals, leaderboard
 from nemo_bench.types import Prompt

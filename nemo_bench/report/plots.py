@@ -20,7 +20,8 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from nemo_bench.report.data import GROUPS, Cell, Results, bootstrap_mean, network_order, short_layers
+from nemo_bench.aggregate import GROUPS, bootstrap_interval
+from nemo_bench.report.data import Cell, Results, network_order, short_layers
 
 MEMORIZED = ("VM", "TM")
 """Groups of prompts whose training images are known."""
@@ -101,12 +102,17 @@ def plots(results: Results) -> list[Plot]:
     return [plot for plot in found if plot]
 
 
+def _mean(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and both ends of its interval."""
+    return float(np.mean(values)), *bootstrap_interval(np.array(values))
+
+
 def _tradeoff(results: Results) -> Plot | None:
     points = []
     for cell in results.cells:
         ssim, alignment = (list(cell.prompt_means(key, MEMORIZED).values()) for key in ("ssim", "alignment"))
         if ssim and alignment:
-            points.append((cell, bootstrap_mean(ssim), bootstrap_mean(alignment)))
+            points.append((cell, _mean(ssim), _mean(alignment)))
     if not points:
         return None
     figure = Figure(figsize=(5.0, 4.4), layout="constrained")

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from rich.markup import escape
 from rich.table import Table
 
-from nemo_bench.report.data import GROUPS, Aggregate, Cell, MetricInfo, Results
+from nemo_bench.aggregate import GROUPS
+from nemo_bench.report.data import Aggregate, Cell, MetricInfo, Results
 
 _ZERO = re.compile(r"\b0\.(?=\d{3})")  # left out of intervals so that the table fits 80 columns
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from nemo_bench.errors import PromptError
 from nemo_bench.prompts import prompts_digest, read_prompts
@@ -42,6 +43,15 @@ JSONL = """\
 """
 
 Write = Callable[..., Path]
+
+
+def png() -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (2, 2), "red").save(content, "PNG")
+    return content.getvalue()
+
+
+PNG = png()
 
 
 @pytest.fixture
@@ -165,7 +175,7 @@ def test_the_index_is_used_before_a_column_without_a_name(write: Write) -> None:
 
 def test_references(write: Write, tmp_path: Path) -> None:
     for name in ("lists/a.png", "lists/sub/b.png", "other/a.png", "other/sub/b.png"):
-        write(name, name)
+        write(name, PNG)
     absolute = tmp_path / "other" / "a.png"
     table = write("lists/p.csv", "text,References\nx,a.png | sub/b.png | |\ny,\n")
     lines = write("lists/p.jsonl", json.dumps({"text": "x", "reference": ["a.png", str(absolute)]}))
@@ -176,6 +186,14 @@ def test_references(write: Write, tmp_path: Path) -> None:
     other = read_prompts(table, references=tmp_path / "other")
     assert other[0].references == (tmp_path / "other/a.png", tmp_path / "other/sub/b.png")
     assert read_prompts(lines)[0].references == (tmp_path / "lists/a.png", absolute)
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", PNG[:-20]])
+def test_references_that_are_no_images_are_found_before_anything_runs(write: Write, content: bytes) -> None:
+    write("a.png", content)
+    path = write("p.csv", "text,references\nx,a.png\n")
+    with pytest.raises(PromptError, match=r"a\.png of prompt 'p-0001' is no image"):
+        read_prompts(path)
 
 
 def test_references_of_prompts_left_out_may_be_missing(write: Write) -> None:

@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fake_results import LAYERS, METHODS, METRICS, PROMPTS, SEEDS, write_fake_results
 from nemo_bench.errors import StoreError
-from nemo_bench.metrics.aggregate import bootstrap_interval
 from nemo_bench.report import load_results
-from nemo_bench.report.data import bootstrap_mean, network_order, short_layers
+from nemo_bench.report.data import network_order, short_layers
 
 
 @pytest.fixture
@@ -124,25 +120,6 @@ def test_a_file_that_does_not_hold_what_it_should_is_named(run: Path, file: str,
     with pytest.raises(StoreError, match=words) as error:
         load_results(run)
     assert cell.name in str(error.value)
-
-
-@given(st.lists(st.floats(-1, 1), min_size=1, max_size=20))
-def test_the_bootstrap_interval_holds_the_mean_and_stays_in_range(values: list[float]) -> None:
-    mean, low, high = bootstrap_mean(values, draws=200)
-    assert mean == pytest.approx(sum(values) / len(values), abs=1e-12)
-    assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
-
-
-def test_plots_and_tables_have_the_same_interval() -> None:
-    values = [0.1, 0.4, 0.35, 0.9]
-    assert bootstrap_mean(values)[1:] == pytest.approx(bootstrap_interval(np.array(values)))
-
-
-def test_the_bootstrap_interval_narrows_with_more_prompts() -> None:
-    few, many = ([0.0, 1.0] * n for n in (5, 500))
-    widths = [high - low for _, low, high in map(bootstrap_mean, (few, many))]
-    # 3.92 standard errors of 0.5 / sqrt(n)
-    assert widths == pytest.approx([0.62, 0.062], rel=0.1)
 
 
 def test_layers_come_in_network_order(run: Path) -> None:

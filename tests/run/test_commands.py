@@ -115,12 +115,20 @@ def test_wandb_offline_run_read_back(tmp_path: Path, prompt_file: Path) -> None:
         tables = list(folder.glob("files/media/table/*.json"))
         table = json.loads(tables[0].read_text())
         assert [row[table["columns"].index("prompt")] for row in table["data"]] == ["vm-01", "tm-26", "general-01"]
-        pictured = table["data"][0][table["columns"].index("mitigated")]
-        assert pictured["width"] == 64
-        assert method == "none" or table["data"][0][table["columns"].index("neurons by layer")] is not None
+        shown_as = dict(zip(table["columns"], table["data"][0], strict=True))
+        assert [shown_as[c] for c in ("training image", "unmitigated", "mitigated", "noise differences")] == [
+            "Image"
+        ] * 4
+        staged = [p for p in (tmp_path / "default").glob("*/wandb/artifacts/staging/*") if p.is_file()]
+        assert any(p.read_bytes().startswith(b"\x89PNG") for p in staged)
+        assert method == "none" or json.loads(shown_as["neurons by layer"]) == neurons_of(cell, "vm-01")
     before = sorted((tmp_path / "default").glob("*/wandb/offline-run-*"))
     execute(command(tmp_path, prompt_file, "logger=wandb", "method=none,nemo"))
     assert sorted((tmp_path / "default").glob("*/wandb/offline-run-*")) == before
+
+
+def neurons_of(cell: Path, prompt: str) -> dict[str, list[int]]:
+    return next(r["neurons"] for r in read_records(cell, "localize").values() if r["prompt"] == prompt)
 
 
 @pytest.mark.parametrize(

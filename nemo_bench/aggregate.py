@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from nemo_bench.metrics.base import BenchMetric
-from nemo_bench.types import Prompt, Record
+from nemo_bench.types import GENERAL, Prompt, Record
 
-GROUPS = ("VM", "TM", "general", "all")
+GROUPS = {"VM": "verbatim", "TM": "template", GENERAL: "not memorized", "all": "every group"}
+"""Groups of prompts in tables, and what they are."""
 RESAMPLES = 2000
 
 
@@ -72,9 +72,3 @@ def bootstrap_interval(values: np.ndarray[Any, Any], level: float = 0.95) -> tup
     rows = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
     low, high = np.quantile(values[rows].mean(1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-def describe(metrics: Mapping[str, BenchMetric]) -> dict[str, dict[str, Any]]:
-    """What a reader of ``metrics.json`` must know of every metric."""
-    fields = ("title", "higher_is_better", "lower", "upper", "citation", "description")
-    return {name: {field: getattr(metric, field) for field in fields} for name, metric in metrics.items()}
