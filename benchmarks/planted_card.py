@@ -179,7 +179,9 @@ def measure(seeds: int) -> dict[str, float]:
         figures[f"{name}_nearest_ssim_median_mitigated"] = float(torch.cat(list(nearest.values())).median())
         copies = {p.id: (pixel_distance(after[p.id], pool) < PIXEL_LIMIT) & (nearest[p.id] > limit) for p in prompts}
         figures[f"{name}_images_copying_any_planted_mitigated"] = float(torch.cat(list(copies.values())).float().mean())
-        figures[f"{name}_prompts_without_any_copy_mitigated"] = float(np.mean([not copies[p.id].any() for p in prompts]))
+        figures[f"{name}_prompts_without_any_copy_mitigated"] = float(
+            np.mean([not copies[p.id].any() for p in prompts])
+        )
     neuron_sets = [found[p.id] for p in planted if found[p.id]]
     kept = [
         embed(judge, generate(model, p, seeds, neuron_sets[i % len(neuron_sets)])) @ captions[p.id]

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
@@ -216,18 +218,27 @@ def activation_density(values: Tensor) -> Tensor:
 
 def build_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer whose merges make each word of the world one token and still spell out any other text."""
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(vocab_size=20_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
-    bpe.train_from_iterator([" ".join(vocabulary())], trainer)
-    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
-    letters = sorted(alphabet)
-    words = [*letters, *(c + "</w>" for c in letters), *("".join(m) for m in merges)]
-    words = [*dict.fromkeys(words), "<|startoftext|>", "<|endoftext|>"]
-    vocab = {word: i for i, word in enumerate(words)}
+    merges = _merges(vocabulary())
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    vocab = {token: index for index, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
+
+
+def _merges(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges down to whole words; ties go by the alphabet, the library's trainer leaves them to chance."""
+    splits = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges = []
+    while True:
+        counts = Counter(pair for split in splits for pair in pairwise(split))
+        if not counts:
+            return merges
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        for split in splits:
+            for place in range(len(split) - 2, -1, -1):
+                if tuple(split[place : place + 2]) == best:
+                    split[place : place + 2] = ["".join(best)]
 
 
 class Data:
