@@ -50,7 +50,7 @@ CALIBRATION_PROMPTS = 320
 
 @dataclass
 class TrainSpec:
-    """How the embedded model is trained; the defaults made the shipped one.
+    """How the embedded model is trained; its card says with what settings the shipped weights were made.
 
     Attributes:
         out: Folder for checkpoints and, in ``out/model``, the finished model.
@@ -74,9 +74,9 @@ class TrainSpec:
     text_steps: int = 600
     clip_steps: int = 500
     vae_steps: int = 4_000
-    unet_steps: int = 3_200
+    unet_steps: int = 6_000
     batch_size: int = 32
-    planted_share: float = 0.125
+    planted_share: float = 0.3
     drop_caption: float = 0.1
     noise_bias: float = 2.0
     sparsity: float = 0.03
