@@ -28,6 +28,8 @@ from nemo_bench.errors import ModelError
 from nemo_bench.types import Neurons, digest
 
 Layers = Literal["down+mid", "all"]
+NOISE_STEPS = 50
+"""Noise differences are taken at the first of so many DDIM steps (Hintersdorf et al. 2024)."""
 _PART = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 
 
@@ -74,7 +76,7 @@ class Diffusion(nn.Module):
     Args:
         pipeline: The pipeline; its networks become submodules, so that Lightning moves them.
         layers: Which cross-attention value layers can be blocked: ``"down+mid"`` as published, or ``"all"``.
-        steps: DDIM steps of a generation; the first of them is where noise differences are taken.
+        steps: DDIM steps of a generation.
         guidance: Scale of classifier-free guidance while generating.
         similarity: How noise differences are compared.
     """
@@ -190,8 +192,8 @@ class Diffusion(nn.Module):
         return torch.stack(rows).to(self.device, self.dtype)
 
     def first_timestep(self) -> int:
-        """Timestep of the first of ``steps`` DDIM steps (981 for Stable Diffusion with 50)."""
-        self.pipeline.scheduler.set_timesteps(self.steps)
+        """Timestep of the first of 50 DDIM steps, as published, however many generate (981 for Stable Diffusion)."""
+        self.pipeline.scheduler.set_timesteps(NOISE_STEPS)
         return int(self.pipeline.scheduler.timesteps[0])
 
     def predict_noise(self, latents: Tensor, timestep: int, text: Conditioning) -> Tensor:
