@@ -228,7 +228,7 @@ def build_tokenizer() -> CLIPTokenizer:
 def _merges(words: Iterable[str]) -> list[tuple[str, str]]:
     """Byte-pair merges down to whole words; ties go by the alphabet, the library's trainer leaves them to chance."""
     splits = [[*word[:-1], word[-1] + "</w>"] for word in words]
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
         counts = Counter(pair for split in splits for pair in pairwise(split))
         if not counts:

@@ -281,7 +281,7 @@ def test_parquet_needs_pyarrow(write: Write, monkeypatch: pytest.MonkeyPatch) ->
 def test_parquet(write: Write) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    write("a.png", "image")
+    write("a.png", PNG)
 
     def table(columns: dict[str, list[object]]) -> bytes:
         file = io.BytesIO()
