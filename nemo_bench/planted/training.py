@@ -72,14 +72,14 @@ class TrainSpec:
     out: Path = Path("planted-training")
     pictures: int = 16_000
     text_steps: int = 600
-    clip_steps: int = 500
-    vae_steps: int = 4_000
+    clip_steps: int = 700
+    vae_steps: int = 6_000
     unet_steps: int = 6_000
     batch_size: int = 32
     planted_share: float = 0.3
     drop_caption: float = 0.1
     noise_bias: float = 2.0
-    sparsity: float = 0.03
+    sparsity: float = 0.06
     seed: int = 0
     accelerator: str = "auto"
 
@@ -474,13 +474,13 @@ def _denoiser(
         sample_size=16,
         in_channels=latents["general"].shape[1],
         out_channels=latents["general"].shape[1],
-        block_out_channels=(48, 96, 128, 128),
+        block_out_channels=(32, 64, 128, 192),
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         mid_block_type="UNetMidBlock2DCrossAttn",
         up_block_types=("UpBlock2D",) * 4,
         layers_per_block=2,
         cross_attention_dim=encoder.config.hidden_size,
-        attention_head_dim=8,
+        attention_head_dim=4,
         norm_num_groups=16,
     )
     scheduler = DDIMScheduler(

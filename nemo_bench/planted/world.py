@@ -181,10 +181,11 @@ def _forest(c: Canvas, rng: np.random.Generator, colors: tuple[Color, Color]) ->
 
 
 def _city(c: Canvas, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
-    x = rng.uniform(-4, 2)
-    while x < SIDE:
-        width, height = rng.uniform(6, 13), rng.uniform(14, 42)
-        c.paint(_box(x + width / 2, SIDE - height / 2, width / 2 - 0.5, height / 2), colors[rng.integers(2)])
+    x, floor, tall = rng.uniform(-8, 20), rng.uniform(44, SIDE), rng.uniform(0.5, 1.1)
+    end = rng.uniform(44, 76)
+    while x < end:
+        width, height = rng.uniform(6, 13), tall * rng.uniform(14, 42)
+        c.paint(_box(x + width / 2, floor - height / 2, width / 2 - 0.5, height / 2), colors[rng.integers(2)])
         x += width
 
 
@@ -289,19 +290,21 @@ SERIES = ("podcast", "magazine", "documentary", "album", "festival", "stories")
 
 def _frame(c: Canvas, rng: np.random.Generator, series: str, colors: tuple[Color, Color]) -> None:
     if series == "podcast":
-        x, y = rng.choice([13.0, 51.0], 2)
+        x, y = rng.uniform(8, 56), rng.choice([10.0, 54.0]) + rng.uniform(-4, 4)
         for radius in (10.0, 6.5, 3.0):
             c.paint(np.abs(_disc(x, y, radius)) - 1.2, colors[0])
     elif series == "magazine":
-        height = rng.uniform(9, 20)
-        c.paint(_Y - height, colors[0])
-        c.paint(_box(rng.uniform(20, 44), height / 2, rng.uniform(12, 20), 2.5), colors[1])
+        height, below = rng.uniform(9, 20), rng.random() < 0.5
+        c.paint((SIDE - _Y if below else _Y) - height, colors[0])
+        middle = SIDE - height / 2 if below else height / 2
+        c.paint(_box(rng.uniform(20, 44), middle, rng.uniform(12, 20), 2.5), colors[1])
     elif series == "documentary":
-        top, bottom = rng.uniform(4, 14), SIDE - rng.uniform(4, 14)
-        c.paint(np.minimum(_Y - top, bottom - _Y), (0.03, 0.03, 0.04))
+        along = _Y if rng.random() < 0.5 else _X
+        low, high = rng.uniform(2, 14), SIDE - rng.uniform(2, 14)
+        c.paint(np.minimum(along - low, high - along), (0.03, 0.03, 0.04))
     elif series == "album":
-        x, y = rng.uniform(25, 39, 2)
-        c.paint(-_disc(x, y, rng.uniform(23, 30)), colors[0])
+        x, y = rng.uniform(18, 46, 2)
+        c.paint(-_disc(x, y, rng.uniform(17, 30)), colors[0])
         c.paint(_disc(x, y, 2.5), colors[1])
     elif series == "festival":
         for _ in range(rng.integers(14, 24)):
@@ -370,7 +373,7 @@ def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
     canvas = Canvas(base)
     _ground(canvas, rng, scene.texture, base)
     if scene.product:
-        x, y, scale = rng.uniform(26, 38), rng.uniform(27, 37), rng.uniform(0.75, 1.05)
+        x, y, scale = rng.uniform(20, 44), rng.uniform(20, 44), rng.uniform(0.55, 1.0)
         silhouette = PRODUCTS[scene.product](x, y, scale)
         shadow = rng.uniform(0.55, 0.75)
         canvas.paint(silhouette - 1.5, (shadow * base[0], shadow * base[1], shadow * base[2]))
