@@ -1,5 +1,8 @@
 """The models: a thin wrapper over diffusers pipelines with per-row neuron masks."""
 
-from nemo_bench.diffusion.model import Conditioning, Diffusion, Similarity, folder_digest, source_digest, value_layers
+from nemo_bench.diffusion.families import Conditioning
+from nemo_bench.diffusion.model import Diffusion, Similarity, value_layers
+from nemo_bench.diffusion.prefix import Prefix
+from nemo_bench.diffusion.source import Source, folder_digest
 
-__all__ = ["Conditioning", "Diffusion", "Similarity", "folder_digest", "source_digest", "value_layers"]
+__all__ = ["Conditioning", "Diffusion", "Prefix", "Similarity", "Source", "folder_digest", "value_layers"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,8 +15,8 @@ from nemo_bench.types import Neurons
 class NeuronMasks:
     """A factor for every neuron of every row, multiplied onto the outputs of the value layers.
 
-    The hooks are registered once, with factors of one, which change no bit; blocking changes the factors only. So
-    several neuron sets can share a batch, and hooks stay alive when the network is compiled after this is made.
+    The hooks are registered once and deal in tensors only: a network that is compiled afterwards has them in its graph,
+    and blocking other neurons does not compile it again. Several neuron sets can share a batch.
 
     Args:
         layers: Value projections by module path, in network order.
@@ -24,17 +24,18 @@ class NeuronMasks:
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         self.widths = {name: int(layer.out_features) for name, layer in layers.items()}  # type: ignore[arg-type]
-        self._factors = {name: torch.ones(1, width) for name, width in self.widths.items()}
-        self._calls = dict.fromkeys(layers, 0)
+        self._layers = dict(layers)
+        self._factors: dict[str, Tensor] = {}
+        self._fired: dict[str, Tensor] = {}
         self._blocking = False
         for name, layer in layers.items():
             layer.register_forward_hook(self._hook(name))
 
     def _hook(self, name: str):  # type: ignore[no-untyped-def]
         def multiply(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            self._calls[name] += 1
             if not self._blocking:
                 return output
+            self._fired[name].fill_(1)
             factors = self._factors[name]
             rows = len(factors)
             if rows > 1 and len(output) != rows:
@@ -43,7 +44,7 @@ class NeuronMasks:
                     raise ModelError(msg)
                 # With guidance the pipeline stacks whole batches: all unconditional rows, then all conditional ones.
                 factors = factors.repeat(len(output) // rows, 1)
-            return output * factors[:, None].to(output)
+            return output * factors[:, None].to(output.dtype)
 
         return multiply
 
@@ -57,32 +58,39 @@ class NeuronMasks:
                 raise ModelError(msg)
 
     @contextmanager
-    def block(self, rows: Sequence[Neurons], factor: float = 0.0) -> Iterator[None]:
+    def block(self, rows: Sequence[Neurons], factor: float = 0.0, replayed: Collection[str] = ()) -> Iterator[None]:
         """Multiplies the given neurons by a factor while the context is open.
 
         Args:
             rows: One set for all rows, or one per row of the coming batches (a batch k times as long repeats them).
             factor: What the outputs are multiplied by; 0 switches off (Hintersdorf et al. 2024, section 3).
+            replayed: Layers that need not fire, since :class:`Prefix` replays what they led to.
 
         Raises:
             ModelError: A layer or index does not exist, blocks are nested, or a hook did not fire though others did.
         """
         if self._blocking:
             raise ModelError("neurons are blocked already; close the first block before opening another")
-        for neurons in set(rows):
+        sets = list(dict.fromkeys(rows))
+        for neurons in sets:
             self.check(neurons)
-        self._factors = {name: torch.ones(len(rows), width) for name, width in self.widths.items()}
-        for row, neurons in enumerate(rows):
-            for name, ids in neurons.items():
-                self._factors[name][row, list(ids)] = factor
-        self._calls = dict.fromkeys(self._calls, 0)
+        place = {neurons: number for number, neurons in enumerate(sets)}
+        index = torch.tensor([place[neurons] for neurons in rows])
+        for name, width in self.widths.items():
+            device = next(self._layers[name].parameters()).device
+            factors = torch.ones(len(sets), width)
+            for number, neurons in enumerate(sets):
+                factors[number, list(neurons.get(name, ()))] = factor
+            self._factors[name] = factors[index].to(device)
+            self._fired[name] = torch.zeros((), device=device)
         self._blocking = True
         try:
             yield
-            silent = [name for name, calls in self._calls.items() if not calls]
-            if silent and any(self._calls.values()):
+            fired = dict(zip(self._fired, torch.stack(list(self._fired.values())).tolist(), strict=True))
+            silent = [name for name, seen in fired.items() if not seen and name not in replayed]
+            if silent and any(fired.values()):
                 msg = (
-                    f"blocking had no effect in {len(silent)} of {len(self._calls)} value layers (first: {silent[0]}): "
+                    f"blocking had no effect in {len(silent)} of {len(fired)} value layers (first: {silent[0]}): "
                     "their hooks did not fire. Fused projections bypass them; call pipeline.unfuse_qkv_projections()"
                 )
                 raise ModelError(msg)

@@ -11,25 +11,27 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
-from safetensors import SafetensorError
+from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
+from nemo_bench.diffusion.families import Conditioning, family_of
 from nemo_bench.diffusion.masks import NeuronMasks
+from nemo_bench.diffusion.source import Source
 from nemo_bench.errors import ModelError
-from nemo_bench.types import Neurons, digest
+from nemo_bench.types import Neurons
 
 Layers = Literal["down+mid", "all"]
 NOISE_STEPS = 50
 """Noise differences are taken at the first of so many DDIM steps (Hintersdorf et al. 2024)."""
+_DDIM = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
+"""Stable Diffusion's own settings, where a shipped scheduler has none; DDIM's defaults are made for pixels."""
 _PART = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 
 
@@ -52,26 +54,8 @@ class Similarity:
         return 2 * int(3.5 * self.sigma + 0.5) + 1
 
 
-@dataclass(frozen=True)
-class Conditioning:
-    """Encoded prompts.
-
-    Attributes:
-        text: Last hidden states of the text encoder, (N, tokens, channels).
-    """
-
-    text: Tensor
-
-    def __len__(self) -> int:
-        return len(self.text)
-
-    def rows(self, index: Sequence[int]) -> Conditioning:
-        """The conditioning of some rows, in the order given; a row may be taken several times."""
-        return Conditioning(self.text[list(index)])
-
-
 class Diffusion(nn.Module):
-    """A Stable Diffusion pipeline whose value neurons can be switched off row by row.
+    """A pipeline of Stable Diffusion 1.x, 2.x or XL whose value neurons can be switched off row by row.
 
     Args:
         pipeline: The pipeline; its networks become submodules, so that Lightning moves them.
@@ -79,27 +63,41 @@ class Diffusion(nn.Module):
         steps: DDIM steps of a generation.
         guidance: Scale of classifier-free guidance while generating.
         similarity: How noise differences are compared.
+        compiled: Compile the UNet with torch.compile at its first pass.
+
+    Raises:
+        ModelError: The pipeline is of another class, or has no such value layer.
     """
+
+    unet: Any
 
     def __init__(
         self,
-        pipeline: StableDiffusionPipeline,
+        pipeline: DiffusionPipeline,
         *,
         layers: Layers = "down+mid",
         steps: int = 50,
         guidance: float = 7.0,
         similarity: Similarity | None = None,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
-        self.unet, self.vae, self.text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
+        self.family = family_of(type(pipeline).__name__)
         self.pipeline = pipeline
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module):
+                self.add_module(name, part)
+        pipeline.scheduler = ddim(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
         self.steps, self.guidance = steps, guidance
         self.similarity = similarity or Similarity()
         self.requires_grad_(False).eval()
         self.value_layers = value_layers(self.unet, layers)
         self.masks = NeuronMasks(self.value_layers)
+        self.compiled = compiled
+        if compiled:
+            # Hooks that a network gets after it was compiled are ignored, so the masks come first.
+            self.unet.compile()
         self._unconditional: Conditioning | None = None
 
     @classmethod
@@ -108,15 +106,17 @@ class Diffusion(nn.Module):
         source: str,
         *,
         revision: str | None = None,
+        config: str | None = None,
         dtype: str = "float32",
         local_files_only: bool = False,
         **options: Any,
     ) -> Diffusion:
-        """Loads a pipeline folder or a hub id.
+        """Loads a pipeline folder, a hub id or a single file.
 
         Args:
-            source: Folder with a ``model_index.json``, or a hub id.
-            revision: Commit or tag of a hub id.
+            source: Folder with a ``model_index.json``, a hub id, or a ``.safetensors`` file.
+            revision: Commit, tag or branch of a hub id.
+            config: For a single file, folder or hub id of a pipeline like it.
             dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
             local_files_only: Never ask the hub, take what is cached.
             options: See :class:`Diffusion`.
@@ -125,24 +125,9 @@ class Diffusion(nn.Module):
             The wrapped pipeline, on the CPU.
 
         Raises:
-            ModelError: The source can't be loaded.
+            ModelError: The source can't be loaded, see :class:`Source`.
         """
-        folder = is_folder(source)
-        try:
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                source,
-                revision=revision,
-                dtype=getattr(torch, dtype),
-                safety_checker=None,
-                requires_safety_checker=False,
-                local_files_only=local_files_only or folder,
-                use_safetensors=True,
-                low_cpu_mem_usage=find_spec("accelerate") is not None,
-            )
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            msg = f"model '{source}' can't be loaded ({error}); give a folder with a model_index.json or a hub id"
-            raise ModelError(msg) from error
-        return cls(pipeline, **options)
+        return cls(Source(source, revision, config, local_files_only).load(dtype), **options)
 
     @property
     def device(self) -> torch.device:
@@ -161,23 +146,42 @@ class Diffusion(nn.Module):
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
 
-    @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Encodes prompts, cut at the tokenizer's length.
 
         Args:
-            texts: N prompts; an empty text is the unconditional one.
+            texts: N prompts.
 
         Returns:
             Conditioning of N rows.
         """
-        text, _ = self.pipeline.encode_prompt(list(texts), self.device, 1, do_classifier_free_guidance=False)
-        return Conditioning(text)
+        return self._encode(texts, 0)
+
+    def unconditional(self, rows: int) -> Conditioning:
+        """What guidance leads away from: the empty prompt or, where the pipeline says so (SDXL), zeros.
+
+        Args:
+            rows: Number N of rows.
+
+        Returns:
+            Conditioning of N rows.
+        """
+        if self._unconditional is None or self._unconditional.text.device != self.device:
+            self._unconditional = self._encode([""], 1)
+        return self._unconditional.rows([0] * rows)
+
+    @torch.no_grad()
+    def _encode(self, texts: Sequence[str], half: int) -> Conditioning:
+        # Pipelines give conditional and unconditional text, then, if any, both pooled embeddings.
+        encoded = self.pipeline.encode_prompt(
+            prompt=list(texts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=half == 1
+        )
+        return Conditioning(*encoded[half::2])
 
     def truncated(self, text: str) -> bool:
-        """Whether a prompt is longer than the text encoder reads."""
-        tokenizer = self.pipeline.tokenizer
-        return len(tokenizer(text, truncation=False, verbose=False).input_ids) > tokenizer.model_max_length
+        """Whether a prompt is longer than a text encoder reads."""
+        tokenizers = [part for name, part in self.pipeline.components.items() if name.startswith("tokenizer")]
+        return any(len(t(text, truncation=False, verbose=False).input_ids) > t.model_max_length for t in tokenizers)
 
     def latents(self, seeds: Sequence[int]) -> Tensor:
         """Starting noise, each row from a CPU generator of its own, so equal on every device and in every batch.
@@ -191,10 +195,14 @@ class Diffusion(nn.Module):
         rows = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(rows).to(self.device, self.dtype)
 
-    def first_timestep(self) -> int:
-        """Timestep of the first of 50 DDIM steps, as published, however many generate (981 for Stable Diffusion)."""
+    def timestep(self, step: int = 0) -> int:
+        """Timestep of one of 50 DDIM steps, as published, however many generate.
+
+        Args:
+            step: Number of the step from 0, the noisiest (981 for Stable Diffusion).
+        """
         self.pipeline.scheduler.set_timesteps(NOISE_STEPS)
-        return int(self.pipeline.scheduler.timesteps[0])
+        return int(self.pipeline.scheduler.timesteps[step])
 
     def predict_noise(self, latents: Tensor, timestep: int, text: Conditioning) -> Tensor:
         """One UNet pass, converted to predicted noise whatever the network predicts.
@@ -212,7 +220,8 @@ class Diffusion(nn.Module):
             ModelError: The scheduler's prediction type is neither epsilon nor v_prediction.
         """
         scheduler = self.pipeline.scheduler
-        output = self.unet(latents, timestep, encoder_hidden_states=text.text).sample.float()
+        height, width = (side * self.pipeline.vae_scale_factor for side in latents.shape[2:])
+        output = self.unet(latents, timestep, **self.family.unet_inputs(text, (height, width))).sample.float()
         kind = scheduler.config.prediction_type
         if kind == "epsilon":
             return output
@@ -231,11 +240,8 @@ class Diffusion(nn.Module):
         Returns:
             Images in [0, 1], float32, (N, 3, height, width).
         """
-        if self._unconditional is None or self._unconditional.text.device != self.device:
-            self._unconditional = self.encode([""])
         images: Tensor = self.pipeline(
-            prompt_embeds=text.text,
-            negative_prompt_embeds=self._unconditional.rows([0] * len(text)).text,
+            **self.family.call_inputs(text, self.unconditional(len(text))),
             latents=latents,
             num_inference_steps=self.steps,
             guidance_scale=self.guidance,
@@ -248,17 +254,20 @@ class Diffusion(nn.Module):
         """UNet passes of one sample that an image costs: the steps, twice with guidance."""
         return self.steps * (2 if self.guidance > 1 else 1)
 
-    def block(self, neurons: Neurons | Sequence[Neurons], factor: float = 0.0) -> AbstractContextManager[None]:
+    def block(
+        self, neurons: Neurons | Sequence[Neurons], factor: float = 0.0, replayed: Collection[str] = ()
+    ) -> AbstractContextManager[None]:
         """Switches value neurons off while the context is open.
 
         Args:
             neurons: One set for all rows, or one per row of the coming batches.
             factor: What their outputs are multiplied by.
+            replayed: Value layers that a :class:`Prefix` replays.
 
         Raises:
             ModelError: See :meth:`NeuronMasks.block`.
         """
-        return self.masks.block([neurons] if isinstance(neurons, Neurons) else neurons, factor)
+        return self.masks.block([neurons] if isinstance(neurons, Neurons) else neurons, factor, replayed)
 
     def state_digest(self) -> str:
         """Hash of all weights as they are now; a method that leaves a trace changes it."""
@@ -293,6 +302,16 @@ class Diffusion(nn.Module):
                 parameter.copy_(original)
 
 
+def ddim(shipped: Mapping[str, Any]) -> DDIMScheduler:
+    """The DDIM scheduler of a model, whatever sampler it is shipped with.
+
+    Args:
+        shipped: Configuration of the shipped scheduler: noise schedule, prediction type and spacing of timesteps stay.
+    """
+    unset = {*shipped.get("_use_default_values", ()), "_use_default_values"}
+    return DDIMScheduler.from_config({**_DDIM, **{k: v for k, v in shipped.items() if k not in unset}})
+
+
 def value_layers(unet: nn.Module, layers: Layers = "down+mid") -> dict[str, nn.Module]:
     """The cross-attention value projections of a UNet by module path, in network order.
 
@@ -312,49 +331,3 @@ def value_layers(unet: nn.Module, layers: Layers = "down+mid") -> dict[str, nn.M
         return [_PART.get(name.split(".")[0], 3), *map(int, re.findall(r"\d+", name))]
 
     return dict(sorted(wanted, key=lambda item: order(item[0])))
-
-
-def is_folder(source: str) -> bool:
-    """Whether a model source is a folder rather than a hub id; a path that does not exist is an error.
-
-    Raises:
-        ModelError: It looks like a path and is no pipeline folder.
-    """
-    path = Path(source)
-    if (path / "model_index.json").is_file():
-        return True
-    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise ModelError(f"model '{source}' is no pipeline folder: there is no model_index.json in it")
-    return False
-
-
-def source_digest(source: str, revision: str | None = None) -> str:
-    """Content digest of a pipeline folder, or the digest of hub id and revision; loads nothing.
-
-    Args:
-        source: Folder or hub id.
-        revision: Commit or tag of a hub id.
-
-    Returns:
-        16 hexadecimal digits.
-
-    Raises:
-        ModelError: The folder is no pipeline.
-    """
-    if not is_folder(source):
-        return digest([source, revision])
-    return folder_digest(Path(source))
-
-
-def folder_digest(folder: Path) -> str:
-    """Content digest of the settings and weights in a folder, 16 hexadecimal digits."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix in {".json", ".safetensors", ".bin", ".txt"})
-    return digest([[p.relative_to(folder).as_posix(), _file_digest(p)] for p in files])
-
-
-def _file_digest(path: Path) -> str:
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            total.update(chunk)
-    return total.hexdigest()

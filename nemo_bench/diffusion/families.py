@@ -1,0 +1,102 @@
+"""What differs between families of Stable Diffusion: what the networks take besides latents, and how they are loaded.
+
+Families follow the class of the diffusers pipeline. Stable Diffusion 1.x and 2.x share one: their text encoders, widths
+and prediction types differ in their configurations only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor
+
+from nemo_bench.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts.
+
+    Attributes:
+        text: Hidden states of the text encoder, (N, tokens, channels); of SDXL's two encoders, side by side.
+        pooled: Projected text embedding of SDXL's second encoder, (N, channels), or None.
+    """
+
+    text: Tensor
+    pooled: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def rows(self, index: Sequence[int]) -> Conditioning:
+        """The conditioning of some rows, in the order given; a row may be taken several times."""
+        rows = list(index)
+        return Conditioning(self.text[rows], None if self.pooled is None else self.pooled[rows])
+
+
+class StableDiffusion:
+    """Stable Diffusion 1.x and 2.x: one text encoder (CLIP or OpenCLIP), whose hidden states are all the UNet takes.
+
+    Attributes:
+        pipeline: The diffusers class.
+        loading: What it is loaded with besides its place. The safety checker would blacken images.
+    """
+
+    pipeline: ClassVar[Any] = StableDiffusionPipeline
+    loading: ClassVar[dict[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
+
+    def unet_inputs(self, text: Conditioning, size: tuple[int, int]) -> dict[str, Any]:
+        """What the UNet takes besides latents and timestep.
+
+        Args:
+            text: Conditioning of N rows.
+            size: Height and width of the images in pixels.
+        """
+        return {"encoder_hidden_states": text.text}
+
+    def call_inputs(self, text: Conditioning, unconditional: Conditioning) -> dict[str, Any]:
+        """What the pipeline is called with in place of prompts; both of N rows."""
+        return {"prompt_embeds": text.text, "negative_prompt_embeds": unconditional.text}
+
+
+class StableDiffusionXL(StableDiffusion):
+    """SDXL: two text encoders, the second one's pooled embedding, and the size of the image (Podell et al. 2023).
+
+    Size conditioning is that of an uncropped image of the size generated, as the pipeline has it by default.
+    """
+
+    pipeline = StableDiffusionXLPipeline
+    loading: ClassVar[dict[str, Any]] = {"add_watermarker": False}
+
+    def unet_inputs(self, text: Conditioning, size: tuple[int, int]) -> dict[str, Any]:
+        """See :meth:`StableDiffusion.unet_inputs`."""
+        sizes = torch.tensor([[*size, 0, 0, *size]], dtype=text.text.dtype, device=text.text.device)
+        added = {"text_embeds": text.pooled, "time_ids": sizes.repeat(len(text), 1)}
+        return {**super().unet_inputs(text, size), "added_cond_kwargs": added}
+
+    def call_inputs(self, text: Conditioning, unconditional: Conditioning) -> dict[str, Any]:
+        """See :meth:`StableDiffusion.call_inputs`."""
+        pooled = {"pooled_prompt_embeds": text.pooled, "negative_pooled_prompt_embeds": unconditional.pooled}
+        return {**super().call_inputs(text, unconditional), **pooled}
+
+
+FAMILIES = {family.pipeline.__name__: family for family in (StableDiffusion(), StableDiffusionXL())}
+"""By the name of the pipeline class, as in ``model_index.json``."""
+
+
+def family_of(name: str) -> StableDiffusion:
+    """The family of a pipeline class.
+
+    Args:
+        name: Name of the class.
+
+    Raises:
+        ModelError: It is none of :data:`FAMILIES`.
+    """
+    if name not in FAMILIES:
+        raise ModelError(f"pipelines of class {name} are not supported; give one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]

@@ -1,0 +1,330 @@
+"""Every family from text to image, on tiny pipelines of the true classes, and the layers of the full-size networks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionInpaintPipeline,
+    UNet2DConditionModel,
+)
+
+from nemo_bench import Diffusion, Neurons
+from nemo_bench.config import grid, options
+from nemo_bench.diffusion import Similarity, value_layers
+from nemo_bench.diffusion.model import ddim
+from nemo_bench.errors import ModelError
+from nemo_bench.localization import Calibration, NemoSettings, activation_statistics, localize
+from nemo_bench.run import load_model, plan, run
+from nemo_bench.store import read_records
+from tiny import NOISE, tiny_pipeline, tiny_sd2, tiny_sdxl, tiny_texts
+
+PIPELINES: dict[str, Callable[..., Any]] = {
+    "sd1": tiny_pipeline,
+    "sd2": tiny_sd2,
+    "sd2-base": lambda seed=0: tiny_sd2(seed, "epsilon"),
+    "sdxl": tiny_sdxl,
+    "sdxl-without-zeros": lambda seed=0: tiny_sdxl(seed, zeros_for_empty=False),
+}
+
+
+def wrapped(family: str, seed: int = 0, **settings: Any) -> Diffusion:
+    given = {"steps": 3, "guidance": 3.0, "similarity": Similarity(1.0, ()), **settings}
+    return Diffusion(PIPELINES[family](seed), **given)
+
+
+@pytest.fixture(scope="module", params=[*PIPELINES])
+def model(request: pytest.FixtureRequest) -> Diffusion:
+    return wrapped(request.param)
+
+
+def half_of(model: Diffusion, shift: int = 0) -> Neurons:
+    return Neurons({name: range(shift, width, 2) for name, width in model.masks.widths.items()})
+
+
+def test_every_network_is_a_part_of_the_module(model: Diffusion) -> None:
+    networks = {name for name, part in model.pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    assert networks == set(dict(model.named_children()))
+    assert networks >= {"unet", "vae", "text_encoder"}
+    assert ("text_encoder_2" in networks) == ("XL" in type(model.pipeline).__name__)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_generating_equals_the_plain_pipeline(model: Diffusion, guidance: float) -> None:
+    texts, latents = tiny_texts(2), model.latents([4, 5])
+    plain = model.pipeline(texts, latents=latents, num_inference_steps=3, guidance_scale=guidance, output_type="pt")
+    model.guidance = guidance
+    try:
+        images = model.generate(model.encode(texts), latents)
+    finally:
+        model.guidance = 3.0
+    torch.testing.assert_close(images, plain.images.clamp(0, 1))
+    assert images.std() > 0.01
+
+
+def test_an_image_follows_its_text(model: Diffusion) -> None:
+    latents = model.latents([4, 4])
+    first, second = model.generate(model.encode(tiny_texts(2)), latents)
+    assert (first - second).abs().max() > 0.01
+
+
+def test_predicted_noise_is_that_of_the_pipelines_first_step(model: Diffusion) -> None:
+    """Seen from outside: what the plain pipeline gives its UNet in the first of 50 steps, and what comes out."""
+    texts, latents = tiny_texts(2), model.latents([4, 5])
+    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def keep(_: Any, args: tuple[torch.Tensor, ...], output: tuple[torch.Tensor]) -> None:
+        seen.append((args[0], args[1], output[0]))
+
+    hook = model.unet.register_forward_hook(keep)
+
+    def stop(pipe: Any, *_: Any) -> dict[str, Any]:
+        pipe._interrupt = True
+        return {}
+
+    model.pipeline(
+        texts, latents=latents, guidance_scale=1.0, output_type="latent", num_inference_steps=50,
+        callback_on_step_end=stop,
+    )  # fmt: skip
+    hook.remove()
+    sample, step, output = seen[0]
+    assert int(step) == model.timestep() == 981
+    assert torch.equal(sample, latents)
+    if model.pipeline.scheduler.config.prediction_type == "v_prediction":
+        alpha = model.pipeline.scheduler.alphas_cumprod[981]
+        output = alpha.sqrt() * output + (1 - alpha).sqrt() * latents
+    torch.testing.assert_close(model.predict_noise(latents, 981, model.encode(texts)), output)
+
+
+def test_the_families_cover_both_prediction_types() -> None:
+    kinds = {name: make().scheduler.config.prediction_type for name, make in PIPELINES.items()}
+    assert [name for name, kind in kinds.items() if kind == "v_prediction"] == ["sd2"]
+
+
+def test_each_row_is_blocked_as_if_it_were_alone(model: Diffusion) -> None:
+    rows = [half_of(model), Neurons(), half_of(model, 1)]
+    text, latents = model.encode(tiny_texts(3)), model.latents(range(3))
+    with model.block(rows):
+        together = model.predict_noise(latents, 981, text), model.generate(text, latents)
+    for row, neurons in enumerate(rows):
+        one, start = text.rows([row]), latents[row : row + 1]
+        with model.block(neurons):
+            alone = model.predict_noise(start, 981, one), model.generate(one, start)
+        for many, single in zip(together, alone, strict=True):
+            torch.testing.assert_close(many[row : row + 1], single, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(together[0][1:2], model.predict_noise(latents[:1], 981, text.rows([0])), atol=1e-3)
+
+
+def test_rows_may_be_repeated(model: Diffusion) -> None:
+    text, latents = model.encode(tiny_texts(2)), model.latents([3, 3, 3])
+    noise = model.predict_noise(latents, 981, text.rows([1, 0, 1]))
+    assert len(text.rows([1, 0, 1])) == 3
+    torch.testing.assert_close(noise[0], noise[2])
+    assert not torch.allclose(noise[0], noise[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("family", [*PIPELINES])
+def test_export_gives_the_images_of_blocking(family: str, tmp_path: Path) -> None:
+    model = wrapped(family)
+    before, neurons = model.state_digest(), half_of(model)
+    text, latents = model.encode(tiny_texts(2)), model.latents([1, 2])
+    with model.block(neurons):
+        blocked = model.generate(text, latents)
+    model.export(tmp_path / "model", neurons)
+    assert model.state_digest() == before
+    exported = Diffusion.load(str(tmp_path / "model"), steps=3, guidance=3.0)
+    assert type(exported.pipeline) is type(model.pipeline)
+    torch.testing.assert_close(exported.generate(exported.encode(tiny_texts(2)), latents), blocked)
+    assert not torch.allclose(model.generate(text, latents), blocked, atol=1e-3)
+
+
+def test_nemo_localizes(model: Diffusion) -> None:
+    texts = tiny_texts(24)
+    mean, std = activation_statistics(model, [texts[:16], texts[16:]])
+    assert {name: len(values) for name, values in mean.items()} == model.masks.widths
+    before = model.state_digest()
+    calibration = Calibration(mean, std, 0.3, len(texts))
+    found = localize(model, model.encode(texts[:1]), model.latents(range(3)), calibration, NemoSettings())
+    assert found.gate_score > 0.3
+    assert set(found.neurons) <= set(model.value_layers)
+    assert 0 < found.neurons.count <= found.initial.count
+    assert model.state_digest() == before
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_run_through_the_configuration(family: str, tmp_path: Path, prompt_file: Path) -> None:
+    PIPELINES[family]().save_pretrained(tmp_path / "model")
+    words = ["seeds=2", "localize_seeds=2", "trainer=cpu", "prompts.calibration_limit=6", "method=nemo"]
+    words += [f"root={tmp_path / 'results'}", f"prompts.files=[{prompt_file}]", "model.steps=2"]
+    (cell,) = plan(grid([*words, f"model.source={tmp_path / 'model'}"]))
+    run([cell], "test", say=lambda line: None)
+    loaded = load_model(cell.choice.settings.model)
+    assert json.loads((cell.store.folder / "layers.json").read_text()) == loaded.masks.widths
+    assert cell.spec["digests"]["model"]
+    assert [len(read_records(cell.store.folder, stage)) for stage in ("localize", "generate", "score")] == [3, 6, 9]
+
+
+def test_either_tokenizer_may_be_too_short() -> None:
+    model = wrapped("sdxl")
+    assert not model.truncated("red sun")
+    assert model.truncated("red " * 40)
+    model.pipeline.tokenizer_2.model_max_length = 3
+    assert model.truncated("red sun")
+
+
+def test_sdxl_has_several_transformer_layers_and_none_in_the_first_block() -> None:
+    short = [
+        name.replace(".transformer_blocks", "").replace(".attn2.to_v", "") for name in wrapped("sdxl").value_layers
+    ]
+    downs = [f"down_blocks.1.attentions.{a}.0" for a in range(2)]
+    downs += [f"down_blocks.2.attentions.{a}.{t}" for a in range(2) for t in range(2)]
+    assert short == [*downs, "mid_block.attentions.0.0", "mid_block.attentions.0.1"]
+    assert len(wrapped("sdxl", layers="all").value_layers) == len(short) + 9
+
+
+def test_guidance_leads_sdxl_away_from_zeros_unless_the_pipeline_says_otherwise() -> None:
+    zeros, empty = wrapped("sdxl").unconditional(2), wrapped("sdxl-without-zeros")
+    assert zeros.pooled is not None
+    assert not zeros.text.any()
+    assert not zeros.pooled.any()
+    assert len(zeros) == len(zeros.pooled) == 2
+    torch.testing.assert_close(empty.unconditional(1).text, empty.encode([""]).text)
+    torch.testing.assert_close(empty.unconditional(1).pooled, empty.encode([""]).pooled)
+
+
+def test_size_and_pooled_text_matter_to_sdxl() -> None:
+    model = wrapped("sdxl")
+    text, latents = model.encode(tiny_texts(1)), model.latents([0])
+    plain = model.unet(latents, 981, **model.family.unet_inputs(text, (32, 32))).sample
+    larger = model.unet(latents, 981, **model.family.unet_inputs(text, (1024, 1024))).sample
+    other = type(text)(text.text, model.encode(tiny_texts(2)).rows([1]).pooled)
+    torch.testing.assert_close(model.predict_noise(latents, 981, text), plain)
+    for changed in (larger, model.predict_noise(latents, 981, other)):
+        assert (changed - plain).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_half_precision_works_and_leaves_the_weights_as_they_were(family: str) -> None:
+    """SDXL's image decoder overflows in float16 and runs in float32 for a moment."""
+    model, whole = Diffusion(PIPELINES[family]().to(torch.float16), steps=2, guidance=3.0), wrapped(family, steps=2)
+    before, latents = model.state_digest(), whole.latents([0, 1])
+    images = model.generate(model.encode(tiny_texts(2)), latents.half())
+    assert images.dtype is model.predict_noise(latents.half(), 981, model.encode(tiny_texts(2))).dtype is torch.float32
+    torch.testing.assert_close(images, whole.generate(whole.encode(tiny_texts(2)), latents), atol=0.05, rtol=0)
+    assert model.state_digest() == before
+
+
+def test_other_pipelines_are_refused() -> None:
+    parts = tiny_pipeline().components
+    parts = {name: part for name, part in parts.items() if name != "image_encoder"}
+    parts["unet"] = UNet2DConditionModel(**{**parts["unet"].config, "in_channels": 9})
+    other = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    with pytest.raises(ModelError, match="StableDiffusionInpaintPipeline are not supported; give one of Stable"):
+        Diffusion(other)
+
+
+SHIPPED = {
+    "the PNDM of 1.4": PNDMScheduler(**NOISE, set_alpha_to_one=False, skip_prk_steps=True),
+    "the DDIM of 2.1": DDIMScheduler(
+        **NOISE, clip_sample=False, set_alpha_to_one=False, prediction_type="v_prediction"
+    ),
+    "the Euler of SDXL": EulerDiscreteScheduler(**NOISE, timestep_spacing="leading"),
+    "one that says little": DDIMScheduler(**{key: value for key, value in NOISE.items() if key != "steps_offset"}),
+}
+
+
+@pytest.mark.parametrize("name", [*SHIPPED])
+def test_any_shipped_scheduler_becomes_stable_diffusions_ddim(name: str) -> None:
+    shipped = SHIPPED[name]
+    scheduler = ddim(shipped.config)
+    scheduler.set_timesteps(50)
+    assert scheduler.timesteps[[0, 1, -1]].tolist() == [981, 961, 1]
+    assert scheduler.config.prediction_type == shipped.config.prediction_type
+    assert not scheduler.config.clip_sample
+    assert not scheduler.config.set_alpha_to_one
+    torch.testing.assert_close(scheduler.alphas_cumprod, shipped.alphas_cumprod)
+
+
+def test_settings_of_a_shipped_scheduler_survive() -> None:
+    shipped = DDIMScheduler(**{**NOISE, "beta_end": 0.02}, timestep_spacing="trailing", rescale_betas_zero_snr=True)
+    scheduler = ddim(shipped.config)
+    scheduler.set_timesteps(50)
+    assert int(scheduler.timesteps[0]) == 999
+    torch.testing.assert_close(scheduler.alphas_cumprod, shipped.alphas_cumprod)
+
+
+# The published configurations of the UNets, as far as they differ from the defaults of their class.
+_SD2 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
+FULL_SIZE: dict[str, dict[str, Any]] = {
+    "1.x": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    "2.x base": {"sample_size": 64, **_SD2},
+    "2.x": {"sample_size": 96, **_SD2, "upcast_attention": True},
+    "XL": {
+        "sample_size": 128,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (320, 640, 1280),
+        "transformer_layers_per_block": (1, 2, 10),
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+MILLION_WEIGHTS = {"1.x": 859.5, "2.x base": 865.9, "2.x": 865.9, "XL": 2567.5}
+
+
+@pytest.fixture(scope="module", params=[*FULL_SIZE])
+def full_size(request: pytest.FixtureRequest) -> tuple[str, UNet2DConditionModel]:
+    with torch.device("meta"):
+        return request.param, UNet2DConditionModel(**FULL_SIZE[request.param])
+
+
+def test_the_full_size_networks_are_those_published(full_size: tuple[str, UNet2DConditionModel]) -> None:
+    """Their well-known numbers of weights."""
+    name, unet = full_size
+    assert sum(p.numel() for p in unet.parameters()) / 1e6 == pytest.approx(MILLION_WEIGHTS[name], abs=0.1)
+
+
+def test_layers_of_the_full_size_networks(full_size: tuple[str, UNet2DConditionModel]) -> None:
+    name, unet = full_size
+    found = value_layers(unet)
+    depths = {1: 2, 2: 10} if name == "XL" else {0: 1, 1: 1, 2: 1}
+    places = [(f"down_blocks.{block}.attentions.{a}", depth) for block, depth in depths.items() for a in range(2)]
+    places.append(("mid_block.attentions.0", [*depths.values()][-1]))
+    expected = [f"{place}.transformer_blocks.{t}.attn2.to_v" for place, depth in places for t in range(depth)]
+    assert [*found] == expected
+    widths = [layer.out_features for layer in found.values()]
+    if name == "XL":
+        assert widths == [640] * 4 + [1280] * 30
+    else:
+        assert widths == [320, 320, 640, 640, 1280, 1280, 1280]
+    assert {layer.in_features for layer in found.values()} == {FULL_SIZE[name]["cross_attention_dim"]}
+
+
+def test_all_layers_of_the_full_size_networks(full_size: tuple[str, UNet2DConditionModel]) -> None:
+    name, unet = full_size
+    parts = [layer.split(".")[0] for layer in value_layers(unet, "all")]
+    down_and_mid, up = (34, 36) if name == "XL" else (7, 9)
+    assert [*accumulate(part == "up_blocks" for part in parts)] == [0] * down_and_mid + [*range(1, up + 1)]
+
+
+@pytest.mark.parametrize("name", [option for option in options("model") if option != "planted"])
+def test_the_models_of_the_configuration(name: str) -> None:
+    (choice,) = grid([f"model={name}", "method=none"])
+    settings = choice.settings.model
+    assert settings.source.count("/") == 1
+    assert (settings.steps, settings.layers, settings.clip) == (50, "down+mid", "ViT-B-32")
+    assert "RAIL" in settings.summary
+    assert "@" in settings.citation
