@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -18,6 +19,9 @@ from nemo_bench.diffusion import Similarity
 from nemo_bench.localization import Calibration, activation_statistics
 from nemo_bench.run import load_model
 from tiny import tiny_pipeline, tiny_texts
+
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)

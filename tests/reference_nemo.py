@@ -2,7 +2,8 @@
 
 Tests compare the package with this file, so it imports nothing from the package. It follows the method as published
 (protocol ``paper``): noise is predicted at the first of 50 DDIM steps, without guidance, on latents that the caller
-drew with one generator a seed, and candidates are listed once. Every tested set of neurons encodes the text again and
+drew with one generator a seed, and candidates are listed once. With ``step=1`` and ``duplicates=True`` it follows the
+public scripts (protocol ``reference``). Every tested set of neurons encodes the text again and
 runs all seeds through the UNet, in the pipeline's own precision; scores are computed in float32.
 
 Where the method leaves a choice:
@@ -111,7 +112,7 @@ def encode(pipe: StableDiffusionPipeline, texts: Sequence[str]) -> Tensor:
 
 @torch.no_grad()
 def noise_differences(
-    pipe: StableDiffusionPipeline, text: str, latents: Tensor, blocked: Neurons | None = None
+    pipe: StableDiffusionPipeline, text: str, latents: Tensor, blocked: Neurons | None = None, number: int = 0
 ) -> Tensor:
     """Predicts the noise of every latent once and returns what differs from the latent, each channel scaled to [0, 1].
 
@@ -120,6 +121,7 @@ def noise_differences(
         text: The prompt.
         latents: Initial noise x_T (S, C, h, w), one row a seed.
         blocked: Neurons that are off.
+        number: Which of 50 DDIM steps gives the timestep.
 
     Returns:
         Float32 (S, C, h, w).
@@ -129,10 +131,12 @@ def noise_differences(
     """
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(50)
-    step = scheduler.timesteps[0]
     x = latents.to(pipe.unet.device, pipe.unet.dtype)
+    embedding = encode(pipe, [text] * len(x))
     with blocking(pipe.unet, blocked or {}):
-        output = pipe.unet(x, step, encoder_hidden_states=encode(pipe, [text] * len(x))).sample
+        # The latent stays the initial one: what the steps before the last predict is thrown away.
+        for step in scheduler.timesteps[: number + 1]:
+            output = pipe.unet(x, step, encoder_hidden_states=embedding).sample
     x, output = x.float(), output.float()
 
     prediction_type = pipe.scheduler.config.prediction_type
@@ -203,15 +207,20 @@ def keep_seeds(pairs: Mapping[tuple[int, int], float], tau: float) -> tuple[list
 
 
 def candidates(
-    activation: Mapping[str, Tensor], means: Mapping[str, Tensor], stds: Mapping[str, Tensor], theta: float, k: int
+    activation: Mapping[str, Tensor],
+    means: Mapping[str, Tensor],
+    stds: Mapping[str, Tensor],
+    theta: float,
+    k: int,
+    duplicates: bool = False,
 ) -> dict[str, list[int]]:
-    """Returns each layer's outliers beyond ``theta`` in index order, then its ``k`` most active, without repeats."""
+    """Returns each layer's outliers beyond ``theta`` in index order, then its ``k`` most active."""
     chosen = {}
     for layer, a in activation.items():
         deviation = ((a - means[layer]).abs() / stds[layer]).tolist()
         outliers = [neuron for neuron in range(len(a)) if deviation[neuron] > theta]
         ranked = sorted(range(len(a)), key=lambda neuron: (-a[neuron].item(), neuron))
-        chosen[layer] = outliers + [neuron for neuron in ranked[:k] if neuron not in outliers]
+        chosen[layer] = outliers + [neuron for neuron in ranked[:k] if duplicates or neuron not in outliers]
     return chosen
 
 
@@ -242,12 +251,13 @@ def initial_selection(
     stds: Mapping[str, Tensor],
     score: Score,
     tau: float,
+    duplicates: bool = False,
 ) -> Selection:
     """Widens the candidates until blocking them takes the score to ``tau`` or below, or theta or k reaches its end."""
     theta, k = THETA_START, 0
     decisions = []
     while True:
-        neurons = candidates(activation, means, stds, theta, k)
+        neurons = candidates(activation, means, stds, theta, k, duplicates)
         s = score(neurons)
         decisions.append((s, tau))
         if s <= tau:
@@ -283,7 +293,8 @@ def refinement(
             remaining[layer] = []
     for layer in last_to_first:
         for neuron in list(remaining[layer]):
-            rest = [other for other in remaining[layer] if other != neuron]
+            rest = list(remaining[layer])
+            rest.remove(neuron)  # one occurrence
             if stays_low_without(layer, rest):
                 remaining[layer] = rest
     return remaining, decisions
@@ -346,6 +357,8 @@ def localize(
     stds: Mapping[str, Tensor],
     tau: float,
     similarity: Similarity = ssim,
+    step: int = 0,
+    duplicates: bool = False,
 ) -> Result:
     """Finds the memorization neurons of one prompt.
 
@@ -357,21 +370,23 @@ def localize(
         stds: Standard deviation, likewise.
         tau: Score above which two seeds are alike enough to speak of memorization.
         similarity: `ssim`, `ms_ssim`, or another function of two batches.
+        step: Which of 50 DDIM steps gives the timestep.
+        duplicates: Whether a neuron that is both outlier and most active is listed twice.
 
     Raises:
         ValueError: For one seed, a flat noise difference, or a pipeline that predicts neither noise nor velocity.
     """
-    before = noise_differences(pipe, text, latents)
+    before = noise_differences(pipe, text, latents, number=step)
     gate_scores, kept = keep_seeds(pair_scores(before, similarity), tau)
     if not kept:
         layers = value_layers(pipe.unet)
         return Result(tau, gate_scores, kept, initial={n: [] for n in layers}, refined={n: [] for n in layers})
 
     def score(blocked: Neurons) -> float:
-        after = noise_differences(pipe, text, latents, blocked)
+        after = noise_differences(pipe, text, latents, blocked, step)
         return max(similarity(before[i : i + 1], after[i : i + 1]).item() for i in kept)
 
-    selection = initial_selection(activations(pipe, text), means, stds, score, tau)
+    selection = initial_selection(activations(pipe, text), means, stds, score, tau, duplicates)
     refined, decisions = refinement(selection.neurons, score, selection.tau_refine)
     return Result(
         tau=tau,

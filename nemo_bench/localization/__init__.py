@@ -1,18 +1,40 @@
 """Where memorization sits: noise differences, activation statistics, and NeMo's search."""
 
-from nemo_bench.localization.calibration import Calibration, activation_statistics, activations, threshold
+from nemo_bench.localization.calibration import (
+    Calibration,
+    activation_moments,
+    activation_statistics,
+    activations,
+    merge_statistics,
+    name_layers,
+    read_statistics,
+    save_moments,
+    threshold,
+    write_statistics,
+)
 from nemo_bench.localization.nemo import NemoSettings, localize
 from nemo_bench.localization.noise import noise_differences, pair_similarities, pair_values, similarity
+from nemo_bench.localization.protocol import PAPER, PROTOCOLS, REFERENCE, Protocol
 
 __all__ = [
+    "PAPER",
+    "PROTOCOLS",
+    "REFERENCE",
     "Calibration",
     "NemoSettings",
+    "Protocol",
+    "activation_moments",
     "activation_statistics",
     "activations",
     "localize",
+    "merge_statistics",
+    "name_layers",
     "noise_differences",
     "pair_similarities",
     "pair_values",
+    "read_statistics",
+    "save_moments",
     "similarity",
     "threshold",
+    "write_statistics",
 ]

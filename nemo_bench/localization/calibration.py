@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_bench.diffusion import Conditioning, Diffusion
+from nemo_bench.errors import ModelError, StoreError
+
+Statistics = tuple[list[Tensor], list[Tensor]]
+"""Means and standard deviations, one tensor a value layer in network order: the form of the published file."""
 
 
 @dataclass(frozen=True)
@@ -23,31 +29,99 @@ class Calibration:
         mean: Mean activation of every neuron over general prompts, by layer in network order.
         std: Unbiased standard deviation of the same.
         threshold: Similarity of noise differences above which a prompt counts as memorized.
-        prompts: Number of general prompts behind it.
+        prompts: Number of general prompts behind what was measured; 0 where statistics and threshold were given.
     """
 
     mean: dict[str, Tensor]
     std: dict[str, Tensor]
     threshold: float
-    prompts: int
-
-    def save(self, path: Path) -> None:
-        """Writes a safetensors file, under another name first."""
-        tensors = {f"mean/{k}": v for k, v in self.mean.items()} | {f"std/{k}": v for k, v in self.std.items()}
-        about = {"threshold": repr(self.threshold), "prompts": str(self.prompts), "layers": json.dumps([*self.mean])}
-        part = path.with_suffix(".part")
-        save_file(tensors, part, metadata=about)
-        part.replace(path)
+    prompts: int = 0
 
     @classmethod
-    def load(cls, path: Path) -> Calibration:
-        """Reads what :meth:`save` wrote."""
-        with safe_open(path, "pt") as file:
-            about = file.metadata()
-            layers = json.loads(about["layers"])
-            mean = {name: file.get_tensor(f"mean/{name}") for name in layers}
-            std = {name: file.get_tensor(f"std/{name}") for name in layers}
-        return cls(mean, std, float(about["threshold"]), int(about["prompts"]))
+    def published(cls, path: Path, model: Diffusion, threshold: float) -> Calibration:
+        """Published statistics with a threshold, such as the 0.428 of Stable Diffusion 1.4.
+
+        Args:
+            path: See :func:`read_statistics`.
+            model: The model they were measured on.
+            threshold: A similarity in [-1, 1].
+
+        Raises:
+            ModelError: The file holds no statistics, or those of other layers than the model's.
+        """
+        return cls(*name_layers(read_statistics(path), model.masks.widths), threshold)
+
+    def save_published(self, path: Path) -> None:
+        """Writes the statistics, not the threshold, in the published form; see :func:`write_statistics`."""
+        write_statistics(path, ([*self.mean.values()], [*self.std.values()]))
+
+
+def read_statistics(path: Path) -> Statistics:
+    """Reads activation statistics in the form published with the method's code (Hintersdorf et al. 2024).
+
+    Args:
+        path: What ``torch.save`` wrote of (list of means, list of standard deviations).
+
+    Returns:
+        Both lists, float32 tensors of shape (neurons,) on the CPU.
+
+    Raises:
+        ModelError: The file is missing or holds something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        mean, std = ([values.float() for values in side] for side in content)
+        if not mean or any(m.dim() != 1 or not m.isfinite().all() for m in mean + std):
+            raise ValueError("not all of them are lists of finite numbers")
+        if [m.shape for m in mean] != [s.shape for s in std]:
+            raise ValueError("means and standard deviations differ in number")
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        msg = (
+            f"{path}: no activation statistics can be read ({type(error).__name__}: {reason}); expected what "
+            "torch.save writes of (list of means, list of standard deviations), one 1-D tensor a value layer; give "
+            "such a file as model.statistics, or null to measure them"
+        )
+        raise ModelError(msg) from error
+    return mean, std
+
+
+def write_statistics(path: Path, statistics: Statistics) -> None:
+    """Writes what :func:`read_statistics` and the public scripts read, under another name first.
+
+    Args:
+        path: The file; equal statistics give equal bytes.
+        statistics: Means and standard deviations in network order.
+    """
+    buffer = io.BytesIO()
+    torch.save(statistics, buffer)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_bytes(buffer.getvalue())
+    part.replace(path)
+
+
+def name_layers(statistics: Statistics, widths: Mapping[str, int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gives statistics the names of a model's layers.
+
+    Args:
+        statistics: Means and standard deviations in network order.
+        widths: Number of neurons of each value layer of the model, in network order.
+
+    Returns:
+        Means and standard deviations by layer.
+
+    Raises:
+        ModelError: Number or widths of the layers differ.
+    """
+    given, expected = [len(values) for values in statistics[0]], [*widths.values()]
+    if given != expected:
+        msg = (
+            f"the activation statistics are of {len(given)} layers with {given} neurons, the model has {len(expected)} "
+            f"value layers with {expected}; give those of this model, set model.layers, or set model.statistics=null"
+        )
+        raise ModelError(msg)
+    mean, std = (dict(zip(widths, side, strict=True)) for side in statistics)
+    return mean, std
 
 
 def activations(model: Diffusion, text: Conditioning) -> dict[str, Tensor]:
@@ -67,8 +141,14 @@ def activations(model: Diffusion, text: Conditioning) -> dict[str, Tensor]:
         return {name: layer(text.text).float().abs().mean(1) for name, layer in model.value_layers.items()}
 
 
+@dataclass
 class Moments:
-    """Streamed mean and variance (Welford; Chan et al. for merging), in float64.
+    """Streamed mean and variance in float64, merged as Chan, Golub and LeVeque (1983) do.
+
+    Attributes:
+        count: Number of rows taken in.
+        mean: Their mean, (neurons,).
+        squares: Sum of their squared deviations from it, (neurons,).
 
     Example:
         >>> moments = Moments()
@@ -77,26 +157,37 @@ class Moments:
         (tensor([2.], dtype=torch.float64), tensor([1.4142], dtype=torch.float64))
     """
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = torch.zeros((), dtype=torch.float64)
-        self._squares = torch.zeros((), dtype=torch.float64)
+    count: int = 0
+    mean: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    squares: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
     def add(self, values: Tensor) -> None:
-        """Takes in rows of shape (N, neurons)."""
-        values = values.detach().double().cpu()
+        """Takes in rows of shape (N, neurons), N at least 1."""
+        values = values.detach().cpu().double()
         mean = values.mean(0)
-        squares = (values - mean).square().sum(0)
-        total = self.count + len(values)
-        shift = mean - self.mean
-        self._squares = self._squares + squares + shift.square() * self.count * len(values) / total
-        self.mean = self.mean + shift * len(values) / total
+        self.merge(Moments(len(values), mean, (values - mean).square().sum(0)))
+
+    def merge(self, other: Moments) -> None:
+        """Takes in the rows of another, at least one; the order of merging decides the rounding."""
+        total = self.count + other.count
+        share, shift = other.count / total, other.mean - self.mean
+        self.squares = self.squares + other.squares + shift.square() * (self.count * share)
+        self.mean = self.mean + shift * share
         self.count = total
 
     @property
     def std(self) -> Tensor:
         """Unbiased standard deviation; needs two rows."""
-        return (self._squares / (self.count - 1)).sqrt()
+        return (self.squares / (self.count - 1)).sqrt()
+
+
+def activation_moments(model: Diffusion, batches: Iterable[Sequence[str]]) -> dict[str, Moments]:
+    """Moments of the activations over prompts, by layer in network order; see :func:`activation_statistics`."""
+    moments = {name: Moments() for name in model.value_layers}
+    for texts in batches:
+        for name, values in activations(model, model.encode(texts)).items():
+            moments[name].add(values)
+    return moments
 
 
 def activation_statistics(
@@ -111,12 +202,52 @@ def activation_statistics(
     Returns:
         Mean and unbiased standard deviation by layer, float32 tensors of shape (neurons,).
     """
-    moments = {name: Moments() for name in model.value_layers}
-    for texts in batches:
-        for name, values in activations(model, model.encode(texts)).items():
-            moments[name].add(values)
+    moments = activation_moments(model, batches)
     mean = {name: m.mean.float() for name, m in moments.items()}
     return mean, {name: m.std.float() for name, m in moments.items()}
+
+
+def save_moments(path: Path, moments: Mapping[str, Moments]) -> None:
+    """Writes moments by layer as safetensors, under another name first."""
+    tensors = {f"mean/{name}": m.mean for name, m in moments.items()}
+    tensors |= {f"squares/{name}": m.squares for name, m in moments.items()}
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    save_file(tensors, part, metadata={"counts": json.dumps({name: m.count for name, m in moments.items()})})
+    part.replace(path)
+
+
+def load_moments(path: Path) -> dict[str, Moments]:
+    """Reads what :func:`save_moments` wrote.
+
+    Raises:
+        StoreError: The file is missing or holds something else.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            counts = json.loads(file.metadata()["counts"])
+            return {
+                name: Moments(count, file.get_tensor(f"mean/{name}"), file.get_tensor(f"squares/{name}"))
+                for name, count in counts.items()
+            }
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        msg = f"{path} can't be read ({error}); delete {path.parent} and the records of the same name, and run again"
+        raise StoreError(msg) from error
+
+
+def merge_statistics(files: Iterable[Path]) -> Statistics:
+    """Statistics from moments of parts, merged in the order given, so that equal parts give equal bits.
+
+    Args:
+        files: What :func:`save_moments` wrote, at least two prompts in all.
+
+    Returns:
+        Means and unbiased standard deviations, float32 tensors of shape (neurons,).
+    """
+    merged: dict[str, Moments] = {}
+    for file in files:
+        for name, moments in load_moments(file).items():
+            merged.setdefault(name, Moments()).merge(moments)
+    return [m.mean.float() for m in merged.values()], [m.std.float() for m in merged.values()]
 
 
 def threshold(pair_scores: Iterable[float]) -> float:

@@ -1,25 +1,38 @@
-"""NeMo: gate, initial selection and refinement for one prompt (Hintersdorf et al. 2024, section 3 and algorithm 1)."""
+"""NeMo: gate, initial selection and refinement for one prompt (Hintersdorf et al. 2024, section 3 and algorithm 1).
+
+The outcome is that of the published sequence of tests, each of which asks whether a set of blocked neurons keeps the
+noise differences of all seeds changed. Fewer passes lead there: a test is lost with its first seed, what comes before
+the layer under test is replayed, and tests are run together on guesses about the ones before them; a test counts only
+if the guesses it was built on came true.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from nemo_bench.diffusion import Conditioning, Diffusion
+from nemo_bench.diffusion import Conditioning, Diffusion, Prefix
 from nemo_bench.localization.calibration import Calibration, activations
-from nemo_bench.localization.noise import noise_differences, pair_similarities, pair_values, similarity
+from nemo_bench.localization.noise import noise_differences, pair_similarities, similarity
+from nemo_bench.localization.protocol import PAPER, Protocol
 from nemo_bench.types import Localization, Neurons
 
-Candidates = list[tuple[str, int]]
+Neuron = tuple[str, int]
+Candidates = list[Neuron]
 """Neurons as (layer, index), layer by layer in network order, in a layer in the order of selection."""
+
+ROUNDING = 1e-6
+"""A score closer than this below its threshold is taken to equal it: another batch may round it to the other side."""
 
 
 @dataclass(frozen=True)
 class NemoSettings:
-    """The numbers of the published algorithm.
+    """The numbers of the published algorithm and the variants of its sensitivity studies.
 
     Attributes:
         theta: First outlier threshold, in standard deviations.
@@ -27,6 +40,13 @@ class NemoSettings:
         theta_min: Where the search ends; never tested itself.
         factor: What blocked outputs are multiplied by.
         threshold: Memorization threshold, or None for the calibrated one.
+        outliers: Whether outliers are candidates.
+        top_k: Whether the most active neurons of each layer are candidates.
+        refine_threshold: Threshold of the refinement, or None for that of the selection.
+        relative: Refine by relative change instead: a neuron is dropped if no seed's similarity differs from the one
+            with all candidates blocked by more than this part of it.
+        refinement: ``"sequential"``, as published, or ``"bisect"``: drops many neurons at a time and then checks that
+            the seeds stay changed and that no neuron that is left can be dropped.
     """
 
     theta: float = 5.0
@@ -34,6 +54,11 @@ class NemoSettings:
     theta_min: float = 1.0
     factor: float = 0.0
     threshold: float | None = None
+    outliers: bool = True
+    top_k: bool = True
+    refine_threshold: float | None = None
+    relative: float | None = None
+    refinement: Literal["sequential", "bisect"] = "sequential"
 
 
 class Trial:
@@ -44,20 +69,33 @@ class Trial:
         text: Conditioning of one row.
         latents: Starting noise of S seeds, (S, channels, height, width).
         factor: What blocked outputs are multiplied by.
+        protocol: How noise differences are taken.
+        batch_size: Rows in a UNet pass at most.
 
     Attributes:
-        split: Whether a test may be settled by some of the seeds. Where the threshold is itself a score of this trial,
-            it must not: another batch size may round a test that changes nothing to the other side.
-        row_passes: UNet passes of one sample spent so far.
         original: Noise differences with nothing blocked, of the seeds kept.
+        row_passes: UNet passes of one sample spent so far, those that start at a replayed prefix included.
     """
 
-    def __init__(self, model: Diffusion, text: Conditioning, latents: Tensor, factor: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: Diffusion,
+        text: Conditioning,
+        latents: Tensor,
+        factor: float = 0.0,
+        protocol: Protocol = PAPER,
+        batch_size: int = 32,
+    ) -> None:
         self.model, self.text, self.latents, self.factor = model, text, latents, factor
-        self.original = noise_differences(model, text.rows([0] * len(latents)), latents)
-        self.row_passes = len(latents)
-        self.split = True
-        self._hardest_first = torch.arange(len(latents))
+        self.protocol, self.batch_size = protocol, batch_size
+        self.row_passes = 0
+        self._prefix: Prefix | None = None
+        self.original = torch.cat([self._differences(rows) for rows in self._batches(range(len(latents)))])
+
+    @property
+    def seeds(self) -> int:
+        """Number of seeds kept."""
+        return len(self.latents)
 
     def keep(self, seeds: Tensor) -> None:
         """Goes on with some of the seeds only.
@@ -66,35 +104,59 @@ class Trial:
             seeds: Boolean mask of S entries.
         """
         self.latents, self.original = self.latents[seeds], self.original[seeds]
-        self._hardest_first = torch.arange(len(self.latents))
 
-    def similarity(self, candidates: Candidates, stop_at: float | None = None) -> float:
-        """Highest similarity over the kept seeds of the noise differences with and without blocking.
+    def similarities(self, tests: Sequence[tuple[Candidates, Sequence[int]]], layer: str | None = None) -> list[Tensor]:
+        """Similarities of the noise differences with and without blocking, several tests in one batch.
 
         Args:
-            candidates: What is blocked.
-            stop_at: Give up as soon as a seed reaches this value; the rest can't lower a maximum.
+            tests: What is blocked, and the seeds it is tested on.
+            layer: Where the passes may start: all tests block, before this layer, what was blocked while recording.
 
         Returns:
-            The maximum, or with ``stop_at`` a value of at least that if it is reached.
+            One similarity per seed for each test, on the CPU.
         """
-        seeds = len(self.latents)
-        # A lost test is mostly lost by a seed that came near losing before, so a few of those are tried first.
-        early = stop_at is not None and self.split and seeds > 4
-        order = self._hardest_first if early else torch.arange(seeds)
-        values = torch.empty(seeds)
-        for rows in order.split([3, seeds - 3] if early else [seeds]):
-            with self.model.block(as_neurons(candidates), self.factor):
-                changed = noise_differences(self.model, self.text.rows([0] * len(rows)), self.latents[rows])
-            values[rows] = similarity(self.original[rows], changed, self.model.similarity).cpu()
-            self.row_passes += len(rows)
-            if stop_at is not None and float(values[rows].max()) >= stop_at:
-                return float(values[rows].max())
-        self._hardest_first = values.argsort(descending=True)
-        return float(values.max())
+        seeds = [seed for _, chosen in tests for seed in chosen]
+        blocked = [as_neurons(candidates) for candidates, _ in tests]
+        rows = [neurons for neurons, (_, chosen) in zip(blocked, tests, strict=True) for _ in chosen]
+        values = []
+        for part in self._batches(range(len(rows))):
+            changed = self._differences([seeds[i] for i in part], [rows[i] for i in part], layer)
+            values.append(similarity(self.original[[seeds[i] for i in part]], changed, self.model.similarity).cpu())
+        return list(torch.cat(values).split([len(chosen) for _, chosen in tests])) if values else []
+
+    def record(self, candidates: Candidates) -> Tensor:
+        """Blocks some candidates for all seeds and keeps what the passes compute before each layer.
+
+        A compiled network has no parts that could be replayed; nothing is kept then.
+
+        Returns:
+            One similarity per seed.
+        """
+        if self.model.compiled:
+            return self.similarities([(candidates, range(self.seeds))])[0]
+        self._prefix = Prefix(self.model.unet)
+        with self._prefix.recording():
+            return self.similarities([(candidates, range(self.seeds))])[0]
+
+    def _batches(self, rows: Sequence[int]) -> list[Sequence[int]]:
+        return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+
+    def _differences(
+        self, seeds: Sequence[int], blocked: Sequence[Neurons] | None = None, layer: str | None = None
+    ) -> Tensor:
+        self.row_passes += len(seeds)
+        text, latents = self.text.rows([0] * len(seeds)), self.latents[list(seeds)]
+        if not blocked:
+            return noise_differences(self.model, text, latents, self.protocol)
+        if layer is None or self._prefix is None:
+            with self.model.block(blocked, self.factor):
+                return noise_differences(self.model, text, latents, self.protocol)
+        replayed = [name for name in self.model.value_layers if self._prefix.skips(name, layer)]
+        with self._prefix.replaying(layer, seeds), self.model.block(blocked, self.factor, replayed):
+            return noise_differences(self.model, text, latents, self.protocol)
 
 
-def as_neurons(candidates: Candidates) -> Neurons:
+def as_neurons(candidates: Iterable[Neuron]) -> Neurons:
     """The same neurons without their order."""
     layers: dict[str, list[int]] = {}
     for layer, index in candidates:
@@ -102,7 +164,15 @@ def as_neurons(candidates: Candidates) -> Neurons:
     return Neurons(layers)
 
 
-def select(activation: dict[str, Tensor], calibration: Calibration, theta: float, k: int) -> Candidates:
+def select(
+    activation: dict[str, Tensor],
+    calibration: Calibration,
+    theta: float,
+    k: int,
+    settings: NemoSettings = NemoSettings(),
+    *,
+    duplicates: bool = False,
+) -> Candidates:
     """Candidates of one round: outliers against general prompts, and the k most active neurons of each layer.
 
     Args:
@@ -110,24 +180,44 @@ def select(activation: dict[str, Tensor], calibration: Calibration, theta: float
         calibration: Statistics over general prompts.
         theta: Outlier threshold, in standard deviations.
         k: Number of most active neurons taken in each layer.
+        settings: Which of the two kinds are candidates.
+        duplicates: Whether a neuron that is both is listed twice.
 
     Returns:
-        Outliers in index order, then the k most active in falling order; each neuron once.
+        Layer by layer the outliers in index order, then the k most active in falling order.
     """
     chosen: Candidates = []
     for layer, values in activation.items():
         values = values.cpu()
         deviation = (values - calibration.mean[layer]).abs()
-        outliers = (deviation > theta * calibration.std[layer]).nonzero()[:, 0].tolist()
-        most_active = values.topk(min(k, len(values))).indices.tolist()
-        chosen += [(layer, index) for index in dict.fromkeys([*outliers, *most_active])]
+        outliers = (deviation > theta * calibration.std[layer]).nonzero()[:, 0].tolist() if settings.outliers else []
+        most_active = values.topk(min(k, len(values))).indices.tolist() if settings.top_k else []
+        found = [*outliers, *most_active]
+        chosen += [(layer, index) for index in (found if duplicates else dict.fromkeys(found))]
     return chosen
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the initial selection ended with.
+
+    Attributes:
+        candidates: The candidates.
+        similarity: Highest similarity over the seeds with them blocked.
+        reached: Whether it is at most the threshold.
+    """
+
+    candidates: Candidates
+    similarity: float
+    reached: bool
 
 
 def initial_selection(
     trial: Trial, activation: dict[str, Tensor], calibration: Calibration, tau: float, settings: NemoSettings
-) -> tuple[Candidates, float, float]:
+) -> Selection:
     """Widens the candidates until blocking them changes the noise differences of every kept seed.
+
+    The rounds do not depend on one another, so all are tried on one seed together; a round that is lost there is lost.
 
     Args:
         trial: The prompt, with its kept seeds.
@@ -137,50 +227,193 @@ def initial_selection(
         settings: Where theta starts, falls and ends.
 
     Returns:
-        Candidates, their similarity, and the threshold for refinement: ``tau``, or where the search ended without
-        reaching it, the similarity that was reached.
+        The first round that keeps all seeds at most at ``tau``, or the last one.
     """
     widest = max(len(values) for values in activation.values())
-    theta, k = settings.theta, 0
-    while True:
-        candidates = select(activation, calibration, theta, k)
-        reached = trial.similarity(candidates)
-        if reached <= tau:
-            return candidates, reached, tau
+    theta, k, rounds = settings.theta, 0, list[Candidates]()
+    while not rounds or (theta > settings.theta_min and k < widest):
+        duplicates = trial.protocol.duplicates
+        rounds.append(select(activation, calibration, theta, k, settings, duplicates=duplicates))
         theta, k = max(theta - settings.theta_step, settings.theta_min), k + 1
-        if theta <= settings.theta_min or k >= widest:
-            return candidates, reached, reached
+    # A round without candidates changes nothing, and seeds that are kept are not changed enough by nothing.
+    rounds = [candidates for candidates in rounds if candidates] or rounds[-1:]
+    order, start = list(range(trial.seeds)), 0
+    while True:
+        tried = trial.similarities([(candidates, order[:1]) for candidates in rounds[start:]])
+        passed = (i for i, value in enumerate(tried, start) if float(value) <= tau)
+        chosen = next(passed, len(rounds) - 1)
+        values = tried[0].new_empty(trial.seeds)
+        values[order] = torch.cat([tried[chosen - start], *trial.similarities([(rounds[chosen], order[1:])])])
+        highest, start = float(values.max()), chosen + 1
+        if highest <= tau or start == len(rounds):
+            return Selection(rounds[chosen], highest, highest <= tau)
+        order = values.argsort(descending=True).tolist()
 
 
-def refine(trial: Trial, candidates: Candidates, tau: float) -> Candidates:
+Excess = Callable[[Tensor, Sequence[int]], Tensor]
+"""Similarities of some seeds to how far each is above what refinement allows; one seed above 0 loses a test."""
+
+
+class Refinement:
     """Drops every layer, then every neuron, without which the noise differences stay changed.
 
     Args:
         trial: The prompt, with its kept seeds.
         candidates: What the initial selection found.
-        tau: A neuron is dropped if the highest similarity stays below this without it.
+        excess: Takes the similarities with all candidates blocked and gives what is allowed.
 
-    Returns:
-        What remains, in the same order.
+    Attributes:
+        kept: What remains, in the same order.
+        values: Similarities of all seeds with it blocked.
     """
 
-    def attempt(kept: Candidates, dropped: Sequence[tuple[str, int]]) -> Candidates:
-        gone = set(dropped)
-        rest = [neuron for neuron in kept if neuron not in gone]
-        return rest if trial.similarity(rest, stop_at=tau) < tau else kept
+    def __init__(self, trial: Trial, candidates: Candidates, excess: Callable[[Tensor], Excess]) -> None:
+        self.trial, self.kept = trial, list(candidates)
+        self.values = trial.record(self.kept)
+        self._excess = excess(self.values)
 
-    layers = list(dict.fromkeys(layer for layer, _ in candidates))[::-1]
-    for layer in layers:
-        candidates = attempt(candidates, [n for n in candidates if n[0] == layer])
-    for layer in layers:
-        for neuron in [n for n in candidates if n[0] == layer]:
-            candidates = attempt(candidates, [neuron])
-    return candidates
+    def sequential(self) -> None:
+        """Tests one by one, as published: layers from the last to the first, then neurons in the same order."""
+        self._drop_layers()
+        self._sweep()
+
+    def bisect(self) -> None:
+        """Drops the neurons that matter least together, as many as can go, then sweeps until none can go any more."""
+        self._drop_layers()
+        effects = self._effects()
+        order = sorted(self.kept, key=lambda neuron: effects[neuron])
+        low, high = 0, len(order)
+        while low < high:
+            middle = (low + high + 1) // 2
+            gone = set(order[low:middle])
+            if self._attempt([neuron for neuron in self.kept if neuron not in gone]):
+                low = middle
+            else:
+                high = middle - 1
+        count = -1
+        while count != len(self.kept):
+            count = len(self.kept)
+            self.trial.record(self.kept)
+            self._sweep()
+
+    def _layers(self) -> list[str]:
+        return list(dict.fromkeys(layer for layer, _ in self.kept))[::-1]
+
+    def _drop_layers(self) -> None:
+        for layer in self._layers():
+            self._attempt([neuron for neuron in self.kept if neuron[0] != layer], layer)
+        self.values = self.trial.record(self.kept)
+
+    def _sweep(self) -> None:
+        for layer in self._layers():
+            self._drop_in_order([neuron for neuron in self.kept if neuron[0] == layer], layer)
+
+    def _effects(self) -> dict[Neuron, float]:
+        """Similarity of the hardest seed with each neuron active again, the others staying blocked."""
+        hardest = self._hardest_first()[:1]
+        effects: dict[Neuron, float] = {}
+        for layer in self._layers():
+            neurons = [neuron for neuron in self.kept if neuron[0] == layer]
+            tests = [(_without(self.kept, neuron), hardest) for neuron in neurons]
+            effects |= zip(neurons, map(float, self.trial.similarities(tests, layer)), strict=True)
+        return effects
+
+    def _drop_in_order(self, neurons: Sequence[Neuron], layer: str) -> None:
+        """Tests the neurons of a layer in order, several in a batch, guessing the outcome of each from an older test.
+
+        A test that is expected to be lost runs on the hardest seed alone. The first wrong guess ends a batch: what was
+        tested after it started from a state that did not come about, and serves the next guesses only.
+        """
+        queue, effects = deque(neurons), dict[Neuron, float]()
+        while queue:
+            order = self._hardest_first()
+            base = expected = float(self.values[order[0]])
+            state, rows, plan = self.kept, 0, list[tuple[Neuron, Candidates, list[int], bool]]()
+            for neuron in queue:
+                guess = expected + effects.get(neuron, float("inf"))
+                likely = not self._lost(torch.tensor([guess]), order[:1])
+                seeds = order if likely else order[:1]
+                rows += len(seeds)
+                if plan and rows > self.trial.batch_size:
+                    break
+                plan.append((neuron, _without(state, neuron), seeds, likely))
+                if likely:
+                    state, expected = plan[-1][1], guess
+            results = self.trial.similarities([(rest, seeds) for _, rest, seeds, _ in plan], layer)
+            for (neuron, _, _, likely), values in zip(plan, results, strict=True):
+                effects[neuron] = float(values[0]) - base
+                base = float(values[0]) if likely else base
+            for (_, rest, seeds, likely), values in zip(plan, results, strict=True):
+                queue.popleft()
+                if self._attempt(rest, layer, seeds, values) != likely:
+                    break
+
+    def _attempt(
+        self, rest: Candidates, layer: str | None = None, seeds: Sequence[int] = (), values: Tensor | None = None
+    ) -> bool:
+        """Goes on with ``rest`` if no seed is above what is allowed; ``values`` are known of some seeds."""
+        order = self._hardest_first()
+        if values is None:
+            seeds = order[:1]
+            values = self.trial.similarities([(rest, seeds)], layer)[0]
+        if self._lost(values, seeds):
+            return False
+        others = [seed for seed in order if seed not in seeds]
+        complete = values.new_empty(self.trial.seeds)
+        complete[list(seeds)] = values
+        if others:
+            complete[others] = self.trial.similarities([(rest, others)], layer)[0]
+        if self._lost(complete, range(self.trial.seeds)):
+            return False
+        self.kept, self.values = rest, complete
+        return True
+
+    def _hardest_first(self) -> list[int]:
+        order: list[int] = self._excess(self.values, range(self.trial.seeds)).argsort(descending=True).tolist()
+        return order
+
+    def _lost(self, values: Tensor, seeds: Sequence[int]) -> bool:
+        return bool((self._excess(values, seeds) > -ROUNDING).any())
+
+
+def _without(candidates: Candidates, neuron: Neuron) -> Candidates:
+    place = candidates.index(neuron)
+    return candidates[:place] + candidates[place + 1 :]
+
+
+def allowed(threshold: float, relative: float | None) -> Callable[[Tensor], Excess]:
+    """What refinement allows: similarities below a threshold, or, relatively, close to those of the candidates.
+
+    Args:
+        threshold: Similarity that no seed may reach.
+        relative: If given, the part of a seed's similarity with all candidates blocked by which it may change instead.
+
+    Returns:
+        Takes the similarities with all candidates blocked and gives the :data:`Excess`.
+    """
+
+    def absolute_excess(values: Tensor, seeds: Sequence[int]) -> Tensor:
+        return values - threshold
+
+    def relative_excess(blocked: Tensor, part: float) -> Excess:
+        def excess(values: Tensor, seeds: Sequence[int]) -> Tensor:
+            base = blocked[list(seeds)]
+            return (values - base).abs() / base.abs() - part
+
+        return excess
+
+    return lambda blocked: absolute_excess if relative is None else relative_excess(blocked, relative)
 
 
 @torch.no_grad()
 def localize(
-    model: Diffusion, text: Conditioning, latents: Tensor, calibration: Calibration, settings: NemoSettings
+    model: Diffusion,
+    text: Conditioning,
+    latents: Tensor,
+    calibration: Calibration,
+    settings: NemoSettings,
+    protocol: Protocol = PAPER,
+    batch_size: int = 32,
 ) -> Localization:
     """Finds the memorization neurons of one prompt.
 
@@ -190,29 +423,31 @@ def localize(
         latents: Starting noise of S seeds, S at least 2, (S, channels, height, width).
         calibration: Statistics and threshold of the model.
         settings: The numbers of the algorithm.
+        protocol: How noise differences are taken.
+        batch_size: Rows in a UNet pass at most.
 
     Returns:
         What was found; empty where no pair of seeds is more alike than the threshold.
     """
     tau = calibration.threshold if settings.threshold is None else settings.threshold
-    trial = Trial(model, text, latents, settings.factor)
+    trial = Trial(model, text, latents, settings.factor, protocol, batch_size)
     matrix = pair_similarities(trial.original, model.similarity)
-    gate_score = float(pair_values(matrix).max())
-    kept = matrix.amax(1) > tau
+    gate_score, kept = float(matrix.max()), matrix.amax(1) > tau
     if not kept.any():
         return Localization(gate_score=gate_score, threshold=tau, row_passes=trial.row_passes)
     trial.keep(kept)
     activation = {layer: values[0] for layer, values in activations(model, text).items()}
-    initial, initial_score, tau_refine = initial_selection(trial, activation, calibration, tau, settings)
-    trial.split = tau_refine == tau
-    refined = refine(trial, initial, tau_refine)
-    refined_score = trial.similarity(refined)
+    selection = initial_selection(trial, activation, calibration, tau, settings)
+    threshold = tau if settings.refine_threshold is None else settings.refine_threshold
+    threshold = threshold if selection.reached else selection.similarity
+    refinement = Refinement(trial, selection.candidates, allowed(threshold, settings.relative))
+    refinement.sequential() if settings.refinement == "sequential" else refinement.bisect()
     return Localization(
-        neurons=as_neurons(refined),
-        initial=as_neurons(initial),
+        neurons=as_neurons(refinement.kept),
+        initial=as_neurons(selection.candidates),
         gate_score=gate_score,
-        initial_score=initial_score,
-        refined_score=refined_score,
-        threshold=tau_refine,
+        initial_score=selection.similarity,
+        refined_score=float(refinement.values.max()),
+        threshold=threshold,
         row_passes=trial.row_passes,
     )

@@ -13,20 +13,31 @@ from torchmetrics.functional.image import (
 )
 
 from nemo_bench.diffusion import Conditioning, Diffusion, Similarity
+from nemo_bench.localization.protocol import PAPER, Protocol
 
 
-def noise_differences(model: Diffusion, text: Conditioning, latents: Tensor) -> Tensor:
+def noise_differences(
+    model: Diffusion, text: Conditioning, latents: Tensor, protocol: Protocol = PAPER, *, calibrating: bool = False
+) -> Tensor:
     """Predicted noise minus the noise that went in, each channel of each row scaled to [0, 1] over space.
 
     Args:
         model: The model; blocked neurons count.
         text: Conditioning of N rows.
         latents: Starting noise, (N, channels, height, width).
+        protocol: Which timestep and precision.
+        calibrating: Take the prediction from which the protocol calibrates its threshold.
 
     Returns:
         Differences in [0, 1], float32, shaped as the latents; a constant channel becomes 0.
     """
-    difference = model.predict_noise(latents, model.first_timestep(), text) - latents.float()
+    timestep = model.timestep(protocol.step)
+    with protocol.precision(model):
+        noise = model.predict_noise(latents, timestep, text)
+        if calibrating and protocol.calibration_guidance is not None:
+            unconditional = model.predict_noise(latents, timestep, model.unconditional(len(text)))
+            noise = noise + protocol.calibration_guidance * (unconditional - noise)
+    difference = noise - latents.float()
     low, high = difference.amin((2, 3), keepdim=True), difference.amax((2, 3), keepdim=True)
     return (difference - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError
-from nemo_bench.localization import NemoSettings, localize
+from nemo_bench.localization import PROTOCOLS, NemoSettings, localize
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.types import Localization, Prompt
 
@@ -38,12 +38,18 @@ class NeMo(BlockNeurons):
     """Localizes by outlier activations and refinement on noise differences, then blocks what was found.
 
     Args:
-        protocol: ``"paper"``: first step's timestep, no guidance, one generator per seed, no duplicate candidates.
+        protocol: ``"paper"`` or ``"reference"``, what the public scripts do; see :class:`Protocol`.
+        refinement: ``"sequential"`` as published, or ``"bisect"``, faster, checked for the same criterion; see
+            :class:`NemoSettings`.
         neurons: Which set is blocked: ``"refined"`` or the ``"initial"`` candidates.
         theta: First outlier threshold, in standard deviations.
         theta_step: How much it falls per round.
         theta_min: Where the search ends; never tested itself.
-        threshold: Memorization threshold in [-1, 1]; None takes the calibrated one.
+        outliers: Whether outliers are candidates.
+        top_k: Whether the most active neurons of each layer are candidates.
+        threshold: Memorization threshold in [-1, 1]; None takes the calibrated one (published: 0.428).
+        refine_threshold: Threshold of the refinement in [-1, 1]; None takes that of the selection.
+        relative: Refine by relative change of the similarity, at most this part, instead of by threshold.
         factor: What the outputs of blocked neurons are multiplied by.
 
     Raises:
@@ -64,24 +70,36 @@ class NeMo(BlockNeurons):
 
     def __init__(
         self,
-        protocol: Literal["paper"] = "paper",
+        protocol: Literal["paper", "reference"] = "paper",
+        refinement: Literal["sequential", "bisect"] = "sequential",
         neurons: Literal["refined", "initial"] = "refined",
         theta: float = 5.0,
         theta_step: float = 0.25,
         theta_min: float = 1.0,
+        outliers: bool = True,
+        top_k: bool = True,
         threshold: float | None = None,
+        refine_threshold: float | None = None,
+        relative: float | None = None,
         factor: float = 0.0,
     ) -> None:
         super().__init__(factor)
         if not (math.inf > theta > theta_min >= 0 and theta_step > 0):
             msg = f"nemo needs theta > theta_min >= 0 and theta_step > 0, given {theta}, {theta_min}, {theta_step}"
             raise ConfigError(msg)
-        if threshold is not None and not -1 <= threshold <= 1:
-            raise ConfigError(f"nemo needs a threshold from -1 to 1, a similarity, given {threshold}")
-        self.protocol, self.neurons = protocol, neurons
-        self.settings = NemoSettings(theta, theta_step, theta_min, factor, threshold)
+        for name, value in {"threshold": threshold, "refine_threshold": refine_threshold}.items():
+            if value is not None and not -1 <= value <= 1:
+                raise ConfigError(f"nemo needs a {name} from -1 to 1, a similarity, given {value}")
+        if relative is not None and not 0 < relative < math.inf:
+            raise ConfigError(f"nemo needs relative above 0, a part of a similarity, given {relative}")
+        if not (outliers or top_k):
+            raise ConfigError("nemo needs candidates: set outliers=true, top_k=true or both")
+        self.protocol, self.neurons, self.threshold = PROTOCOLS[protocol], neurons, threshold
+        self.settings = NemoSettings(
+            theta, theta_step, theta_min, factor, threshold, outliers, top_k, refine_threshold, relative, refinement
+        )
 
-    def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor, found: Localization | None) -> Localization:
+    def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor) -> Localization:
         """See :meth:`Method.localize`.
 
         Raises:
@@ -89,7 +107,8 @@ class NeMo(BlockNeurons):
         """
         if self.calibration is None:
             raise ConfigError("NeMo needs the statistics of the model: set calibration, or run `nemo-bench calibrate`")
-        result = localize(model, model.encode([prompt.text]), latents, self.calibration, self.settings)
+        text = model.encode([prompt.text])
+        result = localize(model, text, latents, self.calibration, self.settings, self.protocol, self.batch_size)
         if self.neurons == "initial":
             return replace(result, neurons=result.initial, refined_score=result.initial_score)
         return result

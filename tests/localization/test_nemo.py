@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 import reference_nemo
 from nemo_bench import Calibration, Diffusion, Neurons, Prompt, read_prompts, resolve
 from nemo_bench.config import grid
 from nemo_bench.diffusion import Similarity
-from nemo_bench.localization import NemoSettings, activation_statistics, localize, threshold
-from nemo_bench.localization.nemo import Trial, as_neurons, refine, select
+from nemo_bench.localization import (
+    PAPER,
+    REFERENCE,
+    NemoSettings,
+    Protocol,
+    activation_statistics,
+    localize,
+    threshold,
+)
+from nemo_bench.localization.nemo import Candidates, Refinement, Trial, allowed, as_neurons, initial_selection, select
 from nemo_bench.localization.noise import noise_differences, pair_similarities, pair_values
 from nemo_bench.modules import seeds_of
 from tiny import tiny_pipeline, tiny_texts
 
 
-def agree(model: Diffusion, text: str, latents: Tensor, calibration: Calibration) -> reference_nemo.Result:
+def agree(
+    model: Diffusion, text: str, latents: Tensor, calibration: Calibration, protocol: Protocol = PAPER
+) -> reference_nemo.Result:
     """Asserts that both implementations find the same, as far as rounding can tell."""
-    found = localize(model, model.encode([text]), latents, calibration, NemoSettings())
-    score = reference_nemo.ms_ssim if model.similarity.betas else reference_nemo.ssim
+    found = localize(model, model.encode([text]), latents, calibration, NemoSettings(), protocol, batch_size=7)
     plain = reference_nemo.localize(
-        model.pipeline, text, latents, calibration.mean, calibration.std, calibration.threshold, score
+        model.pipeline,
+        text,
+        latents,
+        calibration.mean,
+        calibration.std,
+        calibration.threshold,
+        reference_nemo.ms_ssim if model.similarity.betas else reference_nemo.ssim,
+        protocol.step,
+        protocol.duplicates,
     )
     assert plain.margin > 1e-5, "the case is too near a threshold to compare two implementations; choose another"
     assert found.neurons == Neurons(plain.refined)
@@ -108,22 +131,166 @@ def test_select_lists_outliers_then_the_most_active_once() -> None:
     assert select(activation, calibration, 7.5, 3) == [("layer", 3), ("layer", 4), ("layer", 2), ("layer", 0)]
 
 
-def test_refine_drops_what_does_not_matter() -> None:
-    needed = {("a", 1), ("b", 2)}
-
-    class Stub:
-        def similarity(self, candidates: list[tuple[str, int]], stop_at: float) -> float:
-            return 0.1 if needed <= set(candidates) else 0.9
-
-    candidates = [("a", 0), ("a", 1), ("b", 2), ("c", 3), ("c", 4)]
-    assert refine(Stub(), candidates, 0.5) == [("a", 1), ("b", 2)]  # type: ignore[arg-type]
+def test_reference_protocol_lists_neurons_twice(tiny: Diffusion) -> None:
+    mean, std = {"layer": torch.zeros(3)}, {"layer": torch.ones(3)}
+    activation = {"layer": torch.tensor([6.0, 1.0, 7.0])}
+    twice = select(activation, Calibration(mean, std, 0.5, 9), 5.0, 2, duplicates=True)
+    assert twice == [("layer", 0), ("layer", 2), ("layer", 2), ("layer", 0)]
 
 
-def test_giving_up_early_never_changes_the_verdict(tiny: Diffusion) -> None:
-    trial = Trial(tiny, tiny.encode(tiny_texts(1)), tiny.latents(range(8)))
-    sets = [[(layer, i) for i in range(n)] for layer in tiny.value_layers for n in (1, 4, 8)]
-    for candidates in sets:
-        whole = trial.similarity(candidates)
-        for tau in (whole - 1e-3, whole + 1e-3, 0.5):
-            assert (trial.similarity(candidates, stop_at=tau) < tau) == (whole < tau)
-    assert as_neurons(sets[1]).count == 4
+@pytest.mark.parametrize("tau", [0.3, 0.5])
+def test_same_neurons_by_the_reference_protocol(tau: float) -> None:
+    model = Diffusion(tiny_pipeline(), similarity=Similarity(1.0, ()))
+    texts = tiny_texts(24)
+    mean, std = activation_statistics(model, [texts[4:]])
+    narrow = Calibration(mean, {name: 0.2 * s for name, s in std.items()}, tau, 20)
+    latents = REFERENCE.latents(model, range(4))
+    plain = agree(model, texts[0], latents, narrow, REFERENCE)
+    assert sum(map(len, plain.initial.values())) > Neurons(plain.initial).count, "no neuron is listed twice"
+
+
+def test_reference_protocol_shares_its_noise(tiny: Diffusion) -> None:
+    assert torch.equal(REFERENCE.latents(tiny, [5, 6]), REFERENCE.latents(tiny, [7, 8]))
+    expected = torch.randn((2, *tiny.latent_shape), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(REFERENCE.latents(tiny, [5, 6]), expected)
+    assert not torch.equal(PAPER.latents(tiny, [5, 6]), PAPER.latents(tiny, [7, 8]))
+
+
+@cache
+def draw_rule(salt: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    rng = np.random.default_rng([salt, seed])
+    return rng.uniform(-0.05, 0.25, 16), rng.uniform(-0.1, 0.1, (16, 16))
+
+
+class ScriptedTrial:
+    """Stands in for a Trial: similarities by a rule that knows interactions, so that dropping can raise and lower."""
+
+    protocol, batch_size = REFERENCE, 8
+
+    def __init__(self, seeds: int, salt: int) -> None:
+        self.seeds, self.salt, self.row_passes = seeds, salt, 0
+
+    def value(self, candidates: Candidates, seed: int) -> float:
+        places = [("abcd".index(layer) * 5 + index) % 16 for layer, index in sorted(set(candidates))]
+        weights, pairs = draw_rule(self.salt, seed)
+        return float(1 - weights[places].sum() - np.triu(pairs[np.ix_(places, places)], 1).sum())
+
+    def similarities(self, tests: list[tuple[Candidates, list[int]]], layer: str | None = None) -> list[Tensor]:
+        self.row_passes += sum(len(seeds) for _, seeds in tests)
+        return [torch.tensor([self.value(c, s) for s in seeds], dtype=torch.float64) for c, seeds in tests]
+
+    def record(self, candidates: Candidates) -> Tensor:
+        return self.similarities([(candidates, list(range(self.seeds)))])[0]
+
+    def highest(self, candidates: Candidates) -> float:
+        return max(self.value(candidates, seed) for seed in range(self.seeds))
+
+
+def plain_refinement(trial: ScriptedTrial, candidates: Candidates, lost: Callable[[Candidates], bool]) -> Candidates:
+    kept = list(candidates)
+    layers = list(dict.fromkeys(layer for layer, _ in kept))[::-1]
+    for layer in layers:
+        rest = [n for n in kept if n[0] != layer]
+        kept = kept if lost(rest) else rest
+    for layer in layers:
+        for neuron in [n for n in kept if n[0] == layer]:
+            rest = list(kept)
+            rest.remove(neuron)
+            kept = kept if lost(rest) else rest
+    return kept
+
+
+candidate_lists = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 4)), min_size=1, max_size=16).map(
+    lambda neurons: sorted(neurons, key=lambda neuron: neuron[0])
+)
+
+
+@given(candidates=candidate_lists, seeds=st.integers(1, 6), salt=st.integers(0, 10_000), slack=st.floats(-0.1, 0.6))
+def test_refinement_is_the_plain_sequence_of_tests(candidates: Candidates, seeds: int, salt: int, slack: float) -> None:
+    trial = ScriptedTrial(seeds, salt)
+    tau = trial.highest(candidates) + slack
+    refinement = Refinement(trial, candidates, allowed(tau, None))  # type: ignore[arg-type]
+    refinement.sequential()
+    expected = plain_refinement(trial, candidates, lambda rest: trial.highest(rest) > tau - 1e-6)
+    assert refinement.kept == expected
+    assert refinement.values.tolist() == [trial.value(expected, seed) for seed in range(seeds)]
+
+
+@given(candidates=candidate_lists, seeds=st.integers(1, 6), salt=st.integers(0, 10_000), part=st.floats(0.05, 2))
+def test_relative_refinement_is_the_plain_sequence_of_tests(
+    candidates: Candidates, seeds: int, salt: int, part: float
+) -> None:
+    trial = ScriptedTrial(seeds, salt)
+
+    def lost(rest: Candidates) -> bool:
+        changes = [(trial.value(rest, s), trial.value(candidates, s)) for s in range(seeds)]
+        return any(abs(now - before) / abs(before) > part - 1e-6 for now, before in changes)
+
+    refinement = Refinement(trial, candidates, allowed(0.0, part))  # type: ignore[arg-type]
+    refinement.sequential()
+    assert refinement.kept == plain_refinement(trial, candidates, lost)
+
+
+@given(candidates=candidate_lists, seeds=st.integers(1, 6), salt=st.integers(0, 10_000), slack=st.floats(0, 0.6))
+def test_bisection_satisfies_the_same_criterion(candidates: Candidates, seeds: int, salt: int, slack: float) -> None:
+    candidates = list(dict.fromkeys(candidates))
+    trial = ScriptedTrial(seeds, salt)
+    tau = trial.highest(candidates) + slack
+    refinement = Refinement(trial, candidates, allowed(tau, None))  # type: ignore[arg-type]
+    refinement.bisect()
+    kept = refinement.kept
+    assert set(kept) <= set(candidates)
+    assert kept == candidates or trial.highest(kept) < tau
+    for neuron in kept:
+        assert trial.highest([other for other in kept if other != neuron]) > tau - 1e-6
+
+
+@settings(max_examples=40)
+@given(seeds=st.integers(1, 6), salt=st.integers(0, 10_000), tau=st.floats(-1.5, 0.999))
+def test_selection_is_the_first_round_that_changes_all_seeds(seeds: int, salt: int, tau: float) -> None:
+    trial = ScriptedTrial(seeds, salt)
+    rng = np.random.default_rng(salt)
+    activation = {layer: torch.from_numpy(rng.uniform(0, 6, 20)) for layer in "abcd"}
+    zero, one = ({layer: torch.full((20,), value) for layer in "abcd"} for value in (0.0, 1.0))
+    calibration = Calibration(zero, one, tau, 9)
+    found = initial_selection(trial, activation, calibration, tau, NemoSettings())  # type: ignore[arg-type]
+    plain = reference_nemo.initial_selection(
+        activation,
+        zero,
+        one,
+        lambda blocked: trial.highest([(layer, i) for layer, ids in blocked.items() for i in ids]),
+        tau,
+        duplicates=True,
+    )
+    assert found.candidates == [(layer, i) for layer, ids in plain.neurons.items() for i in ids]
+    assert (found.similarity, found.reached) == (plain.score, plain.score <= tau)
+
+
+def test_a_test_does_not_depend_on_its_batch_or_on_replay(tiny: Diffusion) -> None:
+    trial = Trial(tiny, tiny.encode(tiny_texts(1)), tiny.latents(range(5)), batch_size=4)
+    everything = [(layer, i) for layer in tiny.value_layers for i in range(6)]
+    with torch.no_grad():
+        whole = trial.record(everything)
+        assert torch.allclose(whole, trial.similarities([(everything, range(5))])[0], atol=1e-5)
+        for layer in tiny.value_layers:
+            tests = [([n for n in everything if n != (layer, i)], [4, i]) for i in range(3)]
+            replayed = trial.similarities(tests, layer)
+            alone = [torch.cat([trial.similarities([(c, [s])])[0] for s in seeds]) for c, seeds in tests]
+            assert torch.allclose(torch.stack(replayed), torch.stack(alone), atol=1e-5)
+            assert not torch.allclose(torch.stack(replayed), whole[4], atol=1e-3)
+    assert as_neurons(everything).count == 6 * len(tiny.value_layers)
+
+
+def test_bisection_keeps_the_prompt_unmemorized(planted: Diffusion, planted_prompts: list[Prompt]) -> None:
+    texts = [p.text for p in planted_prompts]
+    mean, std = activation_statistics(planted, [texts])
+    text, latents = planted.encode(texts[:1]), planted.latents(range(4))
+    calibration = Calibration(mean, std, 0.4, len(texts))
+    exact, fast = (
+        localize(planted, text, latents, calibration, NemoSettings(refinement=kind))  # type: ignore[arg-type]
+        for kind in ("sequential", "bisect")
+    )
+    assert fast.initial == exact.initial
+    assert fast.refined_score < fast.threshold == exact.threshold
+    assert 0 < fast.neurons.count < fast.initial.count
+    assert fast.row_passes < exact.row_passes

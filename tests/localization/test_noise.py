@@ -13,7 +13,7 @@ from tiny import tiny_texts
 def test_differences_are_scaled_per_row_and_channel(tiny: Diffusion) -> None:
     text, latents = tiny.encode(tiny_texts(2)), tiny.latents([0, 1])
     differences = noise_differences(tiny, text, latents)
-    raw = tiny.predict_noise(latents, tiny.first_timestep(), text) - latents
+    raw = tiny.predict_noise(latents, tiny.timestep(), text) - latents
     for row in range(2):
         for channel in range(4):
             plane = raw[row, channel]
