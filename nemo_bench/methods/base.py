@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from nemo_bench.diffusion import Conditioning, Diffusion
-from nemo_bench.localization import Calibration
+from nemo_bench.localization import PAPER, Calibration, Protocol
 from nemo_bench.types import Localization, Neurons, Prompt
 
 
@@ -39,25 +40,56 @@ class Method(ABC):
         summary: One line for ``nemo-bench ls``.
         citation: BibTeX of the source, empty for a control of our own.
         needs_calibration: Whether :attr:`calibration` must be set before localizing.
+        threshold: A memorization threshold of its own, or None for the calibrated one.
+        protocol: How it takes noise differences.
         source: Another method whose localization this one starts from, or None.
         calibration: Statistics of the model, set by the run.
+        found: What :attr:`source` found, by prompt id, set by :meth:`fit`.
+        batch_size: Rows in a UNet pass at most while localizing, set by the run; changes results by rounding only.
     """
 
     title: ClassVar[str]
     summary: ClassVar[str]
     citation: ClassVar[str] = ""
     needs_calibration: ClassVar[bool] = False
+    threshold: float | None = None
+    protocol: Protocol = PAPER
     source: Method | None = None
     calibration: Calibration | None = None
+    found: Mapping[str, Localization] = {}
+    batch_size: int = 32
 
-    def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor, found: Localization | None) -> Localization:
+    def content(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
+        """What settings refer to, such as the file behind a path; called before any weights load.
+
+        Args:
+            prompts: All prompts.
+
+        Returns:
+            By setting, what decides the result and takes the setting's place in the hash of the cell, such as the
+            digest of a file; empty unless overridden.
+
+        Raises:
+            NemoBenchError: It can't be read, or does not serve these prompts.
+        """
+        return {}
+
+    def fit(self, found: Mapping[str, Localization], widths: Mapping[str, int]) -> None:
+        """Takes in what :attr:`source` found for all prompts, before the first is localized.
+
+        Args:
+            found: Localizations by prompt id.
+            widths: Number of neurons of every layer of the model, in network order.
+        """
+        self.found = found
+
+    def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor) -> Localization:
         """Finds the neurons to block for a prompt.
 
         Args:
             model: The model, nothing blocked.
             prompt: The prompt.
             latents: Starting noise of the seeds to localize on, (S, channels, height, width).
-            found: What :attr:`source` found for this prompt, if there is a source.
 
         Returns:
             The localization; empty unless overridden.

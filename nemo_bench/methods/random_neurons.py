@@ -18,21 +18,22 @@ class RandomNeurons(BlockNeurons):
 
     Args:
         source: The method whose counts are matched.
-        seed: Decides the draw, together with the prompt's id.
+        seed: Decides the draw.
+        per_prompt: Whether each prompt has a draw of its own; if not, prompts of equal counts get the same neurons.
         factor: What the outputs of blocked neurons are multiplied by.
     """
 
     title = "Random neurons"
-    summary = "as many neurons as NeMo found, elsewhere (control)"
+    summary = "as many neurons as another method blocks, elsewhere (control)"
 
-    def __init__(self, source: Method, seed: int = 0, factor: float = 0.0) -> None:
+    def __init__(self, source: Method, seed: int = 0, per_prompt: bool = True, factor: float = 0.0) -> None:
         super().__init__(factor)
-        self.source, self.seed = source, seed
+        self.source, self.seed, self.per_prompt = source, seed, per_prompt
 
-    def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor, found: Localization | None) -> Localization:
+    def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor) -> Localization:
         """See :meth:`Method.localize`."""
-        found = found or Localization()
-        rng = np.random.default_rng(int(digest([self.seed, prompt.id]), 16))
+        found = self.found.get(prompt.id, Localization())
+        rng = np.random.default_rng(int(digest([self.seed, *([prompt.id] if self.per_prompt else [])]), 16))
         free = {
             layer: rng.permutation(sorted(set(range(width)) - set(found.neurons.get(layer, ()))))
             for layer, width in model.masks.widths.items()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -49,7 +51,7 @@ def test_initial_and_refined_neurons(tiny: Diffusion, tiny_calibration: Calibrat
     for kind in ("refined", "initial"):
         method = NeMo(neurons=kind)  # type: ignore[arg-type]
         method.calibration = tiny_calibration
-        found[kind] = method.localize(tiny, prompt, latents, None)
+        found[kind] = method.localize(tiny, prompt, latents)
     assert found["initial"].neurons == found["initial"].initial == found["refined"].initial
     assert not (found["refined"].neurons - found["initial"].neurons)
     assert found["refined"].neurons.count < found["initial"].neurons.count
@@ -57,13 +59,24 @@ def test_initial_and_refined_neurons(tiny: Diffusion, tiny_calibration: Calibrat
 
 def test_nemo_without_calibration_says_what_to_do(tiny: Diffusion) -> None:
     with pytest.raises(ConfigError, match="calibrate"):
-        NeMo().localize(tiny, Prompt("a", "red sun"), tiny.latents([0, 1]), None)
+        NeMo().localize(tiny, Prompt("a", "red sun"), tiny.latents([0, 1]))
 
 
-@pytest.mark.parametrize("wrong", [{"theta": 1.0}, {"theta_step": 0.0}, {"theta_min": -1.0}])
-def test_nemo_refuses_a_search_that_can_not_end(wrong: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match="theta"):
-        NeMo(**wrong)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"theta": 1.0}, "theta"),
+        ({"theta_step": 0.0}, "theta"),
+        ({"theta_min": -1.0}, "theta"),
+        ({"threshold": 1.5}, "threshold"),
+        ({"refine_threshold": -2.0}, "refine_threshold"),
+        ({"relative": 0.0}, "relative"),
+        ({"outliers": False, "top_k": False}, "candidates"),
+    ],
+)
+def test_nemo_refuses_settings_that_make_no_sense(wrong: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        NeMo(**wrong)
 
 
 @settings(max_examples=30, deadline=None)
@@ -74,12 +87,12 @@ def test_random_neurons_match_the_count_per_layer_and_avoid_the_source(tiny: Dif
         {name: data.draw(st.lists(st.integers(0, width - 1), max_size=width)) for name, width in widths.items()}
     )
     method, prompt = RandomNeurons(NeMo(), seed=3), Prompt(data.draw(st.text(max_size=5)), "x")
-    drawn = method.localize(tiny, prompt, tiny.latents([0, 1]), Localization(neurons=found)).neurons
+    method.fit({prompt.id: Localization(neurons=found)}, widths)
+    drawn = method.localize(tiny, prompt, tiny.latents([0, 1])).neurons
     assert drawn.count == min(found.count, sum(widths.values()) - found.count)
     assert (drawn - found).count == drawn.count
     for name, width in widths.items():
         taken = len(found.get(name, ()))
         if 2 * taken <= width:
             assert len(drawn.get(name, ())) >= taken
-    again = method.localize(tiny, prompt, tiny.latents([0, 1]), Localization(neurons=found)).neurons
-    assert drawn == again
+    assert drawn == method.localize(tiny, prompt, tiny.latents([0, 1])).neurons

@@ -1,0 +1,89 @@
+"""Shared neurons: what was found most often over all prompts, blocked for every prompt."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import Literal, TypeVar
+
+from torch import Tensor
+
+from nemo_bench.diffusion import Diffusion
+from nemo_bench.errors import ConfigError
+from nemo_bench.methods.base import Method
+from nemo_bench.methods.nemo import BlockNeurons, NeMo
+from nemo_bench.types import Localization, Neurons, Prompt
+
+T = TypeVar("T", tuple[int, int], tuple[tuple[int, int], ...])
+
+
+class SharedNeurons(BlockNeurons):
+    """Blocks the same neurons for all prompts: those that the source found for the most prompts.
+
+    A sensitivity study of Hintersdorf et al. 2024 (appendix). Ties are settled in network order, not in the order of
+    the prompts as in the published scripts. There, an empty set counts as a subgroup as well; here it does not, since
+    it blocks nothing.
+
+    Args:
+        source: The method whose neurons are counted; for candidates before refinement, give it ``neurons="initial"``.
+        k: How many are blocked, at least 1; all, where fewer were found.
+        of: ``"model"``: the k neurons found most often. ``"layer"``: k in every layer. ``"subgroups"``: the k subgroups
+            found most often, a subgroup being all neurons of a prompt together.
+        factor: What the outputs of blocked neurons are multiplied by.
+
+    Raises:
+        ConfigError: k is too small.
+    """
+
+    title = "Shared neurons"
+    summary = "the neurons that another method found most often, for all prompts at once"
+    citation = NeMo.citation
+
+    def __init__(
+        self,
+        source: Method,
+        k: int = 10,
+        of: Literal["model", "layer", "subgroups"] = "model",
+        factor: float = 0.0,
+    ) -> None:
+        super().__init__(factor)
+        if k < 1:
+            raise ConfigError(f"shared neurons need a k of 1 or more, given {k}")
+        self.source, self.k, self.of = source, k, of
+        self._chosen: Neurons | None = None
+
+    def fit(self, found: Mapping[str, Localization], widths: Mapping[str, int]) -> None:
+        """See :meth:`Method.fit`."""
+        super().fit(found, widths)
+        layers = list(widths)
+        # A neuron is the position of its layer and its index there, so that neurons sort in network order.
+        subgroups = [
+            tuple((place, index) for place, layer in enumerate(layers) for index in result.neurons.get(layer, ()))
+            for result in found.values()
+        ]
+        neurons = list(chain(*subgroups))
+        if self.of == "subgroups":
+            chosen = list(chain(*_most_common(filter(None, subgroups), self.k)))
+        elif self.of == "layer":
+            by_layer = ([n for n in neurons if n[0] == place] for place in range(len(layers)))
+            chosen = list(chain(*(_most_common(own, self.k) for own in by_layer)))
+        else:
+            chosen = _most_common(neurons, self.k)
+        self._chosen = Neurons({name: [i for p, i in chosen if p == place] for place, name in enumerate(layers)})
+
+    def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor) -> Localization:
+        """See :meth:`Method.localize`.
+
+        Raises:
+            ConfigError: The source's neurons have not been counted.
+        """
+        if self._chosen is None:
+            raise ConfigError("shared neurons need to be counted: call fit with what the source found for all prompts")
+        found = self.found.get(prompt.id, Localization())
+        return Localization(self._chosen, gate_score=found.gate_score, threshold=found.threshold)
+
+
+def _most_common(items: Iterable[T], k: int) -> list[T]:
+    counts = Counter(items)
+    return sorted(counts, key=lambda item: (-counts[item], item))[:k]
