@@ -117,6 +117,7 @@ class Cell:
         metrics: In the order of display.
         aggregates: By group, then by metric.
         cost: Seconds and UNet passes.
+        calibration: Folder of the general prompts' scores that its threshold comes from, where it is still there.
     """
 
     name: str
@@ -135,11 +136,27 @@ class Cell:
     metrics: Mapping[str, MetricInfo]
     aggregates: Mapping[str, Mapping[str, Aggregate]]
     cost: Mapping[str, float]
+    calibration: Path | None
 
     def prompt_means(self, metric: str, groups: Iterable[str]) -> dict[str, float]:
         """Mean over images of a metric, by prompt id, for the prompts of some groups that have the metric."""
         found = {p.id: self.outcomes[p.id].values(metric) for p in self.prompts if p.group in set(groups)}
         return {name: fmean(values) for name, values in found.items() if values}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where a threshold comes from.
+
+    Attributes:
+        threshold: Similarity above which a prompt counts as memorized.
+        protocol: How noise differences were taken.
+        pairs: Similarities of all pairs of seeds of general prompts.
+    """
+
+    threshold: float
+    protocol: str
+    pairs: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -266,9 +283,30 @@ def _load_cell(folder: Path) -> Cell:
                 for group, scores in metrics["aggregates"].items()
             },
             cost=metrics["cost"],
+            calibration=_calibration(folder, spec.get("calibration")),
         )
     except (KeyError, TypeError, ValueError, OSError) as error:
         msg = f"{folder} does not hold what a cell should ({type(error).__name__}: {error}); remove it and run again"
+        raise StoreError(msg) from error
+
+
+def _calibration(cell: Path, place: str | None) -> Path | None:
+    folder = (cell / place).resolve() if place else None
+    return folder if folder and (folder / "threshold.json").is_file() else None
+
+
+def load_calibration(folder: Path) -> Calibration:
+    """Reads what a threshold comes from.
+
+    Raises:
+        StoreError: A file does not hold what it should.
+    """
+    try:
+        about = read_json(folder / "threshold.json")
+        pairs = [value for record in read_records(folder, "calibrate").values() for value in record["pairs"]]
+        return Calibration(float(about["threshold"]), about["protocol"], pairs)
+    except (KeyError, TypeError, ValueError) as error:
+        msg = f"{folder} does not hold a calibration ({type(error).__name__}: {error}); remove it and run again"
         raise StoreError(msg) from error
 
 
@@ -307,6 +345,10 @@ def _labelled(cells: Sequence[Cell]) -> tuple[Cell, ...]:
             labels = [[*label, getattr(cell, part)] for label, cell in zip(labels, cells, strict=True)]
     for label, cell in zip(labels, cells, strict=True):
         same = [c for c in cells if (c.title, c.model, c.prompt_list) == (cell.title, cell.model, cell.prompt_list)]
+        if len({frozenset(_flat(c.settings)) for c in same}) > 1 and len({c.method for c in same}) > 1:
+            # Methods made otherwise, though of one title: most of their settings can't be compared.
+            label.append(cell.method)
+            same = [c for c in same if c.method == cell.method]
         settings = [_flat(c.settings) for c in same]
         keys = [key for key in dict.fromkeys(k for s in settings for k in s) if len({s.get(key) for s in settings}) > 1]
         if len(same) > 1:

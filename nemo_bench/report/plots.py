@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import product
+from pathlib import Path
 
 import matplotlib.style
 import numpy as np
@@ -21,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
 from nemo_bench.aggregate import GROUPS, bootstrap_interval
-from nemo_bench.report.data import Cell, Results, network_order, short_layers
+from nemo_bench.report.data import Cell, Results, load_calibration, network_order, short_layers
 
 MEMORIZED = ("VM", "TM")
 """Groups of prompts whose training images are known."""
@@ -99,6 +100,8 @@ def plots(results: Results) -> list[Plot]:
     with matplotlib.style.context(["default", _STYLE]):
         found = [_tradeoff(results), _distribution(results)]
         found += [_layers(results, model) for model in dict.fromkeys(cell.model for cell in results.cells)]
+        calibrated = {cell.calibration: cell for cell in results.cells[::-1] if cell.calibration}
+        found += [_calibration(results, cell, folder) for folder, cell in list(calibrated.items())[::-1]]
     return [plot for plot in found if plot]
 
 
@@ -225,6 +228,51 @@ def _counts(cell: Cell, layers: Sequence[str]) -> np.ndarray[tuple[int, ...], np
     prompts = [prompt for prompt in cell.prompts if prompt.kind] or cell.prompts
     rows = [[len(cell.outcomes[prompt.id].neurons.get(layer, ())) for layer in layers] for prompt in prompts]
     return np.array(rows, np.int64).reshape(len(prompts), len(layers))
+
+
+def _calibration(results: Results, calibrated: Cell, folder: Path) -> Plot:
+    found = load_calibration(folder)
+    # Without mitigation prompts are scored by the protocol of the paper.
+    comparable = [cell for cell in results.cells if found.protocol == "paper" and _shares_scores(cell, calibrated)]
+    plain = [cell for cell in comparable if cell.method == "none"]
+    rows: dict[str, dict[tuple[str, str], float]] = {group: {} for group in MEMORIZED}
+    for cell, group in product(plain, MEMORIZED):
+        rows[group] |= {(cell.prompt_list, i): v for i, v in cell.prompt_means("memorization", [group]).items()}
+    groups = [group for group in MEMORIZED if rows[group]]
+    heights = [2.0, *([0.3 + 0.45 * len(groups)] if groups else [])]
+    figure = Figure(figsize=(5.0, 0.9 + sum(heights)), layout="constrained")
+    top, *below = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+    top.set_title("General prompts, pairs of seeds")
+    top.hist(found.pairs, bins=40, weights=np.full(len(found.pairs), 100 / len(found.pairs)), color=_INK, alpha=0.35)
+    top.set_ylabel("% of pairs")
+    top.yaxis.set_major_locator(MaxNLocator(3))
+    at = top.get_xaxis_transform()
+    top.annotate(f"threshold {found.threshold:.3f}", (found.threshold, 1), (5, 0), at, "offset points", va="top")
+    for axes in below:
+        axes.set_title("Memorized prompts, nothing mitigated")
+        for place, group in enumerate(groups):
+            _strip(axes, place, list(rows[group].values()), looks(results)[plain[0].method])
+        axes.set_yticks(range(len(groups)), groups)
+        axes.set_ylim(len(groups) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+    for axes in (top, *below):
+        axes.grid(axis="x")
+        axes.axvline(found.threshold, color=_INK, linewidth=1.2, linestyle="--")
+    (below or [top])[-1].set_xlabel("Similarity of noise differences (more memorized →)")
+    name = f"calibration-{results.cells.index(calibrated)}"
+    title = f"Threshold: {calibrated.model}" + (f", {found.protocol} protocol" * (found.protocol != "paper"))
+    caption = "The dashed line is the threshold, mean plus one standard deviation of the pairs of general prompts."
+    if groups:
+        caption += " Dots are memorized prompts, each the mean over its pairs, with their median and middle half."
+    return Plot(name, title, caption, _svg(figure, name, title))
+
+
+def _shares_scores(cell: Cell, other: Cell) -> bool:
+    """Whether noise differences of two cells were made and compared alike."""
+    return cell.model == other.model and all(
+        cell.settings.get(key) == other.settings.get(key) for key in ("model", "localize_seeds")
+    )
 
 
 def _svg(figure: Figure, name: str, label: str) -> str:

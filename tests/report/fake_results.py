@@ -76,6 +76,33 @@ def write_fake_results(
     return folder
 
 
+def write_fake_calibration(run: Path, model: str = "planted", pairs: int = 200, protocol: str = "paper") -> Path:
+    """Gives a run's cells of a model, but the one without mitigation, a calibration beside the run.
+
+    Args:
+        run: What :func:`write_fake_results` gave.
+        model: Name of the model.
+        pairs: Number of general prompts, two pairwise scores each.
+        protocol: How noise differences were taken.
+
+    Returns:
+        The folder of the calibration.
+    """
+    folder = run.parent / "calibration" / f"{model}__{pairs:08x}"
+    (folder / "records").mkdir(parents=True)
+    scores = np.random.default_rng(pairs).normal(0.2, 0.1, (pairs, 2)).round(4)
+    lines = [{"id": f"{i:016x}", "prompt": str(i), "pairs": row.tolist()} for i, row in enumerate(scores)]
+    _write_jsonl(folder / "records" / "calibrate.0.jsonl", lines)
+    threshold = float(scores.mean() + scores.std(ddof=1))
+    about = {"mean": 0.2, "std": 0.1, "prompts": pairs, "protocol": protocol}
+    _dump(folder / "threshold.json", {"threshold": threshold, **about})
+    for path in run.glob(f"{model}__*/spec.json"):
+        if "__none__" not in path.parent.name:
+            spec = json.loads(path.read_text())
+            _dump(path, {**spec, "calibration": f"../../calibration/{folder.name}"})
+    return folder
+
+
 def _write_cell(
     folder: Path, model: str, method: str, prompts: Sequence[tuple[str, str, str | None]], number: int
 ) -> str:

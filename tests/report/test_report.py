@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from collections import Counter
 from html.parser import HTMLParser
@@ -17,7 +18,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from fake_results import METHODS, METRICS, PROMPTS, SEEDS, write_fake_results
+from fake_results import METHODS, METRICS, PROMPTS, SEEDS, write_fake_calibration, write_fake_results
+from nemo_bench.errors import StoreError
 from nemo_bench.report import html, leaderboard, load_results, terminal_table, write_report
 from nemo_bench.report.plots import plots
 from nemo_bench.report.tables import markdown
@@ -256,3 +258,65 @@ def test_prompts_that_are_not_memorized_have_a_report_without_those_plots(tmp_pa
     page = write_report(run).html.read_text()
     assert "figure" not in {tag for tag, _ in Tags(page).tags}
     assert "#plots" not in page
+
+
+def test_the_threshold_is_shown_once_a_model_with_both_distributions(tmp_path: Path) -> None:
+    run = write_fake_results(tmp_path / "default", ["planted", "sd14"])
+    folders = [write_fake_calibration(run, model, pairs) for model, pairs in (("planted", 200), ("sd14", 9))]
+    figures = [figure for figure in plots(load_results(run)) if figure.name.startswith("calibration")]
+    assert [figure.title for figure in figures] == ["Threshold: planted", "Threshold: sd14"]
+    for figure, folder in zip(figures, folders, strict=True):
+        ET.fromstring(figure.svg)
+        threshold = json.loads((folder / "threshold.json").read_text())["threshold"]
+        assert f">threshold {threshold:.3f}</text>" in figure.svg
+        assert ">VM</text>" in figure.svg
+        assert ">TM</text>" in figure.svg
+        assert not re.search(r"#[0-9a-f]{6}\b|<metadata|<style", figure.svg)
+    assert figures[0].svg != figures[1].svg
+    assert Tags(write_report(run).html.read_text()).text.count("Threshold: ") == 2
+
+
+def test_the_threshold_is_shown_alone_where_nothing_without_mitigation_was_run(tmp_path: Path) -> None:
+    run = write_fake_results(tmp_path / "default")
+    write_fake_calibration(run)
+    content = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**content, "cells": content["cells"][1:]}))
+    (figure,) = (figure for figure in plots(load_results(run)) if figure.name.startswith("calibration"))
+    assert ">VM</text>" not in figure.svg
+    assert "Dots" not in figure.caption
+
+
+def test_scores_of_another_number_of_seeds_are_not_held_against_the_threshold(tmp_path: Path) -> None:
+    run = write_fake_results(tmp_path / "default")
+    write_fake_calibration(run)
+    (path,) = run.glob("*__none__*/spec.json")
+    spec = json.loads(path.read_text())
+    path.write_text(json.dumps({**spec, "settings": {**spec["settings"], "localize_seeds": 3}}))
+    (figure,) = (figure for figure in plots(load_results(run)) if figure.name.startswith("calibration"))
+    assert ">VM</text>" not in figure.svg
+
+
+def test_scores_of_another_protocol_are_not_held_against_the_threshold(tmp_path: Path) -> None:
+    run = write_fake_results(tmp_path / "default")
+    write_fake_calibration(run, protocol="reference")
+    (figure,) = (figure for figure in plots(load_results(run)) if figure.name.startswith("calibration"))
+    assert figure.title == "Threshold: planted, reference protocol"
+    assert ">VM</text>" not in figure.svg
+
+
+def test_a_run_copied_without_its_calibration_has_a_report_without_that_plot(tmp_path: Path) -> None:
+    run = write_fake_results(tmp_path / "default")
+    folder = write_fake_calibration(run)
+    assert load_results(run).cells[2].calibration == folder
+    copy = shutil.copytree(run, tmp_path / "elsewhere" / "results" / "default")
+    assert load_results(copy).cells[2].calibration is None
+    assert "Threshold: " not in Tags(write_report(copy).html.read_text()).text
+
+
+def test_a_calibration_that_does_not_hold_what_it_should_is_named(tmp_path: Path) -> None:
+    run = write_fake_results(tmp_path / "default")
+    folder = write_fake_calibration(run)
+    (folder / "threshold.json").write_text("{}")
+    with pytest.raises(StoreError, match="does not hold a calibration") as error:
+        write_report(run)
+    assert folder.name in str(error.value)
