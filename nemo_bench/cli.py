@@ -72,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     run = add("run", _run, "the main job: all cells of a grid, resumable, to table and report", settings=True)
     run.add_argument("--dry-run", action="store_true", help="say what would be done, and load nothing")
     run.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    add("calibrate", _calibrate, "activation statistics and threshold of a model, cached", settings=True)
+    calibrate = add("calibrate", _calibrate, "activation statistics and threshold of a model, cached", settings=True)
+    calibrate.add_argument("--json", action="store_true", help="print a list of objects")
     listing = add("ls", _ls, "models, methods, prompts, metrics ... to choose from")
     listing.add_argument("group", nargs="?", help="one group only")
     listing.add_argument("--conf", type=Path, metavar="DIR", help="folder with more YAML files, in group subfolders")
@@ -134,14 +135,19 @@ def _calibrate(options: argparse.Namespace) -> None:
     overrides = options.overrides
     if not any(word.startswith("method=") for word in overrides):
         overrides = [*overrides, "method=nemo"]
-    for cell in run.plan(grid(overrides, options.conf)):
-        runner = run.Runner(cell.choice.settings.trainer)
-        runner.calibrate(cell)
-        found = cell.method.calibration
-        if found and run.is_main():
-            neurons = sum(len(v) for v in found.mean.values())
-            print(f"threshold {found.threshold:.4f}, {neurons} neurons, {found.prompts} general prompts")
-            print(cell.calibration.folder)
+    rows = run.calibrate(run.plan(grid(overrides, options.conf)), progress=not options.json)
+    if not run.is_main():
+        return
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        print(f"{row['model']}: threshold {row['threshold']:.4f}, {row['prompts']} general prompts")
+        if row["mean"] is not None:
+            print(f"pairwise scores: {row['mean']:.4f} ± {row['std']:.4f}")
+        print(f"statistics: {row['statistics']}")
+        if row["folder"]:
+            print(f"records: {row['folder']}")
 
 
 def _ls(options: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ import inspect
 import itertools
 import math
 import re
+import shlex
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,14 +47,17 @@ class ModelSettings:
     """A model and how it is used.
 
     Attributes:
-        source: Pipeline folder, hub id, or ``package:`` and a path in this package.
-        revision: Commit or tag of a hub id.
+        source: Pipeline folder, hub id or ``.safetensors`` file; ``package:`` stands for the folder of this package.
+        revision: Commit, tag or branch of a hub id.
+        config: For a file, folder or hub id of a pipeline like it; a file holds weights alone.
         local_files_only: Never ask the hub.
         dtype: float32, float16 or bfloat16.
+        compiled: Compile the UNet with torch.compile; changes results by rounding only.
         layers: Value layers that can be blocked, ``down+mid`` or ``all``.
         steps: DDIM steps.
         guidance: Scale of classifier-free guidance, 1 for none.
         similarity: How noise differences are compared.
+        statistics: File of published activation statistics, in place of measured ones.
         clip: open_clip model that judges alignment and diversity.
         clip_pretrained: Its weights: tag or file.
         summary: One line for ``nemo-bench ls``.
@@ -62,12 +66,15 @@ class ModelSettings:
 
     source: str = MISSING
     revision: Optional[str] = None  # noqa: UP045 - OmegaConf reads the old form only
+    config: Optional[str] = None  # noqa: UP045
     local_files_only: bool = False
     dtype: str = "float32"
+    compiled: bool = False
     layers: str = "down+mid"
     steps: int = 50
     guidance: float = 7.0
     similarity: SimilaritySettings = field(default_factory=SimilaritySettings)
+    statistics: Optional[str] = None  # noqa: UP045
     clip: str = "ViT-B-32"
     clip_pretrained: Optional[str] = "openai"  # noqa: UP045
     summary: str = ""
@@ -145,6 +152,7 @@ class RunSettings:
         seeds: Images a prompt.
         localize_seeds: Seeds a prompt for noise differences, at least 2.
         batch_size: Images in a batch; changes results by rounding only.
+        grid: What an experiment consists of, for its file alone: lines of overrides, each read as on the command line.
         trainer: Lightning's trainer.
         logger: Experiment tracking.
     """
@@ -158,6 +166,7 @@ class RunSettings:
     seeds: int = 4
     localize_seeds: int = 10
     batch_size: int = 32
+    grid: list[str] = field(default_factory=list)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     logger: LoggerSettings = field(default_factory=LoggerSettings)
 
@@ -200,6 +209,9 @@ class Choice:
 def grid(overrides: Sequence[str], conf: Path | None = None) -> list[Choice]:
     """The cells that overrides ask for; comma lists and other sweeps of Hydra's grammar are multiplied out.
 
+    An experiment may have a ``grid`` of its own: lines of overrides, of which each is multiplied out. What is
+    overridden here takes the place of the same key, or of what lies in it, in all its lines.
+
     Args:
         overrides: ``key=value`` words in Hydra's grammar.
         conf: Folder with more YAML files, in groups like those of the package.
@@ -212,17 +224,51 @@ def grid(overrides: Sequence[str], conf: Path | None = None) -> list[Choice]:
     """
     if conf is not None and not conf.is_dir():
         raise ConfigError(f"--conf {conf} is no folder; give one with subfolders such as method/ and model/")
-    parsed = _parse(overrides)
-    if not any(o.key_or_group == "method" for o in parsed):
-        parsed += _parse([f"method={DEFAULT_METHODS}"])
-    parsed.sort(key=lambda o: o.key_or_group == "method")
+    if any(o.key_or_group == "grid" for o in _parse(overrides)):
+        raise ConfigError("grid belongs into the file of an experiment; give the overrides themselves instead")
+    cells: dict[tuple[str, ...], None] = {}
+    for typed in _product(overrides):
+        for words in _with_experiment(typed, conf):
+            if not any(o.key_or_group == "method" for o in _parse(words)):
+                words = [*words, f"method={DEFAULT_METHODS}"]
+            cells |= dict.fromkeys(map(tuple, _product(words)))
+    return [_choose(list(cell), conf) for cell in cells]
+
+
+def _product(overrides: Sequence[str]) -> list[list[str]]:
+    """Overrides with one value each; the method changes fastest."""
     axes = []
-    for override in parsed:
+    for override in sorted(_parse(overrides), key=lambda o: o.key_or_group == "method"):
         if override.is_sweep_override():
             axes.append([f"{override.get_key_element()}={v}" for v in override.sweep_string_iterator()])
         else:
-            axes.append([override.input_line or ""])
-    return [_choose([str(word) for word in cell], conf) for cell in itertools.product(*axes)]
+            axes.append([str(override.input_line)])
+    return [list(words) for words in itertools.product(*axes)]
+
+
+def _with_experiment(typed: list[str], conf: Path | None) -> list[list[str]]:
+    """The lines of the experiment's grid, each completed by what was typed; or that alone."""
+    parsed = _parse(typed)
+    chosen = [o for o in parsed if o.key_or_group == "experiment" and o.value() is not None]
+    if not chosen:
+        return [typed]
+    for override in chosen:
+        _check_option(override, conf)
+    with initialize_config_module("nemo_bench.conf", version_base="1.3"):
+        lines = _compose([*(str(o.input_line) for o in chosen), *_search_path(conf)]).grid
+
+    def is_typed(key: str) -> bool:
+        return any(f"{key}.".startswith(f"{o.key_or_group}.") for o in parsed)
+
+    own = [[str(o.input_line) for o in _parse(_split(line)) if not is_typed(o.key_or_group)] for line in lines]
+    return [[*words, *typed] for words in own or [[]]]
+
+
+def _split(line: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise ConfigError(f"can't read {line!r} in the grid of an experiment ({error})") from error
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
@@ -237,10 +283,7 @@ def _choose(overrides: Sequence[str], conf: Path | None) -> Choice:
     parsed = _parse(overrides)
     for override in parsed:
         _check_option(override, conf)
-    search = []
-    if conf:
-        quoted = str(conf.resolve()).replace("'", "\\'")
-        search = [f"hydra.searchpath=['file://{quoted}']"]
+    search = _search_path(conf)
     # Hydra knows no way to take an experiment back that is none already.
     overrides = [str(o.input_line) for o in parsed if o.key_or_group != "experiment" or o.value() is not None]
     groups = [word for word in overrides if _parse([word])[0].key_or_group in GROUPS]
@@ -261,6 +304,13 @@ def _choose(overrides: Sequence[str], conf: Path | None) -> Choice:
     return Choice(names, settings)
 
 
+def _search_path(conf: Path | None) -> list[str]:
+    if conf is None:
+        return []
+    quoted = str(conf.resolve()).replace("'", "\\'")
+    return [f"hydra.searchpath=['file://{quoted}']"]
+
+
 def _compose(overrides: Sequence[str]) -> DictConfig:
     try:
         return compose("run", overrides=list(overrides), return_hydra_config=True)
@@ -274,7 +324,9 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+    first, *rest = str(error).strip().split("\n")
+    # Hydra may open with where it was, and say what is wrong in the next line.
+    return f"{first} {rest[0]}" if first.endswith(":") and rest else first
 
 
 def _check_option(override: Override, conf: Path | None) -> None:

@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -17,7 +17,15 @@ from torch import Tensor
 
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import StoreError
-from nemo_bench.localization import noise_differences, pair_similarities, pair_values
+from nemo_bench.localization import (
+    PAPER,
+    Protocol,
+    activation_moments,
+    noise_differences,
+    pair_similarities,
+    pair_values,
+    save_moments,
+)
 from nemo_bench.methods import Batch, Method
 from nemo_bench.metrics import BenchMetric, ClipJudge
 from nemo_bench.prompts.data import ImageTask, PromptTask
@@ -28,6 +36,10 @@ FIELDS = frozenset({"images", "references", "pool", "embeddings", "text_embeddin
 """What a metric can ask for; see :class:`nemo_bench.metrics.BenchMetric`."""
 PICTURED_SEEDS = 4
 """Noise differences of so many seeds are kept as pictures."""
+CHUNK = 256
+"""Prompts whose activations make one record; a constant, so that sums are rounded alike in every run."""
+ENCODED = 64
+"""Prompts that the text encoder sees at once."""
 
 
 def seeds_of(prompt: Prompt, purpose: str, seeds: Iterable[int]) -> list[int]:
@@ -71,6 +83,51 @@ class Stage(L.LightningModule, ABC):
         """Computes the records of some tasks."""
 
 
+class PromptChunk(NamedTuple):
+    """Prompts whose activation statistics are taken together.
+
+    Attributes:
+        id: Record id.
+        texts: The prompts, at most :data:`CHUNK`.
+    """
+
+    id: str
+    texts: tuple[str, ...]
+
+    @classmethod
+    def split(cls, prompts: Sequence[Prompt]) -> list[PromptChunk]:
+        """Chunks of some prompts, in their order; ids depend on the prompts' ids alone."""
+        parts = [prompts[i : i + CHUNK] for i in range(0, len(prompts), CHUNK)]
+        return [cls(digest([p.id for p in part]), tuple(p.text for p in part)) for part in parts]
+
+    @property
+    def file(self) -> str:
+        """Where its moments lie, in the folder of the store."""
+        return f"statistics/{self.id}.safetensors"
+
+
+class StatisticsStage(Stage):
+    """Moments of the activations of general prompts, from which mean and standard deviation come.
+
+    Args:
+        model: The model.
+        store: Where files and records go.
+    """
+
+    def __init__(self, model: Diffusion, store: Store) -> None:
+        super().__init__(store, "statistics")
+        self.model = model
+
+    def handle(self, tasks: Sequence[PromptChunk]) -> list[Record]:
+        """Moments of each chunk; no UNet pass is needed."""
+        for chunk in tasks:
+            path = self.store.folder / chunk.file
+            path.parent.mkdir(exist_ok=True)
+            batches = (chunk.texts[i : i + ENCODED] for i in range(0, len(chunk.texts), ENCODED))
+            save_moments(path, activation_moments(self.model, batches))
+        return [{"id": chunk.id, "file": chunk.file, "prompts": len(chunk.texts)} for chunk in tasks]
+
+
 class CalibrationStage(Stage):
     """Pairwise similarity of noise differences of general prompts, from which the threshold comes.
 
@@ -78,18 +135,20 @@ class CalibrationStage(Stage):
         model: The model.
         seeds: Seeds a prompt.
         store: Where records go.
+        protocol: How noise differences are taken.
     """
 
-    def __init__(self, model: Diffusion, seeds: int, store: Store) -> None:
+    def __init__(self, model: Diffusion, seeds: int, store: Store, protocol: Protocol = PAPER) -> None:
         super().__init__(store, "calibrate")
-        self.model, self.seeds = model, seeds
+        self.model, self.seeds, self.protocol = model, seeds, protocol
 
     def handle(self, tasks: Sequence[PromptTask]) -> list[Record]:
         """Pairwise similarities, several prompts in one batch."""
         text = self.model.encode([t.prompt.text for t in tasks])
         rows = [row for row in range(len(tasks)) for _ in range(self.seeds)]
-        latents = self.model.latents([s for t in tasks for s in seeds_of(t.prompt, "localize", range(self.seeds))])
-        differences = noise_differences(self.model, text.rows(rows), latents).split(self.seeds)
+        seeds = (seeds_of(t.prompt, "localize", range(self.seeds)) for t in tasks)
+        latents = torch.cat([self.protocol.latents(self.model, chosen) for chosen in seeds])
+        differences = noise_differences(self.model, text.rows(rows), latents, self.protocol, calibrating=True)
         return [
             {
                 "id": task.id,
@@ -97,7 +156,7 @@ class CalibrationStage(Stage):
                 "pairs": pair_values(pair_similarities(difference, self.model.similarity)).tolist(),
                 "cost": {"row_passes": self.seeds},
             }
-            for task, difference in zip(tasks, differences, strict=True)
+            for task, difference in zip(tasks, differences.split(self.seeds), strict=True)
         ]
 
 
@@ -109,27 +168,24 @@ class LocalizationStage(Stage):
         method: The mitigation.
         seeds: Seeds a prompt.
         store: Where records go.
-        found: Localization records of the method's source by prompt id.
     """
 
-    def __init__(
-        self, model: Diffusion, method: Method, seeds: int, store: Store, found: Mapping[str, Record] | None = None
-    ) -> None:
+    def __init__(self, model: Diffusion, method: Method, seeds: int, store: Store) -> None:
         super().__init__(store, "localize")
-        self.model, self.method, self.seeds, self.found = model, method, seeds, found or {}
+        self.model, self.method, self.seeds = model, method, seeds
 
     def handle(self, tasks: Sequence[PromptTask]) -> list[Record]:
         """Localizes each prompt."""
         return [self._localize(task) for task in tasks]
 
     def _localize(self, task: PromptTask) -> Record:
-        prompt = task.prompt
-        latents = self.model.latents(seeds_of(prompt, "localize", range(self.seeds)))
-        source = self.found.get(prompt.id)
-        result = self.method.localize(self.model, prompt, latents, localization_of(source) if source else None)
+        prompt, method = task.prompt, self.method
+        seeds = seeds_of(prompt, "localize", range(self.seeds))
+        result = method.localize(self.model, prompt, method.protocol.latents(self.model, seeds))
+        latents = self.model.latents(seeds)
         text = self.model.encode([prompt.text]).rows([0] * self.seeds)
         batch = Batch((prompt,) * self.seeds, text, latents, (result.neurons,) * self.seeds)
-        with self.method.apply(self.model, batch) as changed:
+        with method.apply(self.model, batch) as changed:
             differences = noise_differences(self.model, changed.text, changed.latents)
         pairs = pair_values(pair_similarities(differences, self.model.similarity))
         name = file_name(prompt)

@@ -27,18 +27,40 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 from nemo_bench.aggregate import aggregate
 from nemo_bench.config import Choice, ModelSettings, SimilaritySettings, TrainerSettings, build, resolve
-from nemo_bench.diffusion import Diffusion, Similarity, folder_digest, source_digest
+from nemo_bench.diffusion import Diffusion, Similarity, Source, folder_digest
 from nemo_bench.errors import ConfigError, StoreError, nearest
-from nemo_bench.localization import Calibration, activation_statistics, threshold
+from nemo_bench.localization import (
+    Calibration,
+    merge_statistics,
+    name_layers,
+    read_statistics,
+    threshold,
+    write_statistics,
+)
+from nemo_bench.localization.published import PublishedRow, by_position, published_text
 from nemo_bench.methods import Method
 from nemo_bench.metrics import BenchMetric, ClipJudge
-from nemo_bench.modules import FIELDS, CalibrationStage, GenerationStage, LocalizationStage, ScoringStage, Stage
+from nemo_bench.modules import (
+    FIELDS,
+    CalibrationStage,
+    GenerationStage,
+    LocalizationStage,
+    PromptChunk,
+    ScoringStage,
+    Stage,
+    StatisticsStage,
+    localization_of,
+)
 from nemo_bench.prompts import ImageTask, PromptDataModule, PromptTask, prompts_digest, read_prompts
 from nemo_bench.report import write_report
 from nemo_bench.store import SCHEMA, Store, read_json, write_json, write_text
 from nemo_bench.types import Neurons, Prompt, Record, digest
 
 STAGES = ("localize", "generate", "score")
+STATISTICS = "statistics.pt"
+"""Activation statistics in a calibration's folder, in the published form."""
+THRESHOLD = "threshold.json"
+"""The memorization threshold in a calibration's folder, with the numbers it comes from."""
 
 
 @dataclass(eq=False)
@@ -49,10 +71,11 @@ class Cell:
         choice: Names and settings.
         method: The mitigation.
         prompts: All prompts.
-        calibration_prompts: General prompts for statistics and threshold.
+        calibration_prompts: General prompts for what is measured, none where nothing is.
         spec: What decides the result, as written to ``spec.json``.
         store: Its folder.
         calibration: Folder of the model's calibration.
+        measured: Files in it that the method, or its source, can't do without.
         source: The cell whose localization this one starts from; it need not be one that was asked for.
     """
 
@@ -63,12 +86,18 @@ class Cell:
     spec: dict[str, Any]
     store: Store
     calibration: Store
+    measured: list[str]
     source: Cell | None = None
 
     @property
     def id(self) -> str:
         """Name of the folder."""
         return self.store.folder.name
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether nothing is left to be measured on general prompts."""
+        return all((self.calibration.folder / name).exists() for name in self.measured)
 
     @property
     def image_tasks(self) -> list[ImageTask]:
@@ -110,12 +139,15 @@ def plan(choices: Sequence[Choice]) -> list[Cell]:
             msg = f"two cells of the grid share the folder {cell.id}: what differs does not change images; run twice"
             raise ConfigError(msg)
     by_settings = {digest(cell.spec["settings"]): cell for cell in asked.values()}
-    for cell in asked.values():
+    unlinked = list(asked.values())
+    for cell in unlinked:
         if cell.method.source:
             settings = replace(cell.choice.settings, method=cell.choice.settings.method["source"])
             name = type(cell.method.source).__name__.lower()
             source = _cell(Choice({**cell.choice.names, "method": name}, settings), prompts)
             cell.source = by_settings.setdefault(digest(source.spec["settings"]), source)
+            if cell.source is source:
+                unlinked.append(source)
     return list(asked.values())
 
 
@@ -146,23 +178,34 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]]) -> Cell:
             )
             raise ConfigError(msg)
     prompts = _read(settings.prompts.files, settings.prompts.limit, cache)
-    if method.needs_calibration and not settings.prompts.calibration:
-        msg = f"method={choice.names['method']} needs general prompts: set prompts.calibration to a prompt file"
-        raise ConfigError(msg)
-    general = [settings.prompts.calibration] if settings.prompts.calibration else []
+    published = read_statistics(Path(resolve(model.statistics))) if model.statistics else None
+    measured = _measured(method, model)
+    general = [settings.prompts.calibration] if measured and settings.prompts.calibration else []
     calibration_prompts = _read(general, settings.prompts.calibration_limit, cache)
+    if measured and len(calibration_prompts) < 2:
+        msg = (
+            f"method={choice.names['method']} needs general prompts, at least 2, given {len(calibration_prompts)}: set "
+            "prompts.calibration to a prompt file, or give both model.statistics and the method's threshold"
+        )
+        raise ConfigError(msg)
     network = {
-        "weights": source_digest(resolve(model.source), model.revision),
+        "weights": source_of(model).digest(),
         "dtype": model.dtype,
         "layers": model.layers,
         "steps": model.steps,
         "similarity": asdict(model.similarity),
     }
-    calibration = {**network, "seeds": settings.localize_seeds, "prompts": prompts_digest(calibration_prompts)}
-    uses_calibration = method.needs_calibration or bool(method.source and method.source.needs_calibration)
+    calibration = {
+        **network,
+        "statistics": digest([[v.tolist() for v in side] for side in published]) if published else None,
+        "seeds": settings.localize_seeds,
+        "prompts": prompts_digest(calibration_prompts),
+        "protocol": next((m.protocol.name for m in _lineage(method) if m.needs_calibration), None),
+    }
+    uses_calibration = any(m.needs_calibration for m in _lineage(method))
     decisive = {
         "model": {**network, "guidance": model.guidance},
-        "method": settings.method,
+        "method": _decisive(settings.method, method, prompts),
         "prompts": prompts_digest(prompts),
         "calibration": digest(calibration) if uses_calibration else None,
         "seeds": settings.seeds,
@@ -171,6 +214,7 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]]) -> Cell:
     names = [choice.names.get(group, group) for group in ("model", "method", "prompts")]
     root = Path(settings.root)
     folder = "__".join([*names, digest(decisive, 8)])
+    calibration_folder = f"{names[0]}__{digest(calibration, 8)}"
     spec = {
         "cell": folder,
         "model": names[0],
@@ -180,6 +224,7 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]]) -> Cell:
         "settings": decisive,
         "digests": {"model": network["weights"], "prompts": decisive["prompts"]},
         "citations": _citations(method),
+        "calibration": f"../../calibration/{calibration_folder}" if THRESHOLD in measured else None,
     }
     return Cell(
         choice,
@@ -188,13 +233,31 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]]) -> Cell:
         calibration_prompts,
         spec,
         Store(root / settings.name / folder),
-        Store(root / "calibration" / f"{names[0]}__{digest(calibration, 8)}"),
+        Store(root / "calibration" / calibration_folder),
+        measured,
     )
 
 
+def _measured(method: Method, model: ModelSettings) -> list[str]:
+    """What a method and its sources take from general prompts, since nobody gave it."""
+    calibrated = [m for m in _lineage(method) if m.needs_calibration]
+    given = {STATISTICS: model.statistics is not None, THRESHOLD: all(m.threshold is not None for m in calibrated)}
+    return [name for name, present in given.items() if calibrated and not present]
+
+
+def _lineage(method: Method) -> list[Method]:
+    """A method, its source, the source of that, and so on."""
+    return [method, *(_lineage(method.source) if method.source else [])]
+
+
+def _decisive(settings: dict[str, Any], method: Method, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """The settings of a method with what they refer to, in place of where it is."""
+    source = {"source": _decisive(settings["source"], method.source, prompts)} if method.source else {}
+    return {**settings, **method.content(prompts), **source}
+
+
 def _citations(method: Method) -> dict[str, str]:
-    own = {method.title: method.citation} if method.citation else {}
-    return own | (_citations(method.source) if method.source else {})
+    return {m.title: m.citation for m in _lineage(method) if m.citation}
 
 
 def is_main() -> bool:
@@ -230,6 +293,7 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
         runner.run(cell)
         if is_main():
             write_json(cell.store.folder / "metrics.json", _summary(cell))
+            _publish(cell)
     if is_main():
         write_report(folder)
         if settings.logger.wandb:
@@ -240,10 +304,51 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
     return folder
 
 
+def calibrate(cells: Sequence[Cell], *, progress: bool = True) -> list[dict[str, Any]]:
+    """Measures on general prompts what the methods of some cells, or their sources, need; once, then it is cached.
+
+    Args:
+        cells: From :func:`plan`, of one root.
+        progress: Whether bars are shown.
+
+    Returns:
+        One entry a calibration: model; threshold; mean and standard deviation of the pairwise scores it comes from
+        (None where it was given); number of general prompts; file of the statistics; folder of what was measured.
+
+    Raises:
+        NemoBenchError: See :func:`plan`; also where no method takes a calibration.
+    """
+    needed = [cell for cell in _with_sources(cells) if cell.method.needs_calibration]
+    if not needed:
+        raise ConfigError("none of the methods asked for takes a calibration; name one that does, such as method=nemo")
+    if not all(cell.is_calibrated for cell in needed):
+        runner = Runner(needed[0].choice.settings.trainer, progress=progress)
+        for cell in needed:
+            runner.calibrate(cell)
+    rows = [_calibration_of(cell) for cell in needed]
+    return [row for number, row in enumerate(rows) if row not in rows[:number]]
+
+
+def _calibration_of(cell: Cell) -> dict[str, Any]:
+    folder, given = cell.calibration.folder, cell.choice.settings.model.statistics
+    scores = {"threshold": cell.method.threshold, "mean": None, "std": None, "prompts": len(cell.calibration_prompts)}
+    return {
+        "model": cell.spec["model"],
+        **(read_json(folder / THRESHOLD) if cell.method.threshold is None else scores),
+        "protocol": cell.method.protocol.name,
+        "statistics": resolve(given) if given else str(folder / STATISTICS),
+        "folder": str(folder) if cell.measured else None,
+    }
+
+
 def _with_sources(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells, and before them the sources that were not asked for."""
-    extra = {cell.source.id: cell.source for cell in cells if cell.source and cell.source not in cells}
-    return [*extra.values(), *cells]
+    """The cells, and before them the sources that were not asked for, each before what starts from it."""
+    sources: list[Cell] = []
+    for cell in cells:
+        while cell.source:
+            cell = cell.source
+            sources.insert(0, cell)
+    return [*dict.fromkeys(source for source in sources if source not in cells), *cells]
 
 
 def _open_folder(folder: Path, cells: Sequence[Cell]) -> None:
@@ -375,52 +480,73 @@ class Runner:
 
     def run(self, cell: Cell) -> None:
         """Takes a cell through the stages that are not done."""
-        if cell.source:
-            self._localize(cell.source)
         self._localize(cell)
         self._generate(cell)
         self._score(cell)
 
     def calibrate(self, cell: Cell) -> None:
-        """Gives the method its calibration, from the cache or measured now."""
-        if not cell.method.needs_calibration:
+        """Gives the method its calibration: what was given, and the rest from the cache or measured now."""
+        method, given = cell.method, cell.choice.settings.model.statistics
+        if not method.needs_calibration:
             return
-        store, settings = cell.calibration, cell.choice.settings
-        path = store.folder / "calibration.safetensors"
-        if not path.exists():
-            if is_main():
-                store.open({"settings": {"model": cell.spec["model"], "prompts": len(cell.calibration_prompts)}})
-            tasks = [PromptTask.of(p) for p in cell.calibration_prompts]
-            size = max(1, settings.batch_size // settings.localize_seeds)
+        store = cell.calibration
+        if is_main() and cell.measured:
+            store.open({"settings": {"model": cell.spec["model"], "prompts": len(cell.calibration_prompts)}})
+        if STATISTICS in cell.measured:
+            self._measure_statistics(cell)
+        path = Path(resolve(given)) if given else store.folder / STATISTICS
+        mean, std = name_layers(read_statistics(path), self.model(cell).masks.widths)
+        if THRESHOLD in cell.measured:
+            self._measure_threshold(cell)
+        own = method.threshold
+        tau = read_json(store.folder / THRESHOLD)["threshold"] if own is None else own
+        method.calibration = Calibration(mean, std, tau, len(cell.calibration_prompts))
 
-            def make() -> Stage:
-                return CalibrationStage(self.model(cell), settings.localize_seeds, store)
+    def _measure_statistics(self, cell: Cell) -> None:
+        store, path = cell.calibration, cell.calibration.folder / STATISTICS
+        if path.exists():
+            return
+        chunks = PromptChunk.split(cell.calibration_prompts)
+        label = cell.choice.names["model"]
+        self._predict("statistics", label, chunks, store, lambda: StatisticsStage(self.model(cell), store), 1)
+        if is_main():
+            write_statistics(path, merge_statistics(store.folder / chunk.file for chunk in chunks))
+        self.trainer.strategy.barrier()
 
-            self._predict("calibrate", cell.choice.names["model"], tasks, store, make, size)
-            if is_main():
-                self._measure(cell, store, path)
-            self.trainer.strategy.barrier()
-        cell.method.calibration = Calibration.load(path)
+    def _measure_threshold(self, cell: Cell) -> None:
+        store, path = cell.calibration, cell.calibration.folder / THRESHOLD
+        if path.exists():
+            return
+        tasks, seeds = [PromptTask.of(p) for p in cell.calibration_prompts], cell.choice.settings.localize_seeds
+        size = max(1, cell.choice.settings.batch_size // seeds)
 
-    def _measure(self, cell: Cell, store: Store, path: Path) -> None:
-        model, texts = self.model(cell), [p.text for p in cell.calibration_prompts]
-        mean, std = activation_statistics(model, (texts[i : i + 64] for i in range(0, len(texts), 64)))
-        records = store.records("calibrate")
-        pairs = (value for task in map(PromptTask.of, cell.calibration_prompts) for value in records[task.id]["pairs"])
-        Calibration(mean, std, threshold(pairs), len(texts)).save(path)
+        def make() -> Stage:
+            return CalibrationStage(self.model(cell), seeds, store, cell.method.protocol)
+
+        self._predict("calibrate", cell.choice.names["model"], tasks, store, make, size)
+        if is_main():
+            records = store.records("calibrate")
+            pairs = [value for task in tasks for value in records[task.id]["pairs"]]
+            scores = torch.tensor(pairs, dtype=torch.float64)
+            about = {"mean": float(scores.mean()), "std": float(scores.std()), "prompts": len(tasks)}
+            write_json(path, {"threshold": threshold(pairs), **about, "protocol": cell.method.protocol.name})
+        self.trainer.strategy.barrier()
 
     def _localize(self, cell: Cell) -> None:
         if cell.store.is_done("localize"):
             return
+        if cell.source:
+            self._localize(cell.source)
         self.calibrate(cell)
 
         def make() -> Stage:
+            widths = self.model(cell).masks.widths
             if is_main():
-                write_json(cell.store.folder / "layers.json", self.model(cell).masks.widths)
+                write_json(cell.store.folder / "layers.json", widths)
             found = by_prompt(cell.source.store) if cell.source else {}
-            return LocalizationStage(
-                self.model(cell), cell.method, cell.choice.settings.localize_seeds, cell.store, found
-            )
+            cell.method.fit({name: localization_of(record) for name, record in found.items()}, widths)
+            cell.method.batch_size = cell.choice.settings.batch_size
+            return LocalizationStage(self.model(cell), cell.method, cell.choice.settings.localize_seeds, cell.store)
 
         self._predict("localize", cell.spec["method"], cell.prompt_tasks, cell.store, make, 1)
 
@@ -445,7 +571,7 @@ class Runner:
     ) -> None:
         if store.is_done(stage):
             return
-        self.bar.description = f"{stage:>9} {label:<8}"
+        self.bar.description = f"{stage:>10} {label:<8}"
         data: PromptDataModule[Any] = PromptDataModule(tasks, store, stage, batch_size)
         with _quiet():
             self.trainer.predict(make(), datamodule=data, return_predictions=False)
@@ -472,18 +598,22 @@ class Runner:
         return self._judges[key]
 
 
+def source_of(settings: ModelSettings) -> Source:
+    """Where the weights are; nothing is read."""
+    config = resolve(settings.config) if settings.config else None
+    return Source(resolve(settings.source), settings.revision, config, settings.local_files_only)
+
+
 def load_model(settings: ModelSettings) -> Diffusion:
     """Loads the model that settings describe, on the CPU."""
     kind = settings.similarity
-    return Diffusion.load(
-        resolve(settings.source),
-        revision=settings.revision,
-        dtype=settings.dtype,
-        local_files_only=settings.local_files_only,
-        layers=settings.layers,
+    return Diffusion(
+        source_of(settings).load(settings.dtype),
+        layers=settings.layers,  # type: ignore[arg-type] # checked with the settings
         steps=settings.steps,
         guidance=settings.guidance,
         similarity=Similarity(kind.sigma, tuple(kind.betas)),
+        compiled=settings.compiled,
     )
 
 
@@ -495,6 +625,19 @@ def metrics_of(cell: Cell) -> dict[str, BenchMetric]:
 def by_prompt(store: Store) -> dict[str, Record]:
     """Localization records by prompt id."""
     return {record["prompt"]: record for record in store.records("localize").values()}
+
+
+def _publish(cell: Cell) -> None:
+    """Writes what a method found in the published form, beside the records."""
+    if type(cell.method).localize is Method.localize:
+        return
+    widths, found = read_json(cell.store.folder / "layers.json"), by_prompt(cell.store)
+    rows = []
+    for prompt in cell.prompts:
+        result = localization_of(found[prompt.id])
+        initial, refined = by_position(result.initial, widths), by_position(result.neurons, widths)
+        rows.append(PublishedRow(prompt.text, "", initial, result.initial_score, refined, result.refined_score))
+    write_text(cell.store.folder / "neurons.csv", published_text(rows))
 
 
 def _summary(cell: Cell) -> dict[str, Any]:
@@ -530,13 +673,12 @@ def outlook(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             open_ids["score"] = len(cell.prompts)
         model = cell.choice.settings.model
         per_image = model.steps * (2 if model.guidance > 1 else 1)
-        calibrated = (cell.calibration.folder / "calibration.safetensors").exists()
         rows.append(
             {
                 "cell": cell.id,
                 "open": open_ids,
                 "image_passes": open_ids.get("generate", 0) * per_image,
-                "calibrated": calibrated if cell.method.needs_calibration else None,
+                "calibrated": cell.is_calibrated if cell.method.needs_calibration else None,
                 "prompts_without_reference": sum(bool(p.kind) and not p.references for p in cell.prompts),
             }
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -104,6 +105,87 @@ def test_an_experiment_overrides_and_is_overridden() -> None:
     assert one().settings.model.steps != 8
 
 
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_experiment_is_a_grid_of_cells_that_differ(name: str) -> None:
+    choices = grid([f"experiment={name}"])
+    settings = [choice.settings for choice in choices]
+    assert len(settings) > 1
+    assert all(a != b for a, b in itertools.combinations(settings, 2))
+    assert {s.name for s in settings} == {name}
+    assert all(isinstance(build(s.method, "method"), Method) for s in settings)
+
+
+STUDY = """# @package _global_
+name: study
+seeds: 2
+grid:
+  - method=none
+  - method=nemo method.theta=3,4 'seeds=7'
+  - model.steps=5,6
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """A folder for --conf with an experiment that has a grid."""
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "study.yaml").write_text(STUDY)
+    return tmp_path
+
+
+def cells_of(overrides: str, conf: Path) -> list[tuple[str, float | None, int, int]]:
+    """Method, theta, seeds and steps of each cell."""
+    return [
+        (c.names["method"], c.settings.method.get("theta"), c.settings.seeds, c.settings.model.steps)
+        for c in grid(overrides.split(), conf)
+    ]
+
+
+def test_the_lines_of_an_experiment_are_multiplied_out_one_by_one(study: Path) -> None:
+    steps = one().settings.model.steps
+    assert cells_of("experiment=study", study) == [
+        ("none", None, 2, steps),
+        ("nemo", 3, 7, steps),
+        ("nemo", 4, 7, steps),
+        *((method, theta, 2, n) for n in (5, 6) for method, theta in (("none", None), ("random", None), ("nemo", 5))),
+    ]
+    assert cells_of("experiment=null", study) == cells_of("", study)
+
+
+def test_what_is_typed_wins_over_the_lines_of_an_experiment(study: Path) -> None:
+    # A method takes the place of the method's settings too; lines that then are the same count once.
+    steps = one().settings.model.steps
+    assert cells_of("experiment=study method=none seeds=3", study) == [
+        ("none", None, 3, steps),
+        ("none", None, 3, 5),
+        ("none", None, 3, 6),
+    ]
+    typed = cells_of("experiment=study model.steps=8,9 seeds=1", study)
+    assert {(seeds, n) for _, _, seeds, n in typed} == {(1, 8), (1, 9)}
+    assert [c[:2] for c in typed if c[3] == 9] == [
+        ("none", None),
+        ("nemo", 3),
+        ("nemo", 4),
+        ("random", None),
+        ("nemo", 5),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("grid_", "message"),
+    [
+        ("[method=nemo method.thetta=3]", "unknown key 'method.thetta'.*Did you mean 'theta'"),
+        ('["method=\'nemo"]', "can't read \"method='nemo\" in the grid of an experiment"),
+        ("{method.theta: 3}", "experiment/study.*raised while composing config: .*(list|ListConfig|sequence)"),
+        ("[nemo]", "can't read an override"),
+    ],
+)
+def test_mistakes_in_the_grid_of_an_experiment_are_named(study: Path, grid_: str, message: str) -> None:
+    (study / "experiment" / "study.yaml").write_text(f"# @package _global_\ngrid: {grid_}\n")
+    with pytest.raises(ConfigError, match=message):
+        grid(["experiment=study"], study)
+
+
 def test_metrics_can_be_added_and_left_out() -> None:
     names = set(one().settings.metrics)
     again = one("~metrics.ssim", "+metrics.again._target_=nemo_bench.metrics.Diversity").settings.metrics
@@ -137,6 +219,7 @@ def test_metrics_can_be_added_and_left_out() -> None:
         ("name=../up", "name=../up: expected letters"),
         ("seeds", "can't read an override .*seeds.*write key=value"),
         ("seeds=[1", "can't read an override"),
+        ("grid=[nemo]", "grid belongs into the file of an experiment"),
         ("method=null", "method"),
         ("model=null", "model"),
         ("method._target_=nemo_bench.methods.Nope", "method._target_=nemo_bench.methods.Nope: can't be imported"),

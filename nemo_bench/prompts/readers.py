@@ -26,8 +26,13 @@ ID_COLUMNS = ("id", "index", "#0")  # "#0" is a first column without a name, as 
 KINDS: dict[str, Kind | None] = {"": None, "VM": "VM", "MV": "VM", "TM": "TM", "TV": "TM"}
 
 
-class _Row(NamedTuple):
-    """One prompt as the file has it: where it starts, for errors, and its cells by column name."""
+class Row(NamedTuple):
+    """One prompt as the file has it.
+
+    Attributes:
+        where: File and line, for errors.
+        cells: Its cells by column name in lower case.
+    """
 
     where: str
     cells: dict[str, Any]
@@ -75,7 +80,7 @@ def read_prompts(
     path = Path(path)
     if limit is not None and limit < 1:
         raise PromptError(f"{path}: limit is {limit}; expected 1 or more, or None for all prompts")
-    rows = _read(path)
+    rows = read_rows(path)
     folder = path.parent if references is None else Path(references)
     prompts = [
         Prompt(id_, _text(row), _kind(row), _references(row, folder))
@@ -117,8 +122,18 @@ def _file_hash(path: Path) -> str:
         raise PromptError(f"{path}: this reference image can't be read ({error.strerror})") from error
 
 
-def _read(path: Path) -> list[_Row]:
-    """All rows of the file, at least one, each with a text column."""
+def read_rows(path: Path) -> list[Row]:
+    """Reads all columns of a list of prompts, unchecked; see :func:`read_prompts` for the formats.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its rows, at least one, each with a text column.
+
+    Raises:
+        PromptError: The file is missing or is no such list; the message names file and line.
+    """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         msg = f"{path}: the ending {path.suffix!r} is no format of prompts. {nearest(path.suffix, READERS)}"
@@ -172,7 +187,7 @@ def _columns(where: str, names: Iterable[str]) -> list[str]:
     return columns
 
 
-def _read_csv(path: Path, content: bytes) -> Iterator[_Row]:
+def _read_csv(path: Path, content: bytes) -> Iterator[Row]:
     text = _decode(path, content)
     delimiter = _delimiter(text)
     # Strict, since a quotation mark that is never closed would swallow the rest of the file.
@@ -195,7 +210,7 @@ def _read_csv(path: Path, content: bytes) -> Iterator[_Row]:
             msg = f"{where}: {len(cells)} cells, but {len(columns)} columns; quote texts that hold {delimiter!r}"
             raise PromptError(msg)
         else:
-            yield _Row(where, dict(zip(columns, cells, strict=True)))
+            yield Row(where, dict(zip(columns, cells, strict=True)))
 
 
 def _delimiter(text: str) -> str:
@@ -209,7 +224,7 @@ def _delimiter(text: str) -> str:
     return max("\x1f", ",", ";", key=split)
 
 
-def _read_jsonl(path: Path, content: bytes) -> Iterator[_Row]:
+def _read_jsonl(path: Path, content: bytes) -> Iterator[Row]:
     for where, line in _lines(path, content):
         try:
             value = json.loads(line)
@@ -217,12 +232,12 @@ def _read_jsonl(path: Path, content: bytes) -> Iterator[_Row]:
             raise PromptError(f"{where}: not valid JSON ({error}); expected one object a line") from error
         if not isinstance(value, dict):
             raise PromptError(f'{where}: {line.strip()[:40]} is no object; expected such as {{"text": "a prompt"}}')
-        yield _Row(where, dict(zip(_columns(where, value), value.values(), strict=True)))
+        yield Row(where, dict(zip(_columns(where, value), value.values(), strict=True)))
 
 
-def _read_txt(path: Path, content: bytes) -> Iterator[_Row]:
+def _read_txt(path: Path, content: bytes) -> Iterator[Row]:
     for where, line in _lines(path, content):
-        yield _Row(where, {"text": line})
+        yield Row(where, {"text": line})
 
 
 def _lines(path: Path, content: bytes) -> Iterator[tuple[str, str]]:
@@ -232,7 +247,7 @@ def _lines(path: Path, content: bytes) -> Iterator[tuple[str, str]]:
             yield f"{path}, line {number}", line.removesuffix("\n")
 
 
-def _read_parquet(path: Path, content: bytes) -> Iterator[_Row]:
+def _read_parquet(path: Path, content: bytes) -> Iterator[Row]:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
@@ -243,10 +258,10 @@ def _read_parquet(path: Path, content: bytes) -> Iterator[_Row]:
         raise PromptError(f"{path}: not valid parquet ({error})") from error
     columns = _columns(str(path), table.column_names)
     for number, cells in enumerate(table.to_pylist(), start=1):
-        yield _Row(f"{path}, row {number}", dict(zip(columns, cells.values(), strict=True)))
+        yield Row(f"{path}, row {number}", dict(zip(columns, cells.values(), strict=True)))
 
 
-READERS: dict[str, Callable[[Path, bytes], Iterator[_Row]]] = {
+READERS: dict[str, Callable[[Path, bytes], Iterator[Row]]] = {
     ".csv": _read_csv,
     ".jsonl": _read_jsonl,
     ".txt": _read_txt,
@@ -254,7 +269,7 @@ READERS: dict[str, Callable[[Path, bytes], Iterator[_Row]]] = {
 }
 
 
-def _text(row: _Row) -> str:
+def _text(row: Row) -> str:
     text = row.first(TEXT_COLUMNS)
     if text is None:
         text = ""
@@ -265,7 +280,7 @@ def _text(row: _Row) -> str:
     return _printable(row, "prompt", text)
 
 
-def _printable(row: _Row, what: str, text: str) -> str:
+def _printable(row: Row, what: str, text: str) -> str:
     """Refuses what escapes in JSON can bring in and neither tokenizers nor files take."""
     if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
         msg = f"{row.where}: the {what} {text!r} holds a NUL or half a surrogate pair; expected characters of UTF-8"
@@ -273,7 +288,7 @@ def _printable(row: _Row, what: str, text: str) -> str:
     return text
 
 
-def _kind(row: _Row) -> Kind | None:
+def _kind(row: Row) -> Kind | None:
     value = row.first(KIND_COLUMNS)
     word = "" if value is None else str(value).strip().upper()
     if word not in KINDS:
@@ -282,7 +297,7 @@ def _kind(row: _Row) -> Kind | None:
     return KINDS[word]
 
 
-def _references(row: _Row, folder: Path) -> tuple[Path, ...]:
+def _references(row: Row, folder: Path) -> tuple[Path, ...]:
     value = row.first(REFERENCE_COLUMNS)
     names = value.split("|") if isinstance(value, str) else value or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -309,7 +324,7 @@ def _check_references(path: Path, prompts: Iterable[Prompt]) -> None:
                 raise PromptError(msg) from error
 
 
-def _ids(rows: Sequence[_Row], prefix: str) -> list[str]:
+def _ids(rows: Sequence[Row], prefix: str) -> list[str]:
     """The ids in the file if it has good ones, else numbers."""
     for column in ID_COLUMNS:
         ids = [_id(row, column) for row in rows]
@@ -320,13 +335,13 @@ def _ids(rows: Sequence[_Row], prefix: str) -> list[str]:
     return [f"{prefix}-{position:04d}" for position in range(1, len(rows) + 1)]
 
 
-def _id(row: _Row, column: str) -> str:
+def _id(row: Row, column: str) -> str:
     """The id in this column, empty where there is none."""
     value = row.cells.get(column)
     return _printable(row, "id", str(value).strip()) if isinstance(value, str | int) else ""
 
 
-def _check_ids(rows: Iterable[_Row], ids: Iterable[str]) -> None:
+def _check_ids(rows: Iterable[Row], ids: Iterable[str]) -> None:
     seen: dict[str, str] = {}
     for row, id_ in zip(rows, ids, strict=True):
         if not id_:

@@ -1,0 +1,214 @@
+"""Compares NeMo's search with the plain schedule of the public scripts: UNet row passes, time, and the neurons found.
+
+Run: python benchmarks/localize.py [--prompts 20] [--seeds 10] [--json] [key=value ...]
+The words key=value are settings of `nemo-bench run`, such as model=sd14. Both sides follow the protocol `reference`, so
+the plain side is what the public scripts do: for every tested set of neurons the text is encoded again and two UNet
+steps run on all seeds, one prompt at a time; statistics are collected in UNet passes, one prompt at a time. It is the
+slow implementation that the tests compare with. A row pass is one sample through the UNet, counted by a hook on it;
+one that starts at a replayed prefix counts in full.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nemo_bench import Calibration, Diffusion, Neurons, read_prompts, resolve
+from nemo_bench.config import grid
+from nemo_bench.localization import (
+    REFERENCE,
+    NemoSettings,
+    activation_statistics,
+    localize,
+    noise_differences,
+    pair_similarities,
+    pair_values,
+    threshold,
+)
+from nemo_bench.run import load_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import reference_nemo as plain
+
+LEAST_CANDIDATES = 20
+
+
+@dataclass
+class Meter:
+    rows: int = 0
+    seconds: float = 0.0
+
+
+@contextmanager
+def measured(model: Diffusion, meter: Meter) -> Iterator[None]:
+    def count(_module: Any, args: tuple[Tensor, ...]) -> None:
+        meter.rows += len(args[0])
+
+    hook = model.unet.register_forward_pre_hook(count)
+    start = time.perf_counter()
+    try:
+        yield
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+    finally:
+        meter.seconds += time.perf_counter() - start
+        hook.remove()
+
+
+def plain_statistics(model: Diffusion, texts: list[str], latent: Tensor) -> None:
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_hook(lambda _m, _a, out, n=name: seen.update({n: out.abs().mean(1)}))
+        for name, layer in plain.value_layers(model.unet).items()
+    ]
+    rows = []
+    for text in texts:
+        plain.noise_differences(model.pipeline, text, latent)
+        rows.append(dict(seen))
+    for hook in hooks:
+        hook.remove()
+    for name in seen:
+        torch.std_mean(torch.cat([row[name] for row in rows]), dim=0)
+
+
+def plain_threshold(model: Diffusion, texts: list[str], latents: Tensor) -> None:
+    for text in texts:
+        differences = plain.noise_differences(model.pipeline, text, latents, number=1)
+        plain.noise_differences(model.pipeline, "", latents, number=1)
+        plain.pair_scores(differences, similarity_of(model))
+
+
+def our_threshold(model: Diffusion, texts: list[str], latents: Tensor) -> float:
+    pairs: list[float] = []
+    for text in texts:
+        rows = model.encode([text]).rows([0] * len(latents))
+        differences = noise_differences(model, rows, latents, REFERENCE, calibrating=True)
+        pairs += pair_values(pair_similarities(differences, model.similarity)).tolist()
+    return threshold(pairs)
+
+
+def similarity_of(model: Diffusion) -> Callable[[Tensor, Tensor], Tensor]:
+    return plain.ms_ssim if model.similarity.betas else plain.ssim
+
+
+def per_prompt(model: Diffusion, run: Callable[[list[str]], Any], texts: list[str]) -> tuple[Any, Meter]:
+    run(texts[:2])
+    meter = Meter()
+    with measured(model, meter):
+        result = run(texts)
+    return result, Meter(meter.rows // len(texts), meter.seconds / len(texts))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--prompts", type=int, default=20, help="prompts with enough candidates to compare")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--threshold", type=float, default=None, help="memorization threshold; default: calibrated")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
+    settings = grid([*arguments.overrides, "method=nemo"])[0].settings
+    model = load_model(settings.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    general = [p.text for p in read_prompts(resolve(str(settings.prompts.calibration)))]
+    prompts = [p for file in settings.prompts.files for p in read_prompts(resolve(file))]
+    latents = REFERENCE.latents(model, range(arguments.seeds))
+
+    with torch.no_grad():
+        _, slow_statistics = per_prompt(model, lambda t: plain_statistics(model, t, latents[:1]), general[:64])
+        (mean, std), fast_statistics = per_prompt(model, lambda t: activation_statistics(model, batches(t)), general)
+        _, slow_threshold = per_prompt(model, lambda t: plain_threshold(model, t, latents), general[:16])
+        tau, fast_threshold = per_prompt(model, lambda t: our_threshold(model, t, latents), general[:64])
+    tau = tau if arguments.threshold is None else arguments.threshold
+    calibration = Calibration(mean, std, tau, len(general))
+
+    meters = {name: Meter() for name in ("plain", "exact", "bisect")}
+    lines: list[dict[str, Any]] = []
+    bar = tqdm(total=arguments.prompts, desc="prompts", unit="prompt")
+    for prompt in prompts:
+        found = {}
+        spent = {name: Meter() for name in meters}
+        for name, kind in (("exact", "sequential"), ("bisect", "bisect")):
+            with measured(model, spent[name]):
+                text = model.encode([prompt.text])
+                options = NemoSettings(refinement=kind)  # type: ignore[arg-type]
+                found[name] = localize(model, text, latents, calibration, options, REFERENCE)
+        if found["exact"].initial.count < LEAST_CANDIDATES:
+            continue
+        with measured(model, spent["plain"]):
+            expected = plain.localize(
+                model.pipeline, prompt.text, latents, mean, std, tau, similarity_of(model), step=1, duplicates=True
+            )
+        for name, meter in meters.items():
+            meter.rows += spent[name].rows
+            meter.seconds += spent[name].seconds
+        refined = Neurons(expected.refined)
+        lines.append(
+            {
+                "prompt": prompt.id,
+                "candidates": found["exact"].initial.count,
+                "neurons": refined.count,
+                "same": found["exact"].neurons == refined,
+                "smallest_margin": min(abs(s - t) for s, t in expected.decisions if s != t),
+                "bisect_neurons": found["bisect"].neurons.count,
+                "shared_with_bisect": overlap(refined, found["bisect"].neurons),
+            }
+        )
+        bar.update()
+        if len(lines) == arguments.prompts:
+            break
+    bar.close()
+    base = meters["plain"]
+    result = {
+        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "prompts": len(lines),
+        "same_neurons": all(line["same"] for line in lines),
+        "prompts_with_same_neurons": sum(line["same"] for line in lines),
+        "exact_pass_ratio": base.rows / meters["exact"].rows,
+        "exact_time_ratio": base.seconds / meters["exact"].seconds,
+        "bisect_pass_ratio": base.rows / meters["bisect"].rows,
+        "bisect_time_ratio": base.seconds / meters["bisect"].seconds,
+        "statistics_time_ratio": slow_statistics.seconds / fast_statistics.seconds,
+        "threshold_pass_ratio": slow_threshold.rows / fast_threshold.rows,
+        "threshold_time_ratio": slow_threshold.seconds / fast_threshold.seconds,
+        "plain_seconds_per_prompt": base.seconds / len(lines),
+        "exact_seconds_per_prompt": meters["exact"].seconds / len(lines),
+        "bisect_seconds_per_prompt": meters["bisect"].seconds / len(lines),
+    }
+    if arguments.json:
+        print(json.dumps({**result, "lines": lines}))
+        return
+    for line in lines:
+        print(
+            "  ".join(
+                f"{key} {value:.2g}" if isinstance(value, float) else f"{key} {value}" for key, value in line.items()
+            )
+        )
+    print("\n| measure | value |\n| --- | ---: |")
+    for key, value in result.items():
+        print(f"| {key.replace('_', ' ')} | {f'{value:.2f}' if isinstance(value, float) else value} |")
+
+
+def batches(texts: list[str]) -> list[list[str]]:
+    return [texts[i : i + 64] for i in range(0, len(texts), 64)]
+
+
+def overlap(a: Neurons, b: Neurons) -> float:
+    """Neurons in both, as a part of those in either."""
+    either = (a | b).count
+    return 1 - ((a - b).count + (b - a).count) / either if either else 1.0
+
+
+if __name__ == "__main__":
+    main()
