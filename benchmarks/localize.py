@@ -4,8 +4,9 @@ Run: python benchmarks/localize.py [--prompts 20] [--seeds 10] [--json] [key=val
 The words key=value are settings of `nemo-bench run`, such as model=sd14. Both sides follow the protocol `reference`, so
 the plain side is what the public scripts do: for every tested set of neurons the text is encoded again and two UNet
 steps run on all seeds, one prompt at a time; statistics are collected in UNet passes, one prompt at a time. It is the
-slow implementation that the tests compare with. A row pass is one sample through the UNet, counted by a hook on it;
-one that starts at a replayed prefix counts in full.
+slow implementation that the tests compare with. A row pass is one sample through the UNet. Passes that start at a
+replayed prefix do less, and the gradients of bisect more: `pass` counts what convolutions and linear layers multiply
+(twice where gradients flow back), in full passes; `row` counts samples, however much of the UNet they went through.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from nemo_bench import Calibration, Diffusion, Neurons, read_prompts, resolve
@@ -46,16 +47,27 @@ LEAST_CANDIDATES = 20
 
 @dataclass
 class Meter:
-    rows: int = 0
+    rows: float = 0.0
+    multiplications: float = 0.0
     seconds: float = 0.0
+
+    def add(self, other: Meter) -> None:
+        self.rows += other.rows
+        self.multiplications += other.multiplications
+        self.seconds += other.seconds
 
 
 @contextmanager
 def measured(model: Diffusion, meter: Meter) -> Iterator[None]:
-    def count(_module: Any, args: tuple[Tensor, ...]) -> None:
+    def count_rows(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         meter.rows += len(args[0])
 
-    hook = model.unet.register_forward_pre_hook(count)
+    def count_multiplications(module: Any, _args: tuple[Tensor, ...], output: Tensor) -> None:
+        meter.multiplications += output.numel() * module.weight[0].numel() * (2 if torch.is_grad_enabled() else 1)
+
+    leaves = [m for m in model.unet.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    hooks = [model.unet.register_forward_pre_hook(count_rows)]
+    hooks += [leaf.register_forward_hook(count_multiplications) for leaf in leaves]
     start = time.perf_counter()
     try:
         yield
@@ -63,7 +75,8 @@ def measured(model: Diffusion, meter: Meter) -> Iterator[None]:
             torch.cuda.synchronize()
     finally:
         meter.seconds += time.perf_counter() - start
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def plain_statistics(model: Diffusion, texts: list[str], latent: Tensor) -> None:
@@ -107,7 +120,8 @@ def per_prompt(model: Diffusion, run: Callable[[list[str]], Any], texts: list[st
     meter = Meter()
     with measured(model, meter):
         result = run(texts)
-    return result, Meter(meter.rows // len(texts), meter.seconds / len(texts))
+    parts = (meter.rows, meter.multiplications, meter.seconds)
+    return result, Meter(*(part / len(texts) for part in parts))
 
 
 def main() -> None:
@@ -150,8 +164,7 @@ def main() -> None:
                 model.pipeline, prompt.text, latents, mean, std, tau, similarity_of(model), step=1, duplicates=True
             )
         for name, meter in meters.items():
-            meter.rows += spent[name].rows
-            meter.seconds += spent[name].seconds
+            meter.add(spent[name])
         refined = Neurons(expected.refined)
         lines.append(
             {
@@ -175,12 +188,14 @@ def main() -> None:
         "prompts": len(lines),
         "same_neurons": all(line["same"] for line in lines),
         "prompts_with_same_neurons": sum(line["same"] for line in lines),
-        "exact_pass_ratio": base.rows / meters["exact"].rows,
+        "exact_pass_ratio": base.multiplications / meters["exact"].multiplications,
+        "exact_row_ratio": base.rows / meters["exact"].rows,
         "exact_time_ratio": base.seconds / meters["exact"].seconds,
-        "bisect_pass_ratio": base.rows / meters["bisect"].rows,
+        "bisect_pass_ratio": base.multiplications / meters["bisect"].multiplications,
+        "bisect_row_ratio": base.rows / meters["bisect"].rows,
         "bisect_time_ratio": base.seconds / meters["bisect"].seconds,
         "statistics_time_ratio": slow_statistics.seconds / fast_statistics.seconds,
-        "threshold_pass_ratio": slow_threshold.rows / fast_threshold.rows,
+        "threshold_pass_ratio": slow_threshold.multiplications / fast_threshold.multiplications,
         "threshold_time_ratio": slow_threshold.seconds / fast_threshold.seconds,
         "plain_seconds_per_prompt": base.seconds / len(lines),
         "exact_seconds_per_prompt": meters["exact"].seconds / len(lines),

@@ -37,6 +37,10 @@ class Conditioning:
         rows = list(index)
         return Conditioning(self.text[rows], None if self.pooled is None else self.pooled[rows])
 
+    def clone(self) -> Conditioning:
+        """A copy, which takes part in gradients even if this was made in inference mode."""
+        return Conditioning(self.text.clone(), None if self.pooled is None else self.pooled.clone())
+
 
 class StableDiffusion:
     """Stable Diffusion 1.x and 2.x: one text encoder (CLIP or OpenCLIP), whose hidden states are all the UNet takes.

@@ -57,6 +57,32 @@ class NeuronMasks:
                 msg = f"layer '{name}' has neurons 0 to {self.widths[name] - 1}, given {ids[0]} to {ids[-1]}"
                 raise ModelError(msg)
 
+    def factors(self, rows: Sequence[Neurons], factor: float = 0.0) -> dict[str, Tensor]:
+        """What each neuron of each row is multiplied by where some neurons are blocked.
+
+        Args:
+            rows: One set for each row.
+            factor: For blocked neurons; others have 1.
+
+        Returns:
+            For every layer (rows, neurons), on the layer's device.
+
+        Raises:
+            ModelError: A layer or index does not exist.
+        """
+        sets = list(dict.fromkeys(rows))
+        for neurons in sets:
+            self.check(neurons)
+        place = {neurons: number for number, neurons in enumerate(sets)}
+        index = torch.tensor([place[neurons] for neurons in rows])
+        scales = {}
+        for name, width in self.widths.items():
+            factors = torch.ones(len(sets), width)
+            for number, neurons in enumerate(sets):
+                factors[number, list(neurons.get(name, ()))] = factor
+            scales[name] = factors[index].to(next(self._layers[name].parameters()).device)
+        return scales
+
     @contextmanager
     def block(self, rows: Sequence[Neurons], factor: float = 0.0, replayed: Collection[str] = ()) -> Iterator[None]:
         """Multiplies the given neurons by a factor while the context is open.
@@ -69,20 +95,24 @@ class NeuronMasks:
         Raises:
             ModelError: A layer or index does not exist, blocks are nested, or a hook did not fire though others did.
         """
+        with self.scale(self.factors(rows, factor), replayed):
+            yield
+
+    @contextmanager
+    def scale(self, factors: Mapping[str, Tensor], replayed: Collection[str] = ()) -> Iterator[None]:
+        """Multiplies all neurons by factors of their own while the context is open; gradients reach the factors.
+
+        Args:
+            factors: For every layer (rows, neurons), on its device; a batch k times as long repeats the rows.
+            replayed: See :meth:`block`.
+
+        Raises:
+            ModelError: Blocks are nested, or a hook did not fire though others did.
+        """
         if self._blocking:
             raise ModelError("neurons are blocked already; close the first block before opening another")
-        sets = list(dict.fromkeys(rows))
-        for neurons in sets:
-            self.check(neurons)
-        place = {neurons: number for number, neurons in enumerate(sets)}
-        index = torch.tensor([place[neurons] for neurons in rows])
-        for name, width in self.widths.items():
-            device = next(self._layers[name].parameters()).device
-            factors = torch.ones(len(sets), width)
-            for number, neurons in enumerate(sets):
-                factors[number, list(neurons.get(name, ()))] = factor
-            self._factors[name] = factors[index].to(device)
-            self._fired[name] = torch.zeros((), device=device)
+        self._factors = dict(factors)
+        self._fired = {name: torch.zeros((), device=values.device) for name, values in factors.items()}
         self._blocking = True
         try:
             yield

@@ -138,8 +138,31 @@ class Trial:
         with self._prefix.recording():
             return self.similarities([(candidates, range(self.seeds))])[0]
 
-    def _batches(self, rows: Sequence[int]) -> list[Sequence[int]]:
-        return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+    def slopes(self, candidates: Candidates) -> Tensor:
+        """First-order change of the similarities when a candidate is active again, the others staying blocked.
+
+        Returns:
+            Changes of shape (candidates, seeds), on the CPU.
+        """
+        layers = self.model.masks.widths
+        columns = []
+        with torch.inference_mode(False), torch.enable_grad():
+            for seeds in self._batches(range(self.seeds), max(1, self.batch_size // 4)):
+                self.row_passes += 2 * len(seeds)
+                factors = self.model.masks.factors([as_neurons(candidates)] * len(seeds), self.factor)
+                for values in factors.values():
+                    values.requires_grad_()
+                text = self.text.rows([0] * len(seeds)).clone()
+                with self.model.masks.scale(factors):
+                    changed = noise_differences(self.model, text, self.latents[list(seeds)].clone(), self.protocol)
+                values = similarity(self.original[list(seeds)].clone(), changed, self.model.similarity)
+                slopes = dict(zip(layers, torch.autograd.grad(values.sum(), list(factors.values())), strict=True))
+                columns.append(torch.stack([slopes[layer][:, index] for layer, index in candidates]).cpu())
+        return torch.cat(columns, 1) * (1 - self.factor)
+
+    def _batches(self, rows: Sequence[int], size: int | None = None) -> list[Sequence[int]]:
+        size = size or self.batch_size
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
 
     def _differences(
         self, seeds: Sequence[int], blocked: Sequence[Neurons] | None = None, layer: str | None = None
@@ -278,23 +301,32 @@ class Refinement:
         self._sweep()
 
     def bisect(self) -> None:
-        """Drops the neurons that matter least together, as many as can go, then sweeps until none can go any more."""
+        """Drops as many neurons together as can go, as long as that drops some, then sweeps until none can go alone."""
         self._drop_layers()
-        effects = self._effects()
-        order = sorted(self.kept, key=lambda neuron: effects[neuron])
-        low, high = 0, len(order)
-        while low < high:
-            middle = (low + high + 1) // 2
-            gone = set(order[low:middle])
-            if self._attempt([neuron for neuron in self.kept if neuron not in gone]):
-                low = middle
-            else:
-                high = middle - 1
+        while self.kept and self._drop_together():
+            pass
         count = -1
         while count != len(self.kept):
             count = len(self.kept)
-            self.trial.record(self.kept)
+            self.values = self.trial.record(self.kept)
             self._sweep()
+
+    def _drop_together(self) -> bool:
+        """Drops the neurons that matter least by first order, as many as a bisection finds; whether it found some."""
+        slopes = self.trial.slopes(self.kept)
+        order = sorted(range(len(self.kept)), key=lambda place: float(slopes[place].max()))
+        expected = self.values + slopes[order].cumsum(0)
+        candidates, everyone = self.kept, range(self.trial.seeds)
+        low, high = 0, len(order)
+        middle = sum(not self._lost(values, everyone) for values in expected) or 1
+        while low < high:
+            gone = set(order[:middle])
+            if self._attempt([neuron for place, neuron in enumerate(candidates) if place not in gone]):
+                low = middle
+            else:
+                high = middle - 1
+            middle = (low + high + 1) // 2
+        return low > 0
 
     def _layers(self) -> list[str]:
         return list(dict.fromkeys(layer for layer, _ in self.kept))[::-1]
@@ -307,16 +339,6 @@ class Refinement:
     def _sweep(self) -> None:
         for layer in self._layers():
             self._drop_in_order([neuron for neuron in self.kept if neuron[0] == layer], layer)
-
-    def _effects(self) -> dict[Neuron, float]:
-        """Similarity of the hardest seed with each neuron active again, the others staying blocked."""
-        hardest = self._hardest_first()[:1]
-        effects: dict[Neuron, float] = {}
-        for layer in self._layers():
-            neurons = [neuron for neuron in self.kept if neuron[0] == layer]
-            tests = [(_without(self.kept, neuron), hardest) for neuron in neurons]
-            effects |= zip(neurons, map(float, self.trial.similarities(tests, layer)), strict=True)
-        return effects
 
     def _drop_in_order(self, neurons: Sequence[Neuron], layer: str) -> None:
         """Tests the neurons of a layer in order, several in a batch, guessing the outcome of each from an older test.

@@ -28,7 +28,7 @@ from nemo_bench.localization import (
     threshold,
 )
 from nemo_bench.localization.nemo import Candidates, Refinement, Trial, allowed, as_neurons, initial_selection, select
-from nemo_bench.localization.noise import noise_differences, pair_similarities, pair_values
+from nemo_bench.localization.noise import noise_differences, pair_similarities, pair_values, similarity
 from nemo_bench.modules import seeds_of
 from tiny import tiny_pipeline, tiny_texts
 
@@ -182,6 +182,10 @@ class ScriptedTrial:
     def record(self, candidates: Candidates) -> Tensor:
         return self.similarities([(candidates, list(range(self.seeds)))])[0]
 
+    def slopes(self, candidates: Candidates) -> Tensor:
+        rests = [[other for other in candidates if other != neuron] for neuron in candidates]
+        return torch.stack([self.record(rest) for rest in rests]) - self.record(candidates)
+
     def highest(self, candidates: Candidates) -> float:
         return max(self.value(candidates, seed) for seed in range(self.seeds))
 
@@ -279,6 +283,30 @@ def test_a_test_does_not_depend_on_its_batch_or_on_replay(tiny: Diffusion) -> No
             assert torch.allclose(torch.stack(replayed), torch.stack(alone), atol=1e-5)
             assert not torch.allclose(torch.stack(replayed), whole[4], atol=1e-3)
     assert as_neurons(everything).count == 6 * len(tiny.value_layers)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5])
+def test_slopes_are_those_of_finite_differences(tiny: Diffusion, factor: float) -> None:
+    model = tiny
+    with torch.inference_mode():
+        text = model.encode(tiny_texts(1))
+        trial = Trial(model, text, model.latents(range(3)), factor)
+        candidates = [(layer, i) for layer in model.value_layers for i in (0, 3)]
+        slopes = trial.slopes(candidates)
+        assert trial.row_passes == 3 + 2 * 3
+        step = 1e-2
+        factors = model.masks.factors([as_neurons(candidates)] * 3, factor)
+        for place, (layer, index) in enumerate(candidates):
+            values = []
+            for sign in (1, -1):
+                nudged = {name: value.clone() for name, value in factors.items()}
+                nudged[layer][:, index] += sign * step
+                with model.masks.scale(nudged):
+                    changed = noise_differences(model, text.rows([0] * 3), trial.latents)
+                values.append(similarity(trial.original, changed, model.similarity))
+            expected = (values[0] - values[1]) / (2 * step) * (1 - factor)
+            torch.testing.assert_close(slopes[place], expected, rtol=0.05, atol=1e-3)
+        assert slopes.abs().max() > 0.05
 
 
 def test_bisection_keeps_the_prompt_unmemorized(planted: Diffusion, planted_prompts: list[Prompt]) -> None:
