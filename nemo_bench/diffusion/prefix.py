@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,15 +15,17 @@ class Prefix:
     """Outputs of a UNet's parts in one recorded pass, replayed up to a layer in later passes.
 
     What comes before a value layer does not change when only neurons of that layer or of later ones are switched. Parts
-    are the input convolution and the resnets, attentions and samplers of down and mid blocks; those before the part
-    that holds the layer give what they gave, the rest is computed.
+    are the input convolution and the resnets, attentions and samplers of the blocks; those before the part that holds
+    the layer give what they gave, the rest is computed.
 
     Args:
         unet: A diffusers UNet, not compiled.
+        layers: Value layers before which passes will start.
     """
 
-    def __init__(self, unet: nn.Module) -> None:
-        self._parts = {name: part for name, part in unet.named_modules() if _is_part(name)}
+    def __init__(self, unet: nn.Module, layers: Iterable[str]) -> None:
+        sections = {"down_blocks", "mid_block", *(layer.split(".")[0] for layer in layers)}
+        self._parts = {name: part for name, part in unet.named_modules() if _is_part(name, sections)}
         self._outputs: dict[str, Any] = {}
 
     @contextmanager
@@ -55,7 +57,7 @@ class Prefix:
         """Replays all that comes before a layer.
 
         Args:
-            layer: Module path of a value layer in a down or mid block.
+            layer: Module path of one of the value layers.
             rows: Recorded row of each row of the passes to come.
         """
         index = torch.tensor(rows)
@@ -69,10 +71,10 @@ class Prefix:
                 del self._parts[name].forward
 
 
-def _is_part(name: str) -> bool:
-    words = name.split(".")
-    inside = words[0] == "mid_block" or (words[0] == "down_blocks" and len(words) > 1)
-    return name == "conv_in" or (inside and len(words) == (3 if words[0] == "mid_block" else 4))
+def _is_part(name: str, sections: Collection[str]) -> bool:
+    section, *rest = name.split(".")
+    # mid_block.resnets.0, but down_blocks.1.resnets.0
+    return name == "conv_in" or (section in sections and len(rest) == (2 if section == "mid_block" else 3))
 
 
 def _join(outputs: Sequence[Any]) -> Any:

@@ -134,7 +134,7 @@ class Trial:
         """
         if self.model.compiled:
             return self.similarities([(candidates, range(self.seeds))])[0]
-        self._prefix = Prefix(self.model.unet)
+        self._prefix = Prefix(self.model.unet, self.model.value_layers)
         with self._prefix.recording():
             return self.similarities([(candidates, range(self.seeds))])[0]
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -30,7 +32,7 @@ from nemo_bench.localization import (
 from nemo_bench.localization.nemo import Candidates, Refinement, Trial, allowed, as_neurons, initial_selection, select
 from nemo_bench.localization.noise import noise_differences, pair_similarities, pair_values, similarity
 from nemo_bench.modules import seeds_of
-from tiny import tiny_pipeline, tiny_texts
+from tiny import tiny_pipeline, tiny_sdxl, tiny_texts
 
 
 def agree(
@@ -270,7 +272,12 @@ def test_selection_is_the_first_round_that_changes_all_seeds(seeds: int, salt: i
     assert (found.similarity, found.reached) == (plain.score, plain.score <= tau)
 
 
-def test_a_test_does_not_depend_on_its_batch_or_on_replay(tiny: Diffusion) -> None:
+@pytest.mark.parametrize("layers", ["down+mid", "all"])
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl])
+def test_a_test_does_not_depend_on_its_batch_or_on_replay(
+    make: Callable[[], DiffusionPipeline], layers: Literal["down+mid", "all"]
+) -> None:
+    tiny = Diffusion(make(), layers=layers, similarity=Similarity(1.0, ()))
     trial = Trial(tiny, tiny.encode(tiny_texts(1)), tiny.latents(range(5)), batch_size=4)
     everything = [(layer, i) for layer in tiny.value_layers for i in range(6)]
     with torch.no_grad():

@@ -3,10 +3,11 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from nemo_bench import Diffusion
 from nemo_bench.diffusion import Similarity
-from nemo_bench.localization import noise_differences, pair_similarities, pair_values, similarity
+from nemo_bench.localization import REFERENCE, noise_differences, pair_similarities, pair_values, similarity
 from tiny import tiny_texts
 
 
@@ -45,3 +46,25 @@ def test_pairs(count: int) -> None:
     values = pair_values(matrix)
     assert len(values) == count * (count - 1) // 2
     torch.testing.assert_close(values[0], similarity(differences[:1], differences[1:2], settings)[0])
+
+
+def test_the_reference_protocol_takes_the_second_step_and_calibrates_with_swapped_halves(tiny: Diffusion) -> None:
+    text, latents = tiny.encode(["red sun", "blue sea"]), tiny.latents([0, 1])
+    assert (tiny.timestep(0), tiny.timestep(1)) == (981, 961)
+
+    def scaled(noise: Tensor) -> Tensor:
+        difference = noise - latents
+        low, high = difference.amin((2, 3), keepdim=True), difference.amax((2, 3), keepdim=True)
+        return (difference - low) / (high - low)
+
+    with torch.no_grad():
+        conditional = tiny.predict_noise(latents, 961, text)
+        unconditional = tiny.predict_noise(latents, 961, tiny.encode(["", ""]))
+        plain = noise_differences(tiny, text, latents, REFERENCE)
+        guided = noise_differences(tiny, text, latents, REFERENCE, calibrating=True)
+        unguided = noise_differences(tiny, text, latents, calibrating=True)
+    torch.testing.assert_close(plain, scaled(conditional))
+    expected = scaled(conditional + 7 * (unconditional - conditional))
+    torch.testing.assert_close(guided, expected, rtol=0, atol=1e-4)
+    assert not torch.allclose(guided, plain, atol=1e-2)
+    torch.testing.assert_close(unguided, scaled(tiny.predict_noise(latents, 981, text)))
