@@ -81,6 +81,7 @@ def main() -> None:
     result = {
         "device": torch.cuda.get_device_name() if plain.device.type == "cuda" else "cpu",
         "compiled": arguments.compile,
+        "batch": len(texts),
         "images": batches * len(texts),
         **{f"{name}_images_per_second": batches * len(texts) / value for name, value in seconds.items()},
         "speed_ratio": seconds["plain"] / seconds["ours"],

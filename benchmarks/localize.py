@@ -118,7 +118,7 @@ def similarity_of(model: Diffusion) -> Callable[[Tensor, Tensor], Tensor]:
 def per_prompt(model: Diffusion, run: Callable[[list[str]], Any], texts: list[str]) -> tuple[Any, Meter]:
     run(texts[:2])
     meter = Meter()
-    with measured(model, meter):
+    with measured(model, meter), REFERENCE.precision(model):
         result = run(texts)
     parts = (meter.rows, meter.multiplications, meter.seconds)
     return result, Meter(*(part / len(texts) for part in parts))
@@ -159,7 +159,7 @@ def main() -> None:
                 found[name] = localize(model, text, latents, calibration, options, REFERENCE)
         if found["exact"].initial.count < LEAST_CANDIDATES:
             continue
-        with measured(model, spent["plain"]):
+        with measured(model, spent["plain"]), REFERENCE.precision(model):
             expected = plain.localize(
                 model.pipeline, prompt.text, latents, mean, std, tau, similarity_of(model), step=1, duplicates=True
             )
@@ -172,7 +172,7 @@ def main() -> None:
                 "candidates": found["exact"].initial.count,
                 "neurons": refined.count,
                 "same": found["exact"].neurons == refined,
-                "smallest_margin": min(abs(s - t) for s, t in expected.decisions if s != t),
+                "smallest_margin": min((abs(s - t) for s, t in expected.decisions if s != t), default=0.0),
                 "bisect_neurons": found["bisect"].neurons.count,
                 "shared_with_bisect": overlap(refined, found["bisect"].neurons),
             }
@@ -181,6 +181,8 @@ def main() -> None:
         if len(lines) == arguments.prompts:
             break
     bar.close()
+    if not lines:
+        sys.exit(f"none of {len(prompts)} prompts has {LEAST_CANDIDATES} candidates: nothing to compare")
     base = meters["plain"]
     result = {
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",

@@ -136,11 +136,14 @@ class CalibrationStage(Stage):
         seeds: Seeds a prompt.
         store: Where records go.
         protocol: How noise differences are taken.
+        batch_size: Rows in a UNet pass at most.
     """
 
-    def __init__(self, model: Diffusion, seeds: int, store: Store, protocol: Protocol = PAPER) -> None:
+    def __init__(
+        self, model: Diffusion, seeds: int, store: Store, protocol: Protocol = PAPER, batch_size: int = 32
+    ) -> None:
         super().__init__(store, "calibrate")
-        self.model, self.seeds, self.protocol = model, seeds, protocol
+        self.model, self.seeds, self.protocol, self.batch_size = model, seeds, protocol, batch_size
 
     def handle(self, tasks: Sequence[PromptTask]) -> list[Record]:
         """Pairwise similarities, several prompts in one batch."""
@@ -148,7 +151,12 @@ class CalibrationStage(Stage):
         rows = [row for row in range(len(tasks)) for _ in range(self.seeds)]
         seeds = (seeds_of(t.prompt, "localize", range(self.seeds)) for t in tasks)
         latents = torch.cat([self.protocol.latents(self.model, chosen) for chosen in seeds])
-        differences = noise_differences(self.model, text.rows(rows), latents, self.protocol, calibrating=True)
+        differences = torch.cat(
+            [
+                noise_differences(self.model, text.rows(rows[part]), latents[part], self.protocol, calibrating=True)
+                for part in slices(len(rows), self.batch_size)
+            ]
+        )
         return [
             {
                 "id": task.id,
@@ -183,10 +191,14 @@ class LocalizationStage(Stage):
         seeds = seeds_of(prompt, "localize", range(self.seeds))
         result = method.localize(self.model, prompt, method.protocol.latents(self.model, seeds))
         latents = self.model.latents(seeds)
-        text = self.model.encode([prompt.text]).rows([0] * self.seeds)
-        batch = Batch((prompt,) * self.seeds, text, latents, (result.neurons,) * self.seeds)
-        with method.apply(self.model, batch) as changed:
-            differences = noise_differences(self.model, changed.text, changed.latents)
+        text = self.model.encode([prompt.text])
+        parts = []
+        for part in slices(self.seeds, method.batch_size):
+            size = len(latents[part])
+            batch = Batch((prompt,) * size, text.rows([0] * size), latents[part], (result.neurons,) * size)
+            with method.apply(self.model, batch) as changed:
+                parts.append(noise_differences(self.model, changed.text, changed.latents))
+        differences = torch.cat(parts)
         pairs = pair_values(pair_similarities(differences, self.model.similarity))
         name = file_name(prompt)
         result.neurons.save(self.store.folder / "neurons" / f"{name}.json")
@@ -305,6 +317,11 @@ class ScoringStage(Stage):
         if self._pool is None:
             self._pool = load_images(self._pool_files, size)
         return self._pool
+
+
+def slices(rows: int, size: int) -> list[slice]:
+    """Rows 0 to ``rows`` in parts of at most ``size``."""
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def localization_of(record: Record) -> Localization:

@@ -192,7 +192,6 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]]) -> Cell:
         "weights": source_of(model).digest(),
         "dtype": model.dtype,
         "layers": model.layers,
-        "steps": model.steps,
         "similarity": asdict(model.similarity),
     }
     calibration = {
@@ -204,7 +203,7 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]]) -> Cell:
     }
     uses_calibration = any(m.needs_calibration for m in _lineage(method))
     decisive = {
-        "model": {**network, "guidance": model.guidance},
+        "model": {**network, "steps": model.steps, "guidance": model.guidance},
         "method": _decisive(settings.method, method, prompts),
         "prompts": prompts_digest(prompts),
         "calibration": digest(calibration) if uses_calibration else None,
@@ -507,6 +506,9 @@ class Runner:
         if path.exists():
             return
         chunks = PromptChunk.split(cell.calibration_prompts)
+        if is_main() and store.is_done("statistics") and store.open_ids("statistics", [c.id for c in chunks]):
+            store.reopen("statistics")
+        self.trainer.strategy.barrier()
         label = cell.choice.names["model"]
         self._predict("statistics", label, chunks, store, lambda: StatisticsStage(self.model(cell), store), 1)
         if is_main():
@@ -518,12 +520,12 @@ class Runner:
         if path.exists():
             return
         tasks, seeds = [PromptTask.of(p) for p in cell.calibration_prompts], cell.choice.settings.localize_seeds
-        size = max(1, cell.choice.settings.batch_size // seeds)
+        rows = cell.choice.settings.batch_size
 
         def make() -> Stage:
-            return CalibrationStage(self.model(cell), seeds, store, cell.method.protocol)
+            return CalibrationStage(self.model(cell), seeds, store, cell.method.protocol, rows)
 
-        self._predict("calibrate", cell.choice.names["model"], tasks, store, make, size)
+        self._predict("calibrate", cell.choice.names["model"], tasks, store, make, max(1, rows // seeds))
         if is_main():
             records = store.records("calibrate")
             pairs = [value for task in tasks for value in records[task.id]["pairs"]]

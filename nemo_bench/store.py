@@ -85,6 +85,8 @@ def _same(a: Any, b: Any) -> bool:
     """Whether two results are equal, numbers up to what another device rounds otherwise."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, float) and isinstance(b, float):
         return abs(a - b) <= 1e-3 or (a != a and b != b)
     return bool(a == b)
@@ -137,10 +139,10 @@ class Store:
     def open_ids(self, stage: str, ids: Iterable[str]) -> list[str]:
         """Those of the ids that have no record yet, or whose picture is gone, in the order given."""
         records = self.records(stage)
-        return [i for i in ids if i not in records or not self._has_pictures(records[i])]
+        return [i for i in ids if i not in records or not self._has_files(records[i])]
 
-    def _has_pictures(self, record: Record) -> bool:
-        return all((self.folder / record[kind]).is_file() for kind in ("image", "noise") if kind in record)
+    def _has_files(self, record: Record) -> bool:
+        return all((self.folder / record[kind]).is_file() for kind in ("image", "noise", "file") if kind in record)
 
     def writer(self, stage: str) -> Callable[[Iterable[Record]], None]:
         """A function that appends records to a file of this process alone, made at the first call."""

@@ -20,16 +20,23 @@ class NeuronMasks:
 
     Args:
         layers: Value projections by module path, in network order.
+        network: The network that they are in.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], network: nn.Module) -> None:
         self.widths = {name: int(layer.out_features) for name, layer in layers.items()}  # type: ignore[arg-type]
         self._layers = dict(layers)
         self._factors: dict[str, Tensor] = {}
         self._fired: dict[str, Tensor] = {}
+        self._called = torch.zeros(())
         self._blocking = False
+        network.register_forward_pre_hook(self._note_call)
         for name, layer in layers.items():
             layer.register_forward_hook(self._hook(name))
+
+    def _note_call(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self._blocking:
+            self._called.fill_(1)
 
     def _hook(self, name: str):  # type: ignore[no-untyped-def]
         def multiply(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -93,7 +100,7 @@ class NeuronMasks:
             replayed: Layers that need not fire, since :class:`Prefix` replays what they led to.
 
         Raises:
-            ModelError: A layer or index does not exist, blocks are nested, or a hook did not fire though others did.
+            ModelError: A layer or index does not exist, blocks are nested, or a hook did not fire in a pass.
         """
         with self.scale(self.factors(rows, factor), replayed):
             yield
@@ -107,18 +114,19 @@ class NeuronMasks:
             replayed: See :meth:`block`.
 
         Raises:
-            ModelError: Blocks are nested, or a hook did not fire though others did.
+            ModelError: Blocks are nested, or a hook did not fire in a pass.
         """
         if self._blocking:
             raise ModelError("neurons are blocked already; close the first block before opening another")
         self._factors = dict(factors)
         self._fired = {name: torch.zeros((), device=values.device) for name, values in factors.items()}
+        self._called = torch.zeros(())
         self._blocking = True
         try:
             yield
             fired = dict(zip(self._fired, torch.stack(list(self._fired.values())).tolist(), strict=True))
             silent = [name for name, seen in fired.items() if not seen and name not in replayed]
-            if silent and any(fired.values()):
+            if silent and self._called:
                 msg = (
                     f"blocking had no effect in {len(silent)} of {len(fired)} value layers (first: {silent[0]}): "
                     "their hooks did not fire. Fused projections bypass them; call pipeline.unfuse_qkv_projections()"

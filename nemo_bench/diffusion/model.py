@@ -93,7 +93,7 @@ class Diffusion(nn.Module):
         self.similarity = similarity or Similarity()
         self.requires_grad_(False).eval()
         self.value_layers = value_layers(self.unet, layers)
-        self.masks = NeuronMasks(self.value_layers)
+        self.masks = NeuronMasks(self.value_layers, self.unet)
         self.compiled = compiled
         if compiled:
             # Hooks that a network gets after it was compiled are ignored, so the masks come first.

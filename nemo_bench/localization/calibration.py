@@ -230,7 +230,7 @@ def load_moments(path: Path) -> dict[str, Moments]:
                 for name, count in counts.items()
             }
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        msg = f"{path} can't be read ({error}); delete {path.parent} and the records of the same name, and run again"
+        msg = f"{path} can't be read ({error}); delete it and run again"
         raise StoreError(msg) from error
 
 

@@ -8,6 +8,7 @@ if the guesses it was built on came true.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nemo_bench.diffusion import Conditioning, Diffusion, Prefix
+from nemo_bench.errors import ConfigError
 from nemo_bench.localization.calibration import Calibration, activations
 from nemo_bench.localization.noise import noise_differences, pair_similarities, similarity
 from nemo_bench.localization.protocol import PAPER, Protocol
@@ -26,8 +28,9 @@ Neuron = tuple[str, int]
 Candidates = list[Neuron]
 """Neurons as (layer, index), layer by layer in network order, in a layer in the order of selection."""
 
-ROUNDING = 1e-6
-"""A score closer than this below its threshold is taken to equal it: another batch may round it to the other side."""
+ROUNDING, HALF_ROUNDING = 1e-6, 1e-3
+"""A score closer than this below its threshold is taken to equal it, in single and in half precision: another batch may
+round it to the other side."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class NemoSettings:
         threshold: Memorization threshold, or None for the calibrated one.
         outliers: Whether outliers are candidates.
         top_k: Whether the most active neurons of each layer are candidates.
-        refine_threshold: Threshold of the refinement, or None for that of the selection.
+        refine_threshold: Threshold of the refinement, or None for that of the selection. Where the selection runs out,
+            the similarity that it reached is the threshold, whatever is given here.
         relative: Refine by relative change instead: a neuron is dropped if no seed's similarity differs from the one
             with all candidates blocked by more than this part of it.
         refinement: ``"sequential"``, as published, or ``"bisect"``: drops many neurons at a time and then checks that
@@ -91,6 +95,12 @@ class Trial:
         self.row_passes = 0
         self._prefix: Prefix | None = None
         self.original = torch.cat([self._differences(rows) for rows in self._batches(range(len(latents)))])
+
+    @property
+    def rounding(self) -> float:
+        """By how much another batch can change a similarity."""
+        half = self.protocol.autocast and self.model.device.type == "cuda"
+        return HALF_ROUNDING if half or self.model.dtype != torch.float32 else ROUNDING
 
     @property
     def seeds(self) -> int:
@@ -253,11 +263,19 @@ def initial_selection(
         The first round that keeps all seeds at most at ``tau``, or the last one.
     """
     widest = max(len(values) for values in activation.values())
-    theta, k, rounds = settings.theta, 0, list[Candidates]()
-    while not rounds or (theta > settings.theta_min and k < widest):
-        duplicates = trial.protocol.duplicates
-        rounds.append(select(activation, calibration, theta, k, settings, duplicates=duplicates))
-        theta, k = max(theta - settings.theta_step, settings.theta_min), k + 1
+    # Steps such as 0.1 add up to the end of the search by rounding only; the end itself is never tested.
+    last = math.ceil((settings.theta - settings.theta_min) / settings.theta_step - 1e-9)
+    rounds = [
+        select(
+            activation,
+            calibration,
+            settings.theta - k * settings.theta_step,
+            k,
+            settings,
+            duplicates=trial.protocol.duplicates,
+        )
+        for k in range(min(last, widest))
+    ]
     # A round without candidates changes nothing, and seeds that are kept are not changed enough by nothing.
     rounds = [candidates for candidates in rounds if candidates] or rounds[-1:]
     order, start = list(range(trial.seeds)), 0
@@ -297,7 +315,8 @@ class Refinement:
 
     def sequential(self) -> None:
         """Tests one by one, as published: layers from the last to the first, then neurons in the same order."""
-        self._drop_layers()
+        if self._drop_layers():
+            self.values = self.trial.record(self.kept)
         self._sweep()
 
     def bisect(self) -> None:
@@ -331,10 +350,10 @@ class Refinement:
     def _layers(self) -> list[str]:
         return list(dict.fromkeys(layer for layer, _ in self.kept))[::-1]
 
-    def _drop_layers(self) -> None:
-        for layer in self._layers():
-            self._attempt([neuron for neuron in self.kept if neuron[0] != layer], layer)
-        self.values = self.trial.record(self.kept)
+    def _drop_layers(self) -> bool:
+        """Whether any layer was dropped."""
+        tests = [self._attempt([n for n in self.kept if n[0] != layer], layer) for layer in self._layers()]
+        return any(tests)
 
     def _sweep(self) -> None:
         for layer in self._layers():
@@ -395,7 +414,7 @@ class Refinement:
         return order
 
     def _lost(self, values: Tensor, seeds: Sequence[int]) -> bool:
-        return bool((self._excess(values, seeds) > -ROUNDING).any())
+        return bool((self._excess(values, seeds) > -self.trial.rounding).any())
 
 
 def _without(candidates: Candidates, neuron: Neuron) -> Candidates:
@@ -403,28 +422,31 @@ def _without(candidates: Candidates, neuron: Neuron) -> Candidates:
     return candidates[:place] + candidates[place + 1 :]
 
 
-def allowed(threshold: float, relative: float | None) -> Callable[[Tensor], Excess]:
+def allowed(threshold: float | None, relative: float | None) -> Callable[[Tensor], Excess]:
     """What refinement allows: similarities below a threshold, or, relatively, close to those of the candidates.
 
     Args:
-        threshold: Similarity that no seed may reach.
+        threshold: Similarity that no seed may reach; None: the highest with all candidates blocked.
         relative: If given, the part of a seed's similarity with all candidates blocked by which it may change instead.
 
     Returns:
         Takes the similarities with all candidates blocked and gives the :data:`Excess`.
     """
 
-    def absolute_excess(values: Tensor, seeds: Sequence[int]) -> Tensor:
-        return values - threshold
+    def absolute_excess(blocked: Tensor) -> Excess:
+        limit = float(blocked.max()) if threshold is None else threshold
+        return lambda values, seeds: values - limit
 
-    def relative_excess(blocked: Tensor, part: float) -> Excess:
+    def relative_excess(blocked: Tensor) -> Excess:
         def excess(values: Tensor, seeds: Sequence[int]) -> Tensor:
             base = blocked[list(seeds)]
-            return (values - base).abs() / base.abs() - part
+            change = (values - base).abs() / base.abs()
+            # MS-SSIM can be exactly 0; what stays 0 has not changed.
+            return change.nan_to_num(nan=0.0, posinf=float("inf")) - float(relative or 0)
 
         return excess
 
-    return lambda blocked: absolute_excess if relative is None else relative_excess(blocked, relative)
+    return absolute_excess if relative is None else relative_excess
 
 
 @torch.no_grad()
@@ -450,7 +472,12 @@ def localize(
 
     Returns:
         What was found; empty where no pair of seeds is more alike than the threshold.
+
+    Raises:
+        ConfigError: There are fewer than two seeds.
     """
+    if len(latents) < 2:
+        raise ConfigError(f"localizing compares seeds with one another: it needs at least 2, given {len(latents)}")
     tau = calibration.threshold if settings.threshold is None else settings.threshold
     trial = Trial(model, text, latents, settings.factor, protocol, batch_size)
     matrix = pair_similarities(trial.original, model.similarity)
@@ -460,9 +487,10 @@ def localize(
     trial.keep(kept)
     activation = {layer: values[0] for layer, values in activations(model, text).items()}
     selection = initial_selection(trial, activation, calibration, tau, settings)
-    threshold = tau if settings.refine_threshold is None else settings.refine_threshold
-    threshold = threshold if selection.reached else selection.similarity
+    given = tau if settings.refine_threshold is None else settings.refine_threshold
+    threshold = given if selection.reached else None
     refinement = Refinement(trial, selection.candidates, allowed(threshold, settings.relative))
+    limit = float(refinement.values.max()) if threshold is None else threshold
     refinement.sequential() if settings.refinement == "sequential" else refinement.bisect()
     return Localization(
         neurons=as_neurons(refinement.kept),
@@ -470,6 +498,6 @@ def localize(
         gate_score=gate_score,
         initial_score=selection.similarity,
         refined_score=float(refinement.values.max()),
-        threshold=threshold,
+        threshold=limit,
         row_passes=trial.row_passes,
     )

@@ -16,6 +16,8 @@ from nemo_bench.diffusion import Diffusion
 class Protocol:
     """Where the paper's text and the public scripts of Hintersdorf et al. (2024) differ.
 
+    A protocol concerns localizing. Images start from generators of their own in any case, so that methods stay paired.
+
     Attributes:
         name: Name in settings and records.
         step: Which of 50 DDIM steps gives the timestep of the noise prediction; the latent is always the initial one.

@@ -141,3 +141,16 @@ def test_the_network_is_compiled_after_it_got_its_hooks(monkeypatch: pytest.Monk
     assert Diffusion(tiny_pipeline(), compiled=True).compiled
     assert hooks
     assert all(hooks)
+
+
+def test_blocking_is_refused_where_all_projections_are_fused() -> None:
+    model = Diffusion(tiny_pipeline())
+    model.pipeline.fuse_qkv_projections()
+    text = model.encode(["red sun"])
+    with pytest.raises(ModelError, match="unfuse"), torch.no_grad(), model.block(Neurons({next(iter(LAYERS)): [0]})):
+        model.predict_noise(model.latents([0]), 981, text)
+
+
+def test_a_block_without_a_pass_is_no_error(tiny: Diffusion) -> None:
+    with tiny.block(Neurons({next(iter(LAYERS)): [0]})):
+        pass

@@ -167,7 +167,7 @@ def draw_rule(salt: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.flo
 class ScriptedTrial:
     """Stands in for a Trial: similarities by a rule that knows interactions, so that dropping can raise and lower."""
 
-    protocol, batch_size = REFERENCE, 8
+    protocol, batch_size, rounding = REFERENCE, 8, 1e-6
 
     def __init__(self, seeds: int, salt: int) -> None:
         self.seeds, self.salt, self.row_passes = seeds, salt, 0
