@@ -33,7 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    options = _parser().parse_args(arguments)
+    options, rest = (parser := _parser()).parse_known_args(arguments)
+    if any(word.startswith("-") or not hasattr(options, "overrides") for word in rest):
+        parser.error(f"unknown arguments: {' '.join(rest)}; nemo-bench COMMAND --help lists them")
+    if rest:
+        # argparse takes all settings from one place; those after an option are settings as well.
+        options.overrides += rest
     from nemo_bench.errors import NemoBenchError
 
     try:
@@ -83,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     export = add("export", _export, "save a pipeline with neurons switched off for good")
     export.add_argument("cell", type=Path, metavar="CELL", help="results/<name>/<cell>")
     export.add_argument("folder", type=Path, metavar="DIR", help="where the diffusers folder goes")
-    export.add_argument("--prompt", metavar="ID", help="neurons of one prompt; default: of all prompts together")
+    export.add_argument(
+        "--prompt", metavar="ID", help="neurons of one prompt; default: of all memorized prompts together"
+    )
     train = add("train", _train, "train the embedded model afresh")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="fields of TrainSpec, such as out=DIR")
     return parser
@@ -91,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from nemo_bench import run
     from nemo_bench.config import grid
@@ -103,7 +110,9 @@ def _run(options: argparse.Namespace) -> None:
         if options.json:
             print(json.dumps(rows, indent=2))
             return
-        table = Table("cell", "open: localize", "generate", "score", "UNet passes of images", "no reference")
+        widest = max(len(row["cell"]) for row in rows)
+        heads = ("localize", "generate", "score", "image passes", "no reference")
+        table = Table(Column("cell", min_width=widest), *heads, caption="open records, UNet passes of open images")
         for row in rows:
             counts = [str(row["open"].get(stage, "-")) for stage in run.STAGES]
             table.add_row(row["cell"], *counts, str(row["image_passes"]), str(row["prompts_without_reference"]))

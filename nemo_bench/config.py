@@ -209,6 +209,9 @@ class Choice:
 def grid(overrides: Sequence[str], conf: Path | None = None) -> list[Choice]:
     """The cells that overrides ask for; comma lists and other sweeps of Hydra's grammar are multiplied out.
 
+    Where several methods are compared, a setting ``method.x`` goes to those that have it, and in a method that starts
+    from another one to that source, so that a control stays the control of what it is compared with.
+
     An experiment may have a ``grid`` of its own: lines of overrides, of which each is multiplied out. What is
     overridden here takes the place of the same key, or of what lies in it, in all its lines.
 
@@ -231,8 +234,40 @@ def grid(overrides: Sequence[str], conf: Path | None = None) -> list[Choice]:
         for words in _with_experiment(typed, conf):
             if not any(o.key_or_group == "method" for o in _parse(words)):
                 words = [*words, f"method={DEFAULT_METHODS}"]
-            cells |= dict.fromkeys(map(tuple, _product(words)))
+            cells |= dict.fromkeys(map(tuple, _share_out(_product(words), conf)))
     return [_choose(list(cell), conf) for cell in cells]
+
+
+def _share_out(cells: list[list[str]], conf: Path | None) -> list[list[str]]:
+    """The cells of several methods, each with those of their common settings that it has."""
+    chosen = [[w for w in words if w.startswith("method=")] for words in cells]
+    if len({tuple(words) for words in chosen}) < 2 or not any(w.startswith("method.") for w in cells[0]):
+        return cells
+    for override in _parse([word for words in chosen for word in words]):
+        _check_option(override, conf)
+    with initialize_config_module("nemo_bench.conf", version_base="1.3"):
+        composed = {words[-1]: _compose([words[-1], *_search_path(conf)]) for words in chosen}
+
+    def placed(word: str, method: str) -> list[str]:
+        """The setting where this method has it, nowhere if only others have it."""
+        key = word.split("=")[0]
+        if not key.startswith("method.") or _has(composed[method], key):
+            return [word]
+        if _has(composed[method], key.replace("method.", "method.source.", 1)):
+            return [word.replace("method.", "method.source.", 1)]
+        return [] if any(_has(node, key) for node in composed.values()) else [word]
+
+    return [[w for word in words for w in placed(word, own[-1])] for words, own in zip(cells, chosen, strict=True)]
+
+
+def _has(config: DictConfig, key: str) -> bool:
+    *parents, last = key.split(".")
+    node: Any = config
+    for parent in parents:
+        if not OmegaConf.is_dict(node) or parent not in node:
+            return False
+        node = node[parent]
+    return OmegaConf.is_dict(node) and last in node
 
 
 def _product(overrides: Sequence[str]) -> list[list[str]]:
@@ -425,7 +460,7 @@ def build(node: Mapping[str, Any], key: str) -> Any:
         if isinstance(value, Mapping) and "_target_" in value:
             arguments[name] = build(value, f"{key}.{name}")
         elif name in hints and not _fits(value, hints[name]):
-            raise ConfigError(f"{key}.{name}={value}: expected {_spell(hints[name])}, given {type(value).__name__}")
+            raise ConfigError(f"{key}.{name}={value}: expected {_spell(hints[name])}, given {value!r}")
     missing = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments and p.kind not in (2, 4)]
     if missing:
         raise ConfigError(f"{key}: {node['_target_']} also needs {', '.join(missing)}")

@@ -714,7 +714,8 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
     Args:
         cell: A cell's folder.
         folder: Where the plain diffusers folder goes; must not hold anything yet.
-        prompt: Id of the prompt whose neurons are taken; None takes those of all prompts together.
+        prompt: Id of the prompt whose neurons are taken; None takes those of all memorized prompts together, or of
+            all prompts where none is known to be memorized.
 
     Returns:
         What was switched off.
@@ -729,7 +730,9 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
         raise StoreError(f"{cell} holds no localization; give results/<name>/<cell> of a finished run")
     if prompt is not None and prompt not in found:
         raise ConfigError(f"no prompt '{prompt}' in {cell}. {nearest(prompt, found)}")
-    neurons = found[prompt] if prompt is not None else reduce(or_, found.values())
+    lines = (cell / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    memorized = [found[p["id"]] for p in map(json.loads, lines) if p["kind"] and p["id"] in found]
+    neurons = found[prompt] if prompt is not None else reduce(or_, memorized or found.values())
     if not neurons:
         raise StoreError(f"{cell} switches nothing off; name the cell of a method that localizes, such as nemo")
     settings = read_json(cell / "env.json")["starts"][-1]["settings"]

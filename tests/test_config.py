@@ -334,3 +334,11 @@ def test_settings_of_a_training_are_typed() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             train_settings([word], Training)
+
+
+def test_a_setting_goes_to_the_methods_that_have_it_and_to_the_source_of_a_control() -> None:
+    none, random, nemo = grid(["method=none,random,nemo", "method.theta=4"])
+    assert nemo.settings.method["theta"] == random.settings.method["source"]["theta"] == 4
+    assert "theta" not in none.settings.method
+    with pytest.raises(ConfigError, match="no 'tetha'"):
+        grid(["method=none,nemo", "method.tetha=4"])
