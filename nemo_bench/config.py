@@ -234,30 +234,33 @@ def grid(overrides: Sequence[str], conf: Path | None = None) -> list[Choice]:
         for words in _with_experiment(typed, conf):
             if not any(o.key_or_group == "method" for o in _parse(words)):
                 words = [*words, f"method={DEFAULT_METHODS}"]
-            cells |= dict.fromkeys(map(tuple, _share_out(_product(words), conf)))
-    return [_choose(list(cell), conf) for cell in cells]
+            cells |= dict.fromkeys(map(tuple, _product(words)))
+    return [_choose(list(cell), conf) for cell in dict.fromkeys(map(tuple, _share_out(list(cells), conf)))]
 
 
-def _share_out(cells: list[list[str]], conf: Path | None) -> list[list[str]]:
+def _share_out(cells: Sequence[Sequence[str]], conf: Path | None) -> list[list[str]]:
     """The cells of several methods, each with those of their common settings that it has."""
-    chosen = [[w for w in words if w.startswith("method=")] for words in cells]
-    if len({tuple(words) for words in chosen}) < 2 or not any(w.startswith("method.") for w in cells[0]):
-        return cells
-    for override in _parse([word for words in chosen for word in words]):
+    methods = {word for words in cells for word in words if word.startswith("method=")}
+    if len(methods) < 2:
+        return [list(words) for words in cells]
+    for override in _parse(sorted(methods)):
         _check_option(override, conf)
     with initialize_config_module("nemo_bench.conf", version_base="1.3"):
-        composed = {words[-1]: _compose([words[-1], *_search_path(conf)]) for words in chosen}
+        composed = {method: _compose([method, *_search_path(conf)]) for method in methods}
 
-    def placed(word: str, method: str) -> list[str]:
+    def placed(word: str, method: DictConfig) -> list[str]:
         """The setting where this method has it, nowhere if only others have it."""
         key = word.split("=")[0]
-        if not key.startswith("method.") or _has(composed[method], key):
+        if not key.startswith("method.") or _has(method, key):
             return [word]
-        if _has(composed[method], key.replace("method.", "method.source.", 1)):
+        if _has(method, key.replace("method.", "method.source.", 1)):
             return [word.replace("method.", "method.source.", 1)]
-        return [] if any(_has(node, key) for node in composed.values()) else [word]
+        return [] if any(_has(other, key) for other in composed.values()) else [word]
 
-    return [[w for word in words for w in placed(word, own[-1])] for words, own in zip(cells, chosen, strict=True)]
+    chosen = [next(word for word in words if word in methods) for words in cells]
+    return [
+        [w for word in words for w in placed(word, composed[own])] for words, own in zip(cells, chosen, strict=True)
+    ]
 
 
 def _has(config: DictConfig, key: str) -> bool:

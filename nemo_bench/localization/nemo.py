@@ -28,7 +28,7 @@ Neuron = tuple[str, int]
 Candidates = list[Neuron]
 """Neurons as (layer, index), layer by layer in network order, in a layer in the order of selection."""
 
-ROUNDING, HALF_ROUNDING = 1e-6, 1e-3
+ROUNDING, HALF_ROUNDING = 1e-5, 1e-3
 """A score closer than this below its threshold is taken to equal it, in single and in half precision: another batch may
 round it to the other side."""
 

@@ -97,7 +97,7 @@ def test_same_neurons_with_the_published_similarity() -> None:
     assert plain.kept
 
 
-@pytest.mark.parametrize("index", [0, 9])
+@pytest.mark.parametrize("index", [1, 9])
 def test_same_neurons_on_the_embedded_model(planted: Diffusion, planted_prompts: list[Prompt], index: int) -> None:
     settings = grid(["method=nemo"])[0].settings
     texts = [p.text for p in read_prompts(resolve(str(settings.prompts.calibration)), limit=24)]
@@ -167,7 +167,7 @@ def draw_rule(salt: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.flo
 class ScriptedTrial:
     """Stands in for a Trial: similarities by a rule that knows interactions, so that dropping can raise and lower."""
 
-    protocol, batch_size, rounding = REFERENCE, 8, 1e-6
+    protocol, batch_size, rounding = REFERENCE, 8, 1e-5
 
     def __init__(self, seeds: int, salt: int) -> None:
         self.seeds, self.salt, self.row_passes = seeds, salt, 0
@@ -217,7 +217,7 @@ def test_refinement_is_the_plain_sequence_of_tests(candidates: Candidates, seeds
     tau = trial.highest(candidates) + slack
     refinement = Refinement(trial, candidates, allowed(tau, None))  # type: ignore[arg-type]
     refinement.sequential()
-    expected = plain_refinement(trial, candidates, lambda rest: trial.highest(rest) > tau - 1e-6)
+    expected = plain_refinement(trial, candidates, lambda rest: trial.highest(rest) > tau - 1e-5)
     assert refinement.kept == expected
     assert refinement.values.tolist() == [trial.value(expected, seed) for seed in range(seeds)]
 
@@ -230,7 +230,7 @@ def test_relative_refinement_is_the_plain_sequence_of_tests(
 
     def lost(rest: Candidates) -> bool:
         changes = [(trial.value(rest, s), trial.value(candidates, s)) for s in range(seeds)]
-        return any(abs(now - before) / abs(before) > part - 1e-6 for now, before in changes)
+        return any(abs(now - before) / abs(before) > part - 1e-5 for now, before in changes)
 
     refinement = Refinement(trial, candidates, allowed(0.0, part))  # type: ignore[arg-type]
     refinement.sequential()
@@ -248,7 +248,7 @@ def test_bisection_satisfies_the_same_criterion(candidates: Candidates, seeds: i
     assert set(kept) <= set(candidates)
     assert kept == candidates or trial.highest(kept) < tau
     for neuron in kept:
-        assert trial.highest([other for other in kept if other != neuron]) > tau - 1e-6
+        assert trial.highest([other for other in kept if other != neuron]) > tau - 1e-5
 
 
 @settings(max_examples=40)

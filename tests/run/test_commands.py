@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from nemo_bench.cli import main
+from nemo_bench.run import export
 from nemo_bench.store import read_records
-from nemo_bench.types import Record
+from nemo_bench.types import Neurons, Record
 
 SMALL = ["seeds=2", "localize_seeds=3", "model.steps=3", "prompts.calibration_limit=8", "trainer=cpu", "method=nemo"]
 
@@ -191,8 +192,20 @@ def test_report_and_export_of_a_finished_cell(
     (cell,) = (p for p in folder.iterdir() if p.is_dir())
     assert main(["export", str(cell), str(tmp_path / "exported")]) == 0
     assert (tmp_path / "exported" / "model_index.json").is_file()
+    memorized = [Neurons.load(cell / "neurons" / f"{name}.json") for name in ("vm-01", "tm-26")]
+    assert export(cell, tmp_path / "again") == memorized[0] | memorized[1]
     assert main(["export", str(cell), str(tmp_path / "exported")]) == 1
     assert "not empty" in capsys.readouterr().err
     assert main(["export", str(cell), str(tmp_path / "other"), "--prompt", "vm-1"]) == 1
     assert "Did you mean 'vm-01'?" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "nothing")]) == 1
+
+
+def test_settings_may_stand_on_both_sides_of_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", f"root={tmp_path}", "method=none", "--dry-run", "--json", "prompts.limit=1", "seeds=3"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["open"]["generate"] == 6
+    with pytest.raises(SystemExit):
+        main(["run", "seeds=1", "--dry-runn"])
+    assert "unknown arguments: --dry-runn" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path), "seeds=1"])
