@@ -71,6 +71,16 @@ def test_equal_lines_count_once_whatever_their_cost(store: Store) -> None:
     assert store.records("generate")["a"]["cost"] == {"seconds": 1.0}
 
 
+def test_lists_that_differ_by_rounding_are_equal_and_others_are_not(store: Store) -> None:
+    first, second = store.writer("generate"), store.writer("generate")
+    first([record("a", pairs=[0.5, 0.25])])
+    second([record("a", pairs=[0.5, 0.2500001])])
+    assert store.records("generate")["a"]["pairs"] == [0.5, 0.25]
+    store.writer("generate")([record("a", pairs=[0.5, 0.3])])
+    with pytest.raises(StoreError, match="different results for a"):
+        store.records("generate")
+
+
 def test_different_lines_for_an_id_are_an_error_that_names_both_files(store: Store) -> None:
     first, second = store.writer("generate"), store.writer("generate")
     first([record("a")])

@@ -14,7 +14,7 @@ import torch
 from nemo_bench import modules
 from nemo_bench.cli import main
 from nemo_bench.config import grid
-from nemo_bench.errors import ConfigError, ModelError
+from nemo_bench.errors import ConfigError, ModelError, StoreError
 from nemo_bench.localization import activation_statistics, read_statistics, threshold, write_statistics
 from nemo_bench.modules import CalibrationStage, StatisticsStage
 from nemo_bench.run import Cell, Runner, load_model, plan
@@ -116,6 +116,18 @@ def test_interrupted_it_goes_on_to_the_same_bits_whatever_the_batches(
     parts = {name: content for name, content in contents(cell).items() if name != "threshold.json"}
     assert len(parts) == 4
     assert parts.items() <= contents(measured).items()
+
+
+def test_the_advice_on_a_damaged_part_works(measured: Cell, tmp_path: Path) -> None:
+    cell = calibrate(cell_of(tmp_path))
+    folder = cell.calibration.folder
+    (folder / "statistics.pt").unlink()
+    part = next((folder / "statistics").iterdir())
+    part.write_bytes(b"torn")
+    with pytest.raises(StoreError, match="delete it and run again"):
+        calibrate(cell_of(tmp_path))
+    part.unlink()
+    assert contents(calibrate(cell_of(tmp_path))) == contents(measured)
 
 
 def test_what_is_cached_is_not_measured_again(measured: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
