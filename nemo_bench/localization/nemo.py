@@ -28,6 +28,8 @@ Neuron = tuple[str, int]
 Candidates = list[Neuron]
 """Neurons as (layer, index), layer by layer in network order, in a layer in the order of selection."""
 
+SLOPE_SEEDS, POINTS = 3, 8
+"""Of the hardest seeds so many say which neurons matter least; so many counts of neurons are tried together."""
 ROUNDING, HALF_ROUNDING = 1e-5, 1e-3
 """A score closer than this below its threshold is taken to equal it, in single and in half precision: another batch may
 round it to the other side."""
@@ -148,8 +150,12 @@ class Trial:
         with self._prefix.recording():
             return self.similarities([(candidates, range(self.seeds))])[0]
 
-    def slopes(self, candidates: Candidates) -> Tensor:
+    def slopes(self, candidates: Candidates, seeds: Sequence[int]) -> Tensor:
         """First-order change of the similarities when a candidate is active again, the others staying blocked.
+
+        Args:
+            candidates: What is blocked.
+            seeds: The seeds that count.
 
         Returns:
             Changes of shape (candidates, seeds), on the CPU.
@@ -157,15 +163,15 @@ class Trial:
         layers = self.model.masks.widths
         columns = []
         with torch.inference_mode(False), torch.enable_grad():
-            for seeds in self._batches(range(self.seeds), max(1, self.batch_size // 4)):
-                self.row_passes += 2 * len(seeds)
-                factors = self.model.masks.factors([as_neurons(candidates)] * len(seeds), self.factor)
+            for part in self._batches(seeds, max(1, self.batch_size // 4)):
+                self.row_passes += 2 * len(part)
+                factors = self.model.masks.factors([as_neurons(candidates)] * len(part), self.factor)
                 for values in factors.values():
                     values.requires_grad_()
-                text = self.text.rows([0] * len(seeds)).clone()
+                text = self.text.rows([0] * len(part)).clone()
                 with self.model.masks.scale(factors):
-                    changed = noise_differences(self.model, text, self.latents[list(seeds)].clone(), self.protocol)
-                values = similarity(self.original[list(seeds)].clone(), changed, self.model.similarity)
+                    changed = noise_differences(self.model, text, self.latents[list(part)].clone(), self.protocol)
+                values = similarity(self.original[list(part)].clone(), changed, self.model.similarity)
                 slopes = dict(zip(layers, torch.autograd.grad(values.sum(), list(factors.values())), strict=True))
                 columns.append(torch.stack([slopes[layer][:, index] for layer, index in candidates]).cpu())
         return torch.cat(columns, 1) * (1 - self.factor)
@@ -236,12 +242,12 @@ class Selection:
 
     Attributes:
         candidates: The candidates.
-        similarity: Highest similarity over the seeds with them blocked.
-        reached: Whether it is at most the threshold.
+        values: Similarities of all kept seeds with them blocked.
+        reached: Whether none is above the threshold.
     """
 
     candidates: Candidates
-    similarity: float
+    values: Tensor
     reached: bool
 
 
@@ -287,7 +293,7 @@ def initial_selection(
         values[order] = torch.cat([tried[chosen - start], *trial.similarities([(rounds[chosen], order[1:])])])
         highest, start = float(values.max()), chosen + 1
         if highest <= tau or start == len(rounds):
-            return Selection(rounds[chosen], highest, highest <= tau)
+            return Selection(rounds[chosen], values, highest <= tau)
         order = values.argsort(descending=True).tolist()
 
 
@@ -301,63 +307,68 @@ class Refinement:
     Args:
         trial: The prompt, with its kept seeds.
         candidates: What the initial selection found.
-        excess: Takes the similarities with all candidates blocked and gives what is allowed.
+        values: Similarities of all seeds with them blocked.
+        excess: How far similarities are above what is allowed.
 
     Attributes:
         kept: What remains, in the same order.
         values: Similarities of all seeds with it blocked.
     """
 
-    def __init__(self, trial: Trial, candidates: Candidates, excess: Callable[[Tensor], Excess]) -> None:
-        self.trial, self.kept = trial, list(candidates)
-        self.values = trial.record(self.kept)
-        self._excess = excess(self.values)
+    def __init__(self, trial: Trial, candidates: Candidates, values: Tensor, excess: Excess) -> None:
+        self.trial, self.kept, self.values, self._excess = trial, list(candidates), values, excess
 
     def sequential(self) -> None:
         """Tests one by one, as published: layers from the last to the first, then neurons in the same order."""
-        if self._drop_layers():
-            self.values = self.trial.record(self.kept)
-        self._sweep()
+        for layer in self._layers():
+            self._attempt([neuron for neuron in self.kept if neuron[0] != layer])
+        self.values = self.trial.record(self.kept)
+        for layer in self._layers():
+            self._drop_in_order([neuron for neuron in self.kept if neuron[0] == layer], layer)
 
     def bisect(self) -> None:
-        """Drops as many neurons together as can go, as long as that drops some, then sweeps until none can go alone."""
-        self._drop_layers()
-        while self.kept and self._drop_together():
-            pass
-        count = -1
-        while count != len(self.kept):
-            count = len(self.kept)
-            self.values = self.trial.record(self.kept)
-            self._sweep()
+        """Drops many neurons at a time: first those of little effect by first order, then those that can go alone."""
+        self.kept = list(dict.fromkeys(self.kept))
+        for ranking in (self._by_slope, self._removable):
+            while self.kept and self._drop_first_of(ranking()):
+                pass
 
-    def _drop_together(self) -> bool:
-        """Drops the neurons that matter least by first order, as many as a bisection finds; whether it found some."""
-        slopes = self.trial.slopes(self.kept)
-        order = sorted(range(len(self.kept)), key=lambda place: float(slopes[place].max()))
-        expected = self.values + slopes[order].cumsum(0)
-        candidates, everyone = self.kept, range(self.trial.seeds)
-        low, high = 0, len(order)
-        middle = sum(not self._lost(values, everyone) for values in expected) or 1
+    def _by_slope(self) -> Candidates:
+        """All neurons, least effect first, to first order and on the hardest seeds."""
+        slopes = self.trial.slopes(self.kept, self._hardest_first()[:SLOPE_SEEDS]).amax(1).tolist()
+        return [neuron for _, neuron in sorted(zip(slopes, self.kept, strict=True))]
+
+    def _removable(self) -> Candidates:
+        """The neurons that can each go alone, least effect first; those that can't are mostly lost on one seed."""
+        survivors, order = dict.fromkeys(self.kept, -math.inf), self._hardest_first()
+        for seeds in (order[:1], order[1:3], order[3:]):
+            tests = [(_without(self.kept, neuron), seeds) for neuron in survivors]
+            tried = zip(survivors.items(), self.trial.similarities(tests), strict=True)
+            survivors = {
+                neuron: max(worst, *self._excess(values, seeds).tolist())
+                for (neuron, worst), values in tried
+                if not self._lost(values, seeds)
+            }
+        return sorted(survivors, key=survivors.__getitem__)
+
+    def _drop_first_of(self, order: Candidates) -> bool:
+        """Drops as many of the first neurons as a search finds can go together; whether it found any."""
+        candidates, low, high = self.kept, 0, len(order)
         while low < high:
-            gone = set(order[:middle])
-            if self._attempt([neuron for place, neuron in enumerate(candidates) if place not in gone]):
-                low = middle
+            hardest = self._hardest_first()[:1]
+            counts = sorted({low + math.ceil((high - low) * step / POINTS) for step in range(1, POINTS + 1)})
+            rests = [[neuron for neuron in candidates if neuron not in order[:count]] for count in counts]
+            tried = self.trial.similarities([(rest, hardest) for rest in rests])
+            passed = [place for place, values in enumerate(tried) if not self._lost(values, hardest)]
+            last = passed[-1] if passed else -1
+            if passed and self._attempt(rests[last], None, hardest, tried[last]):
+                low, high = counts[last], [*counts, high + 1][last + 1] - 1
             else:
-                high = middle - 1
-            middle = (low + high + 1) // 2
+                high = counts[max(last, 0)] - 1
         return low > 0
 
     def _layers(self) -> list[str]:
         return list(dict.fromkeys(layer for layer, _ in self.kept))[::-1]
-
-    def _drop_layers(self) -> bool:
-        """Whether any layer was dropped."""
-        tests = [self._attempt([n for n in self.kept if n[0] != layer], layer) for layer in self._layers()]
-        return any(tests)
-
-    def _sweep(self) -> None:
-        for layer in self._layers():
-            self._drop_in_order([neuron for neuron in self.kept if neuron[0] == layer], layer)
 
     def _drop_in_order(self, neurons: Sequence[Neuron], layer: str) -> None:
         """Tests the neurons of a layer in order, several in a batch, guessing the outcome of each from an older test.
@@ -368,6 +379,8 @@ class Refinement:
         queue, effects = deque(neurons), dict[Neuron, float]()
         while queue:
             order = self._hardest_first()
+            if not self._lost(self.values, order):
+                self._drop_repeated(queue)
             base = expected = float(self.values[order[0]])
             state, rows, plan = self.kept, 0, list[tuple[Neuron, Candidates, list[int], bool]]()
             for neuron in queue:
@@ -388,6 +401,13 @@ class Refinement:
                 queue.popleft()
                 if self._attempt(rest, layer, seeds, values) != likely:
                     break
+
+    def _drop_repeated(self, queue: deque[Neuron]) -> None:
+        """Drops one entry of every neuron listed twice: the other still blocks it, so that test is passed already."""
+        for neuron in list(queue):
+            if self.kept.count(neuron) > 1:
+                queue.remove(neuron)
+                self.kept = _without(self.kept, neuron)
 
     def _attempt(
         self, rest: Candidates, layer: str | None = None, seeds: Sequence[int] = (), values: Tensor | None = None
@@ -422,31 +442,20 @@ def _without(candidates: Candidates, neuron: Neuron) -> Candidates:
     return candidates[:place] + candidates[place + 1 :]
 
 
-def allowed(threshold: float | None, relative: float | None) -> Callable[[Tensor], Excess]:
-    """What refinement allows: similarities below a threshold, or, relatively, close to those of the candidates.
+def above(limit: float) -> Excess:
+    """What is lost is a similarity that reaches a limit."""
+    return lambda values, seeds: values - limit
 
-    Args:
-        threshold: Similarity that no seed may reach; None: the highest with all candidates blocked.
-        relative: If given, the part of a seed's similarity with all candidates blocked by which it may change instead.
 
-    Returns:
-        Takes the similarities with all candidates blocked and gives the :data:`Excess`.
-    """
+def away_from(base: Tensor, part: float) -> Excess:
+    """What is lost is a similarity that differs from its base, one a seed, by more than a part of it."""
 
-    def absolute_excess(blocked: Tensor) -> Excess:
-        limit = float(blocked.max()) if threshold is None else threshold
-        return lambda values, seeds: values - limit
+    def excess(values: Tensor, seeds: Sequence[int]) -> Tensor:
+        change = (values - base[list(seeds)]).abs() / base[list(seeds)].abs()
+        # MS-SSIM can be exactly 0; what stays 0 has not changed.
+        return change.nan_to_num(nan=0.0, posinf=float("inf")) - part
 
-    def relative_excess(blocked: Tensor) -> Excess:
-        def excess(values: Tensor, seeds: Sequence[int]) -> Tensor:
-            base = blocked[list(seeds)]
-            change = (values - base).abs() / base.abs()
-            # MS-SSIM can be exactly 0; what stays 0 has not changed.
-            return change.nan_to_num(nan=0.0, posinf=float("inf")) - float(relative or 0)
-
-        return excess
-
-    return absolute_excess if relative is None else relative_excess
+    return excess
 
 
 @torch.no_grad()
@@ -487,16 +496,18 @@ def localize(
     trial.keep(kept)
     activation = {layer: values[0] for layer, values in activations(model, text).items()}
     selection = initial_selection(trial, activation, calibration, tau, settings)
-    given = tau if settings.refine_threshold is None else settings.refine_threshold
-    threshold = given if selection.reached else None
-    refinement = Refinement(trial, selection.candidates, allowed(threshold, settings.relative))
-    limit = float(refinement.values.max()) if threshold is None else threshold
+    limit = tau if settings.refine_threshold is None else settings.refine_threshold
+    initial_score = float(selection.values.max())
+    if not selection.reached:
+        limit = initial_score
+    excess = above(limit) if settings.relative is None else away_from(selection.values, settings.relative)
+    refinement = Refinement(trial, selection.candidates, selection.values, excess)
     refinement.sequential() if settings.refinement == "sequential" else refinement.bisect()
     return Localization(
         neurons=as_neurons(refinement.kept),
         initial=as_neurons(selection.candidates),
         gate_score=gate_score,
-        initial_score=selection.similarity,
+        initial_score=initial_score,
         refined_score=float(refinement.values.max()),
         threshold=limit,
         row_passes=trial.row_passes,

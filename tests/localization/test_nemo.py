@@ -29,7 +29,16 @@ from nemo_bench.localization import (
     localize,
     threshold,
 )
-from nemo_bench.localization.nemo import Candidates, Refinement, Trial, allowed, as_neurons, initial_selection, select
+from nemo_bench.localization.nemo import (
+    Candidates,
+    Refinement,
+    Trial,
+    above,
+    as_neurons,
+    away_from,
+    initial_selection,
+    select,
+)
 from nemo_bench.localization.noise import noise_differences, pair_similarities, pair_values, similarity
 from nemo_bench.modules import seeds_of
 from tiny import tiny_pipeline, tiny_sdxl, tiny_texts
@@ -184,9 +193,9 @@ class ScriptedTrial:
     def record(self, candidates: Candidates) -> Tensor:
         return self.similarities([(candidates, list(range(self.seeds)))])[0]
 
-    def slopes(self, candidates: Candidates) -> Tensor:
+    def slopes(self, candidates: Candidates, seeds: list[int]) -> Tensor:
         rests = [[other for other in candidates if other != neuron] for neuron in candidates]
-        return torch.stack([self.record(rest) for rest in rests]) - self.record(candidates)
+        return (torch.stack([self.record(rest) for rest in rests]) - self.record(candidates))[:, seeds]
 
     def highest(self, candidates: Candidates) -> float:
         return max(self.value(candidates, seed) for seed in range(self.seeds))
@@ -215,7 +224,7 @@ candidate_lists = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 4))
 def test_refinement_is_the_plain_sequence_of_tests(candidates: Candidates, seeds: int, salt: int, slack: float) -> None:
     trial = ScriptedTrial(seeds, salt)
     tau = trial.highest(candidates) + slack
-    refinement = Refinement(trial, candidates, allowed(tau, None))  # type: ignore[arg-type]
+    refinement = Refinement(trial, candidates, trial.record(candidates), above(tau))  # type: ignore[arg-type]
     refinement.sequential()
     expected = plain_refinement(trial, candidates, lambda rest: trial.highest(rest) > tau - 1e-5)
     assert refinement.kept == expected
@@ -232,21 +241,22 @@ def test_relative_refinement_is_the_plain_sequence_of_tests(
         changes = [(trial.value(rest, s), trial.value(candidates, s)) for s in range(seeds)]
         return any(abs(now - before) / abs(before) > part - 1e-5 for now, before in changes)
 
-    refinement = Refinement(trial, candidates, allowed(0.0, part))  # type: ignore[arg-type]
+    values = trial.record(candidates)
+    refinement = Refinement(trial, candidates, values, away_from(values, part))  # type: ignore[arg-type]
     refinement.sequential()
     assert refinement.kept == plain_refinement(trial, candidates, lost)
 
 
 @given(candidates=candidate_lists, seeds=st.integers(1, 6), salt=st.integers(0, 10_000), slack=st.floats(0, 0.6))
 def test_bisection_satisfies_the_same_criterion(candidates: Candidates, seeds: int, salt: int, slack: float) -> None:
-    candidates = list(dict.fromkeys(candidates))
     trial = ScriptedTrial(seeds, salt)
     tau = trial.highest(candidates) + slack
-    refinement = Refinement(trial, candidates, allowed(tau, None))  # type: ignore[arg-type]
+    refinement = Refinement(trial, candidates, trial.record(candidates), above(tau))  # type: ignore[arg-type]
     refinement.bisect()
     kept = refinement.kept
     assert set(kept) <= set(candidates)
-    assert kept == candidates or trial.highest(kept) < tau
+    assert set(kept) == set(candidates) or trial.highest(kept) < tau
+    assert len(kept) == len(set(kept))
     for neuron in kept:
         assert trial.highest([other for other in kept if other != neuron]) > tau - 1e-5
 
@@ -269,7 +279,7 @@ def test_selection_is_the_first_round_that_changes_all_seeds(seeds: int, salt: i
         duplicates=True,
     )
     assert found.candidates == [(layer, i) for layer, ids in plain.neurons.items() for i in ids]
-    assert (found.similarity, found.reached) == (plain.score, plain.score <= tau)
+    assert (float(found.values.max()), found.reached) == (plain.score, plain.score <= tau)
 
 
 @pytest.mark.parametrize("layers", ["down+mid", "all"])
@@ -299,7 +309,7 @@ def test_slopes_are_those_of_finite_differences(tiny: Diffusion, factor: float) 
         text = model.encode(tiny_texts(1))
         trial = Trial(model, text, model.latents(range(3)), factor)
         candidates = [(layer, i) for layer in model.value_layers for i in (0, 3)]
-        slopes = trial.slopes(candidates)
+        slopes = trial.slopes(candidates, range(3))
         assert trial.row_passes == 3 + 2 * 3
         step = 1e-2
         factors = model.masks.factors([as_neurons(candidates)] * 3, factor)
