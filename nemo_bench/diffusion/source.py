@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from nemo_bench.diffusion.families import StableDiffusion, family_of
 from nemo_bench.errors import ModelError
@@ -96,14 +96,22 @@ class Source:
         """
         return self._found[0]
 
+    @property
+    def commit(self) -> str | None:
+        """The commit on the hub that this is of, None for a folder.
+
+        Raises:
+            ModelError: See :attr:`family`.
+        """
+        return self._found[1]
+
     def digest(self) -> str:
         """Digest of weights and settings, 16 hexadecimal digits; of a folder or file its contents, else id and commit.
 
         Raises:
             ModelError: See :attr:`family`.
         """
-        _, commit = self._found
-        folder = Path(self.place)
+        folder, commit = Path(self.place), self.commit
         place = folder_digest(folder) if folder.is_dir() else digest([self.place, commit or self.revision])
         return digest([_file_digest(Path(self.path)), place]) if self.is_file else place
 
@@ -123,6 +131,7 @@ class Source:
                 pipeline = family.pipeline.from_single_file(
                     self.path, config=self._settings_folder(), local_files_only=True, **options
                 )
+                _check_complete(Path(self.path), pipeline)
             else:
                 pipeline = family.pipeline.from_pretrained(
                     self.path,
@@ -159,6 +168,16 @@ def _check_place(place: str) -> None:
             f"model '{place}' is no pipeline folder (there is no model_index.json in it) and no hub id such as "
             f"{_EXAMPLES}"
         )
+
+
+def _check_complete(file: Path, pipeline: Any) -> None:
+    """Raises ValueError where a single file lacks weights, which diffusers would leave as they were drawn at random."""
+    with safe_open(file, "pt") as weights:
+        names = list(weights.keys())
+    for part, prefix in {"unet": "model.diffusion_model.", "vae": "first_stage_model."}.items():
+        found, expected = sum(name.startswith(prefix) for name in names), len(getattr(pipeline, part).state_dict())
+        if found < expected:
+            raise ValueError(f"it holds {found} of the {expected} weights of the {part}")
 
 
 def _check_tokenizers(pipeline: Any) -> None:

@@ -153,6 +153,21 @@ def test_a_file_without_networks_is_an_error(folder: Path, tmp_path: Path) -> No
         Source(str(tmp_path / "torn.safetensors"), config=str(folder)).load()
 
 
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("unet", "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"),
+        ("vae", "first_stage_model.encoder.conv_in.weight"),
+    ],
+)
+def test_a_file_that_lacks_a_weight_is_an_error(folder: Path, tmp_path: Path, part: str, name: str) -> None:
+    weights = original_layout(tiny_pipeline())
+    del weights[name]
+    save_file(weights, tmp_path / "partial.safetensors")
+    with pytest.raises(ModelError, match=rf"holds \d+ of the \d+ weights of the {part}"):
+        Source(str(tmp_path / "partial.safetensors"), config=str(folder)).load()
+
+
 @pytest.mark.usefixtures("no_network")
 def test_a_hub_id_is_taken_at_its_revision(hub: Path) -> None:
     first = Diffusion(Source("some/model", local_files_only=True).load())
