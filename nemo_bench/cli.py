@@ -85,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--json", action="store_true", help="print a list of objects")
     report = add("report", _report, "table, plots and HTML again, from the records of a run")
     report.add_argument("folder", type=Path, metavar="DIR", help="results/<name>")
+    track = add("track", _track, "tell W&B or another logger of a finished run or cell, now or again")
+    track.add_argument("folder", type=Path, metavar="DIR", help="results/<name>, or results/<name>/<cell>")
+    track.add_argument("overrides", nargs="*", metavar="key=value", help="logger=..., logger.project=... and so on")
+    track.add_argument("--again", action="store_true", help="tell W&B also what has not changed since it was told")
     export = add("export", _export, "save a pipeline with neurons switched off for good")
     export.add_argument("cell", type=Path, metavar="CELL", help="results/<name>/<cell>")
     export.add_argument("folder", type=Path, metavar="DIR", help="where the diffusers folder goes")
@@ -120,12 +124,13 @@ def _run(options: argparse.Namespace) -> None:
         return
     from nemo_bench.report import load_results, terminal_table
 
-    def quiet(line: str) -> None:
+    def aside(line: str) -> None:
         """JSON stands alone on standard output."""
+        print(line, file=sys.stderr)
 
     start = time.perf_counter()
     open_before = sum(sum(row["open"].values()) for row in run.outlook(cells))
-    folder = run.run(cells, run.command_line(), say=quiet if options.json else print, progress=not options.json)
+    folder = run.run(cells, run.command_line(), say=aside if options.json else print, progress=not options.json)
     if not run.is_main():
         return
     if options.json:
@@ -184,6 +189,13 @@ def _report(options: argparse.Namespace) -> None:
     write_report(options.folder)
     Console().print(terminal_table(load_results(options.folder)))
     print(options.folder / "report.html")
+
+
+def _track(options: argparse.Namespace) -> None:
+    from nemo_bench.config import logger_settings
+    from nemo_bench.tracking import track
+
+    track(options.folder, logger_settings(options.overrides), again=options.again)
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -125,16 +125,22 @@ class LoggerSettings:
 
     Attributes:
         wandb: Whether cells become Weights & Biases runs.
+        csv: Whether Lightning's CSV logger is told of every cell.
+        tensorboard: Whether Lightning's TensorBoard logger is told of every cell.
         project: W&B project.
         entity: W&B user or team.
         mode: ``online``, ``offline``, or None: online only where a key is configured.
-        thumbnails: Prompts shown with pictures in the table.
+        timeout: Seconds that W&B may take to begin a run, and again to end it.
+        thumbnails: Prompts shown with pictures.
     """
 
     wandb: bool = False
+    csv: bool = False
+    tensorboard: bool = False
     project: str = "nemo-bench"
     entity: Optional[str] = None  # noqa: UP045
     mode: Optional[str] = None  # noqa: UP045
+    timeout: float = 120
     thumbnails: int = 64
 
 
@@ -189,6 +195,7 @@ _LEAST: dict[str, float] = {
     "batch_size": 1,
     "trainer.devices": 1,
     "trainer.num_nodes": 1,
+    "logger.timeout": 1,
     "logger.thumbnails": 0,
 }
 
@@ -523,6 +530,28 @@ def describe_options(group: str, conf: Path | None = None) -> list[dict[str, str
             entries.append((name, getattr(node, "summary", ""), getattr(node, "citation", "")))
     keys = ("name", "summary", "citation")
     return [{"group": group, **dict(zip(keys, entry, strict=True))} for entry in entries]
+
+
+def logger_settings(overrides: Sequence[str]) -> LoggerSettings:
+    """Settings of the logger group alone.
+
+    Args:
+        overrides: ``logger=...`` and ``logger.key=value`` words; without the first, W&B is the logger.
+
+    Returns:
+        The checked settings.
+
+    Raises:
+        ConfigError: A word is none of the logger group, or wrong in itself.
+    """
+    keys = [override.key_or_group for override in _parse(overrides)]
+    for key in keys:
+        if key.split(".")[0] != "logger":
+            raise ConfigError(f"unknown setting '{key}'; only logger=... and logger.key=value can be given here")
+    choices = grid(["method=none", *([] if "logger" in keys else ["logger=wandb"]), *overrides])
+    if len(choices) > 1:
+        raise ConfigError(f"{' '.join(overrides)}: give one value for each setting; logger=all takes every logger")
+    return choices[0].settings.logger
 
 
 def train_settings(overrides: Sequence[str], schema: type[Any]) -> Any:

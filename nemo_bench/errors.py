@@ -26,6 +26,10 @@ class ModelError(NemoBenchError):
     """A model can't be loaded, or does not do what is asked of it."""
 
 
+class TrackingError(NemoBenchError):
+    """A logger could not be told of results; the results themselves are complete."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """A hint for an error message: the nearest choice, then all of them.
 

@@ -28,7 +28,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from nemo_bench.aggregate import aggregate
 from nemo_bench.config import Choice, ModelSettings, SimilaritySettings, TrainerSettings, build, resolve
 from nemo_bench.diffusion import Diffusion, Similarity, Source, folder_digest
-from nemo_bench.errors import ConfigError, StoreError, nearest
+from nemo_bench.errors import ConfigError, NemoBenchError, StoreError, nearest
 from nemo_bench.localization import (
     Calibration,
     merge_statistics,
@@ -54,6 +54,7 @@ from nemo_bench.modules import (
 from nemo_bench.prompts import ImageTask, PromptDataModule, PromptTask, prompts_digest, read_prompts
 from nemo_bench.report import write_report
 from nemo_bench.store import SCHEMA, Store, read_json, write_json, write_text
+from nemo_bench.tracking import sweep_trial, track
 from nemo_bench.types import Neurons, Prompt, Record, digest
 
 STAGES = ("localize", "generate", "score")
@@ -281,6 +282,8 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
     """
     settings = cells[0].choice.settings
     folder = Path(settings.root) / settings.name
+    if settings.logger.wandb:
+        sweep_trial({cell.id: cell.spec["method"] for cell in cells})
     runner = Runner(settings.trainer, progress=progress)
     if is_main():
         _open_folder(folder, cells)
@@ -295,11 +298,10 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
             _publish(cell)
     if is_main():
         write_report(folder)
-        if settings.logger.wandb:
-            from nemo_bench import tracking  # wandb is slow to import, and not needed without it
-
-            for cell in cells:
-                tracking.track(cell.store.folder, settings.logger, group=settings.name, say=say)
+        try:
+            track(folder, settings.logger, cells=[cell.id for cell in cells], say=say)
+        except NemoBenchError as error:
+            say(str(error))
     return folder
 
 

@@ -10,13 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from nemo_bench.config import GROUPS, Choice, build, describe_options, grid, options, resolve, train_settings
+from nemo_bench.config import (
+    GROUPS,
+    Choice,
+    build,
+    describe_options,
+    grid,
+    logger_settings,
+    options,
+    resolve,
+    train_settings,
+)
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods import Method, NeMo, NoMitigation, RandomNeurons
 from nemo_bench.metrics import BenchMetric
 
 CONF = Path(__file__).parents[1] / "conf"
-FILES = sorted((file.parent.name, file.stem) for file in CONF.glob("*/*.yaml"))
+FILES = sorted((file.parent.name, file.stem) for file in CONF.glob("*/*.yaml") if file.parent.name != "sweeps")
 
 MINE = """
 from __future__ import annotations
@@ -342,3 +352,28 @@ def test_a_setting_goes_to_the_methods_that_have_it_and_to_the_source_of_a_contr
     assert "theta" not in none.settings.method
     with pytest.raises(ConfigError, match="no 'tetha'"):
         grid(["method=none,nemo", "method.tetha=4"])
+
+
+def test_settings_of_the_logger_alone() -> None:
+    assert logger_settings([]).wandb
+    assert (logger_settings(["logger=csv"]).wandb, logger_settings(["logger=csv"]).csv) == (False, True)
+    both = logger_settings(["logger.project=mine", "logger.tensorboard=true"])
+    assert (both.wandb, both.tensorboard, both.csv, both.project) == (True, True, False, "mine")
+    every = logger_settings(["logger=all"])
+    assert every.wandb and every.csv and every.tensorboard
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["seeds=3"], "unknown setting 'seeds'; only logger"),
+        (["logger=wandbb"], "Did you mean 'wandb'"),
+        (["logger.modus=online"], "Did you mean 'mode'"),
+        (["logger.mode=on"], "Choices: offline, online"),
+        (["logger.timeout=0"], "at least 1"),
+        (["logger=csv,wandb"], "logger=all takes every logger"),
+    ],
+)
+def test_wrong_settings_of_the_logger_are_explained(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        logger_settings(words)

@@ -97,39 +97,13 @@ def test_more_ranks_than_work(tmp_path: Path, prompt_file: Path) -> None:
     assert len(records(tmp_path, "generate")) == 1
 
 
-def test_wandb_offline_run_read_back(tmp_path: Path, prompt_file: Path) -> None:
-    execute(command(tmp_path, prompt_file, "logger=wandb", "method=none,nemo"))
-    cells = {p.name.split("__")[1]: p for p in (tmp_path / "default").iterdir() if p.is_dir()}
-    assert set(cells) == {"none", "nemo"}
-    for method, cell in cells.items():
-        (folder,) = (cell / "wandb").glob("offline-run-*")
-        shown = subprocess.run(
-            [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--summary", "--json", str(folder)],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=environment(),
-        )
-        assert json.loads((cell / "spec.json").read_text())["title"] in shown.stdout
-        metrics = json.loads((cell / "metrics.json").read_text())
-        assert str(round(metrics["aggregates"]["VM"]["ssim"]["mean"], 5))[:6] in shown.stdout
-        tables = list(folder.glob("files/media/table/*.json"))
-        table = json.loads(tables[0].read_text())
-        assert [row[table["columns"].index("prompt")] for row in table["data"]] == ["vm-01", "tm-26", "general-01"]
-        shown_as = dict(zip(table["columns"], table["data"][0], strict=True))
-        assert [shown_as[c] for c in ("training image", "unmitigated", "mitigated", "noise differences")] == [
-            "Image"
-        ] * 4
-        staged = [p for p in (tmp_path / "default").glob("*/wandb/artifacts/staging/*") if p.is_file()]
-        assert any(p.read_bytes().startswith(b"\x89PNG") for p in staged)
-        assert method == "none" or json.loads(shown_as["neurons by layer"]) == neurons_of(cell, "vm-01")
-    before = sorted((tmp_path / "default").glob("*/wandb/offline-run-*"))
-    execute(command(tmp_path, prompt_file, "logger=wandb", "method=none,nemo"))
-    assert sorted((tmp_path / "default").glob("*/wandb/offline-run-*")) == before
-
-
-def neurons_of(cell: Path, prompt: str) -> dict[str, list[int]]:
-    return next(r["neurons"] for r in read_records(cell, "localize").values() if r["prompt"] == prompt)
+def test_a_run_tells_every_logger_and_unchanged_results_only_once(tmp_path: Path, prompt_file: Path) -> None:
+    words = command(tmp_path, prompt_file, "logger=all", "method=none,nemo")
+    said = [execute(words).stdout for _ in range(2)]
+    assert "W&B (offline)" in said[0]
+    assert "2 cells have not changed" in said[1]
+    for file in ("wandb/offline-run-*/*.wandb", "tracked.json", "csv/metrics.csv", "tensorboard/events*"):
+        assert len(list((tmp_path / "default").glob(f"*/{file}"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,182 @@
+"""What is told of a finished cell, as plain data; the same for every logger."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from nemo_bench.report import load_results
+from nemo_bench.report.data import Cell, short_layers
+from nemo_bench.store import read_json, read_records
+from nemo_bench.types import Prompt, digest
+
+PICTURES = ("training image", "unmitigated", "mitigated", "noise differences")
+"""Pictures that show a prompt."""
+_BOX = (512, 256)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished cell with what it takes to tell of it.
+
+    Attributes:
+        cell: The cell as the report reads it.
+        folder: Its folder.
+        group: Name of the run.
+        token: What tells the run from others of that name.
+        metrics: Content of ``metrics.json``.
+        unmitigated: The cell without mitigation of the same model and prompts, or None.
+    """
+
+    cell: Cell
+    folder: Path
+    group: str
+    token: str
+    metrics: Mapping[str, Any]
+    unmitigated: Cell | None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The spec, the versions of all packages, and the last start with its command and all settings."""
+        start = dict(self.cell.starts[-1])
+        return {**read_json(self.folder / "spec.json"), "versions": start.pop("versions"), "start": start}
+
+    @property
+    def row(self) -> dict[str, float]:
+        """The row of the leaderboard, such as ``VM/ssim/mean``, ``presets/nemo/VM/ssim/value`` or ``cost/...``."""
+        metrics = self.metrics
+        presets = {name: preset["rows"] for name, preset in metrics.get("presets", {}).items()}
+        others = {key: metrics.get(key, {}) for key in ("detection", "counts", "cost")}
+        return dict(_numbers({**metrics["aggregates"], "presets": presets, **others}))
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The part of the row that charts are drawn of: ``<group>/<metric>/mean``."""
+        return {key: value for key, value in self.row.items() if key.endswith("/mean")}
+
+    @property
+    def digest(self) -> str:
+        """Hash of everything told that is a result; time and machine are none."""
+        records = {
+            stage: sorted(
+                json.dumps({k: v for k, v in record.items() if k != "cost"}, sort_keys=True)
+                for record in read_records(self.folder, stage).values()
+            )
+            for stage in ("localize", "generate", "score")
+        }
+        metrics = {key: value for key, value in self.metrics.items() if key != "cost"}
+        return digest([records, metrics, self.unmitigated.name if self.unmitigated else None], 12)
+
+    @property
+    def tradeoff(self) -> tuple[str, str] | None:
+        """Metrics that stand for memorization and alignment: the first of each family; None without either."""
+        first: dict[str | None, str] = {}
+        for key, info in self.metrics["metrics"].items():
+            first.setdefault(info.get("family"), key)
+        found = first.get("memorization", "ssim"), first.get("alignment", "alignment")
+        return found if set(found) <= set(self.metrics["metrics"]) else None
+
+    def value(self, prompt: Prompt, metric: str) -> float | None:
+        """Mean of a metric over the images of a prompt, None where it has no meaning."""
+        values = self.cell.outcomes[prompt.id].values(metric)
+        return fmean(values) if values else None
+
+    def pictures(self, prompt: Prompt) -> dict[str, Image.Image]:
+        """Thumbnails of a prompt by :data:`PICTURES`: the first reference and the first seed, as far as there are any.
+
+        Noise differences are a strip over seeds.
+        """
+        outcome = self.cell.outcomes[prompt.id]
+        before = self.unmitigated.outcomes.get(prompt.id) if self.unmitigated else None
+        files = (
+            prompt.references[0] if prompt.references else None,
+            before.images[0].path if before and before.images else None,
+            outcome.images[0].path if outcome.images else None,
+            outcome.noise,
+        )
+        return {name: _thumbnail(file) for name, file in zip(PICTURES, files, strict=True) if file and file.is_file()}
+
+    def neurons_by_layer(self) -> list[tuple[str, int, float]]:
+        """Short name, width and mean number of neurons a prompt of every value layer, in network order."""
+        widths, outcomes = read_json(self.folder / "layers.json"), self.cell.outcomes.values()
+        names = short_layers(self.cell.layers)
+        return [
+            (names[layer], widths[layer], fmean(len(outcome.neurons.get(layer, ())) for outcome in outcomes))
+            for layer in self.cell.layers
+        ]
+
+    def detector_curves(self) -> Iterator[tuple[str, list[tuple[float, float]]]]:
+        """Name and ROC curve of every detector of which the prompts have scores."""
+        for name in self.metrics.get("detection", {}):
+            scores = [(bool(p.kind), self.value(p, name)) for p in self.cell.prompts]
+            memorized, others = ([v for kind, v in scores if kind == side and v is not None] for side in (True, False))
+            if memorized and others:
+                yield name, roc(memorized, others)
+
+
+def load_entries(folder: Path) -> tuple[list[Entry], Mapping[str, str]]:
+    """Reads a run.
+
+    Args:
+        folder: ``results/<name>``.
+
+    Returns:
+        Its finished cells; by name of every other cell, what is missing there.
+
+    Raises:
+        StoreError: The folder holds no run, or no cell of it is finished.
+    """
+    results = load_results(folder)
+    token = read_json(folder / "run.json").get("token", "")
+
+    def unmitigated(cell: Cell) -> Cell | None:
+        same = (c for c in results.cells if all(c.settings[k] == cell.settings[k] for k in ("model", "prompts")))
+        return next((c for c in same if c.method == "none"), None)
+
+    entries = [
+        Entry(
+            cell, folder / cell.name, results.name, token, read_json(folder / cell.name / "metrics.json"),
+            unmitigated(cell),
+        )
+        for cell in results.cells
+    ]  # fmt: skip
+    return entries, results.unfinished
+
+
+def roc(memorized: Sequence[float], others: Sequence[float]) -> list[tuple[float, float]]:
+    """Points of a receiver operating characteristic, larger scores meaning memorized.
+
+    Args:
+        memorized: Scores of memorized prompts, at least one.
+        others: Scores of other prompts, at least one.
+
+    Returns:
+        False and true positive rate, from (0, 0) to (1, 1), one point a threshold.
+    """
+    positive, negative = np.asarray(memorized), np.asarray(others)
+    thresholds = np.unique([*positive, *negative])[::-1]
+    points = [(float((negative >= t).mean()), float((positive >= t).mean())) for t in thresholds]
+    return [(0.0, 0.0), *points]
+
+
+def _numbers(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and math.isfinite(value):
+            yield f"{prefix}{key}", value
+
+
+def _thumbnail(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        small = image.convert("RGB")
+    small.thumbnail(_BOX)
+    return small

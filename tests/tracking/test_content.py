@@ -1,0 +1,122 @@
+"""What is told of a cell, and of which cells."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_bench.config import LoggerSettings
+from nemo_bench.errors import StoreError
+from nemo_bench.store import read_json, write_json
+from nemo_bench.tracking import track
+from nemo_bench.tracking.content import Entry, load_entries, roc
+
+SCORES = st.lists(st.integers(-4, 4), min_size=1, max_size=12)
+
+
+def nemo_of(run: Path) -> Entry:
+    (entry,) = (e for e in load_entries(run)[0] if e.cell.method == "nemo")
+    return entry
+
+
+@given(SCORES, SCORES)
+def test_the_area_under_a_curve_is_the_share_of_pairs_in_order(memorized: list[int], others: list[int]) -> None:
+    points = roc(memorized, others)
+    x, y = zip(*points, strict=True)
+    assert (points[0], points[-1]) == ((0, 0), (1, 1))
+    assert all(np.diff(x) >= 0)
+    assert all(np.diff(y) >= 0)
+    pairs = [(m > o) + (m == o) / 2 for m in memorized for o in others]
+    area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(points))
+    assert area == pytest.approx(np.mean(pairs))
+
+
+def test_the_row_takes_every_number_of_the_contract(run: Path) -> None:
+    (cell,) = run.glob("*__nemo__*")
+    numbers = {"mean": 0.5, "low": 0.4, "high": 0.6, "median": 0.5, "mad": None, "prompts": 9}
+    paired = {"difference": -0.2, "low": -0.3, "high": -0.1, "p": 0.01, "prompts": 9}
+    write_json(
+        cell / "metrics.json",
+        {
+            "schema": 1,
+            "metrics": read_json(cell / "metrics.json")["metrics"],
+            "aggregates": {"VM": {"ssim": {**numbers, "paired": paired}}},
+            "presets": {
+                "nemo": {"title": "NeMo", "rows": {"VM": {"ssim": {"value": 0.5, "spread": 0.1, "low": math.nan}}}}
+            },
+            "detection": {"memorization": {"title": "Score", "auc": 0.9, "memorized": 2, "other": 1}},
+            "counts": {"images": 6, "dead_references": 0},
+            "cost": {"peak_memory_mb": None, "row_passes_per_image": 40.0},
+        },
+    )
+    entry = nemo_of(run)
+    assert entry.row == {
+        "VM/ssim/mean": 0.5, "VM/ssim/low": 0.4, "VM/ssim/high": 0.6, "VM/ssim/median": 0.5, "VM/ssim/prompts": 9,
+        "VM/ssim/paired/difference": -0.2, "VM/ssim/paired/low": -0.3, "VM/ssim/paired/high": -0.1,
+        "VM/ssim/paired/p": 0.01, "VM/ssim/paired/prompts": 9,
+        "presets/nemo/VM/ssim/value": 0.5, "presets/nemo/VM/ssim/spread": 0.1,
+        "detection/memorization/auc": 0.9, "detection/memorization/memorized": 2, "detection/memorization/other": 1,
+        "counts/images": 6, "counts/dead_references": 0, "cost/row_passes_per_image": 40.0,
+    }  # fmt: skip
+    assert entry.means == {"VM/ssim/mean": 0.5}
+
+
+def test_families_decide_what_is_traded_off(run: Path) -> None:
+    (cell,) = run.glob("*__nemo__*")
+    metrics = read_json(cell / "metrics.json")
+    info = next(iter(metrics["metrics"].values()))
+
+    def axes(**families: str) -> tuple[str, str] | None:
+        named = {key: {**info, "family": family} for key, family in families.items()}
+        write_json(cell / "metrics.json", {**metrics, "metrics": named})
+        return nemo_of(run).tradeoff
+
+    assert axes(fid="quality", sscd="memorization", ssim="memorization", clip="alignment") == ("sscd", "clip")
+    assert axes(sscd="memorization", fid="quality") is None
+
+
+def test_time_is_no_result_and_a_score_is_one(run: Path) -> None:
+    (cell,) = run.glob("*__nemo__*")
+    before, metrics = nemo_of(run).digest, read_json(cell / "metrics.json")
+    write_json(cell / "metrics.json", {**metrics, "cost": {"generate_seconds_per_image": 99.0}})
+    assert nemo_of(run).digest == before
+    metrics["aggregates"]["VM"]["ssim"]["mean"] += 0.25
+    write_json(cell / "metrics.json", metrics)
+    assert nemo_of(run).digest != before
+
+
+def test_pictures_that_are_gone_are_left_out(run: Path) -> None:
+    entry = nemo_of(run)
+    prompt = entry.cell.prompts[0]
+    assert list(entry.pictures(prompt)) == ["training image", "unmitigated", "mitigated", "noise differences"]
+    (entry.folder / "noise" / "vm-01.png").unlink()
+    assert list(entry.pictures(prompt)) == ["training image", "unmitigated", "mitigated"]
+
+
+def test_unfinished_cells_are_named_and_others_told(run: Path) -> None:
+    said: list[str] = []
+    (none,), (nemo,) = run.glob("*__none__*"), run.glob("*__nemo__*")
+    (none / "score.done").unlink()
+    track(run, LoggerSettings(csv=True), say=said.append)
+    assert said[0] == f"not tracked, score not finished: {none.name}"
+    assert [path.parent for path in run.glob("*/csv")] == [nemo]
+    with pytest.raises(StoreError, match="no finished cell to track.*score not finished"):
+        track(none, LoggerSettings(csv=True))
+
+
+def test_one_cell_can_be_told(run: Path) -> None:
+    (nemo,) = run.glob("*__nemo__*")
+    track(nemo, LoggerSettings(csv=True))
+    assert [path.parent for path in run.glob("*/csv")] == [nemo]
+
+
+def test_no_logger_does_nothing_and_no_run_is_an_error(run: Path, tmp_path: Path) -> None:
+    track(tmp_path / "nowhere", LoggerSettings())
+    with pytest.raises(StoreError, match="holds no run"):
+        track(tmp_path, LoggerSettings(csv=True))

@@ -1,0 +1,78 @@
+"""Sweep files: what W&B's agent makes of them is a command of ours, for every combination."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+from nemo_bench.config import grid
+from nemo_bench.run import plan
+from nemo_bench.tracking import sweep_trial
+from nemo_bench.tracking.content import load_entries
+
+FOLDER = Path(__file__).parents[2] / "conf" / "sweeps"
+FILES = sorted(FOLDER.glob("*.yaml"))
+
+
+def load(file: Path) -> dict[str, Any]:
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def values(parameter: dict[str, Any]) -> list[Any]:
+    if "values" in parameter:
+        return parameter["values"]
+    low, high = parameter["min"], parameter["max"]
+    return [low, (2 * low + high) / 3, high]
+
+
+def commands(sweep: dict[str, Any]) -> Iterator[list[str]]:
+    """What an agent would start, word by word, for every combination; ends of the range of a continuous parameter."""
+    names = list(sweep["parameters"])
+    for combination in itertools.product(*(values(sweep["parameters"][name]) for name in names)):
+        given = {name: {"value": value} for name, value in zip(names, combination, strict=True)}
+        macros = {**create_sweep_command_args({"args": given}), "env": ["/usr/bin/env"]}
+        words = create_sweep_command(list(sweep["command"]))
+        yield [w for word in words for w in (macros[word[2:-1]] if str(word).startswith("${") else [word])]
+
+
+def test_there_are_sweeps() -> None:
+    assert len(FILES) >= 3
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_combination_is_a_cell_that_composes(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep123")
+    monkeypatch.setenv("WANDB_RUN_ID", "trial456")
+    trials = set()
+    for env, program, command, *overrides in commands(load(file)):
+        assert (env, program, command) == ("/usr/bin/env", "nemo-bench", "run")
+        cells = plan(grid([*overrides, f"root={tmp_path}"]))
+        settings = cells[0].choice.settings
+        assert settings.logger.wandb
+        assert settings.name == "sweep-sweep123"
+        trials.add(sweep_trial({cell.id: cell.spec["method"] for cell in cells}))
+    assert len(trials) == len(list(commands(load(file))))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_metric_is_in_the_summary_and_points_the_right_way(file: Path, finished: Path) -> None:
+    metric = load(file)["metric"]
+    (entry,) = (entry for entry in load_entries(finished)[0] if entry.cell.method == "nemo")
+    assert metric["name"] in entry.means
+    better = entry.cell.metrics[metric["name"].split("/")[1]].higher_is_better
+    assert metric["goal"] == ("maximize" if better else "minimize")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_sweep_has_what_wandb_asks_for(file: Path) -> None:
+    sweep = load(file)
+    assert set(sweep) <= {"name", "project", "method", "metric", "parameters", "command", "run_cap"}
+    assert sweep["method"] in ("grid", "random", "bayes")
+    kinds = {"values"} if sweep["method"] == "grid" else {"values", "min"}
+    assert all(kinds & set(parameter) for parameter in sweep["parameters"].values())
