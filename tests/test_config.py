@@ -360,7 +360,7 @@ def test_settings_of_the_logger_alone() -> None:
     both = logger_settings(["logger.project=mine", "logger.tensorboard=true"])
     assert (both.wandb, both.tensorboard, both.csv, both.project) == (True, True, False, "mine")
     every = logger_settings(["logger=all"])
-    assert every.wandb and every.csv and every.tensorboard
+    assert (every.wandb, every.csv, every.tensorboard) == (True, True, True)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ READERS = {
 ASIDE = {
     "config": {"errors"},
     "report": READERS,
-    "tracking": READERS,
+    "tracking": {*READERS, "tracking"},
     "planted": {"planted", "errors", "types"},
 }
 """Parts that stand beside the layers, with what they may import."""

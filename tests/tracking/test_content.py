@@ -106,7 +106,7 @@ def test_unfinished_cells_are_named_and_others_told(run: Path) -> None:
     track(run, LoggerSettings(csv=True), say=said.append)
     assert said[0] == f"not tracked, score not finished: {none.name}"
     assert [path.parent for path in run.glob("*/csv")] == [nemo]
-    with pytest.raises(StoreError, match="no finished cell to track.*score not finished"):
+    with pytest.raises(StoreError, match=r"no finished cell to track.*score not finished"):
         track(none, LoggerSettings(csv=True))
 
 
