@@ -39,18 +39,21 @@ def test_the_area_under_a_curve_is_the_share_of_pairs_in_order(memorized: list[i
 
 def test_the_row_takes_every_number_of_the_contract(run: Path) -> None:
     (cell,) = run.glob("*__nemo__*")
+    detection = {
+        "auc": 0.9, "auc_low": 0.8, "auc_high": 1.0, "average_precision": 0.9, "tpr_at_1_fpr_below": 0.5,
+        "tpr_at_1_fpr_nearest": 0.6, "best_accuracy": 0.8, "memorized": 2, "other": 1,
+    }  # fmt: skip
     numbers = {"mean": 0.5, "low": 0.4, "high": 0.6, "median": 0.5, "mad": None, "prompts": 9}
     paired = {"difference": -0.2, "low": -0.3, "high": -0.1, "p": 0.01, "prompts": 9}
+    preset = {"value": 0.5, "low": math.nan, "high": None, "spread": 0.1, "prompts": 9}
     write_json(
         cell / "metrics.json",
         {
             "schema": 1,
             "metrics": read_json(cell / "metrics.json")["metrics"],
             "aggregates": {"VM": {"ssim": {**numbers, "paired": paired}}},
-            "presets": {
-                "nemo": {"title": "NeMo", "rows": {"VM": {"ssim": {"value": 0.5, "spread": 0.1, "low": math.nan}}}}
-            },
-            "detection": {"memorization": {"title": "Score", "auc": 0.9, "memorized": 2, "other": 1}},
+            "presets": {"nemo": {"title": "NeMo", "definition": "", "citation": "", "rows": {"VM": {"ssim": preset}}}},
+            "detection": {"memorization": {"title": "Score", **detection}},
             "counts": {"images": 6, "dead_references": 0},
             "cost": {"peak_memory_mb": None, "row_passes_per_image": 40.0},
         },
@@ -60,8 +63,8 @@ def test_the_row_takes_every_number_of_the_contract(run: Path) -> None:
         "VM/ssim/mean": 0.5, "VM/ssim/low": 0.4, "VM/ssim/high": 0.6, "VM/ssim/median": 0.5, "VM/ssim/prompts": 9,
         "VM/ssim/paired/difference": -0.2, "VM/ssim/paired/low": -0.3, "VM/ssim/paired/high": -0.1,
         "VM/ssim/paired/p": 0.01, "VM/ssim/paired/prompts": 9,
-        "presets/nemo/VM/ssim/value": 0.5, "presets/nemo/VM/ssim/spread": 0.1,
-        "detection/memorization/auc": 0.9, "detection/memorization/memorized": 2, "detection/memorization/other": 1,
+        "presets/nemo/VM/ssim/value": 0.5, "presets/nemo/VM/ssim/spread": 0.1, "presets/nemo/VM/ssim/prompts": 9,
+        **{f"detection/memorization/{key}": value for key, value in detection.items()},
         "counts/images": 6, "counts/dead_references": 0, "cost/row_passes_per_image": 40.0,
     }  # fmt: skip
     assert entry.means == {"VM/ssim/mean": 0.5}

@@ -142,7 +142,9 @@ def test_charts_hold_what_the_records_hold(nemo: Path) -> None:
 
 def test_a_detector_has_its_curve(nemo: Path) -> None:
     metrics = read_json(nemo / "metrics.json")
-    metrics["detection"] = {"memorization": {"title": "Memorization score", "auc": 1.0}}
+    numbers = ("auc", "auc_low", "auc_high", "average_precision", "tpr_at_1_fpr_below", "tpr_at_1_fpr_nearest")
+    counts = {"best_accuracy": 1.0, "memorized": 2, "other": 1}
+    metrics["detection"] = {"memorization": {"title": "Memorization score", **dict.fromkeys(numbers, 1.0), **counts}}
     write_json(nemo / "metrics.json", metrics)
     run = told(nemo)
     assert run.summary["detection/memorization/auc"] == 1
