@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,6 @@ def test_the_area_under_a_curve_is_the_share_of_pairs_in_order(memorized: list[i
 
 
 def test_the_row_takes_every_number_of_the_contract(run: Path) -> None:
-    (cell,) = run.glob("*__nemo__*")
     detection = {
         "auc": 0.9, "auc_low": 0.8, "auc_high": 1.0, "average_precision": 0.9, "tpr_at_1_fpr_below": 0.5,
         "tpr_at_1_fpr_nearest": 0.6, "best_accuracy": 0.8, "memorized": 2, "other": 1,
@@ -46,19 +46,14 @@ def test_the_row_takes_every_number_of_the_contract(run: Path) -> None:
     numbers = {"mean": 0.5, "low": 0.4, "high": 0.6, "median": 0.5, "mad": None, "prompts": 9}
     paired = {"difference": -0.2, "low": -0.3, "high": -0.1, "p": 0.01, "prompts": 9}
     preset = {"value": 0.5, "low": math.nan, "high": None, "spread": 0.1, "prompts": 9}
-    write_json(
-        cell / "metrics.json",
-        {
-            "schema": 1,
-            "metrics": read_json(cell / "metrics.json")["metrics"],
-            "aggregates": {"VM": {"ssim": {**numbers, "paired": paired}}},
-            "presets": {"nemo": {"title": "NeMo", "definition": "", "citation": "", "rows": {"VM": {"ssim": preset}}}},
-            "detection": {"memorization": {"title": "Score", **detection}},
-            "counts": {"images": 6, "dead_references": 0},
-            "cost": {"peak_memory_mb": None, "row_passes_per_image": 40.0},
-        },
-    )
-    entry = nemo_of(run)
+    metrics = {
+        "aggregates": {"VM": {"ssim": {**numbers, "paired": paired}}},
+        "presets": {"nemo": {"title": "NeMo", "definition": "", "citation": "", "rows": {"VM": {"ssim": preset}}}},
+        "detection": {"memorization": {"title": "Score", **detection}},
+        "counts": {"images": 6, "dead_references": 0},
+        "cost": {"peak_memory_mb": None, "row_passes_per_image": 40.0},
+    }
+    entry = replace(nemo_of(run), metrics=metrics)
     assert entry.row == {
         "VM/ssim/mean": 0.5, "VM/ssim/low": 0.4, "VM/ssim/high": 0.6, "VM/ssim/median": 0.5, "VM/ssim/prompts": 9,
         "VM/ssim/paired/difference": -0.2, "VM/ssim/paired/low": -0.3, "VM/ssim/paired/high": -0.1,
@@ -71,14 +66,10 @@ def test_the_row_takes_every_number_of_the_contract(run: Path) -> None:
 
 
 def test_families_decide_what_is_traded_off(run: Path) -> None:
-    (cell,) = run.glob("*__nemo__*")
-    metrics = read_json(cell / "metrics.json")
-    info = next(iter(metrics["metrics"].values()))
+    entry = nemo_of(run)
 
     def axes(**families: str) -> tuple[str, str] | None:
-        named = {key: {**info, "family": family} for key, family in families.items()}
-        write_json(cell / "metrics.json", {**metrics, "metrics": named})
-        return nemo_of(run).tradeoff
+        return replace(entry, metrics={"metrics": {k: {"family": f} for k, f in families.items()}}).tradeoff
 
     assert axes(fid="quality", sscd="memorization", ssim="memorization", clip="alignment") == ("sscd", "clip")
     assert axes(sscd="memorization", fid="quality") is None
