@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
@@ -32,13 +33,14 @@ from nemo_bench.localization import (
     pair_values,
     threshold,
 )
-from nemo_bench.metrics import ClipJudge, best_ssim
-from nemo_bench.modules import load_images, seeds_of, to_image
+from nemo_bench.metrics import SSIM, OpenClip, PixelDistance
+from nemo_bench.modules import open_image, seeds_of, to_image
 from nemo_bench.planted.training import heldout_captions
 from nemo_bench.planted.world import general_caption, render
 from nemo_bench.run import load_model
 
 CARD = Path(resolve("package:planted/README.md"))
+CPU = torch.device("cpu")
 START, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 PIXEL_LIMIT = 0.15  # Carlini et al. 2023: root mean squared pixel difference that counts as extracted
 
@@ -50,16 +52,16 @@ def generate(model: Diffusion, prompt: Prompt, seeds: int, neurons: Neurons | No
         return model.generate(text, latents)
 
 
-def pixel_distance(images: Tensor, references: Tensor) -> Tensor:
-    return (images[:, None] - references[None]).square().mean((2, 3, 4)).sqrt().amin(1)
-
-
 def references_of(prompt: Prompt) -> Tensor:
-    return load_images(prompt.references, (64, 64))
+    return SSIM().embed([open_image(path) for path in prompt.references], (64, 64), CPU)
 
 
-def embed(judge: ClipJudge, images: Tensor) -> Tensor:
-    return judge.embed_images([to_image(image) for image in images])
+def embed(judge: OpenClip, images: Tensor) -> Tensor:
+    return F.normalize(judge.embed([to_image(image) for image in images], (64, 64), CPU))
+
+
+def embed_text(judge: OpenClip, text: str) -> Tensor:
+    return F.normalize(judge.embed_text(text, CPU)[0], dim=0)
 
 
 def calibrate(model: Diffusion, texts: Sequence[str], seeds: int) -> tuple[Calibration, list[float]]:
@@ -79,7 +81,7 @@ def noise_scores(model: Diffusion, prompt: Prompt, seeds: int) -> Tensor:
     return pair_values(pair_similarities(differences, model.similarity))
 
 
-def retrieval(judge: ClipJudge, count: int = 500) -> float:
+def retrieval(judge: OpenClip, count: int = 500) -> float:
     """Share of held-out pictures whose caption is the nearest of all, one picture a caption."""
     texts = heldout_captions(count)
     scenes, index = {}, 0
@@ -88,8 +90,8 @@ def retrieval(judge: ClipJudge, count: int = 500) -> float:
         scenes.setdefault(caption.text, caption.scene)
         index += 1
     pictures = [Image.fromarray(render(scenes[t], np.random.default_rng([77, i]))) for i, t in enumerate(texts)]
-    images = torch.cat([judge.embed_images(pictures[i : i + 100]) for i in range(0, count, 100)])
-    captions = torch.stack([judge.embed_text(text) for text in texts])
+    images = F.normalize(judge.embed(pictures, (64, 64), CPU))
+    captions = torch.stack([embed_text(judge, text) for text in texts])
     return float(((images @ captions.T).argmax(1) == torch.arange(count)).float().mean())
 
 
@@ -97,7 +99,7 @@ def retrieval(judge: ClipJudge, count: int = 500) -> float:
 def measure(seeds: int) -> dict[str, float]:
     settings = grid(["method=nemo"])[0].settings
     model = load_model(settings.model)
-    judge = ClipJudge(resolve(settings.model.clip), settings.model.clip_pretrained)
+    judge = OpenClip(resolve(settings.model.clip), settings.model.clip_pretrained)
     planted, general = (read_prompts(resolve(file)) for file in settings.prompts.files)
     assert settings.prompts.calibration
     texts = Path(resolve(settings.prompts.calibration)).read_text(encoding="utf-8").splitlines()
@@ -121,13 +123,13 @@ def measure(seeds: int) -> dict[str, float]:
 
     images = {p.id: generate(model, p, seeds) for p in tqdm([*planted, *general], desc="images")}
     everything_general = torch.cat([images[p.id] for p in general])
-    unrelated = torch.cat([best_ssim(everything_general, references_of(p)) for p in verbatim])
+    unrelated = torch.cat([SSIM().nearest(everything_general, references_of(p)) for p in verbatim])
     limit = float(unrelated.quantile(0.99))
     figures["unrelated_ssim_median"], figures["unrelated_ssim_p99"] = float(unrelated.median()), limit
-    own = {p.id: best_ssim(images[p.id], references_of(p)) for p in planted}
+    own = {p.id: SSIM().nearest(images[p.id], references_of(p)) for p in planted}
     figures["vm_ssim_median"] = float(torch.cat([own[p.id] for p in verbatim]).median())
     figures["vm_prompts_all_seeds_repeat_ssim"] = float(np.mean([bool((own[p.id] > limit).all()) for p in verbatim]))
-    distances = {p.id: pixel_distance(images[p.id], references_of(p)) for p in planted}
+    distances = {p.id: PixelDistance().nearest(images[p.id], references_of(p)) for p in planted}
     figures["vm_pixel_distance_median"] = float(torch.cat([distances[p.id] for p in verbatim]).median())
     figures["vm_prompts_all_seeds_repeat_pixels"] = float(
         np.mean([bool((distances[p.id] < PIXEL_LIMIT).all()) for p in verbatim])
@@ -135,31 +137,33 @@ def measure(seeds: int) -> dict[str, float]:
     figures["vm_prompts_all_seeds_repeat_both"] = float(
         np.mean([bool(((own[p.id] > limit) & (distances[p.id] < PIXEL_LIMIT)).all()) for p in verbatim])
     )
-    unrelated_pixels = torch.cat([pixel_distance(everything_general, references_of(p)) for p in verbatim])
+    unrelated_pixels = torch.cat([PixelDistance().nearest(everything_general, references_of(p)) for p in verbatim])
     figures["unrelated_pixel_distance_median"] = float(unrelated_pixels.median())
     figures["unrelated_pixel_share_below_limit"] = float((unrelated_pixels < PIXEL_LIMIT).float().mean())
     codes = model.vae.decode(model.vae.encode(pool * 2 - 1).latent_dist.mean).sample.div(2).add(0.5).clamp(0, 1)
     figures["autoencoder_ssim_on_references"] = float(
-        torch.cat([best_ssim(codes[i : i + 1], pool[i : i + 1]) for i in range(len(pool))]).median()
+        torch.cat([SSIM().nearest(codes[i : i + 1], pool[i : i + 1]) for i in range(len(pool))]).median()
     )
     tm = [p for p in planted if p.kind == "TM"]
     figures["tm_ssim_median"] = float(torch.cat([own[p.id] for p in tm]).median())
 
     embeddings = {p.id: embed(judge, images[p.id]) for p in [*planted, *general]}
-    captions = {p.id: judge.embed_text(p.text) for p in [*planted, *general]}
+    captions = {p.id: embed_text(judge, p.text) for p in [*planted, *general]}
     others = general[1:] + general[:1]
     figures["general_alignment"] = float(torch.cat([embeddings[p.id] @ captions[p.id] for p in general]).mean())
     figures["general_alignment_swapped"] = float(
         torch.cat([embeddings[p.id] @ captions[q.id] for p, q in zip(general, others, strict=True)]).mean()
     )
-    figures["general_nearest_planted_ssim_max"] = float(best_ssim(everything_general, pool).max())
-    figures["general_pixel_copies"] = float((pixel_distance(everything_general, pool) < PIXEL_LIMIT).float().mean())
+    figures["general_nearest_planted_ssim_max"] = float(SSIM().nearest(everything_general, pool).max())
+    figures["general_pixel_copies"] = float(
+        (PixelDistance().nearest(everything_general, pool) < PIXEL_LIMIT).float().mean()
+    )
     figures["vm_pixel_spread"] = spread([images[p.id] for p in verbatim])
     figures["general_pixel_spread"] = spread([images[p.id] for p in general])
 
     empty = generate(model, Prompt("empty", ""), 4 * seeds)
-    figures["empty_nearest_planted_ssim_max"] = float(best_ssim(empty, pool).max())
-    figures["empty_pixel_copies"] = float((pixel_distance(empty, pool) < PIXEL_LIMIT).float().mean())
+    figures["empty_nearest_planted_ssim_max"] = float(SSIM().nearest(empty, pool).max())
+    figures["empty_pixel_copies"] = float((PixelDistance().nearest(empty, pool) < PIXEL_LIMIT).float().mean())
 
     found: dict[str, Neurons] = {}
     for prompt in tqdm(planted, desc="localize"):
@@ -173,11 +177,13 @@ def measure(seeds: int) -> dict[str, float]:
         name = kind.lower()
         figures[f"{name}_neurons_median"] = float(np.median(counts))
         figures[f"{name}_neurons_mad"] = float(np.median(np.abs(counts - np.median(counts))))
-        mitigated = {p.id: best_ssim(after[p.id], references_of(p)) for p in prompts}
-        nearest = {p.id: best_ssim(after[p.id], pool) for p in prompts}
+        mitigated = {p.id: SSIM().nearest(after[p.id], references_of(p)) for p in prompts}
+        nearest = {p.id: SSIM().nearest(after[p.id], pool) for p in prompts}
         figures[f"{name}_ssim_median_mitigated"] = float(torch.cat(list(mitigated.values())).median())
         figures[f"{name}_nearest_ssim_median_mitigated"] = float(torch.cat(list(nearest.values())).median())
-        copies = {p.id: (pixel_distance(after[p.id], pool) < PIXEL_LIMIT) & (nearest[p.id] > limit) for p in prompts}
+        copies = {
+            p.id: (PixelDistance().nearest(after[p.id], pool) < PIXEL_LIMIT) & (nearest[p.id] > limit) for p in prompts
+        }
         figures[f"{name}_images_copying_any_planted_mitigated"] = float(torch.cat(list(copies.values())).float().mean())
         figures[f"{name}_prompts_without_any_copy_mitigated"] = float(
             np.mean([not copies[p.id].any() for p in prompts])

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nemo_bench.types import GENERAL, Prompt, Record
 
 GROUPS = {"VM": "verbatim", "TM": "template", GENERAL: "not memorized", "all": "every group"}
 """Groups of prompts in tables, and what they are."""
 RESAMPLES = 2000
+FLIPS = 10000
+"""Sign patterns that a permutation test draws where there are too many to take all."""
+ALL_FLIPS = 13
+"""Numbers of prompts up to which it takes all."""
+TOP = 3
+ABOVE = 0.5
+"""Images, and similarity, of the numbers that MemBench gives."""
+
+Scores = dict[str, dict[str, list[float]]]
+"""Values by metric and prompt."""
 
 
-def aggregate(records: Iterable[Record], prompts: Sequence[Prompt]) -> dict[str, dict[str, dict[str, float]]]:
+def aggregate(
+    records: Iterable[Record], prompts: Sequence[Prompt], unmitigated: Iterable[Record] = ()
+) -> dict[str, dict[str, dict[str, Any]]]:
     """Mean with a bootstrap interval, and median with median absolute deviation, over prompts.
 
     A prompt counts once however many images it has: with the mean of its scores for the mean, with their median for
@@ -23,52 +37,188 @@ def aggregate(records: Iterable[Record], prompts: Sequence[Prompt]) -> dict[str,
     Args:
         records: Lines of the score stage.
         prompts: The prompts they belong to.
+        unmitigated: Lines of the same prompts and seeds without mitigation.
 
     Returns:
-        By group (VM, TM, general, all) and metric: mean, low, high (95% interval over prompts), median, mad, prompts.
+        By group (VM, TM, general, all) and metric: mean, low, high (95% interval over prompts), median, mad, prompts;
+        and paired, where there is anything to compare with: see :func:`paired`.
     """
-    values: dict[str, dict[str, list[float]]] = {}
-    for record in records:
-        for metric, value in record["scores"].items():
-            values.setdefault(metric, {}).setdefault(record["prompt"], []).append(value)
-    table: dict[str, dict[str, dict[str, float]]] = {}
-    for group in GROUPS:
-        members = [p.id for p in prompts if group in ("all", p.group)]
-        row = {}
-        for metric, by_prompt in values.items():
+    lines, others = list(records), list(unmitigated)
+    differences = _differences(lines, others)
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    for group, members in _groups(prompts).items():
+        row: dict[str, dict[str, Any]] = {}
+        for metric, by_prompt in _scores(lines).items():
             scores = [by_prompt[i] for i in members if i in by_prompt]
             if scores:
                 row[metric] = _summary(scores)
+                changes = [np.mean(differences[metric][i]) for i in members if i in differences.get(metric, {})]
+                if changes:
+                    row[metric]["paired"] = paired(np.array(changes))
         if row:
             table[group] = row
     return table
 
 
-def _summary(scores: Sequence[Sequence[float]]) -> dict[str, float]:
+def _groups(prompts: Sequence[Prompt]) -> dict[str, list[str]]:
+    return {group: [p.id for p in prompts if group in ("all", p.group)] for group in GROUPS}
+
+
+def _scores(records: Iterable[Record]) -> Scores:
+    values: Scores = {}
+    for record in records:
+        for metric, value in record["scores"].items():
+            values.setdefault(metric, {}).setdefault(record["prompt"], []).append(value)
+    return values
+
+
+def _differences(records: Iterable[Record], unmitigated: Iterable[Record]) -> Scores:
+    """Scores minus those of the same prompt and seed, for what both have."""
+    others = {(record["prompt"], record["seed"]): record["scores"] for record in unmitigated}
+    values: Scores = {}
+    for record in records:
+        other = others.get((record["prompt"], record.get("seed")), {})
+        for metric in record["scores"].keys() & other.keys():
+            difference = record["scores"][metric] - other[metric]
+            values.setdefault(metric, {}).setdefault(record["prompt"], []).append(difference)
+    return values
+
+
+def _summary(scores: Sequence[Sequence[float]]) -> dict[str, Any]:
     means = np.array([np.mean(s) for s in scores])
     medians = np.array([np.median(s) for s in scores])
     low, high = bootstrap_interval(means)
-    median = float(np.median(medians))
-    return {
-        "mean": float(means.mean()),
-        "low": low,
-        "high": high,
-        "median": median,
-        "mad": float(np.median(np.abs(medians - median))),
-        "prompts": len(scores),
-    }
+    median, mad = _median(medians)
+    return {"mean": float(means.mean()), "low": low, "high": high, "median": median, "mad": mad, "prompts": len(scores)}
 
 
-def bootstrap_interval(values: np.ndarray[Any, Any], level: float = 0.95) -> tuple[float, float]:
+def _median(values: NDArray[Any]) -> tuple[float, float]:
+    median = float(np.median(values))
+    return median, float(np.median(np.abs(values - median)))
+
+
+def bootstrap_interval(values: NDArray[Any], level: float = 0.95, *, of_median: bool = False) -> tuple[float, float]:
     """Percentile bootstrap interval of a mean; the same values always give the same interval.
 
     Args:
         values: One value a prompt, (N,).
         level: Share of the resampled means inside.
+        of_median: Take the median in place of the mean.
 
     Returns:
         Lower and upper end.
     """
     rows = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.quantile(values[rows].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    drawn = np.median(values[rows], axis=1) if of_median else values[rows].mean(1)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def paired(differences: NDArray[Any]) -> dict[str, Any]:
+    """Tests whether a method changes a metric: a sign-flip permutation test over prompts.
+
+    If the method changed nothing, the sign of each prompt's difference would be a matter of chance; p is the share of
+    sign patterns whose mean difference is at least as far from 0 as the one found. All patterns are taken where they
+    are few, else some are drawn, the same every time, and the one found counts as drawn too.
+
+    Args:
+        differences: Score with the method minus score without mitigation, each prompt's mean over seeds, (N,).
+
+    Returns:
+        ``difference``, their mean, with ``low`` and ``high``, its 95% bootstrap interval over prompts; ``p``,
+        two-sided; the number of ``prompts``.
+    """
+    count = len(differences)
+    if count <= ALL_FLIPS:
+        signs, drawn = np.array(list(product((1.0, -1.0), repeat=count))), 0
+    else:
+        signs, drawn = np.random.default_rng(0).choice((1.0, -1.0), size=(FLIPS, count)), 1
+    means = np.abs(signs @ differences) / count
+    extreme = int((means >= abs(differences.mean()) * (1 - 1e-9)).sum())
+    low, high = bootstrap_interval(differences)
+    return {
+        "difference": float(differences.mean()),
+        "low": low,
+        "high": high,
+        "p": (extreme + drawn) / (len(signs) + drawn),
+        "prompts": count,
+    }
+
+
+def presets(
+    records: Iterable[Record], prompts: Sequence[Prompt], metrics: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Numbers aggregated as other papers do.
+
+    Args:
+        records: Lines of the score stage.
+        prompts: The prompts they belong to.
+        metrics: What is known of each metric: family, per, lower, upper.
+
+    Returns:
+        By preset (nemo, membench, wen): title, definition, citation and rows, which by group and metric have value,
+        low, high (95% bootstrap interval over prompts), spread (median absolute deviation, or None) and prompts.
+        MemBench has three numbers a metric, such as ``"ssim, max"``. A preset without rows is left out.
+    """
+    scores = _scores(records)
+    images = {key: about for key, about in metrics.items() if about["per"] == "image" and key in scores}
+    similarities = [
+        key
+        for key, about in images.items()
+        if about["family"] == "memorization" and (about["lower"], about["upper"]) == (-1, 1)
+    ]
+    groups = _groups(prompts)
+    apart = {group: members for group, members in groups.items() if group != "all"}
+    both = [key for key, about in images.items() if about["family"] in ("memorization", "alignment")]
+    membench = {
+        f"{key}, {name}": _reduce(scores[key], statistic)
+        for key in similarities
+        for name, statistic in (
+            ("max", np.max),
+            (f"top {TOP}", lambda values: np.sort(values)[-TOP:].mean()),
+            (f"above {ABOVE}", lambda values: np.mean(np.array(values) > ABOVE)),
+        )
+    }
+    found = {
+        "nemo": {
+            "title": "Finding NeMo",
+            "definition": "median over the images of a prompt, then median ± median absolute deviation over prompts; "
+            "verbatim and template prompts apart",
+            "citation": "Hintersdorf et al. 2024, section 4",
+            "rows": _rows({key: _reduce(scores[key], np.median) for key in scores}, apart, of_median=True),
+        },
+        "membench": {
+            "title": "MemBench",
+            "definition": "of the similarities of a prompt's images to their best training image: the largest; the "
+            f"mean of the {TOP} largest; the share above {ABOVE}; each then the mean over prompts",
+            "citation": "Hong et al. 2024",
+            "rows": _rows(membench, groups),
+        },
+        "wen": {
+            "title": "Wen et al.",
+            "definition": "each image with its best training image, mean over the images of a prompt, then mean over "
+            "prompts",
+            "citation": "Wen et al. 2024",
+            "rows": _rows({key: _reduce(scores[key], np.mean) for key in both}, groups),
+        },
+    }
+    return {name: preset for name, preset in found.items() if preset["rows"]}
+
+
+def _reduce(by_prompt: Mapping[str, Sequence[float]], statistic: Callable[..., Any]) -> dict[str, float]:
+    return {prompt: float(statistic(values)) for prompt, values in by_prompt.items()}
+
+
+def _rows(
+    columns: Mapping[str, Mapping[str, float]], groups: Mapping[str, Sequence[str]], *, of_median: bool = False
+) -> dict[str, dict[str, dict[str, Any]]]:
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for group, members in groups.items():
+        for key, by_prompt in columns.items():
+            values = np.array([by_prompt[i] for i in members if i in by_prompt])
+            if len(values):
+                low, high = bootstrap_interval(values, of_median=of_median)
+                value, spread = _median(values) if of_median else (float(values.mean()), None)
+                entry = {"value": value, "low": low, "high": high, "spread": spread, "prompts": len(values)}
+                rows.setdefault(group, {})[key] = entry
+    return rows

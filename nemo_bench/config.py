@@ -155,6 +155,8 @@ class RunSettings:
         method: ``_target_`` and arguments of the mitigation.
         prompts: The prompts.
         metrics: ``_target_`` and arguments of each metric by name.
+        weights: Folder of the weights that metrics need, each file under the name it is published by.
+        real_images: Folder of real pictures that whole sets of images are compared with.
         seeds: Images a prompt.
         localize_seeds: Seeds a prompt for noise differences, at least 2.
         batch_size: Images in a batch; changes results by rounding only.
@@ -169,6 +171,8 @@ class RunSettings:
     method: Any = MISSING
     prompts: PromptSettings = field(default_factory=PromptSettings)
     metrics: dict[str, Any] = field(default_factory=dict)
+    weights: str = "weights"
+    real_images: Optional[str] = None  # noqa: UP045
     seeds: int = 4
     localize_seeds: int = 10
     batch_size: int = 32
@@ -468,8 +472,10 @@ def build(node: Mapping[str, Any], key: str) -> Any:
         if name not in parameters and not open_ended:
             raise ConfigError(f"unknown key '{key}.{name}'. {nearest(name, parameters)}")
         if isinstance(value, Mapping) and "_target_" in value:
-            arguments[name] = build(value, f"{key}.{name}")
-        elif name in hints and not _fits(value, hints[name]):
+            value = arguments[name] = build(value, f"{key}.{name}")
+        elif isinstance(value, str):
+            arguments[name] = resolve(value)
+        if name in hints and not _fits(value, hints[name]):
             raise ConfigError(f"{key}.{name}={value}: expected {_spell(hints[name])}, given {value!r}")
     missing = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments and p.kind not in (2, 4)]
     if missing:
@@ -510,7 +516,7 @@ def describe_options(group: str, conf: Path | None = None) -> list[dict[str, str
         conf: The user's own folder.
 
     Returns:
-        Objects with group, name, summary and citation; a metrics file gives one object per metric.
+        Objects with group, name, summary and citation; a metrics file gives one per metric, ``FILE/METRIC``.
 
     Raises:
         ConfigError: There is no such group.
@@ -523,8 +529,8 @@ def describe_options(group: str, conf: Path | None = None) -> list[dict[str, str
             entries.append((name, target.summary, target.citation))
         elif group == "metrics":
             for metric, node in settings.metrics.items():
-                target = get_object(node["_target_"])
-                entries.append((metric, target.description, target.citation))
+                built = build(node, f"metrics.{metric}")
+                entries.append((f"{name}/{metric}", built.description, built.citation))
         else:
             node = getattr(settings, group, None)
             entries.append((name, getattr(node, "summary", ""), getattr(node, "citation", "")))

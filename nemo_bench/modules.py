@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+import resource
+import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
-import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemo_bench.diffusion import Diffusion
@@ -27,17 +30,15 @@ from nemo_bench.localization import (
     save_moments,
 )
 from nemo_bench.methods import Batch, Method
-from nemo_bench.metrics import BenchMetric, ClipJudge
+from nemo_bench.metrics import BenchMetric, Network, OpenClip, SetMetric, Space
 from nemo_bench.prompts.data import ImageTask, PromptTask
 from nemo_bench.store import Store
 from nemo_bench.types import Localization, Neurons, Prompt, Record, digest
 
-FIELDS = frozenset({"images", "references", "pool", "embeddings", "text_embedding", "localization"})
-"""What a metric can ask for; see :class:`nemo_bench.metrics.BenchMetric`."""
 PICTURED_SEEDS = 4
 """Noise differences of so many seeds are kept as pictures."""
 CHUNK = 256
-"""Prompts whose activations make one record; a constant, so that sums are rounded alike in every run."""
+"""Prompts or pictures that make one record; a constant, so that sums are rounded alike in every run."""
 ENCODED = 64
 """Prompts that the text encoder sees at once."""
 
@@ -74,9 +75,15 @@ class Stage(L.LightningModule, ABC):
         start = time.perf_counter()
         records = self.handle(tasks)
         each = (time.perf_counter() - start) / len(tasks)
+        memory = peak_memory(self.device)
         for record in records:
-            record["cost"] = {**record.get("cost", {}), "seconds": round(each, 4)}
+            record["cost"] = {**record.get("cost", {}), "seconds": round(each, 4), "peak_memory_mb": memory}
         self.write(records)
+
+    def on_predict_start(self) -> None:
+        """Counts the GPU's memory from here."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     @abstractmethod
     def handle(self, tasks: Sequence[Any]) -> list[Record]:
@@ -253,70 +260,218 @@ class GenerationStage(Stage):
         ]
 
 
+class Scene:
+    """What there is to see of one prompt, embedded once for all metrics that look at it in the same space.
+
+    Args:
+        prompt: The prompt.
+        files: Its pictures: ``images``, ``references`` and ``unmitigated``, as far as they are needed.
+        localization: Its localization record, or None.
+        device: Where pictures are compared.
+    """
+
+    def __init__(
+        self, prompt: Prompt, files: Mapping[str, Sequence[Path]], localization: Record | None, device: torch.device
+    ) -> None:
+        self.prompt, self.localization, self.device = prompt, localization, device
+        self.pictures = {name: [open_image(path) for path in paths] for name, paths in files.items() if paths}
+        self.seen: dict[tuple[str, Hashable], Tensor] = {}
+        self.truncated = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the images."""
+        return self.pictures["images"][0].size
+
+    def has(self, field: str) -> bool:
+        """Whether there is anything of the kind."""
+        return field in self.pictures or field == "text" or (field == "localization" and self.localization is not None)
+
+    def field(self, field: str, space: Space) -> Any:
+        """See :class:`BenchMetric` for the fields."""
+        if field == "localization":
+            return self.localization
+        key = (field, space.view)
+        if key not in self.seen:
+            if field == "text":
+                assert isinstance(space, OpenClip)
+                self.seen[key], is_cut = space.embed_text(self.prompt.text, self.device)
+                self.truncated |= is_cut
+            else:
+                self.seen[key] = space.embed(self.pictures[field], self.size, self.device)
+        return self.seen[key]
+
+
+def embed_together(scenes: Sequence[Scene], field: str, space: Network) -> None:
+    """Embeds the pictures of some prompts at once; networks are slow on few."""
+    having = [scene for scene in scenes if scene.has(field)]
+    if having:
+        counts = [len(scene.pictures[field]) for scene in having]
+        pictures = [picture for scene in having for picture in scene.pictures[field]]
+        vectors = space.embed(pictures, having[0].size, having[0].device)
+        for scene, part in zip(having, vectors.split(counts), strict=True):
+            scene.seen[field, space.view] = part
+
+
 class ScoringStage(Stage):
-    """Scores the images of each prompt with every metric.
+    """Scores the images of each prompt with every metric, and keeps the features that metrics of whole sets need.
 
     Args:
         metrics: Metrics by name.
-        judge: Embeds images and texts.
+        images: Generation records, with ``image`` a file in the store's folder or an absolute path.
+        store: Where records go.
         pool: Reference images of all prompts.
-        images: Generation records.
         localizations: Localization records by prompt id.
-        store: Where images are and records go.
+        unmitigated: Files of the images without mitigation by id of the image's record.
     """
 
     def __init__(
         self,
         metrics: Mapping[str, BenchMetric],
-        judge: ClipJudge,
-        pool: Sequence[Path],
         images: Iterable[Record],
-        localizations: Mapping[str, Record],
         store: Store,
+        *,
+        pool: Sequence[Path] = (),
+        localizations: Mapping[str, Record] | None = None,
+        unmitigated: Mapping[str, Path] | None = None,
     ) -> None:
         super().__init__(store, "score")
-        self.metrics, self.judge, self.localizations = dict(metrics), judge, localizations
+        self.metrics = {name: metric for name, metric in metrics.items() if metric.per != "set"}
+        self.set_spaces = set_spaces(metrics.values())
+        self.localizations, self.unmitigated = localizations or {}, unmitigated or {}
         self.images: dict[str, list[Record]] = {}
         for record in sorted(images, key=lambda r: r["seed"]):
             self.images.setdefault(record["prompt"], []).append(record)
         self._pool_files = tuple(pool)
-        self._pool: Tensor | None = None
+        self._pools: dict[tuple[Hashable, tuple[int, int]], Tensor] = {}
+        self._needed = {field for metric in self.metrics.values() for field in metric.needs}
 
     def handle(self, tasks: Sequence[PromptTask]) -> list[Record]:
         """Scores the images of each prompt."""
-        return [record for task in tasks for record in self._score(task)]
+        scenes = [self._scene(task.prompt) for task in tasks]
+        wanted = {(field, metric.space) for metric in self.metrics.values() for field in metric.needs - {"text"}}
+        for field, space in {*wanted, *(("images", space) for space in self.set_spaces.values())}:
+            if isinstance(space, Network) and field in ("images", "references", "unmitigated"):
+                embed_together(scenes, field, space)
+        return [line for task, scene in zip(tasks, scenes, strict=True) for line in self._score(task, scene)]
 
-    def _score(self, task: PromptTask) -> list[Record]:
-        prompt, records = task.prompt, self.images[task.prompt.id]
-        pictures = [open_image(self.store.folder / record["image"]) for record in records]
-        size = pictures[0].size
-        fields: dict[str, Any] = {
-            "images": to_tensor(pictures).to(self.device),
-            "references": load_images(prompt.references, size).to(self.device),
-            "pool": self._references(size).to(self.device),
-            "embeddings": self.judge.embed_images(pictures),
-            "text_embedding": self.judge.embed_text(prompt.text),
-            "localization": self.localizations[prompt.id],
-        }
+    def _scene(self, prompt: Prompt) -> Scene:
+        records = self.images[prompt.id]
+        files: dict[str, Sequence[Path]] = {"images": [self.store.folder / record["image"] for record in records]}
+        if "references" in self._needed:
+            files["references"] = prompt.references
+        if "unmitigated" in self._needed and all(record["id"] in self.unmitigated for record in records):
+            files["unmitigated"] = [self.unmitigated[record["id"]] for record in records]
+        return Scene(prompt, files, self.localizations.get(prompt.id), self.device)
+
+    def _score(self, task: PromptTask, scene: Scene) -> list[Record]:
+        records = self.images[task.prompt.id]
         of_prompt: dict[str, float] = {}
         of_images: list[dict[str, float]] = [{} for _ in records]
         for name, metric in self.metrics.items():
-            values = metric.score(**{field: fields[field] for field in metric.needs}).tolist()
-            if metric.per_image:
+            if not all(scene.has(field) or (field == "pool" and self._pool_files) for field in metric.needs):
+                continue
+            fields = {
+                field: self._pool(metric.space, scene) if field == "pool" else scene.field(field, metric.space)
+                for field in metric.needs
+            }
+            values = metric.score(**fields).tolist()
+            if metric.per == "image":
                 for scores, value in zip(of_images, values, strict=bool(values)):
                     scores[name] = round(value, 6)
             elif values:
                 of_prompt[name] = round(values[0], 6)
-        lines = [
-            {"id": record["id"], "prompt": prompt.id, "seed": record["seed"], "scores": scores}
-            for record, scores in zip(records, of_images, strict=True)
+        whole: Record = {"id": task.id, "prompt": task.prompt.id, "seed": None, "scores": of_prompt}
+        if any("text" in metric.needs for metric in self.metrics.values()):
+            whole["truncated"] = scene.truncated
+        if self.set_spaces:
+            whole["file"] = f"features/{file_name(task.prompt)}.safetensors"
+            features = {name: scene.field("images", space) for name, space in self.set_spaces.items()}
+            save_features(self.store.folder / whole["file"], features)
+        return [
+            *(
+                {"id": record["id"], "prompt": task.prompt.id, "seed": record["seed"], "scores": scores}
+                for record, scores in zip(records, of_images, strict=True)
+            ),
+            whole,
         ]
-        return [*lines, {"id": task.id, "prompt": prompt.id, "seed": None, "scores": of_prompt}]
 
-    def _references(self, size: tuple[int, int]) -> Tensor:
-        if self._pool is None:
-            self._pool = load_images(self._pool_files, size)
-        return self._pool
+    def _pool(self, space: Space, scene: Scene) -> Tensor:
+        key = (space.view, scene.size)
+        if key not in self._pools:
+            pictures = [open_image(path) for path in self._pool_files]
+            self._pools[key] = space.embed(pictures, scene.size, scene.device)
+        return self._pools[key]
+
+
+class FolderChunk(NamedTuple):
+    """Real pictures whose features are taken together.
+
+    Attributes:
+        id: Record id.
+        files: The pictures, at most :data:`CHUNK`.
+    """
+
+    id: str
+    files: tuple[Path, ...]
+
+    @classmethod
+    def split(cls, files: Sequence[Path]) -> list[FolderChunk]:
+        """Chunks of some pictures, in their order."""
+        parts = [tuple(files[i : i + CHUNK]) for i in range(0, len(files), CHUNK)]
+        return [cls(digest([number, [path.name for path in part]]), part) for number, part in enumerate(parts)]
+
+    @property
+    def file(self) -> str:
+        """Where its features lie, in the folder of the store."""
+        return f"features/{self.id}.safetensors"
+
+
+class FeatureStage(Stage):
+    """Features of the real pictures of a folder, for metrics of whole sets.
+
+    Args:
+        space: The network.
+        store: Where files and records go.
+    """
+
+    def __init__(self, space: Network, store: Store) -> None:
+        super().__init__(store, "features")
+        self.space = space
+
+    def handle(self, tasks: Sequence[FolderChunk]) -> list[Record]:
+        """Features of each chunk."""
+        for chunk in tasks:
+            pictures = [open_image(path) for path in chunk.files]
+            features = self.space.embed(pictures, pictures[0].size, self.device)
+            save_features(self.store.folder / chunk.file, {"real": features})
+        return [{"id": chunk.id, "file": chunk.file, "pictures": len(chunk.files)} for chunk in tasks]
+
+
+def set_spaces(metrics: Iterable[BenchMetric]) -> dict[str, Network]:
+    """The networks whose features metrics of whole sets need, by the name they are kept under."""
+    return {digest(m.space.content()): m.space for m in metrics if isinstance(m, SetMetric)}
+
+
+def save_features(path: Path, features: Mapping[str, Tensor]) -> None:
+    """Writes features under a temporary name, then renames the file."""
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    save_file({name: tensor.cpu().contiguous() for name, tensor in features.items()}, part)
+    part.replace(path)
+
+
+def read_features(paths: Iterable[Path], name: str) -> Tensor:
+    """Features of several files in their order, (N, D)."""
+    return torch.cat([load_file(path)[name] for path in paths])
+
+
+def peak_memory(device: torch.device) -> int:
+    """Megabytes: on a GPU the most allocated in this stage, else the largest resident set of this process so far."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e6)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6)
 
 
 def slices(rows: int, size: int) -> list[slice]:
@@ -367,24 +522,3 @@ def open_image(path: Path) -> Image.Image:
             return image.convert("RGB")
     except OSError as error:
         raise StoreError(f"{path} can't be read as an image ({error}); delete it and run again") from error
-
-
-def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
-    """Pictures of one size as (N, 3, H, W) values in [0, 1]."""
-    return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2).float() / 255
-
-
-def load_images(paths: Sequence[Path], size: tuple[int, int]) -> Tensor:
-    """Images brought to one size.
-
-    Args:
-        paths: N files.
-        size: Width and height in pixels.
-
-    Returns:
-        (N, 3, height, width) values in [0, 1].
-    """
-    if not paths:
-        return torch.empty(0, 3, size[1], size[0])
-    pictures = [open_image(path) for path in paths]
-    return to_tensor([p if p.size == size else p.resize(size, Image.Resampling.BICUBIC) for p in pictures])

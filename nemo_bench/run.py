@@ -11,7 +11,7 @@ import secrets
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
@@ -25,9 +25,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from nemo_bench.aggregate import aggregate
+from nemo_bench.aggregate import GROUPS, aggregate, presets
 from nemo_bench.config import Choice, ModelSettings, SimilaritySettings, TrainerSettings, build, resolve
-from nemo_bench.diffusion import Diffusion, Similarity, Source, folder_digest
+from nemo_bench.diffusion import Diffusion, Similarity, Source
 from nemo_bench.errors import ConfigError, NemoBenchError, StoreError, nearest
 from nemo_bench.localization import (
     Calibration,
@@ -38,11 +38,12 @@ from nemo_bench.localization import (
     write_statistics,
 )
 from nemo_bench.localization.published import PublishedRow, by_position, published_text
-from nemo_bench.methods import Method
-from nemo_bench.metrics import BenchMetric, ClipJudge
+from nemo_bench.methods import Method, NoMitigation
+from nemo_bench.metrics import FIELDS, BenchMetric, SetMetric, detection
 from nemo_bench.modules import (
-    FIELDS,
     CalibrationStage,
+    FeatureStage,
+    FolderChunk,
     GenerationStage,
     LocalizationStage,
     PromptChunk,
@@ -50,6 +51,7 @@ from nemo_bench.modules import (
     Stage,
     StatisticsStage,
     localization_of,
+    read_features,
 )
 from nemo_bench.prompts import ImageTask, PromptDataModule, PromptTask, prompts_digest, read_prompts
 from nemo_bench.report import write_report
@@ -62,6 +64,8 @@ STATISTICS = "statistics.pt"
 """Activation statistics in a calibration's folder, in the published form."""
 THRESHOLD = "threshold.json"
 """The memorization threshold in a calibration's folder, with the numbers it comes from."""
+SETS = "sets.json"
+"""Scores of whole sets of images in a cell's folder, by group and metric."""
 
 
 @dataclass(eq=False)
@@ -78,6 +82,7 @@ class Cell:
         calibration: Folder of the model's calibration.
         measured: Files in it that the method, or its source, can't do without.
         source: The cell whose localization this one starts from; it need not be one that was asked for.
+        unmitigated: The cell of the same images without mitigation: one that was asked for, or finished before.
     """
 
     choice: Choice
@@ -89,6 +94,7 @@ class Cell:
     calibration: Store
     measured: list[str]
     source: Cell | None = None
+    unmitigated: Cell | None = None
 
     @property
     def id(self) -> str:
@@ -140,6 +146,8 @@ def plan(choices: Sequence[Choice]) -> list[Cell]:
             msg = f"two cells of the grid share the folder {cell.id}: what differs does not change images; run twice"
             raise ConfigError(msg)
     by_settings = {digest(cell.spec["settings"]): cell for cell in asked.values()}
+    for cell in asked.values():
+        cell.unmitigated = _unmitigated(cell, by_settings, prompts)
     unlinked = list(asked.values())
     for cell in unlinked:
         if cell.method.source:
@@ -150,6 +158,15 @@ def plan(choices: Sequence[Choice]) -> list[Cell]:
             if cell.source is source:
                 unlinked.append(source)
     return list(asked.values())
+
+
+def _unmitigated(cell: Cell, asked: Mapping[str, Cell], cache: dict[str, list[Prompt]]) -> Cell | None:
+    if isinstance(cell.method, NoMitigation):
+        return None
+    settings = replace(cell.choice.settings, method={"_target_": "nemo_bench.methods.NoMitigation"})
+    none = _cell(Choice({**cell.choice.names, "method": "none"}, settings), cache)
+    found = asked.get(digest(none.spec["settings"]))
+    return found or (none if none.store.is_done("generate") else None)
 
 
 def _read(files: Sequence[str], limit: int | None, cache: dict[str, list[Prompt]]) -> list[Prompt]:
@@ -178,6 +195,7 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]]) -> Cell:
                 f"metrics.{name}: expected a BenchMetric that needs some of {', '.join(sorted(FIELDS))}, given {metric}"
             )
             raise ConfigError(msg)
+        metric.check()
     prompts = _read(settings.prompts.files, settings.prompts.limit, cache)
     published = read_statistics(Path(resolve(model.statistics))) if model.statistics else None
     measured = _measured(method, model)
@@ -292,11 +310,13 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
             _note_start(cell, command, runner)
             _reopen(cell)
     for cell in cells:
-        runner.run(cell)
-        if is_main():
+        runner.make(cell)
+    for cell in cells:
+        runner.score(cell)
+    if is_main():
+        for cell in cells:
             write_json(cell.store.folder / "metrics.json", _summary(cell))
             _publish(cell)
-    if is_main():
         write_report(folder)
         try:
             track(folder, settings.logger, cells=[cell.id for cell in cells], say=say)
@@ -368,19 +388,26 @@ def _reopen(cell: Cell) -> None:
     for stage in STAGES:
         if store.is_done(stage) and store.open_ids(stage, cell.ids(stage)):
             store.reopen(stage)
-            store.forget("score")
+            _forget_scores(store)
     if _scores_are_stale(cell):
-        store.forget("score")
+        _forget_scores(store)
         write_json(store.folder / "scoring.json", _scoring(cell))
+
+
+def _forget_scores(store: Store) -> None:
+    store.forget("score")
+    (store.folder / SETS).unlink(missing_ok=True)
 
 
 def _scoring(cell: Cell) -> dict[str, Any]:
     """What decides the scores of given images."""
-    settings = cell.choice.settings
-    clip = resolve(settings.model.clip)
-    local = Path(clip.removeprefix("local-dir:"))
-    judge = folder_digest(local) if clip.startswith("local-dir:") and local.is_dir() else clip
-    return {"metrics": settings.metrics, "clip": [judge, settings.model.clip_pretrained]}
+    nodes, metrics = cell.choice.settings.metrics, metrics_of(cell)
+    paired = cell.unmitigated and any("unmitigated" in metric.needs for metric in metrics.values())
+    content = {
+        "metrics": {name: {**nodes[name], **metric.content()} for name, metric in metrics.items()},
+        "unmitigated": cell.unmitigated.id if cell.unmitigated and paired else None,
+    }
+    return json.loads(json.dumps(content))  # as it will be read again
 
 
 def _scores_are_stale(cell: Cell) -> bool:
@@ -477,13 +504,11 @@ class Runner:
         except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise ConfigError(f"trainer settings do not fit this machine: {str(error).strip()}") from error
         self._models: dict[str, Diffusion] = {}
-        self._judges: dict[tuple[str, str | None], ClipJudge] = {}
 
-    def run(self, cell: Cell) -> None:
-        """Takes a cell through the stages that are not done."""
+    def make(self, cell: Cell) -> None:
+        """Takes a cell to its images, through the stages that are not done."""
         self._localize(cell)
         self._generate(cell)
-        self._score(cell)
 
     def calibrate(self, cell: Cell) -> None:
         """Gives the method its calibration: what was given, and the rest from the cache or measured now."""
@@ -562,13 +587,37 @@ class Runner:
         size = cell.choice.settings.batch_size
         self._predict("generate", cell.spec["method"], cell.image_tasks, cell.store, make, size)
 
-    def _score(self, cell: Cell) -> None:
-        def make() -> Stage:
-            pool = list(dict.fromkeys(path for p in cell.prompts for path in p.references))
-            images = cell.store.records("generate").values()
-            return ScoringStage(metrics_of(cell), self._judge(cell), pool, images, by_prompt(cell.store), cell.store)
+    def score(self, cell: Cell) -> None:
+        """Scores the images of a cell, where that is not done; those without mitigation must be there."""
+        metrics, store = metrics_of(cell), cell.store
+        for metric in metrics.values():
+            if isinstance(metric, SetMetric):
+                self._embed_real(metric, cell)
 
-        self._predict("score", cell.spec["method"], cell.prompt_tasks, cell.store, make, 1)
+        def make() -> Stage:
+            return ScoringStage(
+                metrics,
+                store.records("generate").values(),
+                store,
+                pool=list(dict.fromkeys(path for p in cell.prompts for path in p.references)),
+                localizations=by_prompt(store),
+                unmitigated=unmitigated_images(cell),
+            )
+
+        size = max(1, cell.choice.settings.batch_size // cell.choice.settings.seeds)
+        self._predict("score", cell.spec["method"], cell.prompt_tasks, store, make, size)
+        if is_main() and not (store.folder / SETS).exists():
+            write_json(store.folder / SETS, score_sets(cell, metrics))
+
+    def _embed_real(self, metric: SetMetric, cell: Cell) -> None:
+        """Takes the features of the real pictures that sets are compared with; once, then they are cached."""
+        chunks, store = FolderChunk.split(metric.files), real_store(metric, cell)
+        if is_main():
+            store.open({"settings": dict(metric.space.content())})
+            if store.is_done("features") and store.open_ids("features", [chunk.id for chunk in chunks]):
+                store.reopen("features")
+        self.trainer.strategy.barrier()
+        self._predict("features", metric.title, chunks, store, lambda: FeatureStage(metric.space, store), 1)
 
     def _predict(
         self, stage: str, label: str, tasks: Sequence[Any], store: Store, make: Callable[[], Stage], batch_size: int
@@ -592,14 +641,6 @@ class Runner:
             self._models.clear()
             self._models[key] = load_model(settings)
         return self._models[key].to(self.trainer.strategy.root_device)
-
-    def _judge(self, cell: Cell) -> ClipJudge:
-        model = cell.choice.settings.model
-        key = (model.clip, model.clip_pretrained)
-        if key not in self._judges:
-            with _quiet():
-                self._judges[key] = ClipJudge(resolve(model.clip), model.clip_pretrained)
-        return self._judges[key]
 
 
 def source_of(settings: ModelSettings) -> Source:
@@ -644,23 +685,92 @@ def _publish(cell: Cell) -> None:
     write_text(cell.store.folder / "neurons.csv", published_text(rows))
 
 
+def unmitigated_images(cell: Cell) -> dict[str, Path]:
+    """Files of the images without mitigation by record id, none where no cell has them."""
+    if cell.unmitigated is None:
+        return {}
+    store = cell.unmitigated.store
+    return {record["id"]: (store.folder / record["image"]).resolve() for record in store.records("generate").values()}
+
+
+def real_store(metric: SetMetric, cell: Cell) -> Store:
+    """Where the features of a metric's real pictures are, for all runs under one root."""
+    return Store(Path(cell.choice.settings.root) / "real_images" / digest(metric.content(), 8))
+
+
+def score_sets(cell: Cell, metrics: Mapping[str, BenchMetric]) -> dict[str, dict[str, float]]:
+    """Scores of whole sets of images, by group and metric; groups of the same prompts are scored once."""
+    wholes = {name: metric for name, metric in metrics.items() if isinstance(metric, SetMetric)}
+    if not wholes:
+        return {}
+    files = {
+        record["prompt"]: cell.store.folder / record["file"]
+        for record in cell.store.records("score").values()
+        if "file" in record
+    }
+    known: dict[tuple[str, ...], dict[str, float]] = {}
+    table = {}
+    for group in GROUPS:
+        members = tuple(p.id for p in cell.prompts if group in ("all", p.group))
+        if members and members not in known:
+            known[members] = {}
+            for name, metric in wholes.items():
+                images = read_features([files[i] for i in members], digest(metric.space.content()))
+                store = real_store(metric, cell)
+                real = read_features([store.folder / c.file for c in FolderChunk.split(metric.files)], "real")
+                known[members].update((name, value) for value in metric.score(images=images, real=real).tolist())
+        if members:
+            table[group] = known[members]
+    return table
+
+
 def _summary(cell: Cell) -> dict[str, Any]:
-    localized, generated = cell.store.records("localize").values(), cell.store.records("generate").values()
+    store = cell.store
+    localized, generated = store.records("localize").values(), store.records("generate").values()
+    scored = store.records("score").values()
+    about = {name: metric.describe() for name, metric in metrics_of(cell).items()}
+    aggregates = aggregate(
+        scored, cell.prompts, cell.unmitigated.store.records("score").values() if cell.unmitigated else ()
+    )
+    for group, row in read_json(store.folder / SETS).items():
+        count = sum(group in ("all", p.group) for p in cell.prompts)
+        nothing = dict.fromkeys(("low", "high", "median", "mad"))
+        aggregates.setdefault(group, {}).update(
+            {name: {"mean": value, **nothing, "prompts": count} for name, value in row.items()}
+        )
 
     def mean(records: Any, field: str) -> float:
         return round(sum(r["cost"][field] for r in records) / len(records), 4)
 
     return {
         "schema": SCHEMA,
-        "metrics": {name: metric.describe() for name, metric in metrics_of(cell).items()},
-        "aggregates": aggregate(cell.store.records("score").values(), cell.prompts),
+        "metrics": about,
+        "aggregates": aggregates,
+        "presets": presets(scored, cell.prompts, about),
+        "detection": _detection(cell, localized),
+        "counts": {
+            "images": len(generated),
+            "prompts": len(cell.prompts),
+            "truncated": sum(bool(record.get("truncated")) for record in scored),
+            "without_reference": sum(bool(p.kind) and not p.references for p in cell.prompts),
+        },
         "cost": {
             "localize_seconds_per_prompt": mean(localized, "seconds"),
             "localize_row_passes_per_prompt": mean(localized, "row_passes"),
             "generate_seconds_per_image": mean(generated, "seconds"),
             "row_passes_per_image": mean(generated, "row_passes"),
+            "peak_memory_mb": max(r["cost"].get("peak_memory_mb", 0) for r in [*localized, *generated]),
         },
     }
+
+
+def _detection(cell: Cell, localized: Iterable[Record]) -> dict[str, Any]:
+    """How well the memorization score tells memorized prompts from others: without mitigation, where both are there."""
+    kinds = {p.id: bool(p.kind) for p in cell.prompts}
+    scores = {kind: [r["memorization"] for r in localized if kinds[r["prompt"]] == kind] for kind in (True, False)}
+    if not isinstance(cell.method, NoMitigation) or not all(scores.values()):
+        return {}
+    return {"memorization": {"title": "Memorization score", **detection(scores[True], scores[False])}}
 
 
 def outlook(cells: Sequence[Cell]) -> list[dict[str, Any]]:

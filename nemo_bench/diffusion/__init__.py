@@ -3,6 +3,15 @@
 from nemo_bench.diffusion.families import Conditioning
 from nemo_bench.diffusion.model import Diffusion, Similarity, value_layers
 from nemo_bench.diffusion.prefix import Prefix
-from nemo_bench.diffusion.source import Source, folder_digest
+from nemo_bench.diffusion.source import Source, file_digest, folder_digest
 
-__all__ = ["Conditioning", "Diffusion", "Prefix", "Similarity", "Source", "folder_digest", "value_layers"]
+__all__ = [
+    "Conditioning",
+    "Diffusion",
+    "Prefix",
+    "Similarity",
+    "Source",
+    "file_digest",
+    "folder_digest",
+    "value_layers",
+]

@@ -113,7 +113,7 @@ class Source:
         """
         folder, commit = Path(self.place), self.commit
         place = folder_digest(folder) if folder.is_dir() else digest([self.place, commit or self.revision])
-        return digest([_file_digest(Path(self.path)), place]) if self.is_file else place
+        return digest([file_digest(Path(self.path)), place]) if self.is_file else place
 
     def load(self, dtype: str = "float32") -> Any:
         """Loads the pipeline, on the CPU.
@@ -196,10 +196,11 @@ def _beginning(error: BaseException) -> str:
 def folder_digest(folder: Path) -> str:
     """Content digest of the settings and weights in a folder, 16 hexadecimal digits."""
     files = sorted(p for p in folder.rglob("*") if p.suffix in {".json", ".safetensors", ".bin", ".txt"})
-    return digest([[p.relative_to(folder).as_posix(), _file_digest(p)] for p in files])
+    return digest([[p.relative_to(folder).as_posix(), file_digest(p)] for p in files])
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, 64 hexadecimal digits; read once while it stays as it is."""
     about = path.stat()
     return _digest_at(path, about.st_size, about.st_mtime_ns)
 

@@ -1,19 +1,41 @@
-"""Metrics, each a torchmetrics Metric with declared needs, range and direction."""
+"""Metrics, each a torchmetrics Metric with declared needs, space, range and direction."""
 
-from nemo_bench.metrics.alignment import Alignment, ClipJudge
-from nemo_bench.metrics.base import BenchMetric
-from nemo_bench.metrics.diversity import Diversity
+from nemo_bench.metrics.alignment import Alignment
+from nemo_bench.metrics.base import FIELDS, BenchMetric
+from nemo_bench.metrics.detection import detection
+from nemo_bench.metrics.distribution import FID, KID, MiFID, SetMetric
+from nemo_bench.metrics.diversity import Diversity, Vendi
 from nemo_bench.metrics.localization import MemorizationScore, NeuronCount
-from nemo_bench.metrics.similarity import NearestTrainingImageSSIM, TrainingImageSSIM, best_ssim
+from nemo_bench.metrics.networks import LPIPS, SSCD, Inception, Network, OpenClip
+from nemo_bench.metrics.similarity import Change, MemorizationRate, NearestTrainingImage, TrainingImage
+from nemo_bench.metrics.spaces import SSIM, MultiscaleSSIM, PixelDistance, Pixels, Space, TiledDistance
 
 __all__ = [
+    "FID",
+    "FIELDS",
+    "KID",
+    "LPIPS",
+    "SSCD",
+    "SSIM",
     "Alignment",
     "BenchMetric",
-    "ClipJudge",
+    "Change",
     "Diversity",
+    "Inception",
+    "MemorizationRate",
     "MemorizationScore",
-    "NearestTrainingImageSSIM",
+    "MiFID",
+    "MultiscaleSSIM",
+    "NearestTrainingImage",
+    "Network",
     "NeuronCount",
-    "TrainingImageSSIM",
-    "best_ssim",
+    "OpenClip",
+    "PixelDistance",
+    "Pixels",
+    "SetMetric",
+    "Space",
+    "TiledDistance",
+    "TrainingImage",
+    "Vendi",
+    "detection",
 ]

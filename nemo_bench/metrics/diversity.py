@@ -2,26 +2,78 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_bench.metrics.base import BenchMetric
+from nemo_bench.metrics.networks import Network
+from nemo_bench.metrics.spaces import Space
 
 
 class Diversity(BenchMetric):
-    """One minus the mean pairwise cosine of the image embeddings of a prompt's seeds."""
+    """How far apart the images of a prompt's seeds are: pairwise distance, or one minus pairwise similarity.
 
-    title = "Diversity"
-    description = "one minus mean pairwise cosine similarity of open_clip image embeddings among the seeds of a prompt"
-    citation = "pairwise form as D_SSCD in Hintersdorf et al. 2024, section 4"
-    needs = frozenset({"embeddings"})
-    per_image = False
+    Args:
+        space: What is compared.
+        average: Mean over the pairs, or their median.
+    """
+
+    family = "diversity"
+    per = "prompt"
+    needs = frozenset({"images"})
     higher_is_better = True
-    lower, upper = 0.0, 2.0
 
-    def score(self, embeddings: Tensor) -> Tensor:  # type: ignore[override]
-        """(1,) value in [0, 2]; empty for a single image."""
-        count = len(embeddings)
+    def __init__(self, space: Space, average: Literal["mean", "median"] = "mean") -> None:
+        super().__init__(space)
+        self.average = average
+        low, high = space.bounds
+        if space.is_distance:
+            self.lower, self.upper = low, high
+        else:
+            self.lower, self.upper = high if high is None else 1 - high, low if low is None else 1 - low
+        one_minus = "" if space.is_distance else "one minus "
+        self.title = f"{space.title} diversity"
+        self.description = f"{one_minus}{average} over the pairs of seeds of a prompt of: {space.description}"
+        self.citation = "pairwise form as D_SSCD in Hintersdorf et al. 2024, section 4"
+
+    def score(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        """(1,) value; empty for a single image."""
+        count = len(images)
         if count < 2:
-            return embeddings.new_empty(0)
-        cosines = embeddings @ embeddings.T
-        return (1 - (cosines.sum() - cosines.trace()) / (count * (count - 1))).reshape(1)
+            return images.new_empty(0)
+        rows, columns = torch.triu_indices(count, count, 1, device=images.device)
+        values = self.space.compare(images, images)[rows, columns]
+        average = values.mean() if self.average == "mean" else values.quantile(0.5)
+        return (average if self.space.is_distance else 1 - average).reshape(1)
+
+
+class Vendi(BenchMetric):
+    """Vendi score: the effective number of different images among a prompt's seeds (Friedman and Dieng 2023).
+
+    Args:
+        space: The network whose cosine similarity is the kernel.
+    """
+
+    family = "diversity"
+    per = "prompt"
+    needs = frozenset({"images"})
+    higher_is_better = True
+    lower = 1.0
+
+    def __init__(self, space: Network) -> None:
+        super().__init__(space)
+        self.title = f"Vendi score ({space.title})"
+        self.description = (
+            "exponential of the entropy of the eigenvalues of the similarity matrix, divided by their number, of the "
+            f"seeds of a prompt: {space.description}"
+        )
+        self.citation = "Friedman and Dieng 2023"
+
+    def score(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        """(1,) value from 1, all alike, to the number of images."""
+        unit = F.normalize(images.double())
+        shares = torch.linalg.eigvalsh(unit @ unit.T / len(images)).clamp(min=0)
+        return torch.special.entr(shares).sum().exp().reshape(1)

@@ -15,8 +15,9 @@ class MemorizationScore(BenchMetric):
     title = "Memorization score"
     description = "mean pairwise SSIM of first-step noise differences among seeds, with the mitigation applied"
     citation = "Hintersdorf et al. 2024, section 3.1"
+    family = "memorization"
+    per = "prompt"
     needs = frozenset({"localization"})
-    per_image = False
     higher_is_better = False
     lower, upper = -1.0, 1.0
 
@@ -31,8 +32,9 @@ class NeuronCount(BenchMetric):
     title = "Neurons"
     description = "number of value neurons switched off for the prompt"
     citation = "Hintersdorf et al. 2024, section 4"
+    family = "localization"
+    per = "prompt"
     needs = frozenset({"localization"})
-    per_image = False
     lower = 0.0
 
     def score(self, localization: Record) -> Tensor:  # type: ignore[override]

@@ -1,66 +1,119 @@
-"""Similarity to training images."""
+"""Similarity to training images, and to the image that the same seed gives without mitigation."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from nemo_bench.metrics.base import BenchMetric
-
-CHUNK = 16
-"""References compared at a time, so that memory does not grow with their number."""
+from nemo_bench.metrics.spaces import Space
 
 
-def best_ssim(images: Tensor, references: Tensor) -> Tensor:
-    """SSIM of every image to the reference it is most like.
+class _Comparison(BenchMetric):
+    """A metric whose range is that of its space."""
+
+    def __init__(self, space: Space) -> None:
+        super().__init__(space)
+        self.lower, self.upper = space.bounds
+        self.citation = space.citation
+
+
+class TrainingImage(_Comparison):
+    """How alike an image and its prompt's training image are; of several references the one most alike counts.
 
     Args:
-        images: (S, 3, H, W) in [0, 1].
-        references: (R, 3, H, W) in [0, 1].
-
-    Returns:
-        (S,) values in [-1, 1]; empty if there is no reference.
+        space: What is compared.
     """
-    if not len(references):
-        return images.new_empty(0)
-    return torch.stack([max(_ssim(image, some).max() for some in references.split(CHUNK)) for image in images])
 
-
-def _ssim(image: Tensor, references: Tensor) -> Tensor:
-    values = structural_similarity_index_measure(
-        image.expand_as(references), references, data_range=1.0, reduction="none"
-    )
-    return values.reshape(-1)  # type: ignore[union-attr]
-
-
-class TrainingImageSSIM(BenchMetric):
-    """SSIM to the prompt's training image, the best over its references."""
-
-    title = "SSIM to training image"
-    description = (
-        "SSIM (Gaussian window 11, sigma 1.5, data range 1) to the prompt's own training image, best reference"
-    )
-    citation = "Wang et al. 2004; used for memorization in Hintersdorf et al. 2024, supplement"
+    family = "memorization"
     needs = frozenset({"images", "references"})
-    higher_is_better = False
-    lower, upper = -1.0, 1.0
+
+    def __init__(self, space: Space) -> None:
+        super().__init__(space)
+        self.title = f"{space.title} to training image"
+        self.description = f"{space.description}, to the prompt's own training image, best reference"
+
+    @property
+    def higher_is_better(self) -> bool:  # type: ignore[override]
+        """Far from the training image is better."""
+        return self.space.is_distance
 
     def score(self, images: Tensor, references: Tensor) -> Tensor:  # type: ignore[override]
-        """See :func:`best_ssim`."""
-        return best_ssim(images, references)
+        """(S,) values; see :meth:`Space.nearest`."""
+        return self.space.nearest(images, references)
 
 
-class NearestTrainingImageSSIM(BenchMetric):
-    """SSIM to the nearest of all known training images: a method can swap one copy for another."""
+class NearestTrainingImage(_Comparison):
+    """How alike an image and the nearest of all known training images are: a method can swap one copy for another.
 
-    title = "SSIM to nearest"
-    description = "SSIM to the most similar of all reference images of the prompt list, whichever prompt they belong to"
-    citation = "Wang et al. 2004"
+    Args:
+        space: What is compared.
+    """
+
+    family = "memorization"
     needs = frozenset({"images", "pool"})
-    higher_is_better = False
-    lower, upper = -1.0, 1.0
+
+    def __init__(self, space: Space) -> None:
+        super().__init__(space)
+        self.title = f"{space.title} to nearest"
+        self.description = (
+            f"{space.description}, to the most similar of all reference images of the prompt list, "
+            "whichever prompt they belong to"
+        )
+
+    @property
+    def higher_is_better(self) -> bool:  # type: ignore[override]
+        """Far from all training images is better."""
+        return self.space.is_distance
 
     def score(self, images: Tensor, pool: Tensor) -> Tensor:  # type: ignore[override]
-        """See :func:`best_ssim`."""
-        return best_ssim(images, pool)
+        """(S,) values; see :meth:`Space.nearest`."""
+        return self.space.nearest(images, pool)
+
+
+class MemorizationRate(BenchMetric):
+    """Share of images that are more like their training image than a threshold.
+
+    Args:
+        space: What is compared.
+        threshold: Similarity above which, or distance below which, an image counts as memorized.
+    """
+
+    family = "memorization"
+    needs = frozenset({"images", "references"})
+    higher_is_better = False
+    lower, upper = 0.0, 1.0
+
+    def __init__(self, space: Space, threshold: float) -> None:
+        super().__init__(space)
+        self.threshold = threshold
+        beyond = f"{'below' if space.is_distance else 'above'} {threshold:g}"
+        self.title = f"Memorized ({space.title} {'<' if space.is_distance else '>'} {threshold:g})"
+        self.description = f"share of images {beyond} in {space.description}, to the prompt's best reference"
+        self.citation = space.citation
+
+    def score(self, images: Tensor, references: Tensor) -> Tensor:  # type: ignore[override]
+        """(S,) ones for memorized images, zeros for others."""
+        values = self.space.nearest(images, references)
+        return (values < self.threshold if self.space.is_distance else values > self.threshold).double()
+
+
+class Change(_Comparison):
+    """How alike an image and the image of the same seed without mitigation are.
+
+    Where a prompt is memorized the image should change, where it is not it should stay: neither way is better.
+
+    Args:
+        space: What is compared.
+    """
+
+    family = "change"
+    needs = frozenset({"images", "unmitigated"})
+
+    def __init__(self, space: Space) -> None:
+        super().__init__(space)
+        self.title = f"{space.title} to unmitigated"
+        self.description = f"{space.description}, to the image of the same seed without mitigation"
+
+    def score(self, images: Tensor, unmitigated: Tensor) -> Tensor:  # type: ignore[override]
+        """(S,) values; see :meth:`Space.pair`."""
+        return self.space.pair(images, unmitigated)

@@ -35,6 +35,8 @@ class MetricInfo:
         unit: Unit, or an empty text.
         citation: Where it comes from.
         description: One sentence.
+        family: What it tells something about.
+        per: ``image``, ``prompt`` or ``set``.
     """
 
     key: str
@@ -45,6 +47,8 @@ class MetricInfo:
     unit: str = ""
     citation: str = ""
     description: str = ""
+    family: str = ""
+    per: str = "image"
 
     @property
     def arrow(self) -> str:
@@ -62,6 +66,7 @@ class Aggregate:
     median: float
     mad: float
     prompts: int
+    paired: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)

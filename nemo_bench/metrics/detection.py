@@ -1,0 +1,59 @@
+"""How well a score tells memorized prompts from others; larger scores stand for memorized ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torchmetrics.functional.classification import binary_auroc, binary_average_precision, binary_roc
+
+RESAMPLES = 2000
+FALSE_POSITIVES = 0.01
+"""The false positive rate at which the true positive rate is given."""
+
+
+def detection(memorized: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+    """Measures of a detector.
+
+    Args:
+        memorized: Scores of memorized prompts, at least one.
+        other: Scores of other prompts, at least one.
+
+    Returns:
+        ``auc``, area under the ROC curve, with ``auc_low`` and ``auc_high``, its 95% bootstrap interval over prompts of
+        either sort; ``average_precision``; ``tpr_at_1_fpr_below``, the true positive rate at the last point of the
+        curve with fewer than 1% false positives (Wen et al. 2024); ``tpr_at_1_fpr_nearest``, at the last point whose
+        rate of false positives is nearest to 1% (Ren et al. 2024, Jeon et al. 2025); ``best_accuracy`` over all
+        thresholds, with either sort counting half; ``memorized`` and ``other``, the numbers of prompts.
+    """
+    scores, labels = np.array([*memorized, *other]), torch.tensor([1] * len(memorized) + [0] * len(other))
+    # Their order alone counts, and torchmetrics takes scores outside of [0, 1] for logits, which it rounds together.
+    ranks = torch.from_numpy(np.unique(scores, return_inverse=True)[1] / len(scores))
+    fpr, tpr, _ = binary_roc(ranks, labels)
+    nearest = fpr[(fpr - FALSE_POSITIVES).abs().argmin()]
+    low, high = _interval(np.asarray(memorized), np.asarray(other))
+    return {
+        "auc": float(binary_auroc(ranks, labels)),
+        "auc_low": low,
+        "auc_high": high,
+        "average_precision": float(binary_average_precision(ranks, labels)),
+        "tpr_at_1_fpr_below": float(tpr[fpr < FALSE_POSITIVES][-1]),
+        "tpr_at_1_fpr_nearest": float(tpr[fpr == nearest][-1]),
+        "best_accuracy": float((tpr + 1 - fpr).max() / 2),
+        "memorized": len(memorized),
+        "other": len(other),
+    }
+
+
+def _interval(memorized: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """95% percentile bootstrap interval of the area; the same scores always give the same interval."""
+    # The area is the share of pairs in the right order; drawing prompts again weighs rows and columns of that table.
+    right = np.sign(memorized[:, None] - other[None, :]) / 2 + 0.5
+    numbers = np.random.default_rng(0)
+    rows, columns = (
+        numbers.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n for n in (len(memorized), len(other))
+    )
+    low, high = np.quantile(((rows @ right) * columns).sum(1), [0.025, 0.975])
+    return float(low), float(high)

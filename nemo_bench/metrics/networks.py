@@ -1,0 +1,447 @@
+"""Networks that embed pictures: open_clip, SSCD, Inception; and LPIPS. Weights are always trained ones.
+
+Nothing is downloaded but by open_clip, for a named pair of model and weights; all else is a file that must be there.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torchmetrics.image.fid import NoTrainInceptionV3
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+from torchvision import models
+from torchvision.transforms import v2
+
+from nemo_bench.diffusion import file_digest, folder_digest
+from nemo_bench.errors import ConfigError, ModelError, nearest
+from nemo_bench.metrics.spaces import Pixels, Space, to_tensor
+
+BATCH = 64
+"""Pictures that a network sees at once."""
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class Network(Space):
+    """A network that gives each picture a vector, (N, D); vectors are compared by their cosine."""
+
+    @property
+    def bounds(self) -> tuple[float | None, float | None]:
+        """See :attr:`Space.bounds`."""
+        return -1.0, 1.0
+
+    @abstractmethod
+    def load(self) -> nn.Module:
+        """The network with trained weights, on the CPU.
+
+        Raises:
+            ModelError: The weights can't be had.
+        """
+
+    @abstractmethod
+    def prepare(self, network: Any, picture: Image.Image) -> Tensor:
+        """A picture as the network wants it, (3, H, W)."""
+
+    @abstractmethod
+    def forward(self, network: Any, pixels: Tensor) -> Tensor:
+        """Vectors of prepared pictures, (N, D)."""
+
+    @torch.no_grad()
+    def embed(self, pictures: Sequence[Image.Image], size: tuple[int, int], device: torch.device) -> Tensor:
+        """See :meth:`Space.embed`; each picture is prepared from its own size."""
+        network = loaded(self, device)
+        vectors = []
+        for start in range(0, len(pictures), BATCH):
+            pixels = torch.stack([self.prepare(network, picture) for picture in pictures[start : start + BATCH]])
+            vectors.append(self.forward(network, pixels.to(device)).float())
+        return torch.cat(vectors)
+
+    def pair(self, a: Tensor, b: Tensor) -> Tensor:
+        """See :meth:`Space.pair`."""
+        return F.cosine_similarity(a, b)
+
+    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        """See :meth:`Space.compare`."""
+        return F.normalize(a) @ F.normalize(b).T
+
+
+@cache
+def loaded(space: Network | LPIPS, device: torch.device) -> nn.Module:
+    """The network of a space, made once for all metrics that use it."""
+    return space.load().requires_grad_(False).eval().to(device)
+
+
+class _Clip(nn.Module):
+    def __init__(self, model: str, pretrained: str | None) -> None:
+        super().__init__()
+        self.network, self.preprocess = open_clip.create_model_from_pretrained(model, pretrained)
+        self.tokenizer = open_clip.get_tokenizer(model)
+
+
+@dataclass(frozen=True)
+class OpenClip(Network):
+    """An open_clip model with its own preprocessing and tokenizer.
+
+    Args:
+        model: Architecture, such as ``ViT-B-32``, or ``local-dir:FOLDER`` with ``open_clip_config.json`` and weights.
+        pretrained: Weights tag, such as ``openai``, or file; unused for a local folder.
+    """
+
+    model: str = "ViT-B-32"
+    pretrained: str | None = None
+
+    @property
+    def _folder(self) -> Path | None:
+        return Path(self.model.removeprefix("local-dir:")) if self.model.startswith("local-dir:") else None
+
+    @property
+    def title(self) -> str:
+        """See :attr:`Space.title`."""
+        return "CLIP" if self._folder else f"CLIP {self.model}"
+
+    @property
+    def description(self) -> str:
+        """See :attr:`Space.description`."""
+        weights = (
+            "weights of its folder" if self._folder else f"{self.model}, weights {Path(str(self.pretrained)).name}"
+        )
+        return f"cosine similarity of open_clip embeddings ({weights})"
+
+    @property
+    def citation(self) -> str:
+        """See :attr:`Space.citation`."""
+        return "Radford et al. 2021"
+
+    def check(self) -> None:
+        """See :meth:`Space.check`."""
+        if self._folder:
+            if not (self._folder / "open_clip_config.json").is_file():
+                raise ModelError(f"open_clip model '{self.model}': there is no open_clip_config.json in that folder")
+        elif self.model not in open_clip.list_models():
+            known = nearest(self.model, open_clip.list_models())
+            raise ModelError(f"unknown open_clip model '{self.model}' (no weights for it). {known}")
+        elif not self.pretrained:
+            raise ModelError(f"no weights for open_clip model '{self.model}': set pretrained to a tag or file")
+        elif not Path(self.pretrained).is_file():
+            tags = open_clip.list_pretrained_tags_by_model(self.model)
+            if self.pretrained not in tags:
+                hint = nearest(self.pretrained, tags) if tags else "There are none; give a file."
+                raise ModelError(
+                    f"no weights for open_clip model '{self.model}', pretrained '{self.pretrained}'. {hint}"
+                )
+
+    def content(self) -> Mapping[str, Any]:
+        """See :meth:`Space.content`."""
+        content = super().content()
+        if self._folder:
+            return {**content, "model": folder_digest(self._folder)}
+        if self.pretrained and Path(self.pretrained).is_file():
+            return {**content, "pretrained": file_digest(Path(self.pretrained))}
+        return content
+
+    def load(self) -> nn.Module:
+        """See :meth:`Network.load`."""
+        try:
+            return _Clip(self.model, self.pretrained)
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            msg = f"no weights for open_clip model '{self.model}', pretrained '{self.pretrained}' ({error})"
+            raise ModelError(f"{msg}; give a known pair, a weights file, or local-dir:FOLDER") from error
+
+    def prepare(self, network: Any, picture: Image.Image) -> Tensor:
+        """See :meth:`Network.prepare`."""
+        return network.preprocess(picture)
+
+    def forward(self, network: Any, pixels: Tensor) -> Tensor:
+        """See :meth:`Network.forward`."""
+        return network.network.encode_image(pixels)
+
+    @torch.no_grad()
+    def embed_text(self, text: str, device: torch.device) -> tuple[Tensor, bool]:
+        """A text in this space.
+
+        Args:
+            text: Cut at the tokenizer's length.
+            device: Where the vector is, and is computed.
+
+        Returns:
+            The vector, (D,), float32, and whether the text was cut.
+        """
+        network: Any = loaded(self, device)
+        tokens = network.tokenizer([text])
+        length = tokens.shape[1]
+        longer = network.tokenizer([text], context_length=length + 1)[:, :length]
+        vector: Tensor = network.network.encode_text(tokens.to(device))[0]
+        return vector.float(), not torch.equal(tokens, longer)
+
+
+def _check_file(kind: str, file: str, sha256: str | None, origin: str) -> None:
+    """Raises ModelError where a file of weights is missing or another one."""
+    path = Path(file)
+    if not file or not path.is_file():
+        given = f"'{file}' does not exist" if file else "no file is given"
+        name = origin.rpartition("/")[2]
+        raise ModelError(
+            f"no weights for {kind}: {given}. Download {origin} once and put it at that path, or give another one: "
+            f"weights=FOLDER is the folder that {name} is looked for in"
+        )
+    if sha256 and not file_digest(path).startswith(sha256.lower()):
+        raise ModelError(f"{kind}: {file} has SHA-256 {file_digest(path)}, expected {sha256}; download it again")
+
+
+@dataclass(frozen=True)
+class _Copies:
+    network: str
+    dimensions: int
+    preparation: str
+    transforms: Sequence[Any]
+    paper: str
+
+
+_SSCD = {
+    "disc_mixup": _Copies(
+        "disc_mixup",
+        512,
+        "resized to 320x320, ImageNet statistics",
+        [v2.Resize((320, 320)), v2.Normalize(*_IMAGENET)],
+        "as in Hintersdorf et al. 2024",
+    ),
+    "disc_large_wen": _Copies(
+        "disc_large",
+        1024,
+        "shorter side resized to 256, central 224x224, mean and deviation 0.5",
+        [v2.Resize(256), v2.CenterCrop(224), v2.Normalize([0.5] * 3, [0.5] * 3)],
+        "as in Wen et al. 2024",
+    ),
+    "disc_large_membench": _Copies(
+        "disc_large",
+        1024,
+        "resized to 288x288, ImageNet statistics",
+        [v2.Resize((288, 288)), v2.Normalize(*_IMAGENET)],
+        "as in MemBench, Hong et al. 2024",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SSCD(Network):
+    """Self-supervised descriptor for copy detection (Pizzi et al. 2022), from a published TorchScript file.
+
+    The published networks, and the ways to prepare pictures for them, give numbers on different scales; a protocol is
+    one network with one way, and a file of another network is refused.
+
+    Args:
+        file: ``sscd_disc_mixup.torchscript.pt`` (ResNet-50) or ``sscd_disc_large.torchscript.pt`` (ResNeXt-101).
+        protocol: ``disc_mixup``: the first, pictures resized to 320x320, ImageNet statistics; ``disc_large_wen``: the
+            second, shorter side 256, central 224x224, mean and deviation 0.5; ``disc_large_membench``: the second,
+            288x288, ImageNet statistics.
+        sha256: Digest that the file must have, or its beginning.
+    """
+
+    file: str = ""
+    protocol: Literal["disc_mixup", "disc_large_wen", "disc_large_membench"] = "disc_mixup"
+    sha256: str | None = None
+
+    @property
+    def title(self) -> str:
+        """See :attr:`Space.title`."""
+        return f"SSCD {self.protocol.replace('_', ' ')}"
+
+    @property
+    def description(self) -> str:
+        """See :attr:`Space.description`."""
+        about = _SSCD[self.protocol]
+        return f"cosine similarity of SSCD embeddings ({about.network}, {about.preparation}, {about.paper})"
+
+    @property
+    def citation(self) -> str:
+        """See :attr:`Space.citation`."""
+        return "Pizzi et al. 2022"
+
+    def check(self) -> None:
+        """See :meth:`Space.check`."""
+        name = f"sscd_{_SSCD[self.protocol].network}.torchscript.pt"
+        origin = f"https://dl.fbaipublicfiles.com/sscd-copy-detection/{name}"
+        _check_file(f"SSCD {self.protocol}", self.file, self.sha256, origin)
+
+    def content(self) -> Mapping[str, Any]:
+        """See :meth:`Space.content`."""
+        return {**super().content(), "file": file_digest(Path(self.file))}
+
+    def load(self) -> nn.Module:
+        """See :meth:`Network.load`."""
+        try:
+            return torch.jit.load(self.file, map_location="cpu")
+        except (OSError, RuntimeError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ModelError(f"{self.file} is no TorchScript file of SSCD ({first}); download it again") from error
+
+    def prepare(self, network: Any, picture: Image.Image) -> Tensor:
+        """See :meth:`Network.prepare`."""
+        return _transform(_SSCD[self.protocol].transforms, picture)
+
+    def forward(self, network: Any, pixels: Tensor) -> Tensor:
+        """See :meth:`Network.forward`.
+
+        Raises:
+            ModelError: The file holds the network of another protocol.
+        """
+        vectors: Tensor = network(pixels)
+        expected = _SSCD[self.protocol].dimensions
+        if vectors.shape != (len(pixels), expected):
+            given = vectors.shape[-1]
+            raise ModelError(
+                f"SSCD {self.protocol}: {self.file} gives {given} values a picture, expected {expected}; "
+                "it is another network"
+            )
+        return vectors
+
+
+def _transform(transforms: Sequence[Any], picture: Image.Image) -> Tensor:
+    """Resizes the picture itself, then normalizes it as a tensor: the order of all published scripts."""
+    *resizing, normalize = transforms
+    for step in resizing:
+        picture = step(picture)
+    pixels: Tensor = normalize(to_tensor([picture])[0])
+    return pixels
+
+
+@dataclass(frozen=True)
+class Inception(Network):
+    """Inception-v3 as in the original FID (Heusel et al. 2017), its 2048 values after the last pooling.
+
+    Args:
+        file: State file of torch-fidelity.
+        sha256: Digest that the file must have, or its beginning.
+    """
+
+    file: str = ""
+    sha256: str | None = None
+
+    @property
+    def title(self) -> str:
+        """See :attr:`Space.title`."""
+        return "Inception"
+
+    @property
+    def description(self) -> str:
+        """See :attr:`Space.description`."""
+        return "Inception-v3 (FID weights of 2015-12-05, 2048 values, 299x299 bilinear with antialiasing)"
+
+    @property
+    def citation(self) -> str:
+        """See :attr:`Space.citation`."""
+        return "Szegedy et al. 2016"
+
+    def check(self) -> None:
+        """See :meth:`Space.check`."""
+        if find_spec("torch_fidelity") is None:
+            raise ConfigError("Inception needs torch-fidelity: pip install 'nemo-bench[fid]'")
+        release = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
+        _check_file("Inception", self.file, self.sha256, f"{release}/weights-inception-2015-12-05-6726825d.pth")
+
+    def content(self) -> Mapping[str, Any]:
+        """See :meth:`Space.content`."""
+        return {**super().content(), "file": file_digest(Path(self.file))}
+
+    def load(self) -> nn.Module:
+        """See :meth:`Network.load`."""
+        try:
+            return NoTrainInceptionV3("inception-v3-compat", ["2048"], self.file)
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ModelError(f"{self.file} has no weights of Inception ({first}); download it again") from error
+
+    def prepare(self, network: Any, picture: Image.Image) -> Tensor:
+        """See :meth:`Network.prepare`; the network's own resizing, here since pictures may be of any sizes."""
+        pixels = to_tensor([picture]) * 255
+        sized = F.interpolate(pixels, (299, 299), mode="bilinear", align_corners=False, antialias=True)
+        return sized[0].round().byte()
+
+    def forward(self, network: Any, pixels: Tensor) -> Tensor:
+        """See :meth:`Network.forward`."""
+        return network(pixels)
+
+
+_BACKBONES = {
+    "alex": models.AlexNet_Weights.IMAGENET1K_V1,
+    "vgg": models.VGG16_Weights.IMAGENET1K_V1,
+    "squeeze": models.SqueezeNet1_1_Weights.IMAGENET1K_V1,
+}
+
+
+@dataclass(frozen=True)
+class LPIPS(Pixels):
+    """Learned perceptual distance (Zhang et al. 2018) by torchmetrics, at the size of the images.
+
+    The network's weights must be where torchvision keeps what it downloads; nothing is downloaded here.
+
+    Args:
+        net: Backbone.
+    """
+
+    net: Literal["alex", "vgg", "squeeze"] = "alex"
+
+    @property
+    def title(self) -> str:
+        """See :attr:`Space.title`."""
+        return f"LPIPS {self.net}"
+
+    @property
+    def description(self) -> str:
+        """See :attr:`Space.description`."""
+        return f"LPIPS distance ({self.net} backbone)"
+
+    @property
+    def citation(self) -> str:
+        """See :attr:`Space.citation`."""
+        return "Zhang et al. 2018"
+
+    @property
+    def bounds(self) -> tuple[float | None, float | None]:
+        """See :attr:`Space.bounds`."""
+        return 0.0, None
+
+    @property
+    def _file(self) -> Path:
+        return Path(torch.hub.get_dir()) / "checkpoints" / Path(_BACKBONES[self.net].url).name
+
+    def check(self) -> None:
+        """See :meth:`Space.check`."""
+        if not self._file.is_file():
+            url = _BACKBONES[self.net].url
+            raise ModelError(
+                f"no weights for LPIPS {self.net}: {self._file} does not exist. Download {url} once and put it there "
+                "(TORCH_HOME moves that folder), or leave LPIPS out"
+            )
+
+    def content(self) -> Mapping[str, Any]:
+        """See :meth:`Space.content`."""
+        return {**super().content(), "file": file_digest(self._file)}
+
+    def load(self) -> nn.Module:
+        """The network with trained weights, on the CPU.
+
+        Raises:
+            ModelError: The weights can't be read.
+        """
+        try:
+            return LearnedPerceptualImagePatchSimilarity(self.net).net
+        except (OSError, RuntimeError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ModelError(f"{self._file} has no weights of LPIPS {self.net} ({first}); download it again") from error
+
+    @torch.no_grad()
+    def pair(self, a: Tensor, b: Tensor) -> Tensor:
+        """See :meth:`Space.pair`."""
+        return loaded(self, a.device)(a, b, normalize=True).reshape(len(a))
