@@ -5,6 +5,7 @@ Nothing is downloaded but by open_clip, for a named pair of model and weights; a
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
@@ -61,11 +63,14 @@ class Network(Space):
     def embed(self, pictures: Sequence[Image.Image], size: tuple[int, int], device: torch.device) -> Tensor:
         """See :meth:`Space.embed`; each picture is prepared from its own size."""
         network = loaded(self, device)
-        vectors = []
+        vectors: dict[int, Tensor] = {}
         for start in range(0, len(pictures), BATCH):
-            pixels = torch.stack([self.prepare(network, picture) for picture in pictures[start : start + BATCH]])
-            vectors.append(self.forward(network, pixels.to(device)).float())
-        return torch.cat(vectors)
+            pixels = {start + i: self.prepare(network, p) for i, p in enumerate(pictures[start : start + BATCH])}
+            for shape in dict.fromkeys(image.shape for image in pixels.values()):
+                alike = {number: image for number, image in pixels.items() if image.shape == shape}
+                found = self.forward(network, torch.stack(list(alike.values())).to(device)).float()
+                vectors.update(zip(alike, found, strict=True))
+        return torch.stack([vectors[number] for number in range(len(pictures))])
 
     def pair(self, a: Tensor, b: Tensor) -> Tensor:
         """See :meth:`Space.pair`."""
@@ -79,7 +84,10 @@ class Network(Space):
 @cache
 def loaded(space: Network | LPIPS, device: torch.device) -> nn.Module:
     """The network of a space, made once for all metrics that use it."""
-    return space.load().requires_grad_(False).eval().to(device)
+    network = space.load().eval().to(device)
+    for parameter in network.parameters():
+        parameter.requires_grad = False  # one by one: TorchScript modules know no other way
+    return network
 
 
 class _Clip(nn.Module):
@@ -281,7 +289,9 @@ class SSCD(Network):
     def load(self) -> nn.Module:
         """See :meth:`Network.load`."""
         try:
-            return torch.jit.load(self.file, map_location="cpu")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # SSCD is published as TorchScript alone
+                return torch.jit.load(self.file, map_location="cpu")
         except (OSError, RuntimeError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise ModelError(f"{self.file} is no TorchScript file of SSCD ({first}); download it again") from error
@@ -363,10 +373,8 @@ class Inception(Network):
             raise ModelError(f"{self.file} has no weights of Inception ({first}); download it again") from error
 
     def prepare(self, network: Any, picture: Image.Image) -> Tensor:
-        """See :meth:`Network.prepare`; the network's own resizing, here since pictures may be of any sizes."""
-        pixels = to_tensor([picture]) * 255
-        sized = F.interpolate(pixels, (299, 299), mode="bilinear", align_corners=False, antialias=True)
-        return sized[0].round().byte()
+        """See :meth:`Network.prepare`; the network resizes by itself."""
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
     def forward(self, network: Any, pixels: Tensor) -> Tensor:
         """See :meth:`Network.forward`."""

@@ -1,0 +1,66 @@
+"""Detection against counts by hand, for any scores."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_bench.metrics import detection
+
+SCORES = st.lists(st.integers(-5, 5).map(lambda n: n * 1000.0), min_size=1, max_size=12)
+
+
+def points(memorized: list[float], other: list[float]) -> list[tuple[float, float]]:
+    """The ROC curve: the shares of other and of memorized prompts at or above every threshold, the highest first."""
+    limits = [np.inf, *sorted({*memorized, *other}, reverse=True)]
+    return [(float(np.mean(np.array(other) >= t)), float(np.mean(np.array(memorized) >= t))) for t in limits]
+
+
+@given(SCORES, SCORES)
+def test_all_numbers_are_those_of_their_definitions(memorized: list[float], other: list[float]) -> None:
+    found = detection(memorized, other)
+    curve = points(memorized, other)
+    right = [(m > o) + 0.5 * (m == o) for m in memorized for o in other]
+    assert found["auc"] == pytest.approx(np.mean(right), abs=1e-6)
+    assert found["auc_low"] - 1e-9 <= np.mean(right) <= found["auc_high"] + 1e-9
+    assert found["tpr_at_1_fpr_below"] == pytest.approx(max(t for f, t in curve if f < 0.01), abs=1e-6)
+    nearest = min((abs(f - 0.01), f) for f, _ in curve)[1]
+    assert found["tpr_at_1_fpr_nearest"] == pytest.approx(max(t for f, t in curve if f == nearest), abs=1e-6)
+    assert found["best_accuracy"] == pytest.approx(max((t + 1 - f) / 2 for f, t in curve), abs=1e-6)
+    total, precision = 0.0, 0.0
+    for (_, before), limit in zip(curve, sorted({*memorized, *other}, reverse=True), strict=False):
+        hits, flagged = sum(m >= limit for m in memorized), sum(s >= limit for s in (*memorized, *other))
+        total += (hits / len(memorized) - before) * hits / flagged
+        precision = hits / flagged
+    assert found["average_precision"] == pytest.approx(total, abs=1e-6)
+    assert 0 < precision < 1
+    assert (found["memorized"], found["other"]) == (len(memorized), len(other))
+
+
+def test_the_two_definitions_of_the_true_positive_rate_differ() -> None:
+    other = [float(n) for n in range(60)]
+    memorized = [100.0, 58.5, 57.5, 0.5]
+    found = detection(memorized, other)
+    # One of 60 is 1.67%: nothing but 0% is below 1%, and 1.67% is nearer to it.
+    assert found["tpr_at_1_fpr_below"] == 0.25
+    assert found["tpr_at_1_fpr_nearest"] == 0.5
+
+
+def test_scores_far_from_zero_are_not_rounded_together() -> None:
+    # torchmetrics takes such scores for logits.
+    assert detection([1000.0, 1001.0], [998.0, 999.0])["auc"] == 1
+    assert detection([1e-9, 2e-9], [0.0, 5e-10])["tpr_at_1_fpr_below"] == 1
+
+
+def test_the_interval_is_that_of_drawing_prompts_again() -> None:
+    numbers = np.random.default_rng(3)
+    memorized, other = numbers.normal(1, 1, 40), numbers.normal(0, 1, 50)
+    found = detection(memorized.tolist(), other.tolist())
+    areas = []
+    for _ in range(2000):
+        m, o = numbers.choice(memorized, 40), numbers.choice(other, 50)
+        areas.append((m[:, None] > o).mean() + 0.5 * (m[:, None] == o).mean())
+    assert (found["auc_low"], found["auc_high"]) == pytest.approx(tuple(np.quantile(areas, [0.025, 0.975])), abs=0.012)
+    assert found == detection(memorized.tolist(), other.tolist())

@@ -1,0 +1,242 @@
+"""Networks: preprocessing by hand, weights that are missing or of another network, and that nothing is made twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torchmetrics.functional.image.lpips import _LPIPS
+from torchmetrics.image.fid import NoTrainInceptionV3
+from torchvision.models import squeezenet1_1
+
+from nemo_bench.errors import ConfigError, ModelError
+from nemo_bench.metrics import LPIPS, SSCD, Inception, OpenClip, networks
+from small_networks import CLIP, clip, descriptor, sscd
+
+CPU = torch.device("cpu")
+MEAN, DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+
+
+def picture(seed: int, size: tuple[int, int] = (300, 400)) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+
+
+def crop(image: Image.Image, side: int) -> Image.Image:
+    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+    return image.crop((left, top, left + side, top + side))
+
+
+def prepared(image: Image.Image, protocol: str) -> NDArray[np.float64]:
+    """What a published script does to a picture, by PIL and numpy."""
+    bilinear = Image.Resampling.BILINEAR
+    if protocol == "disc_large_wen":
+        short = min(image.size)
+        sized = crop(image.resize((image.width * 256 // short, image.height * 256 // short), bilinear), 224)
+        return (np.asarray(sized) / 255 - 0.5) / 0.5
+    side = 320 if protocol == "disc_mixup" else 288
+    return (np.asarray(image.resize((side, side), bilinear)) / 255 - MEAN) / DEVIATION
+
+
+@pytest.mark.parametrize(
+    ("protocol", "dimensions"), [("disc_mixup", 512), ("disc_large_wen", 1024), ("disc_large_membench", 1024)]
+)
+def test_sscd_prepares_pictures_as_its_protocol_says(tmp_path: Path, protocol: str, dimensions: int) -> None:
+    path, module = descriptor(tmp_path, dimensions)
+    space = SSCD(str(path), protocol)  # type: ignore[arg-type]
+    space.check()
+    images = [picture(1), picture(2, (512, 512)), picture(3, (256, 257))]
+    pixels = [torch.from_numpy(prepared(image, protocol)).permute(2, 0, 1).float() for image in images]
+    with torch.no_grad():
+        expected = module(torch.stack(pixels))
+    vectors = space.embed(images, (64, 64), CPU)
+    torch.testing.assert_close(vectors, expected, atol=1e-4, rtol=1e-4)
+    unit = vectors.numpy() / np.linalg.norm(vectors.numpy(), axis=1, keepdims=True)
+    assert space.compare(vectors, vectors).numpy() == pytest.approx(unit @ unit.T, abs=1e-5)
+    assert space.pair(vectors[:2], vectors[1:]).numpy() == pytest.approx((unit[:2] * unit[1:]).sum(1), abs=1e-5)
+
+
+def test_protocols_of_sscd_are_not_mixed(tmp_path: Path) -> None:
+    path, _ = descriptor(tmp_path, 1024)
+    with pytest.raises(ModelError, match=r"SSCD disc_mixup: .* gives 1024 values a picture, expected 512"):
+        SSCD(str(path), "disc_mixup").embed([picture(0)], (64, 64), CPU)
+    names = {SSCD(str(path), protocol).title for protocol in ("disc_mixup", "disc_large_wen", "disc_large_membench")}
+    assert len(names) == 3
+
+
+def test_sscd_without_its_file_says_how_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no file is given. Download https://.*/sscd_disc_mixup.torchscript.pt"):
+        SSCD().check()
+    with pytest.raises(ModelError, match=r"gone.pt' does not exist. Download https://.*/sscd_disc_large.torchscript"):
+        SSCD(str(tmp_path / "gone.pt"), "disc_large_wen").check()
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes(b"no script")
+    with pytest.raises(ModelError, match="no TorchScript file of SSCD"):
+        SSCD(str(broken)).embed([picture(0)], (64, 64), CPU)
+
+
+def test_a_file_of_weights_has_the_digest_that_is_asked_for(tmp_path: Path) -> None:
+    path, _ = descriptor(tmp_path, 512)
+    right = hashlib.sha256(path.read_bytes()).hexdigest()
+    SSCD(str(path), sha256=right).check()
+    SSCD(str(path), sha256=right[:8].upper()).check()
+    with pytest.raises(ModelError, match=f"has SHA-256 {right}, expected 00ff"):
+        SSCD(str(path), sha256="00ff").check()
+    moved = path.rename(tmp_path / "moved.pt")
+    assert SSCD(str(moved)).content()["file"] == right
+
+
+def test_equal_spaces_share_their_network(tmp_path: Path) -> None:
+    first, second = sscd(tmp_path), SSCD(file=str(tmp_path / "descriptor512.pt"))
+    assert networks.loaded(first, CPU) is networks.loaded(second, CPU)
+    assert first.view == second.view
+    assert first.view != SSCD(first.file, "disc_large_wen").view
+
+
+def test_many_pictures_are_embedded_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space, images = sscd(tmp_path), [picture(seed, (40, 40)) for seed in range(5)]
+    whole = space.embed(images, (64, 64), CPU)
+    monkeypatch.setattr(networks, "BATCH", 2)
+    torch.testing.assert_close(space.embed(images, (64, 64), CPU), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (OpenClip("ViT-B-32", "no-tag"), "no weights for open_clip model 'ViT-B-32', pretrained 'no-tag'.*openai"),
+        (OpenClip("ViT-B-32"), "set pretrained to a tag or file"),
+        (OpenClip("ViT-B-0", "openai"), "unknown open_clip model 'ViT-B-0'.*Did you mean 'ViT-B-32"),
+        (OpenClip("local-dir:gone"), "no open_clip_config.json in that folder"),
+    ],
+)
+def test_open_clip_models_that_are_none_are_found_before_anything_loads(space: OpenClip, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        space.check()
+
+
+@pytest.mark.parametrize(
+    ("model", "tag"),
+    [
+        ("ViT-B-32", "openai"),
+        ("ViT-L-14", "openai"),
+        ("ViT-H-14", "laion2b_s32b_b79k"),
+        ("ViT-g-14", "laion2b_s12b_b42k"),
+    ],
+)
+def test_the_open_clip_models_of_the_papers_are_known(model: str, tag: str) -> None:
+    OpenClip(model, tag).check()
+    assert OpenClip(model, tag).title == f"CLIP {model}"
+
+
+def test_an_open_clip_model_without_weights_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(CLIP))
+    with pytest.raises(ModelError, match=r"no weights for open_clip model 'local-dir:.*give a known pair"):
+        networks.loaded(OpenClip(f"local-dir:{tmp_path}"), CPU)
+    (tmp_path / "open_clip_model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ModelError, match="no weights for open_clip model"):
+        networks.loaded(OpenClip(f"local-dir:{tmp_path}"), CPU)
+
+
+def test_open_clip_embeds_as_open_clip_does(tmp_path: Path) -> None:
+    space = clip(tmp_path)
+    space.check()
+    model, preprocess = open_clip.create_model_from_pretrained(space.model)
+    model.eval()
+    images = [picture(1), picture(2)]
+    with torch.no_grad():
+        expected = model.encode_image(torch.stack([preprocess(image) for image in images]))
+        text = model.encode_text(open_clip.get_tokenizer(space.model)(["a red car"]))[0]
+    torch.testing.assert_close(space.embed(images, (64, 64), CPU), expected)
+    vector, cut = space.embed_text("a red car", CPU)
+    torch.testing.assert_close(vector, text)
+    assert not cut
+    network = networks.loaded(space, CPU)
+    assert not network.training
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(("words", "cut"), [(0, False), (5, False), (6, False), (7, True), (40, True)])
+def test_texts_that_are_cut_are_known(tmp_path: Path, words: int, cut: bool) -> None:
+    # Eight tokens, of which the first and the last are marks of beginning and end.
+    assert clip(tmp_path).embed_text("car " * words, CPU)[1] is cut
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **k: {}, raising=False
+        )
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *a, **k: None)
+        weights = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).state_dict()
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(weights, path)
+    return path
+
+
+def test_inception_sees_what_torchmetrics_shows_it(inception: Path) -> None:
+    space = Inception(str(inception))
+    space.check()
+    images = [picture(1, (70, 64)), picture(2, (128, 128)), picture(3, (70, 64))]
+    library = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(inception))
+    vectors = space.embed(images, (64, 64), CPU)
+    assert vectors.shape == (3, 2048)
+    for image, vector in zip(images, vectors, strict=True):
+        pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None]
+        torch.testing.assert_close(vector, library(pixels)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_inception_without_weights_or_library_says_how_to_get_them(
+    inception: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ModelError, match=r"no weights for Inception.*weights-inception-2015-12-05-6726825d.pth once"):
+        Inception("nowhere.pth").check()
+    monkeypatch.setattr(networks, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'nemo-bench\[fid\]'"):
+        Inception(str(inception)).check()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_lpips_without_weights_says_where_they_belong(hub: Path) -> None:
+    for net in ("alex", "vgg", "squeeze"):
+        with pytest.raises(ModelError, match=rf"no weights for LPIPS {net}: {hub}.*Download https://.*TORCH_HOME"):
+            LPIPS(net).check()  # type: ignore[arg-type]
+
+
+def test_lpips_is_the_weighted_distance_of_unit_features(hub: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(squeezenet1_1(weights=None).state_dict(), hub / "squeezenet1_1-b8a52dc0.pth")
+    space = LPIPS("squeeze")
+    space.check()
+    a, b = torch.rand(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    network = networks.loaded(space, CPU)
+    assert isinstance(network, _LPIPS)
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    expected = torch.zeros(3)
+    with torch.no_grad():
+        seen = [network.net((2 * x - 1 - shift[:, None, None]) / scale[:, None, None]) for x in (a, b)]
+        for one, other, linear in zip(*seen, network.lins, strict=True):
+            difference = (F.normalize(one, eps=1e-8) - F.normalize(other, eps=1e-8)).square()
+            weights = linear.model[-1].weight[0]
+            expected += (difference * weights).sum(1).mean((1, 2))
+    torch.testing.assert_close(space.pair(a, b), expected, atol=1e-4, rtol=1e-3)
+    assert space.compare(a, b).diagonal().tolist() == pytest.approx(expected.tolist(), rel=1e-3)
+    assert space.nearest(a, torch.cat([b, a])).tolist() == pytest.approx([0, 0, 0], abs=1e-5)
