@@ -160,6 +160,7 @@ class RunSettings:
         seeds: Images a prompt.
         localize_seeds: Seeds a prompt for noise differences, at least 2.
         batch_size: Images in a batch; changes results by rounding only.
+        workers: Processes that read images ahead while others are scored.
         grid: What an experiment consists of, for its file alone: lines of overrides, each read as on the command line.
         trainer: Lightning's trainer.
         logger: Experiment tracking.
@@ -176,6 +177,7 @@ class RunSettings:
     seeds: int = 4
     localize_seeds: int = 10
     batch_size: int = 32
+    workers: int = 0
     grid: list[str] = field(default_factory=list)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     logger: LoggerSettings = field(default_factory=LoggerSettings)
@@ -197,6 +199,7 @@ _LEAST: dict[str, float] = {
     "seeds": 1,
     "localize_seeds": 2,
     "batch_size": 1,
+    "workers": 0,
     "trainer.devices": 1,
     "trainer.num_nodes": 1,
     "logger.timeout": 1,

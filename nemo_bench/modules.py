@@ -264,16 +264,20 @@ class Scene:
     """What there is to see of one prompt, embedded once for all metrics that look at it in the same space.
 
     Args:
-        prompt: The prompt.
-        files: Its pictures: ``images``, ``references`` and ``unmitigated``, as far as they are needed.
+        task: The prompt to be scored.
+        records: Records of its images, by seed.
+        files: Its pictures: ``images``, and ``references`` and ``unmitigated`` as far as they are needed.
         localization: Its localization record, or None.
-        device: Where pictures are compared.
     """
 
     def __init__(
-        self, prompt: Prompt, files: Mapping[str, Sequence[Path]], localization: Record | None, device: torch.device
+        self,
+        task: PromptTask,
+        records: Sequence[Record],
+        files: Mapping[str, Sequence[Path]],
+        localization: Record | None = None,
     ) -> None:
-        self.prompt, self.localization, self.device = prompt, localization, device
+        self.task, self.records, self.localization = task, records, localization
         self.pictures = {name: [open_image(path) for path in paths] for name, paths in files.items() if paths}
         self.seen: dict[tuple[str, Hashable], Tensor] = {}
         self.truncated = False
@@ -287,7 +291,7 @@ class Scene:
         """Whether there is anything of the kind."""
         return field in self.pictures or field == "text" or (field == "localization" and self.localization is not None)
 
-    def field(self, field: str, space: Space) -> Any:
+    def field(self, field: str, space: Space, device: torch.device) -> Any:
         """See :class:`BenchMetric` for the fields."""
         if field == "localization":
             return self.localization
@@ -295,113 +299,123 @@ class Scene:
         if key not in self.seen:
             if field == "text":
                 assert isinstance(space, OpenClip)
-                self.seen[key], is_cut = space.embed_text(self.prompt.text, self.device)
+                self.seen[key], is_cut = space.embed_text(self.task.prompt.text, device)
                 self.truncated |= is_cut
             else:
-                self.seen[key] = space.embed(self.pictures[field], self.size, self.device)
+                self.seen[key] = space.embed(self.pictures[field], self.size, device)
         return self.seen[key]
 
 
-def embed_together(scenes: Sequence[Scene], field: str, space: Network) -> None:
-    """Embeds the pictures of some prompts at once; networks are slow on few."""
-    having = [scene for scene in scenes if scene.has(field)]
-    if having:
-        counts = [len(scene.pictures[field]) for scene in having]
-        pictures = [picture for scene in having for picture in scene.pictures[field]]
-        vectors = space.embed(pictures, having[0].size, having[0].device)
-        for scene, part in zip(having, vectors.split(counts), strict=True):
-            scene.seen[field, space.view] = part
-
-
-class ScoringStage(Stage):
-    """Scores the images of each prompt with every metric, and keeps the features that metrics of whole sets need.
+class SceneReader:
+    """Reads the pictures of some prompts, in any process.
 
     Args:
-        metrics: Metrics by name.
-        images: Generation records, with ``image`` a file in the store's folder or an absolute path.
-        store: Where records go.
-        pool: Reference images of all prompts.
+        metrics: Metrics; what none of them needs is not read.
+        folder: Where the files in ``images`` are.
+        images: Generation records, with ``image`` a path in the folder or an absolute one.
         localizations: Localization records by prompt id.
         unmitigated: Files of the images without mitigation by id of the image's record.
     """
 
     def __init__(
         self,
-        metrics: Mapping[str, BenchMetric],
+        metrics: Iterable[BenchMetric],
+        folder: Path,
         images: Iterable[Record],
-        store: Store,
-        *,
-        pool: Sequence[Path] = (),
         localizations: Mapping[str, Record] | None = None,
         unmitigated: Mapping[str, Path] | None = None,
     ) -> None:
-        super().__init__(store, "score")
-        self.metrics = {name: metric for name, metric in metrics.items() if metric.per != "set"}
-        self.set_spaces = set_spaces(metrics.values())
-        self.localizations, self.unmitigated = localizations or {}, unmitigated or {}
+        self.folder, self.localizations, self.unmitigated = folder, localizations or {}, unmitigated or {}
+        self.needed = {field for metric in metrics for field in metric.needs}
         self.images: dict[str, list[Record]] = {}
         for record in sorted(images, key=lambda r: r["seed"]):
             self.images.setdefault(record["prompt"], []).append(record)
+
+    def __call__(self, tasks: Sequence[PromptTask]) -> list[Scene]:
+        """The scenes of some prompts that have images."""
+        return [self._scene(task) for task in tasks]
+
+    def _scene(self, task: PromptTask) -> Scene:
+        records = self.images[task.prompt.id]
+        files: dict[str, Sequence[Path]] = {"images": [self.folder / record["image"] for record in records]}
+        if "references" in self.needed:
+            files["references"] = task.prompt.references
+        if "unmitigated" in self.needed and all(record["id"] in self.unmitigated for record in records):
+            files["unmitigated"] = [self.unmitigated[record["id"]] for record in records]
+        return Scene(task, records, files, self.localizations.get(task.prompt.id))
+
+
+class ScoringStage(Stage):
+    """Scores the images of each prompt with every metric, and keeps the features that metrics of whole sets need.
+
+    It takes what :class:`SceneReader` reads.
+
+    Args:
+        metrics: Metrics by name.
+        store: Where records go.
+        pool: Reference images of all prompts.
+    """
+
+    def __init__(self, metrics: Mapping[str, BenchMetric], store: Store, pool: Sequence[Path] = ()) -> None:
+        super().__init__(store, "score")
+        self.metrics = {name: metric for name, metric in metrics.items() if metric.per != "set"}
+        self.set_spaces = set_spaces(metrics.values())
         self._pool_files = tuple(pool)
         self._pools: dict[tuple[Hashable, tuple[int, int]], Tensor] = {}
-        self._needed = {field for metric in self.metrics.values() for field in metric.needs}
 
-    def handle(self, tasks: Sequence[PromptTask]) -> list[Record]:
+    def handle(self, tasks: Sequence[Scene]) -> list[Record]:
         """Scores the images of each prompt."""
-        scenes = [self._scene(task.prompt) for task in tasks]
-        wanted = {(field, metric.space) for metric in self.metrics.values() for field in metric.needs - {"text"}}
-        for field, space in {*wanted, *(("images", space) for space in self.set_spaces.values())}:
+        wanted = {(field, metric.space) for metric in self.metrics.values() for field in metric.needs}
+        wanted |= {("images", space) for space in self.set_spaces.values()}
+        for field, space in wanted:
             if isinstance(space, Network) and field in ("images", "references", "unmitigated"):
-                embed_together(scenes, field, space)
-        return [line for task, scene in zip(tasks, scenes, strict=True) for line in self._score(task, scene)]
+                embed_together(tasks, field, space, self.device)
+        return [line for scene in tasks for line in self._score(scene)]
 
-    def _scene(self, prompt: Prompt) -> Scene:
-        records = self.images[prompt.id]
-        files: dict[str, Sequence[Path]] = {"images": [self.store.folder / record["image"] for record in records]}
-        if "references" in self._needed:
-            files["references"] = prompt.references
-        if "unmitigated" in self._needed and all(record["id"] in self.unmitigated for record in records):
-            files["unmitigated"] = [self.unmitigated[record["id"]] for record in records]
-        return Scene(prompt, files, self.localizations.get(prompt.id), self.device)
-
-    def _score(self, task: PromptTask, scene: Scene) -> list[Record]:
-        records = self.images[task.prompt.id]
+    def _score(self, scene: Scene) -> list[Record]:
+        prompt = scene.task.prompt
         of_prompt: dict[str, float] = {}
-        of_images: list[dict[str, float]] = [{} for _ in records]
+        of_images: list[dict[str, float]] = [{} for _ in scene.records]
         for name, metric in self.metrics.items():
             if not all(scene.has(field) or (field == "pool" and self._pool_files) for field in metric.needs):
                 continue
-            fields = {
-                field: self._pool(metric.space, scene) if field == "pool" else scene.field(field, metric.space)
-                for field in metric.needs
-            }
-            values = metric.score(**fields).tolist()
+            values = metric.score(**{field: self._field(field, metric.space, scene) for field in metric.needs}).tolist()
             if metric.per == "image":
                 for scores, value in zip(of_images, values, strict=bool(values)):
                     scores[name] = round(value, 6)
             elif values:
                 of_prompt[name] = round(values[0], 6)
-        whole: Record = {"id": task.id, "prompt": task.prompt.id, "seed": None, "scores": of_prompt}
+        whole: Record = {"id": scene.task.id, "prompt": prompt.id, "seed": None, "scores": of_prompt}
         if any("text" in metric.needs for metric in self.metrics.values()):
             whole["truncated"] = scene.truncated
         if self.set_spaces:
-            whole["file"] = f"features/{file_name(task.prompt)}.safetensors"
-            features = {name: scene.field("images", space) for name, space in self.set_spaces.items()}
+            whole["file"] = f"features/{file_name(prompt)}.safetensors"
+            features = {name: scene.field("images", space, self.device) for name, space in self.set_spaces.items()}
             save_features(self.store.folder / whole["file"], features)
-        return [
-            *(
-                {"id": record["id"], "prompt": task.prompt.id, "seed": record["seed"], "scores": scores}
-                for record, scores in zip(records, of_images, strict=True)
-            ),
-            whole,
+        lines = [
+            {"id": record["id"], "prompt": prompt.id, "seed": record["seed"], "scores": scores}
+            for record, scores in zip(scene.records, of_images, strict=True)
         ]
+        return [*lines, whole]
 
-    def _pool(self, space: Space, scene: Scene) -> Tensor:
+    def _field(self, field: str, space: Space, scene: Scene) -> Any:
+        if field != "pool":
+            return scene.field(field, space, self.device)
         key = (space.view, scene.size)
         if key not in self._pools:
             pictures = [open_image(path) for path in self._pool_files]
-            self._pools[key] = space.embed(pictures, scene.size, scene.device)
+            self._pools[key] = space.embed(pictures, scene.size, self.device)
         return self._pools[key]
+
+
+def embed_together(scenes: Sequence[Scene], field: str, space: Network, device: torch.device) -> None:
+    """Embeds the pictures of some prompts at once; networks are slow on few."""
+    having = [scene for scene in scenes if scene.has(field)]
+    if having:
+        pictures = [picture for scene in having for picture in scene.pictures[field]]
+        vectors = space.embed(pictures, having[0].size, device)
+        for scene, part in zip(having, vectors.split([len(scene.pictures[field]) for scene in having]), strict=True):
+            scene.seen[field, space.view] = part
 
 
 class FolderChunk(NamedTuple):

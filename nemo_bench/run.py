@@ -47,6 +47,7 @@ from nemo_bench.modules import (
     GenerationStage,
     LocalizationStage,
     PromptChunk,
+    SceneReader,
     ScoringStage,
     Stage,
     StatisticsStage,
@@ -195,7 +196,10 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]]) -> Cell:
                 f"metrics.{name}: expected a BenchMetric that needs some of {', '.join(sorted(FIELDS))}, given {metric}"
             )
             raise ConfigError(msg)
-        metric.check()
+        try:
+            metric.check()
+        except NemoBenchError as error:
+            raise type(error)(f"metrics.{name}: {error}; without it: ~metrics.{name}") from error
     prompts = _read(settings.prompts.files, settings.prompts.limit, cache)
     published = read_statistics(Path(resolve(model.statistics))) if model.statistics else None
     measured = _measured(method, model)
@@ -309,6 +313,9 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
             cell.store.open(cell.spec)
             _note_start(cell, command, runner)
             _reopen(cell)
+        for cell in cells:
+            for metric in metrics_of(cell).values() if not cell.store.is_done("score") else ():
+                metric.space.fetch()
     for cell in cells:
         runner.make(cell)
     for cell in cells:
@@ -596,16 +603,13 @@ class Runner:
 
         def make() -> Stage:
             return ScoringStage(
-                metrics,
-                store.records("generate").values(),
-                store,
-                pool=list(dict.fromkeys(path for p in cell.prompts for path in p.references)),
-                localizations=by_prompt(store),
-                unmitigated=unmitigated_images(cell),
+                metrics, store, list(dict.fromkeys(path for p in cell.prompts for path in p.references))
             )
 
-        size = max(1, cell.choice.settings.batch_size // cell.choice.settings.seeds)
-        self._predict("score", cell.spec["method"], cell.prompt_tasks, store, make, size)
+        settings, images = cell.choice.settings, store.records("generate").values()
+        reader = SceneReader(metrics.values(), store.folder, images, by_prompt(store), unmitigated_images(cell))
+        size = max(1, settings.batch_size // settings.seeds)
+        self._predict("score", cell.spec["method"], cell.prompt_tasks, store, make, size, reader, settings.workers)
         if is_main() and not (store.folder / SETS).exists():
             write_json(store.folder / SETS, score_sets(cell, metrics))
 
@@ -620,12 +624,20 @@ class Runner:
         self._predict("features", metric.title, chunks, store, lambda: FeatureStage(metric.space, store), 1)
 
     def _predict(
-        self, stage: str, label: str, tasks: Sequence[Any], store: Store, make: Callable[[], Stage], batch_size: int
+        self,
+        stage: str,
+        label: str,
+        tasks: Sequence[Any],
+        store: Store,
+        make: Callable[[], Stage],
+        batch_size: int,
+        read: Callable[[list[Any]], Any] = list,
+        workers: int = 0,
     ) -> None:
         if store.is_done(stage):
             return
         self.bar.description = f"{stage:>10} {label:<8}"
-        data: PromptDataModule[Any] = PromptDataModule(tasks, store, stage, batch_size)
+        data: PromptDataModule[Any] = PromptDataModule(tasks, store, stage, batch_size, read, workers)
         with _quiet():
             self.trainer.predict(make(), datamodule=data, return_predictions=False)
         self.trainer.strategy.barrier()

@@ -20,6 +20,8 @@ from nemo_bench.metrics.base import BenchMetric
 from nemo_bench.metrics.networks import Inception, Network
 from nemo_bench.types import digest
 
+_ALONE: dict[str, Any] = {"sync_on_compute": False}
+"""One process has all features and computes alone; others must not be waited for."""
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
@@ -112,7 +114,7 @@ class FID(SetMetric):
 
     def distance(self, images: Tensor, real: Tensor) -> Metric:
         """See :meth:`SetMetric.distance`."""
-        return FrechetInceptionDistance(_Features(images.shape[1]))
+        return FrechetInceptionDistance(_Features(images.shape[1]), **_ALONE)
 
 
 class KID(SetMetric):
@@ -138,7 +140,8 @@ class KID(SetMetric):
     def distance(self, images: Tensor, real: Tensor) -> Metric:
         """See :meth:`SetMetric.distance`."""
         size = min(self.subset_size, len(images), len(real))
-        return KernelInceptionDistance(_Features(images.shape[1]), subsets=self.subsets, subset_size=size)
+        network = _Features(images.shape[1])
+        return KernelInceptionDistance(network, subsets=self.subsets, subset_size=size, **_ALONE)
 
 
 class MiFID(SetMetric):
@@ -164,7 +167,8 @@ class MiFID(SetMetric):
 
     def distance(self, images: Tensor, real: Tensor) -> Metric:
         """See :meth:`SetMetric.distance`."""
-        return MemorizationInformedFrechetInceptionDistance(_Features(images.shape[1]), cosine_distance_eps=self.limit)
+        network = _Features(images.shape[1])
+        return MemorizationInformedFrechetInceptionDistance(network, cosine_distance_eps=self.limit, **_ALONE)
 
     def score(self, images: Tensor, real: Tensor) -> Tensor:  # type: ignore[override]
         """See :meth:`SetMetric.score`."""

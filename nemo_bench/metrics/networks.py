@@ -158,6 +158,19 @@ class OpenClip(Network):
             return {**content, "pretrained": file_digest(Path(self.pretrained))}
         return content
 
+    def fetch(self) -> None:
+        """See :meth:`Space.fetch`."""
+        if self._folder or Path(str(self.pretrained)).is_file():
+            return
+        try:
+            open_clip.download_pretrained(open_clip.get_pretrained_cfg(self.model, str(self.pretrained)))
+        except Exception as error:  # of whichever client the hub's library uses
+            first = str(error).strip().split("\n")[0]
+            raise ModelError(
+                f"the weights '{self.pretrained}' of open_clip model '{self.model}' can't be downloaded ({first}); get "
+                "them where there is a connection and take the cache along (HF_HOME), or give their file as pretrained"
+            ) from error
+
     def load(self) -> nn.Module:
         """See :meth:`Network.load`."""
         try:
@@ -198,10 +211,9 @@ def _check_file(kind: str, file: str, sha256: str | None, origin: str) -> None:
     path = Path(file)
     if not file or not path.is_file():
         given = f"'{file}' does not exist" if file else "no file is given"
-        name = origin.rpartition("/")[2]
         raise ModelError(
-            f"no weights for {kind}: {given}. Download {origin} once and put it at that path, or give another one: "
-            f"weights=FOLDER is the folder that {name} is looked for in"
+            f"no weights for {kind}: {given}. Download {origin} once into a folder of weights, and name that folder: "
+            "weights=FOLDER"
         )
     if sha256 and not file_digest(path).startswith(sha256.lower()):
         raise ModelError(f"{kind}: {file} has SHA-256 {file_digest(path)}, expected {sha256}; download it again")

@@ -64,6 +64,13 @@ class Space(ABC):
             NemoBenchError: Weights or a library are missing; the message says how to get them.
         """
 
+    def fetch(self) -> None:  # noqa: B027 - most spaces have nothing to fetch
+        """Downloads what it has to, before anything runs.
+
+        Raises:
+            ModelError: It can't be had.
+        """
+
     def content(self) -> Mapping[str, Any]:
         """What decides its values: settings, and digests in place of paths."""
         return {"kind": type(self).__name__, **asdict(self)}

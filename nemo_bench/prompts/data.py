@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import lightning as L
@@ -62,13 +62,25 @@ class PromptDataModule(L.LightningDataModule, Generic[Task]):
         store: Where the records are.
         stage: Name of the stage.
         batch_size: Tasks in a batch.
+        read: Makes a batch of tasks into what the stage takes.
+        workers: Processes that read ahead.
     """
 
-    def __init__(self, tasks: Sequence[Task], store: Store, stage: str, batch_size: int) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        store: Store,
+        stage: str,
+        batch_size: int,
+        read: Callable[[list[Task]], Any] = list,
+        workers: int = 0,
+    ) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.tasks: dict[str, Task] = {task.id: task for task in tasks}
         self.store, self.stage_name, self.batch_size = store, stage, batch_size
+        self.read: Callable[[list[Task]], Any] = read
+        self.workers = workers
         self.open: list[Task] = []
 
     def setup(self, stage: str) -> None:
@@ -80,5 +92,6 @@ class PromptDataModule(L.LightningDataModule, Generic[Task]):
         self.open = [self.tasks[i] for i in todo[trainer.global_rank :: trainer.world_size]]
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Batches as plain lists of tasks."""
-        return DataLoader(self.open, batch_size=self.batch_size, collate_fn=list)  # type: ignore[arg-type]
+        """Batches of open tasks, read."""
+        options: dict[str, Any] = {"collate_fn": self.read, "num_workers": min(self.workers, len(self.open))}
+        return DataLoader(self.open, batch_size=self.batch_size, **options)  # type: ignore[arg-type]
