@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from itertools import product
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_bench.aggregate import aggregate, bootstrap_interval
+from nemo_bench.aggregate import aggregate, bootstrap_interval, paired, presets
 from nemo_bench.types import Kind, Prompt, Record
 
 SCORES = st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=5)
@@ -111,3 +115,113 @@ def test_any_scores_are_summed_up(drawn: list[tuple[Kind | None, list[float]]]) 
         assert found["low"] - 1e-12 <= found["mean"] <= found["high"] + 1e-12
         assert min(means) - 1e-12 <= found["low"]
         assert found["high"] <= max(means) + 1e-12
+
+
+def seeded(prompt: str, seed: int | None, **scores: float) -> Record:
+    return {"prompt": prompt, "seed": seed, "scores": scores}
+
+
+def test_pairs_are_of_the_same_prompt_and_seed() -> None:
+    prompts = [Prompt("a", "", "VM"), Prompt("b", "", "VM"), Prompt("alone", "", "VM")]
+    none = [seeded("a", 0, s=1.0), seeded("a", 1, s=5.0), seeded("b", 0, s=2.0), seeded("a", None, d=3.0)]
+    ours = [
+        seeded("a", 1, s=4.0),
+        seeded("a", 0, s=2.0),
+        seeded("b", 0, s=0.0),
+        seeded("b", 7, s=99.0),
+        seeded("alone", 0, s=9.0),
+        seeded("a", None, d=2.0, other=1.0),
+    ]
+    row = aggregate(ours, prompts, none)["VM"]
+    # Prompt a: +1 and -1, mean 0; prompt b: -2.
+    assert row["s"]["paired"]["difference"] == -1
+    assert row["s"]["paired"]["prompts"] == 2
+    assert row["d"]["paired"] == {"difference": -1, "low": -1, "high": -1, "p": 1, "prompts": 1}
+    assert "paired" not in row["other"]
+    assert "paired" not in aggregate(ours, prompts)["VM"]["s"]
+
+
+@given(st.lists(st.integers(-20, 20), min_size=1, max_size=8))
+def test_the_permutation_test_counts_sign_patterns(values: list[int]) -> None:
+    found = paired(np.array(values, np.float64))
+    patterns = [
+        sum(s * v for s, v in zip(signs, values, strict=True)) for signs in product((1, -1), repeat=len(values))
+    ]
+    assert found["p"] == np.mean([abs(total) >= abs(sum(values)) for total in patterns])
+    assert found["difference"] == pytest.approx(np.mean(values))
+    assert found["low"] - 1e-9 <= found["difference"] <= found["high"] + 1e-9
+
+
+def test_many_sign_patterns_are_drawn() -> None:
+    numbers = np.random.default_rng(0)
+    nothing, something = numbers.normal(0, 1, 60), numbers.normal(0.5, 1, 60)
+    assert paired(nothing)["p"] > 0.05
+    assert 1 / 10001 <= paired(something)["p"] < 0.01
+    # A normal approximation of the same test.
+    z = abs(nothing.sum()) / np.sqrt((nothing**2).sum())
+    assert paired(nothing)["p"] == pytest.approx(math.erfc(z / math.sqrt(2)), abs=0.02)
+    assert paired(nothing) == paired(nothing.copy())
+    assert paired(np.full(60, 0.1))["p"] == 1 / 10001
+    assert paired(np.zeros(60))["p"] == 1
+
+
+SIMILARITY = {"family": "memorization", "per": "image", "lower": -1.0, "upper": 1.0}
+METRICS: dict[str, dict[str, Any]] = {
+    "sscd": SIMILARITY,
+    "rate": {**SIMILARITY, "lower": 0.0},
+    "clip": {**SIMILARITY, "family": "alignment"},
+    "change": {**SIMILARITY, "family": "change"},
+    "neurons": {"family": "localization", "per": "prompt", "lower": 0.0, "upper": None},
+}
+
+
+def preset_records() -> list[Record]:
+    images = {"a": [0.9, 0.8, 0.1, 0.4], "b": [0.6, 0.2], "c": [0.3, 0.3]}
+    lines = [
+        seeded(prompt, seed, sscd=value, rate=float(value > 0.5), clip=value / 2, change=1 - value)
+        for prompt, values in images.items()
+        for seed, value in enumerate(values)
+    ]
+    return [*lines, *(seeded(prompt, None, neurons=number) for number, prompt in enumerate(images))]
+
+
+PRESET_PROMPTS = [Prompt("a", "", "VM"), Prompt("b", "", "VM"), Prompt("c", "", "TM")]
+
+
+def test_the_presets_by_hand() -> None:
+    found = presets(preset_records(), PRESET_PROMPTS, METRICS)
+    assert list(found) == ["nemo", "membench", "wen"]
+    for preset in found.values():
+        assert list(preset) == ["title", "definition", "citation", "rows"]
+        assert all(preset[key] for key in preset)
+        entries = [entry for row in preset["rows"].values() for entry in row.values()]
+        assert all(list(entry) == ["value", "low", "high", "spread", "prompts"] for entry in entries)
+        assert all(entry["low"] - 1e-12 <= entry["value"] <= entry["high"] + 1e-12 for entry in entries)
+    # Medians over images 0.6 and 0.4, of which the median is 0.5 and either is 0.1 away.
+    nemo = found["nemo"]["rows"]
+    assert set(nemo) == {"VM", "TM"}
+    assert (nemo["VM"]["sscd"]["value"], nemo["VM"]["sscd"]["spread"]) == pytest.approx((0.5, 0.1))
+    assert nemo["VM"]["neurons"]["value"] == 0.5
+    membench = found["membench"]["rows"]
+    assert {key: round(entry["value"], 6) for key, entry in membench["VM"].items()} == {
+        "sscd, max": 0.75,  # 0.9 and 0.6
+        "sscd, top 3": 0.55,  # 0.7 and 0.4
+        "sscd, above 0.5": 0.5,  # both a half
+    }
+    assert membench["all"]["sscd, above 0.5"]["value"] == pytest.approx(1 / 3)
+    wen = found["wen"]["rows"]
+    assert set(wen["VM"]) == {"sscd", "rate", "clip"}
+    assert wen["VM"]["sscd"] == {**wen["VM"]["sscd"], "value": pytest.approx(0.475), "spread": None, "prompts": 2}
+
+
+def test_a_preset_without_its_metrics_is_left_out() -> None:
+    lines = [record for record in preset_records() if record["seed"] is None]
+    assert list(presets(lines, PRESET_PROMPTS, METRICS)) == ["nemo"]
+    assert presets([], PRESET_PROMPTS, METRICS) == {}
+
+
+def test_the_interval_of_a_median_is_over_prompts() -> None:
+    values = np.random.default_rng(2).normal(3, 2, 400)
+    low, high = bootstrap_interval(values, of_median=True)
+    error = 1.96 * 1.2533 * values.std() / 20
+    assert (low, high) == pytest.approx((np.median(values) - error, np.median(values) + error), abs=0.1)
