@@ -152,16 +152,29 @@ def plan(choices: Sequence[Choice]) -> list[Cell]:
     return list(asked.values())
 
 
+def read_files(files: Sequence[str], limit: int | None = None) -> list[Prompt]:
+    """Reads the prompts of several files.
+
+    Args:
+        files: Prompt files; ``package:`` stands for the folder of this package.
+        limit: Take so many prompts of each file.
+
+    Raises:
+        NemoBenchError: A file can't be read, or two have a prompt of the same id.
+    """
+    prompts = [p for file in files for p in read_prompts(resolve(file), limit=limit)]
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise ConfigError(f"prompts.files={list(files)}: two files have a prompt with id '{prompt.id}'")
+        seen.add(prompt.id)
+    return prompts
+
+
 def _read(files: Sequence[str], limit: int | None, cache: dict[str, list[Prompt]]) -> list[Prompt]:
     key = digest([list(files), limit])
     if key not in cache:
-        prompts = [p for file in files for p in read_prompts(resolve(file), limit=limit)]
-        seen: dict[str, str] = {}
-        for prompt in prompts:
-            if prompt.id in seen:
-                raise ConfigError(f"prompts.files={list(files)}: two files have a prompt with id '{prompt.id}'")
-            seen[prompt.id] = prompt.text
-        cache[key] = prompts
+        cache[key] = read_files(files, limit)
     return cache[key]
 
 

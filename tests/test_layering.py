@@ -17,7 +17,7 @@ LAYERS = (
     {"localization", "methods", "detectors", "metrics"},
     {"modules"},
     {"run"},
-    {"launchers", "cli"},
+    {"launchers", "cli", "library"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 READERS = {

@@ -2,9 +2,8 @@
 
 Example:
     >>> model = Diffusion.load("path/to/pipeline", steps=20, guidance=3.0)
-    >>> text = model.encode(["a red circle and a green star"])
     >>> with model.block(Neurons({"mid_block.attentions.0.transformer_blocks.0.attn2.to_v": [3]})):
-    ...     image = model.generate(text, model.latents([0]))
+    ...     images = model.generate("a red circle and a green star", range(4))
 """
 
 from __future__ import annotations
@@ -230,16 +229,20 @@ class Diffusion(nn.Module):
         alpha = scheduler.alphas_cumprod[timestep].to(output)
         return alpha.sqrt() * output + (1 - alpha).sqrt() * latents.float()
 
-    def generate(self, text: Conditioning, latents: Tensor) -> Tensor:
+    def generate(self, text: Conditioning | str, latents: Tensor | Sequence[int]) -> Tensor:
         """Generates one image per row.
 
         Args:
-            text: Conditioning of N rows.
-            latents: Starting noise of N rows.
+            text: Conditioning of N rows, or one prompt for all of them.
+            latents: Starting noise of N rows, or their seeds; see :meth:`latents`.
 
         Returns:
             Images in [0, 1], float32, (N, 3, height, width).
         """
+        if not isinstance(latents, Tensor):
+            latents = self.latents(latents)
+        if isinstance(text, str):
+            text = self.encode([text]).rows([0] * len(latents))
         images: Tensor = self.pipeline(
             **self.family.call_inputs(text, self.unconditional(len(text))),
             latents=latents,
