@@ -17,7 +17,8 @@ LAYERS = (
     {"localization", "methods", "detectors", "metrics"},
     {"modules"},
     {"run"},
-    {"launchers", "cli", "library"},
+    {"forecast", "library"},
+    {"launchers", "cli"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 READERS = {

