@@ -159,7 +159,7 @@ def _print_forecast(expected: Mapping[str, Any]) -> None:
     rows, total = expected["cells"], expected["total"]
     width = max([80, *(len(row["cell"]) + 62 for row in rows)])
     console = Console(width=max(Console().width, width), markup=False, highlight=False)
-    needs = Table(box=None, show_header=False, pad_edge=False)
+    needs = Table("", "", Column("", overflow="fold"), box=None, show_header=False, pad_edge=False)
     for need in expected["needs"]:
         if need["kind"] != "metric" or need["state"] != "there":
             needs.add_row(need["state"], need["kind"], f"{need['what']}\n{need['note']}".strip())
