@@ -13,7 +13,7 @@ from importlib.metadata import version
 from nemo_bench.config import resolve
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, ModelError, NemoBenchError, PromptError, StoreError
-from nemo_bench.library import load, load_prompts
+from nemo_bench.library import benchmark, load, load_prompts, read_scores
 from nemo_bench.localization import Calibration
 from nemo_bench.methods import Method, NeMo
 from nemo_bench.metrics import BenchMetric
@@ -37,8 +37,10 @@ __all__ = [
     "PromptError",
     "StoreError",
     "__version__",
+    "benchmark",
     "load",
     "load_prompts",
     "read_prompts",
+    "read_scores",
     "resolve",
 ]

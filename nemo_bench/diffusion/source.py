@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from transformers.utils import logging as transformers_logging
 
 from nemo_bench.diffusion.families import StableDiffusion, family_of
 from nemo_bench.errors import ModelError
@@ -125,8 +127,11 @@ class Source:
             ModelError: See :attr:`family`; also where weights are missing, broken or do not fit.
         """
         family = self.family
+        bars = [module for module in (diffusers_logging, transformers_logging) if module.is_progress_bar_enabled()]
         options = {**family.loading, "dtype": getattr(torch, dtype)}
         try:
+            for module in bars:
+                module.disable_progress_bar()
             if self.is_file:
                 pipeline = family.pipeline.from_single_file(
                     self.path, config=self._settings_folder(), local_files_only=True, **options
@@ -145,6 +150,9 @@ class Source:
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
             hint = f"check that it is a pipeline like '{self.config}'" if self.is_file else "check that it is complete"
             raise ModelError(f"model '{self.path}' can't be loaded ({_beginning(error)}); {hint}") from error
+        finally:
+            for module in bars:
+                module.enable_progress_bar()
         return pipeline
 
     def _settings_folder(self) -> str:
