@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nemo_bench.diffusion.families import Conditioning, family_of
 from nemo_bench.diffusion.masks import NeuronMasks
-from nemo_bench.diffusion.source import Source
+from nemo_bench.diffusion.source import Source, without_bars
 from nemo_bench.errors import ModelError
 from nemo_bench.types import Neurons
 
@@ -299,7 +299,8 @@ class Diffusion(nn.Module):
                 for parameter in self.value_layers[name].parameters():
                     kept.append((parameter, parameter.clone()))
                     parameter[list(ids)] *= factor
-            self.pipeline.save_pretrained(folder)
+            with without_bars():
+                self.pipeline.save_pretrained(folder)
         finally:
             for parameter, original in kept:
                 parameter.copy_(original)

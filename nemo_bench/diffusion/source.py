@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.util import find_spec
@@ -127,32 +129,27 @@ class Source:
             ModelError: See :attr:`family`; also where weights are missing, broken or do not fit.
         """
         family = self.family
-        bars = [module for module in (diffusers_logging, transformers_logging) if module.is_progress_bar_enabled()]
         options = {**family.loading, "dtype": getattr(torch, dtype)}
         try:
-            for module in bars:
-                module.disable_progress_bar()
-            if self.is_file:
-                pipeline = family.pipeline.from_single_file(
-                    self.path, config=self._settings_folder(), local_files_only=True, **options
-                )
-                _check_complete(Path(self.path), pipeline)
-            else:
-                pipeline = family.pipeline.from_pretrained(
-                    self.path,
-                    revision=self.revision,
-                    local_files_only=self.local_files_only or Path(self.path).is_dir(),
-                    use_safetensors=True,
-                    low_cpu_mem_usage=find_spec("accelerate") is not None,
-                    **options,
-                )
+            with without_bars():
+                if self.is_file:
+                    pipeline = family.pipeline.from_single_file(
+                        self.path, config=self._settings_folder(), local_files_only=True, **options
+                    )
+                    _check_complete(Path(self.path), pipeline)
+                else:
+                    pipeline = family.pipeline.from_pretrained(
+                        self.path,
+                        revision=self.revision,
+                        local_files_only=self.local_files_only or Path(self.path).is_dir(),
+                        use_safetensors=True,
+                        low_cpu_mem_usage=find_spec("accelerate") is not None,
+                        **options,
+                    )
             _check_tokenizers(pipeline)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
             hint = f"check that it is a pipeline like '{self.config}'" if self.is_file else "check that it is complete"
             raise ModelError(f"model '{self.path}' can't be loaded ({_beginning(error)}); {hint}") from error
-        finally:
-            for module in bars:
-                module.enable_progress_bar()
         return pipeline
 
     def _settings_folder(self) -> str:
@@ -165,6 +162,19 @@ class Source:
             local_files_only=self.local_files_only,
             allow_patterns=["*.json", "*.txt"],
         )
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Hides the progress bars of reading and writing single networks, which take seconds; downloads show theirs."""
+    shown = [module for module in (diffusers_logging, transformers_logging) if module.is_progress_bar_enabled()]
+    try:
+        for module in shown:
+            module.disable_progress_bar()
+        yield
+    finally:
+        for module in shown:
+            module.enable_progress_bar()
 
 
 def _check_place(place: str) -> None:
