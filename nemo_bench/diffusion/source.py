@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.util import find_spec
@@ -131,7 +131,7 @@ class Source:
         family = self.family
         options = {**family.loading, "dtype": getattr(torch, dtype)}
         try:
-            with without_bars():
+            with without_bars() if Path(self.place).is_dir() else nullcontext():
                 if self.is_file:
                     pipeline = family.pipeline.from_single_file(
                         self.path, config=self._settings_folder(), local_files_only=True, **options
@@ -166,7 +166,7 @@ class Source:
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Hides the progress bars of reading and writing single networks, which take seconds; downloads show theirs."""
+    """Hides the progress bars of reading and writing files that are here, which takes seconds."""
     shown = [module for module in (diffusers_logging, transformers_logging) if module.is_progress_bar_enabled()]
     try:
         for module in shown:
