@@ -160,9 +160,12 @@ def _print_forecast(expected: Mapping[str, Any]) -> None:
     width = max([80, *(len(row["cell"]) + 62 for row in rows)])
     console = Console(width=max(Console().width, width), markup=False, highlight=False)
     needs = Table("", "", Column("", overflow="fold"), box=None, show_header=False, pad_edge=False)
+    together: dict[tuple[str, str, str], list[str]] = {}
     for need in expected["needs"]:
         if need["kind"] != "metric" or need["state"] != "there":
-            needs.add_row(need["state"], need["kind"], f"{need['what']}\n{need['note']}".strip())
+            together.setdefault((need["state"], need["kind"], need["note"]), []).append(need["what"])
+    for (state, kind, note), names in together.items():
+        needs.add_row(state, kind, f"{', '.join(names)}\n{note}".strip())
     console.print(needs, "")
     if expected["uncounted"]:
         console.print(f"{expected['uncounted']} cells can't be counted before their files are there")
