@@ -65,7 +65,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(("group", "name"), FILES)
 def test_every_file_composes_and_builds(group: str, name: str) -> None:
-    (choice,) = grid([f"{group}={name}", *([] if group == "method" else ["method=none"])])
+    choice, *_ = grid([f"{group}={name}", *([] if group == "method" else ["method=none"])])
     assert choice.names[group] == name
     method = build(choice.settings.method, "method")
     assert isinstance(method, Method)
