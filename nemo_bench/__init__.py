@@ -1,10 +1,11 @@
 """Benchmark of memorization and its mitigation in text-to-image diffusion models.
 
 Example:
-    >>> from nemo_bench import Diffusion, Neurons, resolve
-    >>> model = Diffusion.load(resolve("package:planted/model/pipeline"), steps=20, guidance=3.0)
-    >>> with model.block(Neurons({next(iter(model.value_layers)): [3]})):
-    ...     images = model.generate(model.encode(["a caption"]), model.latents([0]))
+    >>> from nemo_bench import NeMo, load, load_prompts
+    >>> model, (prompts, general) = load("planted"), load_prompts("planted")
+    >>> found = NeMo().calibrate(model, general).localize(model, prompts[0])
+    >>> with model.block(found.neurons):
+    ...     images = model.generate(prompts[0].text, range(4))
 """
 
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from importlib.metadata import version
 from nemo_bench.config import resolve
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, ModelError, NemoBenchError, PromptError, StoreError
+from nemo_bench.library import benchmark, load, load_prompts, read_scores
 from nemo_bench.localization import Calibration
 from nemo_bench.methods import Method, NeMo
 from nemo_bench.metrics import BenchMetric
@@ -35,6 +37,10 @@ __all__ = [
     "PromptError",
     "StoreError",
     "__version__",
+    "benchmark",
+    "load",
+    "load_prompts",
     "read_prompts",
+    "read_scores",
     "resolve",
 ]

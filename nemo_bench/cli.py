@@ -8,9 +8,12 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nemo_bench.config import Choice
 
 EPILOG = """settings are words key=value, lists of values make a grid:
   nemo-bench run                                   no mitigation, random neurons and NeMo on the embedded model
@@ -75,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     run = add("run", _run, "the main job: all cells of a grid, resumable, to table and report", settings=True)
-    run.add_argument("--dry-run", action="store_true", help="say what would be done, and load nothing")
+    run.add_argument(
+        "--dry-run", action="store_true", help="say what is needed, what would be done and what it costs; load nothing"
+    )
     run.add_argument("--json", action="store_true", help="print JSON instead of tables")
     calibrate = add("calibrate", _calibrate, "activation statistics and threshold of a model, cached", settings=True)
     calibrate.add_argument("--json", action="store_true", help="print a list of objects")
@@ -102,27 +107,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     from rich.console import Console
-    from rich.table import Column, Table
 
     from nemo_bench import run
     from nemo_bench.config import grid
 
-    cells = run.plan(grid(options.overrides, options.conf))
-    console = Console()
+    choices = grid(options.overrides, options.conf)
     if options.dry_run:
-        rows = run.outlook(cells)
-        if options.json:
-            print(json.dumps(rows, indent=2))
-            return
-        widest = max(len(row["cell"]) for row in rows)
-        heads = ("localize", "generate", "score", "image passes", "no reference")
-        table = Table(Column("cell", min_width=widest), *heads, caption="open records, UNet passes of open images")
-        for row in rows:
-            counts = [str(row["open"].get(stage, "-")) for stage in run.STAGES]
-            table.add_row(row["cell"], *counts, str(row["image_passes"]), str(row["prompts_without_reference"]))
-        console.print(table)
+        _dry_run(choices, options.json)
         return
     from nemo_bench.report import load_results, terminal_table
+
+    cells, console = run.plan(choices), Console()
 
     def aside(line: str) -> None:
         """JSON stands alone on standard output."""
@@ -140,6 +135,66 @@ def _run(options: argparse.Namespace) -> None:
         seconds = time.perf_counter() - start
         done = "everything was done already" if not open_before else f"{open_before} records computed"
         print(f"{done}, {seconds:.0f} s\nreport:  {folder / 'report.html'}\nrecords: {folder}")
+
+
+def _dry_run(choices: Sequence[Choice], as_json: bool) -> None:
+    """Prints needs and cost; an error where something is missing, so that scripts can tell."""
+    from nemo_bench.errors import NemoBenchError
+    from nemo_bench.forecast import forecast
+
+    expected = forecast(choices)
+    missing = sum(need["state"] == "missing" for need in expected["needs"])
+    if as_json:
+        print(json.dumps(expected, indent=2))
+    else:
+        _print_forecast(expected)
+    if missing:
+        raise NemoBenchError(f"missing: {missing} of what the run needs, see above; nothing was started")
+
+
+def _print_forecast(expected: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    rows, total = expected["cells"], expected["total"]
+    width = max([80, *(len(row["cell"]) + 62 for row in rows)])
+    console = Console(width=max(Console().width, width), markup=False, highlight=False)
+    needs = Table("", "", Column("", overflow="fold"), box=None, show_header=False, pad_edge=False)
+    together: dict[tuple[str, str, str], list[str]] = {}
+    for need in expected["needs"]:
+        if need["kind"] != "metric" or need["state"] != "there":
+            together.setdefault((need["state"], need["kind"], need["note"]), []).append(need["what"])
+    for (state, kind, note), names in together.items():
+        needs.add_row(state, kind, f"{', '.join(names)}\n{note}".strip())
+    console.print(needs, "")
+    if expected["uncounted"]:
+        console.print(f"{expected['uncounted']} cells can't be counted before their files are there")
+    if not rows:
+        return
+    table = Table(Column("open records", no_wrap=True), "localize", "generate", "score", "UNet passes", "time")
+    for row in rows:
+        counts = [str(row["open"].get(stage, "-")) for stage in ("localize", "generate", "score")]
+        least = "≥ " if row["at_least"] else ""
+        table.add_row(row["cell"], *counts, f"{least}{sum(row['passes'].values()):,}", _duration(row["seconds"], least))
+    console.print(table)
+    least, passes = ("≥ " if total["at_least"] else ""), total["passes"]
+    stages = ", ".join(f"{least * (s == 'localize')}{count:,} to {s}" for s, count in passes.items())
+    console.print(f"UNet passes of one sample: {stages}")
+    if least:
+        console.print("≥: what a search takes depends on the prompt; no record of this model tells yet, so the least")
+    for model, pace in expected["pace"].items():
+        each = f"{1000 * pace['seconds_per_pass']:.3g} ms a pass"
+        console.print(f"{model}: {each} in {pace['records']:,} finished records, on {', '.join(pace['devices'])}")
+    console.print(f"time: {_duration(total['seconds'], least)}")
+
+
+def _duration(seconds: float | None, least: str) -> str:
+    """Seconds for people; a question mark before the first records."""
+    if seconds is None:
+        return "?"
+    if seconds < 90:
+        return f"{least}{seconds:.0f} s"
+    return f"{least}{seconds / 60:.0f} min" if seconds < 5400 else f"{least}{seconds / 3600:,.1f} h"
 
 
 def _calibrate(options: argparse.Namespace) -> None:

@@ -88,6 +88,7 @@ class PromptSettings:
     Attributes:
         files: Prompt files, csv, jsonl, txt or parquet.
         calibration: General prompts for statistics and threshold.
+        obtain: Where to get the files, for who does not have them.
         limit: Take so many prompts of each file.
         calibration_limit: Take so many general prompts.
         summary: One line for ``nemo-bench ls``.
@@ -98,6 +99,7 @@ class PromptSettings:
     calibration: Optional[str] = None  # noqa: UP045
     limit: Optional[int] = None  # noqa: UP045
     calibration_limit: Optional[int] = None  # noqa: UP045
+    obtain: str = ""
     summary: str = ""
     citation: str = ""
 
@@ -161,6 +163,7 @@ class RunSettings:
         localize_seeds: Seeds a prompt for noise differences, at least 2.
         batch_size: Images in a batch; changes results by rounding only.
         workers: Processes that read images ahead while others are scored.
+        summary: What an experiment shows, for its file alone: one line for ``nemo-bench ls``.
         grid: What an experiment consists of, for its file alone: lines of overrides, each read as on the command line.
         trainer: Lightning's trainer.
         logger: Experiment tracking.
@@ -178,6 +181,7 @@ class RunSettings:
     localize_seeds: int = 10
     batch_size: int = 32
     workers: int = 0
+    summary: str = ""
     grid: list[str] = field(default_factory=list)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     logger: LoggerSettings = field(default_factory=LoggerSettings)
@@ -535,7 +539,7 @@ def describe_options(group: str, conf: Path | None = None) -> list[dict[str, str
                 built = build(node, f"metrics.{metric}")
                 entries.append((f"{name}/{metric}", built.description, built.citation))
         else:
-            node = getattr(settings, group, None)
+            node = settings if group == "experiment" else getattr(settings, group)
             entries.append((name, getattr(node, "summary", ""), getattr(node, "citation", "")))
     keys = ("name", "summary", "citation")
     return [{"group": group, **dict(zip(keys, entry, strict=True))} for entry in entries]

@@ -21,17 +21,19 @@ from torch import Tensor
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import StoreError
 from nemo_bench.localization import (
+    ENCODED,
     PAPER,
     Protocol,
     activation_moments,
     noise_differences,
+    pair_scores,
     pair_similarities,
     pair_values,
     save_moments,
 )
 from nemo_bench.methods import Batch, Method
 from nemo_bench.metrics import BenchMetric, Network, OpenClip, SetMetric, Space
-from nemo_bench.prompts.data import ImageTask, PromptTask
+from nemo_bench.prompts import ImageTask, PromptTask, seeds_of
 from nemo_bench.store import Store
 from nemo_bench.types import Localization, Neurons, Prompt, Record, digest
 
@@ -39,22 +41,6 @@ PICTURED_SEEDS = 4
 """Noise differences of so many seeds are kept as pictures."""
 CHUNK = 256
 """Prompts or pictures that make one record; a constant, so that sums are rounded alike in every run."""
-ENCODED = 64
-"""Prompts that the text encoder sees at once."""
-
-
-def seeds_of(prompt: Prompt, purpose: str, seeds: Iterable[int]) -> list[int]:
-    """Generator seeds of a prompt, by its id, so that order, batches and processes can't change them.
-
-    Args:
-        prompt: The prompt.
-        purpose: ``"localize"`` or ``"generate"``: localizing never sees the noise that images start from.
-        seeds: Numbers from 0.
-
-    Returns:
-        Seeds from 0 to 2^63 - 1.
-    """
-    return [int(digest([purpose, prompt.id, seed]), 16) >> 1 for seed in seeds]
 
 
 class Stage(L.LightningModule, ABC):
@@ -154,24 +140,10 @@ class CalibrationStage(Stage):
 
     def handle(self, tasks: Sequence[PromptTask]) -> list[Record]:
         """Pairwise similarities, several prompts in one batch."""
-        text = self.model.encode([t.prompt.text for t in tasks])
-        rows = [row for row in range(len(tasks)) for _ in range(self.seeds)]
-        seeds = (seeds_of(t.prompt, "localize", range(self.seeds)) for t in tasks)
-        latents = torch.cat([self.protocol.latents(self.model, chosen) for chosen in seeds])
-        differences = torch.cat(
-            [
-                noise_differences(self.model, text.rows(rows[part]), latents[part], self.protocol, calibrating=True)
-                for part in slices(len(rows), self.batch_size)
-            ]
-        )
+        scores = pair_scores(self.model, [t.prompt for t in tasks], self.seeds, self.protocol, self.batch_size)
         return [
-            {
-                "id": task.id,
-                "prompt": task.prompt.id,
-                "pairs": pair_values(pair_similarities(difference, self.model.similarity)).tolist(),
-                "cost": {"row_passes": self.seeds},
-            }
-            for task, difference in zip(tasks, differences.split(self.seeds), strict=True)
+            {"id": task.id, "prompt": task.prompt.id, "pairs": pairs, "cost": {"row_passes": self.seeds}}
+            for task, pairs in zip(tasks, scores, strict=True)
         ]
 
 

@@ -123,11 +123,12 @@ class Cell:
         return {"localize": prompts, "generate": images, "score": prompts}[stage]
 
 
-def plan(choices: Sequence[Choice]) -> list[Cell]:
+def plan(choices: Sequence[Choice], weights: Mapping[Source, str] | None = None) -> list[Cell]:
     """Makes the cells that were asked for.
 
     Args:
         choices: What was asked for.
+        weights: Digests of weights that are not looked at, for cells that are counted and never run.
 
     Returns:
         Cells in the same order, each folder once; their prompt files are read and checked, no model is loaded and
@@ -139,51 +140,65 @@ def plan(choices: Sequence[Choice]) -> list[Cell]:
     for key in ("name", "root", "trainer", "logger"):
         if any(getattr(c.settings, key) != getattr(choices[0].settings, key) for c in choices):
             raise ConfigError(f"{key} must be the same for all cells of a run; give one value, or run twice")
+    weights = weights or {}
     prompts: dict[str, list[Prompt]] = {}
     asked: dict[str, Cell] = {}
     for choice in choices:
-        cell = _cell(choice, prompts)
+        cell = _cell(choice, prompts, weights)
         if asked.setdefault(cell.id, cell).choice.settings != choice.settings:
             msg = f"two cells of the grid share the folder {cell.id}: what differs does not change images; run twice"
             raise ConfigError(msg)
     by_settings = {digest(cell.spec["settings"]): cell for cell in asked.values()}
     for cell in asked.values():
-        cell.unmitigated = _unmitigated(cell, by_settings, prompts)
+        cell.unmitigated = _unmitigated(cell, by_settings, prompts, weights)
     unlinked = list(asked.values())
     for cell in unlinked:
         if cell.method.source:
             settings = replace(cell.choice.settings, method=cell.choice.settings.method["source"])
             name = type(cell.method.source).__name__.lower()
-            source = _cell(Choice({**cell.choice.names, "method": name}, settings), prompts)
+            source = _cell(Choice({**cell.choice.names, "method": name}, settings), prompts, weights)
             cell.source = by_settings.setdefault(digest(source.spec["settings"]), source)
             if cell.source is source:
                 unlinked.append(source)
     return list(asked.values())
 
 
-def _unmitigated(cell: Cell, asked: Mapping[str, Cell], cache: dict[str, list[Prompt]]) -> Cell | None:
+def _unmitigated(
+    cell: Cell, asked: Mapping[str, Cell], cache: dict[str, list[Prompt]], weights: Mapping[Source, str]
+) -> Cell | None:
     if isinstance(cell.method, NoMitigation):
         return None
     settings = replace(cell.choice.settings, method={"_target_": "nemo_bench.methods.NoMitigation"})
-    none = _cell(Choice({**cell.choice.names, "method": "none"}, settings), cache)
+    none = _cell(Choice({**cell.choice.names, "method": "none"}, settings), cache, weights)
     found = asked.get(digest(none.spec["settings"]))
     return found or (none if none.store.is_done("generate") else None)
+def read_files(files: Sequence[str], limit: int | None = None) -> list[Prompt]:
+    """Reads the prompts of several files.
+
+    Args:
+        files: Prompt files; ``package:`` stands for the folder of this package.
+        limit: Take so many prompts of each file.
+
+    Raises:
+        NemoBenchError: A file can't be read, or two have a prompt of the same id.
+    """
+    prompts = [p for file in files for p in read_prompts(resolve(file), limit=limit)]
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise ConfigError(f"prompts.files={list(files)}: two files have a prompt with id '{prompt.id}'")
+        seen.add(prompt.id)
+    return prompts
 
 
 def _read(files: Sequence[str], limit: int | None, cache: dict[str, list[Prompt]]) -> list[Prompt]:
     key = digest([list(files), limit])
     if key not in cache:
-        prompts = [p for file in files for p in read_prompts(resolve(file), limit=limit)]
-        seen: dict[str, str] = {}
-        for prompt in prompts:
-            if prompt.id in seen:
-                raise ConfigError(f"prompts.files={list(files)}: two files have a prompt with id '{prompt.id}'")
-            seen[prompt.id] = prompt.text
-        cache[key] = prompts
+        cache[key] = read_files(files, limit)
     return cache[key]
 
 
-def _cell(choice: Choice, cache: dict[str, list[Prompt]]) -> Cell:
+def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Source, str]) -> Cell:
     settings = choice.settings
     model = settings.model
     method = build(settings.method, "method")
@@ -202,7 +217,7 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]]) -> Cell:
             raise type(error)(f"metrics.{name}: {error}; without it: ~metrics.{name}") from error
     prompts = _read(settings.prompts.files, settings.prompts.limit, cache)
     published = read_statistics(Path(resolve(model.statistics))) if model.statistics else None
-    measured = _measured(method, model)
+    measured = to_measure(method, model)
     general = [settings.prompts.calibration] if measured and settings.prompts.calibration else []
     calibration_prompts = _read(general, settings.prompts.calibration_limit, cache)
     if measured and len(calibration_prompts) < 2:
@@ -211,8 +226,10 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]]) -> Cell:
             "prompts.calibration to a prompt file, or give both model.statistics and the method's threshold"
         )
         raise ConfigError(msg)
+    source = source_of(model)
+    commit = {"commit": source.commit} if source not in weights and source.commit else {}
     network = {
-        "weights": source_of(model).digest(),
+        "weights": weights.get(source) or source.digest(),
         "dtype": model.dtype,
         "layers": model.layers,
         "similarity": asdict(model.similarity),
@@ -244,7 +261,7 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]]) -> Cell:
         "prompts": names[2],
         "title": method.title,
         "settings": decisive,
-        "digests": {"model": network["weights"], "prompts": decisive["prompts"]},
+        "digests": {"model": network["weights"], "prompts": decisive["prompts"], **commit},
         "citations": _citations(method),
         "calibration": f"../../calibration/{calibration_folder}" if THRESHOLD in measured else None,
     }
@@ -260,7 +277,7 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]]) -> Cell:
     )
 
 
-def _measured(method: Method, model: ModelSettings) -> list[str]:
+def to_measure(method: Method, model: ModelSettings) -> list[str]:
     """What a method and its sources take from general prompts, since nobody gave it."""
     calibrated = [m for m in _lineage(method) if m.needs_calibration]
     given = {STATISTICS: model.statistics is not None, THRESHOLD: all(m.threshold is not None for m in calibrated)}
@@ -309,7 +326,7 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
     runner = Runner(settings.trainer, progress=progress)
     if is_main():
         _open_folder(folder, cells)
-        for cell in _with_sources(cells):
+        for cell in with_sources(cells):
             cell.store.open(cell.spec)
             _note_start(cell, command, runner)
             _reopen(cell)
@@ -346,7 +363,7 @@ def calibrate(cells: Sequence[Cell], *, progress: bool = True) -> list[dict[str,
     Raises:
         NemoBenchError: See :func:`plan`; also where no method takes a calibration.
     """
-    needed = [cell for cell in _with_sources(cells) if cell.method.needs_calibration]
+    needed = [cell for cell in with_sources(cells) if cell.method.needs_calibration]
     if not needed:
         raise ConfigError("none of the methods asked for takes a calibration; name one that does, such as method=nemo")
     if not all(cell.is_calibrated for cell in needed):
@@ -369,7 +386,7 @@ def _calibration_of(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _with_sources(cells: Sequence[Cell]) -> list[Cell]:
+def with_sources(cells: Sequence[Cell]) -> list[Cell]:
     """The cells, and before them the sources that were not asked for, each before what starts from it."""
     sources: list[Cell] = []
     for cell in cells:
@@ -789,21 +806,19 @@ def outlook(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """What a run would do, without loading or writing anything.
 
     Returns:
-        One entry a cell: open records by stage, the UNet passes that its open images cost, missing references.
+        One entry a cell, and before them one for each source that was not asked for: open records by stage, whether it
+        is calibrated (None where it need not be), missing references.
     """
     rows = []
-    for cell in _with_sources(cells):
+    for cell in with_sources(cells):
         stages = STAGES if cell in cells else STAGES[:1]
         open_ids = {stage: len(cell.store.open_ids(stage, cell.ids(stage))) for stage in stages}
         if "score" in open_ids and _scores_are_stale(cell):
             open_ids["score"] = len(cell.prompts)
-        model = cell.choice.settings.model
-        per_image = model.steps * (2 if model.guidance > 1 else 1)
         rows.append(
             {
                 "cell": cell.id,
                 "open": open_ids,
-                "image_passes": open_ids.get("generate", 0) * per_image,
                 "calibrated": cell.is_calibrated if cell.method.needs_calibration else None,
                 "prompts_without_reference": sum(bool(p.kind) and not p.references for p in cell.prompts),
             }

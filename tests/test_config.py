@@ -65,7 +65,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(("group", "name"), FILES)
 def test_every_file_composes_and_builds(group: str, name: str) -> None:
-    (choice,) = grid([f"{group}={name}", *([] if group == "method" else ["method=none"])])
+    choice, *_ = grid([f"{group}={name}", *([] if group == "method" else ["method=none"])])
     assert choice.names[group] == name
     method = build(choice.settings.method, "method")
     assert isinstance(method, Method)
@@ -116,13 +116,14 @@ def test_an_experiment_overrides_and_is_overridden() -> None:
 
 
 @pytest.mark.parametrize("name", options("experiment"))
-def test_every_experiment_is_a_grid_of_cells_that_differ(name: str) -> None:
+def test_every_experiment_is_cells_that_differ_and_says_what_it_shows(name: str) -> None:
     choices = grid([f"experiment={name}"])
     settings = [choice.settings for choice in choices]
-    assert len(settings) > 1
     assert all(a != b for a, b in itertools.combinations(settings, 2))
     assert {s.name for s in settings} == {name}
     assert all(isinstance(build(s.method, "method"), Method) for s in settings)
+    (listed,) = (entry for entry in describe_options("experiment") if entry["name"] == name)
+    assert listed["summary"] == settings[0].summary != ""
 
 
 STUDY = """# @package _global_

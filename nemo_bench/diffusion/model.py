@@ -2,9 +2,8 @@
 
 Example:
     >>> model = Diffusion.load("path/to/pipeline", steps=20, guidance=3.0)
-    >>> text = model.encode(["a red circle and a green star"])
     >>> with model.block(Neurons({"mid_block.attentions.0.transformer_blocks.0.attn2.to_v": [3]})):
-    ...     image = model.generate(text, model.latents([0]))
+    ...     images = model.generate("a red circle and a green star", range(4))
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from nemo_bench.diffusion.families import Conditioning, family_of
 from nemo_bench.diffusion.masks import NeuronMasks
-from nemo_bench.diffusion.source import Source
+from nemo_bench.diffusion.source import Source, without_bars
 from nemo_bench.errors import ModelError
 from nemo_bench.types import Neurons
 
@@ -230,16 +229,20 @@ class Diffusion(nn.Module):
         alpha = scheduler.alphas_cumprod[timestep].to(output)
         return alpha.sqrt() * output + (1 - alpha).sqrt() * latents.float()
 
-    def generate(self, text: Conditioning, latents: Tensor) -> Tensor:
+    def generate(self, text: Conditioning | str, latents: Tensor | Sequence[int]) -> Tensor:
         """Generates one image per row.
 
         Args:
-            text: Conditioning of N rows.
-            latents: Starting noise of N rows.
+            text: Conditioning of N rows, or one prompt for all of them.
+            latents: Starting noise of N rows, or their seeds; see :meth:`latents`.
 
         Returns:
             Images in [0, 1], float32, (N, 3, height, width).
         """
+        if not isinstance(latents, Tensor):
+            latents = self.latents(latents)
+        if isinstance(text, str):
+            text = self.encode([text]).rows([0] * len(latents))
         images: Tensor = self.pipeline(
             **self.family.call_inputs(text, self.unconditional(len(text))),
             latents=latents,
@@ -296,7 +299,8 @@ class Diffusion(nn.Module):
                 for parameter in self.value_layers[name].parameters():
                     kept.append((parameter, parameter.clone()))
                     parameter[list(ids)] *= factor
-            self.pipeline.save_pretrained(folder)
+            with without_bars():
+                self.pipeline.save_pretrained(folder)
         finally:
             for parameter, original in kept:
                 parameter.copy_(original)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.util import find_spec
@@ -13,8 +15,10 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from transformers.utils import logging as transformers_logging
 
 from nemo_bench.diffusion.families import StableDiffusion, family_of
 from nemo_bench.errors import ModelError
@@ -127,20 +131,21 @@ class Source:
         family = self.family
         options = {**family.loading, "dtype": getattr(torch, dtype)}
         try:
-            if self.is_file:
-                pipeline = family.pipeline.from_single_file(
-                    self.path, config=self._settings_folder(), local_files_only=True, **options
-                )
-                _check_complete(Path(self.path), pipeline)
-            else:
-                pipeline = family.pipeline.from_pretrained(
-                    self.path,
-                    revision=self.revision,
-                    local_files_only=self.local_files_only or Path(self.path).is_dir(),
-                    use_safetensors=True,
-                    low_cpu_mem_usage=find_spec("accelerate") is not None,
-                    **options,
-                )
+            with without_bars() if Path(self.place).is_dir() else nullcontext():
+                if self.is_file:
+                    pipeline = family.pipeline.from_single_file(
+                        self.path, config=self._settings_folder(), local_files_only=True, **options
+                    )
+                    _check_complete(Path(self.path), pipeline)
+                else:
+                    pipeline = family.pipeline.from_pretrained(
+                        self.path,
+                        revision=self.revision,
+                        local_files_only=self.local_files_only or Path(self.path).is_dir(),
+                        use_safetensors=True,
+                        low_cpu_mem_usage=find_spec("accelerate") is not None,
+                        **options,
+                    )
             _check_tokenizers(pipeline)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
             hint = f"check that it is a pipeline like '{self.config}'" if self.is_file else "check that it is complete"
@@ -157,6 +162,19 @@ class Source:
             local_files_only=self.local_files_only,
             allow_patterns=["*.json", "*.txt"],
         )
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Hides the progress bars of reading and writing files that are here, which takes seconds."""
+    shown = [module for module in (diffusers_logging, transformers_logging) if module.is_progress_bar_enabled()]
+    try:
+        for module in shown:
+            module.disable_progress_bar()
+        yield
+    finally:
+        for module in shown:
+            module.enable_progress_bar()
 
 
 def _check_place(place: str) -> None:

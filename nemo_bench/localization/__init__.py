@@ -1,12 +1,14 @@
 """Where memorization sits: noise differences, activation statistics, and NeMo's search."""
 
 from nemo_bench.localization.calibration import (
+    ENCODED,
     Calibration,
     activation_moments,
     activation_statistics,
     activations,
     merge_statistics,
     name_layers,
+    pair_scores,
     read_statistics,
     save_moments,
     threshold,
@@ -14,12 +16,14 @@ from nemo_bench.localization.calibration import (
 )
 from nemo_bench.localization.nemo import NemoSettings, localize
 from nemo_bench.localization.noise import noise_differences, pair_similarities, pair_values, similarity
-from nemo_bench.localization.protocol import PAPER, PROTOCOLS, REFERENCE, Protocol
+from nemo_bench.localization.protocol import PAPER, PROTOCOLS, REFERENCE, SEEDS, Protocol
 
 __all__ = [
+    "ENCODED",
     "PAPER",
     "PROTOCOLS",
     "REFERENCE",
+    "SEEDS",
     "Calibration",
     "NemoSettings",
     "Protocol",
@@ -30,6 +34,7 @@ __all__ = [
     "merge_statistics",
     "name_layers",
     "noise_differences",
+    "pair_scores",
     "pair_similarities",
     "pair_values",
     "read_statistics",

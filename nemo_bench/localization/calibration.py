@@ -15,10 +15,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_bench.diffusion import Conditioning, Diffusion
-from nemo_bench.errors import ModelError, StoreError
+from nemo_bench.errors import ConfigError, ModelError, StoreError
+from nemo_bench.localization.noise import noise_differences, pair_similarities, pair_values
+from nemo_bench.localization.protocol import PAPER, SEEDS, Protocol
+from nemo_bench.prompts import seeds_of
+from nemo_bench.types import Prompt
 
 Statistics = tuple[list[Tensor], list[Tensor]]
 """Means and standard deviations, one tensor a value layer in network order: the form of the published file."""
+ENCODED = 64
+"""Prompts that the text encoder sees at once."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,37 @@ class Calibration:
     std: dict[str, Tensor]
     threshold: float
     prompts: int = 0
+
+    @classmethod
+    def measured(
+        cls,
+        model: Diffusion,
+        prompts: Sequence[Prompt],
+        seeds: int = SEEDS,
+        protocol: Protocol = PAPER,
+        batch_size: int = 32,
+    ) -> Calibration:
+        """Measures statistics and threshold on general prompts, in memory; ``nemo-bench calibrate`` keeps them on disk.
+
+        Args:
+            model: The model, nothing blocked.
+            prompts: Prompts that are not memorized, at least 2; more make the outliers and the threshold steadier.
+            seeds: Seeds a prompt, at least 2.
+            protocol: How noise differences are taken.
+            batch_size: Rows in a UNet pass at most.
+
+        Raises:
+            ConfigError: There are fewer prompts or seeds.
+        """
+        if len(prompts) < 2 or seeds < 2:
+            msg = f"a calibration needs 2 general prompts and 2 seeds at least, given {len(prompts)} and {seeds}"
+            raise ConfigError(msg)
+        texts = [prompt.text for prompt in prompts]
+        mean, std = activation_statistics(model, [texts[i : i + ENCODED] for i in range(0, len(texts), ENCODED)])
+        together = max(1, batch_size // seeds)
+        parts = (prompts[i : i + together] for i in range(0, len(prompts), together))
+        pairs = (values for part in parts for values in pair_scores(model, part, seeds, protocol, batch_size))
+        return cls(mean, std, threshold(score for values in pairs for score in values), len(prompts))
 
     @classmethod
     def published(cls, path: Path, model: Diffusion, threshold: float) -> Calibration:
@@ -248,6 +285,35 @@ def merge_statistics(files: Iterable[Path]) -> Statistics:
         for name, moments in load_moments(file).items():
             merged.setdefault(name, Moments()).merge(moments)
     return [m.mean.float() for m in merged.values()], [m.std.float() for m in merged.values()]
+
+
+def pair_scores(
+    model: Diffusion, prompts: Sequence[Prompt], seeds: int, protocol: Protocol = PAPER, batch_size: int = 32
+) -> list[list[float]]:
+    """Similarities of the noise differences of all pairs of seeds, from which the threshold comes.
+
+    Args:
+        model: The model, nothing blocked.
+        prompts: General prompts.
+        seeds: Seeds S a prompt.
+        protocol: How noise differences are taken.
+        batch_size: Rows in a UNet pass at most; the prompts share batches.
+
+    Returns:
+        For each prompt S (S - 1) / 2 similarities in [-1, 1].
+    """
+    text = model.encode([prompt.text for prompt in prompts])
+    rows = [row for row in range(len(prompts)) for _ in range(seeds)]
+    latents = torch.cat([protocol.latents(model, seeds_of(p, "localize", range(seeds))) for p in prompts])
+    differences = torch.cat(
+        [
+            noise_differences(
+                model, text.rows(rows[i : i + batch_size]), latents[i : i + batch_size], protocol, calibrating=True
+            )
+            for i in range(0, len(rows), batch_size)
+        ]
+    )
+    return [pair_values(pair_similarities(own, model.similarity)).tolist() for own in differences.split(seeds)]
 
 
 def threshold(pair_scores: Iterable[float]) -> float:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from nemo_bench.diffusion import Diffusion
 
+SEEDS = 10
+"""Seeds a prompt for noise differences, as published."""
+
 
 @dataclass(frozen=True)
 class Protocol:

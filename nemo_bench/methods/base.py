@@ -6,13 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from nemo_bench.diffusion import Conditioning, Diffusion
-from nemo_bench.localization import PAPER, Calibration, Protocol
+from nemo_bench.localization import PAPER, SEEDS, Calibration, Protocol
 from nemo_bench.types import Localization, Neurons, Prompt
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Method(ABC):
         threshold: A memorization threshold of its own, or None for the calibrated one.
         protocol: How it takes noise differences.
         source: Another method whose localization this one starts from, or None.
-        calibration: Statistics of the model, set by the run.
+        calibration: Statistics and threshold of the model, set by the run or by :meth:`calibrate`.
         found: What :attr:`source` found, by prompt id, set by :meth:`fit`.
         batch_size: Rows in a UNet pass at most while localizing, set by the run; changes results by rounding only.
     """
@@ -83,13 +86,31 @@ class Method(ABC):
         """
         self.found = found
 
-    def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor) -> Localization:
+    def calibrate(self, model: Diffusion, prompts: Sequence[Prompt], seeds: int = SEEDS) -> Self:
+        """Measures on general prompts, in the method's own protocol, what localizing compares with.
+
+        Args:
+            model: The model, nothing blocked.
+            prompts: Prompts that are not memorized.
+            seeds: Seeds a prompt.
+
+        Returns:
+            The method itself, with :attr:`calibration` set; see :meth:`Calibration.measured`.
+
+        Raises:
+            ConfigError: There are fewer than two prompts or seeds.
+        """
+        self.calibration = Calibration.measured(model, prompts, seeds, self.protocol, self.batch_size)
+        return self
+
+    def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor | None = None) -> Localization:
         """Finds the neurons to block for a prompt.
 
         Args:
             model: The model, nothing blocked.
             prompt: The prompt.
-            latents: Starting noise of the seeds to localize on, (S, channels, height, width).
+            latents: Starting noise of the seeds to localize on, (S, channels, height, width); None for the noise that
+                a run with ten seeds draws for this prompt.
 
         Returns:
             The localization; empty unless overridden.

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError
-from nemo_bench.localization import PROTOCOLS, NemoSettings, localize
+from nemo_bench.localization import PROTOCOLS, SEEDS, NemoSettings, localize
 from nemo_bench.methods.base import Batch, Method
+from nemo_bench.prompts import seeds_of
 from nemo_bench.types import Localization, Prompt
 
 
@@ -99,14 +100,16 @@ class NeMo(BlockNeurons):
             theta, theta_step, theta_min, factor, threshold, outliers, top_k, refine_threshold, relative, refinement
         )
 
-    def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor) -> Localization:
+    def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor | None = None) -> Localization:
         """See :meth:`Method.localize`.
 
         Raises:
             ConfigError: The model has not been calibrated.
         """
         if self.calibration is None:
-            raise ConfigError("NeMo needs the statistics of the model: set calibration, or run `nemo-bench calibrate`")
+            raise ConfigError("NeMo needs to know general prompts: call calibrate(model, prompts), or set calibration")
+        if latents is None:
+            latents = self.protocol.latents(model, seeds_of(prompt, "localize", range(SEEDS)))
         text = model.encode([prompt.text])
         result = localize(model, text, latents, self.calibration, self.settings, self.protocol, self.batch_size)
         if self.neurons == "initial":

@@ -30,7 +30,7 @@ class RandomNeurons(BlockNeurons):
         super().__init__(factor)
         self.source, self.seed, self.per_prompt = source, seed, per_prompt
 
-    def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor) -> Localization:
+    def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor | None = None) -> Localization:
         """See :meth:`Method.localize`."""
         found = self.found.get(prompt.id, Localization())
         rng = np.random.default_rng(int(digest([self.seed, *([prompt.id] if self.per_prompt else [])]), 16))

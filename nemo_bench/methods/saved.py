@@ -67,7 +67,7 @@ class SavedNeurons(BlockNeurons):
             raise ConfigError(f"{msg}; leave these prompts out, or block nothing for them with missing=none")
         return {"file": digest(found)}
 
-    def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor) -> Localization:
+    def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor | None = None) -> Localization:
         """See :meth:`Method.localize`.
 
         Raises:

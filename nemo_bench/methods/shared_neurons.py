@@ -72,7 +72,7 @@ class SharedNeurons(BlockNeurons):
             chosen = _most_common(neurons, self.k)
         self._chosen = Neurons({name: [i for p, i in chosen if p == place] for place, name in enumerate(layers)})
 
-    def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor) -> Localization:
+    def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor | None = None) -> Localization:
         """See :meth:`Method.localize`.
 
         Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import lightning as L
@@ -10,6 +10,20 @@ from torch.utils.data import DataLoader
 
 from nemo_bench.store import Store
 from nemo_bench.types import Prompt, digest
+
+
+def seeds_of(prompt: Prompt, purpose: str, seeds: Iterable[int]) -> list[int]:
+    """Generator seeds of a prompt, by its id, so that order, batches and processes can't change them.
+
+    Args:
+        prompt: The prompt.
+        purpose: ``"localize"`` or ``"generate"``: localizing never sees the noise that images start from.
+        seeds: Numbers from 0.
+
+    Returns:
+        Seeds from 0 to 2^63 - 1.
+    """
+    return [int(digest([purpose, prompt.id, seed]), 16) >> 1 for seed in seeds]
 
 
 class PromptTask(NamedTuple):

@@ -138,9 +138,9 @@ def test_dry_run_counts_and_writes_nothing(
 ) -> None:
     words = ["seeds=2", "model.steps=5", f"root={tmp_path / 'results'}", f"prompts.files=[{prompt_file}]"]
     assert main(["run", "--dry-run", "--json", *words]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = json.loads(capsys.readouterr().out)["cells"]
     assert [row["open"] for row in rows] == [{"localize": 3, "generate": 6, "score": 3}] * 3
-    assert [row["image_passes"] for row in rows] == [6 * 5 * 2] * 3
+    assert [row["passes"]["generate"] for row in rows] == [6 * 5 * 2] * 3
     assert not (tmp_path / "results").exists()
 
 
@@ -177,7 +177,7 @@ def test_report_and_export_of_a_finished_cell(
 
 def test_settings_may_stand_on_both_sides_of_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", f"root={tmp_path}", "method=none", "--dry-run", "--json", "prompts.limit=1", "seeds=3"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["open"]["generate"] == 6
+    assert json.loads(capsys.readouterr().out)["cells"][0]["open"]["generate"] == 6
     with pytest.raises(SystemExit):
         main(["run", "seeds=1", "--dry-runn"])
     assert "unknown arguments: --dry-runn" in capsys.readouterr().err

@@ -1,0 +1,251 @@
+"""What a run needs and what it will cost, found out without loading or writing anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from huggingface_hub import try_to_load_from_cache
+
+from nemo_bench.config import Choice, PromptSettings, build, resolve
+from nemo_bench.diffusion import Source
+from nemo_bench.errors import NemoBenchError
+from nemo_bench.localization import read_statistics
+from nemo_bench.run import THRESHOLD, Cell, outlook, plan, read_files, source_of, to_measure, with_sources
+from nemo_bench.store import read_json, read_records
+from nemo_bench.types import Prompt
+
+State = Literal["there", "fetched", "partly", "missing"]
+_UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something that a run takes from outside.
+
+    Attributes:
+        kind: ``"weights"``, ``"metric"``, ``"statistics"``, ``"prompts"``, ``"general prompts"``, ``"neurons"`` or
+            ``"training images"``.
+        what: File, folder, hub id, or name of a metric.
+        state: ``"there"``; ``"fetched"``, by its library at the first use; ``"partly"``, the run goes on without the
+            rest; ``"missing"``, the run would stop.
+        note: What it holds, or what is wrong and what to do.
+    """
+
+    kind: str
+    what: str
+    state: State
+    note: str = ""
+
+
+@dataclass
+class Pace:
+    """What finished records of a model tell of its cost.
+
+    Attributes:
+        passes: UNet passes of one sample that a prompt took to localize, by class of the method.
+        seconds: Seconds a pass took, by stage.
+        scoring: Seconds a prompt took to be scored.
+        records: How many records there are.
+        devices: What they were computed on.
+    """
+
+    passes: dict[str, list[float]] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    scoring: list[float] = field(default_factory=list)
+    records: int = 0
+    devices: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, root: Path, weights: str) -> Pace:
+        """Reads the records of all cells under a root that used these weights; damaged folders are passed over."""
+        pace = cls()
+        for path in sorted(root.glob("*/*/spec.json")):
+            try:
+                spec = read_json(path)
+                if spec.get("digests", {}).get("model") == weights:
+                    pace._take(path.parent, spec["settings"]["method"]["_target_"])
+            except (NemoBenchError, KeyError, TypeError, ZeroDivisionError):
+                continue
+        return pace
+
+    def _take(self, cell: Path, method: str) -> None:
+        found = {stage: read_records(cell, stage).values() for stage in ("localize", "generate", "score")}
+        for stage in ("localize", "generate"):
+            each = [record["cost"]["seconds"] / record["cost"]["row_passes"] for record in found[stage]]
+            self.seconds.setdefault(stage, []).extend(each)
+        self.passes.setdefault(method, []).extend(r["cost"]["row_passes"] for r in found["localize"])
+        self.scoring.extend(r["cost"]["seconds"] for r in found["score"] if r["seed"] is None)
+        if any(found.values()):
+            self.records += sum(map(len, found.values()))
+            self.devices.add(read_json(cell / "env.json")["starts"][-1]["device"])
+
+    def per_pass(self, stage: str) -> float | None:
+        """Mean seconds a pass in a stage, or else over all stages; None without records."""
+        values = self.seconds.get(stage) or [value for each in self.seconds.values() for value in each]
+        return fmean(values) if values else None
+
+    def estimate(self, passes: Mapping[str, int], scored: int) -> float | None:
+        """Seconds that passes by stage and the scoring of prompts take; None without records."""
+        each = {stage: self.per_pass("localize" if stage == "calibrate" else stage) for stage in passes}
+        if any(value is None for value in each.values()):
+            return None
+        scoring = fmean(self.scoring) * scored if self.scoring else 0.0
+        return sum(count * (each[stage] or 0.0) for stage, count in passes.items()) + scoring
+
+    def describe(self) -> dict[str, Any]:
+        """What an estimate is drawn from."""
+        return {"records": self.records, "devices": sorted(self.devices), "seconds_per_pass": self.per_pass("generate")}
+
+
+def forecast(choices: Sequence[Choice]) -> dict[str, Any]:
+    """What a run would need, do and cost.
+
+    Args:
+        choices: What was asked for.
+
+    Returns:
+        ``needs``: the fields of each :class:`Need`. ``cells``: those whose files can be read, each as in
+        :func:`nemo_bench.run.outlook`, with ``passes``, UNet passes of one sample to ``calibrate`` (with the first
+        cell that waits for it), ``localize`` and ``generate``; ``at_least``, whether those to localize are the fewest
+        possible, since a search depends on the prompt and no record of the model tells what it takes; and
+        ``seconds``, None before the first records of the model. ``uncounted``: how many other cells there are.
+        ``total``: the same over all cells. ``pace``: by model, number of ``records`` that this is drawn from, their
+        ``devices`` and ``seconds_per_pass``.
+
+    Raises:
+        NemoBenchError: Settings are wrong; what is merely missing is in ``needs``.
+    """
+    survey = _Survey()
+    countable = [kept for choice in choices if (kept := survey.take(choice))]
+    cells = plan(countable, survey.unweighed) if countable else []
+    rows, paces = _costs(cells)
+    seconds = [row["seconds"] for row in rows]
+    stages = ("calibrate", "localize", "generate")
+    return {
+        "needs": [asdict(need) for need in survey.needs.values()],
+        "cells": rows,
+        "uncounted": len(choices) - len(countable),
+        "total": {
+            "passes": {stage: sum(row["passes"][stage] for row in rows) for stage in stages},
+            "at_least": any(row["at_least"] for row in rows),
+            "seconds": None if None in seconds else sum(seconds),
+        },
+        "pace": {name: pace.describe() for name, pace in paces.items() if pace.records},
+    }
+
+
+class _Survey:
+    """What some cells need, each thing looked at once."""
+
+    def __init__(self) -> None:
+        self.needs: dict[tuple[str, str], Need] = {}
+        self.unweighed: dict[Source, str] = {}
+        self._prompts: dict[str, list[Prompt]] = {}
+
+    def take(self, choice: Choice) -> Choice | None:
+        """Notes what a cell needs.
+
+        Returns:
+            The cell without metrics that lack something, so that it can be counted; None where it can't be.
+        """
+        settings = choice.settings
+        model, prompts = settings.model, settings.prompts
+        source, method = source_of(model), build(settings.method, "method")
+        if not self._there("weights", source.path, lambda: _weights(source)):
+            self.unweighed[source] = "missing"
+        metrics = {}
+        for name, node in settings.metrics.items():
+            metric = build(node, f"metrics.{name}")
+            if self._there("metric", f"{name} ({metric.title})", metric.check):
+                metrics[name] = node
+        found = [self._there("prompts", file, partial(self._read, file, prompts)) for file in prompts.files]
+        if all(found):
+            own = [prompt for file in prompts.files for prompt in self._prompts[file][: prompts.limit]]
+            self._note_training_images(own, ", ".join(prompts.files))
+            if file := settings.method.get("file"):
+                found.append(self._there("neurons", file, lambda: method.content(own)))
+        if model.statistics:
+            path = Path(resolve(model.statistics))
+            found.append(self._there("statistics", str(path), lambda: read_statistics(path)))
+        general = prompts.calibration
+        if general and to_measure(method, model):
+            found.append(self._there("general prompts", general, partial(self._read, general, prompts)))
+        return replace(choice, settings=replace(settings, metrics=metrics)) if all(found) else None
+
+    def _there(self, kind: str, what: str, look: Callable[[], object]) -> bool:
+        key = (kind, what)
+        if key not in self.needs:
+            try:
+                answer = look()
+                self.needs[key] = answer if isinstance(answer, Need) else Need(kind, what, "there", _told(answer))
+            except NemoBenchError as error:
+                self.needs[key] = Need(kind, what, "missing", str(error))
+        return self.needs[key].state != "missing"
+
+    def _read(self, file: str, settings: PromptSettings) -> str:
+        try:
+            self._prompts[file] = read_files([file])
+        except NemoBenchError as error:
+            hint = f" {settings.obtain}" if settings.obtain else ""
+            raise type(error)(f"{error}{hint}") from error
+        return f"{len(self._prompts[file]):,} prompts"
+
+    def _note_training_images(self, prompts: Sequence[Prompt], files: str) -> None:
+        memorized = [prompt for prompt in prompts if prompt.kind]
+        if without := sum(not prompt.references for prompt in memorized):
+            note = (
+                f"{without} of {len(memorized)} memorized prompts have none; measures against training images leave "
+                "them out, or have no value at all"
+            )
+            self.needs["training images", files] = Need("training images", files, "partly", note)
+
+
+def _told(answer: object) -> str:
+    return answer if isinstance(answer, str) else ""
+
+
+def _weights(source: Source) -> Need:
+    commit = source.commit
+    if commit is None or isinstance(try_to_load_from_cache(source.place, _UNET, revision=commit), str):
+        return Need("weights", source.path, "there")
+    return Need("weights", source.path, "fetched", "some gigabytes, from the hub at the first use")
+
+
+def _costs(cells: Sequence[Cell]) -> tuple[list[dict[str, Any]], dict[str, Pace]]:
+    paces: dict[str, Pace] = {}
+    calibrated: set[Path] = set()
+    rows = []
+    for row, cell in zip(outlook(cells), with_sources(cells), strict=True):
+        settings, weights = cell.choice.settings, cell.spec["digests"]["model"]
+        if weights not in paces:
+            paces[weights] = Pace.of(Path(settings.root), weights)
+        pace, open_, seeds = paces[weights], row["open"], settings.localize_seeds
+        searches = cell.method.needs_calibration
+        # What localizing measures in the end, and the gate of a search.
+        each = seeds * (2 if searches else 1)
+        if typical := pace.passes.get(settings.method["_target_"]):
+            each = max(each, round(fmean(typical)))
+        passes = {"calibrate": 0, "localize": open_["localize"] * each, "generate": 0}
+        if open_["localize"] and searches and cell.calibration.folder not in calibrated:
+            calibrated.add(cell.calibration.folder)
+            passes["calibrate"] = _calibrating(cell)
+        per_image = settings.model.steps * (2 if settings.model.guidance > 1 else 1)
+        passes["generate"] = open_.get("generate", 0) * per_image
+        at_least = searches and not typical and open_["localize"] > 0
+        seconds = pace.estimate(passes, open_.get("score", 0))
+        rows.append({**row, "passes": passes, "at_least": at_least, "seconds": seconds})
+    return rows, {cell.spec["model"]: paces[cell.spec["digests"]["model"]] for cell in cells}
+
+
+def _calibrating(cell: Cell) -> int:
+    """UNet passes until the threshold is known; activation statistics take none."""
+    if THRESHOLD not in cell.measured or (cell.calibration.folder / THRESHOLD).exists():
+        return 0
+    done = len(cell.calibration.records("calibrate"))
+    guided = 2 if cell.method.protocol.calibration_guidance is not None else 1
+    return (len(cell.calibration_prompts) - done) * cell.choice.settings.localize_seeds * guided

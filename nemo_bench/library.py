@@ -1,0 +1,106 @@
+"""From Python what the command line does: models and prompts by name, runs, and their scores as rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_bench.config import grid
+from nemo_bench.diffusion import Diffusion
+from nemo_bench.report import load_results
+from nemo_bench.run import load_model, plan, read_files, run
+from nemo_bench.types import Prompt, Record
+
+
+def load(model: str = "planted", *overrides: str) -> Diffusion:
+    """Loads a model of conf/model with all its settings: steps, guidance, how noise differences are compared.
+
+    Args:
+        model: Its name, as ``nemo-bench ls model`` lists it.
+        overrides: Settings as on the command line, such as ``"model.steps=50"`` or ``"model.source=folder"``.
+
+    Returns:
+        The model, on the CPU; ``.to("cuda")`` moves it.
+
+    Raises:
+        NemoBenchError: There is no such model or setting, or its weights can't be loaded.
+
+    Example:
+        >>> model = load("planted")
+        >>> images = model.generate("the golden harbor podcast for nine silent stars", range(4))
+    """
+    (choice,) = grid([f"model={model}", "method=none", *overrides])
+    return load_model(choice.settings.model)
+
+
+def load_prompts(prompts: str = "planted", *overrides: str) -> tuple[list[Prompt], list[Prompt]]:
+    """Reads the prompts of conf/prompts.
+
+    Args:
+        prompts: Their name, as ``nemo-bench ls prompts`` lists it.
+        overrides: Settings as on the command line, such as ``"prompts.limit=10"``.
+
+    Returns:
+        The prompts that are benchmarked, and the general ones for the calibration, none where there is no file of
+        them.
+
+    Raises:
+        NemoBenchError: There are no such prompts or settings, or a file can't be read.
+
+    Example:
+        >>> prompts, general = load_prompts("planted")
+        >>> nemo = NeMo().calibrate(load("planted"), general)
+    """
+    (choice,) = grid([f"prompts={prompts}", "method=none", *overrides])
+    settings = choice.settings.prompts
+    general = [settings.calibration] if settings.calibration else []
+    return read_files(settings.files, settings.limit), read_files(general, settings.calibration_limit)
+
+
+def benchmark(*overrides: str, conf: Path | str | None = None, progress: bool = False) -> Path:
+    """Runs what ``nemo-bench run`` runs, as far as it is not done yet.
+
+    Args:
+        overrides: Settings as on the command line, such as ``"method=none,nemo"`` and ``"seeds=8"``.
+        conf: Folder with more YAML files, in group subfolders.
+        progress: Whether bars are shown.
+
+    Returns:
+        The folder of the run, with ``report.html`` and the leaderboard.
+
+    Raises:
+        NemoBenchError: Something is wrong with the settings or with what they name; nothing was loaded.
+
+    Example:
+        >>> folder = benchmark("method=none,nemo", "prompts.limit=4", "name=small")
+        >>> table = pandas.DataFrame(read_scores(folder))
+    """
+    cells = plan(grid(overrides, Path(conf) if conf else None))
+    return run(cells, f"nemo_bench.benchmark({', '.join(map(repr, overrides))})", progress=progress)
+
+
+def read_scores(folder: Path | str) -> list[Record]:
+    """All scores of a run as rows, for a data frame.
+
+    Args:
+        folder: Such as ``results/default``.
+
+    Returns:
+        One row a score: ``cell``, ``label`` (shortest name that tells it from the other cells), ``model``, ``method``,
+        ``prompts``, ``prompt``, ``text``, ``group``, ``seed`` (None for the score of a prompt), ``metric``, ``value``.
+
+    Raises:
+        StoreError: The folder holds no finished run.
+    """
+    rows: list[Record] = []
+    for cell in load_results(folder).cells:
+        own = {"cell": cell.name, "label": cell.label, "model": cell.model, "method": cell.method}
+        for prompt in cell.prompts:
+            outcome = cell.outcomes[prompt.id]
+            about = {"prompts": cell.prompt_list, "prompt": prompt.id, "text": prompt.text, "group": prompt.group}
+            scores = [(None, outcome.scores), *((image.seed, image.scores) for image in outcome.images)]
+            rows += [
+                {**own, **about, "seed": seed, "metric": metric, "value": value}
+                for seed, values in scores
+                for metric, value in values.items()
+            ]
+    return rows

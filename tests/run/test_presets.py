@@ -1,0 +1,53 @@
+"""The presets on the embedded model, few prompts and steps: their cells run, to the table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_bench import benchmark, read_scores
+from nemo_bench.config import grid, options
+from nemo_bench.forecast import forecast
+
+PRESETS = ("membench", "nemo_table", "wen_detection")
+ON_PLANTED = ["model=planted", "model.guidance=3", "prompts=planted", "metrics=default", "trainer=cpu"]
+SMALL = ["model.steps=3", "seeds=2", "localize_seeds=3", "prompts.calibration_limit=8"]
+METHODS = {
+    "membench": ["nemo", "none", "random"],
+    "nemo_table": ["nemo", "nemo", "none", "random"],
+    "wen_detection": ["none"],
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_it_runs_on_the_embedded_model(name: str, tmp_path: Path, prompt_file: Path) -> None:
+    words = [f"experiment={name}", *ON_PLANTED, *SMALL, f"prompts.files=[{prompt_file}]", f"root={tmp_path}"]
+    folder = benchmark(*words)
+    assert folder == tmp_path / name
+    rows = read_scores(folder)
+    cells = {row["cell"]: row["method"] for row in rows}
+    assert sorted(cells.values()) == METHODS[name]
+    assert {row["prompt"] for row in rows} == {"vm-01", "tm-26", "general-01"}
+    assert (folder / "report.html").is_file()
+
+
+@pytest.mark.parametrize("name", [name for name in options("experiment") if name.startswith("sensitivity")])
+def test_a_study_is_counted_on_the_embedded_model(name: str, tmp_path: Path) -> None:
+    expected = forecast(grid([f"experiment={name}", "prompts.limit=1", f"root={tmp_path}"]))
+    assert expected["uncounted"] == 0
+    assert {need["state"] for need in expected["needs"]} == {"there"}
+    assert all(row["passes"]["localize"] > 0 for row in expected["cells"])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_it_says_where_the_files_are_that_it_needs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    expected = forecast(grid([f"experiment={name}", "model.local_files_only=true"]))
+    missing = {need["what"]: need["note"] for need in expected["needs"] if need["state"] == "missing"}
+    lists = [what for what in missing if what.startswith("data/")]
+    assert lists
+    assert all("https://github.com/" in missing[what] for what in lists)
+    assert "CompVis/stable-diffusion-v1-4" in missing
+    assert expected["cells"] == []

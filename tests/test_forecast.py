@@ -1,0 +1,166 @@
+"""What a dry run says: what is needed and missing, what is open, and what it will cost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_bench.cli import main
+from nemo_bench.config import grid
+from nemo_bench.errors import ModelError
+from nemo_bench.forecast import forecast
+from nemo_bench.metrics import Alignment
+from nemo_bench.run import plan, run
+from nemo_bench.store import read_json, read_records
+
+FEW = ["prompts.calibration_limit=8", "localize_seeds=3", "model.steps=5", "seeds=2", "trainer=cpu"]
+
+
+@pytest.fixture
+def words(tmp_path: Path, prompt_file: Path) -> list[str]:
+    """Three prompts of the embedded model."""
+    return [*FEW, f"root={tmp_path / 'results'}", f"prompts.files=[{prompt_file}]"]
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hub: its library reads the environment at import only."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def states(expected: dict[str, Any]) -> dict[str, str]:
+    return {f"{need['kind']} {need['what'].rpartition('/')[2]}": need["state"] for need in expected["needs"]}
+
+
+def test_passes_are_counted_before_anything_is_known(words: list[str], tmp_path: Path) -> None:
+    expected = forecast(grid([*words, "method=none,random,nemo"]))
+    assert [row["open"] for row in expected["cells"]] == [{"localize": 3, "generate": 6, "score": 3}] * 3
+    images, measured = 6 * 5 * 2, 3 * 3
+    assert [row["passes"] for row in expected["cells"]] == [
+        {"calibrate": 0, "localize": measured, "generate": images},
+        {"calibrate": 0, "localize": measured, "generate": images},
+        {"calibrate": 8 * 3, "localize": 2 * measured, "generate": images},
+    ]
+    assert [row["at_least"] for row in expected["cells"]] == [False, False, True]
+    assert expected["total"]["passes"] == {"calibrate": 24, "localize": 4 * measured, "generate": 3 * images}
+    assert expected["total"]["seconds"] is None
+    assert set(states(expected).values()) == {"there"}
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_nobody_asked_for_and_what_was_given_are_counted_too(words: list[str]) -> None:
+    (source, random) = forecast(grid([*words, "method=random"]))["cells"]
+    assert source["open"] == {"localize": 3}
+    assert (source["passes"]["generate"], random["passes"]["generate"]) == (0, 60)
+    (given,) = forecast(grid([*words, "method=nemo", "method.threshold=0.3"]))["cells"]
+    assert given["passes"]["calibrate"] == 0
+    (guided,) = forecast(grid([*words, "method=nemo", "method.protocol=reference"]))["cells"]
+    assert guided["passes"]["calibrate"] == 2 * 8 * 3
+    (unguided,) = forecast(grid([*words, "method=none", "model.guidance=1"]))["cells"]
+    assert unguided["passes"]["generate"] == 6 * 5
+
+
+def test_finished_records_tell_what_a_search_takes_and_how_long(words: list[str], tmp_path: Path) -> None:
+    run(plan(grid([*words, "method=nemo"])), "test", progress=False)
+    done = forecast(grid([*words, "method=nemo"]))
+    assert done["total"]["passes"] == {"calibrate": 0, "localize": 0, "generate": 0}
+    assert done["total"]["seconds"] == 0
+    (cell,) = (p for p in (tmp_path / "results" / "default").iterdir() if p.is_dir())
+    found = {stage: list(read_records(cell, stage).values()) for stage in ("localize", "generate", "score")}
+    each = sum(r["cost"]["row_passes"] for r in found["localize"]) / 3
+    (row,) = forecast(grid([*words, "method=nemo", "seeds=3"]))["cells"]
+    assert not row["at_least"]
+    assert row["passes"] == {"calibrate": 0, "localize": 3 * round(each), "generate": 9 * 10}
+    rates = {
+        stage: sum(r["cost"]["seconds"] / r["cost"]["row_passes"] for r in found[stage]) / len(found[stage])
+        for stage in ("localize", "generate")
+    }
+    scoring = sum(r["cost"]["seconds"] for r in found["score"] if r["seed"] is None)
+    expected = sum(row["passes"][stage] * rate for stage, rate in rates.items()) + scoring
+    assert row["seconds"] == pytest.approx(expected)
+    pace = forecast(grid([*words, "method=none"]))["pace"]["planted"]
+    assert pace["records"] == sum(map(len, found.values()))
+    assert pace["devices"] == [read_json(cell / "env.json")["starts"][0]["device"]]
+
+
+def test_damaged_folders_beside_it_are_passed_over(words: list[str], tmp_path: Path) -> None:
+    other = tmp_path / "results" / "other" / "cell"
+    other.mkdir(parents=True)
+    (other / "spec.json").write_text("{")
+    (row,) = forecast(grid([*words, "method=none"]))["cells"]
+    assert row["seconds"] is None
+
+
+def test_a_finished_calibration_costs_nothing(words: list[str]) -> None:
+    cells = plan(grid([*words, "method=nemo"]))
+    (cells[0].calibration.folder / "records").mkdir(parents=True)
+    record = {"id": "a", "prompt": "a", "pairs": [0.1], "cost": {"row_passes": 3, "seconds": 1.0}}
+    (cells[0].calibration.folder / "records" / "calibrate.0.jsonl").write_text(json.dumps(record) + "\n")
+    (row,) = forecast(grid([*words, "method=nemo"]))["cells"]
+    assert row["passes"]["calibrate"] == 7 * 3
+    (cells[0].calibration.folder / "threshold.json").write_text("{}")
+    (row,) = forecast(grid([*words, "method=nemo"]))["cells"]
+    assert row["passes"]["calibrate"] == 0
+
+
+@pytest.mark.usefixtures("offline")
+def test_missing_weights_are_said_and_the_cost_all_the_same(
+    words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["run", "--dry-run", *words, "model=sd14", "model.local_files_only=true", "method=none"]) == 1
+    said = capsys.readouterr()
+    assert "missing  weights" in said.out
+    assert "CompVis/stable-diffusion-v1-4" in said.out
+    assert "60 to generate" in said.out
+    assert "missing: 1 of what the run needs" in said.err
+    assert not (tmp_path / "results").exists()
+
+
+def test_all_that_is_missing_is_said_at_once(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacks(self: Alignment) -> None:
+        raise ModelError("no weights of the judge; fetch them")
+
+    monkeypatch.setattr(Alignment, "check", lacks)
+    lists = ["prompts.files=[nowhere.csv]", "prompts.calibration=neither.txt", "prompts.obtain=Get it from there."]
+    missing = ["model.statistics=statistics.pt", "model.source=no/where", "model.local_files_only=true"]
+    expected = forecast(grid([*FEW, *lists, *missing, "method=nemo"]))
+    found = states(expected)
+    assert {name for name, state in found.items() if state == "missing"} == {
+        "weights where",
+        "metric alignment (CLIP alignment)",
+        "prompts nowhere.csv",
+        "general prompts neither.txt",
+        "statistics statistics.pt",
+    }
+    assert expected["cells"] == []
+    assert expected["uncounted"] == 1
+    notes = {need["kind"]: need["note"] for need in expected["needs"] if need["state"] == "missing"}
+    assert notes["prompts"].endswith("Get it from there.")
+    assert "fetch them" in notes["metric"]
+    # A metric that lacks its weights does not keep its cell from being counted.
+    assert len(forecast(grid([*words, "method=none"]))["cells"]) == 1
+
+
+def test_neurons_that_a_file_lacks_are_missing(words: list[str], tmp_path: Path) -> None:
+    expected = forecast(grid([*words, "method=saved", f"method.file={tmp_path / 'neurons.json'}"]))
+    assert states(expected)["neurons neurons.json"] == "missing"
+
+
+def test_memorized_prompts_without_training_image_are_counted(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "bare.jsonl").write_text('{"text": "a red sun", "kind": "VM"}\n{"text": "a hat"}\n')
+    expected = forecast(grid([*words[:-1], f"prompts.files=[{tmp_path / 'bare.jsonl'}]", "method=none"]))
+    (need,) = (need for need in expected["needs"] if need["kind"] == "training images")
+    assert need["state"] == "partly"
+    assert need["note"].startswith("1 of 1 memorized prompts have none")
+
+
+def test_the_table_is_whole_in_a_narrow_terminal(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--dry-run", *words, "method=none,nemo"]) == 0
+    out = capsys.readouterr().out
+    for cell in plan(grid([*words, "method=none,nemo"])):
+        assert cell.id in out
+    assert "UNet passes of one sample: 24 to calibrate, ≥ 27 to localize, 120 to generate" in out
+    assert "time: ?" in out
