@@ -172,6 +172,8 @@ def _unmitigated(
     none = _cell(Choice({**cell.choice.names, "method": "none"}, settings), cache, weights)
     found = asked.get(digest(none.spec["settings"]))
     return found or (none if none.store.is_done("generate") else None)
+
+
 def read_files(files: Sequence[str], limit: int | None = None) -> list[Prompt]:
     """Reads the prompts of several files.
 
