@@ -14,10 +14,9 @@ from pathlib import Path
 
 from nemo_bench.report.data import Results, load_results
 from nemo_bench.report.html import page
-from nemo_bench.report.tables import Row, csv_text, json_text, leaderboard, markdown, markdown_table, terminal_table
+from nemo_bench.report.tables import Row, csv_text, json_text, latex, leaderboard, markdown, terminal_table
 
-__all__ = ["ReportFiles", "Results", "Row", "leaderboard", "load_results", "markdown_table", "terminal_table",
-           "write_report"]  # fmt: skip
+__all__ = ["ReportFiles", "Results", "Row", "leaderboard", "load_results", "terminal_table", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +25,13 @@ class ReportFiles:
 
     html: Path
     markdown: Path
+    latex: Path
     csv: Path
     json: Path
 
 
 def write_report(folder: Path | str) -> ReportFiles:
-    """Writes ``report.html`` and ``leaderboard.{md,csv,json}`` into the folder of a run, each whole or not at all.
+    """Writes ``report.html`` and ``leaderboard.{md,tex,csv,json}`` into the folder of a run, each whole or not at all.
 
     Args:
         folder: Such as ``results/default``.
@@ -47,6 +47,7 @@ def write_report(folder: Path | str) -> ReportFiles:
     contents = {
         "report.html": page(results),
         "leaderboard.md": markdown(results),
+        "leaderboard.tex": latex(results),
         "leaderboard.csv": csv_text(results),
         "leaderboard.json": json_text(results),
     }

@@ -7,18 +7,29 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from nemo_bench.aggregate import GROUPS
 from nemo_bench.errors import StoreError
 from nemo_bench.store import SCHEMA, read_json, read_records
 from nemo_bench.types import Neurons, Prompt
 
+FAMILIES = ("memorization", "change", "alignment", "diversity", "quality", "localization")
+"""Families of metrics, in the order of display."""
+
 _STAGES = ("localize", "generate", "score")
+_EARLIER = {
+    "ssim": "memorization", "ssim_nearest": "memorization", "memorization": "localization", "neurons": "localization",
+    "alignment": "alignment", "diversity": "diversity",
+}  # fmt: skip
+"""Families of the metrics of runs that did not write them down."""
+_WORDS = {None: "unset", "True": "on", "False": "off"}
+_T = TypeVar("_T")
 _ATTENTION = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.")
 
 
@@ -32,11 +43,10 @@ class MetricInfo:
         higher_is_better: True, False, or None where neither way is better.
         lower: Smallest possible value, or None.
         upper: Largest possible value, or None.
-        unit: Unit, or an empty text.
         citation: Where it comes from.
         description: One sentence.
-        family: What it tells something about.
-        per: ``image``, ``prompt`` or ``set``.
+        family: One of :data:`FAMILIES`.
+        per: What has a value: ``"image"``, ``"prompt"`` or ``"set"`` (all images of a group at once).
     """
 
     key: str
@@ -44,7 +54,6 @@ class MetricInfo:
     higher_is_better: bool | None
     lower: float | None = None
     upper: float | None = None
-    unit: str = ""
     citation: str = ""
     description: str = ""
     family: str = ""
@@ -57,16 +66,68 @@ class MetricInfo:
 
 
 @dataclass(frozen=True)
-class Aggregate:
-    """A metric over a group of prompts: mean with its 95% bootstrap interval, median and median absolute deviation."""
+class Paired:
+    """Mean over prompts of the difference to no mitigation, its 95% interval, and p of a two-sided sign-flip test."""
 
-    mean: float
+    difference: float
     low: float
     high: float
-    median: float
-    mad: float
+    p: float
     prompts: int
-    paired: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """A metric over a group of prompts: mean with its 95% bootstrap interval, median and median absolute deviation.
+
+    A metric of a whole set has its value as mean and nothing else. ``paired`` is there where the same prompts were
+    also run without mitigation.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    median: float | None
+    mad: float | None
+    prompts: int
+    paired: Paired | None = None
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A number of a preset, with its interval and its spread (median absolute deviation) where it has them."""
+
+    value: float
+    low: float | None
+    high: float | None
+    spread: float | None
+    prompts: int
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Numbers aggregated as another paper does: by group, then by metric."""
+
+    title: str
+    definition: str
+    citation: str
+    rows: Mapping[str, Mapping[str, Statistic]]
+
+
+@dataclass(frozen=True)
+class Detection:
+    """How well a detector tells memorized prompts from others; both definitions of the true positive rate in use."""
+
+    title: str
+    auc: float
+    auc_low: float | None
+    auc_high: float | None
+    average_precision: float
+    tpr_at_1_fpr_below: float
+    tpr_at_1_fpr_nearest: float
+    best_accuracy: float
+    memorized: int
+    other: int
 
 
 @dataclass(frozen=True)
@@ -108,6 +169,7 @@ class Cell:
     Attributes:
         name: Name of its folder.
         label: Shortest name that tells it from the other cells of the run.
+        short: The same without model and list of prompts.
         model: Name of the model.
         method: Name of the method.
         title: Name of the method for people.
@@ -121,12 +183,16 @@ class Cell:
         outcomes: By prompt id.
         metrics: In the order of display.
         aggregates: By group, then by metric.
-        cost: Seconds and UNet passes.
+        presets: By name, as other papers aggregate.
+        detection: By detector, where prompts of both sorts were run.
+        counts: Images, prompts, and what is missing.
+        cost: Seconds, UNet passes and memory.
         calibration: Folder of the general prompts' scores that its threshold comes from, where it is still there.
     """
 
     name: str
     label: str
+    short: str
     model: str
     method: str
     title: str
@@ -140,12 +206,16 @@ class Cell:
     outcomes: Mapping[str, Outcome]
     metrics: Mapping[str, MetricInfo]
     aggregates: Mapping[str, Mapping[str, Aggregate]]
+    presets: Mapping[str, Preset]
+    detection: Mapping[str, Detection]
+    counts: Mapping[str, int]
     cost: Mapping[str, float]
     calibration: Path | None
 
     def prompt_means(self, metric: str, groups: Iterable[str]) -> dict[str, float]:
         """Mean over images of a metric, by prompt id, for the prompts of some groups that have the metric."""
-        found = {p.id: self.outcomes[p.id].values(metric) for p in self.prompts if p.group in set(groups)}
+        wanted = set(groups)
+        found = {p.id: self.outcomes[p.id].values(metric) for p in self.prompts if p.group in wanted}
         return {name: fmean(values) for name, values in found.items() if values}
 
 
@@ -184,6 +254,17 @@ class Results:
     def metrics(self) -> dict[str, MetricInfo]:
         """Metrics of all cells, in the order of display."""
         return {key: info for cell in self.cells for key, info in cell.metrics.items()}
+
+    @property
+    def leading(self) -> dict[str, str]:
+        """The first metric of every family, by family."""
+        found = {family: [key for key, info in self.metrics.items() if info.family == family] for family in FAMILIES}
+        return {family: keys[0] for family, keys in found.items() if keys}
+
+    @property
+    def models(self) -> list[str]:
+        """Models in the order of display."""
+        return list(dict.fromkeys(cell.model for cell in self.cells))
 
     @property
     def groups(self) -> list[str]:
@@ -271,6 +352,7 @@ def _load_cell(folder: Path) -> Cell:
         return Cell(
             name=folder.name,
             label=spec["title"],
+            short=spec["title"],
             model=spec["model"],
             method=spec["method"],
             title=spec["title"],
@@ -282,17 +364,34 @@ def _load_cell(folder: Path) -> Cell:
             starts=env["starts"],
             prompts=prompts,
             outcomes=outcomes,
-            metrics={key: MetricInfo(key, **info) for key, info in metrics["metrics"].items()},
-            aggregates={
-                group: {key: Aggregate(**values) for key, values in scores.items()}
-                for group, scores in metrics["aggregates"].items()
+            metrics={key: _metric(key, info) for key, info in metrics["metrics"].items()},
+            aggregates=_table(metrics["aggregates"], _aggregate),
+            presets={
+                preset: Preset(**{**about, "rows": _table(about["rows"], lambda values: Statistic(**values))})
+                for preset, about in metrics.get("presets", {}).items()
             },
+            detection={key: Detection(**values) for key, values in metrics.get("detection", {}).items()},
+            counts=metrics.get("counts", {}),
             cost=metrics["cost"],
             calibration=_calibration(folder, spec.get("calibration")),
         )
     except (KeyError, TypeError, ValueError, OSError) as error:
         msg = f"{folder} does not hold what a cell should ({type(error).__name__}: {error}); remove it and run again"
         raise StoreError(msg) from error
+
+
+def _metric(key: str, info: Mapping[str, Any]) -> MetricInfo:
+    known = {f.name: info[f.name] for f in fields(MetricInfo) if f.name in info}
+    return MetricInfo(**{"key": key, "family": _EARLIER.get(key, ""), **known})
+
+
+def _table(content: Mapping[str, Any], make: Callable[[Any], _T]) -> dict[str, dict[str, _T]]:
+    return {group: {key: make(values) for key, values in row.items()} for group, row in content.items()}
+
+
+def _aggregate(values: Mapping[str, Any]) -> Aggregate:
+    paired = values.get("paired")
+    return Aggregate(**{**values, "paired": Paired(**paired) if paired else None})
 
 
 def _calibration(cell: Path, place: str | None) -> Path | None:
@@ -344,26 +443,55 @@ def _outcomes(folder: Path, prompts: Iterable[Prompt]) -> dict[str, Outcome]:
 
 def _labelled(cells: Sequence[Cell]) -> tuple[Cell, ...]:
     """Gives each cell the title of its method, and then only what it takes to tell the cells apart."""
-    labels = [[cell.title] for cell in cells]
-    for part in ("model", "prompt_list"):
-        if len({getattr(cell, part) for cell in cells}) > 1:
-            labels = [[*label, getattr(cell, part)] for label, cell in zip(labels, cells, strict=True)]
-    for label, cell in zip(labels, cells, strict=True):
+    parts = [part for part in ("model", "prompt_list") if len({getattr(cell, part) for cell in cells}) > 1]
+    found = []
+    for cell in cells:
         same = [c for c in cells if (c.title, c.model, c.prompt_list) == (cell.title, cell.model, cell.prompt_list)]
-        if len({frozenset(_flat(c.settings)) for c in same}) > 1 and len({c.method for c in same}) > 1:
+        words = [cell.title]
+        if len({c.method for c in same}) > 1 and len({frozenset(_flat(c.settings)) for c in same}) > 1:
             # Methods made otherwise, though of one title: most of their settings can't be compared.
-            label.append(cell.method)
+            words.append(cell.method)
             same = [c for c in same if c.method == cell.method]
-        settings = [_flat(c.settings) for c in same]
-        keys = [key for key in dict.fromkeys(k for s in settings for k in s) if len({s.get(key) for s in settings}) > 1]
-        if len(same) > 1:
-            own = _flat(cell.settings)
-            label.extend([f"{key.rpartition('.')[2]} {own.get(key, 'unset')}" for key in keys] or [cell.name[-8:]])
-    return tuple(replace(cell, label=" · ".join(label)) for cell, label in zip(cells, labels, strict=True))
+        words += _differences(cell, same)
+        label = " · ".join([*words, *(str(getattr(cell, part)) for part in parts)])
+        found.append(replace(cell, label=label, short=" · ".join(words)))
+    return tuple(found)
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
+def _differences(cell: Cell, same: Sequence[Cell]) -> list[str]:
+    """The fewest settings that tell a cell from others of its method, each only where it is not the usual one."""
+    if len(same) == 1:
+        return []
+    settings = {c.name: _flat(c.settings) for c in same}
+    keys = list(dict.fromkeys(key for flat in settings.values() for key in flat))
+
+    def variants(chosen: Sequence[str]) -> int:
+        return len({tuple(flat.get(key) for key in chosen) for flat in settings.values()})
+
+    total = variants(keys)
+    if total < len(same):
+        return [cell.name[-8:]]
+    for key in sorted(keys, key=lambda key: key.startswith("method.")):
+        others = [other for other in keys if other != key]
+        keys = others if variants(others) == total else keys
+    words = []
+    for key in keys:
+        counts = Counter(flat.get(key) for flat in settings.values()).most_common()
+        usual = counts[0][0] if len(counts) == 1 or counts[0][1] > counts[1][1] else None
+        value = settings[cell.name].get(key)
+        if value != usual:
+            last = key.rpartition(".")[2]
+            name = last if sum(other.rpartition(".")[2] == last for other in keys) == 1 else key.removeprefix("method.")
+            words.append(f"{name} {_WORDS.get(value, value)}")
+    return words
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
     for key, value in settings.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": str(value)}
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{name}.")
+        else:
+            found[name] = None if value is None else str(value)
     return found

@@ -3,32 +3,71 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import fmean, median
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from nemo_bench.aggregate import GROUPS
-from nemo_bench.report.data import Cell, GeneratedImage, Results, short_layers
-from nemo_bench.report.plots import PALETTE, looks, plots
-from nemo_bench.report.tables import decimals, leaderboard
+from nemo_bench.report.data import Aggregate, Cell, GeneratedImage, Results, short_layers
+from nemo_bench.report.plots import Plot, plots
+from nemo_bench.report.svg import PALETTE, looks
+from nemo_bench.report.tables import SIGNIFICANCE, Row, decimals, leaderboard
 from nemo_bench.types import Prompt
 
-SIDE = 96
-"""Longest side of an embedded image, in pixels."""
+_FOLDER = Path(__file__).parent / "page"
+_MANY = 8  # columns that fit a window; of more only the first of every family is shown at first
+_FIGURES = (
+    ("tradeoffs", "Trade-offs", "What less memorization costs: each mark is a row of the leaderboard."),
+    ("distributions", "Distributions", "A mean hides prompts on which a method fails."),
+    ("neurons", "Neurons", "How many neurons were blocked, and where."),
+    ("detection", "Detection", "How well memorized prompts are told from others."),
+)
+_COSTS = {
+    "localize_seconds_per_prompt": "Localizing, s per prompt",
+    "localize_row_passes_per_prompt": "Localizing, UNet passes per prompt",
+    "generate_seconds_per_image": "Generating, s per image",
+    "row_passes_per_image": "UNet passes per image",
+    "peak_memory_mb": "Peak memory, MB",
+    "images": "Images",
+    "prompts": "Prompts",
+    "truncated": "Captions truncated",
+    "without_reference": "Without training image",
+    "dead_references": "Dead links",
+}
+_GAPS = {
+    "truncated": "captions were longer than the text encoder takes and truncated",
+    "without_reference": "memorized prompts have no training image on disk",
+    "dead_references": "links to training images are dead",
+}
 
-IMAGES = 4000
-"""About how many generated images a page holds; runs with more show fewer seeds of every prompt."""
 
-_SEEDS = 8
-_TILE = 48
-_SCORES = ("ssim", "diversity", "memorization", "neurons")
+class Size(NamedTuple):
+    """How large images are embedded.
+
+    Attributes:
+        strips: Largest number of strips (prompts times cells) of a page for it.
+        side: Longest side of an image in pixels.
+        seeds: Images of a strip.
+        noise: Side of a noise difference in pixels.
+    """
+
+    strips: float
+    side: int
+    seeds: int
+    noise: int
+
+
+SIZES = (Size(150, 160, 8, 48), Size(1000, 112, 4, 32), Size(float("inf"), 64, 3, 20))
+"""A page of a few prompts shows more than one of 500 prompts and 10 methods, which stays at some 30 MB."""
 
 
 @dataclass(frozen=True)
@@ -49,35 +88,65 @@ class Thumbnail:
 
 
 def page(results: Results) -> str:
-    """The whole page as HTML; prompts and all other texts of the run are escaped."""
+    """The whole page as HTML; prompts and all other texts of the run are escaped.
+
+    The strips of a prompt are in a ``noscript`` element: the browser keeps them as text until the script asks for
+    them, which is what keeps large pages quick, and shows them by itself where scripts are off.
+    """
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
+        loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
-    )
-    return environment.get_template("template.html.jinja").render(
+    )  # fmt: skip
+    script = (_FOLDER / "script.js").read_text(encoding="utf-8")
+    rows = leaderboard(results)
+    found = {section: [plot for plot in plots(results) if plot.section == section] for section, _, _ in _FIGURES}
+    presets, models, detection = _presets(results), _models(results, rows), _detection(results)
+    used = list(dict.fromkeys(info.family for info in results.metrics.values()))
+    many = len(results.metrics) > _MANY
+    costs = [key for key in _COSTS if any(key in cell.cost or key in cell.counts for cell in results.cells)]
+    return environment.get_template("page.html.jinja").render(
         results=results,
+        style=(_FOLDER / "style.css").read_text(encoding="utf-8"),
+        script=script,
+        script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
         looks=looks(results),
         facts=_facts(results),
+        gaps=_gaps(results),
         palette=PALETTE,
-        groups={group: _meaning(results, group) for group in results.groups},
+        sections=_sections(found, bool(models), bool(presets), bool(detection)),
+        figure_sections=_FIGURES,
+        plots=found,
+        groups=[(group, group, _meaning(results, group)) for group in results.groups],
+        model_options=[(model, model, "") for model in results.models],
+        column_options=[(name, name, "") for name in ("main", *used, "all")] if many else [],
+        main=set(results.leading.values()),
         columns=results.metrics,
-        rows=_rows(results),
-        plots=plots(results),
+        rows=_rows(results, rows),
+        tested=any(row.corrected for row in rows),
+        significance=SIGNIFICANCE,
+        models=models,
+        presets=presets,
+        detection=detection,
         score_titles=[results.metrics[key].title for key in _scores(results)],
+        order_title=_worst(results),
         cards=_cards(results),
-        kinds=[g for g in GROUPS if any(p.group == g for cell in results.cells for p in cell.prompts)],
-        costs=list(dict.fromkeys(key for cell in results.cells for key in cell.cost)),
+        kinds=[(g, g, "") for g in GROUPS if any(p.group == g for cell in results.cells for p in cell.prompts)],
+        costs=[_COSTS[key] for key in costs],
+        cost_rows=[(cell, [_cost({**cell.cost, **cell.counts}.get(key)) for key in costs]) for cell in results.cells],
         commands=list(dict.fromkeys(start["command"] for cell in results.cells for start in cell.starts)),
-        citations={name: text for cell in results.cells for name, text in cell.citations.items()},
+        citations=list(dict.fromkeys(text for cell in results.cells for text in cell.citations.values())),
         pretty=lambda content: json.dumps(content, indent=2, ensure_ascii=False, default=str),
     )
 
 
-def thumbnail(path: Path, box: tuple[int, int] = (SIDE, SIDE)) -> Thumbnail | None:
-    """An image as WebP, made to fit a box and without loss if it already does; None if there is no image to read."""
+def thumbnail(path: Path, box: tuple[int, int], lossless: bool = True) -> Thumbnail | None:
+    """An image as WebP, made to fit a box; None if there is no image to read.
+
+    Args:
+        path: The image.
+        box: Width and height to fit.
+        lossless: Keep every pixel of an image that fits already.
+    """
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
@@ -86,7 +155,7 @@ def thumbnail(path: Path, box: tuple[int, int] = (SIDE, SIDE)) -> Thumbnail | No
     tiny = image.width <= box[0] and image.height <= box[1]
     image.thumbnail(box, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.save(buffer, "WEBP", lossless=tiny, quality=80, method=4)
+    image.save(buffer, "WEBP", lossless=tiny and lossless, quality=75, method=4)
     uri = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return Thumbnail(uri, image.width, image.height, tiny)
 
@@ -102,7 +171,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     seeds = {image.seed for cell in results.cells for outcome in cell.outcomes.values() for image in outcome.images}
     starts = [start for cell in results.cells for start in cell.starts]
     facts = [
-        ("Model", ", ".join(dict.fromkeys(cell.model for cell in results.cells))),
+        ("Model" + "s" * (len(results.models) > 1), ", ".join(results.models)),
         ("Methods", ", ".join(dict.fromkeys(cell.title for cell in results.cells))),
         ("Prompts", f"{len(prompts)} ({', '.join(dict.fromkeys(cell.prompt_list for cell in results.cells))})"),
         ("Images", f"{len(seeds)} of each prompt"),
@@ -114,78 +183,226 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     return facts
 
 
-def _rows(results: Results) -> list[dict[str, Any]]:
+def _gaps(results: Results) -> list[str]:
+    """What is missing, once for each list of prompts and model that it is missing for."""
+    found: dict[str, None] = {}
+    for cell in results.cells:
+        of = f" ({cell.prompt_list})" if len({c.prompt_list for c in results.cells}) > 1 else ""
+        for key, words in _GAPS.items():
+            if cell.counts.get(key):
+                found[f"{cell.counts[key]} {words}{of}"] = None
+    return list(found)
+
+
+def _sections(found: dict[str, list[Plot]], models: bool, presets: bool, detection: bool) -> dict[str, str]:
+    """Title of every section that has something to show, by its anchor."""
+    titles = {"leaderboard": "Leaderboard"}
+    titles |= {"models": "Models"} if models else {}
+    titles |= {"presets": "As other papers"} if presets else {}
+    titles |= {name: title for name, title, _ in _FIGURES if found[name] or (name == "detection" and detection)}
+    return {**titles, "prompts": "Prompts", "reproduce": "Reproduce"}
+
+
+def _number(value: float, places: int, sign: str = "") -> str:
+    return f"{value:{sign}.{places}f}".replace("-", "−")
+
+
+def _interval(low: float | None, high: float | None, places: int) -> str:
+    return "" if low is None or high is None else f"{_number(low, places)} to {_number(high, places)}"
+
+
+def _rows(results: Results, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Rows of the leaderboard with every number as it is shown, and each interval as percent of its column's span."""
-    rows = leaderboard(results)
+    columns = {}
+    for key in results.metrics:
+        ends = [end for row in rows if (v := row.values.get(key)) for end in (v.low, v.high, v.mean) if end is not None]
+        columns[key] = (min(ends), (max(ends) - min(ends)) or 1.0) if ends else (0.0, 1.0)
     found = []
     for row in rows:
         values: dict[str, dict[str, Any]] = {}
         for key in results.metrics:
             if value := row.values.get(key):
-                digits = decimals(results, key)
-                ends = [end for r in rows if (v := r.values.get(key)) for end in (v.low, v.high, v.mean)]
-                left, span = min(ends), (max(ends) - min(ends)) or 1.0
-                names = ("mean", "low", "high", "median", "mad")
-                values[key] = {name: f"{getattr(value, name):.{digits}f}" for name in names}
-                values[key] |= {
+                places, (left, span) = decimals(results, key), columns[key]
+                low, high = (value.mean if end is None else end for end in (value.low, value.high))
+                middle = value.median is not None and value.mad is not None
+                values[key] = {
+                    **_shown(results, row, key),
                     "sort": repr(value.mean),
-                    "best": key in row.best,
-                    "start": f"{100 * (value.low - left) / span:.2f}",
-                    "width": f"{100 * (value.high - value.low) / span:.2f}",
+                    "interval": _interval(value.low, value.high, places),
+                    "median": f"median {_number(value.median or 0, places)} ± {value.mad:.{places}f}" if middle else "",
+                    "change": _change(results, key, value),
+                    "test": _test(row, key, value),
+                    "start": f"{100 * (low - left) / span:.2f}",
+                    "width": f"{100 * (high - low) / span:.2f}",
                     "at": f"{100 * (value.mean - left) / span:.2f}",
                 }
         found.append({"cell": row.cell, "group": row.group, "values": values})
     return found
 
 
+def _shown(results: Results, row: Row, key: str) -> dict[str, Any]:
+    mean = _number(row.values[key].mean, decimals(results, key))
+    return {"mean": mean, "stars": row.stars(key), "best": key in row.best}
+
+
+def _change(results: Results, key: str, value: Aggregate) -> str:
+    if not value.paired:
+        return ""
+    places, better = decimals(results, key), results.metrics[key].higher_is_better
+    words = (
+        f"{_number(value.paired.difference, places, '+')} ({_interval(value.paired.low, value.paired.high, places)})"
+    )
+    if better is None or not value.paired.difference:
+        return words
+    return f"{words} {'better' if (value.paired.difference > 0) == better else 'worse'}"
+
+
+def _test(row: Row, key: str, value: Aggregate) -> str:
+    if not value.paired:
+        return ""
+    return f"p = {value.paired.p:.2g}, Holm-corrected {row.corrected[key]:.2g}, {value.paired.prompts} prompts"
+
+
+def _models(results: Results, rows: Sequence[Row]) -> dict[str, Any]:
+    """The leading metrics, models beside each other, a method and group a row; nothing for a single model."""
+    if len(results.models) == 1:
+        return {}
+    keys = list(results.leading.values())
+    lists = {cell.prompt_list for cell in results.cells}
+    found: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row.group, row.cell.short, row.cell.prompt_list), {})[row.cell.model] = row
+    return {
+        "columns": keys,
+        "rows": [
+            {
+                "group": group,
+                "name": f"{short} · {prompts}" if len(lists) > 1 else short,
+                "cell": next(iter(of.values())).cell,
+                "values": [
+                    _shown(results, of[model], key) if model in of and key in of[model].values else None
+                    for key in keys
+                    for model in results.models
+                ],
+            }
+            for (group, short, prompts), of in found.items()
+        ],
+    }
+
+
+def _presets(results: Results) -> list[dict[str, Any]]:
+    """A table for each preset: value ± spread and interval by cell and group."""
+    found = []
+    for name in dict.fromkeys(name for cell in results.cells for name in cell.presets):
+        cells = [cell for cell in results.cells if name in cell.presets]
+        about = cells[0].presets[name]
+        keys = list(dict.fromkeys(k for cell in cells for row in cell.presets[name].rows.values() for k in row))
+        rows = []
+        for group in GROUPS:
+            for cell in cells:
+                if statistics := cell.presets[name].rows.get(group):
+                    values: list[dict[str, str] | None] = []
+                    for key in keys:
+                        value = statistics.get(key)
+                        text = f"{_number(value.value, 3)}" if value else ""
+                        if value and value.spread is not None:
+                            text += f" ± {value.spread:.3f}"
+                        values.append(
+                            {"text": text, "interval": _interval(value.low, value.high, 3)} if value else None
+                        )
+                    rows.append({"group": group, "cell": cell, "values": values})
+        titles = [results.metrics[key].title if key in results.metrics else key.replace("_", " ") for key in keys]
+        found.append({
+            "title": about.title, "definition": about.definition, "citation": about.citation, "columns": titles,
+            "rows": rows,
+        })  # fmt: skip
+    return found
+
+
+def _detection(results: Results) -> list[dict[str, Any]]:
+    rows = []
+    for cell in results.cells:
+        for found in cell.detection.values():
+            rates = (
+                found.average_precision, found.tpr_at_1_fpr_below, found.tpr_at_1_fpr_nearest, found.best_accuracy
+            )  # fmt: skip
+            numbers = [(f"{found.auc:.3f}", _interval(found.auc_low, found.auc_high, 3))]
+            numbers += [(f"{rate:.3f}", "") for rate in rates]
+            numbers += [(str(count), "") for count in (found.memorized, found.other)]
+            rows.append({"cell": cell, "title": found.title, "numbers": numbers})
+    return rows
+
+
 def _cards(results: Results) -> list[dict[str, Any]]:
-    """The gallery: one card a prompt, one strip a cell."""
+    """The gallery: one card a prompt, one strip a cell. Cards are made side by side, since images take the time."""
     prompts: dict[tuple[str, str], list[tuple[Cell, Prompt]]] = {}
     for cell in results.cells:
         for prompt in cell.prompts:
             prompts.setdefault((cell.prompt_list, prompt.id), []).append((cell, prompt))
     strips = sum(len(cells) for cells in prompts.values())
-    shown = max(1, min(_SEEDS, IMAGES // max(strips, 1)))
-    cards = []
-    for found in prompts.values():
-        prompt = found[0][1]
-        seeds = sorted({image.seed for cell, _ in found for image in cell.outcomes[prompt.id].images})
-        cards.append({
-            "prompt": prompt,
-            "reference": thumbnail(prompt.references[0]) if prompt.references else None,
-            "seeds": len(seeds),
-            "shown": min(shown, len(seeds)),
-            "strips": [_strip(results, cell, prompt, seeds[:shown]) for cell, _ in found],
-        })  # fmt: skip
-    return cards
+    size = next(size for size in SIZES if strips <= size.strips)
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda found: _card(results, found, size), prompts.values()))
 
 
-def _strip(results: Results, cell: Cell, prompt: Prompt, seeds: Sequence[int]) -> dict[str, Any]:
+def _card(results: Results, found: Sequence[tuple[Cell, Prompt]], size: Size) -> dict[str, Any]:
+    prompt, own = found[0][1], {cell.name for cell, _ in found}
+    seeds = sorted({image.seed for cell, _ in found for image in cell.outcomes[prompt.id].images})
+    key = results.leading.get("memorization", "")
+    sign = -1 if key and results.metrics[key].higher_is_better else 1
+    order = [cell.outcomes[prompt.id].values(key) if cell.name in own else [] for cell in results.cells]
+    return {
+        "prompt": prompt,
+        "reference": thumbnail(prompt.references[0], (size.side, size.side)) if prompt.references else None,
+        "seeds": len(seeds),
+        "shown": min(size.seeds, len(seeds)),
+        "order": [f"{sign * fmean(values):.4f}" if values else "" for values in order],
+        "strips": [_strip(results, cell, prompt, seeds[: size.seeds], size) for cell, _ in found],
+    }
+
+
+def _strip(results: Results, cell: Cell, prompt: Prompt, seeds: Sequence[int], size: Size) -> dict[str, Any]:
     outcome = cell.outcomes[prompt.id]
     by_seed = {image.seed: image for image in outcome.images}
     scores = []
     for key in _scores(results):
         values = outcome.values(key)
-        places = 0 if key == "neurons" else decimals(results, key)
-        scores.append((results.metrics[key].title, f"{median(values):.{places}f}" if values else "–"))
+        places = decimals(results, key)
+        scores.append((results.metrics[key].title, _number(median(values), places) if values else "–"))
     short = short_layers(cell.layers)
-    layers = [(short[layer], list(outcome.neurons[layer])) for layer in cell.layers if layer in outcome.neurons]
     return {
         "cell": cell,
-        "images": [_image(cell, seed, by_seed.get(seed), results) for seed in seeds],
-        "noise": thumbnail(outcome.noise, (16 * _TILE, _TILE)) if outcome.noise else None,
+        "images": [_image(cell, seed, by_seed.get(seed), results, size) for seed in seeds],
+        "has_noise": outcome.noise is not None,
+        "noise": thumbnail(outcome.noise, (16 * size.noise, size.noise), lossless=False) if outcome.noise else None,
         "scores": scores,
-        "layers": layers,
+        "neurons": outcome.neurons.count,
+        "layers": [(short[layer], outcome.neurons[layer]) for layer in cell.layers if layer in outcome.neurons],
     }
 
 
-def _image(cell: Cell, seed: int, image: GeneratedImage | None, results: Results) -> tuple[str, Thumbnail | None]:
-    """What an image is, and the image."""
+def _image(
+    cell: Cell, seed: int, image: GeneratedImage | None, results: Results, size: Size
+) -> tuple[str, str, Thumbnail | None]:
+    """What an image is, its scores, and the image."""
     if image is None:
-        return f"{cell.label}, seed {seed}: not generated", None
-    scores = [f"{info.title} {image.scores[key]:.3f}" for key, info in results.metrics.items() if key in image.scores]
-    return ", ".join([f"{cell.label}, seed {seed}", *scores]), thumbnail(image.path)
+        return f"{cell.label}, seed {seed}: not generated", "", None
+    scores = [
+        f"{info.title} {_number(image.scores[key], 3)}" for key, info in results.metrics.items() if key in image.scores
+    ]
+    return f"{cell.label}, seed {seed}", ", ".join(scores), thumbnail(image.path, (size.side, size.side))
 
 
 def _scores(results: Results) -> list[str]:
-    return [key for key in _SCORES if key in results.metrics]
+    """Leading metrics that prompts have values of, shown beside a strip; neurons have a column of their own."""
+    return [key for key in results.leading.values() if results.metrics[key].per != "set" and key != "neurons"]
+
+
+def _worst(results: Results) -> str:
+    """Title of what prompts can be put in order of."""
+    key = results.leading.get("memorization")
+    return results.metrics[key].title if key and results.metrics[key].per != "set" else ""
+
+
+def _cost(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"

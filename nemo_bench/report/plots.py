@@ -1,61 +1,34 @@
-"""Figures as inline SVG that follows the colours of the page around it.
-
-Axes and text are drawn in a stand-in colour that becomes ``currentColor``, so a figure reads on light and dark.
-"""
+"""The figures of a report: trade-offs, distributions, neurons and detection."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 
-from nemo_bench.aggregate import GROUPS, bootstrap_interval
-from nemo_bench.report.data import Cell, Results, load_calibration, network_order, short_layers
+from nemo_bench.aggregate import bootstrap_interval
+from nemo_bench.report.data import Cell, MetricInfo, Results, load_calibration, network_order, short_layers
+from nemo_bench.report.svg import INK, Look, looks, nth_look, style, svg
+from nemo_bench.types import GENERAL
 
 MEMORIZED = ("VM", "TM")
 """Groups of prompts whose training images are known."""
 
-_INK = "#010203"
-PALETTE = {"vermilion": "#d55e00", "blue": "#0072b2", "green": "#009e73", "purple": "#cc79a7", "orange": "#e69f00"}
-"""Okabe and Ito (2008) without the hues too pale on white; their black is the colour of the text."""
-
-_COLORS = (_INK, *PALETTE.values())
-_MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"))
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "nemo_bench",
-    "font.size": 9.5,
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": "medium",
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "grid.color": _INK,
-    "grid.alpha": 0.12,
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-}
-_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+_DOTS = 40
+"""With more prompts their shape is drawn instead of every one of them."""
+_LABELS = 8
+"""With more points a legend names them, and only those that matter are labelled."""
+_PASSES = MetricInfo("passes", "UNet passes per prompt", higher_is_better=False)
 
 
 @dataclass(frozen=True)
@@ -63,75 +36,156 @@ class Plot:
     """A figure.
 
     Attributes:
+        section: ``"tradeoffs"``, ``"distributions"``, ``"neurons"`` or ``"detection"``.
         name: Unique on the page.
         title: A few words.
         caption: How to read it.
         svg: The SVG element.
     """
 
+    section: str
     name: str
     title: str
     caption: str
     svg: str
 
 
-@dataclass(frozen=True)
-class Look:
-    """Colour and marker (matplotlib's) and the marker as a character; one look per method."""
-
-    color: str
-    marker: str
-    glyph: str
-
-    @property
-    def css(self) -> str:
-        """The colour on the page, which defines one variable for each name in :data:`PALETTE`."""
-        return _page_colors(self.color)
-
-
-def looks(results: Results) -> dict[str, Look]:
-    """The look of every method, by its name, in order of appearance."""
-    methods = dict.fromkeys(cell.method for cell in results.cells)
-    return {name: Look(_COLORS[i % len(_COLORS)], *_MARKERS[i % len(_MARKERS)]) for i, name in enumerate(methods)}
+class _Spot(NamedTuple):
+    value: float
+    low: float
+    high: float
 
 
 def plots(results: Results) -> list[Plot]:
-    """All figures the records of a run allow."""
-    with matplotlib.style.context(["default", _STYLE]):
-        found = [_tradeoff(results), _distribution(results)]
-        found += [_layers(results, model) for model in dict.fromkeys(cell.model for cell in results.cells)]
+    """All figures the records of a run allow; figures of the same thing in several models follow each other."""
+    with style():
+        found = [*_tradeoffs(results), *_distributions(results)]
+        found += [
+            plot for draw in (_counts, _layers, _roc) for model in results.models if (plot := draw(results, model))
+        ]
         calibrated = {cell.calibration: cell for cell in results.cells[::-1] if cell.calibration}
         found += [_calibration(results, cell, folder) for folder, cell in list(calibrated.items())[::-1]]
-    return [plot for plot in found if plot]
+    return found
 
 
-def _mean(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and both ends of its interval."""
-    return float(np.mean(values)), *bootstrap_interval(np.array(values))
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The Pareto front: indices of points that no other one betters, where smaller is better in both coordinates.
+
+    Returns:
+        Indices from the smallest first coordinate on; of equal points all.
+
+    Example:
+        >>> front([(1, 3), (2, 2), (3, 2), (3, 1)])
+        [0, 1, 3]
+    """
+    found: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: points[i]):
+        if not found or points[i][1] < points[found[-1]][1] or points[i] == points[found[-1]]:
+            found.append(i)
+    return found
 
 
-def _tradeoff(results: Results) -> Plot | None:
-    points = []
-    for cell in results.cells:
-        ssim, alignment = (list(cell.prompt_means(key, MEMORIZED).values()) for key in ("ssim", "alignment"))
-        if ssim and alignment:
-            points.append((cell, _mean(ssim), _mean(alignment)))
-    if not points:
-        return None
-    figure = Figure(figsize=(5.0, 4.4), layout="constrained")
+def roc(memorized: Sequence[float], other: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The receiver operating characteristic of scores, larger for memorized prompts.
+
+    Returns:
+        False and true positive rates from (0, 0) to (1, 1), one point for each distinct score.
+    """
+    scores = np.unique([*memorized, *other])[::-1]
+    rates = [[0.0, *(np.asarray(side)[:, None] >= scores).mean(0).tolist()] for side in (other, memorized)]
+    return rates[0], rates[1]
+
+
+def _title(results: Results, words: str, model: str) -> str:
+    return f"{words}: {model}" if len(results.models) > 1 else words
+
+
+def _axis(info: MetricInfo, vertical: bool = False) -> str:
+    """Title of a metric, and where on its axis better values lie."""
+    if info.higher_is_better is None:
+        return info.title
+    # Text of a vertical axis is turned to the left, and its arrows with it.
+    return f"{info.title} ({'better →' if info.higher_is_better else '← better'})"
+
+
+def _tradeoffs(results: Results) -> list[Plot]:
+    found = []
+    leading = results.leading
+    across = results.metrics[leading["memorization"]] if "memorization" in leading else None
+    upward = [results.metrics[leading[family]] for family in ("alignment", "quality") if family in leading]
+    for number, up in enumerate([*upward, _PASSES] if across else []):
+        assert across
+        spots = {
+            cell.name: (x, y)
+            for cell in results.cells
+            if (x := _measure(cell, across)) and (y := _measure(cell, up))
+        }  # fmt: skip
+        for i, model in enumerate(results.models):
+            cells = [cell for cell in results.cells if cell.model == model and cell.name in spots]
+            if len(cells) > 1:
+                words = f"Memorization and {('cost' if up is _PASSES else up.family)}"
+                name = f"tradeoff-{number}-{i}"
+                found.append(_tradeoff(results, cells, spots, (across, up), name, _title(results, words, model)))
+    return found
+
+
+def _measure(cell: Cell, info: MetricInfo) -> _Spot | None:
+    """A metric of a cell over memorized prompts, with its interval; without one for costs and for whole sets."""
+    if info is _PASSES:
+        images = sum(len(outcome.images) for outcome in cell.outcomes.values()) / len(cell.outcomes)
+        passes = cell.cost.get("localize_row_passes_per_prompt", 0) + images * cell.cost.get("row_passes_per_image", 0)
+        return _Spot(passes, passes, passes) if passes else None
+    if info.per == "set":
+        found = [row[info.key].mean for row in list(cell.aggregates.values())[::-1] if info.key in row]
+        return _Spot(*found[:1] * 3) if found else None
+    values = list(cell.prompt_means(info.key, MEMORIZED).values())
+    return _Spot(float(np.mean(values)), *bootstrap_interval(np.array(values))) if values else None
+
+
+def _tradeoff(
+    results: Results,
+    cells: Sequence[Cell],
+    spots: dict[str, tuple[_Spot, _Spot]],
+    infos: tuple[MetricInfo, MetricInfo],
+    name: str,
+    title: str,
+) -> Plot:
+    signs = [-1 if info.higher_is_better else 1 for info in infos]
+    values = [(spots[cell.name][0].value, spots[cell.name][1].value) for cell in cells]
+    best = front([(signs[0] * x, signs[1] * y) for x, y in values])
+    many = len(cells) > _LABELS
+    rows = math.ceil(len(cells) / 2) if many else 0
+    figure = Figure(figsize=(5.0, 4.2 + 0.2 * rows), layout="constrained")
     axes = figure.add_subplot()
     axes.grid()
     axes.margins(0.16)
-    for cell, (x, left, right), (y, low, high) in points:
-        style = looks(results)[cell.method]
-        axes.hlines(y, left, right, colors=style.color, linewidth=1.1, alpha=0.55)
-        axes.vlines(x, low, high, colors=style.color, linewidth=1.1, alpha=0.55)
-        axes.plot([x], [y], style.marker, color=style.color, markersize=7)
-    axes.set_xlabel(f"{results.metrics['ssim'].title} (← better)")
-    axes.set_ylabel(f"{results.metrics['alignment'].title} (better →)")
-    _label(figure, axes, [(cell.label, x, y) for cell, (x, _, _), (y, _, _) in points])
-    caption = "Means over the memorized prompts (VM and TM) with 95% bootstrap intervals; up and left is good."
-    return Plot("tradeoff", "Memorization and alignment", caption, _svg(figure, "tradeoff", "Trade-off of methods"))
+    if infos[1] is _PASSES and max(y.value for _, y in spots.values()) > 10 * min(y.value for _, y in spots.values()):
+        axes.set_yscale("log")
+    for place, cell in enumerate(cells):
+        look, (x, y) = looks(results)[cell.short], spots[cell.name]
+        axes.hlines(y.value, x.low, x.high, colors=look.color, linewidth=1.1, alpha=0.55)
+        axes.vlines(x.value, y.low, y.high, colors=look.color, linewidth=1.1, alpha=0.55)
+        face = look.color if place in best else "none"
+        axes.plot(*values[place], look.marker, color=look.color, mfc=face, ms=7, label=cell.short, linestyle="none")
+    # The same span for every model, so that figures side by side can be compared.
+    axes.update_datalim([corner for x, y in spots.values() for corner in zip(x[1:], y[1:], strict=True)])
+    axes.autoscale_view()
+    axes.set_xlabel(_axis(infos[0]))
+    axes.set_ylabel(_axis(infos[1]))
+    if many:
+        figure.legend(loc="outside lower left", ncols=2, fontsize="small")
+    named = [i for i, cell in enumerate(cells) if not many or i in best or cell.method == "none"]
+    _label(figure, axes, [(cells[i].short, *values[i]) for i in named])
+    corners = [point for i, j in pairwise(best) for point in (values[i], (values[j][0], values[i][1]))]
+    axes.plot(
+        *zip(*corners, values[best[-1]], strict=True), color=INK, linewidth=0.9, alpha=0.45, linestyle=(0, (4, 3))
+    )
+    listed = ", ".join(cells[i].short for i in best)
+    caption = (
+        f"Filled marks and the dashed line are the Pareto front: {listed}. Memorization is the mean over VM and TM "
+        "prompts; lines are 95% bootstrap intervals."
+    )
+    return Plot("tradeoffs", name, title, caption, svg(figure, name, f"{title}. Pareto front: {listed}"))
 
 
 def _label(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
@@ -157,58 +211,126 @@ def _overlap(a: Bbox, b: Bbox) -> float:
     return float(max(width, 0.0) * max(height, 0.0))
 
 
-def _distribution(results: Results) -> Plot | None:
+def _distributions(results: Results) -> list[Plot]:
+    keys = [key for family, key in results.leading.items() if family not in ("quality", "localization")]
+    found = [
+        _distribution(results, results.metrics[key], i)
+        for key in keys
+        if results.metrics[key].per != "set"
+        for i in range(len(results.models))
+    ]
+    return [plot for plot in found if plot]
+
+
+def _distribution(results: Results, info: MetricInfo, number: int) -> Plot | None:
+    model = results.models[number]
     values = {
-        group: [list(cell.prompt_means("ssim", [group]).values()) for cell in results.cells] for group in MEMORIZED
+        (cell.name, group): list(cell.prompt_means(info.key, [group]).values())
+        for cell in results.cells
+        for group in (*MEMORIZED, GENERAL)
     }
-    groups = [group for group in MEMORIZED if any(values[group])]
-    if not groups:
+    cells = [cell for cell in results.cells if cell.model == model]
+    groups = [group for group in (*MEMORIZED, GENERAL) if any(values[cell.name, group] for cell in cells)]
+    if not set(groups) & set(MEMORIZED):
         return None
-    figure = Figure(figsize=(5.0, max(2.4, 0.9 + 0.62 * len(results.cells))), layout="constrained")
+    figure = Figure(figsize=(5.0, 0.9 + max(1.2, 0.46 * len(cells))), layout="constrained")
     panels = figure.subplots(1, len(groups), sharex=True, sharey=True, squeeze=False)[0]
     for axes, group in zip(panels, groups, strict=True):
         axes.grid(axis="x")
-        axes.set_title(f"{group}, {GROUPS[group]}")
-        for place, (cell, numbers) in enumerate(zip(results.cells, values[group], strict=True)):
-            if numbers:
-                _strip(axes, place, numbers, looks(results)[cell.method])
+        axes.set_title(group)
+        for place, cell in enumerate(cells):
+            if numbers := values[cell.name, group]:
+                _strip(axes, place, numbers, looks(results)[cell.short])
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
-    panels[0].set_yticks(range(len(results.cells)), [cell.label for cell in results.cells])
-    panels[0].set_ylim(len(results.cells) - 0.5, -0.5)
-    figure.supxlabel(f"{results.metrics['ssim'].title} (← better)", fontsize="medium")
-    caption = "One dot a prompt, the mean over its images; the line is the median, the band the middle half."
-    name = "SSIM to the training image by method"
-    return Plot("distribution", "Spread over prompts", caption, _svg(figure, "distribution", name))
+    every = [value for numbers in values.values() for value in numbers]
+    margin = 0.04 * (max(every) - min(every)) or 0.1
+    panels[0].set_xlim(min(every) - margin, max(every) + margin)
+    panels[0].set_yticks(range(len(cells)), [cell.short for cell in cells])
+    panels[0].set_ylim(len(cells) - 0.5, -0.5)
+    figure.supxlabel(_axis(info), fontsize="medium")
+    drawn = "a dot is a prompt" if max(map(len, values.values())) <= _DOTS else "the shape counts prompts"
+    caption = f"Means over the images of each prompt: {drawn}, the line is the median, the band the middle half."
+    name, title = f"distribution-{info.key}-{number}", _title(results, info.title, model)
+    return Plot("distributions", name, title, caption, svg(figure, name, f"{title}: spread over prompts by method"))
 
 
-def _strip(axes: Axes, place: float, numbers: Sequence[float], style: Look) -> None:
+def _strip(axes: Axes, place: float, numbers: Sequence[float], look: Look) -> None:
     first, median, third = np.percentile(numbers, [25, 50, 75])
-    axes.barh(place, third - first, 0.5, first, color=style.color, alpha=0.18, linewidth=0)
-    axes.vlines(median, place - 0.25, place + 0.25, colors=style.color, linewidth=2)
-    spread = np.random.default_rng(0).uniform(-0.16, 0.16, len(numbers))
-    axes.plot(numbers, place + spread, style.marker, color=style.color, alpha=0.75, markersize=4, markeredgewidth=0)
+    axes.barh(place, third - first, 0.5, first, color=look.color, alpha=0.18, linewidth=0)
+    axes.vlines(median, place - 0.25, place + 0.25, colors=look.color, linewidth=2)
+    if len(numbers) > _DOTS:
+        counts, edges = np.histogram(numbers, bins=32)
+        height = 0.38 * np.append(counts, 0) / counts.max()
+        axes.fill_between(edges, place - height, place + height, color=look.color, alpha=0.4, linewidth=0, step="post")
+    else:
+        spread = np.random.default_rng(0).uniform(-0.16, 0.16, len(numbers))
+        axes.plot(numbers, place + spread, look.marker, color=look.color, alpha=0.75, ms=4, mew=0)
+
+
+def _blocked(
+    results: Results, model: str
+) -> tuple[list[str], list[tuple[Cell, np.ndarray[tuple[int, ...], np.dtype[np.int64]]]]]:
+    """Layers of a model in network order, and neurons by prompt and layer of each cell that blocked any.
+
+    Memorized prompts count (all prompts where none is known to be).
+    """
+    cells = [cell for cell in results.cells if cell.model == model]
+    layers = network_order({layer for cell in cells for layer in cell.layers})
+    found = []
+    for cell in cells:
+        prompts = [prompt for prompt in cell.prompts if prompt.kind] or cell.prompts
+        rows = [[len(cell.outcomes[prompt.id].neurons.get(layer, ())) for layer in layers] for prompt in prompts]
+        counts = np.array(rows, np.int64).reshape(len(prompts), len(layers))
+        if counts.any():
+            found.append((cell, counts))
+    return layers, found
+
+
+def _counts(results: Results, model: str) -> Plot | None:
+    _, cells = _blocked(results, model)
+    if not cells:
+        return None
+    figure = Figure(figsize=(5.0, 3.4 + 0.2 * math.ceil(len(cells) / 2)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid()
+    for cell, counts in cells:
+        look, totals = looks(results)[cell.short], np.sort(counts.sum(axis=1))
+        axes.step(
+            [0, *totals], np.arange(len(totals) + 1) / len(totals), look.color, marker=look.marker, ms=5, mew=0,
+            markevery=max(1, len(totals) // 6), where="post", linewidth=1.3, label=cell.short,
+        )  # fmt: skip
+    axes.set_xscale("symlog", linthresh=10)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlim(left=0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel("Neurons blocked (logarithmic above 10)")
+    axes.set_ylabel("Prompts with at most as many")
+    figure.legend(loc="outside upper left", ncols=2)
+    name, title = f"counts-{results.models.index(model)}", _title(results, "Neurons per prompt", model)
+    caption = "Share of memorized prompts for which at most so many neurons were blocked."
+    return Plot("neurons", name, title, caption, svg(figure, name, title))
 
 
 def _layers(results: Results, model: str) -> Plot | None:
-    cells = [cell for cell in results.cells if cell.model == model]
-    layers = network_order({layer for cell in cells for layer in cell.layers})
-    counts = [(cell, found) for cell in cells if (found := _counts(cell, layers)).any()]
-    if not counts:
+    layers, cells = _blocked(results, model)
+    if not cells:
         return None
-    figure = Figure(figsize=(5.0, max(2.4, 1.0 + 0.3 * len(layers))), layout="constrained")
+    row = min(max(0.3, 0.09 * len(cells)), 0.6)
+    height = 1.0 + row * len(layers) + 0.2 * math.ceil(len(cells) / 2)
+    figure = Figure(figsize=(5.0, max(2.4, height)), layout="constrained")
     axes = figure.add_subplot()
     axes.grid(axis="x")
-    size = 0.8 / len(counts)
-    for number, (cell, found) in enumerate(counts):
-        style = looks(results)[cell.method]
+    size = 0.8 / len(cells)
+    for number, (cell, counts) in enumerate(cells):
+        look = looks(results)[cell.short]
         places = np.arange(len(layers)) - 0.4 + size * (number + 0.5)
-        axes.barh(places, found.mean(axis=0), size * 0.9, color=style.color, alpha=0.35, linewidth=0, label=cell.label)
-        used = found > 0
-        jitter = np.random.default_rng(0).uniform(-0.35 * size, 0.35 * size, found.shape)
-        x, y = found[used], (places + jitter)[used]
-        axes.plot(x, y, style.marker, color=style.color, alpha=0.5, markersize=3, markeredgewidth=0)
+        axes.barh(places, counts.mean(axis=0), size * 0.9, color=look.color, alpha=0.3, linewidth=0)
+        axes.hlines(places, *np.percentile(counts, [25, 75], axis=0), colors=look.color, linewidth=1.2)
+        axes.plot(
+            counts.mean(axis=0), places, look.marker, color=look.color, ms=min(5, 40 * size), mew=0, label=cell.short
+        )
     short = short_layers(layers)
     axes.set_yticks(range(len(layers)), [short[layer] for layer in layers])
     axes.set_ylim(len(layers) - 0.5, -0.5)
@@ -217,17 +339,38 @@ def _layers(results: Results, model: str) -> Plot | None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel("Neurons blocked per prompt")
     figure.legend(loc="outside upper left", ncols=2)
-    name = f"layers-{[cell.model for cell in results.cells].index(model)}"
-    title = f"Neurons by layer: {model}"
-    caption = "Value layers in network order. Bars are means over memorized prompts, marks are prompts."
-    return Plot(name, title, caption, _svg(figure, name, title))
+    name, title = f"layers-{results.models.index(model)}", _title(results, "Neurons by layer", model)
+    caption = "Value layers in network order: mean over memorized prompts, and the middle half of them as a line."
+    return Plot("neurons", name, title, caption, svg(figure, name, title))
 
 
-def _counts(cell: Cell, layers: Sequence[str]) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-    """Number of neurons, prompts x layers, for the memorized prompts (all prompts where none is known to be)."""
-    prompts = [prompt for prompt in cell.prompts if prompt.kind] or cell.prompts
-    rows = [[len(cell.outcomes[prompt.id].neurons.get(layer, ())) for layer in layers] for prompt in prompts]
-    return np.array(rows, np.int64).reshape(len(prompts), len(layers))
+def _roc(results: Results, model: str) -> Plot | None:
+    """Detectors whose scores are in the records, without mitigation; of every cell where that was not run."""
+    cells = [cell for cell in results.cells if cell.model == model and cell.detection]
+    cells = [cell for cell in cells if cell.method == "none"] or cells
+    figure = Figure(figsize=(5.0, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid()
+    axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, alpha=0.4, linestyle=":")
+    axes.axvline(0.01, color=INK, linewidth=0.8, alpha=0.4, linestyle="--")
+    curves = 0
+    for cell, key, found in [(c, *item) for c in cells for item in c.detection.items()]:
+        memorized = list(cell.prompt_means(key, MEMORIZED).values())
+        other = list(cell.prompt_means(key, [GENERAL]).values())
+        if memorized and other:
+            look = nth_look(curves)
+            words = f"{found.title}{f', {cell.short}' if len(cells) > 1 else ''}: AUC {found.auc:.3f}"
+            axes.plot(*roc(memorized, other), color=look.color, marker=look.marker, markevery=0.2, ms=5, label=words)
+            curves += 1
+    if not curves:
+        return None
+    axes.set_xlabel("False positive rate (dashed: 1%)")
+    axes.set_ylabel("True positive rate")
+    axes.set_aspect("equal")
+    axes.legend(loc="lower right")
+    name, title = f"roc-{results.models.index(model)}", _title(results, "Detection of memorized prompts", model)
+    caption = "One curve a detector, over the prompts known to be memorized and the others; dotted is chance."
+    return Plot("detection", name, title, caption, svg(figure, name, title))
 
 
 def _calibration(results: Results, calibrated: Cell, folder: Path) -> Plot:
@@ -243,7 +386,7 @@ def _calibration(results: Results, calibrated: Cell, folder: Path) -> Plot:
     figure = Figure(figsize=(5.0, 0.9 + sum(heights)), layout="constrained")
     top, *below = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     top.set_title("General prompts, pairs of seeds")
-    top.hist(found.pairs, bins=40, weights=np.full(len(found.pairs), 100 / len(found.pairs)), color=_INK, alpha=0.35)
+    top.hist(found.pairs, bins=40, weights=np.full(len(found.pairs), 100 / len(found.pairs)), color=INK, alpha=0.35)
     top.set_ylabel("% of pairs")
     top.yaxis.set_major_locator(MaxNLocator(3))
     at = top.get_xaxis_transform()
@@ -251,21 +394,21 @@ def _calibration(results: Results, calibrated: Cell, folder: Path) -> Plot:
     for axes in below:
         axes.set_title("Memorized prompts, nothing mitigated")
         for place, group in enumerate(groups):
-            _strip(axes, place, list(rows[group].values()), looks(results)[plain[0].method])
+            _strip(axes, place, list(rows[group].values()), looks(results)[plain[0].short])
         axes.set_yticks(range(len(groups)), groups)
         axes.set_ylim(len(groups) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
     for axes in (top, *below):
         axes.grid(axis="x")
-        axes.axvline(found.threshold, color=_INK, linewidth=1.2, linestyle="--")
+        axes.axvline(found.threshold, color=INK, linewidth=1.2, linestyle="--")
     (below or [top])[-1].set_xlabel("Similarity of noise differences (more memorized →)")
     name = f"calibration-{results.cells.index(calibrated)}"
     title = f"Threshold: {calibrated.model}" + (f", {found.protocol} protocol" * (found.protocol != "paper"))
     caption = "The dashed line is the threshold, mean plus one standard deviation of the pairs of general prompts."
     if groups:
         caption += " Dots are memorized prompts, each the mean over its pairs, with their median and middle half."
-    return Plot(name, title, caption, _svg(figure, name, title))
+    return Plot("detection", name, title, caption, svg(figure, name, title))
 
 
 def _shares_scores(cell: Cell, other: Cell) -> bool:
@@ -273,31 +416,3 @@ def _shares_scores(cell: Cell, other: Cell) -> bool:
     return cell.model == other.model and all(
         cell.settings.get(key) == other.settings.get(key) for key in ("model", "localize_seeds")
     )
-
-
-def _svg(figure: Figure, name: str, label: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata=_METADATA)
-    svg = buffer.getvalue().decode()
-    body = svg[svg.index(">", svg.index("<svg")) + 1 :]
-    for pattern, put in _rules(name):
-        body = re.sub(pattern, put, body, flags=re.DOTALL)
-    width, height = (round(72 * inches) for inches in figure.get_size_inches())
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{_page_colors(body.strip())}'
-
-
-def _rules(name: str) -> Iterable[tuple[str, str]]:
-    """What to rewrite so that figures share a page: no style for everything, ids of their own."""
-    return (
-        (r"<style.*?</style>", ""),
-        (r"<!--.*?-->\s*", ""),
-        (r'\bid="', f'id="{name}-'),
-        (r'xlink:href="#', f'href="#{name}-'),
-        (r"url\(#", f"url(#{name}-"),
-    )
-
-
-def _page_colors(text: str) -> str:
-    for name, color in PALETTE.items():
-        text = text.replace(color, f"var(--{name})")
-    return text.replace(_INK, "currentColor")
