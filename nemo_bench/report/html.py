@@ -44,9 +44,9 @@ _COSTS = {
     "dead_references": "Dead links",
 }
 _GAPS = {
-    "truncated": "captions were longer than the text encoder takes and truncated",
-    "without_reference": "memorized prompts have no training image on disk",
-    "dead_references": "links to training images are dead",
+    "truncated": "Captions longer than the text encoder takes, and so truncated",
+    "without_reference": "Memorized prompts without a training image on disk",
+    "dead_references": "Links to training images that are dead",
 }
 
 
@@ -190,7 +190,7 @@ def _gaps(results: Results) -> list[str]:
         of = f" ({cell.prompt_list})" if len({c.prompt_list for c in results.cells}) > 1 else ""
         for key, words in _GAPS.items():
             if cell.counts.get(key):
-                found[f"{cell.counts[key]} {words}{of}"] = None
+                found[f"{words}{of}: {cell.counts[key]}"] = None
     return list(found)
 
 

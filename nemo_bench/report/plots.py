@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
 
 from nemo_bench.aggregate import bootstrap_interval
 from nemo_bench.report.data import Cell, MetricInfo, Results, load_calibration, network_order, short_layers
@@ -243,7 +244,7 @@ def _distribution(results: Results, info: MetricInfo, number: int) -> Plot | Non
                 _strip(axes, place, numbers, looks(results)[cell.short])
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
-        axes.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(4 - min(len(groups), 2), steps=[1, 2, 5, 10]))
     every = [value for numbers in values.values() for value in numbers]
     margin = 0.04 * (max(every) - min(every)) or 0.1
     panels[0].set_xlim(min(every) - margin, max(every) + margin)
@@ -269,16 +270,14 @@ def _strip(axes: Axes, place: float, numbers: Sequence[float], look: Look) -> No
         axes.plot(numbers, place + spread, look.marker, color=look.color, alpha=0.75, ms=4, mew=0)
 
 
-def _blocked(
-    results: Results, model: str
-) -> tuple[list[str], list[tuple[Cell, np.ndarray[tuple[int, ...], np.dtype[np.int64]]]]]:
+def _blocked(results: Results, model: str) -> tuple[list[str], list[tuple[Cell, NDArray[np.int64]]]]:
     """Layers of a model in network order, and neurons by prompt and layer of each cell that blocked any.
 
     Memorized prompts count (all prompts where none is known to be).
     """
     cells = [cell for cell in results.cells if cell.model == model]
     layers = network_order({layer for cell in cells for layer in cell.layers})
-    found = []
+    found: list[tuple[Cell, NDArray[np.int64]]] = []
     for cell in cells:
         prompts = [prompt for prompt in cell.prompts if prompt.kind] or cell.prompts
         rows = [[len(cell.outcomes[prompt.id].neurons.get(layer, ())) for layer in layers] for prompt in prompts]
@@ -327,7 +326,8 @@ def _layers(results: Results, model: str) -> Plot | None:
         look = looks(results)[cell.short]
         places = np.arange(len(layers)) - 0.4 + size * (number + 0.5)
         axes.barh(places, counts.mean(axis=0), size * 0.9, color=look.color, alpha=0.3, linewidth=0)
-        axes.hlines(places, *np.percentile(counts, [25, 75], axis=0), colors=look.color, linewidth=1.2)
+        first, third = np.percentile(counts, [25, 75], axis=0)
+        axes.hlines(places, first, third, colors=look.color, linewidth=1.2)
         axes.plot(
             counts.mean(axis=0), places, look.marker, color=look.color, ms=min(5, 40 * size), mew=0, label=cell.short
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -23,6 +24,8 @@ PROMPTS = (
     ("general-02", "a quiet mountain at dawn", None),
 )
 METHODS = {"none": "No mitigation", "random": "Random neurons", "nemo": "NeMo"}
+MORE_METHODS = {**METHODS, "tokens": "Random tokens", "attention": "Attention rescaling"}
+DETECTOR = "noise_similarity"
 SEEDS = 3
 SIDE = 64
 LAYERS = {
@@ -38,39 +41,50 @@ LAYERS = {
 }
 METRICS: dict[str, dict[str, Any]] = {
     "ssim": {"title": "SSIM to training image", "higher_is_better": False, "lower": -1.0, "upper": 1.0,
-             "citation": "Wang et al. 2004", "description": "Structural similarity to the prompt's training image."},
+             "citation": "Wang et al. 2004", "description": "Structural similarity to the prompt's training image.",
+             "family": "memorization", "per": "image"},
     "ssim_nearest": {"title": "SSIM to nearest", "higher_is_better": False, "lower": -1.0, "upper": 1.0,
-                     "citation": "Wang et al. 2004", "description": "Best similarity to any known training image."},
+                     "citation": "Wang et al. 2004", "description": "Best similarity to any known training image.",
+                     "family": "memorization", "per": "image"},
     "alignment": {"title": "CLIP alignment", "higher_is_better": True, "lower": -1.0, "upper": 1.0,
-                  "citation": "Radford et al. 2021", "description": "Cosine similarity of image and prompt in CLIP."},
+                  "citation": "Radford et al. 2021", "description": "Cosine similarity of image and prompt in CLIP.",
+                  "family": "alignment", "per": "image"},
     "diversity": {"title": "Diversity", "higher_is_better": True, "lower": 0.0, "upper": 1.0,
-                  "citation": "", "description": "Mean pairwise dissimilarity of the images of a prompt."},
+                  "citation": "", "description": "Mean pairwise dissimilarity of the images of a prompt.",
+                  "family": "diversity", "per": "prompt"},
+    "fid": {"title": "FID", "higher_is_better": False, "lower": 0.0, "upper": None, "citation": "Heusel et al. 2017",
+            "description": "Distance of Inception features to those of a folder.", "family": "quality", "per": "set"},
     "memorization": {"title": "Memorization", "higher_is_better": False, "lower": -1.0, "upper": 1.0,
                      "citation": "Hintersdorf et al. 2024",
-                     "description": "Mean pairwise SSIM of the noise differences of a prompt."},
+                     "description": "Mean pairwise SSIM of the noise differences of a prompt.",
+                     "family": "localization", "per": "prompt"},
     "neurons": {"title": "Neurons", "higher_is_better": None, "lower": 0.0, "upper": None,
-                "citation": "", "description": "Number of neurons blocked."},
+                "citation": "", "description": "Number of neurons blocked.", "family": "localization", "per": "prompt"},
 }  # fmt: skip
 CITATION = "@inproceedings{hintersdorf2024nemo,\n  title = {Finding NeMo},\n  year = {2024}\n}"
 
 
 def write_fake_results(
-    folder: Path, models: Sequence[str] = ("planted",), prompts: Sequence[tuple[str, str, str | None]] = PROMPTS
+    folder: Path,
+    models: Sequence[str] = ("planted",),
+    prompts: Sequence[tuple[str, str, str | None]] = PROMPTS,
+    methods: Mapping[str, str] = METHODS,
 ) -> Path:
-    """Writes a run of all methods on some models.
+    """Writes a run of some methods on some models, keeping to the contract of ``metrics.json``.
 
     Args:
         folder: Where the run goes, such as ``results/default``.
         models: Names of the models.
         prompts: Id, text and kind of each prompt.
+        methods: Name and title of each method; ``none`` first, if at all.
 
     Returns:
         The folder.
     """
     cells = [
-        _write_cell(folder, model, method, prompts, len(METHODS) * i + j)
+        _write_cell(folder, model, named, prompts, len(methods) * i + j)
         for i, model in enumerate(models)
-        for j, method in enumerate(METHODS)
+        for j, named in enumerate(methods.items())
     ]
     _dump(folder / "run.json", {"schema": 1, "name": folder.name, "cells": cells})
     return folder
@@ -104,8 +118,9 @@ def write_fake_calibration(run: Path, model: str = "planted", pairs: int = 200, 
 
 
 def _write_cell(
-    folder: Path, model: str, method: str, prompts: Sequence[tuple[str, str, str | None]], number: int
+    folder: Path, model: str, named: tuple[str, str], prompts: Sequence[tuple[str, str, str | None]], number: int
 ) -> str:
+    method, title = named
     name = f"{model}__{method}__planted__{number:08x}"
     cell = folder / name
     for sub in ("records", "images", "noise", "neurons"):
@@ -120,7 +135,7 @@ def _write_cell(
             "id": prompt, "text": text, "kind": kind, "group": group,
             "references": [str(path) for path in references], "tags": [],
         })  # fmt: skip
-        copied = kind is not None and method != "nemo"
+        copied = kind is not None and (method in ("none", "random") or (method == "tokens" and place % 2 == 0))
         neurons = _neurons(rng, kind, method)
         memorization = round(float(rng.uniform(0.35, 0.5) if copied else rng.uniform(0.02, 0.12)), 4)
         _noise(rng, 0.9 if copied else 0.1).save(cell / "noise" / f"{prompt}.png")
@@ -146,6 +161,7 @@ def _write_cell(
             "diversity": round(float(rng.uniform(0.03, 0.1) if copied else rng.uniform(0.4, 0.6)), 4),
             "memorization": memorization,
             "neurons": sum(len(ids) for ids in neurons.values()),
+            DETECTOR: round(float(rng.normal(0.5 if copied else 0.3, 0.1)), 4),
         }
         lines["score"].append({"id": f"ffffffff{place:08x}", "prompt": prompt, "seed": None, "scores": whole})
         means = {key: (fmean(values), median(values)) for key, values in per_image.items()}
@@ -157,9 +173,9 @@ def _write_cell(
         _write_jsonl(cell / "records" / f"{stage}.0.jsonl", lines[stage])
         (cell / f"{stage}.done").touch()
     _dump(cell / "spec.json", {
-        "schema": 1, "cell": name, "model": model, "method": method, "prompts": "planted", "title": METHODS[method],
+        "schema": 1, "cell": name, "model": model, "method": method, "prompts": "planted", "title": title,
         "settings": {"seeds": SEEDS, "steps": 20, "method": {"name": method, "theta_min": 0.12}},
-        "digests": {"model": f"{number // 3:016x}", "prompts": "5f3a9be1c0d24786"},
+        "digests": {"model": f"{zlib.crc32(model.encode()):016x}", "prompts": "5f3a9be1c0d24786"},
         "citations": {"NeMo": CITATION} if method == "nemo" else {},
     })  # fmt: skip
     _dump(cell / "layers.json", LAYERS)
@@ -168,14 +184,66 @@ def _write_cell(
         "dirty": False, "world_size": 1, "device": "cpu", "versions": {"nemo_bench": "0.1.0", "torch": "2.15.0"},
     }]})  # fmt: skip
     _dump(cell / "metrics.json", {
-        "schema": 1, "metrics": {key: {**info, "unit": ""} for key, info in METRICS.items()},
-        "aggregates": {g: {k: _aggregate(v) for k, v in scores[g].items()} for g in scores},
-        "cost": {"localize_seconds_per_prompt": 3.1, "generate_seconds_per_image": 0.4, "row_passes_per_image": 40.0},
+        "schema": 1, "metrics": METRICS,
+        "aggregates": _aggregates(folder, model, scores, rng),
+        "presets": {"nemo": {
+            "title": "NeMo", "definition": "Median over images, then median ± MAD over prompts.",
+            "citation": "Hintersdorf et al. 2024",
+            "rows": {g: {"ssim": _statistic(scores[g]["ssim"])} for g in ("VM", "TM") if g in scores},
+        }},
+        **_detection(lines),
+        "counts": {
+            "images": len(lines["generate"]), "prompts": len(prompts), "truncated": 1, "without_reference": 0,
+            "dead_references": 0,
+        },
+        "cost": {
+            "localize_seconds_per_prompt": 3.1, "localize_row_passes_per_prompt": 512.0 * (method == "nemo"),
+            "generate_seconds_per_image": 0.4, "row_passes_per_image": 40.0, "peak_memory_mb": 812.5,
+        },
     })  # fmt: skip
     return name
 
 
-def _aggregate(pairs: list[tuple[float, float]]) -> dict[str, float]:
+def _aggregates(
+    folder: Path, model: str, scores: Mapping[str, Mapping[str, list[tuple[float, float]]]], rng: np.random.Generator
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """By group and metric, held against the cell without mitigation, which was written before."""
+    found = {g: {k: _aggregate(v) for k, v in scores[g].items() if k in METRICS} for g in scores}
+    for group in found:
+        nothing = dict.fromkeys(("low", "high", "median", "mad"))
+        found[group]["fid"] = {"mean": round(float(rng.uniform(15, 30)), 2), **nothing, "prompts": len(PROMPTS)}
+    for path in folder.glob(f"{model}__none__*/metrics.json"):
+        for group, row in json.loads(path.read_text())["aggregates"].items():
+            for key, before in row.items():
+                if before["low"] is not None:
+                    difference = found[group][key]["mean"] - before["mean"]
+                    found[group][key]["paired"] = {
+                        "difference": difference, "low": difference - 0.05, "high": difference + 0.05,
+                        "p": round(float(np.exp(-40 * abs(difference))), 6), "prompts": before["prompts"],
+                    }  # fmt: skip
+    return found
+
+
+def _statistic(pairs: list[tuple[float, float]]) -> dict[str, float]:
+    found = _aggregate(pairs)
+    return {"value": found["median"], "spread": found["mad"], **{key: found[key] for key in ("low", "high", "prompts")}}
+
+
+def _detection(lines: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    kinds = {line["id"]: line["kind"] for line in lines["prompts"]}
+    scores = {line["prompt"]: line["scores"][DETECTOR] for line in lines["score"] if line["seed"] is None}
+    memorized, other = ([v for k, v in scores.items() if bool(kinds[k]) is wanted] for wanted in (True, False))
+    if not memorized or not other:
+        return {}
+    auc = float(np.mean([(a > b) + (a == b) / 2 for a in memorized for b in other]))
+    return {"detection": {DETECTOR: {
+        "title": "Noise similarity", "auc": auc, "auc_low": max(0.0, auc - 0.1), "auc_high": min(1.0, auc + 0.1),
+        "average_precision": 0.91, "tpr_at_1_fpr_below": 0.5, "tpr_at_1_fpr_nearest": 0.75, "best_accuracy": 0.88,
+        "memorized": len(memorized), "other": len(other),
+    }}}  # fmt: skip
+
+
+def _aggregate(pairs: list[tuple[float, float]]) -> dict[str, Any]:
     means, medians = np.array(pairs).T
     draws = np.random.default_rng(1).choice(means, (500, len(means))).mean(axis=1)
     low, high = np.percentile(draws, [2.5, 97.5])
