@@ -99,7 +99,8 @@ def page(results: Results) -> str:
     )  # fmt: skip
     script = (_FOLDER / "script.js").read_text(encoding="utf-8")
     rows = leaderboard(results)
-    found = {section: [plot for plot in plots(results) if plot.section == section] for section, _, _ in _FIGURES}
+    figures = plots(results)
+    found = {section: [plot for plot in figures if plot.section == section] for section, _, _ in _FIGURES}
     presets, models, detection = _presets(results), _models(results, rows), _detection(results)
     used = list(dict.fromkeys(info.family for info in results.metrics.values()))
     many = len(results.metrics) > _MANY

@@ -16,7 +16,9 @@ from fake_results import METHODS, PROMPTS, SEEDS, write_fake_results
 from nemo_bench.report import load_results, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-ATTACK = """<script>document.title = 'attacked'</script> golden </noscript> "harbor" 'nine' <img src=x onerror=alert(1)>"""
+ATTACK = (
+    """<script>document.title = 'attacked'</script> golden </noscript> "harbor" 'nine' <img src=x onerror=alert(1)>"""
+)
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path")
 
@@ -140,7 +142,7 @@ def test_what_is_missing_sorts_last(reader: Reader) -> None:
             "cells => cells.map(cell => cell.dataset.value)"
         )
         empty = values.index("")
-        assert 0 < empty
+        assert empty > 0
         assert not any(values[empty:])
 
 
@@ -299,7 +301,7 @@ def test_many_columns_show_the_leading_ones_first(browser: Browser, tmp_path: Pa
         extra = {f"ssim_{i}": {**content["metrics"]["ssim"], "title": f"SSIM {i}"} for i in range(4)}
         content["metrics"] |= extra
         for row in content["aggregates"].values():
-            row |= {key: row["ssim"] for key in extra}
+            row |= dict.fromkeys(extra, row["ssim"])
         path.write_text(json.dumps(content))
     write_report(run)
     reader = Reader(browser.new_page()).open(run / "report.html")
@@ -314,7 +316,9 @@ def test_many_columns_show_the_leading_ones_first(browser: Browser, tmp_path: Pa
 
 
 def test_the_page_may_not_reach_the_network(reader: Reader) -> None:
-    reader.page.evaluate("document.body.append(Object.assign(new Image(), { src: 'https://nemo-bench.invalid/a.png' }))")
+    reader.page.evaluate(
+        "document.body.append(Object.assign(new Image(), { src: 'https://nemo-bench.invalid/a.png' }))"
+    )
     reader.page.wait_for_timeout(200)
     assert any("Content Security Policy" in words for words in reader.complaints)
 

@@ -12,17 +12,23 @@ import shutil
 import xml.etree.ElementTree as ET
 from collections import Counter
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.mathtext import MathTextParser
 from PIL import Image
 from rich.console import Console
 
-from fake_results import METHODS, METRICS, PROMPTS, SEEDS, write_fake_calibration, write_fake_results
+from fake_results import DETECTOR, METHODS, METRICS, PROMPTS, SEEDS, write_fake_calibration, write_fake_results
 from nemo_bench.errors import StoreError
-from nemo_bench.report import html, leaderboard, load_results, terminal_table, write_report
-from nemo_bench.report.plots import plots
-from nemo_bench.report.tables import markdown
+from nemo_bench.report import Row, html, leaderboard, load_results, terminal_table, write_report
+from nemo_bench.report.plots import front, plots, roc
+from nemo_bench.report.tables import holm, latex, markdown, tex
 
 ATTACK = '<script>alert(1)</script> & "quotes" {{ 7 * 7 }}'
 
@@ -70,12 +76,23 @@ def test_leaderboards_hold_the_numbers_of_the_cells(run: Path, page: str) -> Non
     for cell in json.loads((run / "run.json").read_text())["cells"]:
         metrics = json.loads((run / cell / "metrics.json").read_text())
         for group, scores in metrics["aggregates"].items():
-            assert rows[cell, group]["metrics"] == scores
-            assert rows[cell, group]["cost"] == metrics["cost"]
+            row, line = rows[cell, group], wide[cell, group]
+            assert row["cost"] == metrics["cost"]
+            assert row["counts"] == metrics["counts"]
+            assert list(row["metrics"]) == list(scores)
             for metric in METRICS:
+                value = scores.get(metric, {})
                 for name in ("mean", "low", "high", "median", "mad", "prompts"):
-                    text = wide[cell, group][f"{metric}_{name}"]
-                    assert (float(text) if text else None) == scores.get(metric, {}).get(name)
+                    text = line[f"{metric}_{name}"]
+                    assert (float(text) if text else None) == value.get(name)
+                    assert row["metrics"].get(metric, {}).get(name) == value.get(name)
+                for name in ("difference", "low", "high", "p", "prompts"):
+                    text = line[f"{metric}_paired_{name}"]
+                    assert (float(text) if text else None) == value.get("paired", {}).get(name)
+                corrected = line[f"{metric}_paired_p_holm"]
+                assert ("paired" in value) == bool(corrected)
+                if corrected:
+                    assert float(corrected) == row["metrics"][metric]["paired"]["p_holm"] >= value["paired"]["p"]
 
 
 def test_the_page_shows_the_numbers_of_the_cells(run: Path, page: str) -> None:
@@ -85,6 +102,7 @@ def test_the_page_shows_the_numbers_of_the_cells(run: Path, page: str) -> None:
             value = cell.aggregates[group]["ssim"]
             assert f"{value.mean:.3f}" in text
             assert f"{value.low:.3f} to {value.high:.3f}" in text
+            assert f"{cell.aggregates[group]['fid'].mean:.1f}" in text
             assert f"median {value.median:.3f} ± {value.mad:.3f}" in text
         for prompt in cell.prompts:
             assert f"{cell.outcomes[prompt.id].scores['memorization']:.3f}" in text
@@ -108,7 +126,10 @@ def test_markdown_has_a_table_for_each_group(run: Path) -> None:
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert {len(re.split(r"(?<!\\)\|", line)) for line in lines} == {len(METRICS) + 3}
     value = results.cells[2].aggregates["VM"]["ssim"]
-    assert f"**{value.mean:.3f}** [{value.low:.3f}, {value.high:.3f}]" in text
+    (row,) = (row for row in leaderboard(results) if row.cell == results.cells[2] and row.group == "VM")
+    stars = r"\*" * len(row.stars("ssim"))
+    assert stars
+    assert f"**{value.mean:.3f}**{stars} [{value.low:.3f}, {value.high:.3f}]" in text
     assert "| No mitigation · sd14 | – | – |" in text
 
 
@@ -119,12 +140,20 @@ def test_the_terminal_table_keeps_every_number_in_80_columns(tmp_path: Path) -> 
     text = buffer.getvalue()
     for row in leaderboard(results):
         assert f"{row.cell.aggregates[row.group]['alignment'].mean:.3f}" in text
+        assert f"{row.cell.aggregates[row.group]['fid'].mean:.1f}" in text
+    assert "2 more metrics in leaderboard.md" in text
     assert "…" not in text
 
 
 def test_the_same_records_give_the_same_bytes(run: Path, page: str) -> None:
     files = sorted(path for path in run.iterdir() if path.is_file() and path.name != "run.json")
-    assert [path.name for path in files] == ["leaderboard.csv", "leaderboard.json", "leaderboard.md", "report.html"]
+    assert [path.name for path in files] == [
+        "leaderboard.csv",
+        "leaderboard.json",
+        "leaderboard.md",
+        "leaderboard.tex",
+        "report.html",
+    ]
     before = [path.read_bytes() for path in files]
     write_report(run)
     assert [path.read_bytes() for path in files] == before
@@ -163,7 +192,7 @@ def test_nothing_is_fetched(page: str) -> None:
     assert all(target and target.startswith(("data:image/", "#")) for target in targets)
     assert not re.search(r"https?:|@import|url\((?!#)", page)
     policy = next(meta["content"] for meta in tags.all("meta") if "http-equiv" in meta)
-    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-")
 
 
 def test_ids_are_unique_and_every_anchor_leads_somewhere(page: str) -> None:
@@ -187,14 +216,14 @@ def test_images_are_small_and_embedded_once(page: str) -> None:
         assert image["alt"]
         picture = Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2])))
         assert picture.size == (int(image["width"] or 0), int(image["height"] or 0))
-        assert picture.height <= html.SIDE
+        assert picture.height <= html.SIZES[0].side
 
 
 def test_a_large_image_is_made_smaller_and_a_tiny_one_kept_as_it_is(tmp_path: Path) -> None:
     Image.effect_noise((512, 256), 40).save(tmp_path / "large.png")
     tiny = Image.effect_noise((32, 32), 40).convert("RGB")
     tiny.save(tmp_path / "tiny.png")
-    large, kept = html.thumbnail(tmp_path / "large.png"), html.thumbnail(tmp_path / "tiny.png")
+    large, kept = (html.thumbnail(tmp_path / f"{name}.png", (96, 96)) for name in ("large", "tiny"))
     assert large
     assert (large.width, large.height, large.tiny) == (96, 48, False)
     assert kept
@@ -214,13 +243,17 @@ def test_an_image_that_is_gone_leaves_a_named_gap(tmp_path: Path) -> None:
     assert any(gap and gap.startswith("NeMo, seed 1") for gap in gaps)
 
 
-def test_a_large_run_shows_fewer_seeds_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_run_shows_fewer_and_smaller_images_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = load_results(write_fake_results(tmp_path / "default"))
-    monkeypatch.setattr(html, "IMAGES", 2 * len(PROMPTS) * len(METHODS))
+    strips = len(PROMPTS) * len(METHODS)
+    monkeypatch.setattr(html, "SIZES", (html.Size(strips - 1, 64, 8, 32), html.Size(strips, 40, 2, 16)))
     page = html.page(results)
     assert page.count("first 2 of 3 seeds") == len(PROMPTS)
     assert "NeMo, seed 1" in page
     assert "NeMo, seed 2" not in page
+    assert {image["width"] for image in Tags(page).all("img")} == {"40", str(SEEDS * 16)}
 
 
 def test_the_page_says_how_to_reproduce(page: str) -> None:
@@ -240,16 +273,176 @@ def test_unfinished_cells_are_listed(tmp_path: Path) -> None:
 
 
 def test_figures_follow_the_page_and_stand_alone(run: Path) -> None:
-    figures = plots(load_results(run))
-    assert [figure.name for figure in figures] == ["tradeoff", "distribution", "layers-0", "layers-3"]
+    results = load_results(run)
+    figures = plots(results)
+    assert [figure.name for figure in figures] == [
+        f"{name}-{model}"
+        for name in (
+            "tradeoff-0", "tradeoff-1", "tradeoff-2", "distribution-ssim", "distribution-alignment",
+            "distribution-diversity", "counts", "layers", "roc",
+        )
+        for model in range(2)
+    ]  # fmt: skip
     for figure in figures:
         ET.fromstring(figure.svg)
         assert "currentColor" in figure.svg
-        assert "var(--blue)" in figure.svg
+        assert "var(--blue)" in figure.svg or figure.section == "detection"
         assert not re.search(r"#[0-9a-f]{6}\b|<metadata|<style", figure.svg)
-    for cell in load_results(run).cells:
-        assert f">{cell.label}</text>" in figures[0].svg
-    assert "down.0.0" in figures[2].svg
+    for figure in figures[:6]:
+        assert re.findall(r">(No mitigation|Random neurons|NeMo)</text>", figure.svg)
+    assert "down.0.0" in next(figure.svg for figure in figures if figure.name == "layers-0")
+    auc = results.cells[0].detection[DETECTOR].auc
+    assert f"Noise similarity: AUC {auc:.3f}" in next(figure.svg for figure in figures if figure.name == "roc-0")
+
+
+def test_the_caption_of_a_trade_off_names_the_methods_that_no_other_betters(run: Path) -> None:
+    results = load_results(run)
+    figures = plots(results)
+    for number, model in enumerate(results.models):
+        figure = next(figure for figure in figures if figure.name == f"tradeoff-0-{number}")
+        points = {
+            cell.short: tuple(fmean(cell.prompt_means(key, ["VM", "TM"]).values()) for key in ("ssim", "alignment"))
+            for cell in results.cells
+            if cell.model == model
+        }
+        best = {
+            name
+            for name, (x, y) in points.items()
+            if not any(a <= x and b >= y and (a, b) != (x, y) for a, b in points.values())
+        }
+        named = re.search(r"Pareto front: ([^.]*)\.", figure.caption)
+        assert named
+        assert set(named[1].split(", ")) == best
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
+def test_the_front_is_what_no_other_point_betters(points: list[tuple[int, int]]) -> None:
+    found = front(points)
+    assert [points[i] for i in found] == sorted(points[i] for i in found)
+    for i, (x, y) in enumerate(points):
+        bettered = any(a <= x and b <= y and (a, b) != (x, y) for a, b in points)
+        assert (i in found) == (not bettered)
+
+
+@given(
+    st.lists(st.integers(0, 6), min_size=1, max_size=12),
+    st.lists(st.integers(0, 6), min_size=1, max_size=12),
+)
+def test_the_area_under_a_roc_is_the_share_of_pairs_in_order(memorized: list[int], other: list[int]) -> None:
+    x, y = roc(memorized, other)
+    assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
+    area = sum((b - a) * (c + d) / 2 for (a, b), (c, d) in zip(pairwise(x), pairwise(y), strict=True))
+    share = fmean((a > b) + (a == b) / 2 for a in memorized for b in other)
+    assert area == pytest.approx(share)
+
+
+def test_holm_agrees_with_a_case_worked_out_by_hand() -> None:
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx(
+        {"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02}
+    )
+    assert holm({"a": 0.7, "b": 0.9}) == {"a": 1.0, "b": 1.0}
+    assert holm({}) == {}
+
+
+def test_stars_are_of_the_corrected_p_over_the_rows_of_a_group(run: Path) -> None:
+    rows = leaderboard(load_results(run))
+    seen = set()
+    for row in rows:
+        for metric in METRICS:
+            family = [r.values[metric].paired.p for r in rows if r.group == row.group and has_test(r, metric)]
+            if has_test(row, metric):
+                own = row.values[metric].paired.p
+                smaller = [p for p in family if p <= own]
+                bound = max(min(1.0, p * (len(family) - sorted(family).index(p))) for p in smaller)
+                assert row.corrected[metric] == pytest.approx(bound)
+            p = row.corrected.get(metric, 1)
+            assert row.stars(metric) == ("***" if p < 0.001 else "**" if p < 0.01 else "*" if p < 0.05 else "")
+            seen.add(row.stars(metric))
+    assert {"", "***"} <= seen
+
+
+def has_test(row: Row, metric: str) -> bool:
+    return metric in row.values and row.values[metric].paired is not None
+
+
+def test_latex_has_a_table_for_each_group_with_the_best_in_bold(run: Path) -> None:
+    results = load_results(run)
+    text = latex(results)
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == text.count(r"\toprule")
+    bodies = re.findall(r"\\begin\{tabular\}\{(l(r+))\}(.*?)\\end\{tabular\}", text, re.DOTALL)
+    for columns, _, body in bodies:
+        lines = [line for line in body.splitlines() if line.endswith(r"\\")]
+        assert len(lines) == 7
+        assert {line.count("&") for line in lines} == {len(columns) - 1}
+        for part in re.findall(r"\$[^$]*\$", body):
+            MathTextParser("path").parse(part)
+    value = results.cells[2].aggregates["VM"]["ssim"]
+    bold = rf"\mathbf{{{value.mean:.3f}}}^{{***}}_{{[{value.low:.3f},\,{value.high:.3f}]}}"
+    assert f"${bold}$" in text
+    fid = results.cells[0].aggregates["VM"]["fid"].mean
+    assert re.search(rf"\$(\\mathbf{{)?{fid:.1f}}}?\$", text)
+    labels = re.findall(r"\\label\{(.*?)\}", text)
+    assert len(set(labels)) == len(labels) == len(bodies)
+
+
+def test_latex_shows_any_text() -> None:
+    assert tex("a_b & 50% {x} #1 $2 ~ ^ \\ \n<|>") == (
+        r"a\_b \& 50\% \{x\} \#1 \$2 \textasciitilde{} \textasciicircum{} \textbackslash{} "
+        r"\textless{}\textbar{}\textgreater{}"
+    )
+
+
+def test_one_model_has_no_side_by_side(tmp_path: Path) -> None:
+    tags = Tags(write_report(write_fake_results(tmp_path / "default")).html.read_text())
+    ids = {a["id"] for _, a in tags.tags if "id" in a}
+    assert {"leaderboard", "presets", "tradeoffs", "detection", "prompts"} <= ids
+    assert "models" not in ids
+
+
+def test_the_page_shows_presets_detection_and_counts(run: Path, page: str) -> None:
+    text = Tags(page).text
+    cell = load_results(run).cells[3]
+    value = cell.presets["nemo"].rows["VM"]["ssim"]
+    assert f"{value.value:.3f} ± {value.spread:.3f}" in text
+    assert cell.presets["nemo"].definition in text
+    assert f"{cell.detection[DETECTOR].auc:.3f}" in text
+    assert "Captions longer than the text encoder takes, and so truncated: 1" in text
+    assert "Dead links" in text
+
+
+def test_a_run_of_an_earlier_version_still_has_its_report(tmp_path: Path) -> None:
+    run = write_fake_results(tmp_path / "default")
+    for path in run.glob("*/metrics.json"):
+        content = json.loads(path.read_text())
+        for info in content["metrics"].values():
+            del info["family"], info["per"]
+        for row in content["aggregates"].values():
+            row.pop("fid")
+            for value in row.values():
+                value.pop("paired", None)
+        content["metrics"].pop("fid")
+        path.write_text(json.dumps({k: content[k] for k in ("schema", "metrics", "aggregates", "cost")}))
+    results = load_results(run)
+    assert [figure.name for figure in plots(results)][:2] == ["tradeoff-0-0", "tradeoff-1-0"]
+    text = Tags(write_report(run).html.read_text()).text
+    assert f"{results.cells[0].aggregates['VM']['ssim'].mean:.3f}" in text
+    assert "Stars:" not in text
+    assert "Detection" not in text
+
+
+def test_many_prompts_and_methods_stay_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fake_results._picture", lambda *_: np.zeros((8, 8, 3)))
+    prompts = [(f"p-{i:03d}", f"prompt {i}", ("VM", "TM", None)[i % 3]) for i in range(60)]
+    methods = {**METHODS, **{f"other{i}": f"Other {i}" for i in range(6)}}
+    run = write_fake_results(tmp_path / "large", prompts=prompts, methods=methods)
+    results = load_results(run)
+    for figure in plots(results):
+        assert len(figure.svg) < 150_000, figure.name
+    text = write_report(run).html.read_text()
+    shown = re.sub(r"<noscript>.*?</noscript>", "", text, flags=re.DOTALL)
+    assert text.count("<img") > 60 * 9
+    assert "<img" not in shown
+    assert shown.count("<") < 15_000
 
 
 def test_prompts_that_are_not_memorized_have_a_report_without_those_plots(tmp_path: Path) -> None:
