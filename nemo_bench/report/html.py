@@ -391,7 +391,7 @@ def _image(
     scores = [
         f"{info.title} {_number(image.scores[key], 3)}" for key, info in results.metrics.items() if key in image.scores
     ]
-    return f"{cell.label}, seed {seed}", ", ".join(scores), thumbnail(image.path, (size.side, size.side))
+    return f"{cell.label}, seed {seed}", "\n".join(scores), thumbnail(image.path, (size.side, size.side))
 
 
 def _scores(results: Results) -> list[str]:

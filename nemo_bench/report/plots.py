@@ -244,7 +244,7 @@ def _distribution(results: Results, info: MetricInfo, number: int) -> Plot | Non
                 _strip(axes, place, numbers, looks(results)[cell.short])
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
-        axes.xaxis.set_major_locator(MaxNLocator(4 - min(len(groups), 2), steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(4 - min(len(groups), 2), steps=[1, 2, 2.5, 4, 5, 10]))
     every = [value for numbers in values.values() for value in numbers]
     margin = 0.04 * (max(every) - min(every)) or 0.1
     panels[0].set_xlim(min(every) - margin, max(every) + margin)
