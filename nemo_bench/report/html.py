@@ -67,7 +67,7 @@ class Size(NamedTuple):
 
 
 SIZES = (Size(150, 160, 8, 48), Size(1000, 112, 4, 32), Size(float("inf"), 56, 3, 20))
-"""A page of a few prompts shows more than one of 500 prompts and 10 methods, which stays below 40 MB."""
+"""A page of a few prompts shows more than one of 500 prompts and 10 methods, which takes some 40 MB."""
 
 
 @dataclass(frozen=True)

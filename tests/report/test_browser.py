@@ -249,7 +249,7 @@ def test_the_first_key_leads_past_the_head_and_focus_is_seen(reader: Reader) -> 
     assert reader.page.evaluate(outline) == "solid"
 
 
-@pytest.mark.parametrize("width", [390, 820, 1360])
+@pytest.mark.parametrize("width", [390, 820, 1000, 1360])
 def test_no_width_makes_the_page_scroll_sideways(browser: Browser, run: Path, width: int) -> None:
     page = browser.new_page(viewport={"width": width, "height": 800})
     page.goto((run / "report.html").as_uri())
