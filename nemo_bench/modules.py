@@ -61,9 +61,9 @@ class Stage(L.LightningModule, ABC):
         start = time.perf_counter()
         records = self.handle(tasks)
         each = (time.perf_counter() - start) / len(tasks)
-        memory = peak_memory(self.device)
+        measured = {"seconds": round(each, 4), "peak_memory_mb": peak_memory(self.device), "device": self.device.type}
         for record in records:
-            record["cost"] = {**record.get("cost", {}), "seconds": round(each, 4), "peak_memory_mb": memory}
+            record["cost"] = {**record.get("cost", {}), **measured}
         self.write(records)
 
     def on_predict_start(self) -> None:

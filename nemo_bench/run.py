@@ -759,6 +759,7 @@ def _summary(cell: Cell) -> dict[str, Any]:
     store = cell.store
     localized, generated = store.records("localize").values(), store.records("generate").values()
     scored = store.records("score").values()
+    peak = max((r["cost"] for r in [*localized, *generated]), key=lambda cost: cost.get("peak_memory_mb", 0))
     about = {name: metric.describe() for name, metric in metrics_of(cell).items()}
     aggregates = aggregate(
         scored, cell.prompts, cell.unmitigated.store.records("score").values() if cell.unmitigated else ()
@@ -790,8 +791,9 @@ def _summary(cell: Cell) -> dict[str, Any]:
             "localize_row_passes_per_prompt": mean(localized, "row_passes"),
             "generate_seconds_per_image": mean(generated, "seconds"),
             "row_passes_per_image": mean(generated, "row_passes"),
-            "peak_memory_mb": max(r["cost"].get("peak_memory_mb", 0) for r in [*localized, *generated]),
+            "peak_memory_mb": peak.get("peak_memory_mb"),
         },
+        "peak_memory_of": "process" if peak.get("device", "cpu") == "cpu" else "GPU",
     }
 
 

@@ -95,6 +95,7 @@ def test_detection_counts_and_presets_are_told(tmp_path: Path, prompt_file: Path
     assert random["detection"] == {}
     assert none["counts"] == {"images": 6, "prompts": 3, "truncated": 0, "without_reference": 0}
     assert none["cost"]["peak_memory_mb"] > 100
+    assert none["peak_memory_of"] == "process"
     assert set(none["presets"]) == {"nemo", "membench", "wen"}
 
 
