@@ -19,6 +19,17 @@ EPILOG = """settings are words key=value, lists of values make a grid:
   nemo-bench ls                                    what there is to choose from
 """
 
+LIMITS = (
+    ("parallel", int, "links at a time; default 16"),
+    ("retries", int, "further tries of what may heal: 429, 5xx, time-outs, broken connections; default 3"),
+    ("total", float, "seconds a try may take altogether; default 90"),
+    ("megabytes", float, "most megabytes of an image; default 32"),
+    ("megapixels", float, "most megapixels of an image; default 64"),
+)
+"""Options of ``references``, fields of :class:`nemo_bench.references.Limits`."""
+LISTED_LINKS = 20
+"""Dead links that are printed."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
@@ -95,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--prompt", metavar="ID", help="neurons of one prompt; default: of all memorized prompts together"
     )
+    references = add("references", _references, "fetch training images from the links of prompt lists, resumable")
+    references.add_argument("lists", nargs="+", metavar="LIST", help="prompt file with a column url or urls")
+    references.add_argument("folder", type=Path, metavar="DIR", help="where the images go; then prompts.references=DIR")
+    for name, kind, text in LIMITS:
+        references.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+    references.add_argument("--json", action="store_true", help="print an object, with every dead link")
     train = add("train", _train, "train the embedded model afresh")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="fields of TrainSpec, such as out=DIR")
     return parser
@@ -203,6 +220,34 @@ def _export(options: argparse.Namespace) -> None:
 
     neurons = export(options.cell, options.folder, options.prompt)
     print(f"{options.folder}: {neurons.count} neurons switched off for good")
+
+
+def _references(options: argparse.Namespace) -> None:
+    from collections import Counter
+
+    from nemo_bench.prompts import MANIFEST
+    from nemo_bench.references import Limits, fetch
+
+    given = {name: getattr(options, name) for name, *_ in LIMITS if getattr(options, name) is not None}
+    summary = fetch(options.lists, options.folder, Limits(**given), progress=not options.json)
+    if options.json:
+        print(json.dumps(summary, indent=2))
+        return
+    dead, same = summary["dead"], summary["same"]
+    print(f"{summary['links']} links: {summary['fetched']} fetched, {summary['kept']} kept, {len(dead)} dead")
+    for why, count in Counter(entry["why"] for entry in dead).most_common():
+        print(f"{count:>6}  {why}")
+    for entry in dead[:LISTED_LINKS]:
+        print(f"dead: {entry['url']}")
+    if len(dead) > LISTED_LINKS:
+        print(f"dead: ... all of them are in {options.folder / MANIFEST}")
+    if healing := sum(entry["may_heal"] for entry in dead):
+        print(f"{healing} of the dead links may heal; the same command tries those again")
+    if same:
+        print(f"{sum(map(len, same))} links gave {len(same)} files; a file of many links may stand in for lost images:")
+        print("\n".join(f"same: {len(links)} x {links[0]}" for links in sorted(same, key=len, reverse=True)[:3]))
+    print(f"{summary['prompts_without_reference']} of {summary['prompts']} prompts have no training image left")
+    print(f"use them: nemo-bench run prompts.references={options.folder}")
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -87,6 +87,8 @@ class PromptSettings:
 
     Attributes:
         files: Prompt files, csv, jsonl, txt or parquet.
+        references: Folder of reference images: of those that a file names by relative paths, and of those that
+            ``nemo-bench references`` fetched; by default each file's own folder.
         calibration: General prompts for statistics and threshold.
         limit: Take so many prompts of each file.
         calibration_limit: Take so many general prompts.
@@ -95,6 +97,7 @@ class PromptSettings:
     """
 
     files: list[str] = MISSING
+    references: Optional[str] = None  # noqa: UP045
     calibration: Optional[str] = None  # noqa: UP045
     limit: Optional[int] = None  # noqa: UP045
     calibration_limit: Optional[int] = None  # noqa: UP045

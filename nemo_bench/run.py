@@ -170,10 +170,13 @@ def _unmitigated(cell: Cell, asked: Mapping[str, Cell], cache: dict[str, list[Pr
     return found or (none if none.store.is_done("generate") else None)
 
 
-def _read(files: Sequence[str], limit: int | None, cache: dict[str, list[Prompt]]) -> list[Prompt]:
-    key = digest([list(files), limit])
+def _read(
+    files: Sequence[str], limit: int | None, cache: dict[str, list[Prompt]], references: str | None = None
+) -> list[Prompt]:
+    key = digest([list(files), limit, references])
     if key not in cache:
-        prompts = [p for file in files for p in read_prompts(resolve(file), limit=limit)]
+        folder = Path(resolve(references)) if references else None
+        prompts = [p for file in files for p in read_prompts(resolve(file), references=folder, limit=limit)]
         seen: dict[str, str] = {}
         for prompt in prompts:
             if prompt.id in seen:
@@ -200,7 +203,7 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]]) -> Cell:
             metric.check()
         except NemoBenchError as error:
             raise type(error)(f"metrics.{name}: {error}; without it: ~metrics.{name}") from error
-    prompts = _read(settings.prompts.files, settings.prompts.limit, cache)
+    prompts = _read(settings.prompts.files, settings.prompts.limit, cache, settings.prompts.references)
     published = read_statistics(Path(resolve(model.statistics))) if model.statistics else None
     measured = _measured(method, model)
     general = [settings.prompts.calibration] if measured and settings.prompts.calibration else []

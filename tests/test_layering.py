@@ -14,7 +14,7 @@ LAYERS = (
     {"types", "errors"},
     {"store"},
     {"diffusion", "prompts", "aggregate"},
-    {"localization", "methods", "detectors", "metrics"},
+    {"localization", "methods", "detectors", "metrics", "references"},
     {"modules"},
     {"run"},
     {"launchers", "cli"},
@@ -116,7 +116,13 @@ def test_reports_need_no_model(library: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("library", "only"), [("hydra", "config"), ("omegaconf", "config"), ("wandb", "tracking.wandb_runs")]
+    ("library", "only"),
+    [
+        ("hydra", "config"),
+        ("omegaconf", "config"),
+        ("wandb", "tracking.wandb_runs"),
+        ("aiohttp", "references"),
+    ],
 )
 def test_a_library_has_one_importer(library: str, only: str) -> None:
     assert importers(library) == {f"nemo_bench.{only}"}

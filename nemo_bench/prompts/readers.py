@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import hashlib
 import importlib
@@ -14,12 +15,14 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from nemo_bench.errors import PromptError, nearest
-from nemo_bench.types import Kind, Prompt, digest
+from nemo_bench.prompts.manifest import MANIFEST, read_manifest
+from nemo_bench.types import Kind, Prompt, Record, digest
 
 # Accepted column names in lower case; where a file has several of a group, the first one counts.
 TEXT_COLUMNS = ("caption", "prompt", "text")
 KIND_COLUMNS = ("kind", "type")
 REFERENCE_COLUMNS = ("references", "reference")
+LINK_COLUMNS = ("url", "urls")
 ID_COLUMNS = ("id", "index", "#0")  # "#0" is a first column without a name, as pandas writes it
 
 # The field writes the two words in either order: verbatim memorization, matching verbatim.
@@ -58,24 +61,27 @@ def read_prompts(
     - kind, if any: ``kind`` or ``type``, holding VM (or MV), TM (or TV), or nothing;
     - id, if any: ``id``, ``index`` or a first column without a name. An ``id`` must be unique, the others are used
       only if they are;
-    - reference images, if any: ``references`` or ``reference``, file names separated by ``|``, or a list.
+    - reference images, if any: ``references`` or ``reference``, file names separated by ``|``, or a list;
+    - links to reference images, if any: ``url`` or ``urls``, one link or a list. They are used where the folder of
+      the reference images is one that ``nemo-bench references`` fetched them to.
 
     Other columns are ignored. ``.txt`` has one prompt a line. Without ids, prompts are numbered as
     ``<prefix>-0001``, before anything is left out.
 
     Args:
         path: The file.
-        references: Folder that relative reference files are in; by default the folder of ``path``.
+        references: Folder that relative reference files and fetched ones are in; by default the folder of ``path``.
         kind: Keeps the prompts of this kind only.
         limit: Keeps at most this many prompts (at least 1), the first ones.
         prefix: What numbered ids start with; by default the file name without its ending.
 
     Returns:
-        The prompts in the order of the file, at least one. All reference files exist.
+        The prompts in the order of the file, at least one. All reference files exist; links that could not be
+        fetched are in ``dead_references``.
 
     Raises:
-        PromptError: The file or a reference file is missing, or the file can't be read as a list of prompts; the
-            message names file and line.
+        PromptError: The file or a reference file is missing, the file can't be read as a list of prompts, or only some
+            of its links were tried; the message names file and line.
     """
     path = Path(path)
     if limit is not None and limit < 1:
@@ -86,14 +92,68 @@ def read_prompts(
         Prompt(id_, _text(row), _kind(row), _references(row, folder))
         for id_, row in zip(_ids(rows, prefix or path.stem), rows, strict=True)
     ]
+    links = {prompt.id: _links(row) for prompt, row in zip(prompts, rows, strict=True)}
     if kind is not None:
         found = sorted({prompt.group for prompt in prompts})
         prompts = [prompt for prompt in prompts if prompt.kind == kind]
         if not prompts:
             raise PromptError(f"{path}: no prompt is of kind {kind!r}; the file has {', '.join(found)}")
     prompts = prompts[:limit]
+    if (folder / MANIFEST).is_file():
+        prompts = _with_fetched(path, folder, prompts, links)
+    elif references is not None and any(links[p.id] for p in prompts) and not any(p.references for p in prompts):
+        msg = f"{path} has links to reference images, but {folder} holds no {MANIFEST} of fetched ones"
+        raise PromptError(f"{msg}; fetch them: nemo-bench references {path} {folder}")
     _check_references(path, prompts)
     return prompts
+
+
+def read_links(path: Path | str) -> dict[str, tuple[str, ...]]:
+    """Reads the links of a list of prompts; see :func:`read_prompts` for the formats.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Links by prompt id, in the order of the file; a prompt may have none.
+
+    Raises:
+        PromptError: The file can't be read as a list of prompts, or has no links.
+    """
+    path = Path(path)
+    rows = read_rows(path)
+    links = {id_: _links(row) for id_, row in zip(_ids(rows, path.stem), rows, strict=True)}
+    if not any(links.values()):
+        msg = f"{path}: no prompt has a link to an image. Columns found: {', '.join(map(repr, rows[0].cells))}. "
+        raise PromptError(f"{msg}Accepted names: {', '.join(LINK_COLUMNS)}")
+    return links
+
+
+def dead_references(prompts: Iterable[Prompt]) -> list[str]:
+    """Links of some prompts that could not be fetched, each once, in the order of the prompts."""
+    return list(dict.fromkeys(link for prompt in prompts for link in prompt.dead_references))
+
+
+def _with_fetched(
+    path: Path, folder: Path, prompts: Sequence[Prompt], links: dict[str, tuple[str, ...]]
+) -> list[Prompt]:
+    """The prompts with what was fetched for them; a list of which no link was ever tried stays as it is."""
+    manifest = read_manifest(folder)
+    wanted = {link for prompt in prompts for link in links[prompt.id]}
+    unknown = wanted - manifest.keys()
+    if unknown == wanted:
+        return list(prompts)
+    if unknown:
+        msg = f"{path}: {len(unknown)} of {len(wanted)} links were not tried yet, such as {min(unknown)}"
+        raise PromptError(f"{msg}; go on with: nemo-bench references {path} {folder}")
+
+    def completed(prompt: Prompt) -> Prompt:
+        entries: list[Record] = [manifest[link] for link in links[prompt.id]]
+        files = tuple(folder / entry["file"] for entry in entries if entry["status"] == "ok")
+        dead = tuple(entry["url"] for entry in entries if entry["status"] != "ok")
+        return prompt._replace(references=(*prompt.references, *files), dead_references=dead)
+
+    return [completed(prompt) for prompt in prompts]
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
@@ -304,6 +364,22 @@ def _references(row: Row, folder: Path) -> tuple[Path, ...]:
         msg = f"{row.where}: the references are {value!r}; expected file names, as a list or separated by '|'"
         raise PromptError(msg)
     return tuple(folder / name.strip() for name in names if name.strip())
+
+
+def _links(row: Row) -> tuple[str, ...]:
+    """Links of a row, each once; a list may be written out as text, as pandas does."""
+    value = row.first(LINK_COLUMNS)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError) as error:
+            raise PromptError(
+                f"{row.where}: {value[:80]!r} is no list of links; expected ['https://...', ...]"
+            ) from error
+    links = [value] if isinstance(value, str) else value or []
+    if not isinstance(links, list) or not all(isinstance(link, str) for link in links):
+        raise PromptError(f"{row.where}: the links are {value!r}; expected one link or a list of links")
+    return tuple(dict.fromkeys(link.strip() for link in links if link.strip()))
 
 
 def _check_references(path: Path, prompts: Iterable[Prompt]) -> None:
