@@ -37,7 +37,7 @@ def read_manifest(folder: Path) -> dict[str, Record]:
     for number, line in enumerate(lines, 1):
         try:
             entry: Record = json.loads(line)
-            entries[entry["url"]] = {"prompts": {}, **entry, "status": entry["status"]}
+            entries[entry["url"]] = {**entry, "status": entry["status"], "prompts": entry.get("prompts", {})}
         except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 break

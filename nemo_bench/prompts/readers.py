@@ -390,14 +390,14 @@ def _check_references(path: Path, prompts: Iterable[Prompt]) -> None:
         of = f"{len(missing)} reference files of {len({id_ for _, id_ in missing})} prompts are missing"
         msg = f"{path}: {of}: {listed}{more}. Add them, or name the folder that relative file names start from"
         raise PromptError(msg)
-    for prompt in prompts:
-        for file in prompt.references:
-            try:
-                with Image.open(file) as image:
-                    image.verify()
-            except Exception as error:  # Pillow raises many kinds for many kinds of damage
-                msg = f"{path}: reference {file} of prompt {prompt.id!r} is no image ({error}); replace it"
-                raise PromptError(msg) from error
+    # Prompts may share references: each file is looked at once.
+    for file, id_ in {file: prompt.id for prompt in prompts for file in prompt.references}.items():
+        try:
+            with Image.open(file) as image:
+                image.verify()
+        except Exception as error:  # Pillow raises many kinds for many kinds of damage
+            msg = f"{path}: reference {file} of prompt {id_!r} is no image ({error}); replace it"
+            raise PromptError(msg) from error
 
 
 def _ids(rows: Sequence[Row], prefix: str) -> list[str]:
