@@ -14,7 +14,7 @@ LAYERS = (
     {"types", "errors"},
     {"store"},
     {"diffusion", "prompts", "aggregate"},
-    {"localization", "methods", "detectors", "metrics", "references"},
+    {"localization", "methods", "detectors", "metrics", "references", "elsewhere"},
     {"modules"},
     {"run"},
     {"launchers", "cli"},

@@ -29,6 +29,11 @@ ID_COLUMNS = ("id", "index", "#0")  # "#0" is a first column without a name, as 
 KINDS: dict[str, Kind | None] = {"": None, "VM": "VM", "MV": "VM", "TM": "TM", "TV": "TM"}
 
 
+class _Needed(NamedTuple):
+    names: Sequence[str]
+    what: str
+
+
 class Row(NamedTuple):
     """One prompt as the file has it.
 
@@ -182,14 +187,16 @@ def _file_hash(path: Path) -> str:
         raise PromptError(f"{path}: this reference image can't be read ({error.strerror})") from error
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Reads all columns of a list of prompts, unchecked; see :func:`read_prompts` for the formats.
+def read_rows(path: Path, needed: Sequence[str] = TEXT_COLUMNS, what: str = "prompts") -> list[Row]:
+    """Reads all columns of a list of prompts or of another list, unchecked; see :func:`read_prompts` for the formats.
 
     Args:
         path: The file.
+        needed: Column names of which one must be there.
+        what: What that column holds, for errors.
 
     Returns:
-        Its rows, at least one, each with a text column.
+        Its rows, at least one, each with such a column.
 
     Raises:
         PromptError: The file is missing or is no such list; the message names file and line.
@@ -206,7 +213,7 @@ def read_rows(path: Path) -> list[Row]:
         raise PromptError(f"{path}: can't be read ({error.strerror}); expected a file of prompts") from error
     if not content.strip():
         raise PromptError(f"{path}: the file is empty; expected at least one prompt")
-    rows = list(reader(path, content))
+    rows = list(reader(path, content, _Needed(needed, what)))
     if not rows:
         raise PromptError(f"{path}: holds no prompt; expected at least one")
     return rows
@@ -234,22 +241,22 @@ def _decode(path: Path, content: bytes) -> str:
     return text
 
 
-def _columns(where: str, names: Iterable[str]) -> list[str]:
-    """Column names in lower case, those without a name by position; checks that each is there once, and a text."""
+def _columns(where: str, names: Iterable[str], needed: _Needed) -> list[str]:
+    """Column names in lower case, those without a name by position; checks that each is there once."""
     names = list(names)
     columns = [name.strip().lower() or f"#{position}" for position, name in enumerate(names)]
     twice = next((name for name in columns if columns.count(name) > 1), None)
     if twice is not None:
         raise PromptError(f"{where}: two columns are called {twice!r} (case does not matter); rename one")
-    if not set(columns) & set(TEXT_COLUMNS):
-        msg = f"{where}: no column of prompts. Columns found: {', '.join(map(repr, names))}. "
-        raise PromptError(f"{msg}Accepted names: {', '.join(TEXT_COLUMNS)}")
+    if not set(columns) & set(needed.names):
+        msg = f"{where}: no column of {needed.what}. Columns found: {', '.join(map(repr, names))}. "
+        raise PromptError(f"{msg}Accepted names: {', '.join(needed.names)}")
     return columns
 
 
-def _read_csv(path: Path, content: bytes) -> Iterator[Row]:
+def _read_csv(path: Path, content: bytes, needed: _Needed) -> Iterator[Row]:
     text = _decode(path, content)
-    delimiter = _delimiter(text)
+    delimiter = _delimiter(text, needed)
     # Strict, since a quotation mark that is never closed would swallow the rest of the file.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     columns: list[str] = []
@@ -265,7 +272,7 @@ def _read_csv(path: Path, content: bytes) -> Iterator[Row]:
         if not cells:
             continue
         if not columns:
-            columns = _columns(where, cells)
+            columns = _columns(where, cells, needed)
         elif len(cells) != len(columns):
             msg = f"{where}: {len(cells)} cells, but {len(columns)} columns; quote texts that hold {delimiter!r}"
             raise PromptError(msg)
@@ -273,18 +280,18 @@ def _read_csv(path: Path, content: bytes) -> Iterator[Row]:
             yield Row(where, dict(zip(columns, cells, strict=True)))
 
 
-def _delimiter(text: str) -> str:
-    """The one that splits off a column of prompts, else the one that splits most."""
+def _delimiter(text: str, needed: _Needed) -> str:
+    """The one that splits off a needed column, else the one that splits most."""
 
     def split(delimiter: str) -> tuple[bool, int]:
         names = next(filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)), [])
-        return any(name.strip().lower() in TEXT_COLUMNS for name in names), len(names)
+        return any(name.strip().lower() in needed.names for name in names), len(names)
 
     # The first wins ties: a file of one column is not to be split at all, and no text holds a unit separator.
     return max("\x1f", ",", ";", key=split)
 
 
-def _read_jsonl(path: Path, content: bytes) -> Iterator[Row]:
+def _read_jsonl(path: Path, content: bytes, needed: _Needed) -> Iterator[Row]:
     for where, line in _lines(path, content):
         try:
             value = json.loads(line)
@@ -292,10 +299,10 @@ def _read_jsonl(path: Path, content: bytes) -> Iterator[Row]:
             raise PromptError(f"{where}: not valid JSON ({error}); expected one object a line") from error
         if not isinstance(value, dict):
             raise PromptError(f'{where}: {line.strip()[:40]} is no object; expected such as {{"text": "a prompt"}}')
-        yield Row(where, dict(zip(_columns(where, value), value.values(), strict=True)))
+        yield Row(where, dict(zip(_columns(where, value, needed), value.values(), strict=True)))
 
 
-def _read_txt(path: Path, content: bytes) -> Iterator[Row]:
+def _read_txt(path: Path, content: bytes, needed: _Needed) -> Iterator[Row]:
     for where, line in _lines(path, content):
         yield Row(where, {"text": line})
 
@@ -307,7 +314,7 @@ def _lines(path: Path, content: bytes) -> Iterator[tuple[str, str]]:
             yield f"{path}, line {number}", line.removesuffix("\n")
 
 
-def _read_parquet(path: Path, content: bytes) -> Iterator[Row]:
+def _read_parquet(path: Path, content: bytes, needed: _Needed) -> Iterator[Row]:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
@@ -316,12 +323,12 @@ def _read_parquet(path: Path, content: bytes) -> Iterator[Row]:
         table = parquet.read_table(io.BytesIO(content))
     except (OSError, ValueError) as error:
         raise PromptError(f"{path}: not valid parquet ({error})") from error
-    columns = _columns(str(path), table.column_names)
+    columns = _columns(str(path), table.column_names, needed)
     for number, cells in enumerate(table.to_pylist(), start=1):
         yield Row(f"{path}, row {number}", dict(zip(columns, cells.values(), strict=True)))
 
 
-READERS: dict[str, Callable[[Path, bytes], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path, bytes, _Needed], Iterator[Row]]] = {
     ".csv": _read_csv,
     ".jsonl": _read_jsonl,
     ".txt": _read_txt,
