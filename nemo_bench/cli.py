@@ -106,6 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--prompt", metavar="ID", help="neurons of one prompt; default: of all memorized prompts together"
     )
+    score = add("score", _score, "metrics of images on disk: of a run again, or of images made elsewhere")
+    score.add_argument("folder", type=Path, metavar="DIR", help="results/<name>, a cell of it, or a folder of images")
+    score.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as metrics=full; for images "
+                       "made elsewhere also model, prompts and method, which may be any name")  # fmt: skip
+    score.add_argument("--map", type=Path, metavar="FILE", help="csv, jsonl or parquet: image, id or text of its "
+                       "prompt, seed; without, images are named img_0000_00.jpg")  # fmt: skip
+    score.add_argument("--conf", type=Path, metavar="DIR", help="folder with more YAML files, in group subfolders")
+    score.add_argument("--json", action="store_true", help="print JSON instead of tables")
     references = add("references", _references, "fetch training images from the links of prompt lists, resumable")
     references.add_argument("lists", nargs="+", metavar="LIST", help="prompt file with a column url or urls")
     references.add_argument("folder", type=Path, metavar="DIR", help="where the images go; then prompts.references=DIR")
@@ -139,24 +147,31 @@ def _run(options: argparse.Namespace) -> None:
             table.add_row(row["cell"], *counts, str(row["image_passes"]), str(row["prompts_without_reference"]))
         console.print(table)
         return
-    from nemo_bench.report import load_results, terminal_table
-
-    def aside(line: str) -> None:
-        """JSON stands alone on standard output."""
-        print(line, file=sys.stderr)
-
     start = time.perf_counter()
     open_before = sum(sum(row["open"].values()) for row in run.outlook(cells))
-    folder = run.run(cells, run.command_line(), say=aside if options.json else print, progress=not options.json)
-    if not run.is_main():
-        return
-    if options.json:
-        print((folder / "leaderboard.json").read_text(encoding="utf-8"))
-    else:
-        console.print(terminal_table(load_results(folder)))
-        seconds = time.perf_counter() - start
+    say = _aside if options.json else print
+    folder = run.run(cells, run.command_line(), say=say, progress=not options.json)
+    if run.is_main():
         done = "everything was done already" if not open_before else f"{open_before} records computed"
-        print(f"{done}, {seconds:.0f} s\nreport:  {folder / 'report.html'}\nrecords: {folder}")
+        _show(folder, f"{done}, {time.perf_counter() - start:.0f} s", as_json=options.json)
+
+
+def _aside(line: str) -> None:
+    """JSON stands alone on standard output."""
+    print(line, file=sys.stderr)
+
+
+def _show(folder: Path, done: str, *, as_json: bool) -> None:
+    """The table of a run, and where to look further."""
+    from rich.console import Console
+
+    from nemo_bench.report import load_results, terminal_table
+
+    if as_json:
+        print((folder / "leaderboard.json").read_text(encoding="utf-8"))
+        return
+    Console().print(terminal_table(load_results(folder)))
+    print(f"{done}\nreport:  {folder / 'report.html'}\nrecords: {folder}")
 
 
 def _calibrate(options: argparse.Namespace) -> None:
@@ -220,6 +235,25 @@ def _export(options: argparse.Namespace) -> None:
 
     neurons = export(options.cell, options.folder, options.prompt)
     print(f"{options.folder}: {neurons.count} neurons switched off for good")
+
+
+def _score(options: argparse.Namespace) -> None:
+    from nemo_bench.run import command_line, is_main
+    from nemo_bench.scoring import score
+
+    start = time.perf_counter()
+    say = _aside if options.json else print
+    folder = score(
+        options.folder,
+        options.overrides,
+        conf=options.conf,
+        mapping=options.map,
+        command=command_line(),
+        say=say,
+        progress=not options.json,
+    )
+    if is_main():
+        _show(folder, f"{time.perf_counter() - start:.0f} s", as_json=options.json)
 
 
 def _references(options: argparse.Namespace) -> None:

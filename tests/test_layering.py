@@ -17,6 +17,7 @@ LAYERS = (
     {"localization", "methods", "detectors", "metrics", "references", "elsewhere"},
     {"modules"},
     {"run"},
+    {"scoring"},
     {"launchers", "cli"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -2,7 +2,14 @@
 
 from nemo_bench.prompts.data import ImageTask, PromptDataModule, PromptTask
 from nemo_bench.prompts.manifest import MANIFEST, read_manifest
-from nemo_bench.prompts.readers import dead_references, prompts_digest, read_links, read_prompts, read_rows
+from nemo_bench.prompts.readers import (
+    dead_references,
+    prompts_digest,
+    read_links,
+    read_prompts,
+    read_rows,
+    references_digest,
+)
 
 __all__ = [
     "MANIFEST",
@@ -15,4 +22,5 @@ __all__ = [
     "read_manifest",
     "read_prompts",
     "read_rows",
+    "references_digest",
 ]

@@ -162,9 +162,19 @@ def _with_fetched(
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """Hash of what the prompts are, in their order: id, text, kind and the contents of the reference images.
+    """Hash of what the prompts are, in their order: id, text and kind.
 
-    Folders and names of the reference images do not matter.
+    Args:
+        prompts: The prompts.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    return digest([[p.id, p.text, p.kind] for p in prompts])
+
+
+def references_digest(prompts: Sequence[Prompt]) -> str:
+    """Hash of the contents of the prompts' reference images, in their order; folders and names do not matter.
 
     Args:
         prompts: The prompts.
@@ -177,7 +187,7 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
     """
     # Template prompts share their references: each file is read once.
     hashes = {file: _file_hash(file) for file in {file for prompt in prompts for file in prompt.references}}
-    return digest([[p.id, p.text, p.kind, [hashes[file] for file in p.references]] for p in prompts])
+    return digest([[hashes[file] for file in p.references] for p in prompts])
 
 
 def _file_hash(path: Path) -> str:
