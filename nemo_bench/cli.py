@@ -239,19 +239,14 @@ def _export(options: argparse.Namespace) -> None:
 
 def _score(options: argparse.Namespace) -> None:
     from nemo_bench.run import command_line, is_main
-    from nemo_bench.scoring import score
+    from nemo_bench.scoring import cells_of, score
 
     start = time.perf_counter()
-    say = _aside if options.json else print
-    folder = score(
-        options.folder,
-        options.overrides,
-        conf=options.conf,
-        mapping=options.map,
-        command=command_line(),
-        say=say,
-        progress=not options.json,
+    say, progress = (_aside, False) if options.json else (print, True)
+    cells = cells_of(
+        options.folder, options.overrides, conf=options.conf, mapping=options.map, say=say, progress=progress
     )
+    folder = score(cells, command_line(), say, progress=progress)
     if is_main():
         _show(folder, f"{time.perf_counter() - start:.0f} s", as_json=options.json)
 

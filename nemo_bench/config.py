@@ -292,9 +292,8 @@ def rescore(overrides: Sequence[str], names: Mapping[str, str], stored: Mapping[
     words = [f"{key}={_quoted(value)}" for key, value in kept.items() if key not in typed and value is not None]
     chosen = one([*overrides, *words, "method=none"], conf).settings
     try:
-        settings = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(RunSettings), OmegaConf.create(dict(stored)))
-        )
+        node = OmegaConf.create(dict(stored))
+        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), node))
     except OmegaConfBaseException as error:
         raise ConfigError(f"another version wrote these settings ({_first_line(error)}); run again") from error
     assert isinstance(settings, RunSettings)

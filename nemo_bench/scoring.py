@@ -29,16 +29,38 @@ from nemo_bench.types import Prompt, digest
 
 
 def score(
+    cells: Sequence[ImageCell], command: str, say: Callable[[str], None] = print, *, progress: bool = True
+) -> Path:
+    """Scores what is open of some cells, to table and report.
+
+    Args:
+        cells: From :func:`cells_of`.
+        command: What the user typed, for the records.
+        say: Where single lines go.
+        progress: Whether bars are shown.
+
+    Returns:
+        The folder of the run, with ``report.html`` and the leaderboard.
+    """
+    runner = Runner(cells[0].choice.settings.trainer, progress=progress)
+    if is_main():
+        for cell in cells:
+            note_start(cell, command, runner)
+            renew_scores(cell)
+    finish(cells, runner, say)
+    return cells[0].store.folder.parent
+
+
+def cells_of(
     folder: Path,
     overrides: Sequence[str] = (),
     *,
     conf: Path | None = None,
     mapping: Path | None = None,
-    command: str = "",
     say: Callable[[str], None] = print,
     progress: bool = True,
-) -> Path:
-    """Computes metrics for images on disk, to table and report.
+) -> list[ImageCell]:
+    """The cells of images that are there, all that can be wrong with them checked; no weights are loaded.
 
     Args:
         folder: A run, a cell of one, or a folder of images that were made elsewhere.
@@ -48,15 +70,15 @@ def score(
         conf: The user's own folder of settings.
         mapping: List of images made elsewhere (:func:`nemo_bench.elsewhere.mapped_images`); without, they are named
             ``img_0000_00.jpg`` (:func:`nemo_bench.elsewhere.named_images`).
-        command: What the user typed, for the records.
         say: Where single lines go.
-        progress: Whether bars are shown.
+        progress: Whether a bar is shown.
 
     Returns:
-        The folder of the run, with ``report.html`` and the leaderboard.
+        All cells of a run that have their images; or one cell, after the one without mitigation that it is compared
+        with, if there is one.
 
     Raises:
-        NemoBenchError: Anything is wrong with settings, images or prompts; found before weights load.
+        NemoBenchError: Anything is wrong with settings, images or prompts.
     """
     if mapping is None and (folder / "run.json").is_file():
         cells = _of_run(folder, overrides, conf, say)
@@ -66,13 +88,7 @@ def score(
         cells = _with_unmitigated(_of_images(folder, mapping, overrides, conf, progress=progress), conf)
     for cell in cells:
         check_metrics(cell.choice.settings)
-    runner = Runner(cells[0].choice.settings.trainer, progress=progress)
-    if is_main():
-        for cell in cells:
-            note_start(cell, command, runner)
-            renew_scores(cell)
-    finish(cells, runner, say)
-    return cells[0].store.folder.parent
+    return cells
 
 
 def _of_run(folder: Path, overrides: Sequence[str], conf: Path | None, say: Callable[[str], None]) -> list[ImageCell]:
