@@ -22,6 +22,17 @@ EPILOG = """settings are words key=value, lists of values make a grid:
   nemo-bench ls                                    what there is to choose from
 """
 
+LIMITS = (
+    ("parallel", int, "links at a time; default 16"),
+    ("retries", int, "further tries of what may heal: 429, 5xx, time-outs, broken connections; default 3"),
+    ("total", float, "seconds a try may take altogether; default 90"),
+    ("megabytes", float, "most megabytes of an image; default 32"),
+    ("megapixels", float, "most megapixels of an image; default 64"),
+)
+"""Options of ``references``, fields of :class:`nemo_bench.references.Limits`."""
+LISTED_LINKS = 20
+"""Dead links that are printed."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
@@ -100,13 +111,26 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--prompt", metavar="ID", help="neurons of one prompt; default: of all memorized prompts together"
     )
+    score = add("score", _score, "metrics of images on disk: of a run again, or of images made elsewhere")
+    score.add_argument("folder", type=Path, metavar="DIR", help="results/<name>, a cell of it, or a folder of images")
+    score.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as metrics=full; for images "
+                       "made elsewhere also model, prompts and method, which may be any name")  # fmt: skip
+    score.add_argument("--map", type=Path, metavar="FILE", help="csv, jsonl or parquet: image, id or text of its "
+                       "prompt, seed; without, images are named img_0000_00.jpg")  # fmt: skip
+    score.add_argument("--conf", type=Path, metavar="DIR", help="folder with more YAML files, in group subfolders")
+    score.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    references = add("references", _references, "fetch training images from the links of prompt lists, resumable")
+    references.add_argument("lists", nargs="+", metavar="LIST", help="prompt file with a column url or urls")
+    references.add_argument("folder", type=Path, metavar="DIR", help="where the images go; then prompts.references=DIR")
+    for name, kind, text in LIMITS:
+        references.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+    references.add_argument("--json", action="store_true", help="print an object, with every dead link")
     train = add("train", _train, "train the embedded model afresh")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="fields of TrainSpec, such as out=DIR")
     return parser
 
 
 def _run(options: argparse.Namespace) -> None:
-    from rich.console import Console
 
     from nemo_bench import run
     from nemo_bench.config import grid
@@ -115,26 +139,32 @@ def _run(options: argparse.Namespace) -> None:
     if options.dry_run:
         _dry_run(choices, options.json)
         return
-    from nemo_bench.report import load_results, terminal_table
-
-    cells, console = run.plan(choices), Console()
-
-    def aside(line: str) -> None:
-        """JSON stands alone on standard output."""
-        print(line, file=sys.stderr)
-
+    cells = run.plan(choices)
     start = time.perf_counter()
     open_before = sum(sum(row["open"].values()) for row in run.outlook(cells))
-    folder = run.run(cells, run.command_line(), say=aside if options.json else print, progress=not options.json)
-    if not run.is_main():
-        return
-    if options.json:
-        print((folder / "leaderboard.json").read_text(encoding="utf-8"))
-    else:
-        console.print(terminal_table(load_results(folder)))
-        seconds = time.perf_counter() - start
+    say = _aside if options.json else print
+    folder = run.run(cells, run.command_line(), say=say, progress=not options.json)
+    if run.is_main():
         done = "everything was done already" if not open_before else f"{open_before} records computed"
-        print(f"{done}, {seconds:.0f} s\nreport:  {folder / 'report.html'}\nrecords: {folder}")
+        _show(folder, f"{done}, {time.perf_counter() - start:.0f} s", as_json=options.json)
+
+
+def _aside(line: str) -> None:
+    """JSON stands alone on standard output."""
+    print(line, file=sys.stderr)
+
+
+def _show(folder: Path, done: str, *, as_json: bool) -> None:
+    """The table of a run, and where to look further."""
+    from rich.console import Console
+
+    from nemo_bench.report import load_results, terminal_table
+
+    if as_json:
+        print((folder / "leaderboard.json").read_text(encoding="utf-8"))
+        return
+    Console().print(terminal_table(load_results(folder)))
+    print(f"{done}\nreport:  {folder / 'report.html'}\nrecords: {folder}")
 
 
 def _dry_run(choices: Sequence[Choice], as_json: bool) -> None:
@@ -258,6 +288,48 @@ def _export(options: argparse.Namespace) -> None:
 
     neurons = export(options.cell, options.folder, options.prompt)
     print(f"{options.folder}: {neurons.count} neurons switched off for good")
+
+
+def _score(options: argparse.Namespace) -> None:
+    from nemo_bench.run import command_line, is_main
+    from nemo_bench.scoring import cells_of, score
+
+    start = time.perf_counter()
+    say, progress = (_aside, False) if options.json else (print, True)
+    cells = cells_of(
+        options.folder, options.overrides, conf=options.conf, mapping=options.map, say=say, progress=progress
+    )
+    folder = score(cells, command_line(), say, progress=progress)
+    if is_main():
+        _show(folder, f"{time.perf_counter() - start:.0f} s", as_json=options.json)
+
+
+def _references(options: argparse.Namespace) -> None:
+    from collections import Counter
+
+    from nemo_bench.prompts import MANIFEST
+    from nemo_bench.references import Limits, fetch
+
+    given = {name: getattr(options, name) for name, *_ in LIMITS if getattr(options, name) is not None}
+    summary = fetch(options.lists, options.folder, Limits(**given), progress=not options.json)
+    if options.json:
+        print(json.dumps(summary, indent=2))
+        return
+    dead, same = summary["dead"], summary["same"]
+    print(f"{summary['links']} links: {summary['fetched']} fetched, {summary['kept']} kept, {len(dead)} dead")
+    for why, count in Counter(entry["why"] for entry in dead).most_common():
+        print(f"{count:>6}  {why}")
+    for entry in dead[:LISTED_LINKS]:
+        print(f"dead: {entry['url']}")
+    if len(dead) > LISTED_LINKS:
+        print(f"dead: ... all of them are in {options.folder / MANIFEST}")
+    if healing := sum(entry["may_heal"] for entry in dead):
+        print(f"{healing} of the dead links may heal; the same command tries those again")
+    if same:
+        print(f"{sum(map(len, same))} links gave {len(same)} files; a file of many links may stand in for lost images:")
+        print("\n".join(f"same: {len(links)} x {links[0]}" for links in sorted(same, key=len, reverse=True)[:3]))
+    print(f"{summary['prompts_without_reference']} of {summary['prompts']} prompts have no training image left")
+    print(f"use them: nemo-bench run prompts.references={options.folder}")
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -87,6 +87,8 @@ class PromptSettings:
 
     Attributes:
         files: Prompt files, csv, jsonl, txt or parquet.
+        references: Folder of reference images: of those that a file names by relative paths, and of those that
+            ``nemo-bench references`` fetched; by default each file's own folder.
         calibration: General prompts for statistics and threshold.
         obtain: Where to get the files, for who does not have them.
         limit: Take so many prompts of each file.
@@ -96,6 +98,7 @@ class PromptSettings:
     """
 
     files: list[str] = MISSING
+    references: Optional[str] = None  # noqa: UP045
     calibration: Optional[str] = None  # noqa: UP045
     limit: Optional[int] = None  # noqa: UP045
     calibration_limit: Optional[int] = None  # noqa: UP045
@@ -254,6 +257,88 @@ def grid(overrides: Sequence[str], conf: Path | None = None) -> list[Choice]:
                 words = [*words, f"method={DEFAULT_METHODS}"]
             cells |= dict.fromkeys(map(tuple, _product(words)))
     return [_choose(list(cell), conf) for cell in dict.fromkeys(map(tuple, _share_out(list(cells), conf)))]
+
+
+SCORING = ("metrics", "weights", "real_images", "batch_size", "workers", "trainer", "logger", "prompts.references")
+"""Settings that can be others when images that are there are scored again."""
+
+
+def rescore(overrides: Sequence[str], names: Mapping[str, str], stored: Mapping[str, Any], conf: Path | None) -> Choice:
+    """The settings of images that are there, with those of scoring overridden.
+
+    Args:
+        overrides: ``key=value`` words, each of :data:`SCORING`; where no metrics are named they stay what they were.
+        names: Option by group that the images were made with.
+        stored: The settings they were made with.
+        conf: The user's own folder.
+
+    Returns:
+        One choice. The trainer is that of this machine.
+
+    Raises:
+        ConfigError: Anything is wrong with the overrides, or another version wrote the settings.
+    """
+    typed = {str(o.key_or_group) for o in _parse(overrides)}
+    for key in sorted(typed):
+        if not any(f"{key}.".startswith(f"{known}.") for known in SCORING):
+            known = ", ".join(SCORING)
+            raise ConfigError(f"{key} can't be changed for images that are there; settings of scoring: {known}")
+    if typed & {"weights", "real_images"} and not any(key.split(".")[0] == "metrics" for key in typed):
+        raise ConfigError("weights and real_images are taken up by metrics: name those too, such as metrics=default")
+    model = stored["model"]
+    kept = {
+        "model.clip": model["clip"],
+        "model.clip_pretrained": model["clip_pretrained"],
+        "weights": stored.get("weights"),
+        "real_images": stored.get("real_images"),
+    }
+    # What metrics may refer to.
+    words = [f"{key}={_quoted(value)}" for key, value in kept.items() if key not in typed and value is not None]
+    chosen = one([*overrides, *words, "method=none"], conf).settings
+    try:
+        node = OmegaConf.create(dict(stored))
+        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), node))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"another version wrote these settings ({_first_line(error)}); run again") from error
+    assert isinstance(settings, RunSettings)
+    for part in {"trainer", *(key.split(".")[0] for key in typed)} - {"prompts"}:
+        setattr(settings, part, getattr(chosen, part))
+    settings.prompts.references = chosen.prompts.references or settings.prompts.references
+    return Choice(names, settings)
+
+
+def one(overrides: Sequence[str], conf: Path | None) -> Choice:
+    """The one cell that overrides ask for.
+
+    Raises:
+        ConfigError: See :func:`grid`; also where they ask for several.
+    """
+    choices = grid(overrides, conf)
+    if len(choices) > 1:
+        raise ConfigError(f"{len(choices)} sets of settings are asked for; images are scored with one value of each")
+    return choices[0]
+
+
+def _quoted(value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def about_method(name: str, conf: Path | None) -> tuple[dict[str, Any], str, str]:
+    """What a name says of how images were made.
+
+    Args:
+        name: A method of the group, or any other name.
+        conf: The user's own folder.
+
+    Returns:
+        Settings that stand for it, its title and its citation.
+    """
+    if name not in options("method", conf):
+        return {"name": name}, name, ""
+    node = one([f"method={name}"], conf).settings.method
+    target = get_object(node["_target_"])
+    return ({"name": name} if name != "none" else dict(node)), target.title, target.citation
 
 
 def _share_out(cells: Sequence[Sequence[str]], conf: Path | None) -> list[list[str]]:

@@ -189,7 +189,7 @@ class _Survey:
 
     def _read(self, file: str, settings: PromptSettings) -> str:
         try:
-            self._prompts[file] = read_files([file])
+            self._prompts[file] = read_files([file], references=settings.references)
         except NemoBenchError as error:
             hint = f" {settings.obtain}" if settings.obtain else ""
             raise type(error)(f"{error}{hint}") from error
@@ -200,7 +200,7 @@ class _Survey:
         if without := sum(not prompt.references for prompt in memorized):
             note = (
                 f"{without} of {len(memorized)} memorized prompts have none; measures against training images leave "
-                "them out, or have no value at all"
+                "them out, or have no value at all. `nemo-bench references` fetches those that the list has links to"
             )
             self.needs["training images", files] = Need("training images", files, "partly", note)
 

@@ -53,7 +53,8 @@ def load_prompts(prompts: str = "planted", *overrides: str) -> tuple[list[Prompt
     (choice,) = grid([f"prompts={prompts}", "method=none", *overrides])
     settings = choice.settings.prompts
     general = [settings.calibration] if settings.calibration else []
-    return read_files(settings.files, settings.limit), read_files(general, settings.calibration_limit)
+    own = read_files(settings.files, settings.limit, settings.references)
+    return own, read_files(general, settings.calibration_limit)
 
 
 def benchmark(*overrides: str, conf: Path | str | None = None, progress: bool = False) -> Path:

@@ -26,7 +26,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from nemo_bench.aggregate import GROUPS, aggregate, presets
-from nemo_bench.config import Choice, ModelSettings, SimilaritySettings, TrainerSettings, build, resolve
+from nemo_bench.config import Choice, ModelSettings, RunSettings, SimilaritySettings, TrainerSettings, build, resolve
 from nemo_bench.diffusion import Diffusion, Similarity, Source
 from nemo_bench.errors import ConfigError, NemoBenchError, StoreError, nearest
 from nemo_bench.localization import (
@@ -38,7 +38,7 @@ from nemo_bench.localization import (
     write_statistics,
 )
 from nemo_bench.localization.published import PublishedRow, by_position, published_text
-from nemo_bench.methods import Method, NoMitigation
+from nemo_bench.methods import Method
 from nemo_bench.metrics import FIELDS, BenchMetric, SetMetric, detection
 from nemo_bench.modules import (
     CalibrationStage,
@@ -54,7 +54,15 @@ from nemo_bench.modules import (
     localization_of,
     read_features,
 )
-from nemo_bench.prompts import ImageTask, PromptDataModule, PromptTask, prompts_digest, read_prompts
+from nemo_bench.prompts import (
+    ImageTask,
+    PromptDataModule,
+    PromptTask,
+    dead_references,
+    prompts_digest,
+    read_prompts,
+    references_digest,
+)
 from nemo_bench.report import write_report
 from nemo_bench.store import SCHEMA, Store, read_json, write_json, write_text
 from nemo_bench.tracking import sweep_trial, track
@@ -69,38 +77,61 @@ SETS = "sets.json"
 """Scores of whole sets of images in a cell's folder, by group and metric."""
 
 
-@dataclass(eq=False)
-class Cell:
-    """A model, a method and prompts: the unit of work, owner of one results folder.
+UNMITIGATED = {"_target_": "nemo_bench.methods.NoMitigation"}
+"""Settings of a method that does nothing."""
+
+
+@dataclass(eq=False, kw_only=True)
+class ImageCell:
+    """Images of some prompts, scored together; owner of one results folder.
 
     Attributes:
         choice: Names and settings.
-        method: The mitigation.
         prompts: All prompts.
-        calibration_prompts: General prompts for what is measured, none where nothing is.
         spec: What decides the result, as written to ``spec.json``.
         store: Its folder.
-        calibration: Folder of the model's calibration.
-        measured: Files in it that the method, or its source, can't do without.
-        source: The cell whose localization this one starts from; it need not be one that was asked for.
         unmitigated: The cell of the same images without mitigation: one that was asked for, or finished before.
     """
 
     choice: Choice
-    method: Method
     prompts: list[Prompt]
-    calibration_prompts: list[Prompt]
     spec: dict[str, Any]
     store: Store
-    calibration: Store
-    measured: list[str]
-    source: Cell | None = None
-    unmitigated: Cell | None = None
+    unmitigated: ImageCell | None = None
 
     @property
     def id(self) -> str:
         """Name of the folder."""
         return self.store.folder.name
+
+    @property
+    def is_mitigated(self) -> bool:
+        """Whether there is any mitigation."""
+        return bool(self.spec["settings"]["method"] != UNMITIGATED)
+
+    @property
+    def prompt_tasks(self) -> list[PromptTask]:
+        """All prompts."""
+        return [PromptTask.of(p) for p in self.prompts]
+
+
+@dataclass(eq=False, kw_only=True)
+class Cell(ImageCell):
+    """A model, a method and prompts: the unit of work.
+
+    Attributes:
+        method: The mitigation.
+        calibration_prompts: General prompts for what is measured, none where nothing is.
+        calibration: Folder of the model's calibration.
+        measured: Files in it that the method, or its source, can't do without.
+        source: The cell whose localization this one starts from; it need not be one that was asked for.
+    """
+
+    method: Method
+    calibration_prompts: list[Prompt]
+    calibration: Store
+    measured: list[str]
+    source: Cell | None = None
 
     @property
     def is_calibrated(self) -> bool:
@@ -111,11 +142,6 @@ class Cell:
     def image_tasks(self) -> list[ImageTask]:
         """All images, prompt by prompt."""
         return [ImageTask.of(p, seed) for p in self.prompts for seed in range(self.choice.settings.seeds)]
-
-    @property
-    def prompt_tasks(self) -> list[PromptTask]:
-        """All prompts."""
-        return [PromptTask.of(p) for p in self.prompts]
 
     def ids(self, stage: str) -> list[str]:
         """Record ids of a finished stage."""
@@ -166,25 +192,27 @@ def plan(choices: Sequence[Choice], weights: Mapping[Source, str] | None = None)
 def _unmitigated(
     cell: Cell, asked: Mapping[str, Cell], cache: dict[str, list[Prompt]], weights: Mapping[Source, str]
 ) -> Cell | None:
-    if isinstance(cell.method, NoMitigation):
+    if not cell.is_mitigated:
         return None
-    settings = replace(cell.choice.settings, method={"_target_": "nemo_bench.methods.NoMitigation"})
+    settings = replace(cell.choice.settings, method=UNMITIGATED)
     none = _cell(Choice({**cell.choice.names, "method": "none"}, settings), cache, weights)
     found = asked.get(digest(none.spec["settings"]))
     return found or (none if none.store.is_done("generate") else None)
 
 
-def read_files(files: Sequence[str], limit: int | None = None) -> list[Prompt]:
+def read_files(files: Sequence[str], limit: int | None = None, references: str | None = None) -> list[Prompt]:
     """Reads the prompts of several files.
 
     Args:
         files: Prompt files; ``package:`` stands for the folder of this package.
         limit: Take so many prompts of each file.
+        references: Folder that ``nemo-bench references`` filled.
 
     Raises:
         NemoBenchError: A file can't be read, or two have a prompt of the same id.
     """
-    prompts = [p for file in files for p in read_prompts(resolve(file), limit=limit)]
+    folder = Path(resolve(references)) if references else None
+    prompts = [p for file in files for p in read_prompts(resolve(file), references=folder, limit=limit)]
     seen: set[str] = set()
     for prompt in prompts:
         if prompt.id in seen:
@@ -193,10 +221,12 @@ def read_files(files: Sequence[str], limit: int | None = None) -> list[Prompt]:
     return prompts
 
 
-def _read(files: Sequence[str], limit: int | None, cache: dict[str, list[Prompt]]) -> list[Prompt]:
-    key = digest([list(files), limit])
+def _read(
+    files: Sequence[str], limit: int | None, cache: dict[str, list[Prompt]], references: str | None = None
+) -> list[Prompt]:
+    key = digest([list(files), limit, references])
     if key not in cache:
-        cache[key] = read_files(files, limit)
+        cache[key] = read_files(files, limit, references)
     return cache[key]
 
 
@@ -206,18 +236,8 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
     method = build(settings.method, "method")
     if not isinstance(method, Method):
         raise ConfigError(f"method._target_={settings.method['_target_']}: expected a nemo_bench.methods.Method")
-    for name, node in settings.metrics.items():
-        metric = build(node, f"metrics.{name}")
-        if not isinstance(metric, BenchMetric) or not metric.needs <= FIELDS:
-            msg = (
-                f"metrics.{name}: expected a BenchMetric that needs some of {', '.join(sorted(FIELDS))}, given {metric}"
-            )
-            raise ConfigError(msg)
-        try:
-            metric.check()
-        except NemoBenchError as error:
-            raise type(error)(f"metrics.{name}: {error}; without it: ~metrics.{name}") from error
-    prompts = _read(settings.prompts.files, settings.prompts.limit, cache)
+    check_metrics(settings)
+    prompts = _read(settings.prompts.files, settings.prompts.limit, cache, settings.prompts.references)
     published = read_statistics(Path(resolve(model.statistics))) if model.statistics else None
     measured = to_measure(method, model)
     general = [settings.prompts.calibration] if measured and settings.prompts.calibration else []
@@ -268,15 +288,34 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
         "calibration": f"../../calibration/{calibration_folder}" if THRESHOLD in measured else None,
     }
     return Cell(
-        choice,
-        method,
-        prompts,
-        calibration_prompts,
-        spec,
-        Store(root / settings.name / folder),
-        Store(root / "calibration" / calibration_folder),
-        measured,
+        choice=choice,
+        method=method,
+        prompts=prompts,
+        calibration_prompts=calibration_prompts,
+        spec=spec,
+        store=Store(root / settings.name / folder),
+        calibration=Store(root / "calibration" / calibration_folder),
+        measured=measured,
     )
+
+
+def check_metrics(settings: RunSettings) -> None:
+    """Makes sure that metrics can be computed, before anything loads.
+
+    Raises:
+        NemoBenchError: One is no metric, or weights or pictures that it needs are missing.
+    """
+    for name, node in settings.metrics.items():
+        metric = build(node, f"metrics.{name}")
+        if not isinstance(metric, BenchMetric) or not metric.needs <= FIELDS:
+            msg = (
+                f"metrics.{name}: expected a BenchMetric that needs some of {', '.join(sorted(FIELDS))}, given {metric}"
+            )
+            raise ConfigError(msg)
+        try:
+            metric.check()
+        except NemoBenchError as error:
+            raise type(error)(f"metrics.{name}: {error}; without it: ~metrics.{name}") from error
 
 
 def to_measure(method: Method, model: ModelSettings) -> list[str]:
@@ -327,28 +366,47 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
         sweep_trial({cell.id: cell.spec["method"] for cell in cells})
     runner = Runner(settings.trainer, progress=progress)
     if is_main():
-        _open_folder(folder, cells)
+        open_folder(folder, cells)
         for cell in with_sources(cells):
             cell.store.open(cell.spec)
-            _note_start(cell, command, runner)
+            note_start(cell, command, runner)
             _reopen(cell)
-        for cell in cells:
-            for metric in metrics_of(cell).values() if not cell.store.is_done("score") else ():
-                metric.space.fetch()
+        fetch_weights(cells)
     for cell in cells:
         runner.make(cell)
+    if is_main():
+        for cell in cells:
+            _publish(cell)
+    finish(cells, runner, say)
+    return folder
+
+
+def fetch_weights(cells: Sequence[ImageCell]) -> None:
+    """Downloads what open metrics are to download, once for all processes."""
+    for cell in cells:
+        for metric in metrics_of(cell).values() if not cell.store.is_done("score") else ():
+            metric.space.fetch()
+
+
+def finish(cells: Sequence[ImageCell], runner: Runner, say: Callable[[str], None] = print) -> None:
+    """Scores what is open of cells whose images are there, to the report of their run.
+
+    Args:
+        cells: Cells of one run.
+        runner: The trainer.
+        say: Where single lines go.
+    """
     for cell in cells:
         runner.score(cell)
     if is_main():
+        folder, logger = cells[0].store.folder.parent, cells[0].choice.settings.logger
         for cell in cells:
             write_json(cell.store.folder / "metrics.json", _summary(cell))
-            _publish(cell)
         write_report(folder)
         try:
-            track(folder, settings.logger, cells=[cell.id for cell in cells], say=say)
+            track(folder, logger, cells=[cell.id for cell in cells], say=say)
         except NemoBenchError as error:
             say(str(error))
-    return folder
 
 
 def calibrate(cells: Sequence[Cell], *, progress: bool = True) -> list[dict[str, Any]]:
@@ -398,7 +456,12 @@ def with_sources(cells: Sequence[Cell]) -> list[Cell]:
     return [*dict.fromkeys(source for source in sources if source not in cells), *cells]
 
 
-def _open_folder(folder: Path, cells: Sequence[Cell]) -> None:
+def open_folder(folder: Path, cells: Sequence[ImageCell]) -> None:
+    """Makes the folder of a run, or adds cells to it.
+
+    Raises:
+        StoreError: It holds something else.
+    """
     path = folder / "run.json"
     if not path.exists() and folder.exists() and any(p.suffix != ".part" for p in folder.iterdir()):
         raise StoreError(f"{folder} is not empty and holds no run of nemo_bench; choose another name=... or root=...")
@@ -415,6 +478,12 @@ def _reopen(cell: Cell) -> None:
         if store.is_done(stage) and store.open_ids(stage, cell.ids(stage)):
             store.reopen(stage)
             _forget_scores(store)
+    renew_scores(cell)
+
+
+def renew_scores(cell: ImageCell) -> None:
+    """Forgets scores of other metrics or other reference images."""
+    store = cell.store
     if _scores_are_stale(cell):
         _forget_scores(store)
         write_json(store.folder / "scoring.json", _scoring(cell))
@@ -425,23 +494,25 @@ def _forget_scores(store: Store) -> None:
     (store.folder / SETS).unlink(missing_ok=True)
 
 
-def _scoring(cell: Cell) -> dict[str, Any]:
+def _scoring(cell: ImageCell) -> dict[str, Any]:
     """What decides the scores of given images."""
     nodes, metrics = cell.choice.settings.metrics, metrics_of(cell)
     paired = cell.unmitigated and any("unmitigated" in metric.needs for metric in metrics.values())
     content = {
         "metrics": {name: {**nodes[name], **metric.content()} for name, metric in metrics.items()},
         "unmitigated": cell.unmitigated.id if cell.unmitigated and paired else None,
+        "references": references_digest(cell.prompts),
     }
     return json.loads(json.dumps(content))  # as it will be read again
 
 
-def _scores_are_stale(cell: Cell) -> bool:
+def _scores_are_stale(cell: ImageCell) -> bool:
     path = cell.store.folder / "scoring.json"
     return not path.exists() or read_json(path) != _scoring(cell)
 
 
-def _note_start(cell: Cell, command: str, runner: Runner) -> None:
+def note_start(cell: ImageCell, command: str, runner: Runner) -> None:
+    """Writes down how a cell is gone on with, and its prompts."""
     path = cell.store.folder / "env.json"
     starts = read_json(path)["starts"] if path.exists() else []
     packages = ("nemo-bench", "torch", "diffusers", "transformers", "lightning", "torchmetrics", "open_clip_torch")
@@ -613,7 +684,7 @@ class Runner:
         size = cell.choice.settings.batch_size
         self._predict("generate", cell.spec["method"], cell.image_tasks, cell.store, make, size)
 
-    def score(self, cell: Cell) -> None:
+    def score(self, cell: ImageCell) -> None:
         """Scores the images of a cell, where that is not done; those without mitigation must be there."""
         metrics, store = metrics_of(cell), cell.store
         for metric in metrics.values():
@@ -632,7 +703,7 @@ class Runner:
         if is_main() and not (store.folder / SETS).exists():
             write_json(store.folder / SETS, score_sets(cell, metrics))
 
-    def _embed_real(self, metric: SetMetric, cell: Cell) -> None:
+    def _embed_real(self, metric: SetMetric, cell: ImageCell) -> None:
         """Takes the features of the real pictures that sets are compared with; once, then they are cached."""
         chunks, store = FolderChunk.split(metric.files), real_store(metric, cell)
         if is_main():
@@ -693,7 +764,7 @@ def load_model(settings: ModelSettings) -> Diffusion:
     )
 
 
-def metrics_of(cell: Cell) -> dict[str, BenchMetric]:
+def metrics_of(cell: ImageCell) -> dict[str, BenchMetric]:
     """The cell's metrics by name, in the order of the settings."""
     return {name: build(node, f"metrics.{name}") for name, node in cell.choice.settings.metrics.items()}
 
@@ -716,7 +787,7 @@ def _publish(cell: Cell) -> None:
     write_text(cell.store.folder / "neurons.csv", published_text(rows))
 
 
-def unmitigated_images(cell: Cell) -> dict[str, Path]:
+def unmitigated_images(cell: ImageCell) -> dict[str, Path]:
     """Files of the images without mitigation by record id, none where no cell has them."""
     if cell.unmitigated is None:
         return {}
@@ -724,12 +795,12 @@ def unmitigated_images(cell: Cell) -> dict[str, Path]:
     return {record["id"]: (store.folder / record["image"]).resolve() for record in store.records("generate").values()}
 
 
-def real_store(metric: SetMetric, cell: Cell) -> Store:
+def real_store(metric: SetMetric, cell: ImageCell) -> Store:
     """Where the features of a metric's real pictures are, for all runs under one root."""
     return Store(Path(cell.choice.settings.root) / "real_images" / digest(metric.content(), 8))
 
 
-def score_sets(cell: Cell, metrics: Mapping[str, BenchMetric]) -> dict[str, dict[str, float]]:
+def score_sets(cell: ImageCell, metrics: Mapping[str, BenchMetric]) -> dict[str, dict[str, float]]:
     """Scores of whole sets of images, by group and metric; groups of the same prompts are scored once."""
     wholes = {name: metric for name, metric in metrics.items() if isinstance(metric, SetMetric)}
     if not wholes:
@@ -755,11 +826,11 @@ def score_sets(cell: Cell, metrics: Mapping[str, BenchMetric]) -> dict[str, dict
     return table
 
 
-def _summary(cell: Cell) -> dict[str, Any]:
+def _summary(cell: ImageCell) -> dict[str, Any]:
     store = cell.store
     localized, generated = store.records("localize").values(), store.records("generate").values()
     scored = store.records("score").values()
-    peak = max((r["cost"] for r in [*localized, *generated]), key=lambda cost: cost.get("peak_memory_mb", 0))
+    peak = max((r.get("cost", {}) for r in [*localized, *generated]), key=lambda cost: cost.get("peak_memory_mb", 0))
     about = {name: metric.describe() for name, metric in metrics_of(cell).items()}
     aggregates = aggregate(
         scored, cell.prompts, cell.unmitigated.store.records("score").values() if cell.unmitigated else ()
@@ -771,9 +842,16 @@ def _summary(cell: Cell) -> dict[str, Any]:
             {name: {"mean": value, **nothing, "prompts": count} for name, value in row.items()}
         )
 
-    def mean(records: Any, field: str) -> float:
-        return round(sum(r["cost"][field] for r in records) / len(records), 4)
+    def costs(records: Iterable[Record], field: str) -> list[float]:
+        return [record["cost"][field] for record in records if field in record.get("cost", {})]
 
+    measured = {
+        "localize_seconds_per_prompt": costs(localized, "seconds"),
+        "localize_row_passes_per_prompt": costs(localized, "row_passes"),
+        "generate_seconds_per_image": costs(generated, "seconds"),
+        "row_passes_per_image": costs(generated, "row_passes"),
+    }
+    memory = costs([*localized, *generated], "peak_memory_mb")
     return {
         "schema": SCHEMA,
         "metrics": about,
@@ -785,23 +863,22 @@ def _summary(cell: Cell) -> dict[str, Any]:
             "prompts": len(cell.prompts),
             "truncated": sum(bool(record.get("truncated")) for record in scored),
             "without_reference": sum(bool(p.kind) and not p.references for p in cell.prompts),
+            "dead_references": len(dead_references(cell.prompts)),
         },
+        # Nothing is known of the cost of images that were made elsewhere.
         "cost": {
-            "localize_seconds_per_prompt": mean(localized, "seconds"),
-            "localize_row_passes_per_prompt": mean(localized, "row_passes"),
-            "generate_seconds_per_image": mean(generated, "seconds"),
-            "row_passes_per_image": mean(generated, "row_passes"),
-            "peak_memory_mb": peak.get("peak_memory_mb"),
+            **{name: round(sum(values) / len(values), 4) for name, values in measured.items() if values},
+            **({"peak_memory_mb": max(memory)} if memory else {}),
         },
         "peak_memory_of": "process" if peak.get("device", "cpu") == "cpu" else "GPU",
     }
 
 
-def _detection(cell: Cell, localized: Iterable[Record]) -> dict[str, Any]:
+def _detection(cell: ImageCell, localized: Iterable[Record]) -> dict[str, Any]:
     """How well the memorization score tells memorized prompts from others: without mitigation, where both are there."""
     kinds = {p.id: bool(p.kind) for p in cell.prompts}
     scores = {kind: [r["memorization"] for r in localized if kinds[r["prompt"]] == kind] for kind in (True, False)}
-    if not isinstance(cell.method, NoMitigation) or not all(scores.values()):
+    if cell.is_mitigated or not all(scores.values()):
         return {}
     return {"memorization": {"title": "Memorization score", **detection(scores[True], scores[False])}}
 

@@ -30,6 +30,7 @@ class Prompt(NamedTuple):
         kind: ``"VM"``, ``"TM"``, or None for a prompt not known to be memorized.
         references: Training images of the prompt, as files.
         tags: Free words for filters.
+        dead_references: Links to training images of the prompt that could not be fetched.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Prompt(NamedTuple):
     kind: Kind | None = None
     references: tuple[Path, ...] = ()
     tags: tuple[str, ...] = ()
+    dead_references: tuple[str, ...] = ()
 
     @property
     def group(self) -> str:

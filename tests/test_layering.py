@@ -14,10 +14,10 @@ LAYERS = (
     {"types", "errors"},
     {"store"},
     {"diffusion", "prompts", "aggregate"},
-    {"localization", "methods", "detectors", "metrics"},
+    {"localization", "methods", "detectors", "metrics", "references", "elsewhere"},
     {"modules"},
     {"run"},
-    {"forecast", "library"},
+    {"forecast", "library", "scoring"},
     {"launchers", "cli"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -117,7 +117,13 @@ def test_reports_need_no_model(library: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("library", "only"), [("hydra", "config"), ("omegaconf", "config"), ("wandb", "tracking.wandb_runs")]
+    ("library", "only"),
+    [
+        ("hydra", "config"),
+        ("omegaconf", "config"),
+        ("wandb", "tracking.wandb_runs"),
+        ("aiohttp", "references"),
+    ],
 )
 def test_a_library_has_one_importer(library: str, only: str) -> None:
     assert importers(library) == {f"nemo_bench.{only}"}

@@ -1,6 +1,27 @@
 """Prompts: reading published and own lists, and sharing them out to the predict loops."""
 
 from nemo_bench.prompts.data import ImageTask, PromptDataModule, PromptTask, seeds_of
-from nemo_bench.prompts.readers import prompts_digest, read_prompts, read_rows
+from nemo_bench.prompts.manifest import MANIFEST, read_manifest
+from nemo_bench.prompts.readers import (
+    dead_references,
+    prompts_digest,
+    read_links,
+    read_prompts,
+    read_rows,
+    references_digest,
+)
 
-__all__ = ["ImageTask", "PromptDataModule", "PromptTask", "prompts_digest", "read_prompts", "read_rows", "seeds_of"]
+__all__ = [
+    "MANIFEST",
+    "ImageTask",
+    "PromptDataModule",
+    "PromptTask",
+    "dead_references",
+    "prompts_digest",
+    "read_links",
+    "read_manifest",
+    "read_prompts",
+    "read_rows",
+    "references_digest",
+    "seeds_of",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import hashlib
 import importlib
@@ -14,16 +15,23 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from nemo_bench.errors import PromptError, nearest
-from nemo_bench.types import Kind, Prompt, digest
+from nemo_bench.prompts.manifest import MANIFEST, read_manifest
+from nemo_bench.types import Kind, Prompt, Record, digest
 
 # Accepted column names in lower case; where a file has several of a group, the first one counts.
 TEXT_COLUMNS = ("caption", "prompt", "text")
 KIND_COLUMNS = ("kind", "type")
 REFERENCE_COLUMNS = ("references", "reference")
+LINK_COLUMNS = ("url", "urls")
 ID_COLUMNS = ("id", "index", "#0")  # "#0" is a first column without a name, as pandas writes it
 
 # The field writes the two words in either order: verbatim memorization, matching verbatim.
 KINDS: dict[str, Kind | None] = {"": None, "VM": "VM", "MV": "VM", "TM": "TM", "TV": "TM"}
+
+
+class _Needed(NamedTuple):
+    names: Sequence[str]
+    what: str
 
 
 class Row(NamedTuple):
@@ -58,24 +66,27 @@ def read_prompts(
     - kind, if any: ``kind`` or ``type``, holding VM (or MV), TM (or TV), or nothing;
     - id, if any: ``id``, ``index`` or a first column without a name. An ``id`` must be unique, the others are used
       only if they are;
-    - reference images, if any: ``references`` or ``reference``, file names separated by ``|``, or a list.
+    - reference images, if any: ``references`` or ``reference``, file names separated by ``|``, or a list;
+    - links to reference images, if any: ``url`` or ``urls``, one link or a list. They are used where the folder of
+      the reference images is one that ``nemo-bench references`` fetched them to.
 
     Other columns are ignored. ``.txt`` has one prompt a line. Without ids, prompts are numbered as
     ``<prefix>-0001``, before anything is left out.
 
     Args:
         path: The file.
-        references: Folder that relative reference files are in; by default the folder of ``path``.
+        references: Folder that relative reference files and fetched ones are in; by default the folder of ``path``.
         kind: Keeps the prompts of this kind only.
         limit: Keeps at most this many prompts (at least 1), the first ones.
         prefix: What numbered ids start with; by default the file name without its ending.
 
     Returns:
-        The prompts in the order of the file, at least one. All reference files exist.
+        The prompts in the order of the file, at least one. All reference files exist; links that could not be
+        fetched are in ``dead_references``.
 
     Raises:
-        PromptError: The file or a reference file is missing, or the file can't be read as a list of prompts; the
-            message names file and line.
+        PromptError: The file or a reference file is missing, the file can't be read as a list of prompts, or only some
+            of its links were tried; the message names file and line.
     """
     path = Path(path)
     if limit is not None and limit < 1:
@@ -86,20 +97,84 @@ def read_prompts(
         Prompt(id_, _text(row), _kind(row), _references(row, folder))
         for id_, row in zip(_ids(rows, prefix or path.stem), rows, strict=True)
     ]
+    links = {prompt.id: _links(row) for prompt, row in zip(prompts, rows, strict=True)}
     if kind is not None:
         found = sorted({prompt.group for prompt in prompts})
         prompts = [prompt for prompt in prompts if prompt.kind == kind]
         if not prompts:
             raise PromptError(f"{path}: no prompt is of kind {kind!r}; the file has {', '.join(found)}")
     prompts = prompts[:limit]
+    if (folder / MANIFEST).is_file():
+        prompts = _with_fetched(path, folder, prompts, links)
+    elif references is not None and any(links[p.id] for p in prompts) and not any(p.references for p in prompts):
+        msg = f"{path} has links to reference images, but {folder} holds no {MANIFEST} of fetched ones"
+        raise PromptError(f"{msg}; fetch them: nemo-bench references {path} {folder}")
     _check_references(path, prompts)
     return prompts
 
 
-def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """Hash of what the prompts are, in their order: id, text, kind and the contents of the reference images.
+def read_links(path: Path | str) -> dict[str, tuple[str, ...]]:
+    """Reads the links of a list of prompts; see :func:`read_prompts` for the formats.
 
-    Folders and names of the reference images do not matter.
+    Args:
+        path: The file.
+
+    Returns:
+        Links by prompt id, in the order of the file; a prompt may have none.
+
+    Raises:
+        PromptError: The file can't be read as a list of prompts, or has no links.
+    """
+    path = Path(path)
+    rows = read_rows(path)
+    links = {id_: _links(row) for id_, row in zip(_ids(rows, path.stem), rows, strict=True)}
+    if not any(links.values()):
+        msg = f"{path}: no prompt has a link to an image. Columns found: {', '.join(map(repr, rows[0].cells))}. "
+        raise PromptError(f"{msg}Accepted names: {', '.join(LINK_COLUMNS)}")
+    return links
+
+
+def dead_references(prompts: Iterable[Prompt]) -> list[str]:
+    """Links of some prompts that could not be fetched, each once, in the order of the prompts."""
+    return list(dict.fromkeys(link for prompt in prompts for link in prompt.dead_references))
+
+
+def _with_fetched(
+    path: Path, folder: Path, prompts: Sequence[Prompt], links: dict[str, tuple[str, ...]]
+) -> list[Prompt]:
+    """The prompts with what was fetched for them; a list of which no link was ever tried stays as it is."""
+    manifest = read_manifest(folder)
+    wanted = {link for prompt in prompts for link in links[prompt.id]}
+    unknown = wanted - manifest.keys()
+    if unknown == wanted:
+        return list(prompts)
+    if unknown:
+        msg = f"{path}: {len(unknown)} of {len(wanted)} links were not tried yet, such as {min(unknown)}"
+        raise PromptError(f"{msg}; go on with: nemo-bench references {path} {folder}")
+
+    def completed(prompt: Prompt) -> Prompt:
+        entries: list[Record] = [manifest[link] for link in links[prompt.id]]
+        files = tuple(folder / entry["file"] for entry in entries if entry["status"] == "ok")
+        dead = tuple(entry["url"] for entry in entries if entry["status"] != "ok")
+        return prompt._replace(references=(*prompt.references, *files), dead_references=dead)
+
+    return [completed(prompt) for prompt in prompts]
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """Hash of what the prompts are, in their order: id, text and kind.
+
+    Args:
+        prompts: The prompts.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    return digest([[p.id, p.text, p.kind] for p in prompts])
+
+
+def references_digest(prompts: Sequence[Prompt]) -> str:
+    """Hash of the contents of the prompts' reference images, in their order; folders and names do not matter.
 
     Args:
         prompts: The prompts.
@@ -112,7 +187,7 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
     """
     # Template prompts share their references: each file is read once.
     hashes = {file: _file_hash(file) for file in {file for prompt in prompts for file in prompt.references}}
-    return digest([[p.id, p.text, p.kind, [hashes[file] for file in p.references]] for p in prompts])
+    return digest([[hashes[file] for file in p.references] for p in prompts])
 
 
 def _file_hash(path: Path) -> str:
@@ -122,14 +197,16 @@ def _file_hash(path: Path) -> str:
         raise PromptError(f"{path}: this reference image can't be read ({error.strerror})") from error
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Reads all columns of a list of prompts, unchecked; see :func:`read_prompts` for the formats.
+def read_rows(path: Path, needed: Sequence[str] = TEXT_COLUMNS, what: str = "prompts") -> list[Row]:
+    """Reads all columns of a list of prompts or of another list, unchecked; see :func:`read_prompts` for the formats.
 
     Args:
         path: The file.
+        needed: Column names of which one must be there.
+        what: What that column holds, for errors.
 
     Returns:
-        Its rows, at least one, each with a text column.
+        Its rows, at least one, each with such a column.
 
     Raises:
         PromptError: The file is missing or is no such list; the message names file and line.
@@ -146,7 +223,7 @@ def read_rows(path: Path) -> list[Row]:
         raise PromptError(f"{path}: can't be read ({error.strerror}); expected a file of prompts") from error
     if not content.strip():
         raise PromptError(f"{path}: the file is empty; expected at least one prompt")
-    rows = list(reader(path, content))
+    rows = list(reader(path, content, _Needed(needed, what)))
     if not rows:
         raise PromptError(f"{path}: holds no prompt; expected at least one")
     return rows
@@ -174,22 +251,22 @@ def _decode(path: Path, content: bytes) -> str:
     return text
 
 
-def _columns(where: str, names: Iterable[str]) -> list[str]:
-    """Column names in lower case, those without a name by position; checks that each is there once, and a text."""
+def _columns(where: str, names: Iterable[str], needed: _Needed) -> list[str]:
+    """Column names in lower case, those without a name by position; checks that each is there once."""
     names = list(names)
     columns = [name.strip().lower() or f"#{position}" for position, name in enumerate(names)]
     twice = next((name for name in columns if columns.count(name) > 1), None)
     if twice is not None:
         raise PromptError(f"{where}: two columns are called {twice!r} (case does not matter); rename one")
-    if not set(columns) & set(TEXT_COLUMNS):
-        msg = f"{where}: no column of prompts. Columns found: {', '.join(map(repr, names))}. "
-        raise PromptError(f"{msg}Accepted names: {', '.join(TEXT_COLUMNS)}")
+    if not set(columns) & set(needed.names):
+        msg = f"{where}: no column of {needed.what}. Columns found: {', '.join(map(repr, names))}. "
+        raise PromptError(f"{msg}Accepted names: {', '.join(needed.names)}")
     return columns
 
 
-def _read_csv(path: Path, content: bytes) -> Iterator[Row]:
+def _read_csv(path: Path, content: bytes, needed: _Needed) -> Iterator[Row]:
     text = _decode(path, content)
-    delimiter = _delimiter(text)
+    delimiter = _delimiter(text, needed)
     # Strict, since a quotation mark that is never closed would swallow the rest of the file.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     columns: list[str] = []
@@ -205,7 +282,7 @@ def _read_csv(path: Path, content: bytes) -> Iterator[Row]:
         if not cells:
             continue
         if not columns:
-            columns = _columns(where, cells)
+            columns = _columns(where, cells, needed)
         elif len(cells) != len(columns):
             msg = f"{where}: {len(cells)} cells, but {len(columns)} columns; quote texts that hold {delimiter!r}"
             raise PromptError(msg)
@@ -213,18 +290,18 @@ def _read_csv(path: Path, content: bytes) -> Iterator[Row]:
             yield Row(where, dict(zip(columns, cells, strict=True)))
 
 
-def _delimiter(text: str) -> str:
-    """The one that splits off a column of prompts, else the one that splits most."""
+def _delimiter(text: str, needed: _Needed) -> str:
+    """The one that splits off a needed column, else the one that splits most."""
 
     def split(delimiter: str) -> tuple[bool, int]:
         names = next(filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)), [])
-        return any(name.strip().lower() in TEXT_COLUMNS for name in names), len(names)
+        return any(name.strip().lower() in needed.names for name in names), len(names)
 
     # The first wins ties: a file of one column is not to be split at all, and no text holds a unit separator.
     return max("\x1f", ",", ";", key=split)
 
 
-def _read_jsonl(path: Path, content: bytes) -> Iterator[Row]:
+def _read_jsonl(path: Path, content: bytes, needed: _Needed) -> Iterator[Row]:
     for where, line in _lines(path, content):
         try:
             value = json.loads(line)
@@ -232,10 +309,10 @@ def _read_jsonl(path: Path, content: bytes) -> Iterator[Row]:
             raise PromptError(f"{where}: not valid JSON ({error}); expected one object a line") from error
         if not isinstance(value, dict):
             raise PromptError(f'{where}: {line.strip()[:40]} is no object; expected such as {{"text": "a prompt"}}')
-        yield Row(where, dict(zip(_columns(where, value), value.values(), strict=True)))
+        yield Row(where, dict(zip(_columns(where, value, needed), value.values(), strict=True)))
 
 
-def _read_txt(path: Path, content: bytes) -> Iterator[Row]:
+def _read_txt(path: Path, content: bytes, needed: _Needed) -> Iterator[Row]:
     for where, line in _lines(path, content):
         yield Row(where, {"text": line})
 
@@ -247,7 +324,7 @@ def _lines(path: Path, content: bytes) -> Iterator[tuple[str, str]]:
             yield f"{path}, line {number}", line.removesuffix("\n")
 
 
-def _read_parquet(path: Path, content: bytes) -> Iterator[Row]:
+def _read_parquet(path: Path, content: bytes, needed: _Needed) -> Iterator[Row]:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
@@ -256,12 +333,12 @@ def _read_parquet(path: Path, content: bytes) -> Iterator[Row]:
         table = parquet.read_table(io.BytesIO(content))
     except (OSError, ValueError) as error:
         raise PromptError(f"{path}: not valid parquet ({error})") from error
-    columns = _columns(str(path), table.column_names)
+    columns = _columns(str(path), table.column_names, needed)
     for number, cells in enumerate(table.to_pylist(), start=1):
         yield Row(f"{path}, row {number}", dict(zip(columns, cells.values(), strict=True)))
 
 
-READERS: dict[str, Callable[[Path, bytes], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path, bytes, _Needed], Iterator[Row]]] = {
     ".csv": _read_csv,
     ".jsonl": _read_jsonl,
     ".txt": _read_txt,
@@ -306,6 +383,22 @@ def _references(row: Row, folder: Path) -> tuple[Path, ...]:
     return tuple(folder / name.strip() for name in names if name.strip())
 
 
+def _links(row: Row) -> tuple[str, ...]:
+    """Links of a row, each once; a list may be written out as text, as pandas does."""
+    value = row.first(LINK_COLUMNS)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError) as error:
+            raise PromptError(
+                f"{row.where}: {value[:80]!r} is no list of links; expected ['https://...', ...]"
+            ) from error
+    links = [value] if isinstance(value, str) else value or []
+    if not isinstance(links, list) or not all(isinstance(link, str) for link in links):
+        raise PromptError(f"{row.where}: the links are {value!r}; expected one link or a list of links")
+    return tuple(dict.fromkeys(link.strip() for link in links if link.strip()))
+
+
 def _check_references(path: Path, prompts: Iterable[Prompt]) -> None:
     missing = [(file, prompt.id) for prompt in prompts for file in prompt.references if not file.is_file()]
     if missing:
@@ -314,14 +407,14 @@ def _check_references(path: Path, prompts: Iterable[Prompt]) -> None:
         of = f"{len(missing)} reference files of {len({id_ for _, id_ in missing})} prompts are missing"
         msg = f"{path}: {of}: {listed}{more}. Add them, or name the folder that relative file names start from"
         raise PromptError(msg)
-    for prompt in prompts:
-        for file in prompt.references:
-            try:
-                with Image.open(file) as image:
-                    image.verify()
-            except Exception as error:  # Pillow raises many kinds for many kinds of damage
-                msg = f"{path}: reference {file} of prompt {prompt.id!r} is no image ({error}); replace it"
-                raise PromptError(msg) from error
+    # Prompts may share references: each file is looked at once.
+    for file, id_ in {file: prompt.id for prompt in prompts for file in prompt.references}.items():
+        try:
+            with Image.open(file) as image:
+                image.verify()
+        except Exception as error:  # Pillow raises many kinds for many kinds of damage
+            msg = f"{path}: reference {file} of prompt {id_!r} is no image ({error}); replace it"
+            raise PromptError(msg) from error
 
 
 def _ids(rows: Sequence[Row], prefix: str) -> list[str]:

@@ -1,0 +1,233 @@
+"""Scoring images that are there: those of a run, or images made elsewhere; no diffusion model is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_bench.config import Choice, about_method, one, rescore
+from nemo_bench.elsewhere import FoundImage, check_images, mapped_images, named_images
+from nemo_bench.errors import ConfigError, StoreError
+from nemo_bench.prompts import prompts_digest
+from nemo_bench.run import (
+    UNMITIGATED,
+    ImageCell,
+    Runner,
+    check_metrics,
+    finish,
+    is_main,
+    note_start,
+    open_folder,
+    read_files,
+    renew_scores,
+)
+from nemo_bench.store import Store, read_json, write_json
+from nemo_bench.types import Prompt, digest
+
+
+def score(
+    cells: Sequence[ImageCell], command: str, say: Callable[[str], None] = print, *, progress: bool = True
+) -> Path:
+    """Scores what is open of some cells, to table and report.
+
+    Args:
+        cells: From :func:`cells_of`.
+        command: What the user typed, for the records.
+        say: Where single lines go.
+        progress: Whether bars are shown.
+
+    Returns:
+        The folder of the run, with ``report.html`` and the leaderboard.
+    """
+    runner = Runner(cells[0].choice.settings.trainer, progress=progress)
+    if is_main():
+        for cell in cells:
+            note_start(cell, command, runner)
+            renew_scores(cell)
+    finish(cells, runner, say)
+    return cells[0].store.folder.parent
+
+
+def cells_of(
+    folder: Path,
+    overrides: Sequence[str] = (),
+    *,
+    conf: Path | None = None,
+    mapping: Path | None = None,
+    say: Callable[[str], None] = print,
+    progress: bool = True,
+) -> list[ImageCell]:
+    """The cells of images that are there, all that can be wrong with them checked; no weights are loaded.
+
+    Args:
+        folder: A run, a cell of one, or a folder of images that were made elsewhere.
+        overrides: ``key=value`` words. For a run or cell those of :data:`nemo_bench.config.SCORING`. For images made
+            elsewhere those of a run, with at least ``model`` and ``prompts``; ``method`` may be any name, ``none`` for
+            images without mitigation, which others of the same run are then compared with.
+        conf: The user's own folder of settings.
+        mapping: List of images made elsewhere (:func:`nemo_bench.elsewhere.mapped_images`); without, they are named
+            ``img_0000_00.jpg`` (:func:`nemo_bench.elsewhere.named_images`).
+        say: Where single lines go.
+        progress: Whether a bar is shown.
+
+    Returns:
+        All cells of a run that have their images; or one cell, after the one without mitigation that it is compared
+        with, if there is one.
+
+    Raises:
+        NemoBenchError: Anything is wrong with settings, images or prompts.
+    """
+    if mapping is None and (folder / "run.json").is_file():
+        cells = _of_run(folder, overrides, conf, say)
+    elif mapping is None and (folder / "spec.json").is_file():
+        cells = _with_unmitigated(_reread(folder, overrides, conf), conf)
+    else:
+        cells = _with_unmitigated(_of_images(folder, mapping, overrides, conf, progress=progress), conf)
+    for cell in cells:
+        check_metrics(cell.choice.settings)
+    return cells
+
+
+def _of_run(folder: Path, overrides: Sequence[str], conf: Path | None, say: Callable[[str], None]) -> list[ImageCell]:
+    names = read_json(folder / "run.json")["cells"]
+    finished = [name for name in names if (folder / name / "generate.done").is_file()]
+    if not finished:
+        raise StoreError(f"{folder}: no cell has all its images; give the command of the run again to go on")
+    for name in names:
+        if name not in finished and is_main():
+            say(f"{name}: left out, not all of its images are there")
+    cells = [_reread(folder / name, overrides, conf) for name in finished]
+    unmitigated = {_basis(cell.spec): cell for cell in cells if not cell.is_mitigated}
+    for cell in cells:
+        cell.unmitigated = unmitigated.get(_basis(cell.spec)) if cell.is_mitigated else None
+    return cells
+
+
+def _with_unmitigated(cell: ImageCell, conf: Path | None) -> list[ImageCell]:
+    """The cell, and before it the one of its run without mitigation, to be scored alike, if there is one."""
+    for path in sorted(cell.store.folder.parent.glob("*/generate.done")) if cell.is_mitigated else ():
+        spec = read_json(path.parent / "spec.json")
+        if spec["settings"]["method"] == UNMITIGATED and _basis(spec) == _basis(cell.spec):
+            other = cell.unmitigated = _reread(path.parent, (), conf)
+            other.choice.settings.metrics = cell.choice.settings.metrics
+            return [other, cell]
+    return [cell]
+
+
+def _basis(spec: dict[str, Any]) -> str:
+    """Equal for cells whose images differ by the method alone."""
+    return digest({k: v for k, v in spec["settings"].items() if k not in ("method", "calibration", "images")})
+
+
+def _reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> ImageCell:
+    """A cell whose images are there, from what it wrote down."""
+    spec, store = read_json(folder / "spec.json"), Store(folder)
+    if not store.is_done("generate"):
+        raise StoreError(f"{folder}: not all images are there; give the command of the run again to go on")
+    names = {group: spec[group] for group in ("model", "method", "prompts")}
+    choice = rescore(overrides, names, read_json(folder / "env.json")["starts"][-1]["settings"], conf)
+    settings = choice.settings
+    settings.root, settings.name = str(folder.parent.parent), folder.parent.name
+    prompts = [_prompt(line) for line in (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    if any(str(word).startswith("prompts.references=") for word in overrides):
+        prompts = _with_references(folder, prompts, choice)
+    missing = [str(path) for prompt in prompts for path in prompt.references if not path.is_file()]
+    if missing:
+        msg = f"{folder}: {len(missing)} reference images are gone, such as {missing[0]}"
+        raise StoreError(f"{msg}; put them back, or name a folder of fetched ones with prompts.references")
+    lost = [
+        record["image"] for record in store.records("generate").values() if not (folder / record["image"]).is_file()
+    ]
+    if lost:
+        msg = f"{folder}: {len(lost)} images are gone, such as {lost[0]}"
+        raise StoreError(f"{msg}; give the command that made them again")
+    return ImageCell(choice=choice, prompts=prompts, spec=spec, store=store)
+
+
+def _prompt(line: str) -> Prompt:
+    fields: dict[str, Any] = json.loads(line)
+    references = tuple(Path(path) for path in fields["references"])
+    dead = tuple(fields.get("dead_references", ()))
+    return Prompt(fields["id"], fields["text"], fields["kind"], references, tuple(fields["tags"]), dead)
+
+
+def _with_references(folder: Path, prompts: Sequence[Prompt], choice: Choice) -> list[Prompt]:
+    """The prompts with the reference images that they have now."""
+    read = {prompt.id: prompt for prompt in _read(choice)}
+    if any(prompt.id not in read or read[prompt.id].text != prompt.text for prompt in prompts):
+        files = ", ".join(choice.settings.prompts.files)
+        raise StoreError(f"{folder} was made from other prompts than {files} holds now; leave prompts.references out")
+    return [read[prompt.id] for prompt in prompts]
+
+
+def _read(choice: Choice) -> list[Prompt]:
+    settings = choice.settings.prompts
+    return read_files(settings.files, settings.limit, settings.references)
+
+
+def _of_images(
+    folder: Path, mapping: Path | None, overrides: Sequence[str], conf: Path | None, *, progress: bool
+) -> ImageCell:
+    """A cell of images that were made elsewhere; its records point to them."""
+    method = next((word.partition("=")[2] for word in overrides if word.startswith("method=")), folder.resolve().name)
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", method):
+        raise ConfigError(f"method={method}: expected letters, digits, '.', '_' and '-' only; give method=NAME")
+    keys = {word.partition("=")[0] for word in overrides}
+    if "model" not in keys or not keys & {"prompts", "prompts.files"}:
+        msg = (
+            f"{folder} holds no run, so its images were made elsewhere: name their model, which decides the CLIP model"
+        )
+        raise ConfigError(f"{msg} they are judged by, and their prompts: model=sd14 prompts.files=[list.csv]")
+    choice = one([*(word for word in overrides if not word.startswith("method=")), "method=none"], conf)
+    settings = choice.settings
+    prompts = _read(choice)
+    found = mapped_images(mapping, folder, prompts) if mapping else named_images(folder, prompts)
+    contents = check_images(folder, found, decode=is_main(), progress=progress and is_main())
+    settings.method, title, citation = about_method(method, conf)
+    settings.seeds = max(Counter(image.task.prompt.id for image in found).values())
+    decisive = {
+        "model": {"name": choice.names["model"]},
+        "method": settings.method,
+        "prompts": prompts_digest(prompts),
+        "images": digest(sorted([image.task.id, content] for image, content in zip(found, contents, strict=True))),
+    }
+    listed = choice.names["prompts"] if "prompts" in keys else Path(settings.prompts.files[0]).stem
+    name = "__".join([choice.names["model"], method, listed, digest(decisive, 8)])
+    spec = {
+        "cell": name,
+        "model": choice.names["model"],
+        "method": method,
+        "prompts": listed,
+        "title": title,
+        "settings": decisive,
+        "digests": {"images": decisive["images"], "prompts": decisive["prompts"]},
+        "citations": {title: citation} if citation else {},
+        "calibration": None,
+    }
+    run = Path(settings.root) / settings.name
+    cell = ImageCell(choice=choice, prompts=prompts, spec=spec, store=Store(run / name))
+    if is_main():
+        open_folder(run, [cell])
+        cell.store.open(spec)
+        _point_to(cell.store, found)
+    return cell
+
+
+def _point_to(store: Store, found: Sequence[FoundImage]) -> None:
+    """Records of images where they are, as generating them would have written."""
+    ids = [image.task.id for image in found]
+    if store.is_done("generate") and not store.open_ids("generate", ids):
+        return
+    store.forget("generate")
+    lines = (
+        {"id": task.id, "prompt": task.prompt.id, "seed": task.seed, "image": str(Path(path).resolve())}
+        for task, path in found
+    )
+    store.writer("generate")(lines)
+    write_json(store.folder / "layers.json", {})
+    store.finish("localize", [])
+    store.finish("generate", ids)
