@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from nemo_bench.aggregate import GROUPS
-from nemo_bench.report.data import Aggregate, Cell, GeneratedImage, Results, short_layers
+from nemo_bench.report.data import Aggregate, Cell, GeneratedImage, Results, Statistic, short_layers
 from nemo_bench.report.plots import Plot, plots
 from nemo_bench.report.svg import PALETTE, looks
 from nemo_bench.report.tables import SIGNIFICANCE, Row, decimals, leaderboard
@@ -25,6 +25,7 @@ from nemo_bench.types import Prompt
 
 _FOLDER = Path(__file__).parent / "page"
 _MANY = 8  # columns that fit a window; of more only the first of every family is shown at first
+_SCORES = 5
 _FIGURES = (
     ("tradeoffs", "Trade-offs", "What less memorization costs: each mark is a row of the leaderboard."),
     ("distributions", "Distributions", "A mean hides prompts on which a method fails."),
@@ -302,15 +303,7 @@ def _presets(results: Results) -> list[dict[str, Any]]:
         for group in GROUPS:
             for cell in cells:
                 if statistics := cell.presets[name].rows.get(group):
-                    values: list[dict[str, str] | None] = []
-                    for key in keys:
-                        value = statistics.get(key)
-                        text = f"{_number(value.value, 3)}" if value else ""
-                        if value and value.spread is not None:
-                            text += f" ± {value.spread:.3f}"
-                        values.append(
-                            {"text": text, "interval": _interval(value.low, value.high, 3)} if value else None
-                        )
+                    values = [_statistic(results, key, statistics[key]) if key in statistics else None for key in keys]
                     rows.append({"group": group, "cell": cell, "values": values})
         titles = [results.metrics[key].title if key in results.metrics else key.replace("_", " ") for key in keys]
         found.append({
@@ -318,6 +311,12 @@ def _presets(results: Results) -> list[dict[str, Any]]:
             "rows": rows,
         })  # fmt: skip
     return found
+
+
+def _statistic(results: Results, key: str, value: Statistic) -> dict[str, str]:
+    places = decimals(results, key)
+    spread = "" if value.spread is None else f" ± {value.spread:.{places}f}"
+    return {"text": f"{_number(value.value, places)}{spread}", "interval": _interval(value.low, value.high, places)}
 
 
 def _detection(results: Results) -> list[dict[str, Any]]:
@@ -395,8 +394,12 @@ def _image(
 
 
 def _scores(results: Results) -> list[str]:
-    """Leading metrics that prompts have values of, shown beside a strip; neurons have a column of their own."""
-    return [key for key in results.leading.values() if results.metrics[key].per != "set" and key != "neurons"]
+    """What is shown beside a strip: the first metric of every family, then those of prompts, as many as there is room.
+
+    Neurons have a column of their own.
+    """
+    wanted = dict.fromkeys([*results.leading.values(), *(k for k, i in results.metrics.items() if i.per == "prompt")])
+    return [key for key in wanted if results.metrics[key].per != "set" and key != "neurons"][:_SCORES]
 
 
 def _worst(results: Results) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
@@ -162,6 +162,8 @@ def _tradeoff(
     axes.margins(0.16)
     if infos[1] is _PASSES and max(y.value for _, y in spots.values()) > 10 * min(y.value for _, y in spots.values()):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
     for place, cell in enumerate(cells):
         look, (x, y) = looks(results)[cell.short], spots[cell.name]
         axes.hlines(y.value, x.low, x.high, colors=look.color, linewidth=1.1, alpha=0.55)
