@@ -8,17 +8,20 @@ Example:
     ...     images = model.generate(prompts[0].text, range(4))
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from nemo_bench.config import resolve
-from nemo_bench.diffusion import Diffusion
-from nemo_bench.errors import ConfigError, ModelError, NemoBenchError, PromptError, StoreError
-from nemo_bench.library import benchmark, load, load_prompts, read_scores
-from nemo_bench.localization import Calibration
-from nemo_bench.methods import Method, NeMo
-from nemo_bench.metrics import BenchMetric
-from nemo_bench.prompts import read_prompts
-from nemo_bench.types import Localization, Neurons, Prompt
+if TYPE_CHECKING:
+    from nemo_bench.config import resolve
+    from nemo_bench.diffusion import Diffusion
+    from nemo_bench.errors import ConfigError, ModelError, NemoBenchError, PromptError, StoreError
+    from nemo_bench.library import benchmark, load, load_prompts, read_scores
+    from nemo_bench.localization import Calibration
+    from nemo_bench.methods import Method, NeMo
+    from nemo_bench.metrics import BenchMetric
+    from nemo_bench.prompts import read_prompts
+    from nemo_bench.types import Localization, Neurons, Prompt
 
 __version__ = version("nemo-bench")
 
@@ -44,3 +47,15 @@ __all__ = [
     "read_scores",
     "resolve",
 ]
+
+_MODULES = ("types", "errors", "config", "prompts", "diffusion", "localization", "methods", "metrics", "library")
+
+
+def __getattr__(name: str) -> Any:
+    """Finds a public name at its first use: torch and diffusers take seconds to import, a help text needs neither."""
+    if name in __all__:
+        for module in _MODULES:
+            found = getattr(import_module(f"nemo_bench.{module}"), name, None)
+            if found is not None:
+                return found
+    raise AttributeError(f"module 'nemo_bench' has no attribute '{name}'")

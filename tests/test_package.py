@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +69,23 @@ def test_versions_agree(project: dict[str, Any]) -> None:
 def test_public_names_are_there_and_sorted() -> None:
     assert all(hasattr(nemo_bench, name) for name in nemo_bench.__all__)
     assert nemo_bench.__all__ == sorted(nemo_bench.__all__)
+
+
+def test_help_and_settings_wait_for_no_network_library() -> None:
+    slow = ("torch", "diffusers", "transformers", "lightning", "wandb", "matplotlib")
+    code = f"""import sys
+from nemo_bench.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    pass
+import nemo_bench.config
+assert not set({slow}) & set(sys.modules), sorted(set({slow}) & set(sys.modules))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "COMMAND" in done.stdout
+
+
+def test_an_unknown_name_is_an_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        nemo_bench.nothing  # noqa: B018
