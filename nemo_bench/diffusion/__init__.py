@@ -1,8 +1,19 @@
 """The models: a thin wrapper over diffusers pipelines with per-row neuron masks."""
 
 from nemo_bench.diffusion.families import Conditioning
+from nemo_bench.diffusion.guidance import Rule, Step
 from nemo_bench.diffusion.model import Diffusion, Similarity, value_layers
 from nemo_bench.diffusion.prefix import Prefix
 from nemo_bench.diffusion.source import Source, folder_digest
 
-__all__ = ["Conditioning", "Diffusion", "Prefix", "Similarity", "Source", "folder_digest", "value_layers"]
+__all__ = [
+    "Conditioning",
+    "Diffusion",
+    "Prefix",
+    "Rule",
+    "Similarity",
+    "Source",
+    "Step",
+    "folder_digest",
+    "value_layers",
+]
