@@ -174,7 +174,8 @@ class LocalizationStage(Stage):
         parts = []
         for part in slices(self.seeds, method.batch_size):
             size = len(latents[part])
-            batch = Batch((prompt,) * size, text.rows([0] * size), latents[part], (result.neurons,) * size)
+            rows = text.rows([0] * size)
+            batch = Batch((prompt,) * size, rows, latents[part], tuple(seeds[part]), (result.neurons,) * size)
             with method.apply(self.model, batch) as changed:
                 parts.append(noise_differences(self.model, changed.text, changed.latents))
         differences = torch.cat(parts)
@@ -215,11 +216,12 @@ class GenerationStage(Stage):
     def handle(self, tasks: Sequence[ImageTask]) -> list[Record]:
         """Generates one image per task."""
         prompts = tuple(t.prompt for t in tasks)
-        latents = self.model.latents([seeds_of(t.prompt, "generate", [t.seed])[0] for t in tasks])
+        seeds = tuple(seeds_of(t.prompt, "generate", [t.seed])[0] for t in tasks)
         neurons = tuple(self.neurons.get(p.id, Neurons()) for p in prompts)
-        batch = Batch(prompts, self.model.encode([p.text for p in prompts]), latents, neurons)
+        text = self.model.encode([p.text for p in prompts])
+        batch = Batch(prompts, text, self.model.latents(seeds), seeds, neurons)
         with self.method.apply(self.model, batch) as changed:
-            images = self.model.generate(changed.text, changed.latents)
+            images = self.model.generate(changed.text, changed.latents, changed.unconditional)
         return [
             {
                 "id": task.id,

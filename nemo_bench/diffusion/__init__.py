@@ -1,6 +1,7 @@
 """The models: a thin wrapper over diffusers pipelines with per-row neuron masks."""
 
 from nemo_bench.diffusion.families import Conditioning
+from nemo_bench.diffusion.guidance import Rule, Step
 from nemo_bench.diffusion.model import Diffusion, Similarity, value_layers
 from nemo_bench.diffusion.prefix import Prefix
 from nemo_bench.diffusion.source import Source, file_digest, folder_digest
@@ -9,8 +10,10 @@ __all__ = [
     "Conditioning",
     "Diffusion",
     "Prefix",
+    "Rule",
     "Similarity",
     "Source",
+    "Step",
     "file_digest",
     "folder_digest",
     "value_layers",

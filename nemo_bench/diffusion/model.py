@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
 from nemo_bench.diffusion.families import Conditioning, family_of
+from nemo_bench.diffusion.guidance import Rule, Step
 from nemo_bench.diffusion.masks import NeuronMasks
 from nemo_bench.diffusion.source import Source, without_bars
 from nemo_bench.errors import ModelError
@@ -218,23 +219,72 @@ class Diffusion(nn.Module):
         Raises:
             ModelError: The scheduler's prediction type is neither epsilon nor v_prediction.
         """
-        scheduler = self.pipeline.scheduler
         height, width = (side * self.pipeline.vae_scale_factor for side in latents.shape[2:])
-        output = self.unet(latents, timestep, **self.family.unet_inputs(text, (height, width))).sample.float()
+        output = self.unet(latents, timestep, **self.family.unet_inputs(text, (height, width))).sample
+        own, of_latents = self._noise_weights(timestep)
+        return own * output.float() + of_latents * latents.float()
+
+    def _noise_weights(self, timestep: int) -> tuple[float, float]:
+        """What output and latents are multiplied by to sum up to the noise predicted (Salimans and Ho 2022)."""
+        scheduler = self.pipeline.scheduler
         kind = scheduler.config.prediction_type
         if kind == "epsilon":
-            return output
+            return 1.0, 0.0
         if kind != "v_prediction":
             raise ModelError(f"prediction type '{kind}' is not supported; use a model with epsilon or v_prediction")
-        alpha = scheduler.alphas_cumprod[timestep].to(output)
-        return alpha.sqrt() * output + (1 - alpha).sqrt() * latents.float()
+        alpha = float(scheduler.alphas_cumprod[timestep])
+        return alpha**0.5, (1 - alpha) ** 0.5
 
-    def generate(self, text: Conditioning | str, latents: Tensor | Sequence[int]) -> Tensor:
+    @contextmanager
+    def guide(self, rule: Rule) -> Iterator[None]:
+        """Takes, in every step generated while the context is open, the noise that a rule gives.
+
+        Args:
+            rule: Called once a step for all images of a batch; the UNet passes that it makes itself are left alone.
+
+        Raises:
+            ModelError: The model generates without guidance, or its UNet is compiled.
+        """
+        if self.guidance <= 1 or self.compiled:
+            msg = f"model.guidance={self.guidance} model.compiled={self.compiled}: a method that changes guidance needs"
+            raise ModelError(f"{msg} model.guidance above 1 and model.compiled=false")
+        inside = False
+
+        def replace(_unet: nn.Module, args: tuple[Tensor, Tensor], output: tuple[Tensor]) -> tuple[Tensor] | None:
+            nonlocal inside
+            if inside:
+                return None
+            latents, timestep = args[0].chunk(2)[0], int(args[1])
+            own, of_latents = self._noise_weights(timestep)
+            # The pipeline stacks the unconditional half before the conditional one.
+            halves = (own * half.float() + of_latents * latents.float() for half in output[0].chunk(2))
+            number = self.pipeline.scheduler.timesteps.tolist().index(timestep)
+            inside = True
+            try:
+                noise = rule(Step(number, timestep, self.guidance, latents, *halves))
+            finally:
+                inside = False
+            # Two halves alike: whatever scale the pipeline applies, this is what it gets.
+            return (((noise - of_latents * latents) / own).to(output[0].dtype).repeat(2, 1, 1, 1),)
+
+        hook = self.unet.register_forward_hook(replace)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def generate(
+        self,
+        text: Conditioning | str,
+        latents: Tensor | Sequence[int],
+        unconditional: Conditioning | None = None,
+    ) -> Tensor:
         """Generates one image per row.
 
         Args:
             text: Conditioning of N rows, or one prompt for all of them.
             latents: Starting noise of N rows, or their seeds; see :meth:`latents`.
+            unconditional: What guidance leads away from, of N rows; None for :meth:`unconditional`.
 
         Returns:
             Images in [0, 1], float32, (N, 3, height, width).
@@ -244,7 +294,7 @@ class Diffusion(nn.Module):
         if isinstance(text, str):
             text = self.encode([text]).rows([0] * len(latents))
         images: Tensor = self.pipeline(
-            **self.family.call_inputs(text, self.unconditional(len(text))),
+            **self.family.call_inputs(text, unconditional or self.unconditional(len(text))),
             latents=latents,
             num_inference_steps=self.steps,
             guidance_scale=self.guidance,

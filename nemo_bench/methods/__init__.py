@@ -3,8 +3,25 @@
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.nemo import BlockNeurons, NeMo
 from nemo_bench.methods.no_mitigation import NoMitigation
+from nemo_bench.methods.perturbed_prompts import EmbeddingNoise, RandomNumbers, RandomTokens, RepeatedWords
 from nemo_bench.methods.random_neurons import RandomNeurons
 from nemo_bench.methods.saved import SavedNeurons
 from nemo_bench.methods.shared_neurons import SharedNeurons
+from nemo_bench.methods.transition_point import DynamicTransition, StaticTransition
 
-__all__ = ["Batch", "BlockNeurons", "Method", "NeMo", "NoMitigation", "RandomNeurons", "SavedNeurons", "SharedNeurons"]
+__all__ = [
+    "Batch",
+    "BlockNeurons",
+    "DynamicTransition",
+    "EmbeddingNoise",
+    "Method",
+    "NeMo",
+    "NoMitigation",
+    "RandomNeurons",
+    "RandomNumbers",
+    "RandomTokens",
+    "RepeatedWords",
+    "SavedNeurons",
+    "SharedNeurons",
+    "StaticTransition",
+]

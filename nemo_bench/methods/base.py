@@ -26,13 +26,17 @@ class Batch:
         prompts: Prompt of each row.
         text: Conditioning of each row.
         latents: Starting noise of each row.
+        seeds: Seed of the starting noise of each row; what a method draws for an image follows from it.
         neurons: What localizing found for the prompt of each row.
+        unconditional: What guidance leads away from, of each row, or None for the model's own.
     """
 
     prompts: tuple[Prompt, ...]
     text: Conditioning
     latents: Tensor
+    seeds: tuple[int, ...]
     neurons: tuple[Neurons, ...]
+    unconditional: Conditioning | None = None
 
 
 class Method(ABC):

@@ -15,7 +15,7 @@ from tiny import tiny_texts
 def batch_of(model: Diffusion, neurons: tuple[Neurons, ...]) -> Batch:
     texts = tiny_texts(len(neurons))
     prompts = tuple(Prompt(str(i), text) for i, text in enumerate(texts))
-    return Batch(prompts, model.encode(texts), model.latents(range(len(neurons))), neurons)
+    return Batch(prompts, model.encode(texts), model.latents(range(len(neurons))), tuple(range(len(neurons))), neurons)
 
 
 def images(model: Diffusion, method: Method, batch: Batch) -> torch.Tensor:

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from nemo_bench import Diffusion, ModelError
+from nemo_bench.diffusion import Similarity, Step
+from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl, tiny_texts
+
+
+@pytest.fixture(params=[tiny_pipeline, tiny_sd2, tiny_sdxl])
+def model(request: pytest.FixtureRequest) -> Diffusion:
+    make: Callable[[], DiffusionPipeline] = request.param
+    return Diffusion(make(), steps=4, guidance=3.0, similarity=Similarity(1.0, ()))
+
+
+def test_a_rule_that_guides_as_the_pipeline_does_changes_nothing(model: Diffusion) -> None:
+    text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
+    plain = model.generate(text, latents)
+    with model.guide(lambda step: step.guided(step.scale)):
+        guided = model.generate(text, latents)
+    torch.testing.assert_close(guided, plain, rtol=0, atol=1e-3)
+    assert torch.equal(model.generate(text, latents), plain)
+
+
+def test_another_scale_is_what_the_pipeline_makes_of_it(model: Diffusion) -> None:
+    text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
+    with model.guide(lambda step: step.guided(5.0)):
+        guided = model.generate(text, latents)
+    model.guidance = 5.0
+    torch.testing.assert_close(guided, model.generate(text, latents), rtol=0, atol=1e-3)
+
+
+def test_a_step_tells_what_the_network_predicts(model: Diffusion) -> None:
+    text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
+    steps: list[Step] = []
+
+    def rule(step: Step) -> torch.Tensor:
+        again = model.predict_noise(step.latents, step.timestep, text)
+        torch.testing.assert_close(step.conditional, again, rtol=1e-3, atol=1e-4)
+        steps.append(step)
+        return step.guided(step.scale)
+
+    with model.guide(rule):
+        model.generate(text, latents)
+    assert [step.number for step in steps] == [0, 1, 2, 3]
+    assert [step.timestep for step in steps] == model.pipeline.scheduler.timesteps.tolist()
+    assert torch.equal(steps[0].latents, latents)
+    first = steps[0]
+    torch.testing.assert_close(first.magnitude[1], (first.conditional[1] - first.unconditional[1]).norm())
+
+
+def test_scales_of_a_batch_stay_with_their_images(model: Diffusion) -> None:
+    text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
+    with model.guide(lambda step: step.guided(torch.tensor([0.0, 5.0]))):
+        both = model.generate(text, latents)
+    for row, scale in enumerate((0.0, 5.0)):
+        with model.guide(lambda step, scale=scale: step.guided(scale)):
+            alone = model.generate(text.rows([row]), latents[[row]])
+        torch.testing.assert_close(both[[row]], alone, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"guidance": 1.0}, {"compiled": True}])
+def test_guidance_that_can_not_be_changed_is_an_error(options: dict[str, float]) -> None:
+    model = Diffusion(tiny_pipeline(), **{"steps": 2, "guidance": 3.0, **options})  # type: ignore[arg-type]
+    with (
+        pytest.raises(ModelError, match=r"model\.guidance above 1 and model\.compiled=false"),
+        model.guide(lambda step: step.guided(1.0)),
+    ):
+        pass

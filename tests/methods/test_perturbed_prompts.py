@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from nemo_bench import ConfigError, Diffusion, Neurons, Prompt
+from nemo_bench.methods import Batch, EmbeddingNoise, RandomNumbers, RandomTokens, RepeatedWords
+from nemo_bench.methods.perturbed_prompts import Insertion
+from tiny import tiny_texts
+
+INSERTIONS = (RandomTokens, RandomNumbers, RepeatedWords)
+
+
+def batch_of(model: Diffusion, seeds: tuple[int, ...], text: str | None = None) -> Batch:
+    texts = [text or t for t in tiny_texts(len(seeds))]
+    prompts = tuple(Prompt(str(i), t) for i, t in enumerate(texts))
+    return Batch(prompts, model.encode(texts), model.latents(seeds), seeds, (Neurons(),) * len(seeds))
+
+
+@pytest.mark.parametrize("kind", INSERTIONS)
+@pytest.mark.parametrize("times", [0, 1, 6])
+def test_words_are_inserted_and_the_prompt_stays(tiny: Diffusion, kind: type[Insertion], times: int) -> None:
+    for seed in range(20):
+        words = kind(times).perturbed(tiny, "red sun map", seed).split(" ")
+        assert len(words) == 3 + times if kind is not RandomTokens else len(words) >= 3 + times
+        rest = iter(words)
+        assert all(word in rest for word in ("red", "sun", "map")), words
+
+
+def test_repeated_words_are_those_of_the_prompt(tiny: Diffusion) -> None:
+    drawn = Counter(
+        word for seed in range(300) for word in RepeatedWords(1).perturbed(tiny, "red sun map", seed).split(" ")
+    )
+    assert set(drawn) == {"red", "sun", "map"}
+    assert all(abs(count - 400) < 50 for count in drawn.values())
+
+
+def test_numbers_are_drawn_from_the_published_range_and_every_gap(tiny: Diffusion) -> None:
+    prompts = [RandomNumbers(1).perturbed(tiny, "red sun", seed).split(" ") for seed in range(300)]
+    numbers = [int(word) for words in prompts for word in words if word.isdigit()]
+    assert len(numbers) == 300
+    assert 0 <= min(numbers) < 3000
+    assert 97_000 < max(numbers) < 100_000
+    gaps = Counter(next(i for i, word in enumerate(words) if word.isdigit()) for words in prompts)
+    assert all(abs(gaps[gap] - 100) < 30 for gap in range(3))
+
+
+@pytest.mark.parametrize("kind", INSERTIONS)
+def test_what_is_drawn_follows_from_the_image_alone(tiny: Diffusion, kind: type[Insertion]) -> None:
+    together = batch_of(tiny, (5, 6), "red sun map")
+    with kind().apply(tiny, together) as changed:
+        for row, seed in enumerate((5, 6)):
+            with kind().apply(tiny, batch_of(tiny, (seed,), "red sun map")) as alone:
+                torch.testing.assert_close(changed.text.text[[row]], alone.text.text)
+        assert not torch.allclose(changed.text.text[0], changed.text.text[1])
+    assert kind(seed=1).perturbed(tiny, "red sun map", 5) != kind(seed=0).perturbed(tiny, "red sun map", 5)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_noise_on_embeddings_has_its_scale(tiny: Diffusion, both: bool) -> None:
+    batch = batch_of(tiny, tuple(range(64)))
+    with EmbeddingNoise(0.5, both).apply(tiny, batch) as changed:
+        noise = changed.text.text - batch.text.text
+        assert float(noise.std()) == pytest.approx(0.5, rel=0.05)
+        assert not torch.allclose(noise[0], noise[1])
+        assert (changed.unconditional is not None) == both
+        if changed.unconditional is not None:
+            other = changed.unconditional.text - tiny.unconditional(64).text
+            assert float(other.std()) == pytest.approx(0.5, rel=0.05)
+            assert abs(float((other * noise).mean())) < 0.02
+
+
+def test_without_strength_the_image_is_the_same(tiny: Diffusion) -> None:
+    batch = batch_of(tiny, (0, 1))
+    plain = tiny.generate(batch.text, batch.latents)
+    for method in (*(kind(0) for kind in INSERTIONS), EmbeddingNoise(0.0)):
+        with method.apply(tiny, batch) as changed:
+            images = tiny.generate(changed.text, changed.latents, changed.unconditional)
+        torch.testing.assert_close(images, plain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [*(lambda kind=kind: kind(-1) for kind in INSERTIONS), lambda: EmbeddingNoise(-0.1)])
+def test_negative_strength_is_an_error(make: object) -> None:
+    with pytest.raises(ConfigError, match=r"of 0 or more, given -"):
+        make()  # type: ignore[operator]
