@@ -1,0 +1,155 @@
+"""What pages take from the code, so that it cannot drift from it.
+
+A line ``<!-- from code: NAME -->`` of a page is replaced by what the function of that name below returns.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_bench import cli
+from nemo_bench.config import build, describe_options, grid, options
+from nemo_bench.metrics import BenchMetric
+
+ROOT = Path(__file__).parents[1]
+MARK = re.compile(r"^<!-- from code: (\w+) -->$", re.MULTILINE)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Fills in the marks of a page; called by MkDocs."""
+    return MARK.sub(lambda match: PARTS[match[1]](), markdown)
+
+
+def commands() -> str:
+    """Every subcommand with its help."""
+    os.environ["COLUMNS"] = "100"
+    parser = cli._parser()
+    (subcommands,) = (action for action in parser._actions if hasattr(action, "choices") and action.choices)
+    assert isinstance(subcommands.choices, dict)
+    parts = [_code("text", parser.format_help())]
+    for name, sub in subcommands.choices.items():
+        parts.append(f"## nemo-bench {name} {{#{name}}}\n\n{_code('text', sub.format_help())}")
+    return "\n\n".join(parts)
+
+
+def metrics() -> str:
+    """Every metric that a file of ``conf/metrics`` names, in the words of its class."""
+    files: dict[str, list[str]] = {}
+    found: dict[str, BenchMetric] = {}
+    for file in options("metrics"):
+        (choice,) = grid([f"metrics={file}", "method=none"])
+        for name, node in choice.settings.metrics.items():
+            found[name] = build(node, f"metrics.{name}")
+            files.setdefault(name, []).append(file)
+    return "\n\n".join(_metric(name, metric, files[name]) for name, metric in found.items())
+
+
+def _metric(name: str, metric: BenchMetric, files: Sequence[str]) -> str:
+    about = metric.describe()
+    better = {True: "higher", False: "lower", None: "neither"}[about["higher_is_better"]]
+    ends = ["" if end is None else f"{end:g}" for end in (about["lower"], about["upper"])]
+    kind = type(metric)
+    rows = {
+        "name in settings and records": f"`{name}`, in {_list(f'`metrics={file}`' for file in files)}",
+        "better": better,
+        "range": f"{ends[0] or 'open'} to {ends[1] or 'open'}",
+        "one value": "an image" if metric.per_image else "a prompt",
+        "needs": _list(f"`{field}`" for field in sorted(metric.needs)),
+        "source": about["citation"] or "–",
+        "class": f"[`{kind.__name__}`][nemo_bench.metrics.{kind.__name__}]",
+    }
+    return f"### {about['title']} {{#{name}}}\n\n{_sentence(about['description'])}\n\n{_table(('', ''), rows.items())}"
+
+
+def methods() -> str:
+    """Every method with its file of settings and its source."""
+    parts = []
+    for entry in describe_options("method"):
+        (choice,) = grid([f"method={entry['name']}"])
+        kind = type(build(choice.settings.method, "method"))
+        text = f"### {kind.title} {{#method-{entry['name']}}}\n\n{_sentence(entry['summary'])}"
+        text += f" Class [`{kind.__name__}`][nemo_bench.methods.{kind.__name__}]."
+        text += "\n\n" + _file("method", entry["name"])
+        if entry["citation"]:
+            text += f'\n\n??? quote "BibTeX"\n\n{_indent(_code("bibtex", entry["citation"]))}'
+        parts.append(text)
+    return "\n\n".join(parts)
+
+
+def models() -> str:
+    """A table of the models."""
+    rows = []
+    for entry in describe_options("model"):
+        (choice,) = grid([f"model={entry['name']}", "method=none"])
+        model = choice.settings.model
+        rows.append((f"`{entry['name']}`", entry["summary"], f"`{model.source}`", model.steps, f"{model.guidance:g}"))
+    return _table(("name", "model", "source", "steps", "guidance"), rows)
+
+
+def prompts() -> str:
+    """A table of the lists of prompts."""
+    return _table(("name", "prompts"), ((f"`{e['name']}`", e["summary"]) for e in describe_options("prompts")))
+
+
+def experiments() -> str:
+    """Every experiment, as its file has it."""
+    return "\n\n".join(f"### {name} {{#experiment-{name}}}\n\n{_file('experiment', name)}" for name in options("experiment"))
+
+
+def loggers() -> str:
+    """Every logger, as its file has it."""
+    return "\n\n".join(_file("logger", name) for name in options("logger"))
+
+
+def names() -> str:
+    """The names that ``from nemo_bench import ...`` knows."""
+    import nemo_bench
+
+    rows = []
+    for name in nemo_bench.__all__:
+        value = getattr(nemo_bench, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            package = ".".join(value.__module__.split(".")[:2])
+            first = inspect.getdoc(value).split("\n")[0]  # type: ignore[union-attr]
+            rows.append((f"[`{name}`][{package}.{name}]", first))
+    return _table(("name", "what it is"), rows)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    part.__name__: part for part in (commands, experiments, loggers, methods, metrics, models, names, prompts)
+}
+
+
+def _file(group: str, name: str) -> str:
+    path = Path("conf") / group / f"{name}.yaml"
+    content = (ROOT / path).read_text(encoding="utf-8")
+    yaml.safe_load(content)
+    return f'```yaml title="{path.as_posix()}"\n{content.rstrip()}\n```'
+
+
+def _code(language: str, text: str) -> str:
+    return f"```{language}\n{text.rstrip()}\n```"
+
+
+def _table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    lines = [[*heads], ["---"] * len([*heads]), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.split("\n"))
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _list(words: Iterable[str]) -> str:
+    return ", ".join(words)

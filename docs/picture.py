@@ -1,0 +1,58 @@
+"""Draws the picture of the README: what was trained on, and the first image of each method of a run.
+
+python docs/picture.py results/default docs/assets/before_after.webp
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("agg")
+import matplotlib.pyplot as plt
+from PIL import Image
+
+from nemo_bench.store import read_json, read_records
+
+METHODS = ("none", "random", "nemo")
+SHOWN = {"VM": 5, "TM": 3}
+"""So many prompts of each kind, the first ones of the list."""
+
+
+def main(folder: Path, out: Path) -> None:
+    """Writes the picture.
+
+    Args:
+        folder: A finished run of the three methods on the embedded model.
+        out: File to write, in any format that Pillow knows.
+    """
+    rows: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*/spec.json"), key=lambda path: METHODS.index(read_json(path)["method"])):
+        cell = path.parent
+        lines = (cell / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+        prompts = [prompt for kind, count in SHOWN.items() for prompt in _of_kind(lines, kind)[:count]]
+        images = {(r["prompt"], r["seed"]): cell / r["image"] for r in read_records(cell, "generate").values()}
+        rows["Training image"] = [Path(prompt["references"][0]) for prompt in prompts]
+        rows[read_json(path)["title"]] = [images[prompt["id"], 0] for prompt in prompts]
+    figure, axes = plt.subplots(len(rows), sum(SHOWN.values()), figsize=(10, 5.1), dpi=128)
+    for axis, prompt in zip(axes[0], prompts, strict=True):
+        axis.set_title(prompt["id"], fontsize=11)
+    for (label, files), line in zip(rows.items(), axes, strict=True):
+        line[0].set_ylabel(label.replace(" ", "\n"), fontsize=11)
+        for file, axis in zip(files, line, strict=True):
+            axis.imshow(Image.open(file), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+    figure.tight_layout(pad=0.6, w_pad=0.3, h_pad=0.3)
+    figure.savefig(out)
+
+
+def _of_kind(lines: list[str], kind: str) -> list[dict[str, object]]:
+    return [prompt for prompt in map(json.loads, lines) if prompt["kind"] == kind]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

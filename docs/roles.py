@@ -1,0 +1,39 @@
+"""Turns the cross-references of docstrings (:class:`Neurons`) into links of the site."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from griffe import AliasResolutionError, Extension, Module, NameResolutionError, Object
+
+ROLE = re.compile(r":(?:class|meth|func|attr|data|mod):`([^`]+)`")
+
+
+class Roles(Extension):
+    """Resolves each role in the scope of its docstring."""
+
+    def on_package(self, *, pkg: Module, **_: Any) -> None:
+        """Rewrites all docstrings of a package that has been read."""
+        _rewrite(pkg, pkg)
+
+
+def _rewrite(scope: Object, package: Module) -> None:
+    if scope.docstring:
+        scope.docstring.value = ROLE.sub(lambda match: _link(match[1], scope, package), scope.docstring.value)
+    for member in scope.members.values():
+        if isinstance(member, Object):
+            _rewrite(member, package)
+
+
+def _link(name: str, scope: Object, package: Module) -> str:
+    """A link to an object or, where it is told of in the docstring of its class, to that; else a word in code."""
+    text = f"`{name.removeprefix('nemo_bench.')}`"
+    first, _, rest = name.partition(".")
+    try:
+        path = ".".join(filter(None, [scope.resolve(first), rest]))
+        found = package[path.removeprefix(f"{package.path}.")]
+    except (AliasResolutionError, KeyError, NameResolutionError):
+        return text
+    target = found if found.has_docstring else found.parent
+    return f"[{text}][{target.canonical_path}]" if target and target.has_docstring and not target.is_module else text
