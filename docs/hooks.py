@@ -1,6 +1,7 @@
 """What pages take from the code, so that it cannot drift from it.
 
-A line ``<!-- from code: NAME -->`` of a page is replaced by what the function of that name below returns.
+A line ``<!-- from code: NAME -->`` of a page is replaced by what the function of that name below returns, and a line
+``<!-- from file: PATH -->`` by a file of the repository.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,27 @@ from nemo_bench.config import build, describe_options, grid, options
 from nemo_bench.metrics import BenchMetric
 
 ROOT = Path(__file__).parents[1]
-MARK = re.compile(r"^<!-- from code: (\w+) -->$", re.MULTILINE)
+MARK = re.compile(r"^<!-- from (code|file): (\S+) -->$", re.MULTILINE)
+
+
+BETTER = {True: "higher", False: "lower", None: "–"}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fills in the marks of a page; called by MkDocs."""
-    return MARK.sub(lambda match: PARTS[match[1]](), markdown)
+    return MARK.sub(lambda match: PARTS[match[2]]() if match[1] == "code" else included(match[2]), markdown)
+
+
+def included(path: str) -> str:
+    """A file of the repository, its links to pages as they are from a page."""
+    return (ROOT / path).read_text(encoding="utf-8").rstrip().replace("](docs/", "](")
 
 
 def commands() -> str:
     """Every subcommand with its help."""
     os.environ["COLUMNS"] = "100"
     parser = cli._parser()
-    (subcommands,) = (action for action in parser._actions if hasattr(action, "choices") and action.choices)
-    assert isinstance(subcommands.choices, dict)
+    (subcommands,) = (action for action in parser._actions if isinstance(action.choices, dict))
     parts = [_code("text", parser.format_help())]
     for name, sub in subcommands.choices.items():
         parts.append(f"## nemo-bench {name} {{#{name}}}\n\n{_code('text', sub.format_help())}")
@@ -40,32 +48,41 @@ def commands() -> str:
 
 
 def metrics() -> str:
-    """Every metric that a file of ``conf/metrics`` names, in the words of its class."""
+    """Every metric that a file of ``conf/metrics`` names, in the words of its class: a table, then the definitions."""
     files: dict[str, list[str]] = {}
     found: dict[str, BenchMetric] = {}
     for file in options("metrics"):
         (choice,) = grid([f"metrics={file}", "method=none"])
         for name, node in choice.settings.metrics.items():
             found[name] = build(node, f"metrics.{name}")
-            files.setdefault(name, []).append(file)
-    return "\n\n".join(_metric(name, metric, files[name]) for name, metric in found.items())
+            files.setdefault(name, []).append(f"`metrics={file}`")
+    heads = ("metric", "name", "better", "range", "a value for", "in")
+    rows = (
+        (
+            f"[{metric.title}](#{name})",
+            f"`{name}`",
+            BETTER[metric.higher_is_better],
+            _range(metric),
+            "an image" if metric.per_image else "a prompt",
+            ", ".join(files[name]),
+        )
+        for name, metric in found.items()
+    )
+    return "\n\n".join([_table(heads, rows), *(_definition(name, metric) for name, metric in found.items())])
 
 
-def _metric(name: str, metric: BenchMetric, files: Sequence[str]) -> str:
-    about = metric.describe()
-    better = {True: "higher", False: "lower", None: "neither"}[about["higher_is_better"]]
-    ends = ["" if end is None else f"{end:g}" for end in (about["lower"], about["upper"])]
-    kind = type(metric)
-    rows = {
-        "name in settings and records": f"`{name}`, in {_list(f'`metrics={file}`' for file in files)}",
-        "better": better,
-        "range": f"{ends[0] or 'open'} to {ends[1] or 'open'}",
-        "one value": "an image" if metric.per_image else "a prompt",
-        "needs": _list(f"`{field}`" for field in sorted(metric.needs)),
-        "source": about["citation"] or "–",
-        "class": f"[`{kind.__name__}`][nemo_bench.metrics.{kind.__name__}]",
-    }
-    return f"### {about['title']} {{#{name}}}\n\n{_sentence(about['description'])}\n\n{_table(('', ''), rows.items())}"
+def _definition(name: str, metric: BenchMetric) -> str:
+    kind = type(metric).__name__
+    needs = ", ".join(f"`{field}`" for field in sorted(metric.needs))
+    facts = f"Needs {needs}. Class [`{kind}`][nemo_bench.metrics.{kind}]."
+    source = f" Source: {metric.citation}." if metric.citation else ""
+    return f"### {metric.title} {{#{name}}}\n\n{_sentence(metric.description)}\n\n{facts}{source}"
+
+
+def _range(metric: BenchMetric) -> str:
+    if metric.lower is None or metric.upper is None:
+        return "open" if metric.lower is None else f"from {metric.lower:g}"
+    return f"{metric.lower:g} to {metric.upper:g}"
 
 
 def methods() -> str:
@@ -100,7 +117,9 @@ def prompts() -> str:
 
 def experiments() -> str:
     """Every experiment, as its file has it."""
-    return "\n\n".join(f"### {name} {{#experiment-{name}}}\n\n{_file('experiment', name)}" for name in options("experiment"))
+    return "\n\n".join(
+        f"### {name} {{#experiment-{name}}}\n\n{_file('experiment', name)}" for name in options("experiment")
+    )
 
 
 def loggers() -> str:
@@ -148,8 +167,4 @@ def _indent(text: str) -> str:
 
 
 def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
-
-
-def _list(words: Iterable[str]) -> str:
-    return ", ".join(words)
+    return f"{text[0].upper()}{text[1:].removesuffix('.')}."
