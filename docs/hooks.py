@@ -15,15 +15,19 @@ from typing import Any
 
 import yaml
 
+import nemo_bench.metrics
 from nemo_bench import cli
+from nemo_bench.aggregate import presets
 from nemo_bench.config import build, describe_options, grid, options
-from nemo_bench.metrics import BenchMetric
+from nemo_bench.metrics import BenchMetric, Space
+from nemo_bench.types import Prompt
 
 ROOT = Path(__file__).parents[1]
 MARK = re.compile(r"^<!-- from (code|file): (\S+) -->$", re.MULTILINE)
 
 
 BETTER = {True: "higher", False: "lower", None: "–"}
+PER = {"image": "an image", "prompt": "a prompt", "set": "all images"}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -63,7 +67,7 @@ def metrics() -> str:
             f"`{name}`",
             BETTER[metric.higher_is_better],
             _range(metric),
-            "an image" if metric.per_image else "a prompt",
+            PER[metric.per],
             ", ".join(files[name]),
         )
         for name, metric in found.items()
@@ -83,6 +87,33 @@ def _range(metric: BenchMetric) -> str:
     if metric.lower is None or metric.upper is None:
         return "open" if metric.lower is None else f"from {metric.lower:g}"
     return f"{metric.lower:g} to {metric.upper:g}"
+
+
+def measures() -> str:
+    """Every class of metrics."""
+    return _classes(BenchMetric)
+
+
+def spaces() -> str:
+    """Every class of spaces."""
+    return _classes(Space)
+
+
+def _classes(base: type) -> str:
+    public = (getattr(nemo_bench.metrics, name) for name in nemo_bench.metrics.__all__)
+    kinds = [c for c in public if inspect.isclass(c) and issubclass(c, base) and not inspect.isabstract(c)]
+    return _table(
+        ("class", "what it is"), ((f"[`{c.__name__}`][nemo_bench.metrics.{c.__name__}]", _first(c)) for c in kinds)
+    )
+
+
+def aggregates() -> str:
+    """The presets of aggregation, in their own words."""
+    about = {"family": "memorization", "per": "image", "lower": -1, "upper": 1}
+    record = {"prompt": "a", "seed": 0, "scores": {"similarity": 0.5}}
+    found = presets([record], [Prompt("a", "a prompt", "VM")], {"similarity": about})
+    rows = ((f"`{name}`", f"{p['title']} ({p['citation']})", p["definition"]) for name, p in found.items())
+    return _table(("preset", "after", "definition"), rows)
 
 
 def methods() -> str:
@@ -129,21 +160,23 @@ def loggers() -> str:
 
 def names() -> str:
     """The names that ``from nemo_bench import ...`` knows."""
-    import nemo_bench
-
     rows = []
     for name in nemo_bench.__all__:
         value = getattr(nemo_bench, name)
         if inspect.isclass(value) or inspect.isfunction(value):
             package = ".".join(value.__module__.split(".")[:2])
-            first = inspect.getdoc(value).split("\n")[0]  # type: ignore[union-attr]
-            rows.append((f"[`{name}`][{package}.{name}]", first))
+            rows.append((f"[`{name}`][{package}.{name}]", _first(value)))
     return _table(("name", "what it is"), rows)
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    part.__name__: part for part in (commands, experiments, loggers, methods, metrics, models, names, prompts)
+    part.__name__: part
+    for part in (aggregates, commands, experiments, loggers, measures, methods, metrics, models, names, prompts, spaces)
 }
+
+
+def _first(value: Any) -> str:
+    return (inspect.getdoc(value) or "").split("\n")[0]
 
 
 def _file(group: str, name: str) -> str:

@@ -150,7 +150,7 @@ def test_every_mark_is_filled_in(hooks: ModuleType) -> None:
 
 
 def test_every_metric_is_defined(hooks: ModuleType) -> None:
-    text = hooks.metrics()
+    text = hooks.measures()
     public = [getattr(nemo_bench.metrics, name) for name in nemo_bench.metrics.__all__]
     classes = [c for c in public if inspect.isclass(c) and issubclass(c, BenchMetric) and not inspect.isabstract(c)]
     assert classes
