@@ -8,14 +8,15 @@ import inspect
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 import nemo_bench.metrics
-from nemo_bench import cli
-from nemo_bench.config import describe_options, grid, train_settings
+from nemo_bench import cli, config
+from nemo_bench.config import describe_options, grid, logger_settings, train_settings
 from nemo_bench.errors import ConfigError
 from nemo_bench.metrics import BenchMetric
 from nemo_bench.planted.training import TrainSpec
@@ -78,6 +79,20 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def first_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a grid, one cell is composed; of the others, the files that they name are looked for."""
+    compose, first = config._choose, list[config.Choice]()
+
+    def choose(words: Sequence[str], conf: Path | None) -> config.Choice:
+        for override in config._parse(words):
+            config._check_option(override, conf)
+        first.extend([] if first else [compose(words, conf)])
+        return first[0]
+
+    monkeypatch.setattr(config, "_choose", choose)
+
+
 def test_pages_show_commands() -> None:
     assert {"README.md", "docs/index.md", "docs/howto/method.md"} <= {page for page, _ in COMMANDS}
     assert ("docs/howto/cluster.md", "nemo-bench run model=sd14 trainer=gpu trainer.devices=4 trainer.num_nodes=2") in (
@@ -92,7 +107,7 @@ def test_the_two_commands_of_the_readme_stay() -> None:
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
-def test_command_parses_and_composes(page: str, command: str, folder: Path) -> None:
+def test_command_parses_and_composes(page: str, command: str, folder: Path, first_cell: None) -> None:
     _, *words = command.split()
     if len(words) == 1:  # the name of a command in a sentence
         assert words[0] in subcommands()
@@ -112,6 +127,8 @@ def test_command_parses_and_composes(page: str, command: str, folder: Path) -> N
         train_settings(options.overrides, TrainSpec)
     elif options.command is cli._ls and options.group:
         assert describe_options(options.group, options.conf)
+    elif options.command is cli._track:
+        assert logger_settings(options.overrides)
     elif hasattr(options, "overrides"):
         assert grid(options.overrides, options.conf)
 
