@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nemo_bench.errors import PromptError
-from nemo_bench.prompts import prompts_digest, read_prompts
+from nemo_bench.prompts import prompts_digest, read_prompts, references_digest
 from nemo_bench.types import Prompt
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data"
@@ -344,28 +344,23 @@ def test_digest_does_not_know_folders(prompts: list[tuple[str, bytes]]) -> None:
             reference = folder / f"{n}{ending}"
             reference.write_bytes(image)
             listed.append(Prompt(str(n), text, None, (reference,)))
-        return prompts_digest(listed)
+        return prompts_digest(listed) + references_digest(listed)
 
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
         assert in_folder(Path(one), ".png") == in_folder(Path(other), ".jpg")
 
 
-def test_digest_knows_everything_else(write: Write) -> None:
+def test_digests_know_prompts_and_contents_of_references(write: Write) -> None:
     red, blue = write("red.png", "red"), write("blue.png", "blue")
     prompt = Prompt("1", "a", "VM", (red,))
-    changed = [
-        prompt._replace(id="2"),
-        prompt._replace(text="b"),
-        prompt._replace(kind="TM"),
-        prompt._replace(kind=None),
-        prompt._replace(references=(blue,)),
-        prompt._replace(references=(red, red)),
-        prompt._replace(references=()),
-    ]
-    assert len({prompts_digest([p]) for p in [prompt, *changed]}) == 8
-    before = prompts_digest([prompt])
+    own = [prompt._replace(id="2"), prompt._replace(text="b"), prompt._replace(kind="TM"), prompt._replace(kind=None)]
+    assert len({prompts_digest([p]) for p in [prompt, *own]}) == 5
+    shown = [prompt._replace(references=files) for files in ((blue,), (red, red), ())]
+    assert len({references_digest([p]) for p in [prompt, *shown]}) == 4
+    assert {prompts_digest([p]) for p in shown} == {prompts_digest([prompt])}
+    before = references_digest([prompt])
     red.write_text("green")
-    assert prompts_digest([prompt]) != before
+    assert references_digest([prompt]) != before
     red.unlink()
     with pytest.raises(PromptError, match=r"red\.png"):
-        prompts_digest([prompt])
+        references_digest([prompt])
