@@ -345,7 +345,7 @@ class Refinement:
             tests = [(_without(self.kept, neuron), seeds) for neuron in survivors]
             tried = zip(survivors.items(), self.trial.similarities(tests), strict=True)
             survivors = {
-                neuron: max(worst, *self._excess(values, seeds).tolist())
+                neuron: max([worst, *self._excess(values, seeds).tolist()])
                 for (neuron, worst), values in tried
                 if not self._lost(values, seeds)
             }

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
@@ -248,6 +248,7 @@ def test_relative_refinement_is_the_plain_sequence_of_tests(
 
 
 @given(candidates=candidate_lists, seeds=st.integers(1, 6), salt=st.integers(0, 10_000), slack=st.floats(0, 0.6))
+@example(candidates=[("a", 0), ("a", 3)], seeds=2, salt=4876, slack=0.125)
 def test_bisection_satisfies_the_same_criterion(candidates: Candidates, seeds: int, salt: int, slack: float) -> None:
     trial = ScriptedTrial(seeds, salt)
     tau = trial.highest(candidates) + slack
