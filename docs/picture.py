@@ -1,11 +1,13 @@
-"""Draws the picture of the README: what was trained on, and the first image of each method of a run.
+"""Makes the pictures of the README and of the documentation from a run: images before and after, and its report.
 
-python docs/picture.py results/default docs/assets/before_after.webp
+python docs/picture.py results/default docs/assets
 """
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import matplotlib as mpl
 mpl.use("agg")
 import matplotlib.pyplot as plt
 from PIL import Image
+from playwright.sync_api import sync_playwright
 
 from nemo_bench.store import read_json, read_records
 
@@ -22,12 +25,12 @@ SHOWN = {"VM": 5, "TM": 3}
 """So many prompts of each kind, the first ones of the list."""
 
 
-def main(folder: Path, out: Path) -> None:
-    """Writes the picture.
+def draw_images(folder: Path, out: Path) -> None:
+    """Draws what was trained on, and the first image of each method.
 
     Args:
         folder: A finished run of the three methods on the embedded model.
-        out: File to write, in any format that Pillow knows.
+        out: File to write.
     """
     rows: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*/spec.json"), key=lambda path: METHODS.index(read_json(path)["method"])):
@@ -50,9 +53,27 @@ def main(folder: Path, out: Path) -> None:
     figure.savefig(out)
 
 
+def show_report(page: Path, out: Path) -> None:
+    """Photographs the head of a report in Chromium, which must be on the path.
+
+    Args:
+        page: A ``report.html``.
+        out: File to write.
+    """
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        view = browser.new_page(viewport={"width": 1280, "height": 1000}, color_scheme="light")
+        view.goto(page.resolve().as_uri(), wait_until="load")
+        shot = view.screenshot()
+        browser.close()
+    Image.open(io.BytesIO(shot)).convert("RGB").save(out, quality=80, method=6)
+
+
 def _of_kind(lines: list[str], kind: str) -> list[dict[str, object]]:
     return [prompt for prompt in map(json.loads, lines) if prompt["kind"] == kind]
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    run, assets = Path(sys.argv[1]), Path(sys.argv[2])
+    draw_images(run, assets / "before_after.webp")
+    show_report(run / "report.html", assets / "report.webp")
