@@ -172,9 +172,9 @@ class _Survey:
         if model.statistics:
             path = Path(resolve(model.statistics))
             found.append(self._there("statistics", str(path), lambda: read_statistics(path)))
-        general = prompts.calibration
+        general, unlinked = prompts.calibration, replace(prompts, references=None)
         if general and to_measure(method, model):
-            found.append(self._there("general prompts", general, partial(self._read, general, prompts)))
+            found.append(self._there("general prompts", general, partial(self._read, general, unlinked)))
         return replace(choice, settings=replace(settings, metrics=metrics)) if all(found) else None
 
     def _there(self, kind: str, what: str, look: Callable[[], object]) -> bool:

@@ -508,5 +508,5 @@ def open_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise StoreError(f"{path} can't be read as an image ({error}); delete it and run again") from error

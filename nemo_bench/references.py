@@ -288,7 +288,7 @@ def _check_answer(answer: aiohttp.ClientResponse) -> None:
 
 def _seconds(retry_after: str) -> float:
     """What a server asks to wait, given in seconds or as a date; 0 where it does not say."""
-    if retry_after.strip().isdigit():
+    if retry_after.isascii() and retry_after.strip().isdigit():
         return float(retry_after)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())

@@ -371,7 +371,7 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
             cell.store.open(cell.spec)
             note_start(cell, command, runner)
             _reopen(cell)
-        fetch_weights(cells)
+        renew_scores(cells)
     for cell in cells:
         runner.make(cell)
     if is_main():
@@ -381,11 +381,15 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
     return folder
 
 
-def fetch_weights(cells: Sequence[ImageCell]) -> None:
-    """Downloads what open metrics are to download, once for all processes."""
+def renew_scores(cells: Sequence[ImageCell]) -> None:
+    """Downloads what open metrics are to download; forgets scores of other metrics or other reference images."""
+    stale = [cell for cell in cells if _scores_are_stale(cell)]
     for cell in cells:
-        for metric in metrics_of(cell).values() if not cell.store.is_done("score") else ():
+        for metric in metrics_of(cell).values() if cell in stale or not cell.store.is_done("score") else ():
             metric.space.fetch()
+    for cell in stale:
+        _forget_scores(cell.store)
+        write_json(cell.store.folder / "scoring.json", _scoring(cell))
 
 
 def finish(cells: Sequence[ImageCell], runner: Runner, say: Callable[[str], None] = print) -> None:
@@ -472,21 +476,12 @@ def open_folder(folder: Path, cells: Sequence[ImageCell]) -> None:
 
 
 def _reopen(cell: Cell) -> None:
-    """Opens stages again that were done once and miss something now, or whose scores are of other metrics."""
+    """Opens stages again that were done once and miss something now."""
     store = cell.store
     for stage in STAGES:
         if store.is_done(stage) and store.open_ids(stage, cell.ids(stage)):
             store.reopen(stage)
             _forget_scores(store)
-    renew_scores(cell)
-
-
-def renew_scores(cell: ImageCell) -> None:
-    """Forgets scores of other metrics or other reference images."""
-    store = cell.store
-    if _scores_are_stale(cell):
-        _forget_scores(store)
-        write_json(store.folder / "scoring.json", _scoring(cell))
 
 
 def _forget_scores(store: Store) -> None:
@@ -832,9 +827,7 @@ def _summary(cell: ImageCell) -> dict[str, Any]:
     scored = store.records("score").values()
     peak = max((r.get("cost", {}) for r in [*localized, *generated]), key=lambda cost: cost.get("peak_memory_mb", 0))
     about = {name: metric.describe() for name, metric in metrics_of(cell).items()}
-    aggregates = aggregate(
-        scored, cell.prompts, cell.unmitigated.store.records("score").values() if cell.unmitigated else ()
-    )
+    aggregates = aggregate(scored, cell.prompts, _scores_without_mitigation(cell))
     for group, row in read_json(store.folder / SETS).items():
         count = sum(group in ("all", p.group) for p in cell.prompts)
         nothing = dict.fromkeys(("low", "high", "median", "mad"))
@@ -872,6 +865,16 @@ def _summary(cell: ImageCell) -> dict[str, Any]:
         },
         "peak_memory_of": "process" if peak.get("device", "cpu") == "cpu" else "GPU",
     }
+
+
+def _scores_without_mitigation(cell: ImageCell) -> Iterable[Record]:
+    """Scores to pair with those of a cell; none where other metrics or reference images made them."""
+    none = cell.unmitigated
+    if none is None or not none.store.is_done("score"):
+        return ()
+    own, other = (read_json(store.folder / "scoring.json") for store in (cell.store, none.store))
+    same = all(own[key] == other[key] for key in ("metrics", "references"))
+    return none.store.records("score").values() if same else ()
 
 
 def _detection(cell: ImageCell, localized: Iterable[Record]) -> dict[str, Any]:

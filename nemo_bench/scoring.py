@@ -45,9 +45,9 @@ def score(
     """
     runner = Runner(cells[0].choice.settings.trainer, progress=progress)
     if is_main():
+        renew_scores(cells)
         for cell in cells:
             note_start(cell, command, runner)
-            renew_scores(cell)
     finish(cells, runner, say)
     return cells[0].store.folder.parent
 

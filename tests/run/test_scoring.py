@@ -84,6 +84,21 @@ def test_images_are_paired_with_those_without_mitigation_whenever_they_come(tmp_
     assert (both["random"] / "metrics.json").read_text() == before
 
 
+def test_a_source_that_nobody_asked_for_keeps_its_scores(tmp_path: Path, prompt_file: Path) -> None:
+    nemo = execute(tmp_path, prompt_file, "method=none,nemo")["nemo"]
+    before = scores(nemo, "ssim")
+    execute(tmp_path, prompt_file, "method=none,random")
+    assert before
+    assert scores(nemo, "ssim") == before
+    assert (nemo / "score.done").exists()
+
+
+def test_scores_of_other_metrics_are_not_paired(tmp_path: Path, prompt_file: Path) -> None:
+    execute(tmp_path, prompt_file, "method=none")
+    random = execute(tmp_path, prompt_file, "method=random", "metrics.memorized.threshold=0.99")["random"]
+    assert all("paired" not in row for row in read_json(random / "metrics.json")["aggregates"]["VM"].values())
+
+
 def test_detection_counts_and_presets_are_told(tmp_path: Path, prompt_file: Path) -> None:
     cells = execute(tmp_path, prompt_file, "method=none,random")
     none, random = (read_json(cells[name] / "metrics.json") for name in ("none", "random"))
