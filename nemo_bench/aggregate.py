@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 
 from nemo_bench.types import GENERAL, Prompt, Record
 
-GROUPS = {"VM": "verbatim", "TM": "template", GENERAL: "not memorized", "all": "every group"}
+GROUPS = {
+    "VM": "verbatim",
+    "TM": "template",
+    "memorized": "in which way is not annotated",
+    GENERAL: "not memorized",
+    "all": "every group",
+}
 """Groups of prompts in tables, and what they are."""
 RESAMPLES = 2000
 FLIPS = 10000
@@ -42,8 +48,8 @@ def aggregate(
         unmitigated: Lines of the same prompts and seeds without mitigation.
 
     Returns:
-        By group (VM, TM, general, all) and metric: mean, low, high (95% interval over prompts), median, mad, prompts;
-        and paired, where there is anything to compare with: see :func:`paired`.
+        By group of :data:`GROUPS` and metric: mean, low, high (95% interval over prompts), median, mad, prompts; and
+        paired, where there is anything to compare with: see :func:`paired`.
     """
     lines, others = list(records), list(unmitigated)
     differences = _differences(lines, others)
@@ -163,7 +169,7 @@ def presets(
     Args:
         records: Lines of the score stage.
         prompts: The prompts they belong to.
-        metrics: What is known of each metric: family, per, lower, upper.
+        metrics: What is known of each metric: measure, family, per, higher_is_better.
 
     Returns:
         By preset (nemo, membench, wen): title, definition, citation and rows, which by group and metric have value,
@@ -172,14 +178,13 @@ def presets(
     """
     scores = _scores(records)
     images = {key: about for key, about in metrics.items() if about["per"] == "image" and key in scores}
-    similarities = [
-        key
-        for key, about in images.items()
-        if about["family"] == "memorization" and (about["lower"], about["upper"]) == (-1, 1)
-    ]
+    of_training = [key for key, about in images.items() if about["measure"] == "TrainingImage"]
+    similarities = [key for key in of_training if not images[key]["higher_is_better"]]
     groups = _groups(prompts)
     apart = {group: members for group, members in groups.items() if group != "all"}
-    both = [key for key, about in images.items() if about["family"] in ("memorization", "alignment")]
+    aligned = [key for key, about in images.items() if about["family"] == "alignment"]
+    # The paper has neither.
+    medians = [key for key in scores if metrics[key]["measure"] not in ("MemorizationRate", "NearestTrainingImage")]
     membench = {
         f"{key}, {name}": _reduce(scores[key], statistic)
         for key in similarities
@@ -195,7 +200,7 @@ def presets(
             "definition": "median over the images of a prompt, then median ± median absolute deviation over prompts; "
             "verbatim and template prompts apart",
             "citation": "Hintersdorf et al. 2024, section 4",
-            "rows": _rows({key: _reduce(scores[key], np.median) for key in scores}, apart, of_median=True),
+            "rows": _rows({key: _reduce(scores[key], np.median) for key in medians}, apart, of_median=True),
         },
         "membench": {
             "title": "MemBench",
@@ -209,7 +214,7 @@ def presets(
             "definition": "each image with its best training image, mean over the images of a prompt, then mean over "
             "prompts",
             "citation": "Wen et al. 2024",
-            "rows": _rows({key: _reduce(scores[key], np.mean) for key in both}, groups),
+            "rows": _rows({key: _reduce(scores[key], np.mean) for key in (*of_training, *aligned)}, groups),
         },
     }
     return {name: preset for name, preset in found.items() if preset["rows"]}

@@ -62,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NemoBenchError as error:
         print(f"nemo-bench: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        # Who reads the output, such as `head`, has enough; Python would complain of it once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         print(f"nemo-bench: {error}; all finished records are kept, the same command goes on", file=sys.stderr)
         return 1
@@ -98,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     calibrate = add("calibrate", _calibrate, "activation statistics and threshold of a model, cached", settings=True)
     calibrate.add_argument("--json", action="store_true", help="print a list of objects")
     listing = add("ls", _ls, "models, methods, prompts, metrics ... to choose from")
-    listing.add_argument("group", nargs="?", help="one group only")
+    listing.add_argument("group", nargs="?", help="one group only, with sources")
+    listing.add_argument("name", nargs="?", help="one of the group, with all that can be set")
     listing.add_argument("--conf", type=Path, metavar="DIR", help="folder with more YAML files, in group subfolders")
     listing.add_argument("--json", action="store_true", help="print a list of objects")
     report = add("report", _report, "table, plots and HTML again, from the records of a run")
@@ -255,17 +259,37 @@ def _ls(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from nemo_bench.config import GROUPS, describe_options
+    from nemo_bench.config import GROUPS, describe_options, explain_option
 
+    if options.name:
+        print(explain_option(options.group, options.name, options.conf))
+        return
     groups = [options.group] if options.group else [g for g in GROUPS if g not in ("trainer", "logger")]
     listing = [entry for group in groups for entry in describe_options(group, options.conf)]
     if options.json:
         print(json.dumps(listing, indent=2))
         return
-    table = Table("group", "name", "summary", "citation")
-    for entry in listing:
-        table.add_row(entry["group"], entry["name"], entry["summary"], entry["citation"].split("\n")[0])
+    columns = ("name", "summary", "citation") if options.group else ("group", "name", "summary")
+    table = Table(*columns)
+    for entry in listing if options.group else _in_short(listing):
+        table.add_row(*(entry[column].split("\n")[0] for column in columns))
     Console().print(table)
+    if not options.group:
+        print("nemo-bench ls GROUP names sources, nemo-bench ls GROUP NAME what can be set")
+
+
+def _in_short(listing: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """One entry for each file of metrics, with their names."""
+    files: dict[str, list[str]] = {}
+    others = []
+    for entry in listing:
+        file, _, metric = entry["name"].partition("/")
+        if metric:
+            files.setdefault(file, []).append(metric)
+        else:
+            others.append(dict(entry))
+    metrics = [{"group": "metrics", "name": file, "summary": ", ".join(names)} for file, names in files.items()]
+    return [*others, *metrics]
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -331,7 +355,8 @@ def _references(options: argparse.Namespace) -> None:
         print(f"{sum(map(len, same))} links gave {len(same)} files; a file of many links may stand in for lost images:")
         print("\n".join(f"same: {len(links)} x {links[0]}" for links in sorted(same, key=len, reverse=True)[:3]))
     print(f"{summary['prompts_without_reference']} of {summary['prompts']} prompts have no training image left")
-    print(f"use them: nemo-bench run prompts.references={options.folder}")
+    files = ",".join(options.lists)
+    print(f"use them: nemo-bench run 'prompts.files=[{files}]' prompts.references={options.folder}")
 
 
 def _train(options: argparse.Namespace) -> None:

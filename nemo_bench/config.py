@@ -21,7 +21,7 @@ import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from hydra.utils import get_object
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -87,6 +87,7 @@ class PromptSettings:
 
     Attributes:
         files: Prompt files, csv, jsonl, txt or parquet.
+        memorized: Those of the files whose prompts are memorized where no kind is annotated.
         references: Folder of reference images: of those that a file names by relative paths, and of those that
             ``nemo-bench references`` fetched; by default each file's own folder.
         calibration: General prompts for statistics and threshold.
@@ -98,6 +99,7 @@ class PromptSettings:
     """
 
     files: list[str] = MISSING
+    memorized: list[str] = field(default_factory=list)
     references: Optional[str] = None  # noqa: UP045
     calibration: Optional[str] = None  # noqa: UP045
     limit: Optional[int] = None  # noqa: UP045
@@ -256,7 +258,14 @@ def grid(overrides: Sequence[str], conf: Path | None = None) -> list[Choice]:
             if not any(o.key_or_group == "method" for o in _parse(words)):
                 words = [*words, f"method={DEFAULT_METHODS}"]
             cells |= dict.fromkeys(map(tuple, _product(words)))
-    return [_choose(list(cell), conf) for cell in dict.fromkeys(map(tuple, _share_out(list(cells), conf)))]
+    shared = dict.fromkeys(map(tuple, _share_out(list(cells), conf)))
+    try:
+        return [_choose(list(cell), conf) for cell in shared]
+    except ConfigError as error:
+        if any("method.source." in word for word in overrides):
+            raise
+        # It was shared out to the source, and given for the method.
+        raise ConfigError(str(error).replace("method.source.", "method.")) from error
 
 
 SCORING = ("metrics", "weights", "real_images", "batch_size", "workers", "trainer", "logger", "prompts.references")
@@ -362,11 +371,16 @@ def _share_out(cells: Sequence[Sequence[str]], conf: Path | None) -> list[list[s
     def placed(word: str, method: DictConfig) -> list[str]:
         """The setting where this method has it, nowhere if only others have it."""
         key = word.split("=")[0]
+        of_source = key.replace("method.", "method.source.", 1)
         if not key.startswith("method.") or _has(method, key):
             return [word]
-        if _has(method, key.replace("method.", "method.source.", 1)):
-            return [word.replace("method.", "method.source.", 1)]
-        return [] if any(_has(other, key) for other in composed.values()) else [word]
+        if _has(method, of_source):
+            return [word.replace(key, of_source, 1)]
+        if any(_has(other, place) for other in composed.values() for place in (key, of_source)):
+            return []
+        known = {str(name) for other in composed.values() for name in (*other.method, *other.method.get("source", ()))}
+        hint = nearest(key.removeprefix("method."), known - {"_target_", "source"})
+        raise ConfigError(f"unknown key '{key}': none of the methods that are compared has it. {hint}")
 
     chosen = [next(word for word in words if word in methods) for words in cells]
     return [
@@ -398,6 +412,8 @@ def _product(overrides: Sequence[str]) -> list[list[str]]:
 def _with_experiment(typed: list[str], conf: Path | None) -> list[list[str]]:
     """The lines of the experiment's grid, each completed by what was typed; or that alone."""
     parsed = _parse(typed)
+    # Files of one's own take the place of all prompts that an experiment names.
+    keys = [*(o.key_or_group for o in parsed), *("prompts" for o in parsed if o.key_or_group == "prompts.files")]
     chosen = [o for o in parsed if o.key_or_group == "experiment" and o.value() is not None]
     if not chosen:
         return [typed]
@@ -407,7 +423,7 @@ def _with_experiment(typed: list[str], conf: Path | None) -> list[list[str]]:
         lines = _compose([*(str(o.input_line) for o in chosen), *_search_path(conf)]).grid
 
     def is_typed(key: str) -> bool:
-        return any(f"{key}.".startswith(f"{o.key_or_group}.") for o in parsed)
+        return any(f"{key}.".startswith(f"{own}.") for own in keys)
 
     own = [[str(o.input_line) for o in _parse(_split(line)) if not is_typed(o.key_or_group)] for line in lines]
     return [[*words, *typed] for words in own or [[]]]
@@ -434,7 +450,8 @@ def _choose(overrides: Sequence[str], conf: Path | None) -> Choice:
         _check_option(override, conf)
     search = _search_path(conf)
     # Hydra knows no way to take an experiment back that is none already.
-    overrides = [str(o.input_line) for o in parsed if o.key_or_group != "experiment" or o.value() is not None]
+    overrides = [_word(o) for o in parsed if o.key_or_group != "experiment" or o.value() is not None]
+    keys = [o.key_or_group for o in parsed]
     groups = [word for word in overrides if _parse([word])[0].key_or_group in GROUPS]
     with initialize_config_module("nemo_bench.conf", version_base="1.3"):
         base = _compose([*groups, *search])
@@ -444,6 +461,11 @@ def _choose(overrides: Sequence[str], conf: Path | None) -> Choice:
         config = _compose([*overrides, *search])
     names = {group: str(name) for group, name in config.hydra.runtime.choices.items() if name and group in GROUPS}
     node = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
+    if "prompts.files" in keys:
+        files = list(node.prompts.files)
+        names["prompts"] = "+".join(re.sub(r"[^A-Za-z0-9._-]", "-", Path(resolve(file)).stem) for file in files)
+        if "prompts.memorized" not in keys:
+            node.prompts.memorized = [file for file in node.prompts.memorized if file in files]
     try:
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), node))
     except OmegaConfBaseException as error:
@@ -451,6 +473,13 @@ def _choose(overrides: Sequence[str], conf: Path | None) -> Choice:
     assert isinstance(settings, RunSettings)
     _check_values(settings)
     return Choice(names, settings)
+
+
+def _word(override: Override) -> str:
+    """An override as Hydra takes it; a single file need not be put into brackets."""
+    value = override.value()
+    is_file = override.key_or_group in ("prompts.files", "prompts.memorized") and isinstance(value, str | QuotedString)
+    return f"{override.key_or_group}=[{_quoted(str(value))}]" if is_file else str(override.input_line)
 
 
 def _search_path(conf: Path | None) -> list[str]:
@@ -467,9 +496,19 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
         key = getattr(cause, "full_key", None)
         given = next((o for o in overrides if key and o.split("=")[0] == key), "")
-        raise ConfigError(f"{given or 'settings'}: {_first_line(cause)}") from error
+        raise ConfigError(f"{given or 'settings'}: {_expected(str(key)) or _first_line(cause)}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"a YAML file can't be read: {' '.join(str(error).split())}") from error
+
+
+def _expected(key: str) -> str:
+    """What a setting takes, for an error message; empty where its type says nothing."""
+    hint: Any = RunSettings
+    for part in key.split("."):
+        hint = get_type_hints(hint).get(part) if inspect.isclass(hint) else None
+    if get_origin(hint) is Union:
+        hint = get_args(hint)[0]
+    return f"expected {_spell(hint)}" if hint in SPELLED or get_origin(hint) is list else ""
 
 
 def _first_line(error: BaseException) -> str:
@@ -516,6 +555,8 @@ def _check_values(settings: RunSettings) -> None:
             raise ConfigError(f"{key}={value}: expected at least {least:g}")
     if not re.fullmatch(r"[A-Za-z0-9._-]+", settings.name) or not settings.name.strip("."):
         raise ConfigError(f"name={settings.name}: expected letters, digits, '.', '_' and '-' only; it names a folder")
+    if unlisted := [file for file in settings.prompts.memorized if file not in settings.prompts.files]:
+        raise ConfigError(f"prompts.memorized: {unlisted[0]} is none of prompts.files={settings.prompts.files}")
     build(settings.method, "method")
     for name, node in settings.metrics.items():
         build(node, f"metrics.{name}")
@@ -533,8 +574,12 @@ def options(group: str, conf: Path | None = None) -> list[str]:
     """
     if group not in GROUPS:
         raise ConfigError(f"unknown group '{group}'. {nearest(group, GROUPS)}")
-    folders = [Path(str(resources.files("nemo_bench.conf"))) / group, *([conf / group] if conf else [])]
-    return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    return sorted({path.stem for folder in _folders(group, conf) for path in folder.glob("*.yaml")})
+
+
+def _folders(group: str, conf: Path | None) -> list[Path]:
+    """Where the files of a group are, the package's own first: of two files of one name Hydra takes that one."""
+    return [Path(str(resources.files("nemo_bench.conf"))) / group, *([conf / group] if conf else [])]
 
 
 def resolve(path: str) -> str:
@@ -603,9 +648,16 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, kind) if inspect.isclass(kind) else True
 
 
+SPELLED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
 def _spell(hint: Any) -> str:
+    if hint in SPELLED:
+        return SPELLED[hint]
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) is list:
+        return "a list, in brackets"
     return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "")
 
 
@@ -637,6 +689,29 @@ def describe_options(group: str, conf: Path | None = None) -> list[dict[str, str
             entries.append((name, getattr(node, "summary", ""), getattr(node, "citation", "")))
     keys = ("name", "summary", "citation")
     return [{"group": group, **dict(zip(keys, entry, strict=True))} for entry in entries]
+
+
+def explain_option(group: str, name: str, conf: Path | None = None) -> str:
+    """What can be set of one option of a group.
+
+    Args:
+        group: One of :data:`GROUPS`.
+        name: One of :func:`options`.
+        conf: The user's own folder.
+
+    Returns:
+        Its YAML file, with the words of the class that it names, if it names one.
+
+    Raises:
+        ConfigError: There is no such option.
+    """
+    if name not in (choices := options(group, conf)):
+        raise ConfigError(f"unknown {group} '{name}'. {nearest(name, choices)}")
+    path = next(p for folder in _folders(group, conf) if (p := folder / f"{name}.yaml").is_file())
+    text = path.read_text(encoding="utf-8")
+    target = dict(yaml.safe_load(text)).get("_target_")
+    words = inspect.getdoc(get_object(target)) if target else None
+    return "\n".join([f"# {path}", text, *([f"{target}:", words] if words else [])])
 
 
 def logger_settings(overrides: Sequence[str]) -> LoggerSettings:

@@ -15,7 +15,8 @@ from nemo_bench.config import Choice, PromptSettings, build, resolve
 from nemo_bench.diffusion import Source
 from nemo_bench.errors import NemoBenchError
 from nemo_bench.localization import read_statistics
-from nemo_bench.run import THRESHOLD, Cell, outlook, plan, read_files, source_of, to_measure, with_sources
+from nemo_bench.metrics import BenchMetric
+from nemo_bench.run import THRESHOLD, Cell, Runner, outlook, plan, read_files, source_of, to_measure, with_sources
 from nemo_bench.store import read_json, read_records
 from nemo_bench.types import Prompt
 
@@ -120,6 +121,7 @@ def forecast(choices: Sequence[Choice]) -> dict[str, Any]:
     Raises:
         NemoBenchError: Settings are wrong; what is merely missing is in ``needs``.
     """
+    Runner(choices[0].settings.trainer, progress=False)  # an error where this machine has no such devices
     survey = _Survey()
     countable = [kept for choice in choices if (kept := survey.take(choice))]
     cells = plan(countable, survey.unweighed) if countable else []
@@ -161,7 +163,7 @@ class _Survey:
         metrics = {}
         for name, node in settings.metrics.items():
             metric = build(node, f"metrics.{name}")
-            if self._there("metric", f"{name} ({metric.title})", metric.check):
+            if self._there("metric", what := f"{name} ({metric.title})", partial(_metric, metric, what)):
                 metrics[name] = node
         found = [self._there("prompts", file, partial(self._read, file, prompts)) for file in prompts.files]
         if all(found):
@@ -189,7 +191,7 @@ class _Survey:
 
     def _read(self, file: str, settings: PromptSettings) -> str:
         try:
-            self._prompts[file] = read_files([file], references=settings.references)
+            self._prompts[file] = read_files([file], None, settings.references, settings.memorized)
         except NemoBenchError as error:
             hint = f" {settings.obtain}" if settings.obtain else ""
             raise type(error)(f"{error}{hint}") from error
@@ -214,6 +216,13 @@ def _weights(source: Source) -> Need:
     if commit is None or isinstance(try_to_load_from_cache(source.place, _UNET, revision=commit), str):
         return Need("weights", source.path, "there")
     return Need("weights", source.path, "fetched", "some gigabytes, from the hub at the first use")
+
+
+def _metric(metric: BenchMetric, what: str) -> Need:
+    metric.check()
+    if metric.space.is_fetched:
+        return Need("metric", what, "there")
+    return Need("metric", what, "fetched", "its weights, from the hub before the first image")
 
 
 def _costs(cells: Sequence[Cell]) -> tuple[list[dict[str, Any]], dict[str, Pace]]:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from nemo_bench.config import grid
 from nemo_bench.diffusion import Diffusion
+from nemo_bench.errors import ConfigError
+from nemo_bench.prompts.readers import READERS
 from nemo_bench.report import load_results
-from nemo_bench.run import load_model, plan, read_files, run
+from nemo_bench.run import load_model, plan, read_files, read_listed, run
 from nemo_bench.types import Prompt, Record
 
 
@@ -36,7 +38,7 @@ def load_prompts(prompts: str = "planted", *overrides: str) -> tuple[list[Prompt
     """Reads the prompts of conf/prompts.
 
     Args:
-        prompts: Their name, as ``nemo-bench ls prompts`` lists it.
+        prompts: Their name, as ``nemo-bench ls prompts`` lists it, or a file of prompts.
         overrides: Settings as on the command line, such as ``"prompts.limit=10"``.
 
     Returns:
@@ -50,11 +52,11 @@ def load_prompts(prompts: str = "planted", *overrides: str) -> tuple[list[Prompt
         >>> prompts, general = load_prompts("planted")
         >>> nemo = NeMo().calibrate(load("planted"), general)
     """
-    (choice,) = grid([f"prompts={prompts}", "method=none", *overrides])
+    own = f"prompts.files={prompts!r}" if Path(prompts).suffix in READERS else f"prompts={prompts}"
+    (choice,) = grid([own, "method=none", *overrides])
     settings = choice.settings.prompts
     general = [settings.calibration] if settings.calibration else []
-    own = read_files(settings.files, settings.limit, settings.references)
-    return own, read_files(general, settings.calibration_limit)
+    return read_listed(settings), read_files(general, settings.calibration_limit)
 
 
 def benchmark(*overrides: str, conf: Path | str | None = None, progress: bool = False) -> Path:
@@ -75,6 +77,8 @@ def benchmark(*overrides: str, conf: Path | str | None = None, progress: bool = 
         >>> folder = benchmark("method=none,nemo", "prompts.limit=4", "name=small")
         >>> table = pandas.DataFrame(read_scores(folder))
     """
+    if not all(isinstance(word, str) for word in overrides):
+        raise ConfigError(f"benchmark{overrides}: expected words, each by itself, such as 'seeds=8'")
     cells = plan(grid(overrides, Path(conf) if conf else None))
     return run(cells, f"nemo_bench.benchmark({', '.join(map(repr, overrides))})", progress=progress)
 

@@ -393,8 +393,9 @@ class ScoringStage(Stage):
             return scene.field(field, space, self.device)
         key = (space.view, scene.size)
         if key not in self._pools:
-            pictures = [open_image(path) for path in self._pool_files]
-            self._pools[key] = space.embed(pictures, scene.size, self.device)
+            parts = [self._pool_files[i : i + CHUNK] for i in range(0, len(self._pool_files), CHUNK)]
+            seen = (space.embed([open_image(path) for path in part], scene.size, self.device) for part in parts)
+            self._pools[key] = torch.cat(list(seen))
         return self._pools[key]
 
 

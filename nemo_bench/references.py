@@ -234,8 +234,9 @@ class _Fetcher:
         address = _address(url)
         async with self.hosts.setdefault(address.host, asyncio.Semaphore(self.limits.per_host)), self.slots:
             content = await self._download(session, address)
-        async with self.decoders:
-            return await asyncio.to_thread(partial(_save, self.folder, url, content, self.limits))
+            # Within its slot, so that no more than the slots hold waits to be decoded.
+            async with self.decoders:
+                return await asyncio.to_thread(partial(_save, self.folder, url, content, self.limits))
 
     async def _download(self, session: aiohttp.ClientSession, address: URL) -> bytes:
         most = int(self.limits.megabytes * 2**20)

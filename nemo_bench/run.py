@@ -27,7 +27,16 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch.utils.data import DataLoader
 
 from nemo_bench.aggregate import GROUPS, aggregate, presets
-from nemo_bench.config import Choice, ModelSettings, RunSettings, SimilaritySettings, TrainerSettings, build, resolve
+from nemo_bench.config import (
+    Choice,
+    ModelSettings,
+    PromptSettings,
+    RunSettings,
+    SimilaritySettings,
+    TrainerSettings,
+    build,
+    resolve,
+)
 from nemo_bench.diffusion import Diffusion, Similarity, Source
 from nemo_bench.errors import ConfigError, NemoBenchError, StoreError, nearest
 from nemo_bench.localization import (
@@ -201,19 +210,35 @@ def _unmitigated(
     return found or (none if none.store.is_done("generate") else None)
 
 
-def read_files(files: Sequence[str], limit: int | None = None, references: str | None = None) -> list[Prompt]:
+def read_listed(settings: PromptSettings) -> list[Prompt]:
+    """Reads the prompts that are benchmarked.
+
+    Raises:
+        NemoBenchError: A file can't be read, or two have a prompt of the same id.
+    """
+    return read_files(settings.files, settings.limit, settings.references, settings.memorized)
+
+
+def read_files(
+    files: Sequence[str], limit: int | None = None, references: str | None = None, memorized: Sequence[str] = ()
+) -> list[Prompt]:
     """Reads the prompts of several files.
 
     Args:
         files: Prompt files; ``package:`` stands for the folder of this package.
         limit: Take so many prompts of each file.
         references: Folder that ``nemo-bench references`` filled.
+        memorized: Those of the files whose prompts are memorized where no kind is annotated.
 
     Raises:
         NemoBenchError: A file can't be read, or two have a prompt of the same id.
     """
     folder = Path(resolve(references)) if references else None
-    prompts = [p for file in files for p in read_prompts(resolve(file), references=folder, limit=limit)]
+    prompts = [
+        p
+        for file in files
+        for p in read_prompts(resolve(file), references=folder, memorized=file in memorized, limit=limit)
+    ]
     seen: set[str] = set()
     for prompt in prompts:
         if prompt.id in seen:
@@ -222,12 +247,10 @@ def read_files(files: Sequence[str], limit: int | None = None, references: str |
     return prompts
 
 
-def _read(
-    files: Sequence[str], limit: int | None, cache: dict[str, list[Prompt]], references: str | None = None
-) -> list[Prompt]:
-    key = digest([list(files), limit, references])
+def _read(cache: dict[str, list[Prompt]], *arguments: Any) -> list[Prompt]:
+    key = digest(arguments)
     if key not in cache:
-        cache[key] = read_files(files, limit, references)
+        cache[key] = read_files(*arguments)
     return cache[key]
 
 
@@ -238,11 +261,12 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
     if not isinstance(method, Method):
         raise ConfigError(f"method._target_={settings.method['_target_']}: expected a nemo_bench.methods.Method")
     check_metrics(settings)
-    prompts = _read(settings.prompts.files, settings.prompts.limit, cache, settings.prompts.references)
+    listed = settings.prompts
+    prompts = _read(cache, listed.files, listed.limit, listed.references, listed.memorized)
     published = read_statistics(Path(resolve(model.statistics))) if model.statistics else None
     measured = to_measure(method, model)
-    general = [settings.prompts.calibration] if measured and settings.prompts.calibration else []
-    calibration_prompts = _read(general, settings.prompts.calibration_limit, cache)
+    general = [listed.calibration] if measured and listed.calibration else []
+    calibration_prompts = _read(cache, general, listed.calibration_limit)
     if measured and len(calibration_prompts) < 2:
         msg = (
             f"method={choice.names['method']} needs general prompts, at least 2, given {len(calibration_prompts)}: set "
@@ -304,8 +328,9 @@ def check_metrics(settings: RunSettings) -> None:
     """Makes sure that metrics can be computed, before anything loads.
 
     Raises:
-        NemoBenchError: One is no metric, or weights or pictures that it needs are missing.
+        NemoBenchError: One is no metric, or weights or pictures that some need are missing; all of those are named.
     """
+    lacking: dict[tuple[type[NemoBenchError], str], list[str]] = {}
     for name, node in settings.metrics.items():
         metric = build(node, f"metrics.{name}")
         if not isinstance(metric, BenchMetric) or not metric.needs <= FIELDS:
@@ -316,7 +341,11 @@ def check_metrics(settings: RunSettings) -> None:
         try:
             metric.check()
         except NemoBenchError as error:
-            raise type(error)(f"metrics.{name}: {error}; without it: ~metrics.{name}") from error
+            lacking.setdefault((type(error), str(error)), []).append(f"metrics.{name}")
+    if lacking:
+        lines = [f"{', '.join(names)}: {message}" for (_, message), names in lacking.items()]
+        without = " ".join(f"'~{name}'" for names in lacking.values() for name in names)
+        raise next(kind for kind, _ in lacking)("\n".join([*lines, f"without: {without}"]))
 
 
 def to_measure(method: Method, model: ModelSettings) -> list[str]:
@@ -870,6 +899,7 @@ def _summary(cell: ImageCell) -> dict[str, Any]:
     memory = costs([*localized, *generated], "peak_memory_mb")
     return {
         "schema": SCHEMA,
+        "unmitigated": cell.unmitigated.id if cell.unmitigated else None,
         "metrics": about,
         "aggregates": aggregates,
         "presets": presets(scored, cell.prompts, about),

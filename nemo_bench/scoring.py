@@ -23,7 +23,7 @@ from nemo_bench.run import (
     is_main,
     note_start,
     open_folder,
-    read_files,
+    read_listed,
     renew_scores,
 )
 from nemo_bench.store import Store, iterate_records, read_json, write_json
@@ -151,7 +151,9 @@ def _reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> ImageC
     choice = rescore(overrides, names, read_json(folder / "env.json")["starts"][-1]["settings"], conf)
     settings = choice.settings
     settings.root, settings.name = str(folder.parent.parent), folder.parent.name
-    prompts = [_prompt(line) for line in (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    prompts = [
+        Prompt.of(json.loads(line)) for line in (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     if any(str(word).startswith("prompts.references=") for word in overrides):
         prompts = _with_references(folder, prompts, choice)
     missing = [str(path) for prompt in prompts for path in prompt.references if not path.is_file()]
@@ -169,25 +171,13 @@ def _reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> ImageC
     return ImageCell(choice=choice, prompts=prompts, spec=spec, store=store)
 
 
-def _prompt(line: str) -> Prompt:
-    fields: dict[str, Any] = json.loads(line)
-    references = tuple(Path(path) for path in fields["references"])
-    dead = tuple(fields.get("dead_references", ()))
-    return Prompt(fields["id"], fields["text"], fields["kind"], references, tuple(fields["tags"]), dead)
-
-
 def _with_references(folder: Path, prompts: Sequence[Prompt], choice: Choice) -> list[Prompt]:
     """The prompts with the reference images that they have now."""
-    read = {prompt.id: prompt for prompt in _read(choice)}
+    read = {prompt.id: prompt for prompt in read_listed(choice.settings.prompts)}
     if any(prompt.id not in read or read[prompt.id].text != prompt.text for prompt in prompts):
         files = ", ".join(choice.settings.prompts.files)
         raise StoreError(f"{folder} was made from other prompts than {files} holds now; leave prompts.references out")
     return [read[prompt.id] for prompt in prompts]
-
-
-def _read(choice: Choice) -> list[Prompt]:
-    settings = choice.settings.prompts
-    return read_files(settings.files, settings.limit, settings.references)
 
 
 def _of_images(
@@ -206,7 +196,7 @@ def _of_images(
     choice = one([*(word for word in overrides if not word.startswith("method=")), "method=none"], conf)
     settings = choice.settings
     check_metrics(settings)
-    prompts = _read(choice)
+    prompts = read_listed(choice.settings.prompts)
     found = mapped_images(mapping, folder, prompts) if mapping else named_images(folder, prompts)
     contents = check_images(folder, found, decode=is_main(), progress=progress and is_main())
     settings.method, title, citation = about_method(method, conf)

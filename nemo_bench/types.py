@@ -14,8 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from nemo_bench.errors import NemoBenchError
 
-Kind = Literal["VM", "TM"]
-"""Verbatim or template memorization, as annotated in the published list (Hintersdorf et al. 2024, section 4)."""
+Kind = Literal["VM", "TM", "memorized"]
+"""Verbatim or template memorization, as annotated in the published list (Hintersdorf et al. 2024, section 4); or
+memorized, nobody said in which way."""
 
 GENERAL = "general"
 """The name under which prompts without a kind are grouped in tables."""
@@ -27,7 +28,7 @@ class Prompt(NamedTuple):
     Attributes:
         id: Unique in its list; decides the seeds of its images.
         text: What the model is given.
-        kind: ``"VM"``, ``"TM"``, or None for a prompt not known to be memorized.
+        kind: ``"VM"``, ``"TM"``, ``"memorized"``, or None for a prompt not known to be memorized.
         references: Training images of the prompt, as files.
         tags: Free words for filters.
         dead_references: Links to training images of the prompt that could not be fetched.
@@ -40,9 +41,17 @@ class Prompt(NamedTuple):
     tags: tuple[str, ...] = ()
     dead_references: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Prompt:
+        """The prompt of a line of ``prompts.jsonl`` in a results folder."""
+        references, dead = (tuple(fields.get(name, ())) for name in ("references", "dead_references"))
+        return cls(
+            fields["id"], fields["text"], fields["kind"], tuple(map(Path, references)), tuple(fields["tags"]), dead
+        )
+
     @property
     def group(self) -> str:
-        """``"VM"``, ``"TM"`` or ``"general"``."""
+        """Its kind, or ``"general"``."""
         return self.kind or GENERAL
 
 

@@ -15,6 +15,7 @@ from nemo_bench.config import (
     Choice,
     build,
     describe_options,
+    explain_option,
     grid,
     logger_settings,
     options,
@@ -214,11 +215,13 @@ def test_metrics_can_be_added_and_left_out() -> None:
         ("model=plantet", "unknown model 'plantet'. Did you mean 'planted'.*Choices: .*planted"),
         ("method=nemmo", "unknown method 'nemmo'. Did you mean 'nemo'.*Choices: .*none"),
         ("experiment=smoky", "unknown experiment 'smoky'. Did you mean 'smoke'"),
-        ("seeds=abc", "seeds=abc: .*'abc'.*Integer"),
         ("model.steps=1.5", "model.steps=1.5"),
-        ("prompts.files=a.csv", "prompts.files=a.csv"),
-        ("method=nemo method.theta=x", "method.theta=x: expected float, given 'x'"),
-        ("method=random method.seed=1.5", "method.seed=1.5: expected int, given 1.5"),
+        ("prompts.files=3", "prompts.files=3: expected a list, in brackets"),
+        ("prompts.memorized=a.csv", "prompts.memorized: a.csv is none of prompts.files="),
+        ("seeds=two", "seeds=two: expected a whole number"),
+        ("model.local_files_only=maybe", "model.local_files_only=maybe: expected true or false"),
+        ("method=nemo method.theta=x", "method.theta=x: expected a number, given 'x'"),
+        ("method=random method.seed=1.5", "method.seed=1.5: expected a whole number, given 1.5"),
         ("method=nemo method.neurons=refind", "method.neurons=refind: expected one of refined, initial"),
         ("method=nemo method.theta=0.5", "theta > theta_min.*given 0.5"),
         ("seeds=0", "seeds=0: expected at least 1"),
@@ -268,7 +271,7 @@ def test_a_method_of_ones_own(own: Path) -> None:
     [
         ("_target_: mine_of_test_config.Mine", "method: mine_of_test_config.Mine also needs strength"),
         ("_target_: mine_of_test_config.Mine\nstrenght: 1", "'method.strenght'. Did you mean 'strength'"),
-        ("_target_: mine_of_test_config.Mine\nstrength: much", "method.strength=much: expected float"),
+        ("_target_: mine_of_test_config.Mine\nstrength: much", "method.strength=much: expected a number"),
         ("_target_: mine_of_test_config.Mine\nstrength: 1\nwords: [a, 2]", r"method.words=\['a', 2\]: expected list"),
         ("_target_: mine_of_test_config.Other", "can't be imported"),
         ("strength: 1", "method: expected _target_"),
@@ -352,8 +355,23 @@ def test_a_setting_goes_to_the_methods_that_have_it_and_to_the_source_of_a_contr
     none, random, nemo = grid(["method=none,random,nemo", "method.theta=4"])
     assert nemo.settings.method["theta"] == random.settings.method["source"]["theta"] == 4
     assert "theta" not in none.settings.method
-    with pytest.raises(ConfigError, match="no 'tetha'"):
-        grid(["method=none,nemo", "method.tetha=4"])
+    assert grid(["method=none,random", "method.theta=4"])[1].settings.method["source"]["theta"] == 4
+    for words, message in (
+        (["method=none,nemo", "method.tetha=4"], "unknown key 'method.tetha': none of the methods .* 'theta'"),
+        (["method=none,random", "method.theta=abc"], "^method.theta=abc: expected a number, given 'abc'"),
+        (["method=random", "method.source.theta=abc"], "^method.source.theta=abc: expected a number"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            grid(words)
+
+
+def test_an_option_is_explained_by_its_file_and_its_class() -> None:
+    text = explain_option("method", "nemo")
+    assert "theta_min: 1.0" in text
+    assert "theta_min: Where the search ends" in text
+    assert "guidance: 7" in explain_option("model", "sd14")
+    with pytest.raises(ConfigError, match=r"unknown model 'sd1'.*Choices"):
+        explain_option("model", "sd1")
 
 
 def test_settings_of_the_logger_alone() -> None:

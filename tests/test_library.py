@@ -34,8 +34,9 @@ def test_prompts_by_name_and_the_general_ones() -> None:
     assert all(path.is_file() for path in prompts[0].references)
     assert [prompt.kind for prompt in general] == [None] * 5
     assert load_prompts("planted", "prompts.calibration=null")[1] == []
-    with pytest.raises(PromptError, match="no such file"):
-        load_prompts("planted", "prompts.files=[missing.csv]")
+    for words in (("planted", "prompts.files=[missing.csv]"), ("missing.csv",)):
+        with pytest.raises(PromptError, match="no such file"):
+            load_prompts(*words)
 
 
 def test_a_prompt_and_seeds_give_what_conditioning_and_latents_give(tiny: Diffusion) -> None:

@@ -90,9 +90,9 @@ class BenchMetric(Metric):
         return {"space": self.space.content()}
 
     def describe(self) -> dict[str, Any]:
-        """What a reader of scores must know of the metric."""
+        """What a reader of scores must know of the metric; ``measure`` is its class."""
         fields = ("title", "description", "citation", "higher_is_better", "lower", "upper", "family", "per")
-        return {field: getattr(self, field) for field in fields}
+        return {"measure": type(self).__name__, **{field: getattr(self, field) for field in fields}}
 
     @abstractmethod
     def score(self, **fields: Any) -> Tensor:

@@ -18,6 +18,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -90,6 +91,10 @@ def loaded(space: Network | LPIPS, device: torch.device) -> nn.Module:
     return network
 
 
+HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+"""What open_clip takes from a repository of the hub."""
+
+
 class _Clip(nn.Module):
     def __init__(self, model: str, pretrained: str | None) -> None:
         super().__init__()
@@ -157,6 +162,17 @@ class OpenClip(Network):
         if self.pretrained and Path(self.pretrained).is_file():
             return {**content, "pretrained": file_digest(Path(self.pretrained))}
         return content
+
+    @property
+    def is_fetched(self) -> bool:
+        """See :attr:`Space.is_fetched`."""
+        if self._folder or Path(str(self.pretrained)).is_file():
+            return True
+        place, _, file = (
+            open_clip.get_pretrained_cfg(self.model, str(self.pretrained)).get("hf_hub", "").rpartition("/")
+        )
+        files = [file] if file else HUB_FILES
+        return any(isinstance(try_to_load_from_cache(place, name), str) for name in files)
 
     def fetch(self) -> None:
         """See :meth:`Space.fetch`."""

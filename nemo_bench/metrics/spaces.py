@@ -65,6 +65,11 @@ class Space(ABC):
             NemoBenchError: Weights or a library are missing; the message says how to get them.
         """
 
+    @property
+    def is_fetched(self) -> bool:
+        """Whether :meth:`fetch` has nothing to download."""
+        return True
+
     def fetch(self) -> None:  # noqa: B027 - most spaces have nothing to fetch
         """Downloads what it has to, before anything runs.
 

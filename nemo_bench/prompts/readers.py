@@ -20,13 +20,21 @@ from nemo_bench.types import Kind, Prompt, Record, digest
 
 # Accepted column names in lower case; where a file has several of a group, the first one counts.
 TEXT_COLUMNS = ("caption", "prompt", "text")
-KIND_COLUMNS = ("kind", "type")
+KIND_COLUMNS = ("kind", "type", "overfit_type")
 REFERENCE_COLUMNS = ("references", "reference")
 LINK_COLUMNS = ("url", "urls")
 ID_COLUMNS = ("id", "index", "#0")  # "#0" is a first column without a name, as pandas writes it
 
 # The field writes the two words in either order: verbatim memorization, matching verbatim.
-KINDS: dict[str, Kind | None] = {"": None, "VM": "VM", "MV": "VM", "TM": "TM", "TV": "TM"}
+KINDS: dict[str, Kind | None] = {
+    "": None,
+    "VM": "VM",
+    "MV": "VM",
+    "RV": "VM",  # a copy, by retrieval
+    "TM": "TM",
+    "TV": "TM",
+    "MEMORIZED": "memorized",
+}
 
 
 class _Needed(NamedTuple):
@@ -54,7 +62,7 @@ def read_prompts(
     path: Path | str,
     *,
     references: Path | None = None,
-    kind: Kind | None = None,
+    memorized: bool = False,
     limit: int | None = None,
     prefix: str = "",
 ) -> list[Prompt]:
@@ -63,7 +71,7 @@ def read_prompts(
     ``.csv`` (separated by ``,`` or ``;``), ``.jsonl`` and ``.parquet`` have columns, found whatever their case:
 
     - text: ``caption``, ``prompt`` or ``text``, kept letter by letter;
-    - kind, if any: ``kind`` or ``type``, holding VM (or MV), TM (or TV), or nothing;
+    - kind, if any: ``kind``, ``type`` or ``overfit_type``, holding VM (MV, RV), TM (TV), memorized, or nothing;
     - id, if any: ``id``, ``index`` or a first column without a name. An ``id`` must be unique, the others are used
       only if they are;
     - reference images, if any: ``references`` or ``reference``, file names separated by ``|``, or a list;
@@ -76,7 +84,7 @@ def read_prompts(
     Args:
         path: The file.
         references: Folder that relative reference files and fetched ones are in; by default the folder of ``path``.
-        kind: Keeps the prompts of this kind only.
+        memorized: Whether prompts without a kind are memorized, in a way that nobody annotated.
         limit: Keeps at most this many prompts (at least 1), the first ones.
         prefix: What numbered ids start with; by default the file name without its ending.
 
@@ -94,15 +102,10 @@ def read_prompts(
     rows = read_rows(path)
     folder = path.parent if references is None else Path(references)
     prompts = [
-        Prompt(id_, _text(row), _kind(row), _references(row, folder))
+        Prompt(id_, _text(row), _kind(row) or ("memorized" if memorized else None), _references(row, folder))
         for id_, row in zip(_ids(rows, prefix or path.stem), rows, strict=True)
     ]
     links = {prompt.id: _links(row) for prompt, row in zip(prompts, rows, strict=True)}
-    if kind is not None:
-        found = sorted({prompt.group for prompt in prompts})
-        prompts = [prompt for prompt in prompts if prompt.kind == kind]
-        if not prompts:
-            raise PromptError(f"{path}: no prompt is of kind {kind!r}; the file has {', '.join(found)}")
     prompts = prompts[:limit]
     if (folder / MANIFEST).is_file():
         prompts = _with_fetched(path, folder, prompts, links)

@@ -165,20 +165,22 @@ def test_many_sign_patterns_are_drawn() -> None:
     assert paired(np.zeros(60))["p"] == 1
 
 
-SIMILARITY = {"family": "memorization", "per": "image", "lower": -1.0, "upper": 1.0}
+SIMILARITY = {"measure": "TrainingImage", "family": "memorization", "per": "image", "higher_is_better": False}
 METRICS: dict[str, dict[str, Any]] = {
     "sscd": SIMILARITY,
-    "rate": {**SIMILARITY, "lower": 0.0},
-    "clip": {**SIMILARITY, "family": "alignment"},
-    "change": {**SIMILARITY, "family": "change"},
-    "neurons": {"family": "localization", "per": "prompt", "lower": 0.0, "upper": None},
+    "far": {**SIMILARITY, "higher_is_better": True},
+    "rate": {**SIMILARITY, "measure": "MemorizationRate"},
+    "nearest": {**SIMILARITY, "measure": "NearestTrainingImage"},
+    "clip": {**SIMILARITY, "measure": "Alignment", "family": "alignment"},
+    "change": {**SIMILARITY, "measure": "Change", "family": "change"},
+    "neurons": {"measure": "NeuronCount", "family": "localization", "per": "prompt", "higher_is_better": None},
 }
 
 
 def preset_records() -> list[Record]:
     images = {"a": [0.9, 0.8, 0.1, 0.4], "b": [0.6, 0.2], "c": [0.3, 0.3]}
     lines = [
-        seeded(prompt, seed, sscd=value, rate=float(value > 0.5), clip=value / 2, change=1 - value)
+        seeded(prompt, seed, sscd=value, far=-value, rate=value > 0.5, nearest=value, clip=value / 2, change=1 - value)
         for prompt, values in images.items()
         for seed, value in enumerate(values)
     ]
@@ -200,6 +202,7 @@ def test_the_presets_by_hand() -> None:
     # Medians over images 0.6 and 0.4, of which the median is 0.5 and either is 0.1 away.
     nemo = found["nemo"]["rows"]
     assert set(nemo) == {"VM", "TM"}
+    assert set(nemo["VM"]) == {"sscd", "far", "clip", "change", "neurons"}
     assert (nemo["VM"]["sscd"]["value"], nemo["VM"]["sscd"]["spread"]) == pytest.approx((0.5, 0.1))
     assert nemo["VM"]["neurons"]["value"] == 0.5
     membench = found["membench"]["rows"]
@@ -210,7 +213,7 @@ def test_the_presets_by_hand() -> None:
     }
     assert membench["all"]["sscd, above 0.5"]["value"] == pytest.approx(1 / 3)
     wen = found["wen"]["rows"]
-    assert set(wen["VM"]) == {"sscd", "rate", "clip"}
+    assert set(wen["VM"]) == {"sscd", "far", "clip"}
     assert wen["VM"]["sscd"] == {**wen["VM"]["sscd"], "value": pytest.approx(0.475), "spread": None, "prompts": 2}
 
 

@@ -152,11 +152,18 @@ def test_the_first_of_several_columns_counts(write: Write) -> None:
     assert triples(read_prompts(path)) == [("9", "b", None)]
 
 
-def test_kind_and_limit_leave_ids_as_they_are(write: Write) -> None:
+def test_prompts_of_no_annotated_kind_may_be_memorized(write: Write) -> None:
+    path = write("p.csv", "text,kind\na,TM\nb,\nc,memorized\n")
+    assert [p.kind for p in read_prompts(path)] == ["TM", None, "memorized"]
+    prompts = read_prompts(path, memorized=True)
+    assert [p.group for p in prompts] == ["TM", "memorized", "memorized"]
+
+
+def test_the_first_prompts(write: Write) -> None:
     path = write("p.csv", "text;kind\na;TM\nb;VM\nc;VM\nd;VM\n")
-    assert triples(read_prompts(path, kind="VM", limit=2, prefix="list")) == [
+    assert triples(read_prompts(path, limit=2, prefix="list")) == [
+        ("list-0001", "a", "TM"),
         ("list-0002", "b", "VM"),
-        ("list-0003", "c", "VM"),
     ]
 
 
@@ -264,10 +271,8 @@ def test_missing_references_are_counted(write: Write) -> None:
     assert "there.png" not in message
 
 
-def test_kind_without_prompts_and_limit_too_small(write: Write) -> None:
+def test_a_limit_that_is_too_small(write: Write) -> None:
     path = write("p.csv", "text,kind\na,TM\nb,\n")
-    with pytest.raises(PromptError, match=r"no prompt is of kind 'VM'; the file has TM, general"):
-        read_prompts(path, kind="VM")
     with pytest.raises(PromptError, match=r"limit is 0"):
         read_prompts(path, limit=0)
 

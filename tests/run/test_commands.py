@@ -112,7 +112,7 @@ def test_a_run_tells_every_logger_and_unchanged_results_only_once(tmp_path: Path
     [
         (["method=nemoo"], "Did you mean 'nemo'?"),
         (["sedes=3"], "Did you mean 'seeds'?"),
-        (["seeds=many"], "could not be converted to Integer"),
+        (["seeds=many"], "seeds=many: expected a whole number"),
         (["model=planed"], "Did you mean 'planted'?"),
         (["model.source=/nowhere/model"], "no pipeline folder"),
         (["prompts.files=[missing.csv]"], "missing.csv"),
@@ -150,8 +150,18 @@ def test_ls_is_a_list_of_objects(capsys: pytest.CaptureFixture[str]) -> None:
     listing = json.loads(capsys.readouterr().out)
     assert {entry["name"] for entry in listing} >= {"none", "random", "nemo"}
     assert all({"name", "summary", "citation"} <= entry.keys() for entry in listing)
+    assert main(["ls"]) == 0
+    assert "ssim, ssim_nearest" in capsys.readouterr().out
+    assert main(["ls", "method", "nemo"]) == 0
+    assert "theta_min: 1.0" in capsys.readouterr().out
     assert main(["ls", "metods"]) == 1
     assert "Did you mean 'method'?" in capsys.readouterr().err
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_error() -> None:
+    listing = f"{sys.executable} -m nemo_bench.cli ls --json | head -c 1"
+    done = subprocess.run(listing, shell=True, capture_output=True, text=True, check=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("[", "")
 
 
 def test_report_and_export_of_a_finished_cell(

@@ -32,6 +32,28 @@ def test_it_runs_on_the_embedded_model(name: str, tmp_path: Path, prompt_file: P
     assert (folder / "report.html").is_file()
 
 
+def cells_of(name: str, *words: str) -> list[tuple[str, str, int]]:
+    choices = grid([f"experiment={name}", *words])
+    return [(c.names["prompts"], c.names["method"], c.settings.seeds) for c in choices]
+
+
+def test_quality_is_that_of_general_captions() -> None:
+    methods = ("none", "random", "nemo")
+    assert cells_of("nemo_table") == [
+        *(("nemo", method, 10) for method in (*methods, "nemo")),
+        *(("coco", method, 1) for method in methods),
+    ]
+    settings = grid(["experiment=membench"])[0].settings
+    assert settings.prompts.memorized == settings.prompts.files
+
+
+@pytest.mark.parametrize("words", [["prompts.files=mine.csv"], ["prompts=planted"]])
+def test_other_prompts_are_taken_once(words: list[str]) -> None:
+    (name,) = {prompts for prompts, _, _ in cells_of("membench", *words)}
+    assert name in ("mine", "planted")
+    assert len(cells_of("membench", *words)) == 3
+
+
 @pytest.mark.parametrize("name", [name for name in options("experiment") if name.startswith("sensitivity")])
 def test_a_study_is_counted_on_the_embedded_model(name: str, tmp_path: Path) -> None:
     expected = forecast(grid([f"experiment={name}", "prompts.limit=1", f"root={tmp_path}"]))
