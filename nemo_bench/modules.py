@@ -168,6 +168,7 @@ class LocalizationStage(Stage):
     def _localize(self, task: PromptTask) -> Record:
         prompt, method = task.prompt, self.method
         seeds = seeds_of(prompt, "localize", range(self.seeds))
+        before = self.model.row_passes
         result = method.localize(self.model, prompt, method.protocol.latents(self.model, seeds))
         latents = self.model.latents(seeds)
         text = self.model.encode([prompt.text])
@@ -195,7 +196,7 @@ class LocalizationStage(Stage):
             "truncated": self.model.truncated(prompt.text),
             "memorization": float(pairs.mean()),
             "noise": self.store.save_image(f"noise/{name}.png", picture),
-            "cost": {"row_passes": result.row_passes + self.seeds},
+            "cost": {"row_passes": self.model.row_passes - before},
         }
 
 
@@ -220,17 +221,20 @@ class GenerationStage(Stage):
         neurons = tuple(self.neurons.get(p.id, Neurons()) for p in prompts)
         text = self.model.encode([p.text for p in prompts])
         batch = Batch(prompts, text, self.model.latents(seeds), seeds, neurons)
+        before = self.model.row_passes
         with self.method.apply(self.model, batch) as changed:
             images = self.model.generate(changed.text, changed.latents, changed.unconditional)
+        each = round((self.model.row_passes - before) / len(tasks), 2)
         return [
             {
                 "id": task.id,
                 "prompt": task.prompt.id,
                 "seed": task.seed,
                 "image": self.store.save_image(f"images/{file_name(task.prompt)}_{task.seed:02d}.png", to_image(image)),
-                "cost": {"row_passes": self.model.passes_per_image},
+                **({"notes": dict(changed.notes[row])} if changed.notes else {}),
+                "cost": {"row_passes": each},
             }
-            for task, image in zip(tasks, images, strict=True)
+            for row, (task, image) in enumerate(zip(tasks, images, strict=True))
         ]
 
 

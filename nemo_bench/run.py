@@ -236,6 +236,7 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
     method = build(settings.method, "method")
     if not isinstance(method, Method):
         raise ConfigError(f"method._target_={settings.method['_target_']}: expected a nemo_bench.methods.Method")
+    method.batch_size = settings.batch_size
     check_metrics(settings)
     prompts = _read(settings.prompts.files, settings.prompts.limit, cache, settings.prompts.references)
     published = read_statistics(Path(resolve(model.statistics))) if model.statistics else None
@@ -666,7 +667,6 @@ class Runner:
                 write_json(cell.store.folder / "layers.json", widths)
             found = by_prompt(cell.source.store) if cell.source else {}
             cell.method.fit({name: localization_of(record) for name, record in found.items()}, widths)
-            cell.method.batch_size = cell.choice.settings.batch_size
             return LocalizationStage(self.model(cell), cell.method, cell.choice.settings.localize_seeds, cell.store)
 
         self._predict("localize", cell.spec["method"], cell.prompt_tasks, cell.store, make, 1)

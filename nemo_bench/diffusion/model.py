@@ -65,6 +65,9 @@ class Diffusion(nn.Module):
         similarity: How noise differences are compared.
         compiled: Compile the UNet with torch.compile at its first pass.
 
+    Attributes:
+        row_passes: UNet passes of one sample made so far; gradients that go back through a pass count as another one.
+
     Raises:
         ModelError: The pipeline is of another class, or has no such value layer.
     """
@@ -98,6 +101,7 @@ class Diffusion(nn.Module):
         if compiled:
             # Hooks that a network gets after it was compiled are ignored, so the masks come first.
             self.unet.compile()
+        self.row_passes = 0
         self._unconditional: Conditioning | None = None
 
     @classmethod
@@ -183,6 +187,10 @@ class Diffusion(nn.Module):
         tokenizers = [part for name, part in self.pipeline.components.items() if name.startswith("tokenizer")]
         return any(len(t(text, truncation=False, verbose=False).input_ids) > t.model_max_length for t in tokenizers)
 
+    def token_count(self, text: str) -> int:
+        """Number of tokens of a prompt, its start and its end included, as far as the text encoder reads."""
+        return len(self.pipeline.tokenizer(text, truncation=True).input_ids)
+
     def latents(self, seeds: Sequence[int]) -> Tensor:
         """Starting noise, each row from a CPU generator of its own, so equal on every device and in every batch.
 
@@ -221,8 +229,30 @@ class Diffusion(nn.Module):
         """
         height, width = (side * self.pipeline.vae_scale_factor for side in latents.shape[2:])
         output = self.unet(latents, timestep, **self.family.unet_inputs(text, (height, width))).sample
+        self._count_passes(len(latents))
+        if output.requires_grad:
+            output.register_hook(lambda gradient: self._count_passes(len(gradient)))
         own, of_latents = self._noise_weights(timestep)
         return own * output.float() + of_latents * latents.float()
+
+    def text_noise(self, latents: Tensor, timestep: int, text: Conditioning) -> Tensor:
+        """What a prompt adds to the predicted noise: conditional minus unconditional, of one UNet pass for both.
+
+        Args:
+            latents: See :meth:`predict_noise`.
+            timestep: Likewise.
+            text: Likewise.
+
+        Returns:
+            The difference in float32, shaped as the latents.
+        """
+        # Copies, since what was made in inference mode takes no part in gradients.
+        both = self.unconditional(len(text)).clone().followed_by(text.clone())
+        unconditional, conditional = self.predict_noise(torch.cat([latents, latents]), timestep, both).chunk(2)
+        return conditional - unconditional
+
+    def _count_passes(self, rows: int) -> None:
+        self.row_passes += rows
 
     def _noise_weights(self, timestep: int) -> tuple[float, float]:
         """What output and latents are multiplied by to sum up to the noise predicted (Salimans and Ho 2022)."""
@@ -300,6 +330,7 @@ class Diffusion(nn.Module):
             guidance_scale=self.guidance,
             output_type="pt",
         ).images
+        self._count_passes(len(text) * self.passes_per_image)
         return images.float().clamp(0, 1)
 
     @property

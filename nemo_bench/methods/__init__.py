@@ -1,6 +1,7 @@
 """Mitigations, one file each."""
 
 from nemo_bench.methods.base import Batch, Method
+from nemo_bench.methods.embedding_optimization import EmbeddingOptimization
 from nemo_bench.methods.nemo import BlockNeurons, NeMo
 from nemo_bench.methods.no_mitigation import NoMitigation
 from nemo_bench.methods.perturbed_prompts import EmbeddingNoise, RandomNumbers, RandomTokens, RepeatedWords
@@ -14,6 +15,7 @@ __all__ = [
     "BlockNeurons",
     "DynamicTransition",
     "EmbeddingNoise",
+    "EmbeddingOptimization",
     "Method",
     "NeMo",
     "NoMitigation",

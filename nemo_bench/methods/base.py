@@ -29,6 +29,7 @@ class Batch:
         seeds: Seed of the starting noise of each row; what a method draws for an image follows from it.
         neurons: What localizing found for the prompt of each row.
         unconditional: What guidance leads away from, of each row, or None for the model's own.
+        notes: What a method has to tell of each row, for the records; empty where it has nothing to tell.
     """
 
     prompts: tuple[Prompt, ...]
@@ -37,6 +38,7 @@ class Batch:
     seeds: tuple[int, ...]
     neurons: tuple[Neurons, ...]
     unconditional: Conditioning | None = None
+    notes: tuple[Mapping[str, Any], ...] = ()
 
 
 class Method(ABC):

@@ -1,0 +1,65 @@
+"""What every method that changes embeddings, noise, guidance, attention or weights must keep to, whatever it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from batches import batch_of, images_of, rows_of
+from nemo_bench import Diffusion
+from nemo_bench.diffusion import Similarity
+from nemo_bench.methods import EmbeddingOptimization, Method
+from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl
+
+METHODS: dict[str, Callable[[], Method]] = {
+    "embedding_optimization": lambda: EmbeddingOptimization(0.0, steps=3, images=2),
+    "embedding_optimization of images": lambda: EmbeddingOptimization(0.0, steps=3, images=None),
+}
+"""Methods with settings under which they act on any model."""
+PIPELINES = {"sd1": tiny_pipeline, "sd2": tiny_sd2, "sdxl": tiny_sdxl}
+
+
+@pytest.fixture(scope="module", params=[*PIPELINES])
+def model(request: pytest.FixtureRequest) -> Diffusion:
+    return Diffusion(PIPELINES[request.param](), steps=4, guidance=3.0, similarity=Similarity(1.0, ()))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_acts_and_leaves_the_model_as_it_was(model: Diffusion, name: str) -> None:
+    batch, method = batch_of(model, [(0, 0), (0, 1), (1, 0)]), METHODS[name]()
+    before, plain = model.state_digest(), model.generate(batch.text, batch.latents)
+    hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
+    changed = images_of(model, method, batch)
+    assert model.state_digest() == before
+    assert hooks == sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
+    assert torch.equal(model.generate(batch.text, batch.latents), plain)
+    assert all((changed - plain).flatten(1).abs().amax(1) > 1e-3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_works_in_inference_mode(model: Diffusion, name: str) -> None:
+    batch = batch_of(model, [(0, 0), (1, 0)])
+    with torch.inference_mode():
+        there = images_of(model, METHODS[name](), batch_of(model, [(0, 0), (1, 0)]))
+    torch.testing.assert_close(images_of(model, METHODS[name](), batch), there.clone(), rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_error_inside_leaves_no_trace(model: Diffusion, name: str) -> None:
+    batch, before = batch_of(model, [(0, 0)]), model.state_digest()
+    plain = model.generate(batch.text, batch.latents)
+    with pytest.raises(KeyError), METHODS[name]().apply(model, batch):
+        raise KeyError
+    assert model.state_digest() == before
+    assert torch.equal(model.generate(batch.text, batch.latents), plain)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_are_as_if_they_were_alone(model: Diffusion, name: str) -> None:
+    batch = batch_of(model, [(0, 0), (0, 1), (1, 0)])
+    together = images_of(model, METHODS[name](), batch)
+    for row in range(3):
+        alone = images_of(model, METHODS[name](), rows_of(batch, [row]))
+        torch.testing.assert_close(together[[row]], alone, rtol=0, atol=2e-2)
