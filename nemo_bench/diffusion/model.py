@@ -20,6 +20,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
+from nemo_bench.diffusion.attention import Edit, cross_attentions, edit_attention
 from nemo_bench.diffusion.families import Conditioning, family_of
 from nemo_bench.diffusion.guidance import Rule, Step
 from nemo_bench.diffusion.masks import NeuronMasks
@@ -302,6 +303,21 @@ class Diffusion(nn.Module):
             yield
         finally:
             hook.remove()
+
+    def edit_attention(self, edit: Edit, block: str = "") -> AbstractContextManager[None]:
+        """Edits the logits of cross-attention while the context is open.
+
+        Args:
+            edit: Called in every UNet pass, once a layer; it sees the rows of the pass, see
+                :func:`nemo_bench.diffusion.attention.conditional_rows`.
+            block: Beginning of the paths of the layers, such as ``"down_blocks.0."``; all where empty.
+
+        Raises:
+            ModelError: There is no such layer, or the UNet is compiled.
+        """
+        if self.compiled:
+            raise ModelError("model.compiled=True: a method that edits attention needs model.compiled=false")
+        return edit_attention(cross_attentions(self.unet, block), edit)
 
     def generate(
         self,

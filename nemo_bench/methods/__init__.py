@@ -1,5 +1,6 @@
 """Mitigations, one file each."""
 
+from nemo_bench.methods.attention_rescaling import AttentionRescaling
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.embedding_optimization import EmbeddingOptimization
 from nemo_bench.methods.nemo import BlockNeurons, NeMo
@@ -11,6 +12,7 @@ from nemo_bench.methods.shared_neurons import SharedNeurons
 from nemo_bench.methods.transition_point import DynamicTransition, StaticTransition
 
 __all__ = [
+    "AttentionRescaling",
     "Batch",
     "BlockNeurons",
     "DynamicTransition",
