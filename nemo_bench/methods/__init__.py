@@ -3,6 +3,7 @@
 from nemo_bench.methods.attention_rescaling import AttentionRescaling
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.embedding_optimization import EmbeddingOptimization
+from nemo_bench.methods.initial_noise import AdjustedNoise, OptimizedNoise
 from nemo_bench.methods.nemo import BlockNeurons, NeMo
 from nemo_bench.methods.no_mitigation import NoMitigation
 from nemo_bench.methods.perturbed_prompts import EmbeddingNoise, RandomNumbers, RandomTokens, RepeatedWords
@@ -12,6 +13,7 @@ from nemo_bench.methods.shared_neurons import SharedNeurons
 from nemo_bench.methods.transition_point import DynamicTransition, StaticTransition
 
 __all__ = [
+    "AdjustedNoise",
     "AttentionRescaling",
     "Batch",
     "BlockNeurons",
@@ -21,6 +23,7 @@ __all__ = [
     "Method",
     "NeMo",
     "NoMitigation",
+    "OptimizedNoise",
     "RandomNeurons",
     "RandomNumbers",
     "RandomTokens",

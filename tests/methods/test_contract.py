@@ -10,13 +10,15 @@ import torch
 from batches import batch_of, images_of, rows_of
 from nemo_bench import Diffusion
 from nemo_bench.diffusion import Similarity
-from nemo_bench.methods import AttentionRescaling, EmbeddingOptimization, Method
+from nemo_bench.methods import AdjustedNoise, AttentionRescaling, EmbeddingOptimization, Method, OptimizedNoise
 from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl
 
 METHODS: dict[str, Callable[[], Method]] = {
+    "adjusted_noise": AdjustedNoise,
     "attention_rescaling": lambda: AttentionRescaling(2.0),
     "embedding_optimization": lambda: EmbeddingOptimization(0.0, steps=3, images=2),
     "embedding_optimization of images": lambda: EmbeddingOptimization(0.0, steps=3, images=None),
+    "optimized_noise": lambda: OptimizedNoise(0.0, steps=3),
 }
 """Methods with settings under which they act on any model."""
 PIPELINES = {"sd1": tiny_pipeline, "sd2": tiny_sd2, "sdxl": tiny_sdxl}
