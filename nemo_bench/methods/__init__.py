@@ -8,11 +8,13 @@ from nemo_bench.methods.nemo import BlockNeurons, NeMo
 from nemo_bench.methods.no_mitigation import NoMitigation
 from nemo_bench.methods.perturbed_prompts import EmbeddingNoise, RandomNumbers, RandomTokens, RepeatedWords
 from nemo_bench.methods.random_neurons import RandomNeurons
+from nemo_bench.methods.sail import SAIL
 from nemo_bench.methods.saved import SavedNeurons
 from nemo_bench.methods.shared_neurons import SharedNeurons
 from nemo_bench.methods.transition_point import DynamicTransition, StaticTransition
 
 __all__ = [
+    "SAIL",
     "AdjustedNoise",
     "AttentionRescaling",
     "Batch",

@@ -58,7 +58,7 @@ def descend(
             losses = loss(open_rows, torch.stack([leaves[row] for row in open_rows]))
             for row, value in zip(open_rows, losses.detach(), strict=True):
                 last[row] = value
-            above = (losses.detach().amin(1) > target).tolist()
+            above = (~(losses.detach().amin(1) <= target)).tolist()  # not a number is not there
             open_rows = [row for row, still in zip(open_rows, above, strict=True) if still]
             if not open_rows:
                 break
@@ -71,6 +71,17 @@ def descend(
             optimize.step()
         reached = tuple(row not in open_rows for row in range(len(leaves)))
         return Descent(torch.stack(leaves).detach(), torch.stack(last), tuple(taken), reached)
+
+
+def norms(values: Tensor) -> Tensor:
+    """L2 norms of the rows, (N,)."""
+    return values.flatten(1).norm(dim=1)
+
+
+def unit(values: Tensor) -> Tensor:
+    """The rows divided by their L2 norms; zeros stay zeros."""
+    lengths = norms(values).clamp(min=torch.finfo(torch.float32).tiny)
+    return values / lengths.view(-1, *[1] * (values.dim() - 1))
 
 
 def check_precision(model: Diffusion) -> None:

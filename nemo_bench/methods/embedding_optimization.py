@@ -15,7 +15,7 @@ from torch import Tensor
 from nemo_bench.diffusion import Conditioning, Diffusion
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
-from nemo_bench.methods.descent import check_precision, descend
+from nemo_bench.methods.descent import check_precision, descend, norms
 from nemo_bench.prompts import seeds_of
 from nemo_bench.types import Prompt, Record
 
@@ -193,7 +193,7 @@ class EmbeddingOptimization(OptimizedEmbedding):
     def measure(self, model: Diffusion, prompts: Sequence[Prompt], text: Conditioning, latents: Tensor) -> Measure:
         """See :meth:`OptimizedEmbedding.measure`."""
         noises = noises_of(model, text, latents, model.timestep())
-        return lambda images, embeddings: noises(images, embeddings)[1].flatten(1).norm(dim=1)
+        return lambda images, embeddings: norms(noises(images, embeddings)[1])
 
     def together(self, values: Tensor) -> Tensor:
         """See :meth:`OptimizedEmbedding.together`."""

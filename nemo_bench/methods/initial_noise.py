@@ -17,7 +17,7 @@ from torch import Tensor
 from nemo_bench.diffusion import Diffusion, Step
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
-from nemo_bench.methods.descent import Descent, check_precision, descend
+from nemo_bench.methods.descent import Descent, check_precision, descend, norms, unit
 
 _CITATION = """@inproceedings{han2025adjusting,
   title = {Adjusting Initial Noise to Mitigate Memorization in Text-to-Image Diffusion Models},
@@ -78,8 +78,7 @@ class AdjustedNoise(Method):
 
         for _ in range(self.rounds):
             here = added(latents)
-            direction = here / here.flatten(1).norm(dim=1)[:, None, None, None]
-            latents = latents - self.rate * (added(latents + self.radius * direction) - here)
+            latents = latents - self.rate * (added(latents + self.radius * unit(here)) - here)
         return latents
 
 
@@ -128,6 +127,6 @@ class OptimizedNoise(Method):
 
         def loss(open_rows: Sequence[int], latents: Tensor) -> Tensor:
             added = model.text_noise(latents.to(model.dtype), timestep, text.rows(open_rows))
-            return added.flatten(1).norm(dim=1)[:, None]
+            return norms(added)[:, None]
 
         return descend(batch.latents[list(rows)], loss, target=self.target, steps=self.steps, rate=self.rate)

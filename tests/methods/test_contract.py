@@ -10,7 +10,14 @@ import torch
 from batches import batch_of, images_of, rows_of
 from nemo_bench import Diffusion
 from nemo_bench.diffusion import Similarity
-from nemo_bench.methods import AdjustedNoise, AttentionRescaling, EmbeddingOptimization, Method, OptimizedNoise
+from nemo_bench.methods import (
+    SAIL,
+    AdjustedNoise,
+    AttentionRescaling,
+    EmbeddingOptimization,
+    Method,
+    OptimizedNoise,
+)
 from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl
 
 METHODS: dict[str, Callable[[], Method]] = {
@@ -19,6 +26,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "embedding_optimization": lambda: EmbeddingOptimization(0.0, steps=3, images=2),
     "embedding_optimization of images": lambda: EmbeddingOptimization(0.0, steps=3, images=None),
     "optimized_noise": lambda: OptimizedNoise(0.0, steps=3),
+    "sail": lambda: SAIL(0.0, steps=3, restarts=1),
 }
 """Methods with settings under which they act on any model."""
 PIPELINES = {"sd1": tiny_pipeline, "sd2": tiny_sd2, "sdxl": tiny_sdxl}
