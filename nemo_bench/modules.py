@@ -155,11 +155,14 @@ class LocalizationStage(Stage):
         method: The mitigation.
         seeds: Seeds a prompt.
         store: Where records go.
+        prompts: All prompts, not only those of the tasks.
     """
 
-    def __init__(self, model: Diffusion, method: Method, seeds: int, store: Store) -> None:
+    def __init__(
+        self, model: Diffusion, method: Method, seeds: int, store: Store, prompts: Sequence[Prompt] = ()
+    ) -> None:
         super().__init__(store, "localize")
-        self.model, self.method, self.seeds = model, method, seeds
+        self.model, self.method, self.seeds, self.prompts = model, method, seeds, prompts
 
     def handle(self, tasks: Sequence[PromptTask]) -> list[Record]:
         """Localizes each prompt."""
@@ -169,6 +172,7 @@ class LocalizationStage(Stage):
         prompt, method = task.prompt, self.method
         seeds = seeds_of(prompt, "localize", range(self.seeds))
         before = self.model.row_passes
+        method.prepare(self.model, self.prompts)
         result = method.localize(self.model, prompt, method.protocol.latents(self.model, seeds))
         latents = self.model.latents(seeds)
         text = self.model.encode([prompt.text])
@@ -208,11 +212,19 @@ class GenerationStage(Stage):
         method: The mitigation.
         neurons: What localizing found, by prompt id.
         store: Where images and records go.
+        prompts: All prompts, not only those of the tasks.
     """
 
-    def __init__(self, model: Diffusion, method: Method, neurons: Mapping[str, Neurons], store: Store) -> None:
+    def __init__(
+        self,
+        model: Diffusion,
+        method: Method,
+        neurons: Mapping[str, Neurons],
+        store: Store,
+        prompts: Sequence[Prompt] = (),
+    ) -> None:
         super().__init__(store, "generate")
-        self.model, self.method, self.neurons = model, method, neurons
+        self.model, self.method, self.neurons, self.prompts = model, method, neurons, prompts
 
     def handle(self, tasks: Sequence[ImageTask]) -> list[Record]:
         """Generates one image per task."""
@@ -222,6 +234,7 @@ class GenerationStage(Stage):
         text = self.model.encode([p.text for p in prompts])
         batch = Batch(prompts, text, self.model.latents(seeds), seeds, neurons)
         before = self.model.row_passes
+        self.method.prepare(self.model, self.prompts)
         with self.method.apply(self.model, batch) as changed:
             images = self.model.generate(changed.text, changed.latents, changed.unconditional)
         each = round((self.model.row_passes - before) / len(tasks), 2)

@@ -92,6 +92,14 @@ class Method(ABC):
         """
         self.found = found
 
+    def prepare(self, model: Diffusion, prompts: Sequence[Prompt]) -> None:  # noqa: B027 # most share nothing
+        """Measures what all prompts share; called before every batch, it has nothing left to do after the first.
+
+        Args:
+            model: The model.
+            prompts: All prompts.
+        """
+
     def calibrate(self, model: Diffusion, prompts: Sequence[Prompt], seeds: int = SEEDS) -> Self:
         """Measures on general prompts, in the method's own protocol, what localizing compares with.
 
