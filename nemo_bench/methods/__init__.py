@@ -1,7 +1,9 @@
 """Mitigations, one file each."""
 
+from nemo_bench.methods.anisotropy import AnisotropyOptimization
 from nemo_bench.methods.attention_rescaling import AttentionRescaling
 from nemo_bench.methods.base import Batch, Method
+from nemo_bench.methods.bright_ending import BrightEndingOptimization
 from nemo_bench.methods.embedding_optimization import EmbeddingOptimization
 from nemo_bench.methods.initial_noise import AdjustedNoise, OptimizedNoise
 from nemo_bench.methods.nemo import BlockNeurons, NeMo
@@ -12,13 +14,16 @@ from nemo_bench.methods.sail import SAIL
 from nemo_bench.methods.saved import SavedNeurons
 from nemo_bench.methods.shared_neurons import SharedNeurons
 from nemo_bench.methods.transition_point import DynamicTransition, StaticTransition
+from nemo_bench.methods.wanda import Wanda
 
 __all__ = [
     "SAIL",
     "AdjustedNoise",
+    "AnisotropyOptimization",
     "AttentionRescaling",
     "Batch",
     "BlockNeurons",
+    "BrightEndingOptimization",
     "DynamicTransition",
     "EmbeddingNoise",
     "EmbeddingOptimization",
@@ -33,4 +38,5 @@ __all__ = [
     "SavedNeurons",
     "SharedNeurons",
     "StaticTransition",
+    "Wanda",
 ]

@@ -6,30 +6,45 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 
 from batches import batch_of, images_of, rows_of
-from nemo_bench import Diffusion
+from nemo_bench import Diffusion, Prompt
 from nemo_bench.diffusion import Similarity
 from nemo_bench.methods import (
     SAIL,
     AdjustedNoise,
+    AnisotropyOptimization,
     AttentionRescaling,
+    BrightEndingOptimization,
     EmbeddingOptimization,
     Method,
     OptimizedNoise,
+    Wanda,
 )
 from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl
 
 METHODS: dict[str, Callable[[], Method]] = {
     "adjusted_noise": AdjustedNoise,
+    "anisotropy_optimization": lambda: AnisotropyOptimization(-9.0, steps=3, images=2),
     "attention_rescaling": lambda: AttentionRescaling(2.0),
+    "bright_ending_optimization": lambda: BrightEndingOptimization(0.0, steps=3),
     "embedding_optimization": lambda: EmbeddingOptimization(0.0, steps=3, images=2),
     "embedding_optimization of images": lambda: EmbeddingOptimization(0.0, steps=3, images=None),
     "optimized_noise": lambda: OptimizedNoise(0.0, steps=3),
     "sail": lambda: SAIL(0.0, steps=3, restarts=1),
+    "wanda": lambda: Wanda(ratio=0.3),
 }
 """Methods with settings under which they act on any model."""
 PIPELINES = {"sd1": tiny_pipeline, "sd2": tiny_sd2, "sdxl": tiny_sdxl}
+
+
+def prepared(model: Diffusion, name: str) -> Method:
+    if name == "bright_ending_optimization" and model.family.pipeline is StableDiffusionXLPipeline:
+        pytest.skip("SDXL has no cross-attention in its first block")
+    method = METHODS[name]()
+    method.prepare(model, [Prompt("a", "red sun map", "VM"), Prompt("b", "fox big hat", "TM"), Prompt("c", "cup dog")])
+    return method
 
 
 @pytest.fixture(scope="module", params=[*PIPELINES])
@@ -39,7 +54,7 @@ def model(request: pytest.FixtureRequest) -> Diffusion:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_it_acts_and_leaves_the_model_as_it_was(model: Diffusion, name: str) -> None:
-    batch, method = batch_of(model, [(0, 0), (0, 1), (1, 0)]), METHODS[name]()
+    batch, method = batch_of(model, [(0, 0), (0, 1), (1, 0)]), prepared(model, name)
     before, plain = model.state_digest(), model.generate(batch.text, batch.latents)
     hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
     changed = images_of(model, method, batch)
@@ -53,15 +68,15 @@ def test_it_acts_and_leaves_the_model_as_it_was(model: Diffusion, name: str) -> 
 def test_it_works_in_inference_mode(model: Diffusion, name: str) -> None:
     batch = batch_of(model, [(0, 0), (1, 0)])
     with torch.inference_mode():
-        there = images_of(model, METHODS[name](), batch_of(model, [(0, 0), (1, 0)]))
-    torch.testing.assert_close(images_of(model, METHODS[name](), batch), there.clone(), rtol=0, atol=2e-2)
+        there = images_of(model, prepared(model, name), batch_of(model, [(0, 0), (1, 0)]))
+    torch.testing.assert_close(images_of(model, prepared(model, name), batch), there.clone(), rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_an_error_inside_leaves_no_trace(model: Diffusion, name: str) -> None:
     batch, before = batch_of(model, [(0, 0)]), model.state_digest()
     plain = model.generate(batch.text, batch.latents)
-    with pytest.raises(KeyError), METHODS[name]().apply(model, batch):
+    with pytest.raises(KeyError), prepared(model, name).apply(model, batch):
         raise KeyError
     assert model.state_digest() == before
     assert torch.equal(model.generate(batch.text, batch.latents), plain)
@@ -70,7 +85,7 @@ def test_an_error_inside_leaves_no_trace(model: Diffusion, name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_rows_are_as_if_they_were_alone(model: Diffusion, name: str) -> None:
     batch = batch_of(model, [(0, 0), (0, 1), (1, 0)])
-    together = images_of(model, METHODS[name](), batch)
+    together = images_of(model, prepared(model, name), batch)
     for row in range(3):
-        alone = images_of(model, METHODS[name](), rows_of(batch, [row]))
+        alone = images_of(model, prepared(model, name), rows_of(batch, [row]))
         torch.testing.assert_close(together[[row]], alone, rtol=0, atol=2e-2)
