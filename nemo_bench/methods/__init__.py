@@ -9,6 +9,7 @@ from nemo_bench.methods.initial_noise import AdjustedNoise, OptimizedNoise
 from nemo_bench.methods.nemo import BlockNeurons, NeMo
 from nemo_bench.methods.no_mitigation import NoMitigation
 from nemo_bench.methods.perturbed_prompts import EmbeddingNoise, RandomNumbers, RandomTokens, RepeatedWords
+from nemo_bench.methods.prss import PRSS
 from nemo_bench.methods.random_neurons import RandomNeurons
 from nemo_bench.methods.sail import SAIL
 from nemo_bench.methods.saved import SavedNeurons
@@ -17,6 +18,7 @@ from nemo_bench.methods.transition_point import DynamicTransition, StaticTransit
 from nemo_bench.methods.wanda import Wanda
 
 __all__ = [
+    "PRSS",
     "SAIL",
     "AdjustedNoise",
     "AnisotropyOptimization",

@@ -12,6 +12,7 @@ from batches import batch_of, images_of, rows_of
 from nemo_bench import Diffusion, Prompt
 from nemo_bench.diffusion import Similarity
 from nemo_bench.methods import (
+    PRSS,
     SAIL,
     AdjustedNoise,
     AnisotropyOptimization,
@@ -32,6 +33,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "embedding_optimization": lambda: EmbeddingOptimization(0.0, steps=3, images=2),
     "embedding_optimization of images": lambda: EmbeddingOptimization(0.0, steps=3, images=None),
     "optimized_noise": lambda: OptimizedNoise(0.0, steps=3),
+    "prss": lambda: PRSS(search_target=0.0, anchor_from=0.0, anchor_full=1e-3, steps=3),
     "sail": lambda: SAIL(0.0, steps=3, restarts=1),
     "wanda": lambda: Wanda(ratio=0.3),
 }
