@@ -349,6 +349,18 @@ class Diffusion(nn.Module):
         self._count_passes(len(text) * self.passes_per_image)
         return images.float().clamp(0, 1)
 
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of clean latents; gradients go through it.
+
+        Args:
+            latents: (N, channels, height, width).
+
+        Returns:
+            Float32, (N, 3, height, width), 0 black and 1 white; values beyond are not cut off.
+        """
+        image = self.pipeline.vae.decode(latents.to(self.dtype) / self.pipeline.vae.config.scaling_factor).sample
+        return image.float() / 2 + 0.5
+
     @property
     def passes_per_image(self) -> int:
         """UNet passes of one sample that an image costs: the steps, twice with guidance."""

@@ -1,5 +1,6 @@
 """Mitigations, one file each."""
 
+from nemo_bench.methods.amg import AMG
 from nemo_bench.methods.anisotropy import AnisotropyOptimization
 from nemo_bench.methods.attention_rescaling import AttentionRescaling
 from nemo_bench.methods.base import Batch, Method
@@ -18,6 +19,7 @@ from nemo_bench.methods.transition_point import DynamicTransition, StaticTransit
 from nemo_bench.methods.wanda import Wanda
 
 __all__ = [
+    "AMG",
     "PRSS",
     "SAIL",
     "AdjustedNoise",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
 from batches import batch_of, images_of, rows_of
-from nemo_bench import Diffusion, Prompt
+from nemo_bench import Diffusion, Prompt, resolve
 from nemo_bench.diffusion import Similarity
 from nemo_bench.methods import (
+    AMG,
     PRSS,
     SAIL,
     AdjustedNoise,
@@ -27,6 +29,7 @@ from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl
 
 METHODS: dict[str, Callable[[], Method]] = {
     "adjusted_noise": AdjustedNoise,
+    "amg": lambda: AMG(threshold=-1.0),
     "anisotropy_optimization": lambda: AnisotropyOptimization(-9.0, steps=3, images=2),
     "attention_rescaling": lambda: AttentionRescaling(2.0),
     "bright_ending_optimization": lambda: BrightEndingOptimization(0.0, steps=3),
@@ -45,7 +48,9 @@ def prepared(model: Diffusion, name: str) -> Method:
     if name == "bright_ending_optimization" and model.family.pipeline is StableDiffusionXLPipeline:
         pytest.skip("SDXL has no cross-attention in its first block")
     method = METHODS[name]()
-    method.prepare(model, [Prompt("a", "red sun map", "VM"), Prompt("b", "fox big hat", "TM"), Prompt("c", "cup dog")])
+    references = tuple(Path(resolve("package:planted/references")).glob("vm-0*.png"))
+    a, b, c = Prompt("a", "red sun map", "VM", references), Prompt("b", "fox big hat", "TM"), Prompt("c", "cup dog")
+    method.prepare(model, [a, b, c])
     return method
 
 
