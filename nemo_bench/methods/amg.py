@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from nemo_bench.diffusion import Conditioning, Diffusion, Step
-from nemo_bench.errors import ConfigError, ModelError
+from nemo_bench.diffusion import Conditioning, Diffusion, Step, file_digest
+from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.descent import check_precision, unit
+from nemo_bench.metrics import SSCD
+from nemo_bench.metrics.spaces import to_tensor
 from nemo_bench.types import Prompt
 
 _HITS, _CAPTION_SATURATION, _LASTING = 1000, 0.3, 10
@@ -118,9 +117,8 @@ class AMG(Method):
             raise ConfigError("amg needs training images to keep away from, and no prompt has any: give references")
         if not self.sscd:
             return {}
-        if not Path(self.sscd).is_file():
-            raise ModelError(f"sscd={self.sscd}: there is no such file; leave it out to compare pixels")
-        return {"sscd": sha256(Path(self.sscd).read_bytes()).hexdigest()[:16]}
+        SSCD(self.sscd).check()
+        return {"sscd": file_digest(Path(self.sscd))}
 
     def prepare(self, model: Diffusion, prompts: Sequence[Prompt]) -> None:
         """See :meth:`Method.prepare`.
@@ -153,7 +151,9 @@ class AMG(Method):
             flat = images.flatten(1)
             return unit(flat - flat.mean(1, keepdim=True))
         if self._network is None:
-            self._network = _load(self.sscd)
+            self._network = SSCD(self.sscd).load().eval()
+            for parameter in self._network.parameters():
+                parameter.requires_grad = False
         small = nn.functional.interpolate(images, (_SIZE, _SIZE), mode="bilinear", align_corners=False)
         mean, std = (images.new_tensor(values)[:, None, None] for values in (_MEAN, _STD))
         return unit(self._network.to(images.device)((small - mean) / std))
@@ -254,17 +254,4 @@ def _picture(path: Path, size: tuple[int, int]) -> Tensor:
             picture = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     except OSError as error:
         raise ConfigError(f"{path} can't be read as an image ({error}); amg needs every training image") from error
-    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None].float() / 255
-
-
-def _load(file: str) -> nn.Module:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # SSCD is published as TorchScript alone
-            network: nn.Module = torch.jit.load(file, map_location="cpu").eval()
-    except (OSError, RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(f"{file} is no TorchScript file of SSCD ({first}); download it again") from error
-    for parameter in network.parameters():
-        parameter.requires_grad = False
-    return network
+    return to_tensor([picture])

@@ -225,7 +225,7 @@ def test_without_training_images_it_says_what_to_do(tiny: Diffusion, tmp_path: P
         AMG().content([Prompt("a", "a")])
     with pytest.raises(ConfigError, match=r"call prepare\(model, prompts\)"):
         images_of(tiny, AMG(), batch_of(tiny, [(0, 0)]))
-    with pytest.raises(ModelError, match="there is no such file"):
+    with pytest.raises(ModelError, match="does not exist"):
         AMG("nowhere.pt").content([Prompt("a", "a", references=references())])
     broken = tmp_path / "broken.png"
     Image.new("RGB", (4, 4)).save(broken)
