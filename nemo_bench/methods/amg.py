@@ -85,6 +85,7 @@ class AMG(Method):
   eprint = {2404.00922},
   archivePrefix = {arXiv}
 }"""
+    makes_passes = True
 
     def __init__(
         self,

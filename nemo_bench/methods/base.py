@@ -49,6 +49,7 @@ class Method(ABC):
         summary: One line for ``nemo-bench ls``.
         citation: BibTeX of the source, empty for a control of our own.
         needs_calibration: Whether :attr:`calibration` must be set before localizing.
+        makes_passes: Whether it makes UNet passes of its own where it is prepared or applied.
         threshold: A memorization threshold of its own, or None for the calibrated one.
         protocol: How it takes noise differences.
         source: Another method whose localization this one starts from, or None.
@@ -61,6 +62,7 @@ class Method(ABC):
     summary: ClassVar[str]
     citation: ClassVar[str] = ""
     needs_calibration: ClassVar[bool] = False
+    makes_passes: ClassVar[bool] = False
     threshold: float | None = None
     protocol: Protocol = PAPER
     source: Method | None = None

@@ -42,6 +42,8 @@ class OptimizedEmbedding(Method):
         ConfigError: A number is out of range.
     """
 
+    makes_passes = True
+
     def __init__(self, target: float, steps: int, rate: float, images: int | None) -> None:
         if not (target > -math.inf and steps >= 0 and 0 < rate < math.inf and (images is None or images >= 1)):
             msg = f"given target={target}, steps={steps}, rate={rate}, images={images}"

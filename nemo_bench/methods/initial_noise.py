@@ -51,6 +51,7 @@ class AdjustedNoise(Method):
     title = "Adjusted initial noise"
     summary = "starting noise moved down the text-conditional noise without gradients, guidance late"
     citation = _CITATION
+    makes_passes = True
 
     def __init__(self, rounds: int = 2, radius: float = 50.0, rate: float = 0.7, timestep: float = 900.0) -> None:
         if not (rounds >= 0 and 0 <= radius < math.inf and 0 <= rate < math.inf and 0 <= timestep <= 1000):
@@ -101,6 +102,7 @@ class OptimizedNoise(Method):
     title = "Optimized initial noise"
     summary = "starting noise of each image, optimized so that its prompt adds little to the first predicted noise"
     citation = _CITATION
+    makes_passes = True
 
     def __init__(self, target: float = 0.9, steps: int = 1000, rate: float = 0.01) -> None:
         if not (target >= 0 and steps >= 0 and 0 < rate < math.inf):

@@ -74,6 +74,7 @@ class PRSS(Method):
   eprint = {2504.18032},
   archivePrefix = {arXiv}
 }"""
+    makes_passes = True
 
     def __init__(
         self,

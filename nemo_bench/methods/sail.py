@@ -66,6 +66,7 @@ class SAIL(Method):
   eprint = {2412.04140},
   archivePrefix = {arXiv}
 }"""
+    makes_passes = True
 
     def __init__(
         self,

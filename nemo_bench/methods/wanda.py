@@ -53,6 +53,7 @@ class Wanda(Method):
   eprint = {2406.18566},
   archivePrefix = {arXiv}
 }"""
+    makes_passes = True
 
     def __init__(
         self, file: str | None = None, ratio: float = 0.01, calls: int = 10, agreement: float = 0.0, seed: int = 0
