@@ -103,6 +103,7 @@ class Diffusion(nn.Module):
             # Hooks that a network gets after it was compiled are ignored, so the masks come first.
             self.unet.compile()
         self.row_passes = 0
+        self._predicting = False
         self._unconditional: Conditioning | None = None
 
     @classmethod
@@ -229,7 +230,11 @@ class Diffusion(nn.Module):
             ModelError: The scheduler's prediction type is neither epsilon nor v_prediction.
         """
         height, width = (side * self.pipeline.vae_scale_factor for side in latents.shape[2:])
-        output = self.unet(latents, timestep, **self.family.unet_inputs(text, (height, width))).sample
+        self._predicting = True
+        try:
+            output = self.unet(latents, timestep, **self.family.unet_inputs(text, (height, width))).sample
+        finally:
+            self._predicting = False
         self._count_passes(len(latents))
         if output.requires_grad:
             output.register_hook(lambda gradient: self._count_passes(len(gradient)))
@@ -271,7 +276,8 @@ class Diffusion(nn.Module):
         """Takes, in every step generated while the context is open, the noise that a rule gives.
 
         Args:
-            rule: Called once a step for all images of a batch; the UNet passes that it makes itself are left alone.
+            rule: Called once a step for all images of a batch; what :meth:`predict_noise` gives, within the rule or
+                apart from sampling, is left alone.
 
         Raises:
             ModelError: The model generates without guidance, or its UNet is compiled.
@@ -279,22 +285,16 @@ class Diffusion(nn.Module):
         if self.guidance <= 1 or self.compiled:
             msg = f"model.guidance={self.guidance} model.compiled={self.compiled}: a method that changes guidance needs"
             raise ModelError(f"{msg} model.guidance above 1 and model.compiled=false")
-        inside = False
 
         def replace(_unet: nn.Module, args: tuple[Tensor, Tensor], output: tuple[Tensor]) -> tuple[Tensor] | None:
-            nonlocal inside
-            if inside:
+            if self._predicting:
                 return None
             latents, timestep = args[0].chunk(2)[0], int(args[1])
             own, of_latents = self._noise_weights(timestep)
             # The pipeline stacks the unconditional half before the conditional one.
             halves = (own * half.float() + of_latents * latents.float() for half in output[0].chunk(2))
             number = self.pipeline.scheduler.timesteps.tolist().index(timestep)
-            inside = True
-            try:
-                noise = rule(Step(number, timestep, self.guidance, latents, *halves))
-            finally:
-                inside = False
+            noise = rule(Step(number, timestep, self.guidance, latents, *halves))
             # Two halves alike: whatever scale the pipeline applies, this is what it gets.
             return (((noise - of_latents * latents) / own).to(output[0].dtype).repeat(2, 1, 1, 1),)
 

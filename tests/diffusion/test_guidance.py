@@ -53,6 +53,15 @@ def test_a_step_tells_what_the_network_predicts(model: Diffusion) -> None:
     torch.testing.assert_close(first.magnitude[1], (first.conditional[1] - first.unconditional[1]).norm())
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_noise_that_is_predicted_apart_from_sampling_is_left_alone(model: Diffusion, rows: int) -> None:
+    text, latents = model.encode(tiny_texts(rows)), model.latents(range(rows))
+    plain, generated = model.predict_noise(latents, 981, text), model.generate(text, latents)
+    with model.guide(lambda step: 0 * step.conditional):
+        assert torch.equal(model.predict_noise(latents, 981, text), plain)
+        assert not torch.allclose(model.generate(text, latents), generated)
+
+
 def test_scales_of_a_batch_stay_with_their_images(model: Diffusion) -> None:
     text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
     with model.guide(lambda step: step.guided(torch.tensor([0.0, 5.0]))):

@@ -4,9 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from nemo_bench.config import grid
 from nemo_bench.run import plan, run
 from nemo_bench.store import read_json
+
+
+@pytest.mark.parametrize(
+    "method", ["static_transition", "adjusted_noise", "prss", "amg", "wanda", "attention_rescaling"]
+)
+def test_methods_go_through_all_stages(method: str, prompt_file: Path, tmp_path: Path) -> None:
+    words = [
+        f"method={method}", "model.steps=2", f"prompts.files=[{prompt_file}]", "seeds=1", "localize_seeds=2",
+        "batch_size=3", f"root={tmp_path}",
+    ]  # fmt: skip
+    (cell,) = plan(grid(words))
+    run([cell], "test", say=lambda line: None, progress=False)
+    assert cell.store.is_done("score")
+    assert len(cell.store.records("generate")) == 3
 
 
 def test_records_count_a_methods_own_passes(prompt_file: Path, tmp_path: Path) -> None:
