@@ -277,7 +277,8 @@ class Diffusion(nn.Module):
 
         Args:
             rule: Called once a step for all images of a batch; what :meth:`predict_noise` gives, within the rule or
-                apart from sampling, is left alone.
+                apart from sampling, is left alone. Images for which it gives what guidance gives anyway are exactly
+                those generated without it.
 
         Raises:
             ModelError: The model generates without guidance, or its UNet is compiled.
@@ -294,9 +295,13 @@ class Diffusion(nn.Module):
             # The pipeline stacks the unconditional half before the conditional one.
             halves = (own * half.float() + of_latents * latents.float() for half in output[0].chunk(2))
             number = self.pipeline.scheduler.timesteps.tolist().index(timestep)
-            noise = rule(Step(number, timestep, self.guidance, latents, *halves))
+            step = Step(number, timestep, self.guidance, latents, *halves)
+            noise = rule(step)
             # Two halves alike: whatever scale the pipeline applies, this is what it gets.
-            return (((noise - of_latents * latents) / own).to(output[0].dtype).repeat(2, 1, 1, 1),)
+            alike = ((noise - of_latents * latents) / own).to(output[0].dtype).repeat(2, 1, 1, 1)
+            # Images that are guided as ever keep what the network gave, since converting there and back rounds.
+            changed = (noise != step.guided(step.scale)).flatten(1).any(1).repeat(2)
+            return (torch.where(changed[:, None, None, None], alike, output[0]),)
 
         hook = self.unet.register_forward_hook(replace)
         try:

@@ -21,6 +21,7 @@ from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.descent import check_precision, unit
 from nemo_bench.metrics import SSCD
 from nemo_bench.metrics.spaces import to_tensor
+from nemo_bench.prompts import references_digest
 from nemo_bench.types import Prompt
 
 _HITS, _CAPTION_SATURATION, _LASTING = 1000, 0.3, 10
@@ -112,14 +113,15 @@ class AMG(Method):
         """See :meth:`Method.content`.
 
         Raises:
-            NemoBenchError: No prompt has a training image, or the SSCD file is not there.
+            NemoBenchError: No prompt has a training image, one can't be read, or the SSCD file is not there.
         """
         if not any(prompt.references for prompt in prompts):
             raise ConfigError("amg needs training images to keep away from, and no prompt has any: give references")
+        known = {"references": references_digest(prompts)}
         if not self.sscd:
-            return {}
+            return known
         SSCD(self.sscd).check()
-        return {"sscd": file_digest(Path(self.sscd))}
+        return {**known, "sscd": file_digest(Path(self.sscd))}
 
     def prepare(self, model: Diffusion, prompts: Sequence[Prompt]) -> None:
         """See :meth:`Method.prepare`.

@@ -21,8 +21,8 @@ class AttentionRescaling(Method):
     for its start token. The mask holds for the unconditional rows as well, with the length of the prompt, as in the
     public code; the factor for the conditional rows alone. There, the conditional rows are taken to be every other one,
     which is true of one image at a time; here they are the second half of any batch. Where the start token's logits are
-    negative, a factor above 1 lowers them. Attention is computed step by step; without factor and mask images are the
-    model's own up to rounding.
+    negative, a factor above 1 lowers them. Attention is computed step by step, which differs from
+    fused attention by rounding; a factor of 1 without mask leaves it alone.
 
     Args:
         factor: C, above 0. The public script has 1 unless told otherwise; the published command takes 1.25, others
@@ -59,6 +59,9 @@ class AttentionRescaling(Method):
         Raises:
             ModelError: The UNet is compiled.
         """
+        if self.factor == 1 and not self.mask:
+            yield batch
+            return
         lengths = torch.tensor([model.token_count(prompt.text) - self.mask_end for prompt in batch.prompts])
 
         def edit(layer: str, logits: Tensor) -> Tensor:

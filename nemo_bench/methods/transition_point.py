@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class StaticTransition(Method):
             (-2 in the paper). The scale after it is the model's own.
 
     Raises:
-        ConfigError: The timestep is out of range.
+        ConfigError: A number is out of range.
     """
 
     title = "Static transition point"
@@ -41,8 +42,9 @@ class StaticTransition(Method):
     citation = _CITATION
 
     def __init__(self, timestep: int = 500, before: float = 0.0) -> None:
-        if not 0 <= timestep <= 1000:
-            raise ConfigError(f"static_transition needs a timestep from 0 to 1000, given {timestep}")
+        if not (0 <= timestep <= 1000 and isfinite(before)):
+            msg = f"given timestep={timestep}, before={before}"
+            raise ConfigError(f"static_transition needs a timestep from 0 to 1000 and a finite scale before it, {msg}")
         self.timestep, self.before = timestep, before
 
     @contextmanager
@@ -65,6 +67,9 @@ class DynamicTransition(Method):
     Args:
         before: Guidance scale until then: 0 is unconditional (the paper), 1 the plain prompt (the public script), below
             0 opposite guidance, here in one pass on the magnitude, where the public script makes two.
+
+    Raises:
+        ConfigError: The scale is not finite.
     """
 
     title = "Dynamic transition point"
@@ -72,6 +77,8 @@ class DynamicTransition(Method):
     citation = _CITATION
 
     def __init__(self, before: float = 0.0) -> None:
+        if not isfinite(before):
+            raise ConfigError(f"dynamic_transition needs a finite scale before the transition, given before={before}")
         self.before = before
 
     @contextmanager

@@ -22,8 +22,17 @@ def test_a_rule_that_guides_as_the_pipeline_does_changes_nothing(model: Diffusio
     plain = model.generate(text, latents)
     with model.guide(lambda step: step.guided(step.scale)):
         guided = model.generate(text, latents)
-    torch.testing.assert_close(guided, plain, rtol=0, atol=1e-3)
+    assert torch.equal(guided, plain)
     assert torch.equal(model.generate(text, latents), plain)
+
+
+def test_images_that_a_rule_leaves_alone_are_exactly_those_without_it(model: Diffusion) -> None:
+    text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
+    plain = model.generate(text, latents)
+    with model.guide(lambda step: step.guided(torch.tensor([0.0, step.scale]))):
+        guided = model.generate(text, latents)
+    assert torch.equal(guided[1], plain[1])
+    assert not torch.allclose(guided[0], plain[0])
 
 
 def test_another_scale_is_what_the_pipeline_makes_of_it(model: Diffusion) -> None:

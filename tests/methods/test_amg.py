@@ -167,7 +167,7 @@ def test_sscd_sees_prepared_pictures(tmp_path: Path) -> None:
     found = AMG(str(file)).embed(picture)
     torch.testing.assert_close(found[0], expected / expected.norm())
     assert torch.autograd.grad(found.sum(), [picture])[0].any()
-    assert set(AMG(str(file)).content([Prompt("a", "a", references=references())])) == {"sscd"}
+    assert set(AMG(str(file)).content([Prompt("a", "a", references=references())])) == {"references", "sscd"}
     file.write_bytes(b"nothing")
     with pytest.raises(ModelError, match="is no TorchScript file of SSCD"):
         AMG(str(file)).embed(picture)
@@ -215,9 +215,12 @@ def test_images_above_the_threshold_become_less_similar(planted: Diffusion) -> N
     plain, changed = planted.generate(batch.text, batch.latents), images_of(planted, method, batch)
     assert near(plain) > 0.8
     assert near(changed) < near(plain) - 0.2
-    nowhere = AMG(threshold=1.0)
-    nowhere.prepare(planted, prompts)
-    torch.testing.assert_close(images_of(planted, nowhere, batch), plain, rtol=0, atol=1e-3)
+
+
+def test_a_cell_is_another_where_training_images_are_others() -> None:
+    one, two = ([Prompt("a", "a", references=(file,))] for file in references()[:2])
+    assert AMG().content(one) == AMG().content([Prompt("b", "b", references=one[0].references)])
+    assert AMG().content(one) != AMG().content(two)
 
 
 def test_without_training_images_it_says_what_to_do(tiny: Diffusion, tmp_path: Path) -> None:

@@ -74,11 +74,6 @@ def test_masks_do_not_depend_on_the_batch(tiny: Diffusion) -> None:
         )
 
 
-def test_below_the_target_the_image_is_the_same(tiny: Diffusion) -> None:
-    batch = batch_of(tiny, [(0, 0)])
-    assert torch.equal(images_of(tiny, BrightEndingOptimization(1e9), batch), tiny.generate(batch.text, batch.latents))
-
-
 def test_sdxl_has_no_such_mask() -> None:
     model = Diffusion(tiny_sdxl(), steps=2, guidance=3.0)
     with pytest.raises(ModelError, match=r"no cross-attention in its down_blocks\.0"):

@@ -20,9 +20,15 @@ from nemo_bench.methods import (
     AnisotropyOptimization,
     AttentionRescaling,
     BrightEndingOptimization,
+    DynamicTransition,
+    EmbeddingNoise,
     EmbeddingOptimization,
     Method,
     OptimizedNoise,
+    RandomNumbers,
+    RandomTokens,
+    RepeatedWords,
+    StaticTransition,
     Wanda,
 )
 from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl
@@ -33,21 +39,51 @@ METHODS: dict[str, Callable[[], Method]] = {
     "anisotropy_optimization": lambda: AnisotropyOptimization(-9.0, steps=3, images=2),
     "attention_rescaling": lambda: AttentionRescaling(2.0),
     "bright_ending_optimization": lambda: BrightEndingOptimization(0.0, steps=3),
+    "dynamic_transition": lambda: DynamicTransition(-3.0),
+    "embedding_noise": lambda: EmbeddingNoise(1.0),
     "embedding_optimization": lambda: EmbeddingOptimization(0.0, steps=3, images=2),
     "embedding_optimization of images": lambda: EmbeddingOptimization(0.0, steps=3, images=None),
     "optimized_noise": lambda: OptimizedNoise(0.0, steps=3),
     "prss": lambda: PRSS(search_target=0.0, anchor_from=0.0, anchor_full=1e-3, steps=3),
+    "random_numbers": RandomNumbers,
+    "random_tokens": RandomTokens,
+    "repeated_words": RepeatedWords,
     "sail": lambda: SAIL(0.0, steps=3, restarts=1),
+    "static_transition": StaticTransition,
     "wanda": lambda: Wanda(ratio=0.3),
 }
 """Methods with settings under which they act on any model."""
+IDLE: dict[str, Callable[[], Method]] = {
+    "adjusted_noise": lambda: AdjustedNoise(0, timestep=1000),
+    "adjusted_noise by nothing": lambda: AdjustedNoise(rate=0.0, timestep=1000),
+    "amg": lambda: AMG(threshold=1.0),
+    "anisotropy_optimization": lambda: AnisotropyOptimization(1e9),
+    "attention_rescaling": lambda: AttentionRescaling(1.0, mask=False),
+    "bright_ending_optimization": lambda: BrightEndingOptimization(1e9),
+    "embedding_noise": lambda: EmbeddingNoise(0.0),
+    "embedding_optimization": lambda: EmbeddingOptimization(1e9),
+    "embedding_optimization of images": lambda: EmbeddingOptimization(1e9, images=None),
+    "embedding_optimization without steps": lambda: EmbeddingOptimization(0.0, steps=0),
+    "optimized_noise": lambda: OptimizedNoise(1e9),
+    "optimized_noise without steps": lambda: OptimizedNoise(0.0, steps=0),
+    "prss": lambda: PRSS(search_target=1e9, anchor_from=0.0, anchor_full=1e-3),
+    "random_numbers": lambda: RandomNumbers(0),
+    "random_tokens": lambda: RandomTokens(0),
+    "repeated_words": lambda: RepeatedWords(0),
+    "sail": lambda: SAIL(1e9),
+    "static_transition": lambda: StaticTransition(1000),
+    "static_transition of the same scale": lambda: StaticTransition(0, before=3.0),
+    "dynamic_transition of the same scale": lambda: DynamicTransition(before=3.0),
+    "wanda": lambda: Wanda(ratio=0.0),
+}
+"""Methods without strength, or whose gate stays shut."""
 PIPELINES = {"sd1": tiny_pipeline, "sd2": tiny_sd2, "sdxl": tiny_sdxl}
 
 
-def prepared(model: Diffusion, name: str) -> Method:
+def prepared(model: Diffusion, name: str, methods: dict[str, Callable[[], Method]] = METHODS) -> Method:
     if name == "bright_ending_optimization" and model.family.pipeline is StableDiffusionXLPipeline:
         pytest.skip("SDXL has no cross-attention in its first block")
-    method = METHODS[name]()
+    method = methods[name]()
     references = tuple(Path(resolve("package:planted/references")).glob("vm-0*.png"))
     a, b, c = Prompt("a", "red sun map", "VM", references), Prompt("b", "fox big hat", "TM"), Prompt("c", "cup dog")
     method.prepare(model, [a, b, c])
@@ -69,6 +105,13 @@ def test_it_acts_and_leaves_the_model_as_it_was(model: Diffusion, name: str) -> 
     assert hooks == sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
     assert torch.equal(model.generate(batch.text, batch.latents), plain)
     assert all((changed - plain).flatten(1).abs().amax(1) > 1e-3)
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_without_strength_images_are_exactly_the_models_own(model: Diffusion, name: str) -> None:
+    batch = batch_of(model, [(0, 0), (0, 1), (1, 0)])
+    plain = model.generate(batch.text, batch.latents)
+    assert torch.equal(images_of(model, prepared(model, name, IDLE), batch), plain)
 
 
 @pytest.mark.parametrize("name", METHODS)

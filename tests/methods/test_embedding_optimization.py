@@ -63,13 +63,6 @@ def test_the_magnitude_falls_to_the_target(tiny: Diffusion) -> None:
     assert all(note["reached"] and note["steps"] > 0 for note in changed.notes)
 
 
-def test_below_the_target_the_image_is_the_same(tiny: Diffusion) -> None:
-    batch = batch_of(tiny, [(0, 0), (1, 0)])
-    plain = tiny.generate(batch.text, batch.latents)
-    for method in (EmbeddingOptimization(1e9), EmbeddingOptimization(1e9, images=None), EmbeddingOptimization(0.0, 0)):
-        assert torch.equal(images_of(tiny, method, batch), plain)
-
-
 @pytest.mark.parametrize("images", [2, None])
 def test_images_do_not_depend_on_their_batch(planted: Diffusion, images: int | None) -> None:
     texts = ["the golden harbor podcast for nine silent stars", "new stories from a midnight garden, why rings by four"]

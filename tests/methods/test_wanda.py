@@ -84,12 +84,6 @@ def test_weights_are_zero_inside_and_back_afterwards(tiny: Diffusion) -> None:
     assert tiny.state_digest() == before
 
 
-def test_nothing_is_pruned_at_a_ratio_of_zero(tiny: Diffusion) -> None:
-    method, batch = Wanda(ratio=0.0), batch_of(tiny, [(0, 0)])
-    method.prepare(tiny, MEMORIZED)
-    assert torch.equal(images_of(tiny, method, batch), tiny.generate(batch.text, batch.latents))
-
-
 def test_prompts_are_generated_once(tiny: Diffusion) -> None:
     method, before = Wanda(), tiny.row_passes
     method.prepare(tiny, [*MEMORIZED, Prompt("c", "cup dog")])
