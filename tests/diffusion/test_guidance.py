@@ -62,6 +62,19 @@ def test_a_step_tells_what_the_network_predicts(model: Diffusion) -> None:
     torch.testing.assert_close(first.magnitude[1], (first.conditional[1] - first.unconditional[1]).norm())
 
 
+def test_what_a_prompt_adds_is_conditional_minus_unconditional_noise(model: Diffusion) -> None:
+    text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
+    conditional = model.predict_noise(latents, 981, text)
+    unconditional = model.predict_noise(latents, 981, model.unconditional(2))
+    found = model.text_noise(latents, 981, text)
+    torch.testing.assert_close(found, conditional - unconditional, rtol=1e-3, atol=1e-4)
+    if model.pipeline.scheduler.config.prediction_type == "v_prediction":
+        # Latents cancel: what is left of velocities is their difference times sqrt(abar).
+        v = model.unet(latents, 981, text.text).sample - model.unet(latents, 981, model.unconditional(2).text).sample
+        expected = model.pipeline.scheduler.alphas_cumprod[981].sqrt() * v
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_noise_that_is_predicted_apart_from_sampling_is_left_alone(model: Diffusion, rows: int) -> None:
     text, latents = model.encode(tiny_texts(rows)), model.latents(range(rows))

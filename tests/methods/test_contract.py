@@ -114,6 +114,25 @@ def test_without_strength_images_are_exactly_the_models_own(model: Diffusion, na
     assert torch.equal(images_of(model, prepared(model, name, IDLE), batch), plain)
 
 
+GATED: dict[str, Callable[[float], Method]] = {
+    "embedding_optimization": lambda target: EmbeddingOptimization(target, steps=3, images=None),
+    "optimized_noise": lambda target: OptimizedNoise(target, steps=3),
+    "prss": lambda target: PRSS(search_target=target, anchor_from=0.0, anchor_full=1e-3, steps=3),
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_beside_images_that_change_those_below_the_target_are_exactly_the_models_own(
+    model: Diffusion, name: str
+) -> None:
+    batch = batch_of(model, [(0, 0), (1, 0), (2, 0)])
+    plain = model.generate(batch.text, batch.latents)
+    values = model.text_noise(batch.latents, model.timestep(), batch.text).flatten(1).norm(dim=1)
+    target = float(values.min() + values.max()) / 2
+    changed = images_of(model, GATED[name](target), batch)
+    assert [bool((image != own).any()) for image, own in zip(changed, plain, strict=True)] == (values > target).tolist()
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_it_works_in_inference_mode(model: Diffusion, name: str) -> None:
     batch = batch_of(model, [(0, 0), (1, 0)])
