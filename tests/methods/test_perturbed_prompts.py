@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +47,15 @@ def test_numbers_are_drawn_from_the_published_range_and_every_gap(tiny: Diffusio
     assert 97_000 < max(numbers) < 100_000
     gaps = Counter(next(i for i, word in enumerate(words) if word.isdigit()) for words in prompts)
     assert all(abs(gaps[gap] - 100) < 30 for gap in range(3))
+
+
+def test_tokens_are_drawn_from_the_published_range_as_far_as_there_are_any() -> None:
+    for start, limit in ((49406, 49400), (700, 700)):
+        tokenizer = SimpleNamespace(bos_token_id=start, decode=lambda ids: str(*ids))
+        model: Any = SimpleNamespace(pipeline=SimpleNamespace(tokenizer=tokenizer))
+        drawn = [int(RandomTokens(1).perturbed(model, "", seed)) for seed in range(400)]
+        assert 0 <= min(drawn) < 0.03 * limit
+        assert 0.97 * limit < max(drawn) < limit
 
 
 @pytest.mark.parametrize("kind", INSERTIONS)
