@@ -23,7 +23,8 @@ class AnisotropyOptimization(OptimizedEmbedding):
     to the noise predicted at the first timestep; K, at a late timestep and without denoising, the cosine over the
     channels between the unconditional noise and what the prompt adds to it, averaged over positions. Gradients go
     through both passes. The paper's mitigation is the loop of Wen et al. (2024) with this value; its settings and its
-    code were not published, so those of :class:`EmbeddingOptimization` are taken, and a target of our own.
+    code were not published, so those of :class:`EmbeddingOptimization` are taken, and a target of our own. As there, it
+    should be one that prompts that are not memorized stay below: 3 for the embedded model.
 
     Args:
         target: At most this value, averaged over images, is enough: ours, the 1.5 that Wen's target is for the norm.

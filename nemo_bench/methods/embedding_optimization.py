@@ -156,6 +156,9 @@ class EmbeddingOptimization(OptimizedEmbedding):
     starting noise, averaged over the images that share the embedding. The public script shares one among the four
     images of a prompt and takes one norm over all of them, which is twice as large.
 
+    Where no target is published for a model, take one that prompts that are not memorized stay below, so that their
+    images stay as they are: 3.2 for the embedded model, where memorized prompts start at 5 to 8, others at 2 to 3.5.
+
     Args:
         target: At most this magnitude is enough. None: 1.5, or with ``legacy_batch_norm`` the published 3, which is the
             same for four images of equal magnitude. Others publish (as a norm over n images) 1 to 5 for n = 5, 5 for

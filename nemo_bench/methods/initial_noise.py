@@ -1,7 +1,9 @@
 """Starting noise that is moved to where the prompt adds less to the noise predicted (Han et al. 2025).
 
-Both ways are published with guidance 7. The text-conditional noise is that of predicted noise for all models; in those
-that predict velocity it is small at the first timestep, and needs other settings.
+Both ways are published with guidance 7. The text-conditional noise is that of predicted noise for all models. By their
+size, the numbers published for Stable Diffusion 2.0 are those of velocities instead, sqrt(abar) of which is noise:
+divide its rate of the batch-wise way by that, and multiply its targets of the per-sample way by it. It is 0.076 at the
+first timestep of Stable Diffusion and 0.15 at that of the embedded model.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class AdjustedNoise(Method):
     Args:
         rounds: How often, at least 0. Published: 2 for Stable Diffusion 1.4, 4 for 2.0.
         radius: Length of u, at least 0. Published: 50 and 30, for latents of 16,384 numbers; it grows with the root of
-            their number.
+            their number, so that 50 are 18 for the embedded model.
         rate: At least 0. Published: 0.7.
         timestep: Guidance starts where the timestep is at most this, 0 to 1000. Published: 900, so that the first five
             of 50 steps are unconditional, and 917.449.

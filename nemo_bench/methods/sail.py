@@ -40,12 +40,13 @@ class SAIL(Method):
     Args:
         target: Enough for a candidate. None: 8.2 for ``objective="code"`` (7.6 to 9 tried; with alpha 0.05 and
             latents of 16,384 numbers, 6.4 of it is the noise's own norm). Published for Stable Diffusion 2.0: alpha
-            0.01 and 4 to 6.
+            0.01 and 4 to 6. For another model take what prompts that are not memorized start below: 5.7 for the
+            embedded one, where they start at 4.5 to 5.6, memorized ones at 8 to 10.
         alpha: Weight of the norm of the noise.
         candidates: How many an image has, at least 1; 2 are the eight of the public code shared out over its four
             images.
         steps: Adam steps at most until the search starts again.
-        rate: Learning rate.
+        rate: Learning rate; the embedded model needs 0.2 to get there.
         restarts: How often it starts again at most; without end in the public code.
         objective: ``"code"`` or ``"paper"``.
         delta: How far along the direction.
