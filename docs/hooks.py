@@ -52,35 +52,41 @@ def commands() -> str:
 
 
 def metrics() -> str:
-    """Every metric that a file of ``conf/metrics`` names, in the words of its class: a table, then the definitions."""
-    files: dict[str, list[str]] = {}
-    found: dict[str, BenchMetric] = {}
+    """Every metric that a file of ``conf/metrics`` names, in the words of its class: a table, then the definitions.
+
+    Files may mean different metrics by one name: the anchors of further ones begin with the name of their file.
+    """
+    files: dict[tuple[str, str, str], list[str]] = {}
+    found: dict[str, tuple[str, BenchMetric]] = {}
     for file in options("metrics"):
         (choice,) = grid([f"metrics={file}", "method=none"])
         for name, node in choice.settings.metrics.items():
-            found[name] = build(node, f"metrics.{name}")
-            files.setdefault(name, []).append(f"`metrics={file}`")
-    heads = ("metric", "name", "better", "range", "a value for", "in")
+            metric = build(node, f"metrics.{name}")
+            key = (name, metric.title, metric.description)
+            if key not in files:
+                found[f"{file}-{name}" if name in found else name] = name, metric
+            files.setdefault(key, []).append(f"`{file}`")
+    heads = ("metric", "name", "better", "range", "a value for", "metrics=")
     rows = (
         (
-            f"[{metric.title}](#{name})",
+            f"[{metric.title}](#{anchor})",
             f"`{name}`",
             BETTER[metric.higher_is_better],
             _range(metric),
             PER[metric.per],
-            ", ".join(files[name]),
+            ", ".join(files[name, metric.title, metric.description]),
         )
-        for name, metric in found.items()
+        for anchor, (name, metric) in found.items()
     )
-    return "\n\n".join([_table(heads, rows), *(_definition(name, metric) for name, metric in found.items())])
+    return "\n\n".join([_table(heads, rows), *(_definition(anchor, metric) for anchor, (_, metric) in found.items())])
 
 
-def _definition(name: str, metric: BenchMetric) -> str:
+def _definition(anchor: str, metric: BenchMetric) -> str:
     kind = type(metric).__name__
     needs = ", ".join(f"`{field}`" for field in sorted(metric.needs))
     facts = f"Needs {needs}. Class [`{kind}`][nemo_bench.metrics.{kind}]."
     source = f" Source: {metric.citation}." if metric.citation else ""
-    return f"### {metric.title} {{#{name}}}\n\n{_sentence(metric.description)}\n\n{facts}{source}"
+    return f"### {metric.title} {{#{anchor}}}\n\n{_sentence(metric.description)}\n\n{facts}{source}"
 
 
 def _range(metric: BenchMetric) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -18,6 +18,8 @@ FLIPS = 10000
 """Sign patterns that a permutation test draws where there are too many to take all."""
 ALL_FLIPS = 13
 """Numbers of prompts up to which it takes all."""
+TOGETHER = 1 << 20
+"""Values drawn at a time."""
 TOP = 3
 ABOVE = 0.5
 """Images, and similarity, of the numbers that MemBench gives."""
@@ -108,10 +110,17 @@ def bootstrap_interval(values: NDArray[Any], level: float = 0.95, *, of_median: 
     Returns:
         Lower and upper end.
     """
-    rows = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    drawn = np.median(values[rows], axis=1) if of_median else values[rows].mean(1)
+    random, statistic = np.random.default_rng(0), np.median if of_median else np.mean
+    rows = (random.integers(len(values), size=(part, len(values))) for part in _parts(RESAMPLES, len(values)))
+    drawn = np.concatenate([statistic(values[some], axis=1) for some in rows])
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _parts(rows: int, columns: int) -> Iterator[int]:
+    """Numbers of rows that are drawn together, so that memory does not grow with the number of prompts."""
+    size = max(1, TOGETHER // columns)
+    yield from (min(size, rows - start) for start in range(0, rows, size))
 
 
 def paired(differences: NDArray[Any]) -> dict[str, Any]:
@@ -130,17 +139,18 @@ def paired(differences: NDArray[Any]) -> dict[str, Any]:
     """
     count = len(differences)
     if count <= ALL_FLIPS:
-        signs, drawn = np.array(list(product((1.0, -1.0), repeat=count))), 0
+        signs, drawn = iter([np.array(list(product((1.0, -1.0), repeat=count)))]), 0
     else:
-        signs, drawn = np.random.default_rng(0).choice((1.0, -1.0), size=(FLIPS, count)), 1
-    means = np.abs(signs @ differences) / count
+        random, drawn = np.random.default_rng(0), 1
+        signs = (random.choice((1.0, -1.0), size=(part, count)) for part in _parts(FLIPS, count))
+    means = np.concatenate([np.abs(some @ differences) / count for some in signs])
     extreme = int((means >= abs(differences.mean()) * (1 - 1e-9)).sum())
     low, high = bootstrap_interval(differences)
     return {
         "difference": float(differences.mean()),
         "low": low,
         "high": high,
-        "p": (extreme + drawn) / (len(signs) + drawn),
+        "p": (extreme + drawn) / (len(means) + drawn),
         "prompts": count,
     }
 

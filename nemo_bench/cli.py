@@ -54,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # argparse takes all settings from one place; those after an option are settings as well.
         options.overrides += rest
     from nemo_bench.errors import NemoBenchError
+    from nemo_bench.stopping import stop_at_sigterm
 
+    stop_at_sigterm()
     try:
         options.command(options)
     except NemoBenchError as error:

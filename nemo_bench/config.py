@@ -263,6 +263,10 @@ SCORING = ("metrics", "weights", "real_images", "batch_size", "workers", "traine
 """Settings that can be others when images that are there are scored again."""
 
 
+OWN_METRICS = "own"
+"""Stands for the metrics of a run in the group of metrics."""
+
+
 def rescore(overrides: Sequence[str], names: Mapping[str, str], stored: Mapping[str, Any], conf: Path | None) -> Choice:
     """The settings of images that are there, with those of scoring overridden.
 
@@ -283,7 +287,7 @@ def rescore(overrides: Sequence[str], names: Mapping[str, str], stored: Mapping[
         if not any(f"{key}.".startswith(f"{known}.") for known in SCORING):
             known = ", ".join(SCORING)
             raise ConfigError(f"{key} can't be changed for images that are there; settings of scoring: {known}")
-    if typed & {"weights", "real_images"} and not any(key.split(".")[0] == "metrics" for key in typed):
+    if typed & {"weights", "real_images"} and "metrics" not in typed:
         raise ConfigError("weights and real_images are taken up by metrics: name those too, such as metrics=default")
     model = stored["model"]
     kept = {
@@ -294,6 +298,10 @@ def rescore(overrides: Sequence[str], names: Mapping[str, str], stored: Mapping[
     }
     # What metrics may refer to.
     words = [f"{key}={_quoted(value)}" for key, value in kept.items() if key not in typed and value is not None]
+    if "metrics" not in typed:
+        # Changes of single metrics are changes of those that the images were scored with.
+        ConfigStore.instance().store(group="metrics", name=OWN_METRICS, node=stored["metrics"])
+        words.append(f"metrics={OWN_METRICS}")
     chosen = one([*overrides, *words, "method=none"], conf).settings
     try:
         node = OmegaConf.create(dict(stored))
@@ -474,7 +482,8 @@ def _check_option(override: Override, conf: Path | None) -> None:
     if override.key_or_group in GROUPS:
         choices = options(override.key_or_group, conf)
         value = "null" if override.value() is None else str(override.value())
-        if value not in choices and (override.key_or_group, value) != ("experiment", "null"):
+        known = [("experiment", "null"), ("metrics", OWN_METRICS)]
+        if value not in choices and (override.key_or_group, value) not in known:
             raise ConfigError(f"unknown {override.key_or_group} '{value}'. {nearest(value, choices)}")
 
 

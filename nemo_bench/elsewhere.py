@@ -7,7 +7,7 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from rich.progress import Progress
 from nemo_bench.errors import PromptError, StoreError
 from nemo_bench.prompts import ImageTask, read_rows
 from nemo_bench.prompts.readers import ID_COLUMNS, TEXT_COLUMNS, Row
-from nemo_bench.types import Prompt
+from nemo_bench.types import Prompt, Record
 
 NAMING = re.compile(r"img_(\d+)_(\d+)\.(?:jpe?g|png|webp)", re.IGNORECASE)
 """How the public scripts name images: position of the prompt in its list, from 0, and number of the image."""
@@ -172,6 +172,25 @@ def check_images(source: Path, found: Sequence[FoundImage], *, decode: bool = Tr
             f"{source}: the images are of {len(by_size)} sizes: {listed}; bring them to one, or score them apart"
         )
     return [content for content, _, _ in results]
+
+
+def changed_images(folder: Path, records: Iterable[Record]) -> list[str]:
+    """Images that are other ones than were recorded.
+
+    Args:
+        folder: A cell's folder.
+        records: Of its images; those of images made here say nothing of their content.
+
+    Returns:
+        Their files. Only files that were written since are read.
+    """
+    return [
+        record["image"]
+        for record in records
+        if "sha256" in record
+        and (path := folder / record["image"]).stat().st_mtime_ns != record["written"]
+        and _hashed(str(path))[0] != record["sha256"]
+    ]
 
 
 def _hashed(path: str) -> tuple[str, None, str]:

@@ -34,6 +34,7 @@ from nemo_bench.localization import (
 from nemo_bench.methods import Batch, Method
 from nemo_bench.metrics import BenchMetric, Network, OpenClip, SetMetric, Space
 from nemo_bench.prompts import ImageTask, PromptTask, seeds_of
+from nemo_bench.stopping import stop_at_sigterm
 from nemo_bench.store import Store
 from nemo_bench.types import Localization, Neurons, Prompt, Record, digest
 
@@ -67,13 +68,14 @@ class Stage(L.LightningModule, ABC):
         self.write(records)
 
     def on_predict_start(self) -> None:
-        """Counts the GPU's memory from here."""
+        """Counts the GPU's memory from here; takes SIGTERM back from Lightning, which predicts on after it."""
+        stop_at_sigterm()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
     @abstractmethod
-    def handle(self, tasks: Sequence[Any]) -> list[Record]:
-        """Computes the records of some tasks."""
+    def handle(self, tasks: Any) -> list[Record]:
+        """Computes the records of a batch."""
 
 
 class PromptChunk(NamedTuple):
@@ -256,7 +258,7 @@ class Scene:
 
     Args:
         task: The prompt to be scored.
-        records: Records of its images, by seed.
+        records: Id and seed of its images, by seed.
         files: Its pictures: ``images``, and ``references`` and ``unmitigated`` as far as they are needed.
         localization: Its localization record, or None.
     """
@@ -318,21 +320,29 @@ class SceneReader:
     ) -> None:
         self.folder, self.localizations, self.unmitigated = folder, localizations or {}, unmitigated or {}
         self.needed = {field for metric in metrics for field in metric.needs}
-        self.images: dict[str, list[Record]] = {}
-        for record in sorted(images, key=lambda r: r["seed"]):
-            self.images.setdefault(record["prompt"], []).append(record)
+        # No more than this is kept of the records: there may be very many.
+        self.images: dict[str, list[tuple[int, str, str]]] = {}
+        for record in images:
+            self.images.setdefault(record["prompt"], []).append((record["seed"], record["id"], record["image"]))
 
-    def __call__(self, tasks: Sequence[PromptTask]) -> list[Scene]:
-        """The scenes of some prompts that have images."""
-        return [self._scene(task) for task in tasks]
+    def __call__(self, tasks: Sequence[PromptTask]) -> list[Scene] | StoreError:
+        """The scenes of some prompts that have images, or why a picture can't be read.
+
+        Raised in a process of the loader, an error would arrive with that process's traceback for its message.
+        """
+        try:
+            return [self._scene(task) for task in tasks]
+        except StoreError as error:
+            return error
 
     def _scene(self, task: PromptTask) -> Scene:
-        records = self.images[task.prompt.id]
-        files: dict[str, Sequence[Path]] = {"images": [self.folder / record["image"] for record in records]}
+        images = sorted(self.images[task.prompt.id])
+        files: dict[str, Sequence[Path]] = {"images": [self.folder / image for _, _, image in images]}
         if "references" in self.needed:
             files["references"] = task.prompt.references
-        if "unmitigated" in self.needed and all(record["id"] in self.unmitigated for record in records):
-            files["unmitigated"] = [self.unmitigated[record["id"]] for record in records]
+        if "unmitigated" in self.needed and all(name in self.unmitigated for _, name, _ in images):
+            files["unmitigated"] = [self.unmitigated[name] for _, name, _ in images]
+        records = [{"id": name, "seed": seed} for seed, name, _ in images]
         return Scene(task, records, files, self.localizations.get(task.prompt.id))
 
 
@@ -354,8 +364,14 @@ class ScoringStage(Stage):
         self._pool_files = tuple(pool)
         self._pools: dict[tuple[Hashable, tuple[int, int]], Tensor] = {}
 
-    def handle(self, tasks: Sequence[Scene]) -> list[Record]:
-        """Scores the images of each prompt."""
+    def handle(self, tasks: Sequence[Scene] | StoreError) -> list[Record]:
+        """Scores the images of each prompt.
+
+        Raises:
+            StoreError: A picture could not be read.
+        """
+        if isinstance(tasks, StoreError):
+            raise tasks
         wanted = {(field, metric.space) for metric in self.metrics.values() for field in metric.needs}
         wanted |= {("images", space) for space in self.set_spaces.values()}
         for field, space in wanted:

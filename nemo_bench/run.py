@@ -24,6 +24,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import TQDMProgressBar
+from torch.utils.data import DataLoader
 
 from nemo_bench.aggregate import GROUPS, aggregate, presets
 from nemo_bench.config import Choice, ModelSettings, RunSettings, SimilaritySettings, TrainerSettings, build, resolve
@@ -64,7 +65,7 @@ from nemo_bench.prompts import (
     references_digest,
 )
 from nemo_bench.report import write_report
-from nemo_bench.store import SCHEMA, Store, read_json, write_json, write_text
+from nemo_bench.store import SCHEMA, Store, iterate_records, read_json, write_json, write_text
 from nemo_bench.tracking import sweep_trial, track
 from nemo_bench.types import Neurons, Prompt, Record, digest
 
@@ -366,6 +367,7 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
     if settings.logger.wandb:
         sweep_trial({cell.id: cell.spec["method"] for cell in cells})
     runner = Runner(settings.trainer, progress=progress)
+    runner.start()
     if is_main():
         open_folder(folder, cells)
         for cell in with_sources(cells):
@@ -373,6 +375,7 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
             note_start(cell, command, runner)
             _reopen(cell)
         renew_scores(cells)
+    runner.trainer.strategy.barrier()
     for cell in cells:
         runner.make(cell)
     if is_main():
@@ -433,6 +436,7 @@ def calibrate(cells: Sequence[Cell], *, progress: bool = True) -> list[dict[str,
         raise ConfigError("none of the methods asked for takes a calibration; name one that does, such as method=nemo")
     if not all(cell.is_calibrated for cell in needed):
         runner = Runner(needed[0].choice.settings.trainer, progress=progress)
+        runner.start()
         for cell in needed:
             runner.calibrate(cell)
     rows = [_calibration_of(cell) for cell in needed]
@@ -567,6 +571,15 @@ class StageBar(TQDMProgressBar):
         self.predict_progress_bar.set_description(self.description)
 
 
+class _Nothing(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    def predict_step(self, *_: Any) -> None:
+        """There is no batch."""
+
+
 class Runner:
     """One Lightning trainer and the models loaded so far.
 
@@ -597,6 +610,16 @@ class Runner:
         except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise ConfigError(f"trainer settings do not fit this machine: {str(error).strip()}") from error
         self._models: dict[str, Diffusion] = {}
+
+    def start(self) -> None:
+        """Starts the other processes and connects them, so that they wait for what the first one writes from now on.
+
+        Lightning does so where it first predicts; each process would have looked at the records by then.
+        """
+        if self.trainer.world_size > 1:
+            with _quiet():
+                nothing: DataLoader[Any] = DataLoader([])  # type: ignore[arg-type] # a list is a data set
+                self.trainer.predict(_Nothing(), nothing, return_predictions=False)
 
     def make(self, cell: Cell) -> None:
         """Takes a cell to its images, through the stages that are not done."""
@@ -692,7 +715,7 @@ class Runner:
                 metrics, store, list(dict.fromkeys(path for p in cell.prompts for path in p.references))
             )
 
-        settings, images = cell.choice.settings, store.records("generate").values()
+        settings, images = cell.choice.settings, iterate_records(store.folder, "generate")
         reader = SceneReader(metrics.values(), store.folder, images, by_prompt(store), unmitigated_images(cell))
         size = max(1, settings.batch_size // settings.seeds)
         self._predict("score", cell.spec["method"], cell.prompt_tasks, store, make, size, reader, settings.workers)
@@ -787,8 +810,8 @@ def unmitigated_images(cell: ImageCell) -> dict[str, Path]:
     """Files of the images without mitigation by record id, none where no cell has them."""
     if cell.unmitigated is None:
         return {}
-    store = cell.unmitigated.store
-    return {record["id"]: (store.folder / record["image"]).resolve() for record in store.records("generate").values()}
+    folder = cell.unmitigated.store.folder
+    return {record["id"]: (folder / record["image"]).resolve() for record in iterate_records(folder, "generate")}
 
 
 def real_store(metric: SetMetric, cell: ImageCell) -> Store:

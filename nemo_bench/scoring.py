@@ -6,11 +6,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nemo_bench.config import Choice, about_method, one, rescore
-from nemo_bench.elsewhere import FoundImage, check_images, mapped_images, named_images
+from nemo_bench.elsewhere import FoundImage, changed_images, check_images, mapped_images, named_images
 from nemo_bench.errors import ConfigError, StoreError
 from nemo_bench.prompts import prompts_digest
 from nemo_bench.run import (
@@ -25,7 +26,7 @@ from nemo_bench.run import (
     read_files,
     renew_scores,
 )
-from nemo_bench.store import Store, read_json, write_json
+from nemo_bench.store import Store, iterate_records, read_json, write_json
 from nemo_bench.types import Prompt, digest
 
 
@@ -44,10 +45,12 @@ def score(
         The folder of the run, with ``report.html`` and the leaderboard.
     """
     runner = Runner(cells[0].choice.settings.trainer, progress=progress)
+    runner.start()
     if is_main():
         renew_scores(cells)
         for cell in cells:
             note_start(cell, command, runner)
+    runner.trainer.strategy.barrier()
     finish(cells, runner, say)
     return cells[0].store.folder.parent
 
@@ -94,28 +97,44 @@ def cells_of(
 
 def _of_run(folder: Path, overrides: Sequence[str], conf: Path | None, say: Callable[[str], None]) -> list[ImageCell]:
     names = read_json(folder / "run.json")["cells"]
-    finished = [name for name in names if (folder / name / "generate.done").is_file()]
+    lacking = {name: reason for name in names if (reason := _lack(folder / name))}
+    finished = [name for name in names if name not in lacking]
     if not finished:
         raise StoreError(f"{folder}: no cell has all its images; give the command of the run again to go on")
-    for name in names:
-        if name not in finished and is_main():
-            say(f"{name}: left out, not all of its images are there")
+    for name, reason in lacking.items() if is_main() else ():
+        say(f"{name}: left out, {reason}")
     cells = [_reread(folder / name, overrides, conf) for name in finished]
-    unmitigated = {_basis(cell.spec): cell for cell in cells if not cell.is_mitigated}
+    unmitigated = {_basis(cell.spec): cell for cell in sorted(cells, key=_made) if not cell.is_mitigated}
     for cell in cells:
         cell.unmitigated = unmitigated.get(_basis(cell.spec)) if cell.is_mitigated else None
     return cells
 
 
+def _lack(cell: Path) -> str:
+    """Why a cell can't be scored again, if so."""
+    if not (cell / "generate.done").is_file():
+        return "not all of its images are there"
+    with suppress(FileNotFoundError):  # said of each cell where it is read
+        if changed_images(cell, iterate_records(cell, "generate")):
+            return "its images are not those that were scored; score their folder again, for a cell of its own"
+    return ""
+
+
 def _with_unmitigated(cell: ImageCell, conf: Path | None) -> list[ImageCell]:
-    """The cell, and before it the one of its run without mitigation, to be scored alike, if there is one."""
-    for path in sorted(cell.store.folder.parent.glob("*/generate.done")) if cell.is_mitigated else ():
+    """The cell, and before it the latest one of its run without mitigation, to be scored alike, if there is one."""
+    done = cell.store.folder.parent.glob("*/generate.done") if cell.is_mitigated else ()
+    for path in sorted(done, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         spec = read_json(path.parent / "spec.json")
         if spec["settings"]["method"] == UNMITIGATED and _basis(spec) == _basis(cell.spec):
             other = cell.unmitigated = _reread(path.parent, (), conf)
             other.choice.settings.metrics = cell.choice.settings.metrics
             return [other, cell]
     return [cell]
+
+
+def _made(cell: ImageCell) -> int:
+    """When the images of a cell were there."""
+    return (cell.store.folder / "generate.done").stat().st_mtime_ns
 
 
 def _basis(spec: dict[str, Any]) -> str:
@@ -139,12 +158,14 @@ def _reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> ImageC
     if missing:
         msg = f"{folder}: {len(missing)} reference images are gone, such as {missing[0]}"
         raise StoreError(f"{msg}; put them back, or name a folder of fetched ones with prompts.references")
-    lost = [
-        record["image"] for record in store.records("generate").values() if not (folder / record["image"]).is_file()
-    ]
+    images = (record["image"] for record in iterate_records(folder, "generate"))
+    lost = [image for image in images if not (folder / image).is_file()]
     if lost:
         msg = f"{folder}: {len(lost)} images are gone, such as {lost[0]}"
         raise StoreError(f"{msg}; give the command that made them again")
+    if changed := changed_images(folder, iterate_records(folder, "generate")):
+        msg = f"{folder}: {len(changed)} images are not those that were scored, such as {changed[0]}"
+        raise StoreError(f"{msg}; score their folder again, for a cell of its own, or put the former images back")
     return ImageCell(choice=choice, prompts=prompts, spec=spec, store=store)
 
 
@@ -184,6 +205,7 @@ def _of_images(
         raise ConfigError(f"{msg} they are judged by, and their prompts: model=sd14 prompts.files=[list.csv]")
     choice = one([*(word for word in overrides if not word.startswith("method=")), "method=none"], conf)
     settings = choice.settings
+    check_metrics(settings)
     prompts = _read(choice)
     found = mapped_images(mapping, folder, prompts) if mapping else named_images(folder, prompts)
     contents = check_images(folder, found, decode=is_main(), progress=progress and is_main())
@@ -213,19 +235,26 @@ def _of_images(
     if is_main():
         open_folder(run, [cell])
         cell.store.open(spec)
-        _point_to(cell.store, found)
+        _point_to(cell.store, found, contents)
     return cell
 
 
-def _point_to(store: Store, found: Sequence[FoundImage]) -> None:
-    """Records of images where they are, as generating them would have written."""
+def _point_to(store: Store, found: Sequence[FoundImage], contents: Sequence[str]) -> None:
+    """Records of images where they are, as generating them would have written, and of what is in them."""
     ids = [image.task.id for image in found]
     if store.is_done("generate") and not store.open_ids("generate", ids):
         return
     store.forget("generate")
     lines = (
-        {"id": task.id, "prompt": task.prompt.id, "seed": task.seed, "image": str(Path(path).resolve())}
-        for task, path in found
+        {
+            "id": task.id,
+            "prompt": task.prompt.id,
+            "seed": task.seed,
+            "image": str(Path(path).resolve()),
+            "sha256": content,
+            "written": Path(path).stat().st_mtime_ns,
+        }
+        for (task, path), content in zip(found, contents, strict=True)
     )
     store.writer("generate")(lines)
     write_json(store.folder / "layers.json", {})

@@ -168,6 +168,14 @@ def test_every_mark_is_filled_in(hooks: ModuleType) -> None:
     assert page.endswith("|\nafter")
 
 
+def test_metrics_of_one_name_are_told_apart(hooks: ModuleType) -> None:
+    text = hooks.metrics()
+    for limit in ("Pixel distance < 0.15", "SSCD disc large membench > 0.5", "SSCD disc mixup > 0.7"):
+        assert f"### Memorized ({limit}) " in text
+    anchors = re.findall(r"^###.*\{#(.+)\}$", text, re.MULTILINE)
+    assert len(anchors) == len(set(anchors))
+
+
 def test_every_metric_is_defined(hooks: ModuleType) -> None:
     text = hooks.measures()
     public = [getattr(nemo_bench.metrics, name) for name in nemo_bench.metrics.__all__]

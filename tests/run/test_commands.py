@@ -55,24 +55,25 @@ def assert_close(a: Any, b: Any) -> None:
 
 def test_killed_anywhere_it_goes_on_and_two_ranks_find_the_same(tmp_path: Path, prompt_file: Path) -> None:
     execute(command(tmp_path / "whole", prompt_file))
-    for run in range(4):
+    for run, stop in enumerate((signal.SIGINT, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)):
         process = subprocess.Popen(
             command(tmp_path / "killed", prompt_file, "batch_size=1"),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=environment(),
         )
-        wanted, deadline = run + 1, time.monotonic() + 120
+        wanted, deadline = 6 * (run + 1), time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
-            if lines(tmp_path / "killed") >= 7 * wanted:
-                process.send_signal(signal.SIGKILL if run % 2 else signal.SIGINT)
+            if lines(tmp_path / "killed") >= wanted:
+                process.send_signal(stop)
                 break
             time.sleep(0.02)
-        process.wait(60)
+        assert process.wait(60) == (-stop if stop == signal.SIGKILL else 130)
         if run == 0:
             tear(tmp_path / "killed")
     execute(command(tmp_path / "killed", prompt_file, "trainer.devices=2"))
-    execute(command(tmp_path / "ranks", prompt_file, "trainer.devices=2"))
+    python, *words = command(tmp_path / "ranks", prompt_file, "trainer.devices=2")
+    execute([python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words])
     for stage in ("localize", "generate", "score"):
         whole = records(tmp_path / "whole", stage)
         assert whole
