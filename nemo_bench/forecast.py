@@ -29,8 +29,8 @@ class Need:
     """Something that a run takes from outside.
 
     Attributes:
-        kind: ``"weights"``, ``"metric"``, ``"statistics"``, ``"prompts"``, ``"general prompts"``, ``"neurons"`` or
-            ``"training images"``.
+        kind: ``"weights"``, ``"metric"``, ``"statistics"``, ``"prompts"``, ``"general prompts"``, ``"method's
+            file"`` or ``"training images"``.
         what: File, folder, hub id, or name of a metric.
         state: ``"there"``; ``"fetched"``, by its library at the first use; ``"partly"``, the run goes on without the
             rest; ``"missing"``, the run would stop.
@@ -48,14 +48,15 @@ class Pace:
     """What finished records of a model tell of its cost.
 
     Attributes:
-        passes: UNet passes of one sample that a prompt took to localize, by class of the method.
+        passes: UNet passes of one sample that a prompt took to localize and an image to generate, by stage and class of
+            the method.
         seconds: Seconds a pass took, by stage.
         scoring: Seconds a prompt took to be scored.
         records: How many records there are.
         devices: What they were computed on.
     """
 
-    passes: dict[str, list[float]] = field(default_factory=dict)
+    passes: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
     scoring: list[float] = field(default_factory=list)
     records: int = 0
@@ -79,7 +80,8 @@ class Pace:
         for stage in ("localize", "generate"):
             each = [record["cost"]["seconds"] / record["cost"]["row_passes"] for record in found[stage]]
             self.seconds.setdefault(stage, []).extend(each)
-        self.passes.setdefault(method, []).extend(r["cost"]["row_passes"] for r in found["localize"])
+            own = [record["cost"]["row_passes"] for record in found[stage]]
+            self.passes.setdefault((stage, method), []).extend(own)
         self.scoring.extend(r["cost"]["seconds"] for r in found["score"] if r["seed"] is None)
         if any(found.values()):
             self.records += sum(map(len, found.values()))
@@ -112,8 +114,8 @@ def forecast(choices: Sequence[Choice]) -> dict[str, Any]:
     Returns:
         ``needs``: the fields of each :class:`Need`. ``cells``: those whose files can be read, each as in
         :func:`nemo_bench.run.outlook`, with ``passes``, UNet passes of one sample to ``calibrate`` (with the first
-        cell that waits for it), ``localize`` and ``generate``; ``at_least``, whether those to localize are the fewest
-        possible, since a search depends on the prompt and no record of the model tells what it takes; and
+        cell that waits for it), ``localize`` and ``generate``; ``at_least``, whether those are the fewest possible,
+        since what a method takes depends on the prompt and no record of the model tells what it is; and
         ``seconds``, None before the first records of the model. ``uncounted``: how many other cells there are.
         ``total``: the same over all cells. ``pace``: by model, number of ``records`` that this is drawn from, their
         ``devices`` and ``seconds_per_pass``.
@@ -170,7 +172,7 @@ class _Survey:
             own = [prompt for file in prompts.files for prompt in self._prompts[file][: prompts.limit]]
             self._note_training_images(own, ", ".join(prompts.files))
             if file := settings.method.get("file"):
-                found.append(self._there("neurons", file, lambda: method.content(own)))
+                found.append(self._there("method's file", file, lambda: method.content(own)))
         if model.statistics:
             path = Path(resolve(model.statistics))
             found.append(self._there("statistics", str(path), lambda: read_statistics(path)))
@@ -234,18 +236,23 @@ def _costs(cells: Sequence[Cell]) -> tuple[list[dict[str, Any]], dict[str, Pace]
         if weights not in paces:
             paces[weights] = Pace.of(Path(settings.root), weights)
         pace, open_, seeds = paces[weights], row["open"], settings.localize_seeds
-        searches = cell.method.needs_calibration
+        searches, kind = cell.method.needs_calibration, settings.method["_target_"]
         # What localizing measures in the end, and the gate of a search.
         each = seeds * (2 if searches else 1)
-        if typical := pace.passes.get(settings.method["_target_"]):
-            each = max(each, round(fmean(typical)))
+        if localized := pace.passes.get(("localize", kind)):
+            each = max(each, round(fmean(localized)))
         passes = {"calibrate": 0, "localize": open_["localize"] * each, "generate": 0}
         if open_["localize"] and searches and cell.calibration.folder not in calibrated:
             calibrated.add(cell.calibration.folder)
             passes["calibrate"] = _calibrating(cell)
         per_image = settings.model.steps * (2 if settings.model.guidance > 1 else 1)
-        passes["generate"] = open_.get("generate", 0) * per_image
-        at_least = searches and not typical and open_["localize"] > 0
+        generated = pace.passes.get(("generate", kind)) if cell.method.makes_passes else None
+        passes["generate"] = open_.get("generate", 0) * max(per_image, round(fmean(generated or [0])))
+        unknown = {
+            "localize": (searches or cell.method.makes_passes) and not localized,
+            "generate": cell.method.makes_passes and not generated,
+        }
+        at_least = any(unknown[stage] and open_.get(stage, 0) > 0 for stage in unknown)
         seconds = pace.estimate(passes, open_.get("score", 0))
         rows.append({**row, "passes": passes, "at_least": at_least, "seconds": seconds})
     return rows, {cell.spec["model"]: paces[cell.spec["digests"]["model"]] for cell in cells}

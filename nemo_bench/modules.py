@@ -157,11 +157,14 @@ class LocalizationStage(Stage):
         method: The mitigation.
         seeds: Seeds a prompt.
         store: Where records go.
+        prompts: All prompts, not only those of the tasks.
     """
 
-    def __init__(self, model: Diffusion, method: Method, seeds: int, store: Store) -> None:
+    def __init__(
+        self, model: Diffusion, method: Method, seeds: int, store: Store, prompts: Sequence[Prompt] = ()
+    ) -> None:
         super().__init__(store, "localize")
-        self.model, self.method, self.seeds = model, method, seeds
+        self.model, self.method, self.seeds, self.prompts = model, method, seeds, prompts
 
     def handle(self, tasks: Sequence[PromptTask]) -> list[Record]:
         """Localizes each prompt."""
@@ -170,6 +173,8 @@ class LocalizationStage(Stage):
     def _localize(self, task: PromptTask) -> Record:
         prompt, method = task.prompt, self.method
         seeds = seeds_of(prompt, "localize", range(self.seeds))
+        before = self.model.row_passes
+        method.prepare(self.model, self.prompts)
         result = method.localize(self.model, prompt, method.protocol.latents(self.model, seeds))
         latents = self.model.latents(seeds)
         text = self.model.encode([prompt.text])
@@ -197,7 +202,7 @@ class LocalizationStage(Stage):
             "truncated": self.model.truncated(prompt.text),
             "memorization": float(pairs.mean()),
             "noise": self.store.save_image(f"noise/{name}.png", picture),
-            "cost": {"row_passes": result.row_passes + self.seeds},
+            "cost": {"row_passes": self.model.row_passes - before},
         }
 
 
@@ -209,11 +214,19 @@ class GenerationStage(Stage):
         method: The mitigation.
         neurons: What localizing found, by prompt id.
         store: Where images and records go.
+        prompts: All prompts, not only those of the tasks.
     """
 
-    def __init__(self, model: Diffusion, method: Method, neurons: Mapping[str, Neurons], store: Store) -> None:
+    def __init__(
+        self,
+        model: Diffusion,
+        method: Method,
+        neurons: Mapping[str, Neurons],
+        store: Store,
+        prompts: Sequence[Prompt] = (),
+    ) -> None:
         super().__init__(store, "generate")
-        self.model, self.method, self.neurons = model, method, neurons
+        self.model, self.method, self.neurons, self.prompts = model, method, neurons, prompts
 
     def handle(self, tasks: Sequence[ImageTask]) -> list[Record]:
         """Generates one image per task."""
@@ -222,17 +235,21 @@ class GenerationStage(Stage):
         neurons = tuple(self.neurons.get(p.id, Neurons()) for p in prompts)
         text = self.model.encode([p.text for p in prompts])
         batch = Batch(prompts, text, self.model.latents(seeds), seeds, neurons)
+        before = self.model.row_passes
+        self.method.prepare(self.model, self.prompts)
         with self.method.apply(self.model, batch) as changed:
             images = self.model.generate(changed.text, changed.latents, changed.unconditional)
+        each = round((self.model.row_passes - before) / len(tasks), 2)
         return [
             {
                 "id": task.id,
                 "prompt": task.prompt.id,
                 "seed": task.seed,
                 "image": self.store.save_image(f"images/{file_name(task.prompt)}_{task.seed:02d}.png", to_image(image)),
-                "cost": {"row_passes": self.model.passes_per_image},
+                **({"notes": dict(changed.notes[row])} if changed.notes else {}),
+                "cost": {"row_passes": each},
             }
-            for task, image in zip(tasks, images, strict=True)
+            for row, (task, image) in enumerate(zip(tasks, images, strict=True))
         ]
 
 

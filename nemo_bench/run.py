@@ -260,6 +260,7 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
     method = build(settings.method, "method")
     if not isinstance(method, Method):
         raise ConfigError(f"method._target_={settings.method['_target_']}: expected a nemo_bench.methods.Method")
+    method.batch_size = settings.batch_size
     check_metrics(settings)
     listed = settings.prompts
     prompts = _read(cache, listed.files, listed.limit, listed.references, listed.memorized)
@@ -718,15 +719,15 @@ class Runner:
                 write_json(cell.store.folder / "layers.json", widths)
             found = by_prompt(cell.source.store) if cell.source else {}
             cell.method.fit({name: localization_of(record) for name, record in found.items()}, widths)
-            cell.method.batch_size = cell.choice.settings.batch_size
-            return LocalizationStage(self.model(cell), cell.method, cell.choice.settings.localize_seeds, cell.store)
+            seeds = cell.choice.settings.localize_seeds
+            return LocalizationStage(self.model(cell), cell.method, seeds, cell.store, cell.prompts)
 
         self._predict("localize", cell.spec["method"], cell.prompt_tasks, cell.store, make, 1)
 
     def _generate(self, cell: Cell) -> None:
         def make() -> Stage:
             neurons = {name: Neurons(r["neurons"]) for name, r in by_prompt(cell.store).items()}
-            return GenerationStage(self.model(cell), cell.method, neurons, cell.store)
+            return GenerationStage(self.model(cell), cell.method, neurons, cell.store, cell.prompts)
 
         size = cell.choice.settings.batch_size
         self._predict("generate", cell.spec["method"], cell.image_tasks, cell.store, make, size)

@@ -86,6 +86,17 @@ def test_finished_records_tell_what_a_search_takes_and_how_long(words: list[str]
     assert pace["devices"] == [read_json(cell / "env.json")["starts"][0]["device"]]
 
 
+def test_passes_that_a_method_makes_itself_are_told_by_its_records(words: list[str], tmp_path: Path) -> None:
+    method = ["method=embedding_optimization", "method.target=0", "method.steps=1", "method.images=null"]
+    (first,) = forecast(grid([*words, *method]))["cells"]
+    assert first["at_least"]
+    run(plan(grid([*words, *method])), "test", progress=False)
+    (again,) = forecast(grid([*words, *method, "seeds=3"]))["cells"]
+    assert not again["at_least"]
+    # Steps with guidance, the unconditional noise, and a pass with its gradients.
+    assert again["passes"]["generate"] == 9 * (10 + 3)
+
+
 def test_damaged_folders_beside_it_are_passed_over(words: list[str], tmp_path: Path) -> None:
     other = tmp_path / "results" / "other" / "cell"
     other.mkdir(parents=True)
@@ -146,7 +157,7 @@ def test_all_that_is_missing_is_said_at_once(words: list[str], monkeypatch: pyte
 
 def test_neurons_that_a_file_lacks_are_missing(words: list[str], tmp_path: Path) -> None:
     expected = forecast(grid([*words, "method=saved", f"method.file={tmp_path / 'neurons.json'}"]))
-    assert states(expected)["neurons neurons.json"] == "missing"
+    assert states(expected)["method's file neurons.json"] == "missing"
 
 
 def test_memorized_prompts_without_training_image_are_counted(words: list[str], tmp_path: Path) -> None:

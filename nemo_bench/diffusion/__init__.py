@@ -1,5 +1,6 @@
 """The models: a thin wrapper over diffusers pipelines with per-row neuron masks."""
 
+from nemo_bench.diffusion.attention import Edit, conditional_rows
 from nemo_bench.diffusion.families import Conditioning
 from nemo_bench.diffusion.guidance import Rule, Step
 from nemo_bench.diffusion.model import Diffusion, Similarity, value_layers
@@ -9,11 +10,13 @@ from nemo_bench.diffusion.source import Source, file_digest, folder_digest
 __all__ = [
     "Conditioning",
     "Diffusion",
+    "Edit",
     "Prefix",
     "Rule",
     "Similarity",
     "Source",
     "Step",
+    "conditional_rows",
     "file_digest",
     "folder_digest",
     "value_layers",

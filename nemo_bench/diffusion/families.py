@@ -37,6 +37,11 @@ class Conditioning:
         rows = list(index)
         return Conditioning(self.text[rows], None if self.pooled is None else self.pooled[rows])
 
+    def followed_by(self, other: Conditioning) -> Conditioning:
+        """These rows and then those of another conditioning."""
+        pooled = None if self.pooled is None or other.pooled is None else torch.cat([self.pooled, other.pooled])
+        return Conditioning(torch.cat([self.text, other.text]), pooled)
+
     def clone(self) -> Conditioning:
         """A copy, which takes part in gradients even if this was made in inference mode."""
         return Conditioning(self.text.clone(), None if self.pooled is None else self.pooled.clone())

@@ -20,6 +20,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
+from nemo_bench.diffusion.attention import Edit, cross_attentions, edit_attention
 from nemo_bench.diffusion.families import Conditioning, family_of
 from nemo_bench.diffusion.guidance import Rule, Step
 from nemo_bench.diffusion.masks import NeuronMasks
@@ -65,6 +66,9 @@ class Diffusion(nn.Module):
         similarity: How noise differences are compared.
         compiled: Compile the UNet with torch.compile at its first pass.
 
+    Attributes:
+        row_passes: UNet passes of one sample made so far; gradients that go back through a pass count as another one.
+
     Raises:
         ModelError: The pipeline is of another class, or has no such value layer.
     """
@@ -98,6 +102,8 @@ class Diffusion(nn.Module):
         if compiled:
             # Hooks that a network gets after it was compiled are ignored, so the masks come first.
             self.unet.compile()
+        self.row_passes = 0
+        self._predicting = False
         self._unconditional: Conditioning | None = None
 
     @classmethod
@@ -183,6 +189,10 @@ class Diffusion(nn.Module):
         tokenizers = [part for name, part in self.pipeline.components.items() if name.startswith("tokenizer")]
         return any(len(t(text, truncation=False, verbose=False).input_ids) > t.model_max_length for t in tokenizers)
 
+    def token_count(self, text: str) -> int:
+        """Number of tokens of a prompt, its start and its end included, as far as the text encoder reads."""
+        return len(self.pipeline.tokenizer(text, truncation=True).input_ids)
+
     def latents(self, seeds: Sequence[int]) -> Tensor:
         """Starting noise, each row from a CPU generator of its own, so equal on every device and in every batch.
 
@@ -220,9 +230,35 @@ class Diffusion(nn.Module):
             ModelError: The scheduler's prediction type is neither epsilon nor v_prediction.
         """
         height, width = (side * self.pipeline.vae_scale_factor for side in latents.shape[2:])
-        output = self.unet(latents, timestep, **self.family.unet_inputs(text, (height, width))).sample
+        self._predicting = True
+        try:
+            output = self.unet(latents, timestep, **self.family.unet_inputs(text, (height, width))).sample
+        finally:
+            self._predicting = False
+        self._count_passes(len(latents))
+        if output.requires_grad:
+            output.register_hook(lambda gradient: self._count_passes(len(gradient)))
         own, of_latents = self._noise_weights(timestep)
         return own * output.float() + of_latents * latents.float()
+
+    def text_noise(self, latents: Tensor, timestep: int, text: Conditioning) -> Tensor:
+        """What a prompt adds to the predicted noise: conditional minus unconditional, of one UNet pass for both.
+
+        Args:
+            latents: See :meth:`predict_noise`.
+            timestep: Likewise.
+            text: Likewise.
+
+        Returns:
+            The difference in float32, shaped as the latents.
+        """
+        # Copies, since what was made in inference mode takes no part in gradients.
+        both = self.unconditional(len(text)).clone().followed_by(text.clone())
+        unconditional, conditional = self.predict_noise(torch.cat([latents, latents]), timestep, both).chunk(2)
+        return conditional - unconditional
+
+    def _count_passes(self, rows: int) -> None:
+        self.row_passes += rows
 
     def _noise_weights(self, timestep: int) -> tuple[float, float]:
         """What output and latents are multiplied by to sum up to the noise predicted (Salimans and Ho 2022)."""
@@ -240,7 +276,9 @@ class Diffusion(nn.Module):
         """Takes, in every step generated while the context is open, the noise that a rule gives.
 
         Args:
-            rule: Called once a step for all images of a batch; the UNet passes that it makes itself are left alone.
+            rule: Called once a step for all images of a batch; what :meth:`predict_noise` gives, within the rule or
+                apart from sampling, is left alone. Images for which it gives what guidance gives anyway are exactly
+                those generated without it.
 
         Raises:
             ModelError: The model generates without guidance, or its UNet is compiled.
@@ -248,30 +286,43 @@ class Diffusion(nn.Module):
         if self.guidance <= 1 or self.compiled:
             msg = f"model.guidance={self.guidance} model.compiled={self.compiled}: a method that changes guidance needs"
             raise ModelError(f"{msg} model.guidance above 1 and model.compiled=false")
-        inside = False
 
         def replace(_unet: nn.Module, args: tuple[Tensor, Tensor], output: tuple[Tensor]) -> tuple[Tensor] | None:
-            nonlocal inside
-            if inside:
+            if self._predicting:
                 return None
             latents, timestep = args[0].chunk(2)[0], int(args[1])
             own, of_latents = self._noise_weights(timestep)
             # The pipeline stacks the unconditional half before the conditional one.
             halves = (own * half.float() + of_latents * latents.float() for half in output[0].chunk(2))
             number = self.pipeline.scheduler.timesteps.tolist().index(timestep)
-            inside = True
-            try:
-                noise = rule(Step(number, timestep, self.guidance, latents, *halves))
-            finally:
-                inside = False
+            step = Step(number, timestep, self.guidance, latents, *halves)
+            noise = rule(step)
             # Two halves alike: whatever scale the pipeline applies, this is what it gets.
-            return (((noise - of_latents * latents) / own).to(output[0].dtype).repeat(2, 1, 1, 1),)
+            alike = ((noise - of_latents * latents) / own).to(output[0].dtype).repeat(2, 1, 1, 1)
+            # Images that are guided as ever keep what the network gave, since converting there and back rounds.
+            changed = (noise != step.guided(step.scale)).flatten(1).any(1).repeat(2)
+            return (torch.where(changed[:, None, None, None], alike, output[0]),)
 
         hook = self.unet.register_forward_hook(replace)
         try:
             yield
         finally:
             hook.remove()
+
+    def edit_attention(self, edit: Edit, block: str = "") -> AbstractContextManager[None]:
+        """Edits the logits of cross-attention while the context is open.
+
+        Args:
+            edit: Called in every UNet pass, once a layer; it sees the rows of the pass, see
+                :func:`nemo_bench.diffusion.attention.conditional_rows`.
+            block: Beginning of the paths of the layers, such as ``"down_blocks.0."``; all where empty.
+
+        Raises:
+            ModelError: There is no such layer, or the UNet is compiled.
+        """
+        if self.compiled:
+            raise ModelError("model.compiled=True: a method that edits attention needs model.compiled=false")
+        return edit_attention(cross_attentions(self.unet, block), edit)
 
     def generate(
         self,
@@ -300,7 +351,20 @@ class Diffusion(nn.Module):
             guidance_scale=self.guidance,
             output_type="pt",
         ).images
+        self._count_passes(len(text) * self.passes_per_image)
         return images.float().clamp(0, 1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of clean latents; gradients go through it.
+
+        Args:
+            latents: (N, channels, height, width).
+
+        Returns:
+            Float32, (N, 3, height, width), 0 black and 1 white; values beyond are not cut off.
+        """
+        image = self.pipeline.vae.decode(latents.to(self.dtype) / self.pipeline.vae.config.scaling_factor).sample
+        return image.float() / 2 + 0.5
 
     @property
     def passes_per_image(self) -> int:

@@ -1,22 +1,40 @@
 """Mitigations, one file each."""
 
+from nemo_bench.methods.amg import AMG
+from nemo_bench.methods.anisotropy import AnisotropyOptimization
+from nemo_bench.methods.attention_rescaling import AttentionRescaling
 from nemo_bench.methods.base import Batch, Method
+from nemo_bench.methods.bright_ending import BrightEndingOptimization
+from nemo_bench.methods.embedding_optimization import EmbeddingOptimization
+from nemo_bench.methods.initial_noise import AdjustedNoise, OptimizedNoise
 from nemo_bench.methods.nemo import BlockNeurons, NeMo
 from nemo_bench.methods.no_mitigation import NoMitigation
 from nemo_bench.methods.perturbed_prompts import EmbeddingNoise, RandomNumbers, RandomTokens, RepeatedWords
+from nemo_bench.methods.prss import PRSS
 from nemo_bench.methods.random_neurons import RandomNeurons
+from nemo_bench.methods.sail import SAIL
 from nemo_bench.methods.saved import SavedNeurons
 from nemo_bench.methods.shared_neurons import SharedNeurons
 from nemo_bench.methods.transition_point import DynamicTransition, StaticTransition
+from nemo_bench.methods.wanda import Wanda
 
 __all__ = [
+    "AMG",
+    "PRSS",
+    "SAIL",
+    "AdjustedNoise",
+    "AnisotropyOptimization",
+    "AttentionRescaling",
     "Batch",
     "BlockNeurons",
+    "BrightEndingOptimization",
     "DynamicTransition",
     "EmbeddingNoise",
+    "EmbeddingOptimization",
     "Method",
     "NeMo",
     "NoMitigation",
+    "OptimizedNoise",
     "RandomNeurons",
     "RandomNumbers",
     "RandomTokens",
@@ -24,4 +42,5 @@ __all__ = [
     "SavedNeurons",
     "SharedNeurons",
     "StaticTransition",
+    "Wanda",
 ]

@@ -29,6 +29,7 @@ class Batch:
         seeds: Seed of the starting noise of each row; what a method draws for an image follows from it.
         neurons: What localizing found for the prompt of each row.
         unconditional: What guidance leads away from, of each row, or None for the model's own.
+        notes: What a method has to tell of each row, for the records; empty where it has nothing to tell.
     """
 
     prompts: tuple[Prompt, ...]
@@ -37,6 +38,7 @@ class Batch:
     seeds: tuple[int, ...]
     neurons: tuple[Neurons, ...]
     unconditional: Conditioning | None = None
+    notes: tuple[Mapping[str, Any], ...] = ()
 
 
 class Method(ABC):
@@ -47,6 +49,7 @@ class Method(ABC):
         summary: One line for ``nemo-bench ls``.
         citation: BibTeX of the source, empty for a control of our own.
         needs_calibration: Whether :attr:`calibration` must be set before localizing.
+        makes_passes: Whether it makes UNet passes of its own where it is prepared or applied.
         threshold: A memorization threshold of its own, or None for the calibrated one.
         protocol: How it takes noise differences.
         source: Another method whose localization this one starts from, or None.
@@ -59,6 +62,7 @@ class Method(ABC):
     summary: ClassVar[str]
     citation: ClassVar[str] = ""
     needs_calibration: ClassVar[bool] = False
+    makes_passes: ClassVar[bool] = False
     threshold: float | None = None
     protocol: Protocol = PAPER
     source: Method | None = None
@@ -89,6 +93,14 @@ class Method(ABC):
             widths: Number of neurons of every layer of the model, in network order.
         """
         self.found = found
+
+    def prepare(self, model: Diffusion, prompts: Sequence[Prompt]) -> None:  # noqa: B027 # most share nothing
+        """Measures what all prompts share; called before every batch, it has nothing left to do after the first.
+
+        Args:
+            model: The model.
+            prompts: All prompts.
+        """
 
     def calibrate(self, model: Diffusion, prompts: Sequence[Prompt], seeds: int = SEEDS) -> Self:
         """Measures on general prompts, in the method's own protocol, what localizing compares with.

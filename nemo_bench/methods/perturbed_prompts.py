@@ -6,6 +6,7 @@ seed of its starting noise, so that neither batches nor processes change it.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,9 @@ _TOKENS, _NUMBERS = 49400, 100_000
 
 class Insertion(Method):
     """Inserts words at uniformly drawn gaps of the prompt, both ends included, one after another.
+
+    Words are what single spaces separate. The end of a prompt that grows longer than the text encoder reads is cut off;
+    records tell the whole text.
 
     Args:
         times: How many words, at least 0.
@@ -79,7 +83,8 @@ class Insertion(Method):
     def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
         """See :meth:`Method.apply`."""
         rows = zip(batch.prompts, batch.seeds, strict=True)
-        yield replace(batch, text=model.encode([self.perturbed(model, prompt.text, seed) for prompt, seed in rows]))
+        texts = [self.perturbed(model, prompt.text, seed) for prompt, seed in rows]
+        yield replace(batch, text=model.encode(texts), notes=tuple({"text": text} for text in texts))
 
 
 class RandomTokens(Insertion):
@@ -119,13 +124,16 @@ class RepeatedWords(Insertion):
 class EmbeddingNoise(Method):
     """Adds Gaussian noise to the encoded prompt (GNI), and by default, as the public script does, to the empty one.
 
+    Of SDXL the pooled embedding stays as it is. The published scale does next to nothing in the embedded model, as in
+    the comparison of Chen et al. (2024, AMG); 1, the spread of the embeddings themselves, does.
+
     Args:
         scale: Standard deviation of the noise, at least 0.
         both: Whether the unconditional embedding gets noise of its own as well.
         seed: Another seed draws other noise.
 
     Raises:
-        ConfigError: The scale is negative.
+        ConfigError: The scale is out of range.
     """
 
     title = "Gaussian noise on embeddings"
@@ -133,8 +141,8 @@ class EmbeddingNoise(Method):
     citation = _CITATION
 
     def __init__(self, scale: float = 0.1, both: bool = True, seed: int = 0) -> None:
-        if scale < 0:
-            raise ConfigError(f"embedding_noise needs a scale of 0 or more, given {scale}")
+        if not 0 <= scale < math.inf:
+            raise ConfigError(f"embedding_noise needs a finite scale of 0 or more, given {scale}")
         self.scale, self.both, self.seed = scale, both, seed
 
     @contextmanager

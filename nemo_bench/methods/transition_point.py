@@ -1,9 +1,13 @@
-"""Guidance that starts late: static and dynamic transition points, and opposite guidance before them."""
+"""Guidance that starts late: static and dynamic transition points, and opposite guidance before them.
+
+Published with 50 steps of DPM-Solver; here with the model's own DDIM steps.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -26,6 +30,9 @@ _CITATION = """@inproceedings{jain2025classifier,
 class StaticTransition(Method):
     """Guides from a fixed timestep on (Jain et al. 2025).
 
+    It helps where guidance starts outside the basin that leads to the training image, which belongs to the model: in
+    the embedded one that is 200, not 500, and other images lose their prompt before.
+
     Args:
         timestep: Guidance starts where the timestep is at most this, 0 to 1000. Published: 500, 600 or 700 without, 650
             with opposite guidance, on fine-tuned models.
@@ -33,7 +40,7 @@ class StaticTransition(Method):
             (-2 in the paper). The scale after it is the model's own.
 
     Raises:
-        ConfigError: The timestep is out of range.
+        ConfigError: A number is out of range.
     """
 
     title = "Static transition point"
@@ -41,8 +48,9 @@ class StaticTransition(Method):
     citation = _CITATION
 
     def __init__(self, timestep: int = 500, before: float = 0.0) -> None:
-        if not 0 <= timestep <= 1000:
-            raise ConfigError(f"static_transition needs a timestep from 0 to 1000, given {timestep}")
+        if not (0 <= timestep <= 1000 and isfinite(before)):
+            msg = f"given timestep={timestep}, before={before}"
+            raise ConfigError(f"static_transition needs a timestep from 0 to 1000 and a finite scale before it, {msg}")
         self.timestep, self.before = timestep, before
 
     @contextmanager
@@ -65,6 +73,9 @@ class DynamicTransition(Method):
     Args:
         before: Guidance scale until then: 0 is unconditional (the paper), 1 the plain prompt (the public script), below
             0 opposite guidance, here in one pass on the magnitude, where the public script makes two.
+
+    Raises:
+        ConfigError: The scale is not finite.
     """
 
     title = "Dynamic transition point"
@@ -72,6 +83,8 @@ class DynamicTransition(Method):
     citation = _CITATION
 
     def __init__(self, before: float = 0.0) -> None:
+        if not isfinite(before):
+            raise ConfigError(f"dynamic_transition needs a finite scale before the transition, given before={before}")
         self.before = before
 
     @contextmanager

@@ -22,8 +22,17 @@ def test_a_rule_that_guides_as_the_pipeline_does_changes_nothing(model: Diffusio
     plain = model.generate(text, latents)
     with model.guide(lambda step: step.guided(step.scale)):
         guided = model.generate(text, latents)
-    torch.testing.assert_close(guided, plain, rtol=0, atol=1e-3)
+    assert torch.equal(guided, plain)
     assert torch.equal(model.generate(text, latents), plain)
+
+
+def test_images_that_a_rule_leaves_alone_are_exactly_those_without_it(model: Diffusion) -> None:
+    text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
+    plain = model.generate(text, latents)
+    with model.guide(lambda step: step.guided(torch.tensor([0.0, step.scale]))):
+        guided = model.generate(text, latents)
+    assert torch.equal(guided[1], plain[1])
+    assert not torch.allclose(guided[0], plain[0])
 
 
 def test_another_scale_is_what_the_pipeline_makes_of_it(model: Diffusion) -> None:
@@ -51,6 +60,28 @@ def test_a_step_tells_what_the_network_predicts(model: Diffusion) -> None:
     assert torch.equal(steps[0].latents, latents)
     first = steps[0]
     torch.testing.assert_close(first.magnitude[1], (first.conditional[1] - first.unconditional[1]).norm())
+
+
+def test_what_a_prompt_adds_is_conditional_minus_unconditional_noise(model: Diffusion) -> None:
+    text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
+    conditional = model.predict_noise(latents, 981, text)
+    unconditional = model.predict_noise(latents, 981, model.unconditional(2))
+    found = model.text_noise(latents, 981, text)
+    torch.testing.assert_close(found, conditional - unconditional, rtol=1e-3, atol=1e-4)
+    if model.pipeline.scheduler.config.prediction_type == "v_prediction":
+        # Latents cancel: what is left of velocities is their difference times sqrt(abar).
+        v = model.unet(latents, 981, text.text).sample - model.unet(latents, 981, model.unconditional(2).text).sample
+        expected = model.pipeline.scheduler.alphas_cumprod[981].sqrt() * v
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_noise_that_is_predicted_apart_from_sampling_is_left_alone(model: Diffusion, rows: int) -> None:
+    text, latents = model.encode(tiny_texts(rows)), model.latents(range(rows))
+    plain, generated = model.predict_noise(latents, 981, text), model.generate(text, latents)
+    with model.guide(lambda step: 0 * step.conditional):
+        assert torch.equal(model.predict_noise(latents, 981, text), plain)
+        assert not torch.allclose(model.generate(text, latents), generated)
 
 
 def test_scales_of_a_batch_stay_with_their_images(model: Diffusion) -> None:

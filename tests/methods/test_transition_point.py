@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +80,9 @@ def test_images_of_a_batch_switch_on_their_own(planted: Diffusion) -> None:
     torch.testing.assert_close(images([0, 1]), torch.cat([images([0]), images([1])]), rtol=0, atol=1e-3)
 
 
-def test_a_transition_after_the_last_timestep_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="timestep from 0 to 1000, given 1001"):
-        StaticTransition(1001)
+@pytest.mark.parametrize("wrong", [{"timestep": 1001}, {"timestep": -1}, {"before": float("nan")}])
+def test_settings_out_of_range_are_errors(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"a timestep from 0 to 1000 and a finite scale before it, given timestep="):
+        StaticTransition(**wrong)
+    with pytest.raises(ConfigError, match="given before=inf"):
+        DynamicTransition(float("inf"))

@@ -1,0 +1,78 @@
+"""Cross-attention as methods and detectors see and change it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from torch import Tensor, nn
+
+from nemo_bench.errors import ModelError
+
+Edit = Callable[[str, Tensor], Tensor]
+"""Gives the logits that a layer's softmax takes, from its module path and its own logits, float32, (N, heads, queries,
+tokens); queries are the pixels of the layer row by row."""
+
+
+@contextmanager
+def edit_attention(layers: Mapping[str, Attention], edit: Edit) -> Iterator[None]:
+    """Computes attention step by step while the context is open, with its logits as they are edited.
+
+    It replaces fused attention, which has no logits to look at, and differs from it by rounding.
+
+    Args:
+        layers: Attention layers by module path; see :func:`cross_attentions`.
+        edit: Called in every pass of every layer.
+    """
+    kept = {name: layer.processor for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.set_processor(AttnProcessor())
+            layer.get_attention_scores = partial(_scores, layer, name, edit)
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.set_processor(kept[name])
+            layer.__dict__.pop("get_attention_scores", None)
+
+
+def _scores(
+    layer: Attention, name: str, edit: Edit, query: Tensor, key: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
+    """Stands in for diffusers' ``Attention.get_attention_scores``; rows and heads share the first dimension."""
+    logits = layer.scale * (query.float() @ key.float().transpose(1, 2))
+    edited = edit(name, logits.unflatten(0, (-1, layer.heads)))
+    return edited.softmax(-1).flatten(0, 1).to(query.dtype)
+
+
+def cross_attentions(unet: nn.Module, block: str = "") -> dict[str, Attention]:
+    """The cross-attention layers of a UNet by module path.
+
+    Args:
+        unet: A diffusers UNet.
+        block: Beginning of their paths, such as ``"down_blocks.0."``.
+
+    Raises:
+        ModelError: There is none.
+    """
+    layers = {n: m for n, m in unet.named_modules() if n.endswith("attn2") and n.startswith(block)}
+    if not layers:
+        raise ModelError(f"the UNet has no cross-attention in its {block or 'blocks'}")
+    return layers
+
+
+def conditional_rows(rows: int, images: int) -> slice:
+    """Which rows of a UNet pass are conditional: all or, with guidance, the second half.
+
+    Args:
+        rows: Rows of the pass.
+        images: Images that are generated.
+
+    Raises:
+        ModelError: The pass has neither one row an image nor two.
+    """
+    if rows not in (images, 2 * images):
+        raise ModelError(f"a UNet pass of {rows} rows is none of {images} images, with guidance or without")
+    return slice(rows - images, rows)

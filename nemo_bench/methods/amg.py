@@ -1,0 +1,261 @@
+"""Anti-memorization guidance: away from the nearest of known training images, in every step."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from nemo_bench.diffusion import Conditioning, Diffusion, Step, file_digest
+from nemo_bench.errors import ConfigError
+from nemo_bench.methods.base import Batch, Method
+from nemo_bench.methods.descent import check_precision, unit
+from nemo_bench.metrics import SSCD
+from nemo_bench.metrics.spaces import to_tensor
+from nemo_bench.prompts import references_digest
+from nemo_bench.types import Prompt
+
+_HITS, _CAPTION_SATURATION, _LASTING = 1000, 0.3, 10
+"""Nearest images whose captions count; similarity from where on guidance away from a caption is full; steps that it
+lasts. All of the public code."""
+_SIZE, _MEAN, _STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""How SSCD takes pictures: side as in the public code, statistics of its authors."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """Training images that can be copied.
+
+    Attributes:
+        vectors: What :meth:`AMG.embed` gives for them, of length 1, (R, D).
+        captions: Their captions.
+    """
+
+    vectors: Tensor
+    captions: tuple[str, ...]
+
+
+class AMG(Method):
+    """Guides each image away from the training image it is nearest to (Chen et al. 2024).
+
+    In a step, with s for the guidance scale, the image that the guided noise leads to is decoded, and its greatest
+    similarity S to a training image decides. While S is above threshold + 0.1 exp(-0.005 t):
+
+    - despecification: guidance falls by s1 = (s - 1) S / saturation, at most s - 1;
+    - caption deduplication: if more than ``captions`` of the 1000 nearest training images share a caption y, the noise
+      moves by s2 (e(empty) - e(y)), s2 = (s - 1 - s1) S / 0.3, at most s - 1 - s1; this lasts for ten steps;
+    - dissimilarity: if the similarity S' of what is then led to is above the threshold as well, the noise takes on
+      sigma_t strength (S' - threshold) exp((1000 - t) / 170) times the gradient of S' with respect to the latents,
+      through embedding, decoder and the step to the image, the noise being held constant.
+
+    Neighbours come from the reference images of all prompts of the run, in place of the public search of LAION that is
+    no more. Similarity is the cosine of SSCD embeddings; generated and known images are both prepared as its authors
+    do, where the public code feeds two ranges of values, so numbers differ somewhat from those that the published
+    constants were tuned for. Without an SSCD file it is the correlation of pixels (of the image's mean, of all three
+    channels): ours, for small worlds; a higher threshold, such as 0.5 for the embedded model, spares images that
+    are alike by their background alone. The public code leaves the first 21 images of a run unguided, here none is.
+    Decoding and embedding are no UNet passes; seconds in the records have them.
+
+    Args:
+        sscd: TorchScript file of SSCD; published: ``sscd_disc_mixup.torchscript.pt``.
+        threshold: Similarity above which an image is guided, from -1 to 1. Published: 0.3.
+        saturation: Similarity at which no guidance above 1 is left. Published: 0.5, which is c1 = 13 at scale 7.5.
+        strength: Of dissimilarity, c3, at least 0. Published: 100.
+        captions: See above, at least 1.
+        legacy_ungated: Despecify at any similarity above 0, as the public code does; the paper has the threshold.
+
+    Raises:
+        ConfigError: A number is out of range.
+    """
+
+    title = "Anti-memorization guidance"
+    summary = "guidance away from the nearest of the known training images"
+    citation = """@inproceedings{chen2024towards,
+  title = {Towards Memorization-Free Diffusion Models},
+  author = {Chen, Chen and Liu, Daochang and Xu, Chang},
+  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year = {2024},
+  eprint = {2404.00922},
+  archivePrefix = {arXiv}
+}"""
+    makes_passes = True
+
+    def __init__(
+        self,
+        sscd: str | None = None,
+        threshold: float = 0.3,
+        saturation: float = 0.5,
+        strength: float = 100.0,
+        captions: int = 20,
+        legacy_ungated: bool = False,
+    ) -> None:
+        if not (-1 <= threshold <= 1 and saturation > 0 and 0 <= strength < math.inf and captions >= 1):
+            msg = f"threshold={threshold}, saturation={saturation}, strength={strength}, captions={captions}"
+            raise ConfigError(
+                "amg needs a threshold from -1 to 1, a saturation above 0, a strength of 0 or more and captions of 1 "
+                f"or more, given {msg}"
+            )
+        # Method.threshold is another one, that of memorization.
+        self.sscd, self.limit, self.saturation, self.strength = sscd, threshold, saturation, strength
+        self.captions, self.legacy_ungated = captions, legacy_ungated
+        self._indices: WeakKeyDictionary[Diffusion, Index] = WeakKeyDictionary()
+        self._network: nn.Module | None = None
+
+    def content(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
+        """See :meth:`Method.content`.
+
+        Raises:
+            NemoBenchError: No prompt has a training image, one can't be read, or the SSCD file is not there.
+        """
+        if not any(prompt.references for prompt in prompts):
+            raise ConfigError("amg needs training images to keep away from, and no prompt has any: give references")
+        known = {"references": references_digest(prompts)}
+        if not self.sscd:
+            return known
+        SSCD(self.sscd).check()
+        return {**known, "sscd": file_digest(Path(self.sscd))}
+
+    def prepare(self, model: Diffusion, prompts: Sequence[Prompt]) -> None:
+        """See :meth:`Method.prepare`.
+
+        Raises:
+            NemoBenchError: See :meth:`content`; also where a file can't be read.
+        """
+        if model in self._indices:
+            return
+        self.content(prompts)
+        height, width = (side * model.pipeline.vae_scale_factor for side in model.latent_shape[1:])
+        pairs = [(path, prompt.text) for prompt in prompts for path in prompt.references]
+        with torch.no_grad():
+            known = {path: self.embed(_picture(path, (width, height)).to(model.device)) for path in dict(pairs)}
+        self._indices[model] = Index(torch.cat([known[path] for path, _ in pairs]), tuple(text for _, text in pairs))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """What similarity is the dot product of; gradients go through it.
+
+        Args:
+            images: (N, 3, height, width), 0 black and 1 white.
+
+        Returns:
+            (N, D), rows of length 1.
+
+        Raises:
+            ModelError: The SSCD file can't be read.
+        """
+        if not self.sscd:
+            flat = images.flatten(1)
+            return unit(flat - flat.mean(1, keepdim=True))
+        if self._network is None:
+            self._network = SSCD(self.sscd).load().eval()
+            for parameter in self._network.parameters():
+                parameter.requires_grad = False
+        small = nn.functional.interpolate(images, (_SIZE, _SIZE), mode="bilinear", align_corners=False)
+        mean, std = (images.new_tensor(values)[:, None, None] for values in (_MEAN, _STD))
+        return unit(self._network.to(images.device)((small - mean) / std))
+
+    @contextmanager
+    def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
+        """See :meth:`Method.apply`.
+
+        Raises:
+            ConfigError: Nothing was prepared.
+            ModelError: The model is in half precision.
+        """
+        check_precision(model)
+        if model not in self._indices:
+            raise ConfigError("amg needs to see the training images: call prepare(model, prompts)")
+        guidance = _Guidance(self, model, self._indices[model], len(batch.prompts))
+        with model.guide(guidance):
+            yield replace(batch, notes=guidance.notes)
+
+
+class _Guidance:
+    """The rule for one batch.
+
+    Attributes:
+        notes: For each image in how many steps it was guided.
+    """
+
+    def __init__(self, method: AMG, model: Diffusion, index: Index, images: int) -> None:
+        self.method, self.model, self.index = method, model, index
+        self.notes = tuple({"guided_steps": 0} for _ in range(images))
+        self._lasting = [0] * images
+        self._captions: list[str | None] = [None] * images
+
+    def __call__(self, step: Step) -> Tensor:
+        method, scale = self.method, step.scale
+        limit = method.limit + 0.1 * math.exp(-0.005 * step.timestep)
+        noise = step.guided(scale)
+        with torch.no_grad():
+            vectors = self._vectors(step, step.latents, noise)
+            products = vectors @ self.index.vectors.to(vectors).T
+        nearest = products.amax(1)
+        near = nearest > limit
+        despecified = near | method.legacy_ungated
+        less = (torch.where(despecified, nearest, 0) * (scale - 1) / method.saturation).clamp(0, scale - 1)
+        noise = torch.where((less > 0)[:, None, None, None], step.guided(scale - less), noise)
+        noise = self._away_from_captions(step, noise, products, near, scale - 1 - less)
+        # Where nothing has moved, the similarity is still the one that is not above the limit.
+        moved = (noise != step.guided(scale)).flatten(1).any(1)
+        return self._dissimilar(step, noise, limit, near | moved)
+
+    def _vectors(self, step: Step, latents: Tensor, noise: Tensor) -> Tensor:
+        """Embeddings of the images that noise leads to."""
+        alpha = float(self.model.pipeline.scheduler.alphas_cumprod[step.timestep])
+        image = (latents.float() - (1 - alpha) ** 0.5 * noise) / alpha**0.5
+        return self.method.embed(self.model.decode(image))
+
+    def _away_from_captions(self, step: Step, noise: Tensor, products: Tensor, near: Tensor, room: Tensor) -> Tensor:
+        for row, above in enumerate(near.tolist()):
+            if above:
+                hits = products[row].topk(min(_HITS, products.shape[1])).indices.tolist()
+                caption, count = Counter(self.index.captions[hit] for hit in hits).most_common(1)[0]
+                self.notes[row]["guided_steps"] += 1
+                if count > self.method.captions:
+                    self._captions[row], self._lasting[row] = caption, _LASTING
+        rows = [row for row, left in enumerate(self._lasting) if left]
+        if not rows:
+            return noise
+        text: Conditioning = self.model.encode([str(self._captions[row]) for row in rows])
+        away = step.unconditional[rows] - self.model.predict_noise(step.latents[rows], step.timestep, text)
+        wanted = (room * products.amax(1) / _CAPTION_SATURATION).clamp(min=0)
+        noise = noise.clone()
+        noise[rows] += torch.minimum(wanted, room)[rows][:, None, None, None] * away
+        for row in rows:
+            self._lasting[row] -= 1
+        return noise
+
+    def _dissimilar(self, step: Step, noise: Tensor, limit: float, chosen: Tensor) -> Tensor:
+        rows = chosen.nonzero()[:, 0].tolist()
+        if not rows or not self.method.strength:
+            return noise
+        with torch.inference_mode(False), torch.enable_grad():
+            latents = step.latents[rows].clone().float().requires_grad_()
+            vectors = self._vectors(step, latents, noise[rows].clone())
+            nearest = (vectors @ self.index.vectors.clone().to(vectors).T).amax(1)
+            (gradient,) = torch.autograd.grad(nearest.sum(), [latents])
+        alpha = float(self.model.pipeline.scheduler.alphas_cumprod[step.timestep])
+        growing = (1 - alpha) ** 0.5 * math.exp((1000 - step.timestep) / 170)
+        above = torch.where(nearest.detach() > limit, nearest.detach() - self.method.limit, 0)
+        noise = noise.clone()
+        noise[rows] += (self.method.strength * growing * above)[:, None, None, None] * gradient
+        return noise
+
+
+def _picture(path: Path, size: tuple[int, int]) -> Tensor:
+    """A picture as (1, 3, height, width) values in [0, 1]."""
+    try:
+        with Image.open(path) as image:
+            picture = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read as an image ({error}); amg needs every training image") from error
+    return to_tensor([picture])

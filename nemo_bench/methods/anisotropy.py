@@ -1,0 +1,73 @@
+"""Optimization of the encoded prompt by the anisotropy of the log-probability."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nemo_bench.diffusion import Conditioning, Diffusion
+from nemo_bench.methods.descent import norms
+from nemo_bench.methods.embedding_optimization import Measure, OptimizedEmbedding, noises_of
+from nemo_bench.types import Prompt
+
+_LATE = -3
+"""The angle is taken at the third of 50 timesteps from the end, 41 for Stable Diffusion."""
+
+
+class AnisotropyOptimization(OptimizedEmbedding):
+    """Optimizes the embedding by magnitude and angle of the text-conditional noise (Asthana and Belagiannis 2026).
+
+    The value is norm_weight N + angle_weight K, both taken on the starting noise: N is the norm of what the prompt adds
+    to the noise predicted at the first timestep; K, at a late timestep and without denoising, the cosine over the
+    channels between the unconditional noise and what the prompt adds to it, averaged over positions. Gradients go
+    through both passes. The paper's mitigation is the loop of Wen et al. (2024) with this value; its settings and its
+    code were not published, so those of :class:`EmbeddingOptimization` are taken, and a target of our own. As there, it
+    should be one that prompts that are not memorized stay below: 3 for the embedded model.
+
+    Args:
+        target: At most this value, averaged over images, is enough: ours, the 1.5 that Wen's target is for the norm.
+        steps: AdamW steps at most.
+        rate: Learning rate.
+        images: See :class:`OptimizedEmbedding`.
+        norm_weight: Published code: 1 for Stable Diffusion 1.4 and 2.0, 2 for Realistic Vision.
+        angle_weight: Published code: 2 for Stable Diffusion 1.4, 0.1 for 2.0, 1 for Realistic Vision.
+
+    Raises:
+        ConfigError: A number is out of range.
+    """
+
+    title = "Anisotropy optimization"
+    summary = "the encoded prompt, optimized by norm and angle of the text-conditional noise"
+    citation = """@inproceedings{asthana2026detecting,
+  title = {Detecting and Mitigating Memorization in Diffusion Models through Anisotropy of the Log-Probability},
+  author = {Asthana, Rohan and Belagiannis, Vasileios},
+  booktitle = {International Conference on Learning Representations},
+  year = {2026},
+  eprint = {2601.20642},
+  archivePrefix = {arXiv}
+}"""
+
+    def __init__(
+        self,
+        target: float = 1.5,
+        steps: int = 10,
+        rate: float = 0.05,
+        images: int | None = 4,
+        norm_weight: float = 1.0,
+        angle_weight: float = 2.0,
+    ) -> None:
+        super().__init__(target, steps, rate, images)
+        self.norm_weight, self.angle_weight = norm_weight, angle_weight
+
+    def measure(self, model: Diffusion, prompts: Sequence[Prompt], text: Conditioning, latents: Tensor) -> Measure:
+        """See :meth:`OptimizedEmbedding.measure`."""
+        first, late = (noises_of(model, text, latents, model.timestep(step)) for step in (0, _LATE))
+
+        def value(images: Sequence[int], embeddings: Tensor) -> Tensor:
+            unconditional, added = late(images, embeddings)
+            angle = torch.cosine_similarity(unconditional, added, dim=1).mean((1, 2))
+            return self.norm_weight * norms(first(images, embeddings)[1]) + self.angle_weight * angle
+
+        return value

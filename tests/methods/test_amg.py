@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from batches import batch_of, images_of
+from nemo_bench import ConfigError, Diffusion, ModelError, Prompt, resolve
+from nemo_bench.diffusion import Step
+from nemo_bench.methods import AMG
+from nemo_bench.methods.amg import Index, _Guidance
+
+
+class Plane(AMG):
+    """Compares pictures of two numbers, by the direction that they point to."""
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        flat = images.flatten(1)
+        return flat / flat.norm(dim=1, keepdim=True)
+
+
+class Flat:
+    """Stands in for a model without a decoder, at a timestep where noise and image are mixed half and half."""
+
+    alpha = 0.5
+
+    def __init__(self) -> None:
+        self.pipeline = SimpleNamespace(scheduler=SimpleNamespace(alphas_cumprod=[self.alpha] * 1000))
+        self.asked: list[str] = []
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
+
+    def encode(self, texts: list[str]) -> list[str]:
+        self.asked += texts
+        return texts
+
+    def predict_noise(self, latents: torch.Tensor, timestep: int, text: Any) -> torch.Tensor:
+        return torch.full_like(latents, 0.25)
+
+
+def vectors(*rows: tuple[float, float]) -> torch.Tensor:
+    return torch.tensor(rows)[:, :, None, None]
+
+
+def guided(method: AMG, index: Index, steps: int = 1, timestep: int = 500, **given: torch.Tensor) -> list[torch.Tensor]:
+    guidance = _Guidance(method, Flat(), index, len(given["latents"]))  # type: ignore[arg-type]
+    return [guidance(Step(number, timestep, 7.5, **given)) for number in range(steps)]
+
+
+def similarity(latents: torch.Tensor, noise: torch.Tensor, index: Index) -> float:
+    image = (latents - 0.5**0.5 * noise).flatten() / 0.5**0.5
+    return float((image / image.norm() @ index.vectors.T).max())
+
+
+LATENTS, EMPTY, PROMPT = vectors((1.0, 0.2)), vectors((0.1, 0.1)), vectors((0.0, 0.2))
+NEAR = Index(torch.tensor([[0.0, 1.0], [0.8, 0.6]]), ("one", "two"))
+
+
+def test_despecification_lowers_guidance_by_similarity() -> None:
+    plain = EMPTY + 7.5 * (PROMPT - EMPTY)
+    near = similarity(LATENTS, plain, NEAR)
+    for saturation in (0.5, 5.0):
+        less = min(6.5, 6.5 * near / saturation)
+        (noise,) = guided(
+            Plane(threshold=-0.2, saturation=saturation, strength=0.0), NEAR, latents=LATENTS, unconditional=EMPTY,
+            conditional=PROMPT,
+        )  # fmt: skip
+        torch.testing.assert_close(noise, EMPTY + (7.5 - less) * (PROMPT - EMPTY))
+    assert 6.5 * near / 0.5 > 6.5 > 6.5 * near / 5.0 > 0
+
+
+def test_c1_is_the_published_thirteen() -> None:
+    assert 6.5 / AMG().saturation == 13
+
+
+def test_dissimilarity_follows_the_gradient_of_similarity() -> None:
+    """Worked out in plain numbers, the gradient by finite differences."""
+    method = Plane(threshold=0.1, saturation=1e9, strength=0.05)
+    (noise,) = guided(method, NEAR, latents=LATENTS, unconditional=EMPTY, conditional=PROMPT)
+    plain = EMPTY + 7.5 * (PROMPT - EMPTY)
+    near, slopes = similarity(LATENTS, plain, NEAR), []
+    for axis in ((1e-3, 0.0), (0.0, 1e-3)):
+        ahead, behind = (similarity(LATENTS + sign * vectors(axis), plain, NEAR) for sign in (1, -1))
+        slopes.append((ahead - behind) / 2e-3)
+    factor = 0.5**0.5 * 0.05 * (near - 0.1) * math.exp((1000 - 500) / 170)
+    torch.testing.assert_close(noise, plain + factor * vectors((slopes[0], slopes[1])), rtol=0, atol=2e-3)
+    # Taking that noise off makes the latents less like what they were like.
+    assert similarity(LATENTS - 1e-2 * (noise - plain), plain, NEAR) < near
+
+
+@pytest.mark.parametrize(("timestep", "limit"), [(0, 0.4), (200, 0.3 + 0.1 * math.exp(-1)), (999, 0.3007)])
+def test_the_threshold_falls_with_noise(timestep: int, limit: float) -> None:
+    still = vectors((1.0, 0.0))
+    for similarity_, acts in ((limit - 2e-3, False), (limit + 2e-3, True)):
+        index = Index(torch.tensor([[similarity_, (1 - similarity_**2) ** 0.5]]), ("one",))
+        (noise,) = guided(
+            Plane(strength=0.0), index, timestep=timestep, latents=still, unconditional=0 * still,
+            conditional=torch.full_like(still, 1e-6),
+        )  # fmt: skip
+        assert bool((noise != 7.5e-6).any()) == acts
+
+
+def test_an_image_like_none_is_left_alone_unless_ungated() -> None:
+    index = Index(torch.tensor([[0.1, 0.99**0.5]]), ("one",))
+    still, prompt = vectors((1.0, 0.0)), vectors((1e-6, 0.0))
+    given = {"latents": still, "unconditional": 0 * still, "conditional": prompt}
+    assert torch.equal(guided(Plane(), index, **given)[0], 7.5 * prompt)
+    (ungated,) = guided(Plane(legacy_ungated=True), index, **given)
+    torch.testing.assert_close(ungated, (7.5 - 13 * 0.1) * prompt, rtol=1e-3, atol=0)
+
+
+def test_guidance_leads_away_from_a_caption_that_is_there_often_enough_for_ten_steps() -> None:
+    # Three of one caption, two of another; the image is like them in the first step only.
+    near = Index(torch.tensor([[1.0, 0.0]] * 5), ("one", "one", "one", "two", "two"))
+    still, prompt = vectors((1.0, 0.0)), vectors((0.0, 0.0))
+    method = Plane(strength=0.0, captions=2, saturation=10.0)
+    guidance = _Guidance(method, Flat(), near, 1)  # type: ignore[arg-type]
+    noises = []
+    for number in range(12):
+        latents = still if number == 0 else vectors((0.1, 1.0))
+        noises.append(guidance(Step(number, 500, 7.5, latents, prompt, prompt)))
+    # s1 = 6.5 / 10; s2 = min(s1's rest / 0.3 S, s1's rest).
+    torch.testing.assert_close(noises[0], torch.full_like(still, (6.5 - 0.65) * -0.25))
+    # Afterwards the similarity is 0.1 / |(0.1, 1)|, below the threshold.
+    low = 0.1 / 1.01**0.5
+    for noise in noises[1:10]:
+        torch.testing.assert_close(noise, torch.full_like(still, 6.5 * low / 0.3 * -0.25))
+    assert not noises[10].any()
+    assert not noises[11].any()
+    assert guidance.notes == ({"guided_steps": 1},)
+    assert guidance.model.asked == ["one"] * 10  # type: ignore[attr-defined]
+    rare = guided(
+        Plane(strength=0.0, captions=3, saturation=10.0), near, latents=still, unconditional=prompt, conditional=prompt
+    )
+    assert not rare[0].any()
+
+
+def references() -> tuple[Path, ...]:
+    return tuple(sorted(Path(resolve("package:planted/references")).glob("vm-0*.png")))
+
+
+def test_pixels_are_compared_without_their_brightness() -> None:
+    images = torch.rand(2, 3, 4, 4)
+    found = AMG().embed(images)
+    expected = torch.corrcoef(images.flatten(1))[0, 1]
+    torch.testing.assert_close(found[0] @ found[1], expected)
+    torch.testing.assert_close(AMG().embed(images * 0.5 + 0.2), found)
+
+
+def test_sscd_sees_prepared_pictures(tmp_path: Path) -> None:
+    class Mean(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mean((2, 3))
+
+    file = tmp_path / "sscd.pt"
+    torch.jit.script(Mean()).save(str(file))
+    expected = (torch.tensor([1.0, 0.0, 0.5]) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    )
+    picture = torch.tensor([1.0, 0.0, 0.5])[None, :, None, None].expand(1, 3, 64, 64).clone().requires_grad_()
+    found = AMG(str(file)).embed(picture)
+    torch.testing.assert_close(found[0], expected / expected.norm())
+    assert torch.autograd.grad(found.sum(), [picture])[0].any()
+    assert set(AMG(str(file)).content([Prompt("a", "a", references=references())])) == {"references", "sscd"}
+    file.write_bytes(b"nothing")
+    with pytest.raises(ModelError, match="is no TorchScript file of SSCD"):
+        AMG(str(file)).embed(picture)
+
+
+def test_the_gradient_through_the_decoder_is_that_of_finite_differences(planted: Diffusion) -> None:
+    method, prompts = AMG(), [Prompt("a", "a", references=references())]
+    method.prepare(planted, prompts)
+    index = method._indices[planted].vectors
+    latents = (0.5 * planted.latents([0])).requires_grad_()
+
+    def value(at: torch.Tensor) -> torch.Tensor:
+        return (method.embed(planted.decode(at)) @ index[0]).sum()
+
+    (gradient,) = torch.autograd.grad(value(latents), [latents])
+    direction = gradient / gradient.norm()
+    with torch.no_grad():
+        slope = (value(latents + 1e-2 * direction) - value(latents - 1e-2 * direction)) / 2e-2
+    assert float(slope) == pytest.approx(float(gradient.norm()), rel=0.02)
+
+
+def test_decoding_is_the_pipelines_own(planted: Diffusion) -> None:
+    text, latents = planted.encode(["a small red fox"]), planted.latents([0])
+    clean = planted.pipeline(
+        **planted.family.call_inputs(text, planted.unconditional(1)),
+        latents=latents,
+        num_inference_steps=planted.steps,
+        guidance_scale=planted.guidance,
+        output_type="latent",
+    ).images
+    with torch.no_grad():
+        torch.testing.assert_close(planted.decode(clean).clamp(0, 1), planted.generate(text, latents))
+
+
+def test_images_above_the_threshold_become_less_similar(planted: Diffusion) -> None:
+    texts = ["the golden harbor podcast for nine silent stars"]
+    batch, method = batch_of(planted, [(0, 0)], texts), AMG()
+    prompts = [Prompt("vm-01", texts[0], "VM", (references()[0],))]
+    method.prepare(planted, prompts)
+    known = method._indices[planted].vectors
+
+    def near(image: torch.Tensor) -> float:
+        return float((method.embed(image) @ known.T).max())
+
+    plain, changed = planted.generate(batch.text, batch.latents), images_of(planted, method, batch)
+    assert near(plain) > 0.8
+    assert near(changed) < near(plain) - 0.2
+
+
+def test_a_cell_is_another_where_training_images_are_others() -> None:
+    one, two = ([Prompt("a", "a", references=(file,))] for file in references()[:2])
+    assert AMG().content(one) == AMG().content([Prompt("b", "b", references=one[0].references)])
+    assert AMG().content(one) != AMG().content(two)
+
+
+def test_without_training_images_it_says_what_to_do(tiny: Diffusion, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no prompt has any: give references"):
+        AMG().content([Prompt("a", "a")])
+    with pytest.raises(ConfigError, match=r"call prepare\(model, prompts\)"):
+        images_of(tiny, AMG(), batch_of(tiny, [(0, 0)]))
+    with pytest.raises(ModelError, match="does not exist"):
+        AMG("nowhere.pt").content([Prompt("a", "a", references=references())])
+    broken = tmp_path / "broken.png"
+    Image.new("RGB", (4, 4)).save(broken)
+    broken.write_bytes(broken.read_bytes()[:20])
+    with pytest.raises(ConfigError, match="can't be read as an image"):
+        AMG().prepare(tiny, [Prompt("a", "a", references=(broken,))])
+
+
+@pytest.mark.parametrize("wrong", [{"threshold": 2.0}, {"saturation": 0.0}, {"strength": -1.0}, {"captions": 0}])
+def test_settings_out_of_range_are_errors(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="amg needs a threshold from -1 to 1"):
+        AMG(**wrong)

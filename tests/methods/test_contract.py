@@ -1,0 +1,160 @@
+"""What every method that changes embeddings, noise, guidance, attention or weights must keep to, whatever it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from batches import batch_of, images_of, rows_of
+from nemo_bench import Diffusion, Prompt, resolve
+from nemo_bench.diffusion import Similarity
+from nemo_bench.methods import (
+    AMG,
+    PRSS,
+    SAIL,
+    AdjustedNoise,
+    AnisotropyOptimization,
+    AttentionRescaling,
+    BrightEndingOptimization,
+    DynamicTransition,
+    EmbeddingNoise,
+    EmbeddingOptimization,
+    Method,
+    OptimizedNoise,
+    RandomNumbers,
+    RandomTokens,
+    RepeatedWords,
+    StaticTransition,
+    Wanda,
+)
+from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl
+
+METHODS: dict[str, Callable[[], Method]] = {
+    "adjusted_noise": AdjustedNoise,
+    "amg": lambda: AMG(threshold=-1.0),
+    "anisotropy_optimization": lambda: AnisotropyOptimization(-9.0, steps=3, images=2),
+    "attention_rescaling": lambda: AttentionRescaling(2.0),
+    "bright_ending_optimization": lambda: BrightEndingOptimization(0.0, steps=3),
+    "dynamic_transition": lambda: DynamicTransition(-3.0),
+    "embedding_noise": lambda: EmbeddingNoise(1.0),
+    "embedding_optimization": lambda: EmbeddingOptimization(0.0, steps=3, images=2),
+    "embedding_optimization of images": lambda: EmbeddingOptimization(0.0, steps=3, images=None),
+    "optimized_noise": lambda: OptimizedNoise(0.0, steps=3),
+    "prss": lambda: PRSS(search_target=0.0, anchor_from=0.0, anchor_full=1e-3, steps=3),
+    "random_numbers": RandomNumbers,
+    "random_tokens": RandomTokens,
+    "repeated_words": RepeatedWords,
+    "sail": lambda: SAIL(0.0, steps=3, restarts=1),
+    "static_transition": StaticTransition,
+    "wanda": lambda: Wanda(ratio=0.3),
+}
+"""Methods with settings under which they act on any model."""
+IDLE: dict[str, Callable[[], Method]] = {
+    "adjusted_noise": lambda: AdjustedNoise(0, timestep=1000),
+    "adjusted_noise by nothing": lambda: AdjustedNoise(rate=0.0, timestep=1000),
+    "amg": lambda: AMG(threshold=1.0),
+    "anisotropy_optimization": lambda: AnisotropyOptimization(1e9),
+    "attention_rescaling": lambda: AttentionRescaling(1.0, mask=False),
+    "bright_ending_optimization": lambda: BrightEndingOptimization(1e9),
+    "embedding_noise": lambda: EmbeddingNoise(0.0),
+    "embedding_optimization": lambda: EmbeddingOptimization(1e9),
+    "embedding_optimization of images": lambda: EmbeddingOptimization(1e9, images=None),
+    "embedding_optimization without steps": lambda: EmbeddingOptimization(0.0, steps=0),
+    "optimized_noise": lambda: OptimizedNoise(1e9),
+    "optimized_noise without steps": lambda: OptimizedNoise(0.0, steps=0),
+    "prss": lambda: PRSS(search_target=1e9, anchor_from=0.0, anchor_full=1e-3),
+    "random_numbers": lambda: RandomNumbers(0),
+    "random_tokens": lambda: RandomTokens(0),
+    "repeated_words": lambda: RepeatedWords(0),
+    "sail": lambda: SAIL(1e9),
+    "static_transition": lambda: StaticTransition(1000),
+    "static_transition of the same scale": lambda: StaticTransition(0, before=3.0),
+    "dynamic_transition of the same scale": lambda: DynamicTransition(before=3.0),
+    "wanda": lambda: Wanda(ratio=0.0),
+}
+"""Methods without strength, or whose gate stays shut."""
+PIPELINES = {"sd1": tiny_pipeline, "sd2": tiny_sd2, "sdxl": tiny_sdxl}
+
+
+def prepared(model: Diffusion, name: str, methods: dict[str, Callable[[], Method]] = METHODS) -> Method:
+    if name == "bright_ending_optimization" and model.family.pipeline is StableDiffusionXLPipeline:
+        pytest.skip("SDXL has no cross-attention in its first block")
+    method = methods[name]()
+    references = tuple(Path(resolve("package:planted/references")).glob("vm-0*.png"))
+    a, b, c = Prompt("a", "red sun map", "VM", references), Prompt("b", "fox big hat", "TM"), Prompt("c", "cup dog")
+    method.prepare(model, [a, b, c])
+    return method
+
+
+@pytest.fixture(scope="module", params=[*PIPELINES])
+def model(request: pytest.FixtureRequest) -> Diffusion:
+    return Diffusion(PIPELINES[request.param](), steps=4, guidance=3.0, similarity=Similarity(1.0, ()))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_acts_and_leaves_the_model_as_it_was(model: Diffusion, name: str) -> None:
+    batch, method = batch_of(model, [(0, 0), (0, 1), (1, 0)]), prepared(model, name)
+    before, plain = model.state_digest(), model.generate(batch.text, batch.latents)
+    hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
+    changed = images_of(model, method, batch)
+    assert model.state_digest() == before
+    assert hooks == sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
+    assert torch.equal(model.generate(batch.text, batch.latents), plain)
+    assert all((changed - plain).flatten(1).abs().amax(1) > 1e-3)
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_without_strength_images_are_exactly_the_models_own(model: Diffusion, name: str) -> None:
+    batch = batch_of(model, [(0, 0), (0, 1), (1, 0)])
+    plain = model.generate(batch.text, batch.latents)
+    assert torch.equal(images_of(model, prepared(model, name, IDLE), batch), plain)
+
+
+GATED: dict[str, Callable[[float], Method]] = {
+    "embedding_optimization": lambda target: EmbeddingOptimization(target, steps=3, images=None),
+    "optimized_noise": lambda target: OptimizedNoise(target, steps=3),
+    "prss": lambda target: PRSS(search_target=target, anchor_from=0.0, anchor_full=1e-3, steps=3),
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_beside_images_that_change_those_below_the_target_are_exactly_the_models_own(
+    model: Diffusion, name: str
+) -> None:
+    batch = batch_of(model, [(0, 0), (1, 0), (2, 0)])
+    plain = model.generate(batch.text, batch.latents)
+    values = model.text_noise(batch.latents, model.timestep(), batch.text).flatten(1).norm(dim=1)
+    target = float(values.min() + values.max()) / 2
+    changed = images_of(model, GATED[name](target), batch)
+    assert [bool((image != own).any()) for image, own in zip(changed, plain, strict=True)] == (values > target).tolist()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_works_in_inference_mode(model: Diffusion, name: str) -> None:
+    batch = batch_of(model, [(0, 0), (1, 0)])
+    with torch.inference_mode():
+        there = images_of(model, prepared(model, name), batch_of(model, [(0, 0), (1, 0)]))
+    torch.testing.assert_close(images_of(model, prepared(model, name), batch), there.clone(), rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_error_inside_leaves_no_trace(model: Diffusion, name: str) -> None:
+    batch, before = batch_of(model, [(0, 0)]), model.state_digest()
+    plain = model.generate(batch.text, batch.latents)
+    with pytest.raises(KeyError), prepared(model, name).apply(model, batch):
+        raise KeyError
+    assert model.state_digest() == before
+    assert torch.equal(model.generate(batch.text, batch.latents), plain)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_are_as_if_they_were_alone(model: Diffusion, name: str) -> None:
+    batch = batch_of(model, [(0, 0), (0, 1), (1, 0)])
+    together = images_of(model, prepared(model, name), batch)
+    for row in range(3):
+        alone = images_of(model, prepared(model, name), rows_of(batch, [row]))
+        torch.testing.assert_close(together[[row]], alone, rtol=0, atol=2e-2)

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from batches import batch_of, rows_of
+from nemo_bench import ConfigError, Diffusion
+from nemo_bench.diffusion import Conditioning, Rule, Step
+from nemo_bench.methods import AdjustedNoise, Batch, OptimizedNoise
+
+
+class Cubes:
+    """Stands in for a model in which the prompt adds the cubes of the latents to the noise."""
+
+    dtype = torch.float32
+    rule: Rule
+
+    def timestep(self) -> int:
+        return 981
+
+    def text_noise(self, latents: torch.Tensor, timestep: int, text: Conditioning) -> torch.Tensor:
+        return latents**3
+
+    @contextmanager
+    def guide(self, rule: Rule) -> Iterator[None]:
+        self.rule = rule
+        yield
+
+
+def numbers(batch: Batch, values: list[list[float]]) -> Batch:
+    return Batch(batch.prompts, batch.text, torch.tensor(values)[:, :, None, None], batch.seeds, batch.neurons)
+
+
+def test_rounds_are_those_of_the_paper(tiny: Diffusion) -> None:
+    # d = (1, 0), u = (2, 0): x - 0.5 ((3^3, 0) - (1, 0)) = (-12, 0); rows have norms of their own.
+    batch = numbers(batch_of(tiny, [(0, 0), (1, 0)]), [[1.0, 0.0], [0.0, 2.0]])
+    with AdjustedNoise(1, radius=2.0, rate=0.5).apply(Cubes(), batch) as changed:  # type: ignore[arg-type]
+        torch.testing.assert_close(changed.latents.flatten(1), torch.tensor([[-12.0, 0.0], [0.0, -26.0]]))
+    # Once more with a small rate: 1 - 0.01 * 26 = 0.74, then 0.74 - 0.01 (2.74^3 - 0.74^3).
+    with AdjustedNoise(2, radius=2.0, rate=0.01).apply(Cubes(), batch) as changed:  # type: ignore[arg-type]
+        assert float(changed.latents[0, 0]) == pytest.approx(0.74 - 0.01 * (2.74**3 - 0.74**3))
+
+
+def test_guidance_starts_at_its_timestep(tiny: Diffusion) -> None:
+    model, zero = Cubes(), torch.zeros(1, 1, 1, 1)
+    with AdjustedNoise(0).apply(model, numbers(batch_of(tiny, [(0, 0)]), [[1.0]])):  # type: ignore[arg-type]
+        pass
+    found = [float(model.rule(Step(i, t, 7.0, zero, zero, zero + 1))) for i, t in enumerate((981, 901, 881, 1))]
+    assert found == [0, 0, 7, 7]
+
+
+def test_a_round_costs_four_passes(tiny: Diffusion) -> None:
+    batch, before = batch_of(tiny, [(0, 0), (1, 0)]), tiny.row_passes
+    with AdjustedNoise(3).apply(tiny, batch):
+        assert tiny.row_passes - before == 2 * 4 * 3
+
+
+def test_steps_on_the_noise_are_torchs_own(tiny: Diffusion) -> None:
+    batch = batch_of(tiny, [(0, 0)])
+    leaf = batch.latents.clone().requires_grad_()
+    optimizer = torch.optim.AdamW([leaf], lr=0.01)
+    for _ in range(3):
+        both = torch.cat([tiny.unconditional(1).text, batch.text.text])
+        unconditional, conditional = tiny.unet(leaf.expand(2, -1, -1, -1), 981, both).sample
+        optimizer.zero_grad()
+        (conditional - unconditional).norm().backward()
+        optimizer.step()
+    before = tiny.row_passes
+    with OptimizedNoise(0.0, steps=3).apply(tiny, batch) as changed:
+        torch.testing.assert_close(changed.latents, leaf.detach(), rtol=0, atol=1e-3)
+        assert changed.notes == ({"steps": 3, "reached": False},)
+    assert tiny.row_passes - before == 3 * (2 + 2)
+
+
+def test_the_gradient_is_that_of_finite_differences(tiny: Diffusion) -> None:
+    batch = batch_of(tiny, [(0, 0)])
+    leaf = batch.latents.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(tiny.text_noise(leaf, 981, batch.text).norm(), [leaf])
+    direction = gradient / gradient.norm()
+    with torch.no_grad():
+        ahead, behind = (tiny.text_noise(leaf + s * 0.1 * direction, 981, batch.text).norm() for s in (1, -1))
+    assert float((ahead - behind) / 0.2) == pytest.approx(float(gradient.norm()), rel=0.03)
+
+
+def test_each_image_ends_at_its_own_target(planted: Diffusion) -> None:
+    texts = ["the golden harbor podcast for nine silent stars", "new stories from a midnight garden, why rings by four"]
+    batch = batch_of(planted, [(0, 0), (1, 0)], texts)
+    before = planted.text_noise(batch.latents, planted.timestep(), batch.text).flatten(1).norm(dim=1)
+    target = 0.97 * float(before.max())
+    with OptimizedNoise(target, steps=40, rate=0.02).apply(planted, batch) as changed:
+        after = planted.text_noise(changed.latents, planted.timestep(), batch.text).flatten(1).norm(dim=1)
+        assert (after <= target * 1.0001).all()
+        assert all(note["reached"] for note in changed.notes)
+        for row in range(2):
+            with OptimizedNoise(target, steps=40, rate=0.02).apply(planted, rows_of(batch, [row])) as alone:
+                assert alone.notes[0] == changed.notes[row]
+                torch.testing.assert_close(alone.latents, changed.latents[[row]], rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("wrong", [{"rounds": -1}, {"radius": -1.0}, {"rate": float("inf")}, {"timestep": 1001.0}])
+def test_settings_out_of_range_are_errors(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"adjusted_noise needs numbers of 0 or more .*, given rounds"):
+        AdjustedNoise(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"target": -1.0}, {"steps": -1}, {"rate": 0.0}])
+def test_settings_of_the_optimization_out_of_range_are_errors(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="optimized_noise needs a target"):
+        OptimizedNoise(**wrong)

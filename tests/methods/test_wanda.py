@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from batches import batch_of, images_of
+from nemo_bench import ConfigError, Diffusion, ModelError, Prompt
+from nemo_bench.methods import Wanda
+from nemo_bench.methods.wanda import feed_forward_layers, pruned
+from tiny import tiny_pipeline
+
+MEMORIZED = [Prompt("a", "red sun map", "VM"), Prompt("b", "fox big hat", "TM")]
+
+
+class Stub(Wanda):
+    """Has seen given squared norms of two inputs, in two calls."""
+
+    seen: tuple[list[list[float]], list[list[float]]]
+
+    def _squares(self, model: Any, layers: Any, texts: Any) -> dict[str, torch.Tensor]:
+        return {"layer": torch.tensor(self.seen[texts == [""]]).double()}
+
+
+def chosen(monkeypatch: pytest.MonkeyPatch, seen: Any, **settings: Any) -> list[list[bool]]:
+    layer = nn.Linear(4, 2)
+    layer.weight.data = torch.tensor([[4.0, -3.0, 2.0, 1.0], [1.0, 1.0, -1.0, 5.0]])
+    monkeypatch.setattr("nemo_bench.methods.wanda.feed_forward_layers", lambda model: {"layer": layer})
+    method = Stub(**settings)
+    method.seen = seen
+    return method._choose(None, ["one", "two"])["layer"].tolist()  # type: ignore[arg-type]
+
+
+def test_weights_are_chosen_as_worked_out_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Norms 1, 2, 3, 1: scores 4 6 6 1 and 1 2 3 5; the empty prompt counts twice, so its squares are 2 2 18 0.
+    memorized, empty = [[1.0, 4.0, 9.0, 1.0]], [[1.0, 1.0, 9.0, 0.0]]
+    # Half a row are two: 6 6 and 3 5. Only inputs 1 and 3 score higher than for the empty prompt.
+    found = chosen(monkeypatch, (memorized, empty), ratio=0.5)
+    assert found == [[False, True, False, False], [False, False, False, True]]
+
+
+def test_calls_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    # First call: weights 0 and 3 are the highest of their rows; second call: 1 and 1.
+    memorized, empty = [[9.0, 1.0, 1.0, 9.0], [1.0, 100.0, 1.0, 1.0]], [[0.0] * 4] * 2
+    once = chosen(monkeypatch, (memorized, empty), ratio=0.25)
+    assert once == [[True, True, False, False], [False, True, False, True]]
+    assert not any(map(any, chosen(monkeypatch, (memorized, empty), ratio=0.25, agreement=0.5)))
+
+
+def test_norms_are_those_of_rows_of_length_one(tiny: Diffusion) -> None:
+    """Against the same in numpy's manner, from every input that the layers are given."""
+    layers, texts = feed_forward_layers(tiny), ["red sun map", "fox big hat", "cup dog"]
+    method, inputs = Wanda(calls=3), {name: list[torch.Tensor]() for name in layers}
+    method.batch_size = 2
+    found = method._squares(tiny, layers, texts)
+    hooks = [
+        layer.register_forward_pre_hook(lambda _m, args, kept=inputs[name]: kept.append(args[0]))
+        for name, layer in layers.items()
+    ]
+    tiny.generate(tiny.encode(texts), tiny.latents([0] * 3))
+    for hook in hooks:
+        hook.remove()
+    for name, calls in inputs.items():
+        assert len(calls) == tiny.steps == 4
+        assert found[name].shape == (3, layers[name].in_features)
+        for call in range(3):
+            rows = calls[call].reshape(-1, layers[name].in_features).double()
+            expected = (rows / rows.norm(dim=1, keepdim=True)).square().sum(0)
+            torch.testing.assert_close(found[name][call], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_are_zero_inside_and_back_afterwards(tiny: Diffusion) -> None:
+    method, batch, before = Wanda(ratio=0.1), batch_of(tiny, [(0, 0)]), tiny.state_digest()
+    method.prepare(tiny, MEMORIZED)
+    weights = {name: layer.weight.clone() for name, layer in feed_forward_layers(tiny).items()}
+    with torch.inference_mode(), method.apply(tiny, batch):
+        inside = {name: layer.weight.clone() for name, layer in feed_forward_layers(tiny).items()}
+    changed = sum(int((inside[name] != weights[name]).sum()) for name in weights)
+    assert 0 < changed <= 0.1 * sum(weight.numel() for weight in weights.values()) * tiny.steps
+    assert all(torch.all((inside[name] == weights[name]) | (inside[name] == 0)) for name in weights)
+    assert tiny.state_digest() == before
+
+
+def test_prompts_are_generated_once(tiny: Diffusion) -> None:
+    method, before = Wanda(), tiny.row_passes
+    method.prepare(tiny, [*MEMORIZED, Prompt("c", "cup dog")])
+    # Two memorized prompts and the empty one.
+    assert tiny.row_passes - before == 3 * tiny.passes_per_image
+    method.prepare(tiny, MEMORIZED)
+    assert tiny.row_passes - before == 3 * tiny.passes_per_image
+
+
+def test_prompts_come_from_a_file_or_from_the_run(tiny: Diffusion, tmp_path: Path) -> None:
+    file = tmp_path / "list.txt"
+    file.write_text("red sun map\nfox big hat\n")
+    from_file, from_run = Wanda(str(file), ratio=0.3), Wanda(ratio=0.3)
+    assert from_file.content([]) == from_run.content(MEMORIZED) == from_file.content(MEMORIZED[:1])
+    assert from_run.content(MEMORIZED[:1]) != from_run.content(MEMORIZED)
+    from_run.prepare(tiny, MEMORIZED)
+    batch = batch_of(tiny, [(0, 0)])
+    assert torch.equal(images_of(tiny, from_file, batch), images_of(tiny, from_run, batch))
+
+
+def test_without_memorized_prompts_it_says_what_to_do(tiny: Diffusion) -> None:
+    with pytest.raises(ConfigError, match="none of those given is marked VM or TM: set file"):
+        Wanda().content([Prompt("c", "cup dog")])
+    with pytest.raises(ConfigError, match=r"call prepare\(model, prompts\), or set file"):
+        images_of(tiny, Wanda(), batch_of(tiny, [(0, 0)]))
+
+
+def test_layers_that_can_not_be_seen_are_an_error() -> None:
+    with pytest.raises(ModelError, match=r"model\.compiled=false"):
+        Wanda().prepare(Diffusion(tiny_pipeline(), compiled=True), MEMORIZED)
+
+
+def test_weights_come_back_after_an_error() -> None:
+    layer = nn.Linear(3, 2)
+    weight = layer.weight.clone()
+    with pytest.raises(KeyError), pruned({layer: torch.ones(2, 3, dtype=torch.bool)}):
+        raise KeyError(layer.weight.any())
+    assert torch.equal(layer.weight, weight)
+
+
+@pytest.mark.parametrize("wrong", [{"ratio": 1.5}, {"calls": 0}, {"agreement": 1.0}, {"seed": -1}])
+def test_settings_out_of_range_are_errors(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"wanda needs .*given ratio"):
+        Wanda(**wrong)

@@ -1,0 +1,44 @@
+"""What records say of a method's own passes, and what it has to tell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemo_bench.config import grid
+from nemo_bench.run import plan, run
+from nemo_bench.store import read_json
+
+
+@pytest.mark.parametrize(
+    "method", ["static_transition", "adjusted_noise", "prss", "amg", "wanda", "attention_rescaling"]
+)
+def test_methods_go_through_all_stages(method: str, prompt_file: Path, tmp_path: Path) -> None:
+    words = [
+        f"method={method}", "model.steps=2", f"prompts.files=[{prompt_file}]", "seeds=1", "localize_seeds=2",
+        "batch_size=3", f"root={tmp_path}",
+    ]  # fmt: skip
+    (cell,) = plan(grid(words))
+    run([cell], "test", say=lambda line: None, progress=False)
+    assert cell.store.is_done("score")
+    assert len(cell.store.records("generate")) == 3
+
+
+def test_records_count_a_methods_own_passes(prompt_file: Path, tmp_path: Path) -> None:
+    words = [
+        "method=none,embedding_optimization", "method.target=0", "method.steps=2", "method.images=3", "model.steps=4",
+        f"prompts.files=[{prompt_file}]", "seeds=2", "localize_seeds=2", f"root={tmp_path}",
+    ]  # fmt: skip
+    none, optimized = plan(grid(words))
+    run([none, optimized], "test", say=lambda line: None, progress=False)
+    plain = {record["id"]: record for record in none.store.records("generate").values()}
+    assert {record["cost"]["row_passes"] for record in plain.values()} == {8}
+    assert all("notes" not in record for record in plain.values())
+    # Three images a prompt: unconditional noise, two passes and their gradients. Localizing came first and paid for it.
+    localized = [record["cost"]["row_passes"] for record in optimized.store.records("localize").values()]
+    assert localized == [2 + 3 * (1 + 2 * 2)] * 3
+    records = optimized.store.records("generate").values()
+    assert {record["cost"]["row_passes"] for record in records} == {8}
+    assert all(record["notes"] == {"steps": 2, "reached": False} for record in records)
+    assert read_json(optimized.store.folder / "metrics.json")["cost"]["row_passes_per_image"] == 8
