@@ -115,7 +115,7 @@ def _classes(base: type) -> str:
 
 def aggregates() -> str:
     """The presets of aggregation, in their own words."""
-    about = {"family": "memorization", "per": "image", "lower": -1, "upper": 1}
+    about = {"measure": "TrainingImage", "family": "memorization", "per": "image", "higher_is_better": False}
     record = {"prompt": "a", "seed": 0, "scores": {"similarity": 0.5}}
     found = presets([record], [Prompt("a", "a prompt", "VM")], {"similarity": about})
     rows = ((f"`{name}`", f"{p['title']} ({p['citation']})", p["definition"]) for name, p in found.items())

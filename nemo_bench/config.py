@@ -5,6 +5,8 @@ Everything that can be wrong with settings is found here, before anything is loa
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import inspect
 import itertools
 import math
@@ -13,6 +15,7 @@ import shlex
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
@@ -30,6 +33,8 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_bench.errors import ConfigError, nearest
 
 GROUPS = ("model", "method", "prompts", "metrics", "trainer", "logger", "experiment")
+PLUGINS = "nemo_bench.conf"
+"""Entry points of installed packages that bring YAML files of their own: ``name = "package.with.folders"``."""
 DEFAULT_METHODS = "none,random,nemo"
 """What is compared where no method is named."""
 
@@ -483,10 +488,8 @@ def _word(override: Override) -> str:
 
 
 def _search_path(conf: Path | None) -> list[str]:
-    if conf is None:
-        return []
-    quoted = str(conf.resolve()).replace("'", "\\'")
-    return [f"hydra.searchpath=['file://{quoted}']"]
+    places = [f"pkg://{name}" for name in _plugins()] + ([f"file://{conf.resolve()}"] if conf else [])
+    return [f"hydra.searchpath=[{','.join(map(_quoted, places))}]"] if places else []
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
@@ -579,7 +582,25 @@ def options(group: str, conf: Path | None = None) -> list[str]:
 
 def _folders(group: str, conf: Path | None) -> list[Path]:
     """Where the files of a group are, the package's own first: of two files of one name Hydra takes that one."""
-    return [Path(str(resources.files("nemo_bench.conf"))) / group, *([conf / group] if conf else [])]
+    packages = ["nemo_bench.conf", *_plugins()]
+    return [*(Path(str(resources.files(name))) / group for name in packages), *([conf / group] if conf else [])]
+
+
+@cache
+def _plugins() -> list[str]:
+    """Packages of YAML files that installed plugins name, in order of their names.
+
+    Raises:
+        ConfigError: One can't be imported.
+    """
+    found = sorted(importlib.metadata.entry_points(group=PLUGINS))
+    for entry in found:
+        try:
+            importlib.import_module(entry.value)
+        except ImportError as error:
+            msg = f"plugin {entry.name}: its package of settings {entry.value} can't be imported ({error})"
+            raise ConfigError(f"{msg}; mend or uninstall it") from error
+    return [entry.value for entry in found]
 
 
 def resolve(path: str) -> str:

@@ -1,0 +1,70 @@
+"""What every mitigation costs, relative to no mitigation measured in the same run.
+
+Run: python benchmarks/methods.py [--json] [key=value ...]
+The words key=value are settings of `nemo-bench run`; without, the cells are those of experiment=all_methods. An image's
+time is the median over batches, so that neither the first one nor a hiccup counts; what is found once for a prompt is
+told apart from what every image costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from nemo_bench.config import grid
+from nemo_bench.report import load_results
+from nemo_bench.run import plan, run
+from nemo_bench.store import read_records
+from nemo_bench.types import Record
+
+FEW = ["prompts.limit=3", "batch_size=8"]
+
+
+def costs(cell: Path, stage: str) -> tuple[float, float]:
+    """Median seconds and mean UNet passes of one sample, for a prompt or an image."""
+    records: list[Record] = list(read_records(cell, stage).values())
+    return median(r["cost"]["seconds"] for r in records), fmean(r["cost"]["row_passes"] for r in records)
+
+
+def measure(words: list[str], root: str) -> list[dict[str, Any]]:
+    """Costs of each cell beside those of the cell without mitigation of the same run."""
+    folder = run(plan(grid([*words, f"root={root}"])), "benchmarks/methods.py")
+    cells = {cell.label: folder / cell.name for cell in load_results(folder).cells}
+    found = {label: (*costs(path, "localize"), *costs(path, "generate")) for label, path in cells.items()}
+    none = found["none"]
+    return [
+        {
+            "method": label,
+            "image_time_ratio": values[2] / none[2],
+            "image_pass_ratio": values[3] / none[3],
+            "seconds_per_image": values[2],
+            "prompt_seconds_more": values[0] - none[0],
+            "prompt_passes_more": values[1] - none[1],
+        }
+        for label, values in found.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as root:
+        rows = measure([*FEW, *(arguments.overrides or ["experiment=all_methods"])], root)
+    if arguments.json:
+        print(json.dumps(rows))
+        return
+    print("| method | image: time | image: passes | s an image | prompt, once: s | prompt, once: passes |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for row in rows:
+        ratios = f"{row['image_time_ratio']:.2f}x | {row['image_pass_ratio']:.2f}x | {row['seconds_per_image']:.2f}"
+        print(f"| {row['method']} | {ratios} | {row['prompt_seconds_more']:.2f} | {row['prompt_passes_more']:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
