@@ -3,7 +3,8 @@
 Both ways are published with guidance 7. The text-conditional noise is that of predicted noise for all models. By their
 size, the numbers published for Stable Diffusion 2.0 are those of velocities instead, sqrt(abar) of which is noise:
 divide its rate of the batch-wise way by that, and multiply its targets of the per-sample way by it. It is 0.076 at the
-first timestep of Stable Diffusion and 0.15 at that of the embedded model.
+first timestep of Stable Diffusion and 0.15 at that of the embedded model. The latter shows little of either way: its
+training images draw in nearly all noise, even where the first half of sampling is unconditional.
 """
 
 from __future__ import annotations
