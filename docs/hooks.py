@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,17 +123,25 @@ def aggregates() -> str:
 
 
 def methods() -> str:
-    """Every method with its file of settings and its source."""
-    parts = []
-    for entry in describe_options("method"):
-        (choice,) = grid([f"method={entry['name']}"])
-        kind = type(build(choice.settings.method, "method"))
-        text = f"### {kind.title} {{#method-{entry['name']}}}\n\n{_sentence(entry['summary'])}"
-        text += f" Class [`{kind.__name__}`][nemo_bench.methods.{kind.__name__}]."
-        text += "\n\n" + _file("method", entry["name"])
-        if entry["citation"]:
-            text += f'\n\n??? quote "BibTeX"\n\n{_indent(_code("bibtex", entry["citation"]))}'
-        parts.append(text)
+    """A card of every method."""
+    return "\n\n".join(_card("method", entry) for entry in describe_options("method"))
+
+
+def _card(group: str, entry: Mapping[str, str]) -> str:
+    """What a method or detector is, in the words of its class, its file of settings and its source."""
+    (choice,) = grid([f"{group}={entry['name']}", *(["method=none"] if group != "method" else [])])
+    kind = type(build(getattr(choice.settings, group), group))
+    link = f"Equation, defaults and limits: [`{kind.__name__}`][nemo_bench.{group}s.{kind.__name__}]."
+    facts = [
+        ("touches", getattr(kind, "touches", "")),
+        ("UNet passes of its own", {True: "yes", False: "no", None: ""}[getattr(kind, "makes_passes", None)]),
+        ("read for it", kind.sourcing),
+    ]
+    lines = "\n".join(f"- {name}: {fact}" for name, fact in facts if fact)
+    parts = [f"### {kind.title} {{#{group}-{entry['name']}}}", f"{_sentence(entry['summary'])} {link}", lines]
+    parts.append(_file(group, entry["name"]))
+    if entry["citation"]:
+        parts.append(f'??? quote "BibTeX"\n\n{_indent(_code("bibtex", entry["citation"]))}')
     return "\n\n".join(parts)
 
 

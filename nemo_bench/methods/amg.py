@@ -79,6 +79,8 @@ class AMG(Method):
 
     title = "Anti-memorization guidance"
     summary = "guidance away from the nearest of the known training images"
+    touches = "guidance"
+    sourcing = "paper and public code"
     citation = """@inproceedings{chen2024towards,
   title = {Towards Memorization-Free Diffusion Models},
   author = {Chen, Chen and Liu, Daochang and Xu, Chang},

@@ -40,6 +40,8 @@ class AnisotropyOptimization(OptimizedEmbedding):
 
     title = "Anisotropy optimization"
     summary = "the encoded prompt, optimized by norm and angle of the text-conditional noise"
+    touches = "encoded prompt"
+    sourcing = "public code of the score; the mitigation's settings were not published"
     citation = """@inproceedings{asthana2026detecting,
   title = {Detecting and Mitigating Memorization in Diffusion Models through Anisotropy of the Log-Probability},
   author = {Asthana, Rohan and Belagiannis, Vasileios},

@@ -38,6 +38,8 @@ class AttentionRescaling(Method):
 
     title = "Attention rescaling"
     summary = "cross-attention drawn to the start token, padding masked"
+    touches = "cross-attention"
+    sourcing = "public code; formulas second hand"
     citation = """@inproceedings{ren2024unveiling,
   title = {Unveiling and Mitigating Memorization in Text-to-image Diffusion Models through Cross Attention},
   author = {Ren, Jie and Li, Yaxin and Zeng, Shenglai and Xu, Han and Lyu, Lingjuan and Xing, Yue and Tang, Jiliang},

@@ -47,7 +47,9 @@ class Method(ABC):
     Attributes:
         title: Name in tables.
         summary: One line for ``nemo-bench ls``.
+        touches: What it changes of the model or its input.
         citation: BibTeX of the source, empty for a control of our own.
+        sourcing: What its authors were able to read of the source.
         needs_calibration: Whether :attr:`calibration` must be set before localizing.
         makes_passes: Whether it makes UNet passes of its own where it is prepared or applied.
         threshold: A memorization threshold of its own, or None for the calibrated one.
@@ -60,7 +62,9 @@ class Method(ABC):
 
     title: ClassVar[str]
     summary: ClassVar[str]
+    touches: ClassVar[str] = ""
     citation: ClassVar[str] = ""
+    sourcing: ClassVar[str] = ""
     needs_calibration: ClassVar[bool] = False
     makes_passes: ClassVar[bool] = False
     threshold: float | None = None

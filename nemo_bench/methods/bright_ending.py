@@ -36,6 +36,8 @@ class BrightEndingOptimization(OptimizedEmbedding):
 
     title = "Bright-Ending optimization"
     summary = "the encoded prompt, optimized where attention to its end is bright"
+    touches = "encoded prompt"
+    sourcing = "public code; paper second hand"
     citation = """@inproceedings{chen2025exploring,
   title = {Exploring Local Memorization in Diffusion Models via Bright Ending Attention},
   author = {Chen, Chen and Liu, Daochang and Shah, Mubarak and Xu, Chang},

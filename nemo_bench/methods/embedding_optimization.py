@@ -174,6 +174,8 @@ class EmbeddingOptimization(OptimizedEmbedding):
 
     title = "Prompt-embedding optimization"
     summary = "the encoded prompt, optimized to add less to the first predicted noise"
+    touches = "encoded prompt"
+    sourcing = "public code"
     citation = """@inproceedings{wen2024detecting,
   title = {Detecting, Explaining, and Mitigating Memorization in Diffusion Models},
   author = {Wen, Yuxin and Liu, Yuchen and Chen, Chen and Lyu, Lingjuan},

@@ -53,6 +53,8 @@ class AdjustedNoise(Method):
 
     title = "Adjusted initial noise"
     summary = "starting noise moved down the text-conditional noise without gradients, guidance late"
+    touches = "starting noise and guidance"
+    sourcing = "paper and public code"
     citation = _CITATION
     makes_passes = True
 
@@ -104,6 +106,8 @@ class OptimizedNoise(Method):
 
     title = "Optimized initial noise"
     summary = "starting noise of each image, optimized so that its prompt adds little to the first predicted noise"
+    touches = "starting noise"
+    sourcing = "paper and public code"
     citation = _CITATION
     makes_passes = True
 

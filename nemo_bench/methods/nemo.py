@@ -25,6 +25,8 @@ class BlockNeurons(Method):
         factor: What the outputs of blocked neurons are multiplied by; 0 switches off.
     """
 
+    touches = "value neurons of cross-attention"
+
     def __init__(self, factor: float = 0.0) -> None:
         self.factor = factor
 
@@ -59,6 +61,7 @@ class NeMo(BlockNeurons):
 
     title = "NeMo"
     summary = "value neurons with outlier activations, refined on noise differences, switched off"
+    sourcing = "paper and public code"
     citation = """@inproceedings{hintersdorf2024nemo,
   title = {Finding NeMo: Localizing Neurons Responsible For Memorization in Diffusion Models},
   author = {Hintersdorf, Dominik and Struppek, Lukas and Kersting, Kristian and Dziedzic, Adam and Boenisch, Franziska},

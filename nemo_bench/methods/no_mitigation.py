@@ -13,6 +13,8 @@ class NoMitigation(Method):
 
     title = "No mitigation"
     summary = "the model as it is"
+    touches = "nothing"
+    sourcing = "a control"
 
     def apply(self, model: Diffusion, batch: Batch) -> AbstractContextManager[Batch]:
         """See :meth:`Method.apply`."""

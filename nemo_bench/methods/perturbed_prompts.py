@@ -46,6 +46,8 @@ class Insertion(Method):
         ConfigError: ``times`` is negative.
     """
 
+    touches = "prompt text"
+    sourcing = "public code"
     citation = _CITATION
 
     def __init__(self, times: int = 4, seed: int = 0) -> None:
@@ -138,6 +140,8 @@ class EmbeddingNoise(Method):
 
     title = "Gaussian noise on embeddings"
     summary = "Gaussian noise on the encoded prompt"
+    touches = "encoded prompt"
+    sourcing = "public code"
     citation = _CITATION
 
     def __init__(self, scale: float = 0.1, both: bool = True, seed: int = 0) -> None:

@@ -69,6 +69,8 @@ class PRSS(Method):
 
     title = "PRSS"
     summary = "a paraphrase that adds less to the predicted noise, re-anchored at the prompt"
+    touches = "prompt or its encoding, and guidance"
+    sourcing = "public code; paper second hand"
     citation = """@inproceedings{chen2025enhancing,
   title = {Enhancing Privacy-Utility Trade-offs to Mitigate Memorization in Diffusion Models},
   author = {Chen, Chen and Liu, Daochang and Shah, Mubarak and Xu, Chang},

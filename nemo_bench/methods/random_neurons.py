@@ -25,6 +25,7 @@ class RandomNeurons(BlockNeurons):
 
     title = "Random neurons"
     summary = "as many neurons as another method blocks, elsewhere (control)"
+    sourcing = "a control"
 
     def __init__(self, source: Method, seed: int = 0, per_prompt: bool = True, factor: float = 0.0) -> None:
         super().__init__(factor)

@@ -62,6 +62,8 @@ class SAIL(Method):
 
     title = "SAIL"
     summary = "starting noise optimized to where the prompt's probability landscape is smooth"
+    touches = "starting noise"
+    sourcing = "paper and public code"
     citation = """@inproceedings{jeon2025understanding,
   title = {Understanding and Mitigating Memorization in Generative Models via Sharpness of Probability Landscapes},
   author = {Jeon, Dongjae and Kim, Dueun and No, Albert},

@@ -34,6 +34,7 @@ class SavedNeurons(BlockNeurons):
 
     title = "Saved neurons"
     summary = "neurons from a file: a published CSV, an earlier cell, or one set as JSON or safetensors"
+    sourcing = "what the file holds"
 
     def __init__(
         self,

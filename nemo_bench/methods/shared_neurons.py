@@ -38,6 +38,7 @@ class SharedNeurons(BlockNeurons):
 
     title = "Shared neurons"
     summary = "the neurons that another method found most often, for all prompts at once"
+    sourcing = "paper"
     citation = NeMo.citation
 
     def __init__(

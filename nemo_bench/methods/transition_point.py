@@ -45,6 +45,8 @@ class StaticTransition(Method):
 
     title = "Static transition point"
     summary = "no guidance before a fixed timestep"
+    touches = "guidance"
+    sourcing = "public code; paper second hand"
     citation = _CITATION
 
     def __init__(self, timestep: int = 500, before: float = 0.0) -> None:
@@ -80,6 +82,8 @@ class DynamicTransition(Method):
 
     title = "Dynamic transition point"
     summary = "no guidance before the first local minimum of the text-conditional noise"
+    touches = "guidance"
+    sourcing = "public code; paper second hand"
     citation = _CITATION
 
     def __init__(self, before: float = 0.0) -> None:

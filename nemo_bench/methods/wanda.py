@@ -46,6 +46,8 @@ class Wanda(Method):
 
     title = "Wanda-style pruning"
     summary = "feed-forward weights that matter more to memorized prompts than to the empty one, set to 0"
+    touches = "feed-forward weights"
+    sourcing = "abstract, and public code of a sibling paper by the same author"
     citation = """@article{chavhan2024memorized,
   title = {Memorized Images in Diffusion Models share a Subspace that can be Located and Deleted},
   author = {Chavhan, Ruchika and Bohdal, Ondrej and Zong, Yongshuo and Li, Da and Hospedales, Timothy},

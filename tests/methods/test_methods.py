@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_bench import Calibration, ConfigError, Diffusion, Localization, Neurons, Prompt
+from nemo_bench.config import build, grid, options
 from nemo_bench.methods import Batch, Method, NeMo, NoMitigation, RandomNeurons
 from tiny import tiny_texts
 
@@ -96,3 +97,10 @@ def test_random_neurons_match_the_count_per_layer_and_avoid_the_source(tiny: Dif
         if 2 * taken <= width:
             assert len(drawn.get(name, ())) >= taken
     assert drawn == method.localize(tiny, prompt, tiny.latents([0, 1])).neurons
+
+
+@pytest.mark.parametrize("name", options("method"))
+def test_every_method_has_what_its_card_says(name: str) -> None:
+    method = build(grid([f"method={name}"])[0].settings.method, "method")
+    assert all((method.title, method.summary, method.touches, method.sourcing))
+    assert method.citation or method.sourcing in ("a control", "what the file holds")
