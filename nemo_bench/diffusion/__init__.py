@@ -1,13 +1,16 @@
 """The models: a thin wrapper over diffusers pipelines with per-row neuron masks."""
 
 from nemo_bench.diffusion.attention import Edit, conditional_rows
-from nemo_bench.diffusion.families import Conditioning
+from nemo_bench.diffusion.families import FAMILIES, Conditioning
 from nemo_bench.diffusion.guidance import Rule, Step
 from nemo_bench.diffusion.model import Diffusion, Similarity, value_layers
 from nemo_bench.diffusion.prefix import Prefix
+from nemo_bench.diffusion.recording import AttentionRecorder, cross_attention_layers
 from nemo_bench.diffusion.source import Source, file_digest, folder_digest
 
 __all__ = [
+    "FAMILIES",
+    "AttentionRecorder",
     "Conditioning",
     "Diffusion",
     "Edit",
@@ -17,6 +20,7 @@ __all__ = [
     "Source",
     "Step",
     "conditional_rows",
+    "cross_attention_layers",
     "file_digest",
     "folder_digest",
     "value_layers",

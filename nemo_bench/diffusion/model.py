@@ -8,6 +8,7 @@ Example:
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -205,14 +206,29 @@ class Diffusion(nn.Module):
         rows = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(rows).to(self.device, self.dtype)
 
+    def tokens(self, text: str) -> list[str]:
+        """Tokens that a prompt is read as by the (first) text encoder, from its begin to its end token, no padding."""
+        tokenizer = self.pipeline.tokenizer
+        ids = tokenizer(text, truncation=True).input_ids
+        return [str(token) for token in tokenizer.convert_ids_to_tokens(ids)]
+
     def timestep(self, step: int = 0) -> int:
         """Timestep of one of 50 DDIM steps, as published, however many generate.
 
         Args:
-            step: Number of the step from 0, the noisiest (981 for Stable Diffusion).
+            step: Number of the step from 0, the noisiest (981 for Stable Diffusion); below 0 from the last.
         """
-        self.pipeline.scheduler.set_timesteps(NOISE_STEPS)
-        return int(self.pipeline.scheduler.timesteps[step])
+        return self.timesteps(NOISE_STEPS)[step]
+
+    def timesteps(self, steps: int | None = None) -> list[int]:
+        """Timesteps of so many DDIM steps, or of a generation, the noisiest first; sampling is not disturbed."""
+        scheduler = copy.copy(self.pipeline.scheduler)
+        scheduler.set_timesteps(steps or self.steps)
+        return [int(timestep) for timestep in scheduler.timesteps]
+
+    def signal(self, timestep: int) -> float:
+        """Share of the signal in the variance of a latent at a timestep, in (0, 1); the rest is noise."""
+        return float(self.pipeline.scheduler.alphas_cumprod[timestep])
 
     def predict_noise(self, latents: Tensor, timestep: int, text: Conditioning) -> Tensor:
         """One UNet pass, converted to predicted noise whatever the network predicts.
@@ -268,7 +284,7 @@ class Diffusion(nn.Module):
             return 1.0, 0.0
         if kind != "v_prediction":
             raise ModelError(f"prediction type '{kind}' is not supported; use a model with epsilon or v_prediction")
-        alpha = float(scheduler.alphas_cumprod[timestep])
+        alpha = self.signal(timestep)
         return alpha**0.5, (1 - alpha) ** 0.5
 
     @contextmanager

@@ -15,7 +15,13 @@ from nemo_bench.localization.calibration import (
     write_statistics,
 )
 from nemo_bench.localization.nemo import NemoSettings, localize
-from nemo_bench.localization.noise import noise_differences, pair_similarities, pair_values, similarity
+from nemo_bench.localization.noise import (
+    noise_differences,
+    pair_similarities,
+    pair_values,
+    scaled_difference,
+    similarity,
+)
 from nemo_bench.localization.protocol import PAPER, PROTOCOLS, REFERENCE, SEEDS, Protocol
 
 __all__ = [
@@ -39,6 +45,7 @@ __all__ = [
     "pair_values",
     "read_statistics",
     "save_moments",
+    "scaled_difference",
     "similarity",
     "threshold",
     "write_statistics",

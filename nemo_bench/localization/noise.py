@@ -37,6 +37,19 @@ def noise_differences(
         if calibrating and protocol.calibration_guidance is not None:
             unconditional = model.predict_noise(latents, timestep, model.unconditional(len(text)))
             noise = noise + protocol.calibration_guidance * (unconditional - noise)
+    return scaled_difference(noise, latents)
+
+
+def scaled_difference(noise: Tensor, latents: Tensor) -> Tensor:
+    """Predicted noise minus the noise that went in, each channel of each row scaled to [0, 1] over space.
+
+    Args:
+        noise: Predicted, float32, (N, channels, height, width).
+        latents: What it was predicted from, that shape.
+
+    Returns:
+        Differences in [0, 1], float32, of that shape; a constant channel becomes 0.
+    """
     difference = noise - latents.float()
     low, high = difference.amin((2, 3), keepdim=True), difference.amax((2, 3), keepdim=True)
     return (difference - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)

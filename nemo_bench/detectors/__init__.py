@@ -1,0 +1,32 @@
+"""Detectors of memorized prompts, one file each."""
+
+from nemo_bench.detectors.anisotropy import Anisotropy
+from nemo_bench.detectors.attention_entropy import AttentionEntropy, LayerEntropy
+from nemo_bench.detectors.base import Detector, Finding, Predictions, View
+from nemo_bench.detectors.bright_ending import BrightEnding
+from nemo_bench.detectors.magnitude import Magnitude
+from nemo_bench.detectors.noise_difference import NoiseDifference
+from nemo_bench.detectors.one_step import OneStep
+from nemo_bench.detectors.sharpness import Sharpness
+from nemo_bench.detectors.tiled_l2 import TiledL2
+from nemo_bench.detectors.token_significance import TokenSignificance
+from nemo_bench.detectors.watch import Cost, watch
+
+__all__ = [
+    "Anisotropy",
+    "AttentionEntropy",
+    "BrightEnding",
+    "Cost",
+    "Detector",
+    "Finding",
+    "LayerEntropy",
+    "Magnitude",
+    "NoiseDifference",
+    "OneStep",
+    "Predictions",
+    "Sharpness",
+    "TiledL2",
+    "TokenSignificance",
+    "View",
+    "watch",
+]

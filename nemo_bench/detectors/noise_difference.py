@@ -1,0 +1,58 @@
+"""How alike the first predictions are over seeds: NeMo's memorization score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from nemo_bench.detectors.base import Detector, Finding, View, check_counts
+from nemo_bench.diffusion import Diffusion
+from nemo_bench.localization import pair_similarities, pair_values, scaled_difference
+from nemo_bench.types import Prompt
+
+
+class NoiseDifference(Detector):
+    """SSIM between the noise differences of all pairs of seeds (Hintersdorf et al. 2024, section 3.1).
+
+    A noise difference is the noise predicted at the first of 50 DDIM steps for the prompt alone, minus the noise that
+    went in, scaled to [0, 1] by channel. Where a prompt is memorized, every noise is led to the same image. The public
+    script predicts at the second timestep; here it is the first, as the paper says. How differences are compared is a
+    setting of the model, ``model.similarity``. One pass an image.
+
+    Args:
+        seeds: Starting noises a prompt, at least 2.
+        pairs: ``"mean"`` over pairs, the memorization score, or ``"max"``, which gates NeMo's localization.
+
+    Raises:
+        ConfigError: There are fewer than two seeds.
+    """
+
+    title = "Noise difference"
+    summary = "SSIM between first-step noise differences of seeds, NeMo's memorization score"
+    citation = """@inproceedings{hintersdorf2024finding,
+  title = {Finding {NeMo}: Localizing Neurons Responsible For Memorization in Diffusion Models},
+  author = {Hintersdorf, Dominik and Struppek, Lukas and Kersting, Kristian and Dziedzic, Adam and Boenisch, Franziska},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2024},
+  eprint = {2406.02366},
+  archivePrefix = {arXiv}
+}"""
+
+    def __init__(self, seeds: int = 10, pairs: Literal["mean", "max"] = "mean") -> None:
+        check_counts(self.title, seeds, least=2)
+        self.seeds, self.pairs = seeds, pairs
+
+    def observe(self, view: View) -> Mapping[str, Tensor]:
+        """See :meth:`Detector.observe`."""
+        timestep = view.model.timestep()
+        noise = view.conditional if timestep == view.timestep else view.predict(timestep, view.text)
+        return {"difference": scaled_difference(noise, view.latents)}
+
+    def judge(
+        self, model: Diffusion, prompt: Prompt, seen: Sequence[Mapping[str, Tensor]], images: Tensor | None
+    ) -> Finding:
+        """See :meth:`Detector.judge`."""
+        pairs = pair_values(pair_similarities(seen[0]["difference"], model.similarity))
+        return Finding(float(pairs.mean() if self.pairs == "mean" else pairs.max()))

@@ -1,0 +1,89 @@
+"""How sharply the probability landscape bends where a prompt leads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nemo_bench.detectors.base import DERIVATIVE, Detector, Finding, View, check_counts
+from nemo_bench.diffusion import Conditioning, Diffusion
+from nemo_bench.errors import ConfigError
+from nemo_bench.types import Prompt
+
+
+class Sharpness(Detector):
+    """Norm of the score difference's Jacobian times the score difference (Jeon et al. 2025, section 4).
+
+    With s the score of the prompt minus that of the empty prompt, -(conditional - unconditional noise) / sigma, it is
+    the norm of s's derivative in the direction of s itself, by forward-mode differentiation, the mean over images and
+    steps. The paper squares the norm, the public code does not, and neither is it squared here by default. Of models
+    that predict velocity s is that of the predicted noise; the public code's has another sign and one more factor
+    1 / sigma, 1.00 in the first step. The public code takes the same noise for every prompt, here each has its own.
+
+    Derivatives are taken in the number format of the model; give float32 where half precision is too coarse.
+
+    Args:
+        seeds: Images a prompt; 1 and 4 are published.
+        steps: Steps watched, from the first; published is 1, which needs no sampling.
+        squared: Whether norms are squared before they are averaged, as the paper writes it.
+        eta: Length of the step of a finite difference in place of the derivative, in latent units; None for the
+            derivative. Ours, for kernels that have no forward mode.
+
+    Raises:
+        ConfigError: There are no seeds or steps, or ``eta`` is not above 0.
+    """
+
+    title = "Sharpness"
+    summary = "curvature of the log-probability along the score difference, SAIL's detector"
+    citation = """@inproceedings{jeon2025understanding,
+  title = {Understanding and Mitigating Memorization in Generative Models via Sharpness of Probability Landscapes},
+  author = {Jeon, Dongjae and Kim, Dueun and No, Albert},
+  booktitle = {International Conference on Machine Learning},
+  year = {2025},
+  eprint = {2412.04140},
+  archivePrefix = {arXiv}
+}"""
+    derives = True
+
+    def __init__(self, seeds: int = 4, steps: int | None = 1, squared: bool = False, eta: float | None = None) -> None:
+        check_counts(self.title, seeds, steps)
+        if eta is not None and eta <= 0:
+            raise ConfigError(f"{self.title} needs a step above 0, given detector.eta={eta}; null takes the derivative")
+        self.seeds, self.steps, self.squared, self.eta = seeds, steps, squared, eta
+
+    def observe(self, view: View) -> Mapping[str, Tensor]:
+        """See :meth:`Detector.observe`."""
+        sigma = (1 - view.model.signal(view.timestep)) ** 0.5
+        direction = -view.difference / sigma
+        empty = view.model.unconditional(len(direction))
+        if self.eta is None:
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
+                change = (
+                    self._derivative(view, view.text, direction) - self._derivative(view, empty, direction)
+                ) / sigma
+        else:
+            length = direction.flatten(1).norm(dim=1)[:, None, None, None].clamp(min=torch.finfo(torch.float32).tiny)
+            moved = (view.latents.float() + self.eta * direction / length).to(view.latents.dtype)
+            there = view.predict(view.timestep, view.text, moved) - view.predict(view.timestep, empty, moved)
+            change = (there / sigma + direction) * length / self.eta
+        norm = change.flatten(1).norm(dim=1)
+        return {"sharpness": norm**2 if self.squared else norm}
+
+    def _derivative(self, view: View, text: Conditioning, direction: Tensor) -> Tensor:
+        """Derivative of the predicted noise by the latents, in a direction."""
+        latents = view.latents
+        view.spend(DERIVATIVE * len(latents))
+        tangent: Tensor = jvp(
+            lambda x: view.predict(view.timestep, text, x), (latents,), (direction.to(latents.dtype),)
+        )[1]
+        return tangent
+
+    def judge(
+        self, model: Diffusion, prompt: Prompt, seen: Sequence[Mapping[str, Tensor]], images: Tensor | None
+    ) -> Finding:
+        """See :meth:`Detector.judge`."""
+        return Finding(float(torch.stack([step["sharpness"] for step in seen]).mean()))

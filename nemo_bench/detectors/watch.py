@@ -1,0 +1,210 @@
+"""One pass of sampling that any number of detectors watch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from nemo_bench.detectors.base import Detector, Finding, Predictions, View, now
+from nemo_bench.diffusion import AttentionRecorder, Conditioning, Diffusion, Step
+from nemo_bench.prompts import seeds_of
+from nemo_bench.types import Prompt
+
+
+@dataclass
+class Cost:
+    """What a detector takes for some prompts, as if it ran alone.
+
+    Attributes:
+        row_passes: UNet passes of one sample; a derivative counts as two more than the pass that it is of.
+        extra_row_passes: Those among them that no detector could share.
+        seconds: Its own time, and its part of the shared passes' by their number.
+    """
+
+    row_passes: int = 0
+    extra_row_passes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class _Trail:
+    """What one detector kept of each image: by prompt and seed, one entry a step; and the image."""
+
+    steps: dict[tuple[int, int], list[dict[str, Tensor]]] = field(default_factory=lambda: defaultdict(list))
+    images: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+
+class _Enough(Exception):  # noqa: N818 - no error: it ends sampling where nobody watches any more
+    pass
+
+
+def watch(
+    model: Diffusion, detectors: Mapping[str, Detector], prompts: Sequence[Prompt], batch_size: int = 32
+) -> tuple[dict[str, list[Finding]], dict[str, Cost]]:
+    """Samples once, as far as anyone watches, and asks every detector about every prompt.
+
+    Starting noise is that of generated images, so these are the images of a run without mitigation. Detectors of the
+    first step alone share its predictions and need no sampling.
+
+    Args:
+        model: The model, nothing blocked.
+        detectors: By name.
+        prompts: K prompts.
+        batch_size: Images in a UNet pass at most (guidance makes two rows of each).
+
+    Returns:
+        Findings by detector, one a prompt in their order; and what each detector takes for all of them.
+
+    Raises:
+        ModelError: A detector is not made for this model, or wants guided sampling where the model has none.
+    """
+    for detector in detectors.values():
+        detector.check(type(model.pipeline).__name__, model.compiled)
+    with torch.inference_mode(False), torch.no_grad():
+        return _Watch(model, detectors, prompts, batch_size).findings()
+
+
+class _Watch:
+    def __init__(
+        self, model: Diffusion, detectors: Mapping[str, Detector], prompts: Sequence[Prompt], batch_size: int
+    ) -> None:
+        self.model, self.detectors, self.prompts, self.batch_size = model, detectors, prompts, batch_size
+        self.text = model.encode([p.text for p in prompts])
+        self.lengths = [len(model.tokens(p.text)) for p in prompts]
+        self.first = model.timesteps()[0]
+        self.trails = {name: _Trail() for name in detectors}
+        self.costs = {name: Cost() for name in detectors}
+
+    def findings(self) -> tuple[dict[str, list[Finding]], dict[str, Cost]]:
+        seeds = range(max(d.seeds for d in self.detectors.values()))
+        for _, group in groupby(seeds, self._needs):
+            numbers = list(group)
+            images = [(p, s) for p in range(len(self.prompts)) for s in numbers]
+            for first in range(0, len(images), self.batch_size):
+                self._look_at(images[first : first + self.batch_size])
+        found = {}
+        for name, detector in self.detectors.items():
+            start = now(self.model)
+            found[name] = [self._judge(detector, self.trails[name], place) for place in range(len(self.prompts))]
+            self.costs[name].seconds += now(self.model) - start
+        return found, self.costs
+
+    def _depth(self, detector: Detector) -> int:
+        return min(detector.steps or self.model.steps, self.model.steps)
+
+    def _samples(self, detector: Detector) -> bool:
+        """Whether first-step predictions alone do not do."""
+        return self._depth(detector) > 1 or detector.images or self._attends(detector)
+
+    def _attends(self, detector: Detector) -> bool:
+        return any(detector.layers(self.model, number) for number in range(self._depth(detector)))
+
+    def _needs(self, seed: int) -> object:
+        """Equal for seeds that go into one batch: those that the same passes serve."""
+        active = {name: d for name, d in self.detectors.items() if d.seeds > seed}
+        if not any(map(self._samples, active.values())):
+            return tuple(active)
+        attending = tuple(name for name, d in active.items() if self._attends(d))
+        return max(map(self._depth, active.values())), any(d.images for d in active.values()), attending
+
+    def _look_at(self, images: list[tuple[int, int]]) -> None:
+        """Has the detectors watch a batch of images, each a prompt's place and a seed's number."""
+        rows = {
+            name: index
+            for name, d in self.detectors.items()
+            if (index := [i for i, (_, s) in enumerate(images) if s < d.seeds])
+        }
+        latents = self.model.latents([seeds_of(self.prompts[p], "generate", [s])[0] for p, s in images])
+        text = self.text.rows([p for p, _ in images])
+        lengths = [self.lengths[p] for p, _ in images]
+        if any(self._samples(self.detectors[name]) for name in rows):
+            self._sample(images, rows, latents, text, lengths)
+            return
+        predictions, shared = Predictions(self.model, latents, self.first, text), dict.fromkeys(rows, 0)
+        for name, index in rows.items():
+            self._ask(name, images, View(predictions, index, 0, lengths), shared)
+        self._share(predictions.seconds, predictions.passes, shared)
+
+    def _sample(
+        self,
+        images: list[tuple[int, int]],
+        rows: Mapping[str, list[int]],
+        latents: Tensor,
+        text: Conditioning,
+        lengths: list[int],
+    ) -> None:
+        model = self.model
+        depth = {name: self._depth(self.detectors[name]) for name in rows}
+        finished = any(self.detectors[name].images for name in rows)
+        shared, own, done = dict.fromkeys(rows, 0), 0.0, 0
+        recorder = AttentionRecorder(model, len(images))
+
+        def wanted(number: int) -> set[str]:
+            return {
+                layer for name in rows if number < depth[name] for layer in self.detectors[name].layers(model, number)
+            }
+
+        def rule(step: Step) -> Tensor:
+            nonlocal own, done
+            done = step.number + 1
+            attention, recorder.maps = recorder.maps, {}
+            predictions = Predictions(model, step.latents, step.timestep, text, step.conditional, step.unconditional)
+            with recorder.paused():
+                for name, index in rows.items():
+                    if step.number < depth[name]:
+                        view = View(predictions, index, step.number, lengths, attention)
+                        own += self._ask(name, images, view, shared)
+            recorder.wanted = wanted(done)
+            if done == max(depth.values()) and not finished:
+                raise _Enough
+            return step.guided(step.scale)
+
+        recorder.wanted = wanted(0)
+        attends = any(self._attends(self.detectors[name]) for name in rows)
+        start = now(self.model)
+        with recorder.recording() if attends else nullcontext(), model.guide(rule):
+            try:
+                pictures = model.generate(text, latents)
+            except _Enough:
+                pictures = None
+        self._share(now(self.model) - start - own, 2 * len(images) * done, shared)
+        if pictures is not None:
+            for name, index in rows.items():
+                if self.detectors[name].images:
+                    self.trails[name].images |= {images[row]: pictures[row] for row in index}
+
+    def _ask(self, name: str, images: list[tuple[int, int]], view: View, shared: dict[str, int]) -> float:
+        """Lets a detector look, keeps what it keeps; returns the seconds that were its own."""
+        detector, cost = self.detectors[name], self.costs[name]
+        start, before = now(self.model), view.shared.seconds
+        kept = detector.observe(view)
+        # Whoever asks first has a shared prediction made; its time is everybody's.
+        seconds = now(self.model) - start - (view.shared.seconds - before)
+        for place, row in enumerate(view.index):
+            self.trails[name].steps[images[row]].append({key: values[place] for key, values in kept.items()})
+        # Alone, a detector that samples would take both halves whether or not it looks at them.
+        passes = 2 * len(view.index) if self._samples(detector) else view.used
+        shared[name] += passes
+        cost.row_passes += passes + view.extra
+        cost.extra_row_passes += view.extra
+        cost.seconds += seconds
+        return seconds
+
+    def _share(self, seconds: float, passes: int, shared: Mapping[str, int]) -> None:
+        for name, count in shared.items():
+            self.costs[name].seconds += seconds * count / max(passes, 1)
+
+    def _judge(self, detector: Detector, trail: _Trail, place: int) -> Finding:
+        keys = [(place, seed) for seed in range(detector.seeds)]
+        seen = [
+            {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+            for steps in zip(*(trail.steps[key] for key in keys), strict=True)
+        ]
+        images = torch.stack([trail.images[key] for key in keys]) if detector.images else None
+        return detector.judge(self.model, self.prompts[place], seen, images)
