@@ -19,6 +19,7 @@ EPILOG = """settings are words key=value, lists of values make a grid:
   nemo-bench run                                   no mitigation, random neurons and NeMo on the embedded model
   nemo-bench run seeds=8 method=none,nemo          other settings
   nemo-bench run model=planted model.guidance=5    a group's own settings
+  nemo-bench detect detector=magnitude,sharpness   how well detectors tell memorized prompts from others
   nemo-bench ls                                    what there is to choose from
 """
 
@@ -98,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="say what is needed, what would be done and what it costs; load nothing"
     )
     run.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    detect = add("detect", _detect, "detectors over memorized and other prompts, to table and ROC plots", settings=True)
+    detect.add_argument("--json", action="store_true", help="print an object in place of the table")
     calibrate = add("calibrate", _calibrate, "activation statistics and threshold of a model, cached", settings=True)
     calibrate.add_argument("--json", action="store_true", help="print a list of objects")
     listing = add("ls", _ls, "models, methods, prompts, metrics ... to choose from")
@@ -153,6 +156,28 @@ def _run(options: argparse.Namespace) -> None:
     if run.is_main():
         done = "everything was done already" if not open_before else f"{open_before} records computed"
         _show(folder, f"{done}, {time.perf_counter() - start:.0f} s", as_json=options.json)
+
+
+def _detect(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from nemo_bench import detection, run
+    from nemo_bench.config import detector_grid
+    from nemo_bench.report.detection import load_detections, terminal_detection
+
+    cells = detection.plan(detector_grid(options.overrides, options.conf))
+    start = time.perf_counter()
+    is_done = not detection.is_open(cells)
+    folder = detection.detect(cells, run.command_line(), progress=not options.json)
+    if not run.is_main():
+        return
+    if options.json:
+        print((folder / "detection.json").read_text(encoding="utf-8"))
+        return
+    console = Console()
+    console.print(*terminal_detection(load_detections(folder)))
+    done = "everything was done already" if is_done else "done"
+    print(f"{done}, {time.perf_counter() - start:.0f} s\nreport:  {folder / 'detection.html'}\nrecords: {folder}")
 
 
 def _aside(line: str) -> None:

@@ -32,7 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_bench.errors import ConfigError, nearest
 
-GROUPS = ("model", "method", "prompts", "metrics", "trainer", "logger", "experiment")
+GROUPS = ("model", "method", "detector", "prompts", "metrics", "trainer", "logger", "experiment")
 PLUGINS = "nemo_bench.conf"
 """Entry points of installed packages that bring YAML files of their own: ``name = "package.with.folders"``."""
 DEFAULT_METHODS = "none,random,nemo"
@@ -165,6 +165,7 @@ class RunSettings:
         root: Folder of all results.
         model: The model.
         method: ``_target_`` and arguments of the mitigation.
+        detector: ``_target_`` and arguments of the detector, for ``nemo-bench detect`` alone.
         prompts: The prompts.
         metrics: ``_target_`` and arguments of each metric by name.
         weights: Folder of the weights that metrics need, each file under the name it is published by.
@@ -183,6 +184,7 @@ class RunSettings:
     root: str = "results"
     model: ModelSettings = field(default_factory=ModelSettings)
     method: Any = MISSING
+    detector: Any = None
     prompts: PromptSettings = field(default_factory=PromptSettings)
     metrics: dict[str, Any] = field(default_factory=dict)
     weights: str = "weights"
@@ -263,7 +265,7 @@ def grid(overrides: Sequence[str], conf: Path | None = None) -> list[Choice]:
             if not any(o.key_or_group == "method" for o in _parse(words)):
                 words = [*words, f"method={DEFAULT_METHODS}"]
             cells |= dict.fromkeys(map(tuple, _product(words)))
-    shared = dict.fromkeys(map(tuple, _share_out(list(cells), conf)))
+    shared = dict.fromkeys(map(tuple, _share_out(_share_out(list(cells), "method", conf), "detector", conf)))
     try:
         return [_choose(list(cell), conf) for cell in shared]
     except ConfigError as error:
@@ -271,6 +273,33 @@ def grid(overrides: Sequence[str], conf: Path | None = None) -> list[Choice]:
             raise
         # It was shared out to the source, and given for the method.
         raise ConfigError(str(error).replace("method.source.", "method.")) from error
+
+
+DETECTING = ("model", "detector", "prompts", "trainer", "batch_size", "name", "root", "experiment")
+"""Settings that detection takes up."""
+
+
+def detector_grid(overrides: Sequence[str], conf: Path | None = None) -> list[Choice]:
+    """The detectors that overrides ask for, on each model and its prompts; see :func:`grid`.
+
+    Args:
+        overrides: ``key=value`` words, each of :data:`DETECTING`; where no detector is named, all of them.
+        conf: Folder with more YAML files, in groups like those of the package.
+
+    Returns:
+        One choice per detector, model and prompts.
+
+    Raises:
+        ConfigError: Anything is wrong with them.
+    """
+    typed = {str(o.key_or_group) for o in _parse(overrides)}
+    for key in sorted(typed):
+        if key in ("seeds", "localize_seeds"):
+            raise ConfigError(f"every detector has seeds of its own; give detector.seeds=... in place of {key}=...")
+        if not any(f"{key}.".startswith(f"{known}.") for known in DETECTING):
+            raise ConfigError(f"{key} does not matter to detection; settings of detection: {', '.join(DETECTING)}")
+    every = [] if "detector" in typed else [f"detector={','.join(options('detector', conf))}"]
+    return grid([*overrides, *every, "method=none"], conf)
 
 
 SCORING = ("metrics", "weights", "real_images", "batch_size", "workers", "trainer", "logger", "prompts.references")
@@ -363,31 +392,31 @@ def about_method(name: str, conf: Path | None) -> tuple[dict[str, Any], str, str
     return ({"name": name} if name != "none" else dict(node)), target.title, target.citation
 
 
-def _share_out(cells: Sequence[Sequence[str]], conf: Path | None) -> list[list[str]]:
-    """The cells of several methods, each with those of their common settings that it has."""
-    methods = {word for words in cells for word in words if word.startswith("method=")}
-    if len(methods) < 2:
+def _share_out(cells: Sequence[Sequence[str]], group: str, conf: Path | None) -> list[list[str]]:
+    """The cells of several methods (detectors), each with those of their common settings that it has."""
+    chosen = [next((word for word in words if word.startswith(f"{group}=")), "") for words in cells]
+    if len(set(chosen)) < 2:
         return [list(words) for words in cells]
-    for override in _parse(sorted(methods)):
+    for override in _parse(sorted(set(chosen))):
         _check_option(override, conf)
     with initialize_config_module("nemo_bench.conf", version_base="1.3"):
-        composed = {method: _compose([method, *_search_path(conf)]) for method in methods}
+        composed = {word: _compose([word, *_search_path(conf)]) for word in set(chosen)}
 
-    def placed(word: str, method: DictConfig) -> list[str]:
+    def placed(word: str, own: DictConfig) -> list[str]:
         """The setting where this method has it, nowhere if only others have it."""
         key = word.split("=")[0]
-        of_source = key.replace("method.", "method.source.", 1)
-        if not key.startswith("method.") or _has(method, key):
+        of_source = key.replace(f"{group}.", f"{group}.source.", 1)
+        if not key.startswith(f"{group}.") or _has(own, key):
             return [word]
-        if _has(method, of_source):
+        if _has(own, of_source):
             return [word.replace(key, of_source, 1)]
         if any(_has(other, place) for other in composed.values() for place in (key, of_source)):
             return []
-        known = {str(name) for other in composed.values() for name in (*other.method, *other.method.get("source", ()))}
-        hint = nearest(key.removeprefix("method."), known - {"_target_", "source"})
-        raise ConfigError(f"unknown key '{key}': none of the methods that are compared has it. {hint}")
+        nodes = [other[group] for other in composed.values()]
+        known = {str(name) for node in nodes for name in (*node, *node.get("source", ()))}
+        hint = nearest(key.removeprefix(f"{group}."), known - {"_target_", "source"})
+        raise ConfigError(f"unknown key '{key}': none of the {group}s that are compared has it. {hint}")
 
-    chosen = [next(word for word in words if word in methods) for words in cells]
     return [
         [w for word in words for w in placed(word, composed[own])] for words, own in zip(cells, chosen, strict=True)
     ]
@@ -404,9 +433,9 @@ def _has(config: DictConfig, key: str) -> bool:
 
 
 def _product(overrides: Sequence[str]) -> list[list[str]]:
-    """Overrides with one value each; the method changes fastest."""
+    """Overrides with one value each; the method (detector) changes fastest."""
     axes = []
-    for override in sorted(_parse(overrides), key=lambda o: o.key_or_group == "method"):
+    for override in sorted(_parse(overrides), key=lambda o: o.key_or_group in ("method", "detector")):
         if override.is_sweep_override():
             axes.append([f"{override.get_key_element()}={v}" for v in override.sweep_string_iterator()])
         else:
@@ -561,6 +590,8 @@ def _check_values(settings: RunSettings) -> None:
     if unlisted := [file for file in settings.prompts.memorized if file not in settings.prompts.files]:
         raise ConfigError(f"prompts.memorized: {unlisted[0]} is none of prompts.files={settings.prompts.files}")
     build(settings.method, "method")
+    if settings.detector is not None:
+        build(settings.detector, "detector")
     for name, node in settings.metrics.items():
         build(node, f"metrics.{name}")
 
@@ -698,8 +729,8 @@ def describe_options(group: str, conf: Path | None = None) -> list[dict[str, str
     entries = []
     for name in options(group, conf):
         settings = _choose([f"{group}={name}", *(["method=none"] if group != "method" else [])], conf).settings
-        if group == "method":
-            target = get_object(settings.method["_target_"])
+        if group in ("method", "detector"):
+            target = get_object(getattr(settings, group)["_target_"])
             entries.append((name, target.summary, target.citation))
         elif group == "metrics":
             for metric, node in settings.metrics.items():

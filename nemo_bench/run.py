@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 import torch
@@ -89,6 +89,15 @@ SETS = "sets.json"
 
 UNMITIGATED = {"_target_": "nemo_bench.methods.NoMitigation"}
 """Settings of a method that does nothing."""
+
+
+class Work(Protocol):
+    """What owns a results folder: settings, prompts, what decides the result, and the folder."""
+
+    choice: Choice
+    prompts: list[Prompt]
+    spec: dict[str, Any]
+    store: Store
 
 
 @dataclass(eq=False, kw_only=True)
@@ -173,6 +182,8 @@ def plan(choices: Sequence[Choice], weights: Mapping[Source, str] | None = None)
     Raises:
         NemoBenchError: Prompts, references or a model folder are not as they should be.
     """
+    if any(choice.settings.detector is not None for choice in choices):
+        raise ConfigError("detectors are run by nemo-bench detect; leave out detector=...")
     for key in ("name", "root", "trainer", "logger"):
         if any(getattr(c.settings, key) != getattr(choices[0].settings, key) for c in choices):
             raise ConfigError(f"{key} must be the same for all cells of a run; give one value, or run twice")
@@ -540,7 +551,7 @@ def _scores_are_stale(cell: ImageCell) -> bool:
     return not path.exists() or read_json(path) != _scoring(cell)
 
 
-def note_start(cell: ImageCell, command: str, runner: Runner) -> None:
+def note_start(cell: Work, command: str, runner: Runner) -> None:
     """Writes down how a cell is gone on with, and its prompts."""
     path = cell.store.folder / "env.json"
     starts = read_json(path)["starts"] if path.exists() else []
@@ -774,16 +785,24 @@ class Runner:
     ) -> None:
         if store.is_done(stage):
             return
-        self.bar.description = f"{stage:>10} {label:<8}"
+        self.describe(stage, label)
         data: PromptDataModule[Any] = PromptDataModule(tasks, store, stage, batch_size, read, workers)
-        with _quiet():
-            self.trainer.predict(make(), datamodule=data, return_predictions=False)
-        self.trainer.strategy.barrier()
+        self.predict(make(), data)
         if is_main():
             store.finish(stage, [task.id for task in tasks])
         self.trainer.strategy.barrier()
 
-    def model(self, cell: Cell) -> Diffusion:
+    def describe(self, stage: str, label: str) -> None:
+        """Says beside the bar what comes next."""
+        self.bar.description = f"{stage:>10} {label:<8}"
+
+    def predict(self, stage: L.LightningModule, data: L.LightningDataModule) -> None:
+        """Runs a stage over all that is open; every process goes on when all are through."""
+        with _quiet():
+            self.trainer.predict(stage, datamodule=data, return_predictions=False)
+        self.trainer.strategy.barrier()
+
+    def model(self, cell: Work) -> Diffusion:
         """The cell's model, loaded at the first need."""
         settings = cell.choice.settings.model
         key = digest(cell.spec["settings"]["model"])
@@ -979,6 +998,7 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*Total length of .* across ranks is zero.*")
             warnings.filterwarnings("ignore", message="predict returned None.*")
             warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")
+            warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated.*")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -17,7 +17,7 @@ LAYERS = (
     {"localization", "methods", "detectors", "metrics", "references", "elsewhere"},
     {"modules"},
     {"run"},
-    {"forecast", "library", "scoring"},
+    {"forecast", "library", "scoring", "detection"},
     {"launchers", "cli"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

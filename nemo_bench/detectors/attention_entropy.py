@@ -38,6 +38,7 @@ class _Entropy(Detector):
 
     citation = _CITATION
     families: ClassVar[frozenset[str]] = frozenset({"StableDiffusionPipeline"})
+    attends = True
 
 
 class LayerEntropy(_Entropy):

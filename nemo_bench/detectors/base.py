@@ -15,8 +15,8 @@ from nemo_bench.diffusion import FAMILIES, Conditioning, Diffusion
 from nemo_bench.errors import ConfigError, ModelError
 from nemo_bench.types import Prompt
 
-DERIVATIVE = 2
-"""UNet passes that a derivative counts as on top of the pass it is of, forward or backward; about its time."""
+DERIVATIVE = 1
+"""UNet passes that a derivative counts as on top of the pass it is of, forward or backward."""
 
 
 def now(model: Diffusion) -> float:
@@ -192,6 +192,7 @@ class Detector(ABC):
         citation: BibTeX of the source.
         families: Classes of the pipelines that it is made for.
         images: Whether it looks at finished images.
+        attends: Whether it looks at cross-attention.
         derives: Whether it takes derivatives of the UNet, which a compiled one does not give.
         seeds: Images, or starting noises, that it takes of a prompt.
         steps: Steps of sampling that it watches from the first on, None for all.
@@ -202,23 +203,33 @@ class Detector(ABC):
     citation: ClassVar[str]
     families: ClassVar[frozenset[str]] = frozenset(FAMILIES)
     images: ClassVar[bool] = False
+    attends: ClassVar[bool] = False
     derives: ClassVar[bool] = False
     seeds: int
     steps: int | None = 1
 
-    def check(self, family: str, compiled: bool = False) -> None:
-        """Raises ModelError where a model does not suit, known before its weights load.
+    @property
+    def samples(self) -> bool:
+        """Whether it needs guided sampling; predictions from pure noise are enough for others."""
+        return self.steps != 1 or self.images or self.attends
+
+    def check(self, family: str, guidance: float, *, compiled: bool = False) -> None:
+        """Raises ModelError where a model does not suit, which can be told before its weights load.
 
         Args:
             family: Class of the pipeline.
-            compiled: Whether its UNet is compiled.
+            guidance: Scale of guidance while generating.
+            compiled: Whether the UNet is compiled.
         """
         if family not in self.families:
             made_for = ", ".join(sorted(self.families))
             raise ModelError(f"{self.title} is made for {made_for}, given a {family}; leave this detector out for it")
-        if self.derives and compiled:
-            msg = f"{self.title} takes derivatives of the UNet, which a compiled one does not give"
-            raise ModelError(f"{msg}; set model.compiled=false")
+        if self.samples and guidance <= 1:
+            msg = f"{self.title} watches guided sampling, given model.guidance={guidance:g}"
+            raise ModelError(f"{msg}; give model.guidance above 1, or leave this detector out")
+        if compiled and (self.samples or self.derives):
+            msg = f"{self.title} looks inside of sampling or takes derivatives, which a compiled UNet does not allow"
+            raise ModelError(f"{msg}; set model.compiled=false, or leave this detector out")
 
     def layers(self, model: Diffusion, number: int) -> Collection[str]:
         """Cross-attention layers that it looks at in a step; see :func:`nemo_bench.diffusion.cross_attention_layers`.

@@ -49,6 +49,7 @@ class BrightEnding(Detector):
   archivePrefix = {arXiv}
 }"""
     families: ClassVar[frozenset[str]] = frozenset({"StableDiffusionPipeline"})
+    attends = True
     images = True
     steps = None
 

@@ -65,7 +65,7 @@ def watch(
         ModelError: A detector is not made for this model, or wants guided sampling where the model has none.
     """
     for detector in detectors.values():
-        detector.check(type(model.pipeline).__name__, model.compiled)
+        detector.check(type(model.pipeline).__name__, model.guidance, compiled=model.compiled)
     with torch.inference_mode(False), torch.no_grad():
         return _Watch(model, detectors, prompts, batch_size).findings()
 
@@ -98,19 +98,12 @@ class _Watch:
     def _depth(self, detector: Detector) -> int:
         return min(detector.steps or self.model.steps, self.model.steps)
 
-    def _samples(self, detector: Detector) -> bool:
-        """Whether first-step predictions alone do not do."""
-        return self._depth(detector) > 1 or detector.images or self._attends(detector)
-
-    def _attends(self, detector: Detector) -> bool:
-        return any(detector.layers(self.model, number) for number in range(self._depth(detector)))
-
     def _needs(self, seed: int) -> object:
         """Equal for seeds that go into one batch: those that the same passes serve."""
         active = {name: d for name, d in self.detectors.items() if d.seeds > seed}
-        if not any(map(self._samples, active.values())):
+        if not any(d.samples for d in active.values()):
             return tuple(active)
-        attending = tuple(name for name, d in active.items() if self._attends(d))
+        attending = tuple(name for name, d in active.items() if d.attends)
         return max(map(self._depth, active.values())), any(d.images for d in active.values()), attending
 
     def _look_at(self, images: list[tuple[int, int]]) -> None:
@@ -123,7 +116,7 @@ class _Watch:
         latents = self.model.latents([seeds_of(self.prompts[p], "generate", [s])[0] for p, s in images])
         text = self.text.rows([p for p, _ in images])
         lengths = [self.lengths[p] for p, _ in images]
-        if any(self._samples(self.detectors[name]) for name in rows):
+        if any(self.detectors[name].samples for name in rows):
             self._sample(images, rows, latents, text, lengths)
             return
         predictions, shared = Predictions(self.model, latents, self.first, text), dict.fromkeys(rows, 0)
@@ -166,7 +159,7 @@ class _Watch:
             return step.guided(step.scale)
 
         recorder.wanted = wanted(0)
-        attends = any(self._attends(self.detectors[name]) for name in rows)
+        attends = any(self.detectors[name].attends for name in rows)
         start = now(self.model)
         with recorder.recording() if attends else nullcontext(), model.guide(rule):
             try:
@@ -189,7 +182,7 @@ class _Watch:
         for place, row in enumerate(view.index):
             self.trails[name].steps[images[row]].append({key: values[place] for key, values in kept.items()})
         # Alone, a detector that samples would take both halves whether or not it looks at them.
-        passes = 2 * len(view.index) if self._samples(detector) else view.used
+        passes = 2 * len(view.index) if detector.samples else view.used
         shared[name] += passes
         cost.row_passes += passes + view.extra
         cost.extra_row_passes += view.extra

@@ -1,0 +1,289 @@
+"""Table, ROC plots and page of the detectors that a run folder holds, made from their records."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.box import SIMPLE
+from rich.markup import escape
+from rich.table import Table
+
+from nemo_bench.errors import StoreError
+from nemo_bench.report.plots import roc
+from nemo_bench.report.svg import INK, PALETTE, nth_look, style, svg
+from nemo_bench.store import SCHEMA, read_json, read_records, write_json, write_text
+
+_FOLDER = Path(__file__).parent / "page"
+_WIDTH = 640
+_COLUMNS = {
+    "auc": "AUC",
+    "VM": "VM",
+    "TM": "TM",
+    "tpr_at_1_fpr_below": "TPR<1%",
+    "tpr_at_1_fpr_nearest": "TPR≈1%",
+    "best_accuracy": "Acc.",
+    "detect_row_passes_per_prompt": "Passes",
+    "detect_extra_row_passes_per_prompt": "Own",
+    "detect_seconds_per_prompt": "s",
+}
+NOTE = (
+    "AUC with its 95% bootstrap interval over prompts, over all memorized prompts and over those of a kind. TPR at the "
+    "last point with fewer than 1% false positives (<), and at the one nearest to 1% (≈). Accuracy is the best of all "
+    "thresholds, either sort of prompts counting half. UNet passes and seconds are a prompt's, as if the detector ran "
+    "alone; own passes are those that no other detector could share. A derivative counts as one more pass."
+)
+"""How to read the table."""
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What a finished detector found.
+
+    Attributes:
+        folder: Its results.
+        spec: ``spec.json``.
+        summary: ``metrics.json``.
+        prompts: Lines of ``prompts.jsonl``.
+        records: By prompt id.
+        label: Title, and the settings by which it differs from others of this title.
+    """
+
+    folder: Path
+    spec: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    prompts: Sequence[Mapping[str, Any]]
+    records: Mapping[str, Mapping[str, Any]]
+    label: str
+
+    @property
+    def about(self) -> tuple[str, str]:
+        """Names of the model and the prompts."""
+        return self.spec["model"], self.spec["prompts"]
+
+    @property
+    def measures(self) -> Mapping[str, Any]:
+        """See :func:`nemo_bench.metrics.detection`; empty where prompts are of one sort."""
+        return next(iter(self.summary["detection"].values()), {})
+
+    def scores(self, *, memorized: bool) -> list[float]:
+        """Scores of prompts of one sort, in their order."""
+        return [self.records[p["id"]]["score"] for p in self.prompts if bool(p["kind"]) == memorized]
+
+    def number(self, key: str) -> float | None:
+        """A measure or a cost."""
+        values = {**self.measures, **self.measures.get("kinds", {}), **self.summary["cost"]}
+        return values.get(key)
+
+
+def load_detections(folder: Path | str) -> list[Detection]:
+    """Every finished detector of a run, the best first within its model and prompts.
+
+    Raises:
+        StoreError: There is none.
+    """
+    found = []
+    for path in sorted(Path(folder).glob("*/spec.json")):
+        cell, spec = path.parent, read_json(path)
+        if "detector" in spec and (cell / "metrics.json").is_file():
+            records = {record["prompt"]: record for record in read_records(cell, "detect").values()}
+            lines = (cell / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+            summary = read_json(cell / "metrics.json")
+            found.append(Detection(cell, spec, summary, [json.loads(line) for line in lines], records, ""))
+    if not found:
+        raise StoreError(f"{folder} holds no finished detector; run nemo-bench detect")
+    named = [Detection(**{**vars(d), "label": _label(d, found)}) for d in found]
+    return sorted(named, key=lambda d: (d.about, -d.measures.get("auc", 0.0), d.label))
+
+
+def _label(one: Detection, others: Sequence[Detection]) -> str:
+    """Its title, and the settings in which others of its model, prompts and title differ."""
+    alike = [d for d in others if d.about == one.about and d.spec["title"] == one.spec["title"]]
+    own: Mapping[str, Any] = one.spec["settings"]["detector"]
+    differing = [key for key in own if any(d.spec["settings"]["detector"].get(key) != own[key] for d in alike)]
+    words = [f"{key} {'all' if own[key] is None else own[key]}" for key in differing]
+    if len(alike) > 1 and not words:
+        words = [one.spec["cell"].rpartition("__")[2]]  # they differ in the model's settings
+    return ", ".join([one.spec["title"], *words])
+
+
+def write_detection(folder: Path | str) -> Path:
+    """Writes ``detection.html``, ``detection.md`` and ``detection.json`` into the folder of a run.
+
+    Args:
+        folder: Such as ``results/default``.
+
+    Returns:
+        The page.
+
+    Raises:
+        StoreError: The folder holds no finished detector.
+    """
+    folder = Path(folder)
+    found = load_detections(folder)
+    rows = [
+        {
+            **{key: d.spec[key] for key in ("cell", "model", "detector", "prompts")},
+            "label": d.label,
+            **d.measures,
+            **d.summary["cost"],
+            **d.summary["counts"],
+            "settings": d.spec["settings"]["detector"],
+        }
+        for d in found
+    ]
+    write_json(folder / "detection.json", {"schema": SCHEMA, "name": folder.name, "detectors": rows})
+    write_text(folder / "detection.md", markdown(found))
+    page = folder / "detection.html"
+    write_text(page, _page(folder.name, found))
+    return page
+
+
+def _groups(found: Sequence[Detection]) -> list[tuple[str, list[Detection]]]:
+    return [(" · ".join(about), list(group)) for about, group in groupby(found, lambda d: d.about)]
+
+
+def _texts(found: Detection) -> dict[str, str]:
+    """What stands in the columns of the table."""
+    texts = {}
+    for key in _COLUMNS:
+        value = found.number(key)
+        if value is None:
+            texts[key] = "–"
+        elif key == "auc":
+            texts[key] = f"{value:.3f} {found.number('auc_low'):.2f}–{found.number('auc_high'):.2f}"
+        elif key.startswith("detect_"):
+            texts[key] = f"{value:.2f}" if "seconds" in key else f"{value:g}"
+        else:
+            texts[key] = f"{value:.3f}"
+    return texts
+
+
+def markdown(found: Sequence[Detection]) -> str:
+    """The table as a Markdown document, one for each model and its prompts."""
+    titles = ["Detector", *_COLUMNS.values()]
+    parts = ["# Detection\n"]
+    for about, group in _groups(found):
+        lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *([d.label, *_texts(d).values()] for d in group)]
+        table = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+        parts.append(f"## {about}: {_count(group[0])}\n\n{table}")
+    return "\n".join([*parts, NOTE + "\n"])
+
+
+def _count(found: Detection) -> str:
+    memorized = sum(bool(p["kind"]) for p in found.prompts)
+    return f"{memorized} memorized and {len(found.prompts) - memorized} other prompts"
+
+
+def terminal_detection(found: Sequence[Detection]) -> list[Table]:
+    """The table for the terminal, one for each model and its prompts; kinds apart are left to the page."""
+    columns = [key for key in _COLUMNS if key not in ("VM", "TM")]
+    tables = []
+    for about, group in _groups(found):
+        table = Table(
+            title=f"{escape(about)}: {_count(group[0])}", title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0)
+        )
+        table.add_column("Detector")
+        for key in columns:
+            table.add_column(_COLUMNS[key], justify="right", no_wrap=True)
+        for detector in group:
+            table.add_row(escape(detector.label), *(_texts(detector)[key] for key in columns))
+        tables.append(table)
+    return tables
+
+
+def _roc_plot(group: Sequence[Detection], name: str, about: str) -> str:
+    """ROC curves of detectors over the same prompts, or nothing where they are of one sort."""
+    drawn = [d for d in group if d.measures]
+    if not drawn:
+        return ""
+    with style():
+        figure = Figure(figsize=(9.0, 4.8), layout="constrained")
+        axes, legend = figure.subplots(1, 2, width_ratios=[1.1, 1])
+        axes.grid()
+        axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, alpha=0.4, linestyle=":")
+        axes.axvline(0.01, color=INK, linewidth=0.8, alpha=0.4, linestyle="--")
+        for number, detector in enumerate(drawn):
+            look, rates = nth_look(number), roc(detector.scores(memorized=True), detector.scores(memorized=False))
+            words = f"{detector.label}: AUC {detector.measures['auc']:.3f}"
+            axes.plot(*rates, color=look.color, marker=look.marker, markevery=0.2, ms=5, label=words, clip_on=False)
+        axes.set_xlabel("False positive rate (dashed: 1%)")
+        axes.set_ylabel("True positive rate")
+        axes.set_aspect("equal")
+        legend.axis("off")
+        legend.legend(*axes.get_legend_handles_labels(), loc="center left")
+        return svg(figure, name, f"ROC curves of detectors, {about}")
+
+
+def _page(name: str, found: Sequence[Detection]) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    sections = [
+        {
+            "about": about,
+            "count": _count(group[0]),
+            "rows": [(d.label, d.folder.name, _texts(d).values()) for d in group],
+            "plot": _roc_plot(group, f"roc-{number}", about),
+            "labels": [d.label for d in group],
+            "prompts": [_prompt(group, prompt) for prompt in group[0].prompts],
+        }
+        for number, (about, group) in enumerate(_groups(found))
+    ]
+    citations = {title: text for d in found for title, text in d.spec["citations"].items()}
+    return environment.get_template("detectors.html.jinja").render(
+        name=name,
+        sections=sections,
+        titles=["Detector", *_COLUMNS.values()],
+        note=NOTE,
+        citations=citations,
+        palette=PALETTE,
+        style=(_FOLDER / "style.css").read_text(encoding="utf-8"),
+    )
+
+
+def _prompt(group: Sequence[Detection], prompt: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of the page: scores, tokens as far as a detector explains them, pictures."""
+    records = [d.records[prompt["id"]] for d in group]
+    tokens: Sequence[tuple[str, float]] = next(
+        (r["details"]["tokens"] for r in records if "tokens" in r.get("details", {})), []
+    )
+    largest = max((value for _, value in tokens), default=0.0) or 1.0
+    return {
+        "id": prompt["id"],
+        "text": prompt["text"],
+        "group": prompt["group"],
+        "tokens": [(word.replace("</w>", " "), value, value / largest) for word, value in tokens],
+        "scores": [(r["score"], _beaten(d, r["score"])) for d, r in zip(group, records, strict=True)],
+        "pictures": [
+            (d.label, _thumbnail(d.folder / r["image"])) for d, r in zip(group, records, strict=True) if "image" in r
+        ],
+    }
+
+
+def _beaten(found: Detection, score: float) -> float:
+    """Share of prompts that are not memorized and score below."""
+    others = found.scores(memorized=False)
+    return sum(other < score for other in others) / len(others) if others else 0.0
+
+
+def _thumbnail(path: Path) -> str:
+    """A picture as a data URI, or nothing where it is gone."""
+    if not path.is_file():
+        return ""
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB")
+    picture.thumbnail((_WIDTH, _WIDTH))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
