@@ -88,7 +88,7 @@ def test_without_a_method_three_are_compared() -> None:
     assert [choice.names["method"] for choice in choices] == ["none", "random", "nemo"]
     assert [type(build(c.settings.method, "method")) for c in choices] == [NoMitigation, RandomNeurons, NeMo]
     assert all(choice.settings.seeds == 3 for choice in choices)
-    assert set(choices[0].names) == set(GROUPS) - {"experiment"}
+    assert set(choices[0].names) == set(GROUPS) - {"experiment", "detector"}
 
 
 def test_lists_are_multiplied_out_and_the_method_changes_fastest() -> None:
@@ -309,7 +309,7 @@ def test_options_are_described(group: str) -> None:
         assert [entry["name"] for entry in entries] == [f"{name}/{key}" for name, node in files.items() for key in node]
     else:
         assert [entry["name"] for entry in entries] == options(group)
-    if group in ("model", "method", "prompts", "metrics"):
+    if group in ("model", "method", "detector", "prompts", "metrics"):
         assert all(entry["summary"] for entry in entries)
 
 

@@ -1,0 +1,222 @@
+"""nemo-bench detect: interrupted, over several processes, to table and page."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_bench import detection
+from nemo_bench.cli import main
+from nemo_bench.config import ConfigError, detector_grid
+from nemo_bench.errors import StoreError
+from nemo_bench.report.detection import load_detections, write_detection
+from nemo_bench.store import read_json, read_records
+from tiny import tiny_sdxl
+
+SMALL = ["trainer=cpu", "model.steps=3", "batch_size=2"]
+SOME = "detector=noise_difference,magnitude_first,bright_ending,token_significance"
+
+
+def command(root: Path, prompts: Path, *more: str) -> list[str]:
+    return ["detect", *SMALL, SOME, "detector.seeds=2", f"root={root}", f"prompts.files=[{prompts}]", *more]
+
+
+def scores(folder: Path) -> dict[str, dict[str, float]]:
+    return {
+        read_json(path)["detector"]: {r["prompt"]: r["score"] for r in read_records(path.parent, "detect").values()}
+        for path in folder.glob("*/spec.json")
+    }
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, three_prompts: Path) -> Path:
+    """A run of four detectors over two memorized prompts and one other."""
+    root = tmp_path_factory.mktemp("detected")
+    assert main(command(root, three_prompts)) == 0
+    return root / "default"
+
+
+@pytest.fixture(scope="module")
+def three_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from nemo_bench import read_prompts, resolve
+
+    planted, general = (
+        read_prompts(resolve(f"package:planted/prompts/{name}.jsonl")) for name in ("planted", "general")
+    )
+    path = tmp_path_factory.mktemp("prompts") / "three.jsonl"
+    lines = [{"id": p.id, "text": p.text, "kind": p.kind} for p in (planted[0], planted[-1], general[0])]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_every_detector_has_a_cell_with_its_records(done: Path) -> None:
+    cells = {read_json(path)["detector"]: path.parent for path in done.glob("*/spec.json")}
+    assert sorted(cells) == ["bright_ending", "magnitude_first", "noise_difference", "token_significance"]
+    for name, cell in cells.items():
+        assert cell.name.startswith(f"planted__{name}__planted__")
+        records = read_records(cell, "detect")
+        assert len(records) == 3
+        assert (cell / "detect.done").is_file()
+        assert all(record["cost"]["row_passes"] > 0 for record in records.values())
+        about = read_json(cell / "metrics.json")
+        measured = about["detection"][name]
+        assert (measured["memorized"], measured["other"]) == (2, 1)
+        assert set(measured["kinds"]) == {"VM", "TM"}
+    masks = read_records(cells["bright_ending"], "detect").values()
+    assert all((cells["bright_ending"] / record["image"]).is_file() for record in masks)
+    tokens = next(iter(read_records(cells["token_significance"], "detect").values()))["details"]["tokens"]
+    assert [word for word, _ in tokens][:2] == ["the</w>", "golden</w>"]
+
+
+def test_table_json_and_page_say_the_same(done: Path) -> None:
+    rows = {row["detector"]: row for row in read_json(done / "detection.json")["detectors"]}
+    found = load_detections(done)
+    assert {d.spec["detector"] for d in found} == set(rows)
+    for d in found:
+        memorized, other = d.scores(memorized=True), d.scores(memorized=False)
+        right = [(m > o) + 0.5 * (m == o) for m in memorized for o in other]
+        assert rows[d.spec["detector"]]["auc"] == pytest.approx(sum(right) / len(right))
+    page = (done / "detection.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 1
+    assert page.count("data:image/jpeg") == 3
+    assert "golden" in page
+    for text in (page, (done / "detection.md").read_text(encoding="utf-8")):
+        assert all(d.label in text for d in found)
+    assert "http" not in re.sub(r"eprint.*|arXiv.*", "", page.split("<main>")[0])
+
+
+def test_what_is_done_is_not_sampled_again(done: Path, three_prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = scores(done)
+    monkeypatch.setattr("nemo_bench.run.load_model", None)
+    monkeypatch.setattr("nemo_bench.detection.watch", None)
+    assert main(command(done.parent, three_prompts)) == 0
+    assert scores(done) == before
+
+
+def test_a_picture_that_is_gone_is_made_again_and_nothing_else(
+    done: Path, three_prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cell,) = done.glob("*bright_ending*")
+    picture = cell / next(iter(read_records(cell, "detect").values()))["image"]
+    content = picture.read_bytes()
+    picture.unlink()
+    asked = []
+    watch = detection.watch
+
+    def spy(model, detectors, prompts, batch_size):  # type: ignore[no-untyped-def]
+        asked.append((sorted(detectors), len(prompts)))
+        return watch(model, detectors, prompts, batch_size)
+
+    monkeypatch.setattr(detection, "watch", spy)
+    assert main(command(done.parent, three_prompts)) == 0
+    assert asked == [([cell.name], 1)]
+    assert picture.read_bytes() == content
+
+
+def test_interrupted_it_goes_on_and_another_detector_joins_later(
+    done: Path, three_prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, batches = detection.watch, []
+
+    def stop_at_the_second(model, detectors, prompts, batch_size):  # type: ignore[no-untyped-def]
+        if batches:
+            raise KeyboardInterrupt
+        batches.append(len(prompts))
+        return watch(model, detectors, prompts, batch_size)
+
+    few = [word for word in command(tmp_path, three_prompts) if not word.startswith("detector=")]
+    first = [*few, "detector=magnitude_first,noise_difference"]
+    monkeypatch.setattr(detection, "watch", stop_at_the_second)
+    assert main(first) == 130
+    assert batches == [1]
+    asked: list[tuple[list[str], list[str]]] = []
+
+    def spy(model, detectors, prompts, batch_size):  # type: ignore[no-untyped-def]
+        asked.append((sorted(name.split("__")[1] for name in detectors), [p.id for p in prompts]))
+        return watch(model, detectors, prompts, batch_size)
+
+    monkeypatch.setattr(detection, "watch", spy)
+    # The one that is done for the first prompt does not see it again; the one that joins does.
+    assert main([*few, "detector=magnitude_first,noise_difference,bright_ending"]) == 0
+    ids = [json.loads(line)["id"] for line in three_prompts.read_text().splitlines()]
+    assert asked[0] == (["bright_ending"], [ids[0]])
+    assert asked[1:] == [(["bright_ending", "magnitude_first", "noise_difference"], [i]) for i in ids[1:]]
+    for name, found in scores(tmp_path / "default").items():
+        assert found == pytest.approx(scores(done)[name], rel=1e-3)
+
+
+def test_two_ranks_find_the_same(done: Path, three_prompts: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "nemo_bench.cli", *command(tmp_path, three_prompts, "trainer.devices=2")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(words, capture_output=True, text=True, timeout=280, check=False, env=environment)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    found, expected = scores(tmp_path / "default"), scores(done)
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert found[name] == pytest.approx(expected[name], rel=1e-3)
+    assert all(len(list(cell.glob("records/detect.*.jsonl"))) == 2 for cell in (tmp_path / "default").glob("planted*"))
+
+
+def test_detectors_of_other_settings_are_told_apart(tmp_path: Path, three_prompts: Path) -> None:
+    words = [w for w in command(tmp_path, three_prompts) if not w.startswith("detector")]
+    assert main([*words, "detector=magnitude", "detector.seeds=1", "detector.steps=1,2"]) == 0
+    assert {d.label for d in load_detections(tmp_path / "default")} == {
+        "Noise magnitude, steps 1",
+        "Noise magnitude, steps 2",
+    }
+
+
+def test_prompts_of_one_sort_are_scored_without_measures(
+    tmp_path: Path, three_prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only = tmp_path / "memorized.jsonl"
+    only.write_text("".join(three_prompts.read_text().splitlines(keepends=True)[:2]))
+    words = [w for w in command(tmp_path, only) if not w.startswith("detector")]
+    assert main([*words, "detector=magnitude_first", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["detectors"]
+    assert "auc" not in row
+    assert row["prompts"] == 2
+    assert "No ROC curves" in (tmp_path / "default" / "detection.html").read_text(encoding="utf-8")
+
+
+def test_mistakes_are_explained_before_anything_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nemo_bench.run.load_model", None)
+
+    def said(*words: str) -> str:
+        assert main(["detect", f"root={tmp_path / 'results'}", *words]) == 1
+        return capsys.readouterr().err
+
+    assert "unknown detector 'sharpnes'. Did you mean 'sharpness'" in said("detector=sharpnes")
+    assert "unknown key 'detector.tile'" in said("detector=tiled_l2", "detector.tile=2")
+    assert "detector.seeds=... in place of seeds=" in said("seeds=3")
+    assert "method does not matter to detection" in said("method=nemo")
+    assert "at least 2 seeds, given detector.seeds=1" in said("detector=tiled_l2", "detector.seeds=1")
+    assert "expected one of mean, max" in said("detector=noise_difference", "detector.pairs=median")
+    assert "give model.guidance above 1" in said("detector=magnitude", "model.guidance=1")
+    tiny_sdxl().save_pretrained(tmp_path / "sdxl")
+    sdxl = f"model.source={tmp_path / 'sdxl'}"
+    assert "Bright Ending is made for StableDiffusionPipeline" in said(sdxl, "detector=magnitude,bright_ending")
+    assert main(["run", "detector=magnitude", f"root={tmp_path / 'results'}"]) == 1
+    assert "nemo-bench detect" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_common_setting_goes_to_those_that_have_it() -> None:
+    choices = detector_grid(["detector=magnitude,tiled_l2", "detector.seeds=3", "detector.tiles=2"])
+    assert [c.settings.detector["seeds"] for c in choices] == [3, 3]
+    assert [c.settings.detector.get("tiles") for c in choices] == [None, 2]
+    with pytest.raises(ConfigError, match=r"unknown key 'detector\.gamma'"):
+        detector_grid(["detector=magnitude,tiled_l2", "detector.gamma=2"])
+
+
+def test_a_folder_without_detectors_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="run nemo-bench detect"):
+        write_detection(tmp_path)
