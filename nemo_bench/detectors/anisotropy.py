@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
+from nemo_bench.citations import ASTHANA
 from nemo_bench.detectors.base import Detector, Finding, View, check_counts
 from nemo_bench.diffusion import Diffusion
+from nemo_bench.signals import LATE, angle
 from nemo_bench.types import Prompt
 
-Angle = Literal["unconditional_difference", "conditional_difference", "unconditional_conditional"]
+Sides = Literal["unconditional_difference", "conditional_difference", "unconditional_conditional"]
 
 
 class Anisotropy(Detector):
@@ -30,7 +31,7 @@ class Anisotropy(Detector):
         seeds: Images a prompt.
         norm_weight: Of the magnitude.
         angle_weight: Of the angle.
-        angle: Between which predictions: ``"unconditional_difference"`` as published, unconditional noise and what the
+        angle_between: Which predictions: ``"unconditional_difference"`` as published, unconditional noise and what the
             prompt adds to it; ``"conditional_difference"`` and ``"unconditional_conditional"`` are other modes of the
             public code.
 
@@ -40,42 +41,39 @@ class Anisotropy(Detector):
 
     title = "Anisotropy"
     summary = "first-step magnitude plus the angle of the text-conditional noise at low noise"
-    citation = """@inproceedings{asthana2026detecting,
-  title = {Detecting and Mitigating Memorization in Diffusion Models through Anisotropy of the Log-Probability},
-  author = {Asthana, Rohan and Belagiannis, Vasileios},
-  booktitle = {International Conference on Learning Representations},
-  year = {2026},
-  eprint = {2601.20642},
-  archivePrefix = {arXiv}
-}"""
+    citation = ASTHANA
 
     def __init__(
         self,
         seeds: int = 1,
         norm_weight: float = 1.0,
         angle_weight: float = 2.0,
-        angle: Angle = "unconditional_difference",
+        angle_between: Sides = "unconditional_difference",
     ) -> None:
         check_counts(self.title, seeds)
-        self.seeds, self.norm_weight, self.angle_weight, self.angle = seeds, norm_weight, angle_weight, angle
+        self.seeds, self.norm_weight, self.angle_weight, self.angle_between = (
+            seeds,
+            norm_weight,
+            angle_weight,
+            angle_between,
+        )
 
     def observe(self, view: View) -> Mapping[str, Tensor]:
         """See :meth:`Detector.observe`."""
-        timestep = view.model.timestep(-3)
-        conditional = view.predict(timestep, view.text)
-        unconditional = view.predict(timestep, view.model.unconditional(len(conditional)))
+        model, timestep = view.model, view.model.timestep(LATE)
+        conditional = model.predict_noise(view.latents, timestep, view.text)
+        unconditional = model.predict_noise(view.latents, timestep, model.unconditional(len(conditional)))
         sides = {
             "unconditional": unconditional,
             "conditional": conditional,
             "difference": conditional - unconditional,
         }
-        one, other = self.angle.split("_")
-        cosine = cosine_similarity(sides[one], sides[other], dim=1).mean((1, 2))
-        return {"norm": view.magnitude, "cosine": cosine}
+        one, other = self.angle_between.split("_")
+        return {"norm": view.magnitude, "angle": angle(sides[one], sides[other])}
 
     def judge(
         self, model: Diffusion, prompt: Prompt, seen: Sequence[Mapping[str, Tensor]], images: Tensor | None
     ) -> Finding:
-        """See :meth:`Detector.judge`; ``norm`` and ``cosine`` are its two terms before they are weighted."""
-        norm, cosine = (float(seen[0][name].mean()) for name in ("norm", "cosine"))
-        return Finding(self.norm_weight * norm + self.angle_weight * cosine, {"norm": norm, "cosine": cosine})
+        """See :meth:`Detector.judge`; ``norm`` and ``angle`` are its two terms before they are weighted."""
+        details = {name: float(seen[0][name].mean()) for name in ("norm", "angle")}
+        return Finding(self.norm_weight * details["norm"] + self.angle_weight * details["angle"], details)

@@ -8,24 +8,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from nemo_bench.citations import REN
 from nemo_bench.detectors.base import Detector, Finding, View, check_counts
-from nemo_bench.diffusion import Diffusion, cross_attention_layers
+from nemo_bench.diffusion import Diffusion, cross_attentions
 from nemo_bench.errors import ModelError
 from nemo_bench.types import Prompt
-
-_CITATION = """@inproceedings{ren2024unveiling,
-  title = {Unveiling and Mitigating Memorization in Text-to-Image Diffusion Models Through Cross Attention},
-  author = {Ren, Jie and Li, Yaxin and Zeng, Shenglai and Xu, Han and Lyu, Lingjuan and Xing, Yue and Tang, Jiliang},
-  booktitle = {European Conference on Computer Vision},
-  year = {2024},
-  eprint = {2403.11052},
-  archivePrefix = {arXiv}
-}"""
 
 
 def token_shares(view: View, layers: Collection[str]) -> Tensor:
     """Attention that each token gets, averaged over positions, heads and layers, (N, tokens); rows sum to 1."""
-    return torch.stack([view.attention(layer).mean((1, 2)) for layer in layers]).mean(0)
+    return torch.stack([view.attention(layer).mean(1) for layer in layers]).mean(0)
 
 
 def entropy_terms(shares: Tensor) -> Tensor:
@@ -36,7 +28,7 @@ def entropy_terms(shares: Tensor) -> Tensor:
 class _Entropy(Detector):
     """Stable Diffusion 1.x and 2.x alone: SDXL has no layer that corresponds, and other numbers of them."""
 
-    citation = _CITATION
+    citation = REN
     families: ClassVar[frozenset[str]] = frozenset({"StableDiffusionPipeline"})
     attends = True
 
@@ -66,7 +58,7 @@ class LayerEntropy(_Entropy):
 
     def layers(self, model: Diffusion, number: int) -> Collection[str]:
         """See :meth:`Detector.layers`."""
-        names = cross_attention_layers(model)
+        names = [*cross_attentions(model.unet)]
         if not 0 <= self.layer < len(names):
             msg = f"detector.layer={self.layer}: this model has cross-attention layers 0 to {len(names) - 1}"
             raise ModelError(msg)
@@ -107,7 +99,7 @@ class AttentionEntropy(_Entropy):
 
     def layers(self, model: Diffusion, number: int) -> Collection[str]:
         """See :meth:`Detector.layers`."""
-        return cross_attention_layers(model) if number == 0 or number >= model.steps - last_fifth(model) else ()
+        return cross_attentions(model.unet) if number == 0 or number >= model.steps - last_fifth(model) else ()
 
     def observe(self, view: View) -> Mapping[str, Tensor]:
         """See :meth:`Detector.observe`."""

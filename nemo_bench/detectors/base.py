@@ -13,10 +13,8 @@ from torch import Tensor
 
 from nemo_bench.diffusion import FAMILIES, Conditioning, Diffusion
 from nemo_bench.errors import ConfigError, ModelError
+from nemo_bench.signals import norms
 from nemo_bench.types import Prompt
-
-DERIVATIVE = 1
-"""UNet passes that a derivative counts as on top of the pass it is of, forward or backward."""
 
 
 def now(model: Diffusion) -> float:
@@ -100,10 +98,7 @@ class View:
         rows: Which rows of it this one sees: N rows, one an image.
         number: Number of the step, from 0, the noisiest.
         lengths: Tokens of each row's prompt from begin to end token, padding not counted.
-        attention: Cross-attention probabilities of the layers asked for, (all rows, heads, positions, tokens).
-
-    Attributes:
-        extra: UNet passes of one sample spent beyond those shared; see :meth:`spend`.
+        attention: Attention of the layers asked for, (all rows, positions, tokens).
     """
 
     def __init__(
@@ -118,7 +113,6 @@ class View:
         self.model, self.timestep = predictions.model, predictions.timestep
         self.lengths = [lengths[row] for row in rows]
         self._attention = attention or {}
-        self.extra = 0
         self._taken: dict[str, Tensor] = {}
 
     @property
@@ -146,7 +140,7 @@ class View:
         return self._taken["unconditional"]
 
     def attention(self, layer: str) -> Tensor:
-        """Cross-attention probabilities of a layer that was asked for, (N, heads, positions, tokens)."""
+        """Cross-attention of a layer that was asked for: the mean over heads, (N, positions, tokens), sums are 1."""
         return self._attention[layer][self.index]
 
     @property
@@ -157,30 +151,12 @@ class View:
     @property
     def magnitude(self) -> Tensor:
         """L2 norm of :attr:`difference`, one an image, (N,)."""
-        return self.difference.flatten(1).norm(dim=1)
+        return norms(self.difference)
 
     @property
     def used(self) -> int:
         """Passes of one sample whose predictions were looked at; they are shared with other detectors."""
         return len(self._taken) * len(self.index)
-
-    def spend(self, passes: int) -> None:
-        """Notes UNet passes of one sample that a detector makes for itself; see :data:`DERIVATIVE`."""
-        self.extra += passes
-
-    def predict(self, timestep: int, text: Conditioning, latents: Tensor | None = None) -> Tensor:
-        """Noise predicted for something else than this step; the passes are spent.
-
-        Args:
-            timestep: Training timestep, 0 to 999.
-            text: Conditioning of N rows.
-            latents: None for those of the step.
-
-        Returns:
-            Float32, (N, channels, height, width).
-        """
-        self.spend(len(self.index))
-        return self.model.predict_noise(self.latents if latents is None else latents, timestep, text)
 
 
 class Detector(ABC):
@@ -232,7 +208,7 @@ class Detector(ABC):
             raise ModelError(f"{msg}; set model.compiled=false, or leave this detector out")
 
     def layers(self, model: Diffusion, number: int) -> Collection[str]:
-        """Cross-attention layers that it looks at in a step; see :func:`nemo_bench.diffusion.cross_attention_layers`.
+        """Cross-attention layers that it looks at in a step; see :func:`nemo_bench.diffusion.cross_attentions`.
 
         Args:
             model: The model.

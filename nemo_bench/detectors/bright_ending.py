@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from nemo_bench.citations import CHEN
 from nemo_bench.detectors.base import Detector, Finding, View, check_counts
-from nemo_bench.diffusion import Diffusion, cross_attention_layers
+from nemo_bench.diffusion import Diffusion, cross_attentions
+from nemo_bench.signals import FIRST_BLOCK, end_attention, masked_magnitude
 from nemo_bench.types import Prompt
 
 PICTURED = 4
@@ -40,14 +42,7 @@ class BrightEnding(Detector):
 
     title = "Bright Ending"
     summary = "noise magnitude masked by the end token's attention in the last step; shows where"
-    citation = """@inproceedings{chen2025exploring,
-  title = {Exploring Local Memorization in Diffusion Models via Bright Ending Attention},
-  author = {Chen, Chen and Liu, Daochang and Shah, Mubarak and Xu, Chang},
-  booktitle = {International Conference on Learning Representations},
-  year = {2025},
-  eprint = {2410.21665},
-  archivePrefix = {arXiv}
-}"""
+    citation = CHEN
     families: ClassVar[frozenset[str]] = frozenset({"StableDiffusionPipeline"})
     attends = True
     images = True
@@ -59,19 +54,15 @@ class BrightEnding(Detector):
 
     def layers(self, model: Diffusion, number: int) -> Collection[str]:
         """See :meth:`Detector.layers`."""
-        if number < model.steps - 1:
-            return ()
-        return [name for name in cross_attention_layers(model) if name.startswith("down_blocks.0.")]
+        return cross_attentions(model.unet, FIRST_BLOCK) if number == model.steps - 1 else ()
 
     def observe(self, view: View) -> Mapping[str, Tensor]:
         """See :meth:`Detector.observe`."""
         kept = {"difference": view.difference} if self.counted is None or view.number < self.counted else {}
         layers = self.layers(view.model, view.number)
         if layers:
-            attention = torch.stack([view.attention(layer).mean(1) for layer in layers]).mean(0)
-            ends = torch.tensor(view.lengths, device=attention.device) - 1
-            mask = attention[torch.arange(len(ends), device=ends.device), :, ends]
-            kept["mask"] = mask.unflatten(1, tuple(view.latents.shape[2:]))
+            maps, shape = [view.attention(layer) for layer in layers], view.latents.shape
+            kept["mask"] = end_attention(maps, view.lengths, (shape[2], shape[3]))
         return kept
 
     def judge(
@@ -84,19 +75,6 @@ class BrightEnding(Detector):
         assert images is not None
         details = {"by_step": [round(value, 4) for value in by_step.tolist()], "mask_mean": float(mask.mean())}
         return Finding(float(by_step.mean()), details, picture(images[:PICTURED], mask[:PICTURED]))
-
-
-def masked_magnitude(difference: Tensor, mask: Tensor) -> Tensor:
-    """Norm of the masked text-conditional noise over the mean of the mask.
-
-    Args:
-        difference: Conditional minus unconditional noise, (N, channels, height, width).
-        mask: At least 0, (N, height, width).
-
-    Returns:
-        (N,); with a mask of equal values everywhere the plain magnitude.
-    """
-    return (difference * mask[:, None]).flatten(1).norm(dim=1) / mask.flatten(1).mean(1)
 
 
 def picture(images: Tensor, mask: Tensor) -> Tensor:

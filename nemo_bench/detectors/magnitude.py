@@ -7,18 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from nemo_bench.citations import WEN
 from nemo_bench.detectors.base import Detector, Finding, View, check_counts
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.types import Prompt
-
-WEN = """@inproceedings{wen2024detecting,
-  title = {Detecting, Explaining, and Mitigating Memorization in Diffusion Models},
-  author = {Wen, Yuxin and Liu, Yuchen and Chen, Chen and Lyu, Lingjuan},
-  booktitle = {International Conference on Learning Representations},
-  year = {2024},
-  eprint = {2407.21720},
-  archivePrefix = {arXiv}
-}"""
 
 
 class Magnitude(Detector):

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from nemo_bench.citations import HINTERSDORF
 from nemo_bench.detectors.base import Detector, Finding, View, check_counts
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.localization import pair_similarities, pair_values, scaled_difference
@@ -31,14 +32,7 @@ class NoiseDifference(Detector):
 
     title = "Noise difference"
     summary = "SSIM between first-step noise differences of seeds, NeMo's memorization score"
-    citation = """@inproceedings{hintersdorf2024finding,
-  title = {Finding {NeMo}: Localizing Neurons Responsible For Memorization in Diffusion Models},
-  author = {Hintersdorf, Dominik and Struppek, Lukas and Kersting, Kristian and Dziedzic, Adam and Boenisch, Franziska},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2024},
-  eprint = {2406.02366},
-  archivePrefix = {arXiv}
-}"""
+    citation = HINTERSDORF
 
     def __init__(self, seeds: int = 10, pairs: Literal["mean", "max"] = "mean") -> None:
         check_counts(self.title, seeds, least=2)
@@ -46,8 +40,9 @@ class NoiseDifference(Detector):
 
     def observe(self, view: View) -> Mapping[str, Tensor]:
         """See :meth:`Detector.observe`."""
-        timestep = view.model.timestep()
-        noise = view.conditional if timestep == view.timestep else view.predict(timestep, view.text)
+        model, timestep = view.model, view.model.timestep()
+        shared = timestep == view.timestep
+        noise = view.conditional if shared else model.predict_noise(view.latents, timestep, view.text)
         return {"difference": scaled_difference(noise, view.latents)}
 
     def judge(

@@ -47,8 +47,8 @@ class OneStep(Detector):
         signal = model.signal(last)
         # Noise alone, at the scale that the network knows: where latents are multiplied by the root of their signal.
         noise = (view.latents.float() * (1 - signal) ** 0.5).to(view.latents.dtype)
-        unconditional = view.predict(last, model.unconditional(len(noise)), noise)
-        guided = unconditional + self.guidance * (view.predict(last, view.text, noise) - unconditional)
+        unconditional = model.predict_noise(noise, last, model.unconditional(len(noise)))
+        guided = unconditional + self.guidance * (model.predict_noise(noise, last, view.text) - unconditional)
         return {"distance": guided.square().mean((1, 2, 3)) * (1 - signal) / signal}
 
     def judge(

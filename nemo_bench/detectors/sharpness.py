@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nemo_bench.detectors.base import DERIVATIVE, Detector, Finding, View, check_counts
-from nemo_bench.diffusion import Conditioning, Diffusion
+from nemo_bench.citations import JEON
+from nemo_bench.detectors.base import Detector, Finding, View, check_counts
+from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError
+from nemo_bench.signals import norms, score_difference, unit
 from nemo_bench.types import Prompt
 
 
@@ -39,14 +41,7 @@ class Sharpness(Detector):
 
     title = "Sharpness"
     summary = "curvature of the log-probability along the score difference, SAIL's detector"
-    citation = """@inproceedings{jeon2025understanding,
-  title = {Understanding and Mitigating Memorization in Generative Models via Sharpness of Probability Landscapes},
-  author = {Jeon, Dongjae and Kim, Dueun and No, Albert},
-  booktitle = {International Conference on Machine Learning},
-  year = {2025},
-  eprint = {2412.04140},
-  archivePrefix = {arXiv}
-}"""
+    citation = JEON
     derives = True
 
     def __init__(self, seeds: int = 4, steps: int | None = 1, squared: bool = False, eta: float | None = None) -> None:
@@ -57,30 +52,19 @@ class Sharpness(Detector):
 
     def observe(self, view: View) -> Mapping[str, Tensor]:
         """See :meth:`Detector.observe`."""
-        sigma = (1 - view.model.signal(view.timestep)) ** 0.5
-        direction = -view.difference / sigma
-        empty = view.model.unconditional(len(direction))
+        model, latents, signal = view.model, view.latents, view.model.signal(view.timestep)
+        direction = score_difference(view.difference, signal)
+
+        def score(x: Tensor) -> Tensor:
+            return score_difference(model.text_noise(x, view.timestep, view.text), signal)
+
         if self.eta is None:
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
-                change = (
-                    self._derivative(view, view.text, direction) - self._derivative(view, empty, direction)
-                ) / sigma
+                sharpness = norms(jvp(score, (latents,), (direction.to(latents.dtype),))[1])
         else:
-            length = direction.flatten(1).norm(dim=1)[:, None, None, None].clamp(min=torch.finfo(torch.float32).tiny)
-            moved = (view.latents.float() + self.eta * direction / length).to(view.latents.dtype)
-            there = view.predict(view.timestep, view.text, moved) - view.predict(view.timestep, empty, moved)
-            change = (there / sigma + direction) * length / self.eta
-        norm = change.flatten(1).norm(dim=1)
-        return {"sharpness": norm**2 if self.squared else norm}
-
-    def _derivative(self, view: View, text: Conditioning, direction: Tensor) -> Tensor:
-        """Derivative of the predicted noise by the latents, in a direction."""
-        latents = view.latents
-        view.spend(DERIVATIVE * len(latents))
-        tangent: Tensor = jvp(
-            lambda x: view.predict(view.timestep, text, x), (latents,), (direction.to(latents.dtype),)
-        )[1]
-        return tangent
+            ahead = score((latents.float() + self.eta * unit(direction)).to(latents.dtype))
+            sharpness = norms(ahead - direction) * norms(direction) / self.eta
+        return {"sharpness": sharpness**2 if self.squared else sharpness}
 
     def judge(
         self, model: Diffusion, prompt: Prompt, seen: Sequence[Mapping[str, Tensor]], images: Tensor | None

@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nemo_bench.detectors.base import DERIVATIVE, Detector, Finding, View, check_counts
-from nemo_bench.detectors.magnitude import WEN
+from nemo_bench.citations import WEN
+from nemo_bench.detectors.base import Detector, Finding, View, check_counts
 from nemo_bench.diffusion import Diffusion
+from nemo_bench.signals import norms
 from nemo_bench.types import Prompt
 
 
@@ -46,10 +47,9 @@ class TokenSignificance(Detector):
         with torch.enable_grad():
             # The leaf is float32: half precision would round small gradients to nothing.
             leaf = text.text.float().requires_grad_()
-            conditional = view.predict(view.timestep, replace(text, text=leaf.to(text.text.dtype)))
-            magnitude = (conditional - unconditional).flatten(1).norm(dim=1)
-            (gradient,) = torch.autograd.grad(magnitude.sum(), leaf)
-        view.spend(DERIVATIVE * len(gradient))
+            own = replace(text, text=leaf.to(text.text.dtype))
+            conditional = view.model.predict_noise(view.latents, view.timestep, own)
+            (gradient,) = torch.autograd.grad(norms(conditional - unconditional).sum(), leaf)
         return {"significance": gradient.norm(dim=2)}
 
     def judge(

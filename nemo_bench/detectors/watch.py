@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_bench.detectors.base import Detector, Finding, Predictions, View, now
-from nemo_bench.diffusion import AttentionRecorder, Conditioning, Diffusion, Step
+from nemo_bench.diffusion import Conditioning, Diffusion, Step, conditional_attention
 from nemo_bench.prompts import seeds_of
 from nemo_bench.types import Prompt
 
@@ -22,7 +22,7 @@ class Cost:
     """What a detector takes for some prompts, as if it ran alone.
 
     Attributes:
-        row_passes: UNet passes of one sample; a derivative counts as two more than the pass that it is of.
+        row_passes: UNet passes of one sample; a derivative of a pass counts as another one.
         extra_row_passes: Those among them that no detector could share.
         seconds: Its own time, and its part of the shared passes' by their number.
     """
@@ -136,32 +136,36 @@ class _Watch:
         depth = {name: self._depth(self.detectors[name]) for name in rows}
         finished = any(self.detectors[name].images for name in rows)
         shared, own, done = dict.fromkeys(rows, 0), 0.0, 0
-        recorder = AttentionRecorder(model, len(images))
+        maps: dict[str, Tensor] = {}
 
-        def wanted(number: int) -> set[str]:
-            return {
-                layer for name in rows if number < depth[name] for layer in self.detectors[name].layers(model, number)
-            }
+        def look(layer: str, logits: Tensor) -> Tensor:
+            maps[layer] = conditional_attention(logits, len(images))
+            return logits
+
+        def look_in(number: int) -> None:
+            """Has attention kept in the pass of a step, of layers that are asked for."""
+            watching = [self.detectors[name] for name in rows if number < depth[name]]
+            layers = {layer for detector in watching for layer in detector.layers(model, number)}
+            if layers:
+                looking.enter_context(model.edit_attention(look, tuple(layers)))
 
         def rule(step: Step) -> Tensor:
             nonlocal own, done
             done = step.number + 1
-            attention, recorder.maps = recorder.maps, {}
+            looking.close()
             predictions = Predictions(model, step.latents, step.timestep, text, step.conditional, step.unconditional)
-            with recorder.paused():
-                for name, index in rows.items():
-                    if step.number < depth[name]:
-                        view = View(predictions, index, step.number, lengths, attention)
-                        own += self._ask(name, images, view, shared)
-            recorder.wanted = wanted(done)
+            for name, index in rows.items():
+                if step.number < depth[name]:
+                    own += self._ask(name, images, View(predictions, index, step.number, lengths, maps), shared)
+            maps.clear()
             if done == max(depth.values()) and not finished:
                 raise _Enough
+            look_in(done)
             return step.guided(step.scale)
 
-        recorder.wanted = wanted(0)
-        attends = any(self.detectors[name].attends for name in rows)
         start = now(self.model)
-        with recorder.recording() if attends else nullcontext(), model.guide(rule):
+        with ExitStack() as looking, model.guide(rule):
+            look_in(0)
             try:
                 pictures = model.generate(text, latents)
             except _Enough:
@@ -174,18 +178,19 @@ class _Watch:
 
     def _ask(self, name: str, images: list[tuple[int, int]], view: View, shared: dict[str, int]) -> float:
         """Lets a detector look, keeps what it keeps; returns the seconds that were its own."""
-        detector, cost = self.detectors[name], self.costs[name]
-        start, before = now(self.model), view.shared.seconds
+        detector, cost, predictions = self.detectors[name], self.costs[name], view.shared
+        start, made, known, waited = now(self.model), self.model.row_passes, predictions.passes, predictions.seconds
         kept = detector.observe(view)
-        # Whoever asks first has a shared prediction made; its time is everybody's.
-        seconds = now(self.model) - start - (view.shared.seconds - before)
+        # Whoever asks first has a shared prediction made; its passes and its time are everybody's.
+        extra = self.model.row_passes - made - (predictions.passes - known)
+        seconds = now(self.model) - start - (predictions.seconds - waited)
         for place, row in enumerate(view.index):
             self.trails[name].steps[images[row]].append({key: values[place] for key, values in kept.items()})
         # Alone, a detector that samples would take both halves whether or not it looks at them.
         passes = 2 * len(view.index) if detector.samples else view.used
         shared[name] += passes
-        cost.row_passes += passes + view.extra
-        cost.extra_row_passes += view.extra
+        cost.row_passes += passes + extra
+        cost.extra_row_passes += extra
         cost.seconds += seconds
         return seconds
 

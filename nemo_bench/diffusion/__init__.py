@@ -1,16 +1,14 @@
 """The models: a thin wrapper over diffusers pipelines with per-row neuron masks."""
 
-from nemo_bench.diffusion.attention import Edit, conditional_rows
+from nemo_bench.diffusion.attention import Edit, conditional_attention, conditional_rows, cross_attentions
 from nemo_bench.diffusion.families import FAMILIES, Conditioning
 from nemo_bench.diffusion.guidance import Rule, Step
 from nemo_bench.diffusion.model import Diffusion, Similarity, value_layers
 from nemo_bench.diffusion.prefix import Prefix
-from nemo_bench.diffusion.recording import AttentionRecorder, cross_attention_layers
 from nemo_bench.diffusion.source import Source, file_digest, folder_digest
 
 __all__ = [
     "FAMILIES",
-    "AttentionRecorder",
     "Conditioning",
     "Diffusion",
     "Edit",
@@ -19,8 +17,9 @@ __all__ = [
     "Similarity",
     "Source",
     "Step",
+    "conditional_attention",
     "conditional_rows",
-    "cross_attention_layers",
+    "cross_attentions",
     "file_digest",
     "folder_digest",
     "value_layers",

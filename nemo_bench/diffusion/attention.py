@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from nemo_bench.errors import ModelError
 
+_PART = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 Edit = Callable[[str, Tensor], Tensor]
 """Gives the logits that a layer's softmax takes, from its module path and its own logits, float32, (N, heads, queries,
 tokens); queries are the pixels of the layer row by row."""
@@ -47,20 +49,40 @@ def _scores(
     return edited.softmax(-1).flatten(0, 1).to(query.dtype)
 
 
-def cross_attentions(unet: nn.Module, block: str = "") -> dict[str, Attention]:
-    """The cross-attention layers of a UNet by module path.
+def cross_attentions(unet: nn.Module, blocks: str | tuple[str, ...] = "") -> dict[str, Attention]:
+    """The cross-attention layers of a UNet by module path, in network order: down, middle, up.
 
     Args:
         unet: A diffusers UNet.
-        block: Beginning of their paths, such as ``"down_blocks.0."``.
+        blocks: Beginning of their paths, such as ``"down_blocks.0."``, or several.
 
     Raises:
         ModelError: There is none.
     """
-    layers = {n: m for n, m in unet.named_modules() if n.endswith("attn2") and n.startswith(block)}
-    if not layers:
-        raise ModelError(f"the UNet has no cross-attention in its {block or 'blocks'}")
-    return layers
+    found = [(n, m) for n, m in unet.named_modules() if n.endswith("attn2") and n.startswith(blocks)]
+    if not found:
+        raise ModelError(f"the UNet has no cross-attention in its {blocks or 'blocks'}")
+
+    def order(name: str) -> list[int]:
+        return [_PART.get(name.split(".")[0], 3), *map(int, re.findall(r"\d+", name))]
+
+    return dict(sorted(found, key=lambda layer: order(layer[0])))
+
+
+def conditional_attention(logits: Tensor, images: int) -> Tensor:
+    """How much images look at each token: probabilities of their conditional rows, the mean over heads.
+
+    Args:
+        logits: What an :data:`Edit` is given.
+        images: Number N of images that are generated.
+
+    Returns:
+        (N, queries, tokens); sums over tokens are 1.
+
+    Raises:
+        ModelError: See :func:`conditional_rows`.
+    """
+    return logits[conditional_rows(len(logits), images)].softmax(-1).mean(1)
 
 
 def conditional_rows(rows: int, images: int) -> slice:

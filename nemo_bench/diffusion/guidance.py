@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nemo_bench.signals import norms
+
 
 @dataclass(frozen=True)
 class Step:
@@ -36,7 +38,7 @@ class Step:
     @property
     def magnitude(self) -> Tensor:
         """L2 norm of :attr:`difference`, one an image, (N,) (Wen et al. 2024, section 3)."""
-        return self.difference.flatten(1).norm(dim=1)
+        return norms(self.difference)
 
     def guided(self, scale: float | Tensor) -> Tensor:
         """Noise under another guidance scale.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any, Literal
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from nemo_bench.diffusion.attention import Edit, cross_attentions, edit_attention
 from nemo_bench.diffusion.families import Conditioning, family_of
@@ -34,7 +34,6 @@ NOISE_STEPS = 50
 """Noise differences are taken at the first of so many DDIM steps (Hintersdorf et al. 2024)."""
 _DDIM = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
 """Stable Diffusion's own settings, where a shipped scheduler has none; DDIM's defaults are made for pixels."""
-_PART = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,8 @@ class Diffusion(nn.Module):
         compiled: Compile the UNet with torch.compile at its first pass.
 
     Attributes:
-        row_passes: UNet passes of one sample made so far; gradients that go back through a pass count as another one.
+        row_passes: UNet passes of one sample made so far; a derivative of a pass, forward or backward, counts as
+            another one.
 
     Raises:
         ModelError: The pipeline is of another class, or has no such value layer.
@@ -190,10 +190,6 @@ class Diffusion(nn.Module):
         tokenizers = [part for name, part in self.pipeline.components.items() if name.startswith("tokenizer")]
         return any(len(t(text, truncation=False, verbose=False).input_ids) > t.model_max_length for t in tokenizers)
 
-    def token_count(self, text: str) -> int:
-        """Number of tokens of a prompt, its start and its end included, as far as the text encoder reads."""
-        return len(self.pipeline.tokenizer(text, truncation=True).input_ids)
-
     def latents(self, seeds: Sequence[int]) -> Tensor:
         """Starting noise, each row from a CPU generator of its own, so equal on every device and in every batch.
 
@@ -254,6 +250,8 @@ class Diffusion(nn.Module):
         self._count_passes(len(latents))
         if output.requires_grad:
             output.register_hook(lambda gradient: self._count_passes(len(gradient)))
+        if unpack_dual(output).tangent is not None:
+            self._count_passes(len(latents))
         own, of_latents = self._noise_weights(timestep)
         return own * output.float() + of_latents * latents.float()
 
@@ -325,20 +323,20 @@ class Diffusion(nn.Module):
         finally:
             hook.remove()
 
-    def edit_attention(self, edit: Edit, block: str = "") -> AbstractContextManager[None]:
+    def edit_attention(self, edit: Edit, blocks: str | tuple[str, ...] = "") -> AbstractContextManager[None]:
         """Edits the logits of cross-attention while the context is open.
 
         Args:
             edit: Called in every UNet pass, once a layer; it sees the rows of the pass, see
                 :func:`nemo_bench.diffusion.attention.conditional_rows`.
-            block: Beginning of the paths of the layers, such as ``"down_blocks.0."``; all where empty.
+            blocks: Beginning of the paths of the layers, such as ``"down_blocks.0."``, or several; all where empty.
 
         Raises:
             ModelError: There is no such layer, or the UNet is compiled.
         """
         if self.compiled:
             raise ModelError("model.compiled=True: a method that edits attention needs model.compiled=false")
-        return edit_attention(cross_attentions(self.unet, block), edit)
+        return edit_attention(cross_attentions(self.unet, blocks), edit)
 
     def generate(
         self,
@@ -456,12 +454,5 @@ def value_layers(unet: nn.Module, layers: Layers = "down+mid") -> dict[str, nn.M
     Raises:
         ModelError: There is none.
     """
-    found = [(name, module) for name, module in unet.named_modules() if name.endswith("attn2.to_v")]
-    wanted = [(n, m) for n, m in found if layers == "all" or not n.startswith("up_blocks")]
-    if not wanted:
-        raise ModelError(f"the UNet has no cross-attention value layer in its {layers} blocks")
-
-    def order(name: str) -> list[int]:
-        return [_PART.get(name.split(".")[0], 3), *map(int, re.findall(r"\d+", name))]
-
-    return dict(sorted(wanted, key=lambda item: order(item[0])))
+    blocks = "" if layers == "all" else ("down_blocks.", "mid_block.")
+    return {f"{name}.to_v": layer.to_v for name, layer in cross_attentions(unet, blocks).items()}

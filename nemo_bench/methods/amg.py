@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from nemo_bench.diffusion import Conditioning, Diffusion, Step, file_digest
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
-from nemo_bench.methods.descent import check_precision, unit
+from nemo_bench.methods.descent import check_precision
 from nemo_bench.metrics import SSCD
 from nemo_bench.metrics.spaces import to_tensor
 from nemo_bench.prompts import references_digest
+from nemo_bench.signals import unit
 from nemo_bench.types import Prompt
 
 _HITS, _CAPTION_SATURATION, _LASTING = 1000, 0.3, 10
@@ -212,7 +213,7 @@ class _Guidance:
 
     def _vectors(self, step: Step, latents: Tensor, noise: Tensor) -> Tensor:
         """Embeddings of the images that noise leads to."""
-        alpha = float(self.model.pipeline.scheduler.alphas_cumprod[step.timestep])
+        alpha = self.model.signal(step.timestep)
         image = (latents.float() - (1 - alpha) ** 0.5 * noise) / alpha**0.5
         return self.method.embed(self.model.decode(image))
 
@@ -245,7 +246,7 @@ class _Guidance:
             vectors = self._vectors(step, latents, noise[rows].clone())
             nearest = (vectors @ self.index.vectors.clone().to(vectors).T).amax(1)
             (gradient,) = torch.autograd.grad(nearest.sum(), [latents])
-        alpha = float(self.model.pipeline.scheduler.alphas_cumprod[step.timestep])
+        alpha = self.model.signal(step.timestep)
         growing = (1 - alpha) ** 0.5 * math.exp((1000 - step.timestep) / 170)
         above = torch.where(nearest.detach() > limit, nearest.detach() - self.method.limit, 0)
         noise = noise.clone()

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from nemo_bench.citations import ASTHANA
 from nemo_bench.diffusion import Conditioning, Diffusion
-from nemo_bench.methods.descent import norms
 from nemo_bench.methods.embedding_optimization import Measure, OptimizedEmbedding, noises_of
+from nemo_bench.signals import LATE, angle, norms
 from nemo_bench.types import Prompt
-
-_LATE = -3
-"""The angle is taken at the third of 50 timesteps from the end, 41 for Stable Diffusion."""
 
 
 class AnisotropyOptimization(OptimizedEmbedding):
@@ -42,14 +39,7 @@ class AnisotropyOptimization(OptimizedEmbedding):
     summary = "the encoded prompt, optimized by norm and angle of the text-conditional noise"
     touches = "encoded prompt"
     sourcing = "public code of the score; the mitigation's settings were not published"
-    citation = """@inproceedings{asthana2026detecting,
-  title = {Detecting and Mitigating Memorization in Diffusion Models through Anisotropy of the Log-Probability},
-  author = {Asthana, Rohan and Belagiannis, Vasileios},
-  booktitle = {International Conference on Learning Representations},
-  year = {2026},
-  eprint = {2601.20642},
-  archivePrefix = {arXiv}
-}"""
+    citation = ASTHANA
 
     def __init__(
         self,
@@ -65,11 +55,11 @@ class AnisotropyOptimization(OptimizedEmbedding):
 
     def measure(self, model: Diffusion, prompts: Sequence[Prompt], text: Conditioning, latents: Tensor) -> Measure:
         """See :meth:`OptimizedEmbedding.measure`."""
-        first, late = (noises_of(model, text, latents, model.timestep(step)) for step in (0, _LATE))
+        first, late = (noises_of(model, text, latents, model.timestep(step)) for step in (0, LATE))
 
         def value(images: Sequence[int], embeddings: Tensor) -> Tensor:
             unconditional, added = late(images, embeddings)
-            angle = torch.cosine_similarity(unconditional, added, dim=1).mean((1, 2))
-            return self.norm_weight * norms(first(images, embeddings)[1]) + self.angle_weight * angle
+            norm = norms(first(images, embeddings)[1])
+            return self.norm_weight * norm + self.angle_weight * angle(unconditional, added)
 
         return value

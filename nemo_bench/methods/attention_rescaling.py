@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from nemo_bench.citations import REN
 from nemo_bench.diffusion import Diffusion, conditional_rows
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
@@ -40,14 +41,7 @@ class AttentionRescaling(Method):
     summary = "cross-attention drawn to the start token, padding masked"
     touches = "cross-attention"
     sourcing = "public code; formulas second hand"
-    citation = """@inproceedings{ren2024unveiling,
-  title = {Unveiling and Mitigating Memorization in Text-to-image Diffusion Models through Cross Attention},
-  author = {Ren, Jie and Li, Yaxin and Zeng, Shenglai and Xu, Han and Lyu, Lingjuan and Xing, Yue and Tang, Jiliang},
-  booktitle = {European Conference on Computer Vision},
-  year = {2024},
-  eprint = {2403.11052},
-  archivePrefix = {arXiv}
-}"""
+    citation = REN
 
     def __init__(self, factor: float = 1.25, mask: bool = True, mask_end: bool = False) -> None:
         if not 0 < factor < math.inf:
@@ -66,7 +60,7 @@ class AttentionRescaling(Method):
         if self.factor == 1 and not self.mask:
             yield batch
             return
-        lengths = torch.tensor([model.token_count(prompt.text) - self.mask_end for prompt in batch.prompts])
+        lengths = torch.tensor([len(model.tokens(prompt.text)) - self.mask_end for prompt in batch.prompts])
 
         def edit(layer: str, logits: Tensor) -> Tensor:
             conditional = conditional_rows(len(logits), len(lengths))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from nemo_bench.diffusion import Conditioning, Diffusion, conditional_rows
-from nemo_bench.methods.descent import norms
+from nemo_bench.citations import CHEN
+from nemo_bench.diffusion import Conditioning, Diffusion, conditional_attention
 from nemo_bench.methods.embedding_optimization import Measure, OptimizedEmbedding, noises_of
+from nemo_bench.signals import FIRST_BLOCK, end_attention, masked_magnitude
 from nemo_bench.types import Prompt
 
 
@@ -38,14 +38,7 @@ class BrightEndingOptimization(OptimizedEmbedding):
     summary = "the encoded prompt, optimized where attention to its end is bright"
     touches = "encoded prompt"
     sourcing = "public code; paper second hand"
-    citation = """@inproceedings{chen2025exploring,
-  title = {Exploring Local Memorization in Diffusion Models via Bright Ending Attention},
-  author = {Chen, Chen and Liu, Daochang and Shah, Mubarak and Xu, Chang},
-  booktitle = {International Conference on Learning Representations},
-  year = {2025},
-  eprint = {2410.21665},
-  archivePrefix = {arXiv}
-}"""
+    citation = CHEN
 
     def __init__(self, target: float = 1.0, steps: int = 10, rate: float = 0.05) -> None:
         super().__init__(target, steps, rate, images=None)
@@ -76,28 +69,14 @@ def bright_ending(model: Diffusion, prompts: Sequence[Prompt], text: Conditionin
     Raises:
         ModelError: There is no cross-attention in the first block, or the UNet is compiled.
     """
-    ends = torch.tensor([model.token_count(prompt.text) - 1 for prompt in prompts])
     maps: dict[str, Tensor] = {}
 
     def look(layer: str, logits: Tensor) -> Tensor:
-        attention = logits[conditional_rows(len(logits), len(prompts))].softmax(-1).mean(1)
         # Later steps take the place of earlier ones.
-        maps[layer] = attention[torch.arange(len(ends)), :, ends]
+        maps[layer] = conditional_attention(logits, len(prompts))
         return logits
 
-    with model.edit_attention(look, "down_blocks.0."):
+    with model.edit_attention(look, FIRST_BLOCK):
         model.generate(text, latents)
-    return torch.stack(list(maps.values())).mean(0).view(len(prompts), *latents.shape[2:])
-
-
-def masked_magnitude(added: Tensor, masks: Tensor) -> Tensor:
-    """Norm of the text-conditional noise under a mask, over the mask's mean.
-
-    Args:
-        added: What prompts add to the noise, (N, channels, height, width).
-        masks: At least 0, (N, height, width).
-
-    Returns:
-        (N,).
-    """
-    return norms(added * masks[:, None]) / masks.mean((1, 2))
+    lengths = [len(model.tokens(prompt.text)) for prompt in prompts]
+    return end_attention([*maps.values()], lengths, (latents.shape[2], latents.shape[3]))

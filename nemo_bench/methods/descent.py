@@ -73,17 +73,6 @@ def descend(
         return Descent(torch.stack(leaves).detach(), torch.stack(last), tuple(taken), reached)
 
 
-def norms(values: Tensor) -> Tensor:
-    """L2 norms of the rows, (N,)."""
-    return values.flatten(1).norm(dim=1)
-
-
-def unit(values: Tensor) -> Tensor:
-    """The rows divided by their L2 norms; zeros stay zeros."""
-    lengths = norms(values).clamp(min=torch.finfo(torch.float32).tiny)
-    return values / lengths.view(-1, *[1] * (values.dim() - 1))
-
-
 def check_precision(model: Diffusion) -> None:
     """Raises ModelError where gradients would vanish in half precision."""
     if model.dtype == torch.float16:

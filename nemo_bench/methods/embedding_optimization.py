@@ -12,11 +12,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from nemo_bench.citations import WEN
 from nemo_bench.diffusion import Conditioning, Diffusion
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
-from nemo_bench.methods.descent import check_precision, descend, norms
+from nemo_bench.methods.descent import check_precision, descend
 from nemo_bench.prompts import seeds_of
+from nemo_bench.signals import norms
 from nemo_bench.types import Prompt, Record
 
 Measure = Callable[[Sequence[int], Tensor], Tensor]
@@ -176,14 +178,7 @@ class EmbeddingOptimization(OptimizedEmbedding):
     summary = "the encoded prompt, optimized to add less to the first predicted noise"
     touches = "encoded prompt"
     sourcing = "public code"
-    citation = """@inproceedings{wen2024detecting,
-  title = {Detecting, Explaining, and Mitigating Memorization in Diffusion Models},
-  author = {Wen, Yuxin and Liu, Yuchen and Chen, Chen and Lyu, Lingjuan},
-  booktitle = {International Conference on Learning Representations},
-  year = {2024},
-  eprint = {2407.21720},
-  archivePrefix = {arXiv}
-}"""
+    citation = WEN
 
     def __init__(
         self,

@@ -20,7 +20,8 @@ from torch import Tensor
 from nemo_bench.diffusion import Diffusion, Step
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
-from nemo_bench.methods.descent import Descent, check_precision, descend, norms, unit
+from nemo_bench.methods.descent import Descent, check_precision, descend
+from nemo_bench.signals import norms, unit
 
 _CITATION = """@inproceedings{han2025adjusting,
   title = {Adjusting Initial Noise to Mitigate Memorization in Text-to-Image Diffusion Models},

@@ -10,6 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from nemo_bench.citations import HINTERSDORF
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError
 from nemo_bench.localization import PROTOCOLS, SEEDS, NemoSettings, localize
@@ -62,14 +63,7 @@ class NeMo(BlockNeurons):
     title = "NeMo"
     summary = "value neurons with outlier activations, refined on noise differences, switched off"
     sourcing = "paper and public code"
-    citation = """@inproceedings{hintersdorf2024nemo,
-  title = {Finding NeMo: Localizing Neurons Responsible For Memorization in Diffusion Models},
-  author = {Hintersdorf, Dominik and Struppek, Lukas and Kersting, Kristian and Dziedzic, Adam and Boenisch, Franziska},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2024},
-  eprint = {2406.02366},
-  archivePrefix = {arXiv}
-}"""
+    citation = HINTERSDORF
     needs_calibration = True
 
     def __init__(

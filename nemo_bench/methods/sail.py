@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
+from nemo_bench.citations import JEON
 from nemo_bench.diffusion import Conditioning, Diffusion
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
-from nemo_bench.methods.descent import Loss, check_precision, descend, norms, unit
+from nemo_bench.methods.descent import Loss, check_precision, descend
+from nemo_bench.signals import norms, score_difference, unit
 from nemo_bench.types import Record, digest
 
 _RAISE, _EVERY = 0.1, 3
@@ -64,14 +66,7 @@ class SAIL(Method):
     summary = "starting noise optimized to where the prompt's probability landscape is smooth"
     touches = "starting noise"
     sourcing = "paper and public code"
-    citation = """@inproceedings{jeon2025understanding,
-  title = {Understanding and Mitigating Memorization in Generative Models via Sharpness of Probability Landscapes},
-  author = {Jeon, Dongjae and Kim, Dueun and No, Albert},
-  booktitle = {International Conference on Machine Learning},
-  year = {2025},
-  eprint = {2412.04140},
-  archivePrefix = {arXiv}
-}"""
+    citation = JEON
     makes_passes = True
 
     def __init__(
@@ -148,7 +143,7 @@ class SAIL(Method):
 
     def _loss(self, model: Diffusion, text: Conditioning, start: Tensor) -> Loss:
         timestep = model.timestep()
-        sigma = float(1 - model.pipeline.scheduler.alphas_cumprod[timestep]) ** 0.5
+        signal = model.signal(timestep)
 
         def added(latents: Tensor, rows: Sequence[int]) -> Tensor:
             each = text.rows([row for row in rows for _ in range(self.candidates)])
@@ -167,8 +162,8 @@ class SAIL(Method):
                 ahead = added(latents + self.delta * unit(here), rows)
                 losses = norms(ahead) + self.alpha * norms(latents)
             else:
-                score = -here / sigma
-                ahead = -added(latents + self.delta * score, rows) / sigma
+                score = score_difference(here, signal)
+                ahead = score_difference(added(latents + self.delta * score, rows), signal)
                 losses = norms(ahead - score).square() + self.alpha * norms(latents).square()
             return losses.view(len(rows), self.candidates)
 

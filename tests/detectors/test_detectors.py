@@ -31,9 +31,9 @@ from nemo_bench.detectors import (
     watch,
 )
 from nemo_bench.detectors.attention_entropy import entropy_terms
-from nemo_bench.detectors.bright_ending import masked_magnitude, picture
+from nemo_bench.detectors.bright_ending import picture
 from nemo_bench.detectors.tiled_l2 import tiled_distance
-from nemo_bench.diffusion import AttentionRecorder, Conditioning, Diffusion, Similarity, cross_attention_layers
+from nemo_bench.diffusion import Conditioning, Diffusion, Similarity, cross_attentions
 from nemo_bench.localization import noise_differences, pair_similarities, pair_values
 from nemo_bench.prompts import seeds_of
 from nemo_bench.types import Prompt
@@ -136,13 +136,13 @@ def test_token_significance_names_tokens_between_begin_and_end(tiny: Diffusion) 
 
 
 def test_entropy_is_of_the_average_not_the_average_entropy(tiny: Diffusion) -> None:
-    view, names = view_of(tiny, [0]), cross_attention_layers(tiny)
-    # One head looks at the first token, the other at the second, at all positions.
-    maps = torch.zeros(1, 2, 9, 16)
-    maps[0, 0, :, 0] = maps[0, 1, :, 1] = 1
+    view, names = view_of(tiny, [0]), [*cross_attentions(tiny.unet)]
+    # Half of the positions look at the first token, half at the second.
+    maps = torch.zeros(1, 8, 16)
+    maps[0, :4, 0] = maps[0, 4:, 1] = 1
     seeing = View(view.shared, [0], 0, [5], {names[3]: maps})
     assert float(LayerEntropy().observe(seeing)["entropy"]) == pytest.approx(math.log(2))
-    even = View(view.shared, [0], 0, [5], {names[3]: torch.full((1, 2, 9, 16), 1 / 16)})
+    even = View(view.shared, [0], 0, [5], {names[3]: torch.full((1, 8, 16), 1 / 16)})
     assert float(LayerEntropy().observe(even)["entropy"]) == pytest.approx(math.log(16))
 
 
@@ -154,14 +154,13 @@ def test_entropy_terms_sum_to_the_entropy(weights: list[float]) -> None:
 
 
 def test_layer_entropy_looks_at_the_layer_of_its_number(tiny: Diffusion) -> None:
-    names = cross_attention_layers(tiny)
+    names = [*cross_attentions(tiny.unet)]
     latents, text = generation(tiny, 1)
-    recorder = AttentionRecorder(tiny, 1)
-    recorder.wanted = names
-    with recorder.recording():
+    maps: dict[str, Tensor] = {}
+    with tiny.edit_attention(lambda layer, logits: maps.setdefault(layer, logits)):
         tiny.predict_noise(latents, tiny.timesteps()[0], text)
     for layer in (3, 9):
-        shares = recorder.maps[names[layer]].mean((1, 2))
+        shares = maps[names[layer]].softmax(-1).mean((1, 2))
         expected = -(shares * shares.log()).sum()
         assert look(tiny, LayerEntropy(layer=layer)).score == pytest.approx(float(expected), rel=1e-4)
     with pytest.raises(ModelError, match=r"detector\.layer=16: this model has cross-attention layers 0 to 15"):
@@ -183,8 +182,8 @@ def test_attention_entropy_watches_first_and_last_fifth_of_all_layers(tiny: Diff
     asked = [n for n in range(50) if AttentionEntropy().layers(Fifty, n)]  # type: ignore[arg-type]
     assert asked == [0, *range(40, 50)]
     assert len(AttentionEntropy().layers(tiny, 0)) == 16
-    names = cross_attention_layers(tiny)
-    maps = dict.fromkeys(names, torch.full((2, 2, 4, 16), 1 / 16))
+    names = [*cross_attentions(tiny.unet)]
+    maps = dict.fromkeys(names, torch.full((2, 4, 16), 1 / 16))
     view = View(view_of(tiny, [0, 1]).shared, [0, 1], 0, [16, 3], maps)
     seen = AttentionEntropy().observe(view)
     each = math.log(16) / 16
@@ -232,34 +231,25 @@ def test_anisotropy_by_hand(tiny: Diffusion, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(tiny, "predict_noise", predict)
     seen = Anisotropy().observe(view)
     assert float(seen["norm"]) == 5.0
-    assert float(seen["cosine"]) == pytest.approx(-0.5)
+    assert float(seen["angle"]) == pytest.approx(-0.5)
     assert sorted(asked) == [41, 41, view.timestep, view.timestep]
     assert Anisotropy(norm_weight=3, angle_weight=10).judge(tiny, PROMPT, [seen], None).score == pytest.approx(10.0)
     # Conditional noise is (1, 3) and (0, -2).
-    both = Anisotropy(angle="unconditional_conditional").observe(view_of(tiny, [0]))["cosine"]
+    both = Anisotropy(angle_between="unconditional_conditional").observe(view_of(tiny, [0]))["angle"]
     assert float(both) == pytest.approx((1 / math.sqrt(10) - 1) / 2)
-    other = Anisotropy(angle="conditional_difference").observe(view_of(tiny, [0]))["cosine"]
+    other = Anisotropy(angle_between="conditional_difference").observe(view_of(tiny, [0]))["angle"]
     assert float(other) == pytest.approx((3 / math.sqrt(10) + 1) / 2)
 
 
-def test_masked_magnitude_by_hand() -> None:
-    difference = torch.tensor([[[[3.0, 100.0]], [[4.0, 100.0]]]])
-    mask = torch.tensor([[[0.5, 0.0]]])
-    assert masked_magnitude(difference, mask).tolist() == pytest.approx([2.5 / 0.25])
-    even = torch.full((1, 1, 2), 0.2)
-    torch.testing.assert_close(masked_magnitude(difference, even), difference.flatten(1).norm(dim=1))
-
-
 def test_bright_ending_looks_at_the_end_token_in_the_last_step(tiny: Diffusion) -> None:
-    names = [name for name in cross_attention_layers(tiny) if name.startswith("down_blocks.0.")]
+    names = [f"down_blocks.0.attentions.{i}.transformer_blocks.0.attn2" for i in (0, 1)]
     detector, last = BrightEnding(), tiny.steps - 1
-    assert len(names) == 2
     assert (list(detector.layers(tiny, last)), list(detector.layers(tiny, last - 1))) == (names, [])
     side = tiny.latent_shape[1]
-    maps = {name: torch.rand(2, 2, side * side, 16) for name in names}
+    maps = {name: torch.rand(2, side * side, 16) for name in names}
     view = View(view_of(tiny, [0, 1]).shared, [0, 1], last, [5, 16], maps)
     mask = detector.observe(view)["mask"]
-    expected = (maps[names[0]] + maps[names[1]]).mean(1) / 2
+    expected = (maps[names[0]] + maps[names[1]]) / 2
     for row, end in enumerate((4, 15)):
         torch.testing.assert_close(mask[row], expected[row, :, end].view(side, side))
 
@@ -302,7 +292,7 @@ def test_tiled_l2_is_the_mean_over_pairs_and_negative(tiny: Diffusion) -> None:
 
 @pytest.mark.parametrize("make", [None, tiny_sd2])
 def test_one_step_is_what_heuns_method_does(tiny: Diffusion, make: Any) -> None:
-    """Against diffusers' own Heun sampler, from the largest noise level in a single step, as Karras' schedule has it."""
+    """Against diffusers' Heun sampler, from the largest noise level in a single step, as Karras' schedule has it."""
     model = Diffusion(make(), steps=4, guidance=3.0) if make else tiny
     scheduler = HeunDiscreteScheduler.from_config(model.pipeline.scheduler.config)
     scheduler.set_timesteps(timesteps=[999])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nemo_bench import Diffusion, ModelError
-from nemo_bench.diffusion import conditional_rows
+from nemo_bench.diffusion import conditional_attention, conditional_rows, cross_attentions
 from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl, tiny_texts
 
 
@@ -86,3 +86,24 @@ def test_conditional_rows_are_all_or_the_second_half() -> None:
     assert list(range(3))[conditional_rows(3, 3)] == [0, 1, 2]
     with pytest.raises(ModelError, match="5 rows is none of 3 images"):
         conditional_rows(5, 3)
+
+
+def test_attention_is_that_of_the_conditional_half_averaged_over_heads() -> None:
+    third, half = torch.tensor([1.0, 2.0]).log(), torch.tensor([1.0, 1.0]).log()
+    # Two halves of one image, two heads, one pixel, two tokens.
+    logits = torch.stack([torch.stack([half, half]), torch.stack([third, half])])[:, :, None]
+    torch.testing.assert_close(conditional_attention(logits, 1), torch.tensor([[[5 / 12, 7 / 12]]]))
+    torch.testing.assert_close(conditional_attention(logits, 2)[0], torch.tensor([[0.5, 0.5]]))
+
+
+def test_layers_are_in_network_order(model: Diffusion) -> None:
+    names = [*cross_attentions(model.unet)]
+    if len(names) == 16:  # Stable Diffusion 1 and 2
+        assert [name.split(".")[0] for name in names] == ["down_blocks"] * 6 + ["mid_block"] + ["up_blocks"] * 9
+        assert names[3] == "down_blocks.1.attentions.1.transformer_blocks.0.attn2"
+    called: list[str] = []
+    with model.edit_attention(lambda layer, logits: called.append(layer) or logits):
+        model.predict_noise(model.latents([0]), 981, model.encode(["red sun map"]))
+    assert called == names
+    some = tuple(names[:2])
+    assert [*cross_attentions(model.unet, some)] == names[:2]

@@ -56,8 +56,8 @@ def test_the_end_token_can_be_masked_as_well(tiny: Diffusion) -> None:
 
 
 def test_lengths_count_start_and_end(tiny: Diffusion) -> None:
-    assert tiny.token_count("red sun map") == 5
-    assert tiny.token_count("red " * 30) == 16
+    assert len(tiny.tokens("red sun map")) == 5
+    assert len(tiny.tokens("red " * 30)) == 16
 
 
 @pytest.mark.parametrize(

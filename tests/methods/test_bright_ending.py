@@ -6,16 +6,8 @@ import torch
 from batches import batch_of, images_of, rows_of
 from nemo_bench import ConfigError, Diffusion, ModelError
 from nemo_bench.methods import BrightEndingOptimization
-from nemo_bench.methods.bright_ending import bright_ending, masked_magnitude
+from nemo_bench.methods.bright_ending import bright_ending
 from tiny import tiny_sdxl
-
-
-def test_a_masked_magnitude_is_worked_out_by_hand() -> None:
-    # Two channels, two positions; the mask of mean 0.5 leaves the first: sqrt(3^2 + 4^2) / 0.5.
-    added = torch.tensor([[[[3.0, 7.0]], [[4.0, 9.0]]]])
-    assert float(masked_magnitude(added, torch.tensor([[[1.0, 0.0]]]))) == pytest.approx(10)
-    # A mask that is even everywhere changes nothing, whatever its height.
-    assert float(masked_magnitude(added, torch.full((1, 1, 2), 0.2))) == pytest.approx(float(added.norm()))
 
 
 def test_the_mask_is_the_attention_to_the_end_in_the_last_step(tiny: Diffusion) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.optim import SGD, Adam, AdamW
 
 from nemo_bench import Diffusion, ModelError
-from nemo_bench.methods.descent import check_precision, descend, unit
+from nemo_bench.methods.descent import check_precision, descend
 from tiny import tiny_pipeline
 
 
@@ -76,7 +76,3 @@ def test_half_precision_is_an_error() -> None:
 def test_what_is_not_a_number_is_not_there() -> None:
     end = descend(torch.ones(1, 1), lambda rows, values: values * torch.nan, target=1.0, steps=2, rate=0.1)
     assert end.reached == (False,)
-
-
-def test_units_have_length_one_and_zeros_stay() -> None:
-    torch.testing.assert_close(unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]])), torch.tensor([[0.6, 0.8], [0.0, 0.0]]))

@@ -11,8 +11,9 @@ from batches import batch_of, images_of, rows_of
 from nemo_bench import ConfigError, Diffusion, Prompt
 from nemo_bench.errors import PromptError
 from nemo_bench.methods import PRSS, BrightEndingOptimization, EmbeddingOptimization
-from nemo_bench.methods.bright_ending import bright_ending, masked_magnitude
+from nemo_bench.methods.bright_ending import bright_ending
 from nemo_bench.methods.prss import read_paraphrases
+from nemo_bench.signals import masked_magnitude
 
 WORDINGS = ("fox sun", "red map", "big hat cup", "dog")
 
