@@ -321,10 +321,19 @@ def _report(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from nemo_bench.report import load_results, terminal_table, write_report
+    from nemo_bench.report.detection import load_detections, terminal_detection, write_detection
+    from nemo_bench.store import read_json
 
-    write_report(options.folder)
-    Console().print(terminal_table(load_results(options.folder)))
-    print(options.folder / "report.html")
+    console, folder = Console(), options.folder
+    if (folder / "detection.json").is_file():
+        page = write_detection(folder)
+        console.print(*terminal_detection(load_detections(folder)))
+        print(page)
+        if not read_json(folder / "run.json")["cells"]:
+            return
+    write_report(folder)
+    console.print(terminal_table(load_results(folder)))
+    print(folder / "report.html")
 
 
 def _track(options: argparse.Namespace) -> None:

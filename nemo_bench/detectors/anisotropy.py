@@ -21,7 +21,8 @@ class Anisotropy(Detector):
 
     The magnitude is that of the first step. The angle is taken on the same pure noise, at the timestep of the third
     last of 50 DDIM steps (41 for Stable Diffusion): the cosine over channels between two predictions at each position,
-    then the mean over positions. Both are means over images.
+    then the mean over positions. Both are means over images. Of models that predict velocity it is the magnitude of the
+    predicted noise; the public code takes that of the score, larger by less than 1%.
 
     Weights are those of the public code for Stable Diffusion 1.4; it has 1 and 0.1 for 2.0, 2 and 1 for Realistic
     Vision. The paper fits them on 20 memorized prompts by logistic regression and finds 1 and 1 to work as well; its

@@ -32,7 +32,8 @@ class BrightEnding(Detector):
     Stable Diffusion 1.x and 2.x alone: the first block of SDXL has no attention.
 
     Args:
-        seeds: Images a prompt: 4 as in the public script; its page also has 16.
+        seeds: Images a prompt. The public code's page takes 16; Jeon et al. (2025) find 4 to do as well, and that is
+            what other detectors sample.
         steps: Steps whose magnitude counts, from the first; None for all, as published. Sampling goes to the end
             for the mask.
 

@@ -20,7 +20,8 @@ class NoiseDifference(Detector):
     A noise difference is the noise predicted at the first of 50 DDIM steps for the prompt alone, minus the noise that
     went in, scaled to [0, 1] by channel. Where a prompt is memorized, every noise is led to the same image. The public
     script predicts at the second timestep; here it is the first, as the paper says. How differences are compared is a
-    setting of the model, ``model.similarity``. One pass an image.
+    setting of the model, ``model.similarity``. One pass an image. Noises are those of generated images; a run's
+    memorization score has others.
 
     Args:
         seeds: Starting noises a prompt, at least 2.

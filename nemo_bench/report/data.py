@@ -295,6 +295,8 @@ def load_results(folder: Path | str) -> Results:
         else:
             cells.append(_load_cell(folder / name))
     if not cells:
+        if (folder / "detection.html").is_file() and not unfinished:
+            raise StoreError(f"{folder} holds detectors and no run of methods; see {folder / 'detection.html'}")
         listed = "; ".join(f"{name}: {why}" for name, why in unfinished.items()) or "run.json lists no cells"
         msg = f"{folder}: no cell of the run is finished ({listed}). Give the command of the run again to go on."
         raise StoreError(msg)

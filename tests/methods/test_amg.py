@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,8 +29,10 @@ class Flat:
     alpha = 0.5
 
     def __init__(self) -> None:
-        self.pipeline = SimpleNamespace(scheduler=SimpleNamespace(alphas_cumprod=[self.alpha] * 1000))
         self.asked: list[str] = []
+
+    def signal(self, timestep: int) -> float:
+        return self.alpha
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents

@@ -20,8 +20,8 @@ class Layer:
     def __init__(self, lengths: dict[str, int], logits: list[list[float]]) -> None:
         self.lengths, self.logits, self.edited = lengths, torch.tensor(logits)[:, None, None], [[0.0]]
 
-    def token_count(self, text: str) -> int:
-        return self.lengths[text]
+    def tokens(self, text: str) -> list[str]:
+        return ["token"] * self.lengths[text]
 
     @contextmanager
     def edit_attention(self, edit: Callable[[str, torch.Tensor], torch.Tensor]) -> Iterator[None]:

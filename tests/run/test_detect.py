@@ -88,7 +88,7 @@ def test_table_json_and_page_say_the_same(done: Path) -> None:
     assert "golden" in page
     for text in (page, (done / "detection.md").read_text(encoding="utf-8")):
         assert all(d.label in text for d in found)
-    assert "http" not in re.sub(r"eprint.*|arXiv.*", "", page.split("<main>")[0])
+    assert not re.search(r'(src|href)="(?!data:|#)', page)  # it stands alone
 
 
 def test_what_is_done_is_not_sampled_again(done: Path, three_prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +215,32 @@ def test_a_common_setting_goes_to_those_that_have_it() -> None:
     assert [c.settings.detector.get("tiles") for c in choices] == [None, 2]
     with pytest.raises(ConfigError, match=r"unknown key 'detector\.gamma'"):
         detector_grid(["detector=magnitude,tiled_l2", "detector.gamma=2"])
+
+
+def test_the_page_is_made_again_and_loggers_say_that_there_is_no_run(
+    done: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = done / "detection.html"
+    content = page.read_text(encoding="utf-8")
+    page.write_text("gone")
+    assert main(["report", str(done)]) == 0
+    assert page.read_text(encoding="utf-8") == content
+    assert "Bright Ending" in capsys.readouterr().out
+    assert main(["track", str(done), "logger=csv"]) == 1
+    assert "holds detectors and no run of methods" in capsys.readouterr().err
+
+
+def test_a_run_of_methods_has_its_report_in_the_same_folder(
+    tmp_path: Path, three_prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*SMALL, f"root={tmp_path}", f"prompts.files=[{three_prompts}]"]
+    assert main(["detect", *words, "detector=magnitude_first"]) == 0
+    assert main(["run", *words, "method=none", "seeds=1", "localize_seeds=2", "metrics=none"]) == 0
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "default")]) == 0
+    said = capsys.readouterr().out
+    assert "detection.html" in said
+    assert "report.html" in said
 
 
 def test_a_folder_without_detectors_says_what_to_do(tmp_path: Path) -> None:
