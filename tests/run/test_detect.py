@@ -235,7 +235,7 @@ def test_a_run_of_methods_has_its_report_in_the_same_folder(
 ) -> None:
     words = [*SMALL, f"root={tmp_path}", f"prompts.files=[{three_prompts}]"]
     assert main(["detect", *words, "detector=magnitude_first"]) == 0
-    assert main(["run", *words, "method=none", "seeds=1", "localize_seeds=2", "metrics=none"]) == 0
+    assert main(["run", *words, "method=none", "seeds=1", "localize_seeds=2", "metrics={}"]) == 0
     capsys.readouterr()
     assert main(["report", str(tmp_path / "default")]) == 0
     said = capsys.readouterr().out
