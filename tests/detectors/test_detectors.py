@@ -33,8 +33,9 @@ from nemo_bench.detectors import (
 from nemo_bench.detectors.attention_entropy import entropy_terms
 from nemo_bench.detectors.bright_ending import picture
 from nemo_bench.detectors.tiled_l2 import tiled_distance
-from nemo_bench.diffusion import Conditioning, Diffusion, Similarity, cross_attentions
+from nemo_bench.diffusion import Conditioning, Diffusion, Similarity, Step, cross_attentions
 from nemo_bench.localization import noise_differences, pair_similarities, pair_values
+from nemo_bench.methods.bright_ending import bright_ending
 from nemo_bench.prompts import seeds_of
 from nemo_bench.types import Prompt
 from tiny import tiny_sd2, tiny_texts
@@ -265,6 +266,44 @@ def test_bright_ending_scores_the_steps_it_is_told_and_shows_its_mask(tiny: Diff
     latents, text = generation(tiny, 2)
     images = tiny.generate(text, latents)
     torch.testing.assert_close(whole.picture[:, :height, width:], images[1], rtol=0, atol=1e-3)
+
+
+def test_attention_entropy_is_that_of_a_plain_generation(tiny: Diffusion) -> None:
+    """Of four steps the last fifth is the last; all layers count alike, whatever their size."""
+    latents, text = generation(tiny, 1)
+    shares: list[list[Tensor]] = []
+
+    def keep(layer: str, logits: Tensor) -> Tensor:
+        if len(shares) == 0 or len(shares[-1]) == 16:
+            shares.append([])
+        shares[-1].append(logits[1].softmax(-1).mean((0, 1)))
+        return logits
+
+    with tiny.edit_attention(keep):
+        tiny.generate(text, latents)
+    means = [sum(step) / 16 for step in shares]
+    first, last = (-(mean * mean.log()) for mean in (means[0], means[-1]))
+    end = len(PROMPT.text.split()) + 1
+    expected = float(last.sum() + last[end:].sum() - first[end:].sum())
+    assert len(means) == tiny.steps == 4
+    assert look(tiny, AttentionEntropy()).score == pytest.approx(expected, rel=1e-3)
+
+
+def test_bright_ending_masks_what_every_step_adds(tiny: Diffusion) -> None:
+    latents, text = generation(tiny, 2)
+    mask = bright_ending(tiny, [PROMPT] * 2, text, latents)
+    added: list[Tensor] = []
+
+    def keep(step: Step) -> Tensor:
+        added.append(step.difference)
+        return step.guided(step.scale)
+
+    with tiny.guide(keep):
+        tiny.generate(text, latents)
+    by_step = [float(sum((d[i] * mask[i]).square().sum().sqrt() / mask[i].mean() for i in range(2)) / 2) for d in added]
+    found = look(tiny, BrightEnding(seeds=2))
+    assert found.details["by_step"] == pytest.approx(by_step, rel=1e-3)
+    assert found.details["mask_mean"] == pytest.approx(float(mask.mean()), rel=1e-3)
 
 
 def test_masks_are_drawn_from_darkest_to_brightest() -> None:

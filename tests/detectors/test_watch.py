@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from nemo_bench import ModelError
+from nemo_bench import ModelError, read_prompts, resolve
 from nemo_bench.config import build, detector_grid, options
 from nemo_bench.detectors import (
     Anisotropy,
@@ -214,3 +214,19 @@ def test_what_is_seen_is_a_run_without_mitigation(tiny: Diffusion) -> None:
         expected = tiny.predict_noise(latents, first, text) - tiny.predict_noise(latents, first, tiny.unconditional(2))
         torch.testing.assert_close(seen[0]["difference"], expected, rtol=0, atol=1e-3)
         torch.testing.assert_close(seen[0]["magnitude"], expected.flatten(1).norm(dim=1), rtol=1e-3, atol=0)
+
+
+def test_on_the_embedded_model_memorized_prompts_score_higher(planted: Diffusion) -> None:
+    """Three verbatim captions against three that were never trained on; what differs is far larger than noise."""
+    known, unknown = (
+        read_prompts(resolve(f"package:planted/prompts/{name}.jsonl"))[:3] for name in ("planted", "general")
+    )
+    detectors = {
+        "noise_difference": NoiseDifference(seeds=4),
+        "magnitude": Magnitude(seeds=1, steps=1),
+        "anisotropy": Anisotropy(),
+        "one_step": OneStep(),
+    }
+    for name, found in watch(planted, detectors, [*known, *unknown])[0].items():
+        scores = [finding.score for finding in found]
+        assert min(scores[:3]) > max(scores[3:]), name

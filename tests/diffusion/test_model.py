@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nemo_bench import Diffusion, Neurons
 from nemo_bench.diffusion import value_layers
@@ -77,3 +79,21 @@ def test_export_gives_the_images_of_blocking_and_leaves_no_trace(tmp_path: Path)
 def test_truncation_is_noticed(tiny: Diffusion) -> None:
     assert not tiny.truncated("red sun")
     assert tiny.truncated("red " * 40)
+
+
+def test_derivatives_of_a_pass_count_as_another_one(tiny: Diffusion) -> None:
+    text, latents = tiny.encode(tiny_texts(2)), tiny.latents([0, 1])
+
+    def spent(work: Callable[[], object]) -> int:
+        before = tiny.row_passes
+        work()
+        return tiny.row_passes - before
+
+    def predict(x: torch.Tensor) -> torch.Tensor:
+        return tiny.predict_noise(x, 500, text)
+
+    assert spent(lambda: predict(latents)) == 2
+    leaf = latents.clone().requires_grad_()
+    assert spent(lambda: torch.autograd.grad(predict(leaf).sum(), leaf)) == 4
+    with sdpa_kernel(SDPBackend.MATH):
+        assert spent(lambda: torch.func.jvp(predict, (latents,), (latents,))) == 4
