@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 from rich.box import SIMPLE
 from rich.markup import escape
@@ -207,7 +208,7 @@ def _roc_plot(group: Sequence[Detection], name: str, about: str) -> str:
     if not drawn:
         return ""
     with style():
-        figure = Figure(figsize=(9.0, 4.8), layout="constrained")
+        figure = Figure(figsize=(9.0, 4.8), layout=ConstrainedLayoutEngine(h_pad=0.12))
         axes, legend = figure.subplots(1, 2, width_ratios=[1.1, 1])
         axes.grid()
         axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, alpha=0.4, linestyle=":")
