@@ -231,11 +231,11 @@ def test_the_page_is_made_again_and_loggers_say_that_there_is_no_run(
 
 
 def test_a_run_of_methods_has_its_report_in_the_same_folder(
-    tmp_path: Path, three_prompts: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, prompt_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*SMALL, f"root={tmp_path}", f"prompts.files=[{three_prompts}]"]
+    words = [*SMALL, f"root={tmp_path}", f"prompts.files=[{prompt_file}]"]
     assert main(["detect", *words, "detector=magnitude_first"]) == 0
-    assert main(["run", *words, "method=none", "seeds=1", "localize_seeds=2", "metrics={}"]) == 0
+    assert main(["run", *words, "method=none", "seeds=1", "localize_seeds=2"]) == 0
     capsys.readouterr()
     assert main(["report", str(tmp_path / "default")]) == 0
     said = capsys.readouterr().out
