@@ -20,7 +20,7 @@ from nemo_bench.metrics import detection
 from nemo_bench.modules import file_name, to_image
 from nemo_bench.prompts import PromptTask, prompts_digest
 from nemo_bench.report.detection import write_detection
-from nemo_bench.run import Runner, is_main, note_start, open_folder, read_files, source_of
+from nemo_bench.run import Runner, is_main, note_start, open_folder, read_listed, source_of
 from nemo_bench.store import SCHEMA, Store, write_json
 from nemo_bench.types import Prompt, Record, digest
 
@@ -75,10 +75,9 @@ def plan(choices: Sequence[Choice]) -> list[DetectionCell]:
     cells: dict[str, DetectionCell] = {}
     prompts: dict[str, list[Prompt]] = {}
     for choice in choices:
-        asked = asdict(choice.settings.prompts)
-        key = digest(asked)
+        key = digest(asdict(choice.settings.prompts))
         if key not in prompts:
-            prompts[key] = read_files(asked["files"], asked["limit"], asked["references"])
+            prompts[key] = read_listed(choice.settings.prompts)
         cell = _cell(choice, prompts[key])
         cells.setdefault(cell.id, cell)
     return list(cells.values())
@@ -261,11 +260,13 @@ def _detect(runner: Runner, cells: Sequence[DetectionCell]) -> None:
 def summary(cell: DetectionCell) -> dict[str, Any]:
     """What a cell found, as written to ``metrics.json``: how well scores tell prompts apart, and what they took."""
     found = {record["prompt"]: record for record in cell.store.records(STAGE).values()}
-    scores = {kind: [found[p.id]["score"] for p in cell.prompts if p.kind == kind] for kind in ("VM", "TM", None)}
-    memorized, other = scores["VM"] + scores["TM"], scores[None]
+    memorized, other = (
+        [found[p.id]["score"] for p in cell.prompts if bool(p.kind) == is_so] for is_so in (True, False)
+    )
     measured = {}
     if memorized and other:
-        kinds = {k: detection(scores[k], other)["auc"] for k in ("VM", "TM") if scores[k]}
+        scores = {kind: [found[p.id]["score"] for p in cell.prompts if p.kind == kind] for kind in ("VM", "TM")}
+        kinds = {kind: detection(those, other)["auc"] for kind, those in scores.items() if those}
         measured[cell.spec["detector"]] = {"title": cell.detector.title, **detection(memorized, other), "kinds": kinds}
     costs = [record["cost"] for record in found.values()]
     return {

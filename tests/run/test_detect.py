@@ -172,6 +172,18 @@ def test_detectors_of_other_settings_are_told_apart(tmp_path: Path, three_prompt
     }
 
 
+def test_memorized_prompts_of_no_kind_count_as_memorized(tmp_path: Path, three_prompts: Path) -> None:
+    lines = [json.loads(line) for line in three_prompts.read_text().splitlines()]
+    known, other = tmp_path / "known.txt", tmp_path / "other.txt"
+    known.write_text(f"{lines[0]['text']}\n{lines[1]['text']}\n")
+    other.write_text(f"{lines[2]['text']}\n")
+    files = [f"prompts.files=[{known},{other}]", f"prompts.memorized=[{known}]"]
+    assert main(["detect", *SMALL, "detector=magnitude_first", f"root={tmp_path}", *files]) == 0
+    (found,) = load_detections(tmp_path / "default")
+    assert (found.measures["memorized"], found.measures["other"], found.measures["kinds"]) == (2, 1, {})
+    assert len(found.scores(memorized=True)) == 2
+
+
 def test_prompts_of_one_sort_are_scored_without_measures(
     tmp_path: Path, three_prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
