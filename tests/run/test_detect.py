@@ -59,7 +59,7 @@ def test_every_detector_has_a_cell_with_its_records(done: Path) -> None:
     cells = {read_json(path)["detector"]: path.parent for path in done.glob("*/spec.json")}
     assert sorted(cells) == ["bright_ending", "magnitude_first", "noise_difference", "token_significance"]
     for name, cell in cells.items():
-        assert cell.name.startswith(f"planted__{name}__planted__")
+        assert cell.name.startswith(f"planted__{name}__three__")
         records = read_records(cell, "detect")
         assert len(records) == 3
         assert (cell / "detect.done").is_file()
