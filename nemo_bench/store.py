@@ -99,6 +99,27 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def thumbnail(path: Path, box: tuple[int, int]) -> tuple[Image.Image, bool] | None:
+    """A picture made to fit a box.
+
+    Args:
+        path: The picture.
+        box: Width and height to fit.
+
+    Returns:
+        The picture in RGB, and whether it was made smaller; None if there is none to read.
+    """
+    try:
+        with Image.open(path) as opened:
+            smaller = opened.width > box[0] or opened.height > box[1]
+            opened.draft("RGB", (2 * box[0], 2 * box[1]))  # decodes no more of a JPEG than it takes
+            picture = opened.convert("RGB")
+    except OSError:
+        return None
+    picture.thumbnail(box, Image.Resampling.LANCZOS)
+    return picture, smaller
+
+
 class Store:
     """The folder of one cell.
 
