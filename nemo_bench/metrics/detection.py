@@ -60,7 +60,7 @@ def _corners(points: list[list[float]]) -> list[list[float]]:
     ]
     corners = [points[0], *inner, points[-1]]
     chosen = np.linspace(0, len(corners) - 1, min(len(corners), POINTS)).round().astype(int)
-    return [corners[i] for i in chosen]
+    return [[round(rate, 6) for rate in corners[i]] for i in chosen]
 
 
 def _interval(memorized: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> tuple[float, float]:

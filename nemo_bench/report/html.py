@@ -30,6 +30,7 @@ _FIGURES = (
     ("neurons", "Neurons", "How many neurons were blocked, and where."),
     ("detection", "Detection", "How well memorized prompts are told from others."),
 )
+_NO_SSCD = "Not comparable with the paper: its similarities are of SSCD, and SSCD is not among the metrics of this run."
 _COSTS = {
     "localize_seconds_per_prompt": "Localizing, s per prompt",
     "localize_row_passes_per_prompt": "Localizing, UNet passes per prompt",
@@ -98,6 +99,8 @@ def page(results: Results, rows: Sequence[Row]) -> str:
         sections=_sections(found, bool(models), bool(presets), bool(detection)),
         figure_sections=_FIGURES,
         plots=found,
+        own_groups=results.own_groups,
+        many=_MANY,
         groups=[(group, group, f"{results.heading(group)}: {results.meaning(group)}") for group in results.groups],
         model_options=[(model, model, "") for model in results.models],
         column_options=[(name, name, "") for name in ("main", *used, "all")] if many else [],
@@ -191,7 +194,7 @@ def _rows(results: Results, rows: Sequence[Row]) -> list[dict[str, Any]]:
                     "change": _change(results, key, value),
                     "test": _test(row, key, value),
                     "start": f"{100 * (low - left) / span:.2f}",
-                    "width": f"{100 * (high - low) / span:.2f}",
+                    "width": f"{100 * (high - low) / span:.2f}" if interval else "",
                     "at": f"{100 * (value.mean - left) / span:.2f}",
                 }
         found.append({"cell": row.cell, "group": row.group, "values": values})
@@ -267,12 +270,18 @@ def _presets(results: Results) -> list[dict[str, Any]]:
                 if statistics := cell.presets[name].rows.get(group):
                     values = [_statistic(results, key, statistics[key]) if key in statistics else None for key in keys]
                     rows.append({"group": group, "cell": cell, "values": values})
-        titles = [results.metrics[key].title if key in results.metrics else key.replace("_", " ") for key in keys]
+        titles = [_column(results, key) for key in keys]
         found.append({
             "title": about.title, "definition": about.definition, "citation": about.citation, "columns": titles,
-            "rows": rows,
+            "rows": rows, "warning": "" if any("sscd" in key.lower() for key in [*keys, *titles]) else _NO_SSCD,
         })  # fmt: skip
     return found
+
+
+def _column(results: Results, key: str) -> str:
+    """Title of a column such as ``ssim`` or ``ssim, max``."""
+    metric, comma, statistic = key.partition(", ")
+    return (results.metrics[metric].title if metric in results.metrics else metric) + comma + statistic
 
 
 def _statistic(results: Results, key: str, value: Statistic) -> dict[str, str]:
