@@ -298,8 +298,8 @@ class Results:
 
     def meaning(self, group: str) -> str:
         """What a group is; of all prompts together, what they mix."""
-        mixed = [self.heading(g) for g in self.own_groups]
-        return f"a mean over {' and '.join(mixed)} together" if group == "all" and len(mixed) > 1 else GROUPS[group]
+        own = self.own_groups
+        return f"{', '.join(own[:-1])} and {own[-1]} mixed" if group == "all" and len(own) > 1 else GROUPS[group]
 
     @cached_property
     def places(self) -> dict[str, int]:
@@ -307,11 +307,11 @@ class Results:
         largest = dict.fromkeys(self.metrics, 0.0)
         for row in (row for cell in self.cells for row in cell.aggregates.values()):
             for key, value in row.items():
-                largest[key] = max(largest[key], abs(value.mean))
+                largest[key] = max(largest.get(key, 0.0), abs(value.mean))
         return {key: 3 if value < 2 else 1 for key, value in largest.items()}
 
     @cached_property
-    def counts(self) -> frozenset[str]:
+    def counted(self) -> frozenset[str]:
         """Metrics that count something: of single images and prompts they are whole numbers, and some are above one."""
         found: dict[str, set[float]] = {}
         for cell in self.cells:

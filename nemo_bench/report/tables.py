@@ -106,7 +106,7 @@ def holm(ps: Mapping[_K, float]) -> dict[_K, float]:
 def number(results: Results, metric: str, value: float, sign: str = "") -> str:
     """A value of a metric, or a difference of two, as it is shown: counts without needless decimals."""
     text = f"{value:{sign}.{results.places.get(metric, 3)}f}"
-    return text.removesuffix(".0") if metric in results.counts else text
+    return text.removesuffix(".0") if metric in results.counted else text
 
 
 def markdown(results: Results, rows: Sequence[Row]) -> str:

@@ -165,7 +165,7 @@ def test_one_method_is_best_of_nothing(tmp_path: Path) -> None:
 def test_counts_have_no_needless_decimals(tmp_path: Path) -> None:
     results = load_results(write_fake_results(tmp_path / "default"))
     rows = leaderboard(results)
-    assert results.counts == {"neurons"}
+    assert results.counted == {"neurons"}
     text = markdown(results, rows)
     for row in rows:
         if row.group != "all":
