@@ -17,12 +17,12 @@ from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
-from nemo_bench.aggregate import bootstrap_interval
+from nemo_bench.aggregate import GROUPS, bootstrap_interval
 from nemo_bench.report.data import Cell, MetricInfo, Results, load_calibration, network_order, short_layers
 from nemo_bench.report.svg import INK, Look, looks, nth_look, style, svg
 from nemo_bench.types import GENERAL
 
-MEMORIZED = ("VM", "TM")
+MEMORIZED = tuple(group for group in GROUPS if group not in (GENERAL, "all"))
 """Groups of prompts whose training images are known."""
 
 _DOTS = 40
@@ -174,8 +174,8 @@ def _tradeoff(
     )
     listed = ", ".join(cells[i].short for i in best)
     caption = (
-        f"Filled marks and the dashed line are the Pareto front: {listed}. Memorization is the mean over VM and TM "
-        "prompts; lines are 95% bootstrap intervals."
+        f"Filled marks and the dashed line are the Pareto front: {listed}. Means are over memorized prompts; "
+        "lines are 95% bootstrap intervals."
     )
     return Plot("tradeoffs", name, title, caption, svg(figure, name, f"{title}. Pareto front: {listed}"))
 

@@ -265,7 +265,7 @@ def _neurons(rng: np.random.Generator, kind: str | None, method: str) -> dict[st
 
 def _references(folder: Path, prompt: str, kind: str | None, place: int) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{prompt}{suffix}.png" for suffix in {"VM": ("",), "TM": ("a", "b", "c"), None: ()}[kind]]
+    paths = [folder / f"{prompt}{suffix}.png" for suffix in {"TM": ("a", "b", "c"), None: ()}.get(kind, ("",))]
     for variant, path in enumerate(paths):
         _save(_scene(place, variant if kind == "TM" else 0), path)
     return paths

@@ -412,6 +412,15 @@ def test_figures_follow_the_page_and_stand_alone(run: Path) -> None:
     assert f"Noise similarity: AUC {auc:.3f}" in next(figure.svg for figure in figures if figure.name == "roc-0")
 
 
+def test_prompts_memorized_in_an_unknown_way_are_in_the_figures(tmp_path: Path) -> None:
+    prompts = [(f"p-{i}", f"prompt {i}", "memorized" if i < 4 else None) for i in range(6)]
+    results = load_results(write_fake_results(tmp_path / "default", prompts=prompts))
+    assert results.own_groups == ["memorized", "general"]
+    figures = {figure.name: figure.svg for figure in plots(results)}
+    assert {"tradeoff-0-0", "distribution-ssim-0", "counts-0"} <= set(figures)
+    assert ">memorized</text>" in figures["distribution-ssim-0"]
+
+
 def test_the_caption_of_a_trade_off_names_the_methods_that_no_other_betters(run: Path) -> None:
     results = load_results(run)
     figures = plots(results)
