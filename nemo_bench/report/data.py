@@ -31,8 +31,8 @@ _EARLIER = {
 """Families of the metrics of runs that did not write them down."""
 _EARLIER_RUN = "?"
 """In place of the name of the cell without mitigation, in runs that did not write it down."""
-_COMMAND = re.compile(r"^\S*(cli|__main__)\.py(?!\S)")
-"""How the command line starts with ``python -m``."""
+_COMMAND = re.compile(r"^\S*cli\.py(?= (run|score)\b)")
+"""How the command line starts with ``python -m nemo_bench.cli``."""
 _WORDS = {None: "unset", "True": "on", "False": "off"}
 _T = TypeVar("_T")
 _ATTENTION = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.")
