@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -9,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from nemo_bench.errors import StoreError
 from nemo_bench.types import Record
 
 SCHEMA = 1
 """Version of everything written here."""
+PREVIEW = 160
+"""Longest side of the preview in a saved image: small pictures are made of it, without decoding the whole image."""
+_PREVIEW = b"prVW"  # by its case: may be ignored, is our own, and is dropped by a program that changes the image
 
 
 def write_text(path: Path, content: str) -> None:
@@ -99,6 +104,29 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def thumbnail(path: Path, box: tuple[int, int]) -> tuple[Image.Image, bool] | None:
+    """A picture made to fit a box.
+
+    Args:
+        path: The picture.
+        box: Width and height to fit.
+
+    Returns:
+        The picture in RGB, and whether it was made smaller; None if there is none to read.
+    """
+    try:
+        with Image.open(path) as opened:
+            smaller = opened.width > box[0] or opened.height > box[1]
+            preview = dict(getattr(opened, "private_chunks", ())).get(_PREVIEW) if max(box) <= PREVIEW else None
+            source = Image.open(io.BytesIO(preview)) if preview else opened
+            source.draft("RGB", (2 * box[0], 2 * box[1]))  # decodes no more of a JPEG than it takes
+            picture = source.convert("RGB")
+    except OSError:
+        return None
+    picture.thumbnail(box, Image.Resampling.LANCZOS)
+    return picture, smaller
+
+
 class Store:
     """The folder of one cell.
 
@@ -156,7 +184,7 @@ class Store:
         return _Writer(self.folder / "records", stage)
 
     def save_image(self, name: str, image: Image.Image) -> str:
-        """Writes an image under a temporary name, then renames it.
+        """Writes an image under a temporary name, then renames it; with a preview inside if it is large.
 
         Args:
             name: Path in the folder, such as ``"images/a_00.png"``.
@@ -167,7 +195,7 @@ class Store:
         """
         path = self.folder / name
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        image.save(part, format="PNG")
+        image.save(part, format="PNG", pnginfo=_preview(image))
         part.replace(path)
         return name
 
@@ -197,6 +225,16 @@ class Store:
         self.reopen(stage)
         for path in (self.folder / "records").glob(f"{stage}.*.jsonl"):
             path.unlink()
+
+
+def _preview(image: Image.Image) -> PngInfo:
+    info = PngInfo()
+    if min(image.size) > PREVIEW:
+        small, content = image.convert("RGB"), io.BytesIO()
+        small.thumbnail((PREVIEW, PREVIEW), Image.Resampling.LANCZOS)
+        small.save(content, "JPEG", quality=90)
+        info.add(_PREVIEW, content.getvalue())
+    return info
 
 
 class _Writer:

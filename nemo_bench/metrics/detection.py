@@ -10,6 +10,8 @@ import torch
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision, binary_roc
 
 RESAMPLES = 2000
+POINTS = 200
+"""Largest number of points of a curve that is written down."""
 FALSE_POSITIVES = 0.01
 """The false positive rate at which the true positive rate is given."""
 
@@ -26,7 +28,8 @@ def detection(memorized: Sequence[float], other: Sequence[float]) -> dict[str, A
         either sort; ``average_precision``; ``tpr_at_1_fpr_below``, the true positive rate at the last point of the
         curve with fewer than 1% false positives (Wen et al. 2024); ``tpr_at_1_fpr_nearest``, at the last point whose
         rate of false positives is nearest to 1% (Ren et al. 2024, Jeon et al. 2025); ``best_accuracy`` over all
-        thresholds, with either sort counting half; ``memorized`` and ``other``, the numbers of prompts.
+        thresholds, with either sort counting half; ``memorized`` and ``other``, the numbers of prompts; ``curve``, the
+        ROC curve as pairs of false and true positive rate from (0, 0) to (1, 1): its corners, at most 200 of them.
     """
     scores, labels = np.array([*memorized, *other]), torch.tensor([1] * len(memorized) + [0] * len(other))
     # Their order alone counts, and torchmetrics takes scores outside of [0, 1] for logits, which it rounds together.
@@ -44,7 +47,20 @@ def detection(memorized: Sequence[float], other: Sequence[float]) -> dict[str, A
         "best_accuracy": float((tpr + 1 - fpr).max() / 2),
         "memorized": len(memorized),
         "other": len(other),
+        "curve": _corners(torch.stack([fpr, tpr], 1).tolist()),
     }
+
+
+def _corners(points: list[list[float]]) -> list[list[float]]:
+    """The points where a curve changes its direction, its ends among them; evenly thinned where they are too many."""
+    inner = [
+        here
+        for before, here, after in zip(points, points[1:], points[2:], strict=False)
+        if not any(before[axis] == here[axis] == after[axis] for axis in (0, 1))
+    ]
+    corners = [points[0], *inner, points[-1]]
+    chosen = np.linspace(0, len(corners) - 1, min(len(corners), POINTS)).round().astype(int)
+    return [[round(rate, 6) for rate in corners[i]] for i in chosen]
 
 
 def _interval(memorized: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> tuple[float, float]:

@@ -44,12 +44,13 @@ def write_report(folder: Path | str) -> ReportFiles:
     """
     folder = Path(folder)
     results = load_results(folder)
+    rows = leaderboard(results)
     contents = {
-        "report.html": page(results),
-        "leaderboard.md": markdown(results),
-        "leaderboard.tex": latex(results),
-        "leaderboard.csv": csv_text(results),
-        "leaderboard.json": json_text(results),
+        "report.html": page(results, rows),
+        "leaderboard.md": markdown(results, rows),
+        "leaderboard.tex": latex(results, rows),
+        "leaderboard.csv": csv_text(results, rows),
+        "leaderboard.json": json_text(results, rows),
     }
     return ReportFiles(*(_write(folder / name, text) for name, text in contents.items()))
 

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
@@ -28,6 +29,10 @@ _EARLIER = {
     "alignment": "alignment", "diversity": "diversity",
 }  # fmt: skip
 """Families of the metrics of runs that did not write them down."""
+_EARLIER_RUN = "?"
+"""In place of the name of the cell without mitigation, in runs that did not write it down."""
+_COMMAND = re.compile(r"^\S*cli\.py(?= (run|score)\b)")
+"""How the command line starts with ``python -m nemo_bench.cli``."""
 _WORDS = {None: "unset", "True": "on", "False": "off"}
 _T = TypeVar("_T")
 _ATTENTION = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.")
@@ -116,7 +121,10 @@ class Preset:
 
 @dataclass(frozen=True)
 class Detection:
-    """How well a detector tells memorized prompts from others; both definitions of the true positive rate in use."""
+    """How well a detector tells memorized prompts from others; both definitions of the true positive rate in use.
+
+    ``curve`` are corners of the ROC curve, false and true positive rate; runs of earlier versions have none.
+    """
 
     title: str
     auc: float
@@ -128,6 +136,7 @@ class Detection:
     best_accuracy: float
     memorized: int
     other: int
+    curve: Sequence[Sequence[float]] = ()
 
 
 @dataclass(frozen=True)
@@ -188,6 +197,7 @@ class Cell:
         counts: Images, prompts, and what is missing.
         cost: Seconds, UNet passes and memory.
         calibration: Folder of the general prompts' scores that its threshold comes from, where it is still there.
+        unmitigated: Name of the cell of the same images without mitigation, or None.
     """
 
     name: str
@@ -211,11 +221,16 @@ class Cell:
     counts: Mapping[str, int]
     cost: Mapping[str, float]
     calibration: Path | None
+    unmitigated: str | None
+
+    def count(self, group: str) -> int:
+        """Number of prompts of a group."""
+        return sum(group in (prompt.group, "all") for prompt in self.prompts)
 
     def prompt_means(self, metric: str, groups: Iterable[str]) -> dict[str, float]:
         """Mean over images of a metric, by prompt id, for the prompts of some groups that have the metric."""
         wanted = set(groups)
-        found = {p.id: self.outcomes[p.id].values(metric) for p in self.prompts if p.group in wanted}
+        found = {p.id: self.outcomes[p.id].values(metric) for p in self.prompts if wanted & {p.group, "all"}}
         return {name: fmean(values) for name, values in found.items() if values}
 
 
@@ -250,12 +265,12 @@ class Results:
     cells: tuple[Cell, ...]
     unfinished: Mapping[str, str]
 
-    @property
+    @cached_property
     def metrics(self) -> dict[str, MetricInfo]:
         """Metrics of all cells, in the order of display."""
         return {key: info for cell in self.cells for key, info in cell.metrics.items()}
 
-    @property
+    @cached_property
     def leading(self) -> dict[str, str]:
         """The first metric of every family, by family."""
         found = {family: [key for key, info in self.metrics.items() if info.family == family] for family in FAMILIES}
@@ -266,10 +281,45 @@ class Results:
         """Models in the order of display."""
         return list(dict.fromkeys(cell.model for cell in self.cells))
 
-    @property
+    @cached_property
     def groups(self) -> list[str]:
         """Groups that hold prompts, in the order of display."""
         return [group for group in GROUPS if any(cell.aggregates.get(group) for cell in self.cells)]
+
+    @property
+    def own_groups(self) -> list[str]:
+        """Groups of prompts of one sort; all prompts together only where there is nothing else."""
+        return [group for group in self.groups if group != "all"] or self.groups
+
+    def heading(self, group: str) -> str:
+        """A group and how many prompts of it the cells have, such as ``VM, 12 prompts``."""
+        counts = sorted({count for cell in self.cells if (count := cell.count(group))})
+        return f"{group}, {' to '.join(map(str, counts[:: len(counts) - 1 or 1]))} prompt{'s' * (counts != [1])}"
+
+    def meaning(self, group: str) -> str:
+        """What a group is; of all prompts together, what they mix."""
+        own = self.own_groups
+        return f"{', '.join(own[:-1])} and {own[-1]} mixed" if group == "all" and len(own) > 1 else GROUPS[group]
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Decimal places that suit a metric in this run: three for values below two, else one."""
+        largest = dict.fromkeys(self.metrics, 0.0)
+        for row in (row for cell in self.cells for row in cell.aggregates.values()):
+            for key, value in row.items():
+                largest[key] = max(largest.get(key, 0.0), abs(value.mean))
+        return {key: 3 if value < 2 else 1 for key, value in largest.items()}
+
+    @cached_property
+    def counted(self) -> frozenset[str]:
+        """Metrics that count something: of single images and prompts they are whole numbers, and some are above one."""
+        found: dict[str, set[float]] = {}
+        for cell in self.cells:
+            for outcome in cell.outcomes.values():
+                for scores in (outcome.scores, *(image.scores for image in outcome.images)):
+                    for key, value in scores.items():
+                        found.setdefault(key, set()).add(value)
+        return frozenset(k for k, v in found.items() if max(v) > 1 and all(float(x).is_integer() for x in v))
 
 
 def load_results(folder: Path | str) -> Results:
@@ -300,6 +350,7 @@ def load_results(folder: Path | str) -> Results:
         listed = "; ".join(f"{name}: {why}" for name, why in unfinished.items()) or "run.json lists no cells"
         msg = f"{folder}: no cell of the run is finished ({listed}). Give the command of the run again to go on."
         raise StoreError(msg)
+    cells = [replace(cell, unmitigated=_unmitigated(cell, cells)) for cell in cells]
     return Results(run.get("name", folder.name), folder, _labelled(cells), unfinished)
 
 
@@ -363,7 +414,7 @@ def _load_cell(folder: Path) -> Cell:
             digests=spec["digests"],
             citations=spec["citations"],
             layers=list(layers),
-            starts=env["starts"],
+            starts=[{**start, "command": _COMMAND.sub("nemo-bench", start["command"])} for start in env["starts"]],
             prompts=prompts,
             outcomes=outcomes,
             metrics={key: _metric(key, info) for key, info in metrics["metrics"].items()},
@@ -376,6 +427,7 @@ def _load_cell(folder: Path) -> Cell:
             counts=metrics.get("counts", {}),
             cost=metrics["cost"],
             calibration=_calibration(folder, spec.get("calibration")),
+            unmitigated=metrics.get("unmitigated", _EARLIER_RUN),
         )
     except (KeyError, TypeError, ValueError, OSError) as error:
         msg = f"{folder} does not hold what a cell should ({type(error).__name__}: {error}); remove it and run again"
@@ -441,6 +493,15 @@ def _outcomes(folder: Path, prompts: Iterable[Prompt]) -> dict[str, Outcome]:
             noise=folder / found["noise"] if found.get("noise") else None,
         )
     return outcomes
+
+
+def _unmitigated(cell: Cell, cells: Sequence[Cell]) -> str | None:
+    """What ``metrics.json`` names; in earlier runs the first cell without mitigation of the same model and prompts."""
+    if cell.unmitigated != _EARLIER_RUN:
+        return cell.unmitigated
+    same = [c for c in cells if all(c.settings.get(k) == cell.settings.get(k) for k in ("model", "prompts"))]
+    names = [c.name for c in same if c.model == cell.model and c.method == "none"]
+    return names[0] if names and cell.method != "none" else None
 
 
 def _labelled(cells: Sequence[Cell]) -> tuple[Cell, ...]:

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image
 
 from nemo_bench.aggregate import GROUPS
 from nemo_bench.report.data import Aggregate, Cell, GeneratedImage, Results, Statistic, short_layers
 from nemo_bench.report.plots import Plot, plots
 from nemo_bench.report.svg import PALETTE, looks
-from nemo_bench.report.tables import SIGNIFICANCE, Row, decimals, leaderboard
+from nemo_bench.report.tables import BEST, SIGNIFICANCE, Row, fewer, number
+from nemo_bench.report.thumbnails import Thumbnail, Thumbnails
 from nemo_bench.types import Prompt
 
 _FOLDER = Path(__file__).parent / "page"
@@ -32,6 +30,7 @@ _FIGURES = (
     ("neurons", "Neurons", "How many neurons were blocked, and where."),
     ("detection", "Detection", "How well memorized prompts are told from others."),
 )
+_NO_SSCD = "Not comparable with the paper: its similarities are of SSCD, and SSCD is not among the metrics of this run."
 _COSTS = {
     "localize_seconds_per_prompt": "Localizing, s per prompt",
     "localize_row_passes_per_prompt": "Localizing, UNet passes per prompt",
@@ -71,24 +70,7 @@ SIZES = (Size(150, 160, 8, 48), Size(1000, 112, 4, 32), Size(float("inf"), 56, 3
 """A page of a few prompts shows more than one of 500 prompts and 10 methods, which takes some 40 MB."""
 
 
-@dataclass(frozen=True)
-class Thumbnail:
-    """An embedded image.
-
-    Attributes:
-        uri: Data URI.
-        width: In pixels.
-        height: In pixels.
-        tiny: The image was not made smaller, so its pixels may be shown as squares.
-    """
-
-    uri: str
-    width: int
-    height: int
-    tiny: bool
-
-
-def page(results: Results) -> str:
+def page(results: Results, rows: Sequence[Row]) -> str:
     """The whole page as HTML; prompts and all other texts of the run are escaped.
 
     The strips of a prompt are in a ``noscript`` element: the browser keeps them as text until the script asks for
@@ -99,7 +81,6 @@ def page(results: Results) -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     script = (_FOLDER / "script.js").read_text(encoding="utf-8")
-    rows = leaderboard(results)
     figures = plots(results)
     found = {section: [plot for plot in figures if plot.section == section] for section, _, _ in _FIGURES}
     presets, models, detection = _presets(results), _models(results, rows), _detection(results)
@@ -118,7 +99,9 @@ def page(results: Results) -> str:
         sections=_sections(found, bool(models), bool(presets), bool(detection)),
         figure_sections=_FIGURES,
         plots=found,
-        groups=[(group, group, _meaning(results, group)) for group in results.groups],
+        own_groups=results.own_groups,
+        many=_MANY,
+        groups=[(group, group, f"{results.heading(group)}: {results.meaning(group)}") for group in results.groups],
         model_options=[(model, model, "") for model in results.models],
         column_options=[(name, name, "") for name in ("main", *used, "all")] if many else [],
         main=set(results.leading.values()),
@@ -126,6 +109,7 @@ def page(results: Results) -> str:
         rows=_rows(results, rows),
         tested=any(row.corrected for row in rows),
         significance=SIGNIFICANCE,
+        best=BEST.format(clear="“Best”", unclear="“Best?”") if any(row.best for row in rows) else "",
         models=models,
         presets=presets,
         detection=detection,
@@ -139,32 +123,6 @@ def page(results: Results) -> str:
         citations=list(dict.fromkeys(text for cell in results.cells for text in cell.citations.values())),
         pretty=lambda content: json.dumps(content, indent=2, ensure_ascii=False, default=str),
     )
-
-
-def thumbnail(path: Path, box: tuple[int, int], lossless: bool = True) -> Thumbnail | None:
-    """An image as WebP, made to fit a box; None if there is no image to read.
-
-    Args:
-        path: The image.
-        box: Width and height to fit.
-        lossless: Keep every pixel of an image that fits already.
-    """
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except OSError:
-        return None
-    tiny = image.width <= box[0] and image.height <= box[1]
-    image.thumbnail(box, Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", lossless=tiny and lossless, quality=70, method=4)
-    uri = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return Thumbnail(uri, image.width, image.height, tiny)
-
-
-def _meaning(results: Results, group: str) -> str:
-    count = len({(c.prompt_list, p.id) for c in results.cells for p in c.prompts if group in (p.group, "all")})
-    return f"{GROUPS[group]}, {count} prompt{'s' * (count != 1)}"
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:
@@ -205,12 +163,12 @@ def _sections(found: dict[str, list[Plot]], models: bool, presets: bool, detecti
     return {**titles, "prompts": "Prompts", "reproduce": "Reproduce"}
 
 
-def _number(value: float, places: int, sign: str = "") -> str:
-    return f"{value:{sign}.{places}f}".replace("-", "−")
+def _number(results: Results, key: str, value: float, sign: str = "") -> str:
+    return number(results, key, value, sign).replace("-", "−")
 
 
-def _interval(low: float | None, high: float | None, places: int) -> str:
-    return "" if low is None or high is None else f"{_number(low, places)} to {_number(high, places)}"
+def _interval(results: Results, key: str, low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"{_number(results, key, low)} to {_number(results, key, high)}"
 
 
 def _rows(results: Results, rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -224,18 +182,19 @@ def _rows(results: Results, rows: Sequence[Row]) -> list[dict[str, Any]]:
         values: dict[str, dict[str, Any]] = {}
         for key in results.metrics:
             if value := row.values.get(key):
-                places, (left, span) = decimals(results, key), columns[key]
+                left, span = columns[key]
                 low, high = (value.mean if end is None else end for end in (value.low, value.high))
-                middle = value.median is not None and value.mad is not None
+                interval = _interval(results, key, value.low, value.high)
+                few = fewer(row, value)
                 values[key] = {
                     **_shown(results, row, key),
                     "sort": repr(value.mean),
-                    "interval": _interval(value.low, value.high, places),
-                    "median": f"median {_number(value.median or 0, places)} ± {value.mad:.{places}f}" if middle else "",
+                    "interval": ", ".join(words for words in (interval or "no interval", few) if words),
+                    "median": _median(results, key, value),
                     "change": _change(results, key, value),
                     "test": _test(row, key, value),
                     "start": f"{100 * (low - left) / span:.2f}",
-                    "width": f"{100 * (high - low) / span:.2f}",
+                    "width": f"{100 * (high - low) / span:.2f}" if interval else "",
                     "at": f"{100 * (value.mean - left) / span:.2f}",
                 }
         found.append({"cell": row.cell, "group": row.group, "values": values})
@@ -243,17 +202,23 @@ def _rows(results: Results, rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _shown(results: Results, row: Row, key: str) -> dict[str, Any]:
-    mean = _number(row.values[key].mean, decimals(results, key))
-    return {"mean": mean, "stars": row.stars(key), "best": key in row.best}
+    best = ("best" if row.is_clear(key) else "best?") if key in row.best else ""
+    against = f"p = {row.best[key]:.2g} against the runner-up" if best else ""
+    mean = _number(results, key, row.values[key].mean)
+    return {"mean": mean, "stars": row.stars(key), "best": best, "against": against}
+
+
+def _median(results: Results, key: str, value: Aggregate) -> str:
+    if value.median is None or value.mad is None:
+        return ""
+    return f"median {_number(results, key, value.median)} ± {number(results, key, value.mad)}"
 
 
 def _change(results: Results, key: str, value: Aggregate) -> str:
     if not value.paired:
         return ""
-    places, better = decimals(results, key), results.metrics[key].higher_is_better
-    words = (
-        f"{_number(value.paired.difference, places, '+')} ({_interval(value.paired.low, value.paired.high, places)})"
-    )
+    better, ends = results.metrics[key].higher_is_better, (value.paired.low, value.paired.high)
+    words = f"{_number(results, key, value.paired.difference, '+')} ({_interval(results, key, *ends)})"
     if better is None or not value.paired.difference:
         return words
     return f"{words} {'better' if (value.paired.difference > 0) == better else 'worse'}"
@@ -305,18 +270,26 @@ def _presets(results: Results) -> list[dict[str, Any]]:
                 if statistics := cell.presets[name].rows.get(group):
                     values = [_statistic(results, key, statistics[key]) if key in statistics else None for key in keys]
                     rows.append({"group": group, "cell": cell, "values": values})
-        titles = [results.metrics[key].title if key in results.metrics else key.replace("_", " ") for key in keys]
+        titles = [_column(results, key) for key in keys]
         found.append({
             "title": about.title, "definition": about.definition, "citation": about.citation, "columns": titles,
-            "rows": rows,
+            "rows": rows, "warning": "" if any("sscd" in key.lower() for key in [*keys, *titles]) else _NO_SSCD,
         })  # fmt: skip
     return found
 
 
+def _column(results: Results, key: str) -> str:
+    """Title of a column such as ``ssim`` or ``ssim, max``."""
+    metric, comma, statistic = key.partition(", ")
+    return (results.metrics[metric].title if metric in results.metrics else metric) + comma + statistic
+
+
 def _statistic(results: Results, key: str, value: Statistic) -> dict[str, str]:
-    places = decimals(results, key)
-    spread = "" if value.spread is None else f" ± {value.spread:.{places}f}"
-    return {"text": f"{_number(value.value, places)}{spread}", "interval": _interval(value.low, value.high, places)}
+    spread = "" if value.spread is None else f" ± {number(results, key, value.spread)}"
+    return {
+        "text": f"{_number(results, key, value.value)}{spread}",
+        "interval": _interval(results, key, value.low, value.high),
+    }
 
 
 def _detection(results: Results) -> list[dict[str, Any]]:
@@ -326,7 +299,7 @@ def _detection(results: Results) -> list[dict[str, Any]]:
             rates = (
                 found.average_precision, found.tpr_at_1_fpr_below, found.tpr_at_1_fpr_nearest, found.best_accuracy
             )  # fmt: skip
-            numbers = [(f"{found.auc:.3f}", _interval(found.auc_low, found.auc_high, 3))]
+            numbers = [(f"{found.auc:.3f}", _interval(results, "", found.auc_low, found.auc_high))]
             numbers += [(f"{rate:.3f}", "") for rate in rates]
             numbers += [(str(count), "") for count in (found.memorized, found.other)]
             rows.append({"cell": cell, "title": found.title, "numbers": numbers})
@@ -335,6 +308,7 @@ def _detection(results: Results) -> list[dict[str, Any]]:
 
 def _cards(results: Results) -> list[dict[str, Any]]:
     """The gallery: one card a prompt, one strip a cell. Cards are made side by side, since images take the time."""
+    kept = {cell.name: Thumbnails(results.folder / cell.name) for cell in results.cells}
     prompts: dict[tuple[str, str], list[tuple[Cell, Prompt]]] = {}
     for cell in results.cells:
         for prompt in cell.prompts:
@@ -342,39 +316,46 @@ def _cards(results: Results) -> list[dict[str, Any]]:
     strips = sum(len(cells) for cells in prompts.values())
     size = next(size for size in SIZES if strips <= size.strips)
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda found: _card(results, found, size), prompts.values()))
+        cards = list(pool.map(lambda found: _card(results, found, size, kept), prompts.values()))
+    for thumbnails in kept.values():
+        thumbnails.keep()
+    return cards
 
 
-def _card(results: Results, found: Sequence[tuple[Cell, Prompt]], size: Size) -> dict[str, Any]:
+def _card(
+    results: Results, found: Sequence[tuple[Cell, Prompt]], size: Size, kept: Mapping[str, Thumbnails]
+) -> dict[str, Any]:
     prompt, own = found[0][1], {cell.name for cell, _ in found}
     seeds = sorted({image.seed for cell, _ in found for image in cell.outcomes[prompt.id].images})
     key = results.leading.get("memorization", "")
     sign = -1 if key and results.metrics[key].higher_is_better else 1
     order = [cell.outcomes[prompt.id].values(key) if cell.name in own else [] for cell in results.cells]
+    reference, make = prompt.references[:1], kept[found[0][0].name]
     return {
         "prompt": prompt,
-        "reference": thumbnail(prompt.references[0], (size.side, size.side)) if prompt.references else None,
+        "reference": make(reference[0], (size.side, size.side)) if reference else None,
         "seeds": len(seeds),
         "shown": min(size.seeds, len(seeds)),
         "order": [f"{sign * fmean(values):.4f}" if values else "" for values in order],
-        "strips": [_strip(results, cell, prompt, seeds[: size.seeds], size) for cell, _ in found],
+        "strips": [_strip(results, cell, prompt, seeds[: size.seeds], size, kept[cell.name]) for cell, _ in found],
     }
 
 
-def _strip(results: Results, cell: Cell, prompt: Prompt, seeds: Sequence[int], size: Size) -> dict[str, Any]:
+def _strip(
+    results: Results, cell: Cell, prompt: Prompt, seeds: Sequence[int], size: Size, make: Thumbnails
+) -> dict[str, Any]:
     outcome = cell.outcomes[prompt.id]
     by_seed = {image.seed: image for image in outcome.images}
     scores = []
     for key in _scores(results):
         values = outcome.values(key)
-        places = decimals(results, key)
-        scores.append((results.metrics[key].title, _number(median(values), places) if values else "–"))
+        scores.append((results.metrics[key].title, _number(results, key, median(values)) if values else "–"))
     short = short_layers(cell.layers)
     return {
         "cell": cell,
-        "images": [_image(cell, seed, by_seed.get(seed), results, size) for seed in seeds],
+        "images": [_image(results, cell, seed, by_seed.get(seed), size, make) for seed in seeds],
         "has_noise": outcome.noise is not None,
-        "noise": thumbnail(outcome.noise, (16 * size.noise, size.noise), lossless=False) if outcome.noise else None,
+        "noise": make(outcome.noise, (16 * size.noise, size.noise), lossless=False) if outcome.noise else None,
         "scores": scores,
         "neurons": outcome.neurons.count,
         "layers": [(short[layer], outcome.neurons[layer]) for layer in cell.layers if layer in outcome.neurons],
@@ -382,15 +363,17 @@ def _strip(results: Results, cell: Cell, prompt: Prompt, seeds: Sequence[int], s
 
 
 def _image(
-    cell: Cell, seed: int, image: GeneratedImage | None, results: Results, size: Size
+    results: Results, cell: Cell, seed: int, image: GeneratedImage | None, size: Size, make: Thumbnails
 ) -> tuple[str, str, Thumbnail | None]:
     """What an image is, its scores, and the image."""
     if image is None:
         return f"{cell.label}, seed {seed}: not generated", "", None
     scores = [
-        f"{info.title} {_number(image.scores[key], 3)}" for key, info in results.metrics.items() if key in image.scores
+        f"{info.title} {_number(results, key, image.scores[key])}"
+        for key, info in results.metrics.items()
+        if key in image.scores
     ]
-    return f"{cell.label}, seed {seed}", "\n".join(scores), thumbnail(image.path, (size.side, size.side))
+    return f"{cell.label}, seed {seed}", "\n".join(scores), make(image.path, (size.side, size.side))
 
 
 def _scores(results: Results) -> list[str]:

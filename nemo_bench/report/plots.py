@@ -17,12 +17,12 @@ from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
-from nemo_bench.aggregate import bootstrap_interval
+from nemo_bench.aggregate import GROUPS, bootstrap_interval
 from nemo_bench.report.data import Cell, MetricInfo, Results, load_calibration, network_order, short_layers
 from nemo_bench.report.svg import INK, Look, looks, nth_look, style, svg
 from nemo_bench.types import GENERAL
 
-MEMORIZED = ("VM", "TM")
+MEMORIZED = tuple(group for group in GROUPS if group not in (GENERAL, "all"))
 """Groups of prompts whose training images are known."""
 
 _DOTS = 40
@@ -84,17 +84,6 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
         if not found or points[i][1] < points[found[-1]][1] or points[i] == points[found[-1]]:
             found.append(i)
     return found
-
-
-def roc(memorized: Sequence[float], other: Sequence[float]) -> tuple[list[float], list[float]]:
-    """The receiver operating characteristic of scores, larger for memorized prompts.
-
-    Returns:
-        False and true positive rates from (0, 0) to (1, 1), one point for each distinct score.
-    """
-    scores = np.unique([*memorized, *other])[::-1]
-    rates = [[0.0, *(np.asarray(side)[:, None] >= scores).mean(0).tolist()] for side in (other, memorized)]
-    return rates[0], rates[1]
 
 
 def _title(results: Results, words: str, model: str) -> str:
@@ -185,8 +174,8 @@ def _tradeoff(
     )
     listed = ", ".join(cells[i].short for i in best)
     caption = (
-        f"Filled marks and the dashed line are the Pareto front: {listed}. Memorization is the mean over VM and TM "
-        "prompts; lines are 95% bootstrap intervals."
+        f"Filled marks and the dashed line are the Pareto front: {listed}. Means are over memorized prompts; "
+        "lines are 95% bootstrap intervals."
     )
     return Plot("tradeoffs", name, title, caption, svg(figure, name, f"{title}. Pareto front: {listed}"))
 
@@ -347,25 +336,23 @@ def _layers(results: Results, model: str) -> Plot | None:
 
 
 def _roc(results: Results, model: str) -> Plot | None:
-    """Detectors whose scores are in the records, without mitigation; of every cell where that was not run."""
+    """Detectors without mitigation; of every cell where that was not run."""
     cells = [cell for cell in results.cells if cell.model == model and cell.detection]
     cells = [cell for cell in cells if cell.method == "none"] or cells
+    found = [(cell, detector) for cell in cells for detector in cell.detection.values() if detector.curve]
+    if not found:
+        return None
     figure = Figure(figsize=(5.0, 4.6), layout="constrained")
     axes = figure.add_subplot()
     axes.grid()
     axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, alpha=0.4, linestyle=":")
     axes.axvline(0.01, color=INK, linewidth=0.8, alpha=0.4, linestyle="--")
-    curves = 0
-    for cell, key, found in [(c, *item) for c in cells for item in c.detection.items()]:
-        memorized = list(cell.prompt_means(key, MEMORIZED).values())
-        other = list(cell.prompt_means(key, [GENERAL]).values())
-        if memorized and other:
-            look = nth_look(curves)
-            words = f"{found.title}{f', {cell.short}' if len(cells) > 1 else ''}: AUC {found.auc:.3f}"
-            axes.plot(*roc(memorized, other), color=look.color, marker=look.marker, markevery=0.2, ms=5, label=words)
-            curves += 1
-    if not curves:
-        return None
+    for number, (cell, detector) in enumerate(found):
+        look = nth_look(number)
+        words = f"{detector.title}{f', {cell.short}' if len(cells) > 1 else ''}: AUC {detector.auc:.3f}"
+        axes.plot(
+            *zip(*detector.curve, strict=True), color=look.color, marker=look.marker, markevery=0.2, ms=5, label=words
+        )
     axes.set_xlabel("False positive rate (dashed: 1%)")
     axes.set_ylabel("True positive rate")
     axes.set_aspect("equal")

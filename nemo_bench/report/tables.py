@@ -8,13 +8,13 @@ import json
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
 from typing import TypeVar
 
+import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from nemo_bench.aggregate import GROUPS
+from nemo_bench.aggregate import paired
 from nemo_bench.report.data import Aggregate, Cell, MetricInfo, Results
 
 SIGNIFICANCE = (
@@ -22,6 +22,12 @@ SIGNIFICANCE = (
     "Holm-corrected over the rows of a table; * p < 0.05, ** p < 0.01, *** p < 0.001."
 )
 """What the stars at a mean say."""
+BEST = (
+    "{clear}: best mean among at least two methods of one model, and different from the runner-up (two-sided paired "
+    "sign-flip test over prompts, p < 0.05, not corrected). {unclear}: best mean, but not shown to differ from the "
+    "runner-up: the difference is too small, the prompts are too few, or single prompts have no value."
+)
+"""What it says that a value is best."""
 
 _LEVELS = (0.05, 0.01, 0.001)
 _NUMBERS = ("mean", "low", "high", "median", "mad", "prompts")
@@ -44,15 +50,20 @@ class Row:
         cell: The cell.
         group: ``"VM"``, ``"TM"``, ``"general"`` or ``"all"``.
         values: Aggregates by metric; a metric without meaning for the group is absent.
-        best: Metrics in which the cell is best among the cells of the same model, prompts and group.
+        best: Metrics in which the cell has the best mean among the cells of the same model, prompts and group, with p
+            of the paired test against the runner-up: 1 where there is nothing to pair.
         corrected: p of the paired test against no mitigation by metric, corrected by Holm over the rows of its group.
     """
 
     cell: Cell
     group: str
     values: Mapping[str, Aggregate]
-    best: frozenset[str]
+    best: Mapping[str, float]
     corrected: Mapping[str, float]
+
+    def is_clear(self, metric: str) -> bool:
+        """Whether the cell is the best in a metric, and differs from the runner-up; see :data:`BEST`."""
+        return self.best.get(metric, 1.0) < _LEVELS[0]
 
     def stars(self, metric: str) -> str:
         """One star for each level in :data:`SIGNIFICANCE` that the corrected p of a metric is below."""
@@ -71,7 +82,7 @@ def leaderboard(results: Results) -> list[Row]:
             for name, p in holm({n: v.paired.p for n, v in values.items() if v and v.paired}).items():
                 corrected[name][key] = p
         rows += [
-            Row(cell, group, cell.aggregates[group], frozenset(_best(results, cell, group)), corrected[cell.name])
+            Row(cell, group, cell.aggregates[group], _best(results, cell, group), corrected[cell.name])
             for cell in cells
         ]
     return rows
@@ -92,62 +103,67 @@ def holm(ps: Mapping[_K, float]) -> dict[_K, float]:
     return found
 
 
-def decimals(results: Results, metric: str) -> int:
-    """Decimal places that suit a metric in this run: three for values below two, else one."""
-    found = [scores[metric] for cell in results.cells for scores in cell.aggregates.values() if metric in scores]
-    return 3 if max((abs(value.mean) for value in found), default=0.0) < 2 else 1
+def number(results: Results, metric: str, value: float, sign: str = "") -> str:
+    """A value of a metric, or a difference of two, as it is shown: counts without needless decimals."""
+    text = f"{value:{sign}.{results.places.get(metric, 3)}f}"
+    return text.removesuffix(".0") if metric in results.counted else text
 
 
-def markdown(results: Results) -> str:
+def markdown(results: Results, rows: Sequence[Row]) -> str:
     """The leaderboard as a Markdown document, one table per group."""
-    rows = leaderboard(results)
     titles = [f"{info.title} {info.arrow}".strip() for info in results.metrics.values()]
     parts = [f"# {results.name}\n"]
-    for group in results.groups:
+    for group in results.own_groups:
         lines = [["Method", *titles], ["---", *["---:"] * len(titles)]]
         for row in (row for row in rows if row.group == group):
-            lines.append([row.cell.label, *(_markdown(row, key, decimals(results, key)) for key in results.metrics)])
+            lines.append([row.cell.label, *(_markdown(results, row, key) for key in results.metrics)])
         table = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
-        parts.append(f"## {group} ({GROUPS[group]})\n\n{table}")
+        parts.append(f"## {results.heading(group)} ({results.meaning(group)})\n\n{table}")
     parts.append(f"{_legend(rows)}\n".replace("*", r"\*"))
     if results.unfinished:
         parts.append("Not finished:\n\n" + "".join(f"- {name}: {why}\n" for name, why in results.unfinished.items()))
     return "\n".join(parts)
 
 
-def _markdown(row: Row, key: str, places: int) -> str:
+def _markdown(results: Results, row: Row, key: str) -> str:
     value = row.values.get(key)
     if not value:
         return "–"
-    mean = f"**{value.mean:.{places}f}**" if key in row.best else f"{value.mean:.{places}f}"
-    interval = "" if value.low is None else f" [{value.low:.{places}f}, {value.high:.{places}f}]"
+    mean = number(results, key, value.mean)
+    if key in row.best:
+        mean = f"**{mean}**" if row.is_clear(key) else f"*{mean}*"
+    low, high = ends(results, row, key)
+    few = fewer(row, value)
+    interval = f" [{low}, {high}]{few and f', {few}'}" if low else ""
     return mean + r"\*" * len(row.stars(key)) + interval
 
 
-def latex(results: Results) -> str:
-    r"""The leaderboard as LaTeX, one ``table`` per group (and family, of many metrics); needs booktabs."""
-    rows = leaderboard(results)
-    blocks = {"": list(results.metrics)}
-    if len(results.metrics) > _COLUMNS:
-        families = dict.fromkeys(info.family for info in results.metrics.values())
-        blocks = {family: [k for k, info in results.metrics.items() if info.family == family] for family in families}
-    parts = ["% Needs \\usepackage{booktabs}. Subscripts are 95% bootstrap intervals over prompts.\n"]
-    for group, (family, keys) in product(results.groups, blocks.items()):
-        lines = [
-            ["Method", *(tex(f"{results.metrics[key].title} {results.metrics[key].arrow}".strip()) for key in keys)]
-        ]
-        for row in (row for row in rows if row.group == group and any(key in row.values for key in keys)):
-            lines.append([tex(row.cell.label), *(_latex(row, key, decimals(results, key)) for key in keys)])
-        if len(lines) > 1:
-            head, *body = (f"    {' & '.join(line)} \\\\\n" for line in lines)
-            name = f"{results.name}, {group} ({GROUPS[group]}){f', {family}' if family else ''}"
-            parts.append(
-                "\\begin{table}\n  \\centering\n"
-                f"  \\caption{{{tex(f'{name}. {_legend(rows)}')}}}\n"
-                f"  \\label{{tab:{re.sub('[^0-9A-Za-z]+', '-', f'{results.name}-{group}-{family}').strip('-')}}}\n"
-                f"  \\begin{{tabular}}{{l{'r' * len(keys)}}}\n    \\toprule\n{head}    \\midrule\n{''.join(body)}"
-                "    \\bottomrule\n  \\end{tabular}\n\\end{table}\n"
-            )
+def latex(results: Results, rows: Sequence[Row]) -> str:
+    r"""The leaderboard as LaTeX, one ``table`` per group; needs booktabs and graphicx.
+
+    Rows are in the order of the run and columns in that of :attr:`Results.metrics`, as on the page. A table wider than
+    the line is made smaller: delete the columns that a paper does without.
+    """
+    listed = ", ".join(info.title for info in results.metrics.values())
+    parts = [
+        "% Needs \\usepackage{booktabs,graphicx}. One table a group; rows in the order of the run.\n"
+        f"% Columns: {' '.join(listed.split())}.\n"
+    ]
+    titles = [tex(f"{info.title} {info.arrow}".strip()) for info in results.metrics.values()]
+    for group in results.own_groups:
+        lines = [["Method", *titles]]
+        for row in (row for row in rows if row.group == group):
+            lines.append([tex(row.cell.label), *(_latex(results, row, key) for key in results.metrics)])
+        head, *body = (f"    {' & '.join(line)} \\\\\n" for line in lines)
+        name = f"{results.name}, {results.heading(group)} ({results.meaning(group)})"
+        parts.append(
+            "\\begin{table}\n  \\centering\n"
+            f"  \\caption{{{tex(f'{name}. {_legend(rows)}')}}}\n"
+            f"  \\label{{tab:{re.sub('[^0-9A-Za-z]+', '-', f'{results.name}-{group}').strip('-')}}}\n"
+            "  \\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
+            f"  \\begin{{tabular}}{{l{'r' * len(titles)}}}\n    \\toprule\n{head}    \\midrule\n{''.join(body)}"
+            "    \\bottomrule\n  \\end{tabular}}\n\\end{table}\n"
+        )
     return "\n".join(parts)
 
 
@@ -156,28 +172,47 @@ def tex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
 
 
-def _latex(row: Row, key: str, places: int) -> str:
+def _latex(results: Results, row: Row, key: str) -> str:
     value = row.values.get(key)
     if not value:
         return "--"
-    mean = rf"\mathbf{{{value.mean:.{places}f}}}" if key in row.best else f"{value.mean:.{places}f}"
+    mean = number(results, key, value.mean)
+    if key in row.best:
+        mean = rf"\mathbf{{{mean}}}" if row.is_clear(key) else rf"\mathit{{{mean}}}"
     stars = f"^{{{row.stars(key)}}}" if row.stars(key) else ""
-    interval = "" if value.low is None else rf"_{{[{value.low:.{places}f},\,{value.high:.{places}f}]}}"
+    low, high = ends(results, row, key)
+    few = fewer(row, value).replace(" ", "~")
+    few = rf",\,\mathrm{{{few}}}" if few else ""
+    interval = rf"_{{[{low},\,{high}]{few}}}" if low else ""
     return f"${mean}{stars}{interval}$"
 
 
+def ends(results: Results, row: Row, metric: str) -> tuple[str, str]:
+    """Ends of the interval of a mean as they are shown, empty where it has none."""
+    value = row.values[metric]
+    if value.low is None or value.high is None:
+        return "", ""
+    return number(results, metric, value.low), number(results, metric, value.high)
+
+
+def fewer(row: Row, value: Aggregate) -> str:
+    """The number of prompts with a value where it is not that of the row, such as ``3 prompts``."""
+    return "" if value.prompts == row.cell.count(row.group) else f"{value.prompts} prompt{'s' * (value.prompts != 1)}"
+
+
 def _legend(rows: Sequence[Row]) -> str:
-    legend = (
-        "Mean over prompts with its 95% bootstrap interval. ↓ lower is better, ↑ higher is better; bold is best among "
-        "the methods of one model."
-    )
+    words = "Mean over prompts with its 95% bootstrap interval. ↓ lower is better, ↑ higher is better."
+    legend = f"{words} {BEST.format(clear='Bold', unclear='Italic')}" if any(row.best for row in rows) else words
     return f"{legend} {SIGNIFICANCE}" if any(row.corrected for row in rows) else legend
 
 
-def csv_text(results: Results) -> str:
-    """The leaderboard as CSV: one line per group and cell, every number in full, what is absent empty."""
+def csv_text(results: Results, rows: Sequence[Row]) -> str:
+    """The leaderboard as CSV: one line per group and cell, every number in full, what is absent empty.
+
+    ``prompts`` is the list of prompts, ``n_prompts`` how many of it are of the group.
+    """
     costs = list(dict.fromkeys(key for cell in results.cells for key in cell.cost))
-    counts = list(dict.fromkeys(key for cell in results.cells for key in cell.counts))
+    counts = [key for key in dict.fromkeys(k for cell in results.cells for k in cell.counts) if key != "prompts"]
     names = [
         f"{key}_{name}"
         for key in results.metrics
@@ -185,10 +220,12 @@ def csv_text(results: Results) -> str:
     ]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["cell", "label", "model", "method", "prompts", "group", *names, *costs, *counts])
-    for row in leaderboard(results):
+    about = ["cell", "label", "model", "method", "prompts", "group", "n_prompts"]
+    writer.writerow([*about, *names, *costs, *counts])
+    for row in rows:
         cell = row.cell
         values: list[object] = [cell.name, cell.label, cell.model, cell.method, cell.prompt_list, row.group]
+        values.append(cell.count(row.group))
         for key in results.metrics:
             value = row.values.get(key)
             values += [getattr(value, name, None) for name in _NUMBERS]
@@ -199,23 +236,25 @@ def csv_text(results: Results) -> str:
     return buffer.getvalue()
 
 
-def json_text(results: Results) -> str:
+def json_text(results: Results, rows: Sequence[Row]) -> str:
     """The leaderboard as JSON: metrics, rows with every number in full, and unfinished cells."""
-    rows = []
-    for row in leaderboard(results):
+    lines = []
+    for row in rows:
         cell = row.cell
         metrics = {key: asdict(value) for key, value in row.values.items()}
         for key, p in row.corrected.items():
             metrics[key]["paired"]["p_holm"] = p
-        rows.append({
+        lines.append({
             "cell": cell.name,
             "label": cell.label,
             "model": cell.model,
             "method": cell.method,
             "prompts": cell.prompt_list,
             "group": row.group,
+            "n_prompts": cell.count(row.group),
             "metrics": metrics,
-            "best": [key for key in results.metrics if key in row.best],
+            "best": list(row.best),
+            "best_p": dict(row.best),
             "cost": dict(cell.cost),
             "counts": dict(cell.counts),
         })  # fmt: skip
@@ -224,7 +263,7 @@ def json_text(results: Results) -> str:
         "schema": 1,
         "name": results.name,
         "metrics": metrics,
-        "rows": rows,
+        "rows": lines,
         "unfinished": dict(results.unfinished),
     }
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
@@ -236,7 +275,7 @@ def terminal_table(results: Results) -> Table:
     Of many metrics it shows the first of every family; the files hold all of them.
     """
     shown: Mapping[str, MetricInfo] = results.metrics
-    caption = "mean, 95% interval · bold: best of a model"
+    caption = "mean, 95% interval · green: best of a model; bold: different from the runner-up, paired p < 0.05"
     if len(shown) > _COLUMNS:
         shown = {key: results.metrics[key] for key in results.leading.values()}
         caption += f"\n{len(results.metrics) - len(shown)} more metrics in leaderboard.md"
@@ -245,35 +284,44 @@ def terminal_table(results: Results) -> Table:
     for key, info in shown.items():
         table.add_column(escape(f"{key.replace('_', ' ')} {info.arrow}".strip().replace(" ", "\n")), justify="right")
     rows = leaderboard(results)
-    for group in results.groups:
+    for group in results.own_groups:
         table.add_row()
-        table.add_row(f"[bold]{group}[/bold]")
+        table.add_row(f"[bold]{results.heading(group)}[/bold]")
         for row in (row for row in rows if row.group == group):
-            values = [_terminal(row, key, decimals(results, key)) for key in shown]
+            values = [_terminal(results, row, key) for key in shown]
             table.add_row(escape(row.cell.label), *values)
     for name, why in results.unfinished.items():
         table.add_row(f"[yellow]{escape(name)}: {why}[/yellow]")
     return table
 
 
-def _terminal(row: Row, key: str, places: int) -> str:
+def _terminal(results: Results, row: Row, key: str) -> str:
     value = row.values.get(key)
     if not value:
         return "[dim]–[/dim]"
-    mean = f"[bold green]{value.mean:.{places}f}[/bold green]" if key in row.best else f"{value.mean:.{places}f}"
-    if value.low is None or value.high is None:
-        return mean
-    ends = (f"{end:.{places}f}" for end in (value.low, value.high))
-    return f"{mean}\n[dim]{'–'.join(_ZERO.sub('.', end) for end in ends)}[/dim]"
+    mean = number(results, key, value.mean)
+    if key in row.best:
+        mean = f"[bold green]{mean}[/bold green]" if row.is_clear(key) else f"[green]{mean}[/green]"
+    low, high = ends(results, row, key)
+    return f"{mean}\n[dim]{_ZERO.sub('.', low)}–{_ZERO.sub('.', high)}[/dim]" if low else mean
 
 
-def _best(results: Results, cell: Cell, group: str) -> list[str]:
-    rivals = [c for c in results.cells if (c.model, c.prompt_list) == (cell.model, cell.prompt_list)]
-    found = []
+def _best(results: Results, cell: Cell, group: str) -> dict[str, float]:
+    """Metrics with the best mean, and p of the paired test against the runner-up."""
+    found = {}
+    rivals = [
+        other for other in results.cells
+        if other is not cell and (other.model, other.prompt_list) == (cell.model, cell.prompt_list)
+    ]  # fmt: skip
     for key, info in results.metrics.items():
-        means = [scores[key].mean for rival in rivals if key in (scores := rival.aggregates.get(group, {}))]
-        own = cell.aggregates[group].get(key)
-        if own and info.higher_is_better is not None and len(set(means)) > 1:
-            wanted = max(means) if info.higher_is_better else min(means)
-            found += [key] if own.mean == wanted else []
+        others = [other for other in rivals if key in other.aggregates.get(group, {})]
+        if key not in cell.aggregates[group] or info.higher_is_better is None or not others:
+            continue
+        sign = 1 if info.higher_is_better else -1
+        ahead = {o.name: sign * (cell.aggregates[group][key].mean - o.aggregates[group][key].mean) for o in others}
+        if min(ahead.values()) >= 0 < max(ahead.values()):
+            second = min(others, key=lambda other: ahead[other.name])
+            own, its = cell.prompt_means(key, [group]), second.prompt_means(key, [group])
+            differences = [own[prompt] - its[prompt] for prompt in own if prompt in its]
+            found[key] = float(paired(np.array(differences))["p"]) if differences else 1.0
     return found

@@ -10,12 +10,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from nemo_bench.report import load_results
 from nemo_bench.report.data import Cell, short_layers
-from nemo_bench.store import read_json, read_records
+from nemo_bench.store import read_json, read_records, thumbnail
 from nemo_bench.types import Prompt, digest
 
 PICTURES = ("training image", "unmitigated", "mitigated", "noise differences")
@@ -33,7 +32,7 @@ class Entry:
         group: Name of the run.
         token: What tells the run from others of that name.
         metrics: Content of ``metrics.json``.
-        unmitigated: The cell without mitigation of the same model and prompts, or None.
+        unmitigated: The cell of the same images without mitigation, or None.
     """
 
     cell: Cell
@@ -90,7 +89,7 @@ class Entry:
         return fmean(values) if values else None
 
     def pictures(self, prompt: Prompt) -> dict[str, Image.Image]:
-        """Thumbnails of a prompt by :data:`PICTURES`: the first reference and the first seed, as far as there are any.
+        """Small pictures of a prompt by :data:`PICTURES`: the first reference and the first seed, where there are any.
 
         Noise differences are a strip over seeds.
         """
@@ -102,7 +101,8 @@ class Entry:
             outcome.images[0].path if outcome.images else None,
             outcome.noise,
         )
-        return {name: _thumbnail(file) for name, file in zip(PICTURES, files, strict=True) if file and file.is_file()}
+        found = {name: thumbnail(file, _BOX) for name, file in zip(PICTURES, files, strict=True) if file}
+        return {name: picture[0] for name, picture in found.items() if picture}
 
     def neurons_by_layer(self) -> list[tuple[str, int, float]]:
         """Short name, width and mean number of neurons a prompt of every value layer, in network order."""
@@ -113,13 +113,10 @@ class Entry:
             for layer in self.cell.layers
         ]
 
-    def detector_curves(self) -> Iterator[tuple[str, list[tuple[float, float]]]]:
-        """Name and ROC curve of every detector of which the prompts have scores."""
-        for name in self.metrics.get("detection", {}):
-            scores = [(bool(p.kind), self.value(p, name)) for p in self.cell.prompts]
-            memorized, others = ([v for kind, v in scores if kind == side and v is not None] for side in (True, False))
-            if memorized and others:
-                yield name, roc(memorized, others)
+    @property
+    def detector_curves(self) -> dict[str, Sequence[Sequence[float]]]:
+        """Points of the ROC curve of every detector that has them written down."""
+        return {name: found.curve for name, found in self.cell.detection.items() if found.curve}
 
 
 def load_entries(folder: Path) -> tuple[list[Entry], Mapping[str, str]]:
@@ -137,34 +134,15 @@ def load_entries(folder: Path) -> tuple[list[Entry], Mapping[str, str]]:
     results = load_results(folder)
     token = read_json(folder / "run.json").get("token", "")
 
-    def unmitigated(cell: Cell) -> Cell | None:
-        same = (c for c in results.cells if all(c.settings[k] == cell.settings[k] for k in ("model", "prompts")))
-        return next((c for c in same if c.method == "none"), None)
-
+    by_name = {cell.name: cell for cell in results.cells}
     entries = [
         Entry(
             cell, folder / cell.name, results.name, token, read_json(folder / cell.name / "metrics.json"),
-            unmitigated(cell),
+            by_name.get(cell.unmitigated or ""),
         )
         for cell in results.cells
     ]  # fmt: skip
     return entries, results.unfinished
-
-
-def roc(memorized: Sequence[float], others: Sequence[float]) -> list[tuple[float, float]]:
-    """Points of a receiver operating characteristic, larger scores meaning memorized.
-
-    Args:
-        memorized: Scores of memorized prompts, at least one.
-        others: Scores of other prompts, at least one.
-
-    Returns:
-        False and true positive rate, from (0, 0) to (1, 1), one point a threshold.
-    """
-    positive, negative = np.asarray(memorized), np.asarray(others)
-    thresholds = np.unique([*positive, *negative])[::-1]
-    points = [(float((negative >= t).mean()), float((positive >= t).mean())) for t in thresholds]
-    return [(0.0, 0.0), *points]
 
 
 def _numbers(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -173,10 +151,3 @@ def _numbers(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, f
             yield from _numbers(value, f"{prefix}{key}/")
         elif isinstance(value, int | float) and math.isfinite(value):
             yield f"{prefix}{key}", value
-
-
-def _thumbnail(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        small = image.convert("RGB")
-    small.thumbnail(_BOX)
-    return small

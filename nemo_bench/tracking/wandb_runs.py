@@ -160,7 +160,7 @@ def _charts(entry: Entry) -> dict[str, Any]:
 
 def _curves(entry: Entry) -> dict[str, Any]:
     charts = {}
-    for name, points in entry.detector_curves():
+    for name, points in entry.detector_curves.items():
         table = wandb.Table(columns=["class", "fpr", "tpr"], data=[[entry.cell.title, x, y] for x, y in points])
         title = f"ROC: {entry.metrics['detection'][name].get('title', name)}"
         axes = {"x-axis-title": "False positive rate", "y-axis-title": "True positive rate"}

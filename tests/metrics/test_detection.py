@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,6 +18,10 @@ def points(memorized: list[float], other: list[float]) -> list[tuple[float, floa
     """The ROC curve: the shares of other and of memorized prompts at or above every threshold, the highest first."""
     limits = [np.inf, *sorted({*memorized, *other}, reverse=True)]
     return [(float(np.mean(np.array(other) >= t)), float(np.mean(np.array(memorized) >= t))) for t in limits]
+
+
+def area(curve: list[list[float]]) -> float:
+    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(curve))
 
 
 @given(SCORES, SCORES)
@@ -37,6 +43,26 @@ def test_all_numbers_are_those_of_their_definitions(memorized: list[float], othe
     assert found["average_precision"] == pytest.approx(total, abs=1e-6)
     assert 0 < precision < 1
     assert (found["memorized"], found["other"]) == (len(memorized), len(other))
+
+
+@given(SCORES, SCORES)
+def test_the_curve_keeps_the_area_and_nothing_but_corners(memorized: list[float], other: list[float]) -> None:
+    found = detection(memorized, other)
+    curve = found["curve"]
+    assert (curve[0], curve[-1]) == ([0, 0], [1, 1])
+    assert {(f, t) for f, t in curve} <= {(round(f, 6), round(t, 6)) for f, t in points(memorized, other)}
+    assert area(curve) == pytest.approx(found["auc"], abs=1e-5)
+    for a, b, c in zip(curve, curve[1:], curve[2:], strict=False):
+        assert not a[0] == b[0] == c[0]
+        assert not a[1] == b[1] == c[1]
+
+
+def test_a_long_curve_is_thinned() -> None:
+    numbers = np.random.default_rng(0)
+    found = detection(numbers.normal(1, 1, 2000).tolist(), numbers.normal(0, 1, 2000).tolist())
+    curve = found["curve"]
+    assert (curve[0], curve[-1], len(curve)) == ([0, 0], [1, 1], 200)
+    assert area(curve) == pytest.approx(found["auc"], abs=2e-3)
 
 
 def test_the_two_definitions_of_the_true_positive_rate_differ() -> None:

@@ -185,6 +185,7 @@ def _write_cell(
     }]})  # fmt: skip
     _dump(cell / "metrics.json", {
         "schema": 1, "metrics": METRICS,
+        "unmitigated": next((path.name for path in folder.glob(f"{model}__none__*") if path != cell), None),
         "aggregates": _aggregates(folder, model, scores, rng),
         "presets": {"nemo": {
             "title": "NeMo", "definition": "Median over images, then median ± MAD over prompts.",
@@ -239,7 +240,7 @@ def _detection(lines: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return {"detection": {DETECTOR: {
         "title": "Noise similarity", "auc": auc, "auc_low": max(0.0, auc - 0.1), "auc_high": min(1.0, auc + 0.1),
         "average_precision": 0.91, "tpr_at_1_fpr_below": 0.5, "tpr_at_1_fpr_nearest": 0.75, "best_accuracy": 0.88,
-        "memorized": len(memorized), "other": len(other),
+        "memorized": len(memorized), "other": len(other), "curve": [[0.0, 0.0], [0.0, 0.5], [0.5, 1.0], [1.0, 1.0]],
     }}}  # fmt: skip
 
 
@@ -264,7 +265,7 @@ def _neurons(rng: np.random.Generator, kind: str | None, method: str) -> dict[st
 
 def _references(folder: Path, prompt: str, kind: str | None, place: int) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{prompt}{suffix}.png" for suffix in {"VM": ("",), "TM": ("a", "b", "c"), None: ()}[kind]]
+    paths = [folder / f"{prompt}{suffix}.png" for suffix in {"TM": ("a", "b", "c"), None: ()}.get(kind, ("",))]
     for variant, path in enumerate(paths):
         _save(_scene(place, variant if kind == "TM" else 0), path)
     return paths

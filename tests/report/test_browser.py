@@ -259,6 +259,34 @@ def test_no_width_makes_the_page_scroll_sideways(browser: Browser, run: Path, wi
     page.close()
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_wide_table_scrolls_in_one_place_under_its_first_column(browser: Browser, run: Path, width: int) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    page.goto((run / "report.html").as_uri())
+    page.locator("#prompts").scroll_into_view_if_needed()
+    page.locator(".strips").first.wait_for()
+    scrolling = """[...document.querySelectorAll("body *")].filter(e => {
+        const style = getComputedStyle(e), has = way => /auto|scroll/.test(style["overflow" + way]);
+        return has("X") && e.scrollWidth > e.clientWidth || has("Y") && e.scrollHeight > e.clientHeight;
+    }).map(e => e.tagName + "." + e.className)"""
+    assert set(page.evaluate(scrolling)) <= {"DIV.scroll", "NAV."}
+    assert page.evaluate("document.querySelectorAll('.scroll .scroll').length") == 0
+    page.set_viewport_size({"width": 390, "height": 800})
+    for table in ("#board", "#presets table"):
+        first = page.locator(f"{table} tbody tr:not([hidden]) th").first
+        before = first.bounding_box()
+        page.locator(f".scroll:has(> {table.split()[-1]})").first.evaluate("e => { e.scrollLeft = 60; }")
+        assert first.bounding_box() == before
+    page.close()
+
+
+def test_all_prompts_together_are_shown_on_demand_with_what_they_mix(reader: Reader) -> None:
+    meaning = reader.page.locator("#group-meaning")
+    assert meaning.inner_text() == "VM, 2 prompts: verbatim"
+    reader.page.locator("#leaderboard").get_by_role("radio", name="all", exact=True).check(force=True)
+    assert meaning.inner_text() == "all, 6 prompts: VM, TM and general mixed"
+
+
 def test_dark_and_light_differ_in_colour_only(browser: Browser, run: Path) -> None:
     seen: list[Any] = []
     for scheme in ("light", "dark"):
@@ -285,7 +313,8 @@ def test_paper_gets_every_group_and_the_strips_of_what_is_shown(reader: Reader, 
     reader.page.get_by_placeholder("Search prompts").fill("lighthouse")
     reader.page.emulate_media(media="print")
     reader.page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert len(reader.rows()) == 2 * len(METHODS) * 4
+    assert len(reader.rows()) == 2 * len(METHODS) * 3
+    assert {group for group, _, _ in reader.rows()} == {"VM", "TM", "general"}
     assert reader.page.locator(".card:visible .strips").count() == 1
     assert not reader.page.locator("nav").is_visible()
     reader.page.evaluate("dispatchEvent(new Event('afterprint'))")
@@ -311,7 +340,7 @@ def test_many_columns_show_the_leading_ones_first(browser: Browser, tmp_path: Pa
     assert sorted(head.evaluate_all(keys)) == sorted(main)
     reader.page.get_by_role("radio", name="memorization").check(force=True)
     assert head.evaluate_all(keys) == ["method", "group", "ssim", "ssim_nearest", *extra]
-    assert reader.page.locator("#board tbody tr:not([hidden])").first.locator("td:visible").count() == 7
+    assert reader.page.locator("#board tbody tr:not([hidden])").first.locator("td:visible").count() == 6
     reader.page.close()
 
 

@@ -95,6 +95,7 @@ def test_numbers_of_the_contract_are_read(run: Path) -> None:
         content = json.loads((run / cell.name / "metrics.json").read_text())
         assert cell.counts == content["counts"]
         assert asdict(cell.detection[DETECTOR]) == content["detection"][DETECTOR]
+        assert cell.unmitigated == content["unmitigated"]
         assert asdict(cell.presets["nemo"]) == content["presets"]["nemo"]
         for group, row in content["aggregates"].items():
             for key, value in row.items():

@@ -12,7 +12,6 @@ import shutil
 import xml.etree.ElementTree as ET
 from collections import Counter
 from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
@@ -25,10 +24,13 @@ from PIL import Image
 from rich.console import Console
 
 from fake_results import DETECTOR, METHODS, METRICS, PROMPTS, SEEDS, write_fake_calibration, write_fake_results
+from nemo_bench.aggregate import paired
 from nemo_bench.errors import StoreError
 from nemo_bench.report import Row, html, leaderboard, load_results, terminal_table, write_report
-from nemo_bench.report.plots import front, plots, roc
+from nemo_bench.report.plots import front, plots
 from nemo_bench.report.tables import holm, latex, markdown, tex
+from nemo_bench.report.thumbnails import Thumbnails
+from nemo_bench.store import thumbnail
 
 ATTACK = '<script>alert(1)</script> & "quotes" {{ 7 * 7 }}'
 
@@ -79,6 +81,8 @@ def test_leaderboards_hold_the_numbers_of_the_cells(run: Path, page: str) -> Non
             row, line = rows[cell, group], wide[cell, group]
             assert row["cost"] == metrics["cost"]
             assert row["counts"] == metrics["counts"]
+            own = [p for p, _, kind in PROMPTS if group in ("all", kind or "general")]
+            assert row["n_prompts"] == int(line["n_prompts"]) == len(own)
             assert list(row["metrics"]) == list(scores)
             for metric in METRICS:
                 value = scores.get(metric, {})
@@ -93,6 +97,11 @@ def test_leaderboards_hold_the_numbers_of_the_cells(run: Path, page: str) -> Non
                 assert ("paired" in value) == bool(corrected)
                 if corrected:
                     assert float(corrected) == row["metrics"][metric]["paired"]["p_holm"] >= value["paired"]["p"]
+
+
+def test_no_two_columns_of_the_csv_share_a_name(run: Path, page: str) -> None:
+    names = next(csv.reader((run / "leaderboard.csv").open()))
+    assert len(set(names)) == len(names)
 
 
 def test_the_page_shows_the_numbers_of_the_cells(run: Path, page: str) -> None:
@@ -119,17 +128,79 @@ def test_best_is_marked_within_a_model_and_only_where_a_direction_exists(run: Pa
             assert marked == ([wanted(means)] if wanted else [])
 
 
+def test_best_is_clear_only_where_prompts_tell_it_from_the_runner_up(tmp_path: Path) -> None:
+    few = load_results(write_fake_results(tmp_path / "few"))
+    # Two prompts have four patterns of signs: no p below a half.
+    assert min(p for row in leaderboard(few) if row.group == "VM" for p in row.best.values()) >= 0.5
+    assert not any(row.is_clear(key) for row in leaderboard(few) for key in METRICS)
+    prompts = [(f"vm-{i:02d}", f"prompt {i}", "VM") for i in range(12)]
+    many = load_results(write_fake_results(tmp_path / "many", prompts=prompts))
+    rows = {row.cell.method: row for row in leaderboard(many) if row.group == "VM"}
+    # NeMo copies nothing, and the other two copy alike: one is the best in alignment by chance.
+    assert rows["nemo"].is_clear("ssim")
+    for metric in ("ssim", "diversity"):
+        row, second, _ = sorted(rows.values(), key=lambda row: row.values[metric].mean * (-1) ** (metric != "ssim"))
+        own, its = (np.array(list(r.cell.prompt_means(metric, ["VM"]).values())) for r in (row, second))
+        assert row.best[metric] == paired(own - its)["p"]
+    assert not any(row.is_clear("fid") for row in rows.values())
+    page = Tags(html.page(many, leaderboard(many)))
+    marks = {cell["data-key"]: cell["class"] for cell in page.all("td") if cell.get("class") in ("best", "unclear")}
+    assert (marks["ssim"], marks["fid"]) == ("best", "unclear")
+    text = markdown(many, leaderboard(many))
+    assert f"| **{rows['nemo'].values['ssim'].mean:.3f}**" in text
+    (best,) = (row for row in rows.values() if "fid" in row.best)
+    assert f"| *{best.values['fid'].mean:.1f}* |" in text
+
+
+def test_one_method_is_best_of_nothing(tmp_path: Path) -> None:
+    results = load_results(write_fake_results(tmp_path / "one", methods={"none": "No mitigation"}))
+    rows = leaderboard(results)
+    assert not any(row.best for row in rows)
+    assert "best" not in markdown(results, rows)
+    page = Tags(html.page(results, rows))
+    assert "“Best" not in page.text
+    assert not [cell for cell in page.all("td") if cell.get("class") in ("best", "unclear")]
+
+
+def test_counts_have_no_needless_decimals(tmp_path: Path) -> None:
+    results = load_results(write_fake_results(tmp_path / "default"))
+    rows = leaderboard(results)
+    assert results.counted == {"neurons"}
+    text = markdown(results, rows)
+    for row in rows:
+        if row.group != "all":
+            mean = row.values["neurons"].mean
+            shown = f"{mean:.0f}" if mean == int(mean) else f"{mean:.1f}"
+            assert re.search(rf"\| {shown}(\\\*)* \[", text)
+    assert "| 0 [0, 0] |" in text
+
+
+def test_a_value_of_fewer_prompts_than_its_group_says_so(tmp_path: Path) -> None:
+    run = write_fake_results(tmp_path / "default")
+    path = next(run.glob("*__nemo__*/metrics.json"))
+    content = json.loads(path.read_text())
+    content["aggregates"]["VM"]["ssim"]["prompts"] = 1
+    path.write_text(json.dumps(content))
+    results = load_results(run)
+    rows = leaderboard(results)
+    assert markdown(results, rows).count("], 1 prompt |") == 1
+    assert latex(results, rows).count(r"],\,\mathrm{1~prompt}}") == 1
+    assert Tags(html.page(results, rows)).text.count(", 1 prompt") == 1
+
+
 def test_markdown_has_a_table_for_each_group(run: Path) -> None:
     results = load_results(run)
-    text = markdown(results)
-    assert re.findall(r"^## (\w+)", text, re.MULTILINE) == ["VM", "TM", "general", "all"]
+    text = markdown(results, leaderboard(results))
+    assert re.findall(r"^## (.*)", text, re.MULTILINE) == [
+        "VM, 2 prompts (verbatim)", "TM, 2 prompts (template)", "general, 2 prompts (not memorized)"
+    ]  # fmt: skip
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert {len(re.split(r"(?<!\\)\|", line)) for line in lines} == {len(METRICS) + 3}
     value = results.cells[2].aggregates["VM"]["ssim"]
     (row,) = (row for row in leaderboard(results) if row.cell == results.cells[2] and row.group == "VM")
     stars = r"\*" * len(row.stars("ssim"))
     assert stars
-    assert f"**{value.mean:.3f}**{stars} [{value.low:.3f}, {value.high:.3f}]" in text
+    assert f"*{value.mean:.3f}*{stars} [{value.low:.3f}, {value.high:.3f}]" in text
     assert "| No mitigation · sd14 | – | – |" in text
 
 
@@ -138,7 +209,7 @@ def test_the_terminal_table_keeps_every_number_in_80_columns(tmp_path: Path) -> 
     buffer = io.StringIO()
     Console(file=buffer, width=80).print(terminal_table(results))
     text = buffer.getvalue()
-    for row in leaderboard(results):
+    for row in (row for row in leaderboard(results) if row.group != "all"):
         assert f"{row.cell.aggregates[row.group]['alignment'].mean:.3f}" in text
         assert f"{row.cell.aggregates[row.group]['fid'].mean:.1f}" in text
     assert "2 more metrics in leaderboard.md" in text
@@ -223,13 +294,41 @@ def test_a_large_image_is_made_smaller_and_a_tiny_one_kept_as_it_is(tmp_path: Pa
     Image.effect_noise((512, 256), 40).save(tmp_path / "large.png")
     tiny = Image.effect_noise((32, 32), 40).convert("RGB")
     tiny.save(tmp_path / "tiny.png")
-    large, kept = (html.thumbnail(tmp_path / f"{name}.png", (96, 96)) for name in ("large", "tiny"))
+    make = Thumbnails(tmp_path)
+    large, kept = (make(tmp_path / f"{name}.png", (96, 96)) for name in ("large", "tiny"))
     assert large
     assert (large.width, large.height, large.tiny) == (96, 48, False)
     assert kept
     assert kept.tiny
     back = Image.open(io.BytesIO(base64.b64decode(kept.uri.partition(",")[2])))
     assert back.convert("RGB").tobytes() == tiny.tobytes()
+
+
+def test_thumbnails_are_made_once_for_the_same_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_fake_results(tmp_path / "default")
+    before = write_report(run).html.read_bytes()
+    made: list[Path] = []
+    monkeypatch.setattr(
+        "nemo_bench.report.thumbnails.thumbnail", lambda path, box: made.append(path) or thumbnail(path, box)
+    )
+    assert write_report(run).html.read_bytes() == before
+    assert made == []
+    image = next(run.glob("*__nemo__*/images/vm-01_01.png"))
+    Image.effect_noise((80, 80), 40).convert("RGB").save(image)
+    assert write_report(run).html.read_bytes() != before
+    assert made == [image]
+    moved = run.rename(tmp_path / "moved")
+    made.clear()
+    write_report(moved)
+    assert {path.parent.name for path in made} <= {"references"}
+
+
+def test_thumbnails_that_cannot_be_read_are_made_again(tmp_path: Path) -> None:
+    run = write_fake_results(tmp_path / "default")
+    before = write_report(run).html.read_bytes()
+    for path, text in zip(run.glob("*/thumbnails.json"), ("{", "[]", '{"a": [1]}'), strict=True):
+        path.write_text(text)
+    assert write_report(run).html.read_bytes() == before
 
 
 def test_an_image_that_is_gone_leaves_a_named_gap(tmp_path: Path) -> None:
@@ -249,11 +348,29 @@ def test_a_large_run_shows_fewer_and_smaller_images_and_says_so(
     results = load_results(write_fake_results(tmp_path / "default"))
     strips = len(PROMPTS) * len(METHODS)
     monkeypatch.setattr(html, "SIZES", (html.Size(strips - 1, 64, 8, 32), html.Size(strips, 40, 2, 16)))
-    page = html.page(results)
+    page = html.page(results, leaderboard(results))
     assert page.count("first 2 of 3 seeds") == len(PROMPTS)
     assert "NeMo, seed 1" in page
     assert "NeMo, seed 2" not in page
     assert {image["width"] for image in Tags(page).all("img")} == {"40", str(SEEDS * 16)}
+
+
+def test_the_command_is_one_that_can_be_typed(tmp_path: Path) -> None:
+    run = write_fake_results(tmp_path / "default")
+    starts = ("cli.py run a=1", "/home/me/nemo_bench/cli.py run a=1", "nemo-bench run a=1", "cli.py --of-mine")
+    for path in run.glob("*/env.json"):
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({"starts": [{**content["starts"][0], "command": command} for command in starts]}))
+    (cell, *_) = load_results(run).cells
+    assert [start["command"] for start in cell.starts] == ["nemo-bench run a=1"] * 3 + ["cli.py --of-mine"]
+
+
+def test_presets_without_sscd_say_that_they_are_not_those_of_the_paper(run: Path, page: str, tmp_path: Path) -> None:
+    assert "Not comparable with the paper" in page
+    other = write_fake_results(tmp_path / "default")
+    for path in other.glob("*/metrics.json"):
+        path.write_text(path.read_text().replace("SSIM to training image", "SSCD disc mixup to training image"))
+    assert "Not comparable with the paper" not in write_report(other).html.read_text()
 
 
 def test_the_page_says_how_to_reproduce(page: str) -> None:
@@ -295,6 +412,15 @@ def test_figures_follow_the_page_and_stand_alone(run: Path) -> None:
     assert f"Noise similarity: AUC {auc:.3f}" in next(figure.svg for figure in figures if figure.name == "roc-0")
 
 
+def test_prompts_memorized_in_an_unknown_way_are_in_the_figures(tmp_path: Path) -> None:
+    prompts = [(f"p-{i}", f"prompt {i}", "memorized" if i < 4 else None) for i in range(6)]
+    results = load_results(write_fake_results(tmp_path / "default", prompts=prompts))
+    assert results.own_groups == ["memorized", "general"]
+    figures = {figure.name: figure.svg for figure in plots(results)}
+    assert {"tradeoff-0-0", "distribution-ssim-0", "counts-0"} <= set(figures)
+    assert ">memorized</text>" in figures["distribution-ssim-0"]
+
+
 def test_the_caption_of_a_trade_off_names_the_methods_that_no_other_betters(run: Path) -> None:
     results = load_results(run)
     figures = plots(results)
@@ -322,18 +448,6 @@ def test_the_front_is_what_no_other_point_betters(points: list[tuple[int, int]])
     for i, (x, y) in enumerate(points):
         bettered = any(a <= x and b <= y and (a, b) != (x, y) for a, b in points)
         assert (i in found) == (not bettered)
-
-
-@given(
-    st.lists(st.integers(0, 6), min_size=1, max_size=12),
-    st.lists(st.integers(0, 6), min_size=1, max_size=12),
-)
-def test_the_area_under_a_roc_is_the_share_of_pairs_in_order(memorized: list[int], other: list[int]) -> None:
-    x, y = roc(memorized, other)
-    assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
-    area = sum((b - a) * (c + d) / 2 for (a, b), (c, d) in zip(pairwise(x), pairwise(y), strict=True))
-    share = fmean((a > b) + (a == b) / 2 for a in memorized for b in other)
-    assert area == pytest.approx(share)
 
 
 def test_holm_agrees_with_a_case_worked_out_by_hand() -> None:
@@ -365,11 +479,22 @@ def has_test(row: Row, metric: str) -> bool:
     return metric in row.values and row.values[metric].paired is not None
 
 
-def test_latex_has_a_table_for_each_group_with_the_best_in_bold(run: Path) -> None:
+def test_latex_has_a_table_for_each_group_with_the_best_marked(run: Path) -> None:
     results = load_results(run)
-    text = latex(results)
-    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == text.count(r"\toprule")
+    text = latex(results, leaderboard(results))
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == text.count(r"\toprule") == 3
+    assert re.findall(r"caption\{two, (\w+, 2 prompts)", text) == [
+        "VM, 2 prompts",
+        "TM, 2 prompts",
+        "general, 2 prompts",
+    ]
+    depth = 0
+    for brace in re.findall(r"(?<!\\)[{}]", text):
+        depth += 1 if brace == "{" else -1
+        assert depth >= 0
+    assert depth == 0
     bodies = re.findall(r"\\begin\{tabular\}\{(l(r+))\}(.*?)\\end\{tabular\}", text, re.DOTALL)
+    assert [len(columns) for columns, _, _ in bodies] == [1 + len(METRICS)] * 3
     for columns, _, body in bodies:
         lines = [line for line in body.splitlines() if line.endswith(r"\\")]
         assert len(lines) == 7
@@ -377,10 +502,10 @@ def test_latex_has_a_table_for_each_group_with_the_best_in_bold(run: Path) -> No
         for part in re.findall(r"\$[^$]*\$", body):
             MathTextParser("path").parse(part)
     value = results.cells[2].aggregates["VM"]["ssim"]
-    bold = rf"\mathbf{{{value.mean:.3f}}}^{{***}}_{{[{value.low:.3f},\,{value.high:.3f}]}}"
+    bold = rf"\mathit{{{value.mean:.3f}}}^{{***}}_{{[{value.low:.3f},\,{value.high:.3f}]}}"
     assert f"${bold}$" in text
     fid = results.cells[0].aggregates["VM"]["fid"].mean
-    assert re.search(rf"\$(\\mathbf{{)?{fid:.1f}}}?\$", text)
+    assert re.search(rf"\$(\\mathit{{)?{fid:.1f}}}?\$", text)
     labels = re.findall(r"\\label\{(.*?)\}", text)
     assert len(set(labels)) == len(labels) == len(bodies)
 
@@ -422,6 +547,7 @@ def test_a_run_of_an_earlier_version_still_has_its_report(tmp_path: Path) -> Non
                 value.pop("paired", None)
         content["metrics"].pop("fid")
         path.write_text(json.dumps({k: content[k] for k in ("schema", "metrics", "aggregates", "cost")}))
+    assert load_results(run).cells[1].unmitigated == load_results(run).cells[0].name
     results = load_results(run)
     assert [figure.name for figure in plots(results)][:2] == ["tradeoff-0-0", "tradeoff-1-0"]
     text = Tags(write_report(run).html.read_text()).text

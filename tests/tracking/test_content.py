@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from nemo_bench.config import LoggerSettings
 from nemo_bench.errors import StoreError
 from nemo_bench.store import read_json, write_json
 from nemo_bench.tracking import track
-from nemo_bench.tracking.content import Entry, load_entries, roc
-
-SCORES = st.lists(st.integers(-4, 4), min_size=1, max_size=12)
+from nemo_bench.tracking.content import Entry, load_entries
 
 
 def nemo_of(run: Path) -> Entry:
     (entry,) = (e for e in load_entries(run)[0] if e.cell.method == "nemo")
     return entry
-
-
-@given(SCORES, SCORES)
-def test_the_area_under_a_curve_is_the_share_of_pairs_in_order(memorized: list[int], others: list[int]) -> None:
-    points = roc(memorized, others)
-    x, y = zip(*points, strict=True)
-    assert (points[0], points[-1]) == ((0, 0), (1, 1))
-    assert all(np.diff(x) >= 0)
-    assert all(np.diff(y) >= 0)
-    pairs = [(m > o) + (m == o) / 2 for m in memorized for o in others]
-    area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(points))
-    assert area == pytest.approx(np.mean(pairs))
 
 
 def test_the_row_takes_every_number_of_the_contract(run: Path) -> None:

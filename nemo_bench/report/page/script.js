@@ -89,6 +89,7 @@
       if (field && document.activeElement !== field) field.value = state[name] ?? "";
     }
     board.dataset.detail = chosen("detail");
+    byId("group-meaning").hidden = false;
     byId("group-meaning").textContent = switches.group.find(input => input.value === chosen("group")).parentElement.title;
     all("tr[data-text]").forEach(showRow);
     showColumns();
@@ -160,7 +161,8 @@
 
   // Paper can't be filtered: it gets every group, unless one was chosen, and the prompts that are shown.
   addEventListener("beforeprint", () => {
-    if (!state.group) all("tr[data-group]").forEach(row => { row.hidden = !holds(row, words("method")); });
+    const own = switches.group.map(input => input.value).filter((name, _, names) => name !== "all" || names.length === 1);
+    if (!state.group) all("tr[data-group]").forEach(row => { row.hidden = !own.includes(row.dataset.group) || !holds(row, words("method")); });
     cards.filter(card => !card.hidden).forEach(fill);
     all("img").forEach(image => { image.loading = "eager"; });
   });
