@@ -20,7 +20,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from nemo_bench.errors import StoreError
-from nemo_bench.report.plots import roc
 from nemo_bench.report.svg import INK, PALETTE, nth_look, style, svg
 from nemo_bench.store import SCHEMA, read_json, read_records, write_json, write_text
 
@@ -214,7 +213,7 @@ def _roc_plot(group: Sequence[Detection], name: str, about: str) -> str:
         axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, alpha=0.4, linestyle=":")
         axes.axvline(0.01, color=INK, linewidth=0.8, alpha=0.4, linestyle="--")
         for number, detector in enumerate(drawn):
-            look, rates = nth_look(number), roc(detector.scores(memorized=True), detector.scores(memorized=False))
+            look, rates = nth_look(number), zip(*detector.measures["curve"], strict=True)
             words = f"{detector.label}: AUC {detector.measures['auc']:.3f}"
             axes.plot(*rates, color=look.color, marker=look.marker, markevery=0.2, ms=5, label=words, clip_on=False)
         axes.set_xlabel("False positive rate (dashed: 1%)")
