@@ -272,6 +272,9 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
     if not isinstance(method, Method):
         raise ConfigError(f"method._target_={settings.method['_target_']}: expected a nemo_bench.methods.Method")
     method.batch_size = settings.batch_size
+    source = source_of(model)
+    if source not in weights:
+        method.check(source.family.pipeline.__name__, model.guidance, model.dtype, compiled=model.compiled)
     check_metrics(settings)
     listed = settings.prompts
     prompts = _read(cache, listed.files, listed.limit, listed.references, listed.memorized)
@@ -285,7 +288,6 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
             "prompts.calibration to a prompt file, or give both model.statistics and the method's threshold"
         )
         raise ConfigError(msg)
-    source = source_of(model)
     commit = {"commit": source.commit} if source not in weights and source.commit else {}
     network = {
         "weights": weights.get(source) or source.digest(),

@@ -91,6 +91,7 @@ class AMG(Method):
   archivePrefix = {arXiv}
 }"""
     makes_passes = True
+    needs = frozenset({"guidance", "gradients"})
 
     def __init__(
         self,

@@ -6,16 +6,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
-from nemo_bench.diffusion import Conditioning, Diffusion
+from nemo_bench.diffusion import FAMILIES, Conditioning, Diffusion
+from nemo_bench.errors import ModelError
 from nemo_bench.localization import PAPER, SEEDS, Calibration, Protocol
 from nemo_bench.types import Localization, Neurons, Prompt
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+Need = Literal["guidance", "gradients", "open"]
+"""See :attr:`Method.needs`."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,9 @@ class Method(ABC):
         sourcing: What its authors were able to read of the source.
         needs_calibration: Whether :attr:`calibration` must be set before localizing.
         makes_passes: Whether it makes UNet passes of its own where it is prepared or applied.
+        families: Classes of pipelines that it is made for.
+        needs: What it needs of the model: ``"guidance"`` while generating, ``"gradients"``, or an ``"open"`` UNet, one
+            that is not compiled.
         threshold: A memorization threshold of its own, or None for the calibrated one.
         protocol: How it takes noise differences.
         source: Another method whose localization this one starts from, or None.
@@ -67,12 +75,39 @@ class Method(ABC):
     sourcing: ClassVar[str] = ""
     needs_calibration: ClassVar[bool] = False
     makes_passes: ClassVar[bool] = False
+    families: ClassVar[frozenset[str]] = frozenset(FAMILIES)
+    needs: ClassVar[frozenset[Need]] = frozenset()
     threshold: float | None = None
     protocol: Protocol = PAPER
     source: Method | None = None
     calibration: Calibration | None = None
     found: Mapping[str, Localization] = {}
     batch_size: int = 32
+
+    def check(self, family: str, guidance: float, dtype: str, *, compiled: bool = False) -> None:
+        """Looks whether a model suits, before its weights load.
+
+        Args:
+            family: Class of the pipeline.
+            guidance: Scale of guidance while generating.
+            dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+            compiled: Whether the UNet is compiled.
+
+        Raises:
+            ModelError: It does not.
+        """
+        if family not in self.families:
+            made_for = ", ".join(sorted(self.families))
+            raise ModelError(f"{self.title} is made for {made_for}, given a {family}; leave this method out for it")
+        if "guidance" in self.needs and guidance <= 1:
+            msg = f"{self.title} changes guidance, given model.guidance={guidance:g}"
+            raise ModelError(f"{msg}; give model.guidance above 1, or leave this method out")
+        if "gradients" in self.needs and dtype == "float16":
+            msg = f"{self.title} follows gradients, which vanish in float16"
+            raise ModelError(f"{msg}; set model.dtype to bfloat16 or float32, or leave this method out")
+        if compiled and self.needs & {"guidance", "open"}:
+            msg = f"{self.title} works inside of the UNet, which can't be reached once it is compiled"
+            raise ModelError(f"{msg}; set model.compiled=false, or leave this method out")
 
     def content(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
         """What settings refer to, such as the file behind a path; called before any weights load.

@@ -39,6 +39,8 @@ class BrightEndingOptimization(OptimizedEmbedding):
     touches = "encoded prompt"
     sourcing = "public code; paper second hand"
     citation = CHEN
+    families = frozenset({"StableDiffusionPipeline"})
+    needs = frozenset({"gradients", "open"})
 
     def __init__(self, target: float = 1.0, steps: int = 10, rate: float = 0.05) -> None:
         super().__init__(target, steps, rate, images=None)

@@ -45,6 +45,7 @@ class OptimizedEmbedding(Method):
     """
 
     makes_passes = True
+    needs = frozenset({"gradients"})
 
     def __init__(self, target: float, steps: int, rate: float, images: int | None) -> None:
         if not (target > -math.inf and steps >= 0 and 0 < rate < math.inf and (images is None or images >= 1)):

@@ -58,6 +58,7 @@ class AdjustedNoise(Method):
     sourcing = "paper and public code"
     citation = _CITATION
     makes_passes = True
+    needs = frozenset({"guidance"})
 
     def __init__(self, rounds: int = 2, radius: float = 50.0, rate: float = 0.7, timestep: float = 900.0) -> None:
         if not (rounds >= 0 and 0 <= radius < math.inf and 0 <= rate < math.inf and 0 <= timestep <= 1000):
@@ -111,6 +112,7 @@ class OptimizedNoise(Method):
     sourcing = "paper and public code"
     citation = _CITATION
     makes_passes = True
+    needs = frozenset({"gradients"})
 
     def __init__(self, target: float = 0.9, steps: int = 1000, rate: float = 0.01) -> None:
         if not (target >= 0 and steps >= 0 and 0 < rate < math.inf):

@@ -80,6 +80,7 @@ class PRSS(Method):
   archivePrefix = {arXiv}
 }"""
     makes_passes = True
+    needs = frozenset({"guidance"})
 
     def __init__(
         self,
@@ -104,6 +105,12 @@ class PRSS(Method):
             if bright_ending
             else EmbeddingOptimization(search_target, steps, rate, images=None)
         )
+
+    def check(self, family: str, guidance: float, dtype: str, *, compiled: bool = False) -> None:
+        """See :meth:`Method.check`."""
+        super().check(family, guidance, dtype, compiled=compiled)
+        if self.bright_ending or not self.file:
+            self._optimization.check(family, guidance, dtype, compiled=compiled)
 
     @cached_property
     def _paraphrases(self) -> Mapping[str, tuple[str, ...]]:

@@ -68,6 +68,7 @@ class SAIL(Method):
     sourcing = "paper and public code"
     citation = JEON
     makes_passes = True
+    needs = frozenset({"gradients"})
 
     def __init__(
         self,

@@ -48,6 +48,7 @@ class StaticTransition(Method):
     touches = "guidance"
     sourcing = "public code; paper second hand"
     citation = _CITATION
+    needs = frozenset({"guidance"})
 
     def __init__(self, timestep: int = 500, before: float = 0.0) -> None:
         if not (0 <= timestep <= 1000 and isfinite(before)):
@@ -85,6 +86,7 @@ class DynamicTransition(Method):
     touches = "guidance"
     sourcing = "public code; paper second hand"
     citation = _CITATION
+    needs = frozenset({"guidance"})
 
     def __init__(self, before: float = 0.0) -> None:
         if not isfinite(before):

@@ -10,7 +10,8 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from batches import batch_of, images_of, rows_of
-from nemo_bench import Diffusion, Prompt, resolve
+from nemo_bench import Diffusion, ModelError, Prompt, resolve
+from nemo_bench.config import grid
 from nemo_bench.diffusion import Similarity
 from nemo_bench.methods import (
     AMG,
@@ -31,6 +32,7 @@ from nemo_bench.methods import (
     StaticTransition,
     Wanda,
 )
+from nemo_bench.run import plan
 from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl
 
 METHODS: dict[str, Callable[[], Method]] = {
@@ -158,3 +160,40 @@ def test_rows_are_as_if_they_were_alone(model: Diffusion, name: str) -> None:
     for row in range(3):
         alone = images_of(model, prepared(model, name), rows_of(batch, [row]))
         torch.testing.assert_close(together[[row]], alone, rtol=0, atol=2e-2)
+
+
+SD, XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        (
+            StaticTransition(),
+            (SD, 1.0, "float32", False),
+            r"changes guidance, given model\.guidance=1; give .* above 1",
+        ),
+        (EmbeddingOptimization(), (SD, 7.0, "float16", False), r"vanish in float16; set model\.dtype to bfloat16"),
+        (AttentionRescaling(), (SD, 7.0, "float32", True), r"once it is compiled; set model\.compiled=false"),
+        (DynamicTransition(), (SD, 7.0, "float32", True), "once it is compiled"),
+        (
+            BrightEndingOptimization(),
+            (XL, 7.0, "float32", False),
+            f"made for {SD}, given a {XL}; leave this method out",
+        ),
+        (PRSS(bright_ending=True), (XL, 7.0, "float32", False), f"made for {SD}, given a {XL}"),
+        (PRSS(), (SD, 7.0, "float16", False), "vanish in float16"),
+    ],
+)
+def test_what_a_model_lacks_is_said(method: Method, given: tuple[str, float, str, bool], message: str) -> None:
+    family, guidance, dtype, compiled = given
+    with pytest.raises(ModelError, match=message):
+        method.check(family, guidance, dtype, compiled=compiled)
+    method.check(SD, 7.0, "float32")
+
+
+def test_a_run_says_it_before_weights_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nemo_bench.run.load_model", None)
+    for words in (["method=static_transition", "model.guidance=1"], ["method=sail", "model.dtype=float16"]):
+        with pytest.raises(ModelError, match="or leave this method out"):
+            plan(grid(words))
