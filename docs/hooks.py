@@ -127,6 +127,11 @@ def methods() -> str:
     return "\n\n".join(_card("method", entry) for entry in describe_options("method"))
 
 
+def detectors() -> str:
+    """A card of every detector."""
+    return "\n\n".join(_card("detector", entry) for entry in describe_options("detector"))
+
+
 def _card(group: str, entry: Mapping[str, str]) -> str:
     """What a method or detector is, in the words of its class, its file of settings and its source."""
     (choice,) = grid([f"{group}={entry['name']}", *(["method=none"] if group != "method" else [])])
