@@ -52,6 +52,8 @@ class Method(ABC):
         sourcing: What its authors were able to read of the source.
         needs_calibration: Whether :attr:`calibration` must be set before localizing.
         makes_passes: Whether it makes UNet passes of its own where it is prepared or applied.
+        auditable: Whether it changes nothing but neurons or weights of the network, so that an audit can search for
+            an embedding that brings a training image back.
         threshold: A memorization threshold of its own, or None for the calibrated one.
         protocol: How it takes noise differences.
         source: Another method whose localization this one starts from, or None.
@@ -67,6 +69,7 @@ class Method(ABC):
     sourcing: ClassVar[str] = ""
     needs_calibration: ClassVar[bool] = False
     makes_passes: ClassVar[bool] = False
+    auditable: ClassVar[bool] = False
     threshold: float | None = None
     protocol: Protocol = PAPER
     source: Method | None = None

@@ -57,6 +57,7 @@ class Wanda(Method):
   archivePrefix = {arXiv}
 }"""
     makes_passes = True
+    auditable = True
 
     def __init__(
         self, file: str | None = None, ratio: float = 0.01, calls: int = 10, agreement: float = 0.0, seed: int = 0
