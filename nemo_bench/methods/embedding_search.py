@@ -81,8 +81,7 @@ def search_embeddings(
 
         def loss(rows: Sequence[int], values: Tensor) -> Tensor:
             timesteps, noise = _draw(generators, samples, model)
-            text = _unpacked(values, batch.text).rows(owner)
-            text = Conditioning(*(p if p is None else p.to(model.dtype) for p in (text.text, text.pooled)))
+            text = _unpacked(values, batch.text).rows(owner).to(model.dtype)
             each = model.training_losses(clean, timesteps, noise, text).view(len(rows), samples).mean(1)
             losses.append(each.detach().cpu())
             return each[:, None]
@@ -109,8 +108,8 @@ def random_embeddings(model: Diffusion, like: Conditioning, seeds: Sequence[int]
 def why_not(method: Method) -> str:
     """Why a method can't be audited."""
     return (
-        f"{method.title} can't be audited: it leaves neurons and weights as they are, so the network still holds what it "
-        "held; an audit asks whether a changed network does"
+        f"{method.title} can't be audited: it leaves neurons and weights as they are, so the network still holds what "
+        "it held; an audit asks whether a changed network does"
     )
 
 
