@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_bench.aggregate import bootstrap_interval, paired
-from nemo_bench.config import build, train_settings
+from nemo_bench.config import SCORING, build, train_settings
 from nemo_bench.diffusion import Conditioning, Diffusion, file_digest
 from nemo_bench.errors import ConfigError, StoreError, nearest
 from nemo_bench.methods import Batch, Method, NoMitigation
@@ -175,10 +175,7 @@ def cells_of(
         NemoBenchError: A setting is wrong, a cell is not finished, can't be audited or was asked for in vain, or
             pictures are missing.
     """
-    own = [word for word in overrides if word.partition("=")[0] in {field.name for field in fields(AuditSettings)}]
-    settings: AuditSettings = train_settings(own, AuditSettings)
-    settings.check()
-    rest = [word for word in overrides if word not in own]
+    settings, rest = _settings(overrides)
     cells, reasons = [], {}
     for place in _asked_for(folder, names):
         if not (place / "generate.done").is_file():
@@ -201,6 +198,20 @@ def cells_of(
             "the model was not trained on by controls=FILE"
         )
     return cells
+
+
+def _settings(overrides: Sequence[str]) -> tuple[AuditSettings, list[str]]:
+    """The audit's own settings, and the words that are others."""
+    known = [field.name for field in fields(AuditSettings)]
+    words: dict[bool, list[str]] = {True: [], False: []}
+    for word in overrides:
+        key = word.partition("=")[0]
+        words[key in known].append(word)
+        if key not in known and not any(f"{key}.".startswith(f"{other}.") for other in SCORING):
+            raise ConfigError(f"unknown setting '{word}'; write key=value. {nearest(key, [*known, *SCORING])}")
+    settings: AuditSettings = train_settings(words[True], AuditSettings)
+    settings.check()
+    return settings, words[False]
 
 
 def _asked_for(folder: Path, names: Sequence[str]) -> list[Path]:
@@ -468,7 +479,7 @@ def summary(cell: AuditCell) -> dict[str, Any]:
         ``prompts`` and by metric and state ``mean``, ``low`` and ``high``, its 95% interval over prompts, each prompt
         counting once; ``compared``: by metric what :func:`nemo_bench.aggregate.paired` says of memorized minus control
         with the embedding found, pairs being searches under the same changed network; ``verdict``: by memorization
-        rate ``hidden``, ``not shown`` or ``no controls``; ``searches``, one an entry; ``cost``.
+        rate ``hidden``, ``not shown``, ``too few`` or ``no controls``; ``searches``, one an entry; ``cost``.
     """
     searched, scored = cell.store.records(STAGE), cell.store.records(SCORES)
     scores = {task.id: scored[cell.score_id(task)]["scores"] for task in cell.tasks}
@@ -533,4 +544,6 @@ def _verdict(compared: Mapping[str, Any] | None) -> str:
     """What it means that memorized pictures come back more often than controls, or do not."""
     if compared is None:
         return "no controls"
+    if 2 ** (1 - compared["prompts"]) >= LEVEL:
+        return "too few"
     return "hidden" if compared["difference"] > 0 and compared["p"] < LEVEL else "not shown"

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nemo_bench.report.data import Results, load_results
-from nemo_bench.report.html import thumbnail
+from nemo_bench.report.thumbnails import Thumbnails
 from nemo_bench.store import read_json
 
 SHOWN = 8
@@ -77,6 +77,8 @@ class Audit:
     def _meaning(self, verdict: str) -> str:
         if verdict == "no controls":
             return "Without controls it can't be told from a search that brings back any picture."
+        if verdict == "too few":
+            return "These are too few searches to tell more."
         if verdict == "not shown":
             return "Training images do not clearly come back more often than others."
         if "unmitigated" not in self.content["states"]:
@@ -141,7 +143,8 @@ def audit_section(results: Results) -> Markup:
 
 def _pictures(audit: Audit) -> list[dict[str, Any]]:
     """The first searches and their sheets."""
+    make = Thumbnails(audit.folder)
     return [
-        {**search, "image": thumbnail(audit.folder / search["sheet"], (PIXELS, PIXELS))}
+        {**search, "image": make(audit.folder / search["sheet"], (PIXELS, PIXELS))}
         for search in audit.content["searches"][:SHOWN]
     ]
