@@ -205,7 +205,7 @@ def _settings(overrides: Sequence[str]) -> tuple[AuditSettings, list[str]]:
     known = [field.name for field in fields(AuditSettings)]
     words: dict[bool, list[str]] = {True: [], False: []}
     for word in overrides:
-        key = word.partition("=")[0]
+        key = word.lstrip("~+").partition("=")[0]
         words[key in known].append(word)
         if key not in known and not any(f"{key}.".startswith(f"{other}.") for other in SCORING):
             raise ConfigError(f"unknown setting '{word}'; write key=value. {nearest(key, [*known, *SCORING])}")
@@ -309,7 +309,7 @@ class AuditStage(Stage):
         model, method, settings = self.model, self.audited.method, self.audited.settings
         before = model.row_passes
         method.prepare(model, self.audited.cell.prompts)
-        pictures = torch.stack([_picture(task.picture, model.image_size) for task in tasks])
+        pictures = torch.stack([fitted_picture(task.picture, model.image_size) for task in tasks])
         text = model.encode([task.source.text for task in tasks])
         seeds = tuple(int(digest([STAGE, task.prompt.id, task.source.id]), 16) >> 1 for task in tasks)
         start = text if settings.start == "prompt" else random_embeddings(model, text, seeds)
@@ -362,8 +362,19 @@ class AuditStage(Stage):
         return torch.cat(parts).unflatten(0, (len(tasks), count))
 
 
-def _picture(path: Path, size: tuple[int, int]) -> Tensor:
-    """A picture as training saw it, its middle in the size of the model's images, (3, H, W) in [0, 1]."""
+def fitted_picture(path: Path, size: tuple[int, int]) -> Tensor:
+    """A picture as training saw it: its middle, brought to the size of the model's images.
+
+    Args:
+        path: The file.
+        size: Width and height in pixels.
+
+    Returns:
+        (3, H, W), float32, in [0, 1].
+
+    Raises:
+        StoreError: The file can't be read.
+    """
     fitted = ImageOps.fit(open_image(path), size, Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
 
@@ -435,15 +446,15 @@ def audit(cells: Sequence[AuditCell], command: str, *, progress: bool = True) ->
     if is_main():
         for metric in {id(m.space): m for cell in cells for m in cell.metrics.values()}.values():
             metric.space.fetch()
+    folder = cells[0].store.folder.parent
     for cell in cells:
         _search(cell, runner)
-    folder = cells[0].store.folder.parent
-    if is_main():
-        for cell in cells:
+        if is_main():
             path = cell.store.folder / "audit.json"
             known = read_json(path)["audits"] if path.exists() else []
             others = [entry for entry in known if entry["id"] != cell.settings.key]
             write_json(path, {"schema": SCHEMA, "audits": [*others, {**summary(cell), "command": command}]})
+    if is_main():
         write_report(folder)
     return folder
 
