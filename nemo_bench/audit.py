@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, get_args
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from nemo_bench.report import write_report
 from nemo_bench.run import ImageCell, Runner, by_prompt, is_main, metrics_of, read_files, source_of
 from nemo_bench.scoring import reread
 from nemo_bench.store import SCHEMA, Store, read_json, write_json
-from nemo_bench.types import Neurons, Prompt, Record, digest
+from nemo_bench.types import Kind, Neurons, Prompt, Record, digest
 
 STAGE, SCORES = "audit", "audit_scores"
 STATES = {
@@ -257,7 +257,7 @@ def _audit_cell(cell: ImageCell, method: Method, settings: AuditSettings) -> Aud
         metric.check()
     memorized = _first([p for p in cell.prompts if p.kind and p.references], settings.limit)
     if not memorized:
-        msg = f"{store.folder}: no prompt that is marked VM or TM has a training image to search for"
+        msg = f"{store.folder}: no prompt that is marked as memorized has a training image to search for"
         raise ConfigError(f"{msg}; fetch them with nemo-bench references, then prompts.references=DIR")
     controls = _controls(cell, settings)
     tasks = []
@@ -270,7 +270,7 @@ def _audit_cell(cell: ImageCell, method: Method, settings: AuditSettings) -> Aud
 
 def _first(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
     """The first so many prompts of each kind."""
-    return [p for kind in ("VM", "TM") for p in [q for q in prompts if q.kind == kind][:limit]]
+    return [p for kind in get_args(Kind) for p in [q for q in prompts if q.kind == kind][:limit]]
 
 
 def _controls(cell: ImageCell, settings: AuditSettings) -> list[Prompt]:
@@ -443,6 +443,7 @@ def audit(cells: Sequence[AuditCell], command: str, *, progress: bool = True) ->
         NemoBenchError: Something is wrong with the model.
     """
     runner = Runner(cells[0].cell.choice.settings.trainer, progress=progress)
+    runner.start()
     if is_main():
         for metric in {id(m.space): m for cell in cells for m in cell.metrics.values()}.values():
             metric.space.fetch()
