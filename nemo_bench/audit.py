@@ -37,9 +37,9 @@ from nemo_bench.types import Kind, Neurons, Prompt, Record, digest
 
 STAGE, SCORES = "audit", "audit_scores"
 STATES = {
-    "prompt": "its prompt, mitigated",
-    "found": "embedding found, mitigated",
-    "unmitigated": "embedding found, without mitigation",
+    "prompt": "images of its prompt",
+    "found": "images of the embedding found",
+    "unmitigated": "the same without mitigation",
 }
 """What images of a search are generated from, and whether the method is applied."""
 LEVEL = 0.05

@@ -82,7 +82,7 @@ class Audit:
         if verdict == "not shown":
             return "Training images do not clearly come back more often than others."
         if "unmitigated" not in self.content["states"]:
-            return "The model holds training images that other pictures are not held like."
+            return "The model gives its training images more readily than other pictures."
         return "Training images come back: the method hides them and does not remove them."
 
 
@@ -123,7 +123,7 @@ def terminal_audits(audits: Sequence[Audit]) -> list[Table | str]:
     return shown
 
 
-HEADINGS = ("memorized: prompt", "memorized: found", "controls: prompt", "controls: found", "difference: of found", "p")
+HEADINGS = ("Memorized: prompt", "Memorized: found", "Controls: prompt", "Controls: found", "Difference: of found", "p")
 """Over the columns of :attr:`Audit.rows`."""
 _NAMES = {"memorized": "training images", "control": "controls"}
 
