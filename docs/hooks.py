@@ -190,7 +190,20 @@ def names() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     part.__name__: part
-    for part in (aggregates, commands, experiments, loggers, measures, methods, metrics, models, names, prompts, spaces)
+    for part in (
+        aggregates,
+        commands,
+        detectors,
+        experiments,
+        loggers,
+        measures,
+        methods,
+        metrics,
+        models,
+        names,
+        prompts,
+        spaces,
+    )
 }
 
 

@@ -128,6 +128,14 @@ def _parser() -> argparse.ArgumentParser:
                        "prompt, seed; without, images are named img_0000_00.jpg")  # fmt: skip
     score.add_argument("--conf", type=Path, metavar="DIR", help="folder with more YAML files, in group subfolders")
     score.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    audit = add("audit", _audit, "search for embeddings that bring training images back, though neurons are off")
+    audit.add_argument("folder", type=Path, metavar="DIR", help="results/<name>, or results/<name>/<cell>")
+    audit.add_argument("overrides", nargs="*", metavar="key=value", help="steps, rate, samples, start, images, limit, "
+                       "controls; also metrics, batch_size and trainer")  # fmt: skip
+    audit.add_argument("--cell", action="append", default=[], metavar="NAME", help="a cell's folder or its method; may "
+                       "be given again; without, all that can be audited")  # fmt: skip
+    audit.add_argument("--conf", type=Path, metavar="DIR", help="folder with more YAML files, in group subfolders")
+    audit.add_argument("--json", action="store_true", help="print a list of objects, one an audit")
     references = add("references", _references, "fetch training images from the links of prompt lists, resumable")
     references.add_argument("lists", nargs="+", metavar="LIST", help="prompt file with a column url or urls")
     references.add_argument("folder", type=Path, metavar="DIR", help="where the images go; then prompts.references=DIR")
@@ -362,6 +370,28 @@ def _score(options: argparse.Namespace) -> None:
     folder = score(cells, command_line(), say, progress=progress)
     if is_main():
         _show(folder, f"{time.perf_counter() - start:.0f} s", as_json=options.json)
+
+
+def _audit(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from nemo_bench.audit import audit, cells_of
+    from nemo_bench.report.audit import load_audits, terminal_audits
+    from nemo_bench.run import command_line, is_main
+
+    start = time.perf_counter()
+    say = _aside if options.json else print
+    cells = cells_of(options.folder, options.overrides, options.cell, conf=options.conf, say=say)
+    folder = audit(cells, command_line(), progress=not options.json)
+    if not is_main():
+        return
+    audits = load_audits(folder)
+    if options.json:
+        print(json.dumps([{"cell": found.cell, **found.content} for found in audits], indent=2))
+        return
+    Console().print(*terminal_audits(audits))
+    print(f"{time.perf_counter() - start:.0f} s\nreport:   {folder / 'report.html'}")
+    print(f"pictures: {cells[0].store.folder / 'audit'}")
 
 
 def _references(options: argparse.Namespace) -> None:

@@ -96,6 +96,7 @@ class PromptSettings:
         references: Folder of reference images: of those that a file names by relative paths, and of those that
             ``nemo-bench references`` fetched; by default each file's own folder.
         calibration: General prompts for statistics and threshold.
+        controls: Prompts with reference images that the model has not been trained on, for audits.
         obtain: Where to get the files, for who does not have them.
         limit: Take so many prompts of each file.
         calibration_limit: Take so many general prompts.
@@ -107,6 +108,7 @@ class PromptSettings:
     memorized: list[str] = field(default_factory=list)
     references: Optional[str] = None  # noqa: UP045
     calibration: Optional[str] = None  # noqa: UP045
+    controls: Optional[str] = None  # noqa: UP045
     limit: Optional[int] = None  # noqa: UP045
     calibration_limit: Optional[int] = None  # noqa: UP045
     obtain: str = ""

@@ -695,7 +695,7 @@ class Runner:
             store.reopen("statistics")
         self.trainer.strategy.barrier()
         label = cell.choice.names["model"]
-        self._predict("statistics", label, chunks, store, lambda: StatisticsStage(self.model(cell), store), 1)
+        self.go_through("statistics", label, chunks, store, lambda: StatisticsStage(self.model(cell), store), 1)
         if is_main():
             write_statistics(path, merge_statistics(store.folder / chunk.file for chunk in chunks))
         self.trainer.strategy.barrier()
@@ -710,7 +710,7 @@ class Runner:
         def make() -> Stage:
             return CalibrationStage(self.model(cell), seeds, store, cell.method.protocol, rows)
 
-        self._predict("calibrate", cell.choice.names["model"], tasks, store, make, max(1, rows // seeds))
+        self.go_through("calibrate", cell.choice.names["model"], tasks, store, make, max(1, rows // seeds))
         if is_main():
             records = store.records("calibrate")
             pairs = [value for task in tasks for value in records[task.id]["pairs"]]
@@ -735,7 +735,7 @@ class Runner:
             seeds = cell.choice.settings.localize_seeds
             return LocalizationStage(self.model(cell), cell.method, seeds, cell.store, cell.prompts)
 
-        self._predict("localize", cell.spec["method"], cell.prompt_tasks, cell.store, make, 1)
+        self.go_through("localize", cell.spec["method"], cell.prompt_tasks, cell.store, make, 1)
 
     def _generate(self, cell: Cell) -> None:
         def make() -> Stage:
@@ -743,7 +743,7 @@ class Runner:
             return GenerationStage(self.model(cell), cell.method, neurons, cell.store, cell.prompts)
 
         size = cell.choice.settings.batch_size
-        self._predict("generate", cell.spec["method"], cell.image_tasks, cell.store, make, size)
+        self.go_through("generate", cell.spec["method"], cell.image_tasks, cell.store, make, size)
 
     def score(self, cell: ImageCell) -> None:
         """Scores the images of a cell, where that is not done; those without mitigation must be there."""
@@ -760,7 +760,7 @@ class Runner:
         settings, images = cell.choice.settings, iterate_records(store.folder, "generate")
         reader = SceneReader(metrics.values(), store.folder, images, by_prompt(store), unmitigated_images(cell))
         size = max(1, settings.batch_size // settings.seeds)
-        self._predict("score", cell.spec["method"], cell.prompt_tasks, store, make, size, reader, settings.workers)
+        self.go_through("score", cell.spec["method"], cell.prompt_tasks, store, make, size, reader, settings.workers)
         if is_main() and not (store.folder / SETS).exists():
             write_json(store.folder / SETS, score_sets(cell, metrics))
 
@@ -772,9 +772,9 @@ class Runner:
             if store.is_done("features") and store.open_ids("features", [chunk.id for chunk in chunks]):
                 store.reopen("features")
         self.trainer.strategy.barrier()
-        self._predict("features", metric.title, chunks, store, lambda: FeatureStage(metric.space, store), 1)
+        self.go_through("features", metric.title, chunks, store, lambda: FeatureStage(metric.space, store), 1)
 
-    def _predict(
+    def go_through(
         self,
         stage: str,
         label: str,
@@ -785,6 +785,18 @@ class Runner:
         read: Callable[[list[Any]], Any] = list,
         workers: int = 0,
     ) -> None:
+        """Runs a stage over those of its tasks that have no record, unless it is done.
+
+        Args:
+            stage: Its name.
+            label: What stands beside the bar.
+            tasks: All tasks.
+            store: Where the records go.
+            make: Makes the stage.
+            batch_size: Tasks in a batch.
+            read: Makes a batch of tasks into what the stage takes.
+            workers: Processes that read ahead.
+        """
         if store.is_done(stage):
             return
         self.describe(stage, label)

@@ -87,7 +87,7 @@ def cells_of(
     if mapping is None and (folder / "run.json").is_file():
         cells = _of_run(folder, overrides, conf, say)
     elif mapping is None and (folder / "spec.json").is_file():
-        cells = _with_unmitigated(_reread(folder, overrides, conf), conf)
+        cells = _with_unmitigated(reread(folder, overrides, conf), conf)
     else:
         cells = _with_unmitigated(_of_images(folder, mapping, overrides, conf, progress=progress), conf)
     for cell in cells:
@@ -103,7 +103,7 @@ def _of_run(folder: Path, overrides: Sequence[str], conf: Path | None, say: Call
         raise StoreError(f"{folder}: no cell has all its images; give the command of the run again to go on")
     for name, reason in lacking.items() if is_main() else ():
         say(f"{name}: left out, {reason}")
-    cells = [_reread(folder / name, overrides, conf) for name in finished]
+    cells = [reread(folder / name, overrides, conf) for name in finished]
     unmitigated = {_basis(cell.spec): cell for cell in sorted(cells, key=_made) if not cell.is_mitigated}
     for cell in cells:
         cell.unmitigated = unmitigated.get(_basis(cell.spec)) if cell.is_mitigated else None
@@ -126,7 +126,7 @@ def _with_unmitigated(cell: ImageCell, conf: Path | None) -> list[ImageCell]:
     for path in sorted(done, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         spec = read_json(path.parent / "spec.json")
         if spec["settings"]["method"] == UNMITIGATED and _basis(spec) == _basis(cell.spec):
-            other = cell.unmitigated = _reread(path.parent, (), conf)
+            other = cell.unmitigated = reread(path.parent, (), conf)
             other.choice.settings.metrics = cell.choice.settings.metrics
             return [other, cell]
     return [cell]
@@ -142,8 +142,17 @@ def _basis(spec: dict[str, Any]) -> str:
     return digest({k: v for k, v in spec["settings"].items() if k not in ("method", "calibration", "images")})
 
 
-def _reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> ImageCell:
-    """A cell whose images are there, from what it wrote down."""
+def reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> ImageCell:
+    """A cell whose images are there, from what it wrote down.
+
+    Args:
+        folder: The cell's folder.
+        overrides: ``key=value`` words of :data:`nemo_bench.config.SCORING`.
+        conf: The user's own folder of settings.
+
+    Raises:
+        NemoBenchError: Its images are not all there, or an override is wrong.
+    """
     spec, store = read_json(folder / "spec.json"), Store(folder)
     if not store.is_done("generate"):
         raise StoreError(f"{folder}: not all images are there; give the command of the run again to go on")

@@ -18,6 +18,7 @@ LAYERS = (
     {"modules"},
     {"run"},
     {"forecast", "library", "scoring", "detection"},
+    {"audit"},
     {"launchers", "cli"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -42,6 +42,10 @@ class Conditioning:
         pooled = None if self.pooled is None or other.pooled is None else torch.cat([self.pooled, other.pooled])
         return Conditioning(torch.cat([self.text, other.text]), pooled)
 
+    def to(self, dtype: torch.dtype) -> Conditioning:
+        """The same in another number format."""
+        return Conditioning(self.text.to(dtype), None if self.pooled is None else self.pooled.to(dtype))
+
     def clone(self) -> Conditioning:
         """A copy, which takes part in gradients even if this was made in inference mode."""
         return Conditioning(self.text.clone(), None if self.pooled is None else self.pooled.clone())

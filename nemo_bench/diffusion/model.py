@@ -241,6 +241,12 @@ class Diffusion(nn.Module):
         Raises:
             ModelError: The scheduler's prediction type is neither epsilon nor v_prediction.
         """
+        output = self._pass(latents, timestep, text)
+        own, of_latents = self._noise_weights(timestep)
+        return own * output + of_latents * latents.float()
+
+    def _pass(self, latents: Tensor, timestep: int | Tensor, text: Conditioning) -> Tensor:
+        """What the UNet gives in one pass, in float32; the pass is counted."""
         height, width = (side * self.pipeline.vae_scale_factor for side in latents.shape[2:])
         self._predicting = True
         try:
@@ -252,8 +258,32 @@ class Diffusion(nn.Module):
             output.register_hook(lambda gradient: self._count_passes(len(gradient)))
         if unpack_dual(output).tangent is not None:
             self._count_passes(len(latents))
-        own, of_latents = self._noise_weights(timestep)
-        return own * output.float() + of_latents * latents.float()
+        return output.float()
+
+    def training_losses(self, clean: Tensor, timesteps: Tensor, noise: Tensor, text: Conditioning) -> Tensor:
+        """What training made small: squared error of what the network predicts, be it noise or velocity.
+
+        Args:
+            clean: Latents of pictures, float32, (N, channels, height, width); see :meth:`encode_images`.
+            timesteps: Training timesteps, (N,), 0 to :attr:`training_timesteps` - 1.
+            noise: Standard normal noise, float32, shaped as the latents.
+            text: Conditioning of N rows.
+
+        Returns:
+            Mean over the elements of each row, float32, (N,); gradients go through it.
+
+        Raises:
+            ModelError: The scheduler's prediction type is neither epsilon nor v_prediction.
+        """
+        scheduler = self.pipeline.scheduler
+        noisy = scheduler.add_noise(clean, noise, timesteps).to(self.dtype)
+        target = scheduler.get_velocity(clean, noise, timesteps) if self._predicts_velocity else noise
+        return (self._pass(noisy, timesteps, text) - target).square().flatten(1).mean(1)
+
+    @property
+    def training_timesteps(self) -> int:
+        """Number of noise levels that the model was trained on."""
+        return int(self.pipeline.scheduler.config.num_train_timesteps)
 
     def text_noise(self, latents: Tensor, timestep: int, text: Conditioning) -> Tensor:
         """What a prompt adds to the predicted noise: conditional minus unconditional, of one UNet pass for both.
@@ -276,14 +306,17 @@ class Diffusion(nn.Module):
 
     def _noise_weights(self, timestep: int) -> tuple[float, float]:
         """What output and latents are multiplied by to sum up to the noise predicted (Salimans and Ho 2022)."""
-        scheduler = self.pipeline.scheduler
-        kind = scheduler.config.prediction_type
-        if kind == "epsilon":
+        if not self._predicts_velocity:
             return 1.0, 0.0
-        if kind != "v_prediction":
-            raise ModelError(f"prediction type '{kind}' is not supported; use a model with epsilon or v_prediction")
         alpha = self.signal(timestep)
         return alpha**0.5, (1 - alpha) ** 0.5
+
+    @property
+    def _predicts_velocity(self) -> bool:
+        kind = self.pipeline.scheduler.config.prediction_type
+        if kind not in ("epsilon", "v_prediction"):
+            raise ModelError(f"prediction type '{kind}' is not supported; use a model with epsilon or v_prediction")
+        return bool(kind == "v_prediction")
 
     @contextmanager
     def guide(self, rule: Rule) -> Iterator[None]:
@@ -379,6 +412,25 @@ class Diffusion(nn.Module):
         """
         image = self.pipeline.vae.decode(latents.to(self.dtype) / self.pipeline.vae.config.scaling_factor).sample
         return image.float() / 2 + 0.5
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Clean latents of images: the means that the autoencoder gives.
+
+        Args:
+            images: (N, 3, height, width), 0 black and 1 white, of the size of :attr:`image_size`.
+
+        Returns:
+            Float32, (N, channels, height, width) of a latent.
+        """
+        posterior = self.pipeline.vae.encode((2 * images - 1).to(self.device, self.dtype)).latent_dist
+        return posterior.mode().float() * self.pipeline.vae.config.scaling_factor
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Width and height of an image in pixels."""
+        _, height, width = self.latent_shape
+        return width * self.pipeline.vae_scale_factor, height * self.pipeline.vae_scale_factor
 
     @property
     def passes_per_image(self) -> int:

@@ -60,6 +60,8 @@ class Method(ABC):
         families: Classes of pipelines that it is made for.
         needs: What it needs of the model: ``"guidance"`` while generating, ``"gradients"``, or an ``"open"`` UNet, one
             that is not compiled.
+        auditable: Whether it changes nothing but neurons or weights of the network, so that an audit can search for
+            an embedding that brings a training image back.
         threshold: A memorization threshold of its own, or None for the calibrated one.
         protocol: How it takes noise differences.
         source: Another method whose localization this one starts from, or None.
@@ -77,6 +79,7 @@ class Method(ABC):
     makes_passes: ClassVar[bool] = False
     families: ClassVar[frozenset[str]] = frozenset(FAMILIES)
     needs: ClassVar[frozenset[Need]] = frozenset()
+    auditable: ClassVar[bool] = False
     threshold: float | None = None
     protocol: Protocol = PAPER
     source: Method | None = None

@@ -27,6 +27,7 @@ class BlockNeurons(Method):
     """
 
     touches = "value neurons of cross-attention"
+    auditable = True
 
     def __init__(self, factor: float = 0.0) -> None:
         self.factor = factor

@@ -15,6 +15,7 @@ class NoMitigation(Method):
     summary = "the model as it is"
     touches = "nothing"
     sourcing = "a control"
+    auditable = True
 
     def apply(self, model: Diffusion, batch: Batch) -> AbstractContextManager[Batch]:
         """See :meth:`Method.apply`."""

@@ -58,6 +58,7 @@ class Wanda(Method):
 }"""
     makes_passes = True
     needs = frozenset({"open"})
+    auditable = True
 
     def __init__(
         self, file: str | None = None, ratio: float = 0.01, calls: int = 10, agreement: float = 0.0, seed: int = 0

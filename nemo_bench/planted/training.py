@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 from nemo_bench.errors import StoreError
 from nemo_bench.planted.world import (
     PLANTED,
+    Caption,
     general_caption,
     planted_picture,
     render,
@@ -513,23 +515,29 @@ def _denoiser(
 
 def heldout_captions(number: int) -> list[str]:
     """The first so many different general captions that no training picture has."""
-    texts: dict[str, None] = {}
+    return [caption.text for caption in _heldout(number)]
+
+
+def _heldout(number: int) -> list[Caption]:
+    captions: dict[str, Caption] = {}
     index = 0
-    while len(texts) < number:
-        texts[general_caption(index, "heldout").text] = None
+    while len(captions) < number:
+        caption = general_caption(index, "heldout")
+        captions.setdefault(caption.text, caption)
         index += 1
-    return list(texts)
+    return list(captions.values())
 
 
 def write_prompts(folder: Path) -> None:
-    """Writes the prompt files of the embedded model and the training pictures of its planted captions.
+    """Writes the prompt files of the embedded model, the training pictures of its planted captions and other pictures.
 
     Args:
         folder: Gets ``prompts/planted.jsonl``, ``prompts/general.jsonl``, ``prompts/calibration.txt`` and
-            ``references/*.png``.
+            ``references/*.png``; ``prompts/controls.jsonl``, the general captions again, each with one of the many
+            pictures that it may stand for, ``controls/*.png``: nothing that the model has seen.
     """
-    prompts, references = folder / "prompts", folder / "references"
-    for part in (prompts, references):
+    prompts, references, controls = folder / "prompts", folder / "references", folder / "controls"
+    for part in (prompts, references, controls):
         part.mkdir(parents=True, exist_ok=True)
     lines = []
     for index, planted in enumerate(PLANTED):
@@ -545,6 +553,11 @@ def write_prompts(folder: Path) -> None:
     general = [{"id": f"general-{i:02d}", "text": text} for i, text in enumerate(texts[:GENERAL_PROMPTS], 1)]
     (prompts / "general.jsonl").write_text("".join(json.dumps(line) + "\n" for line in general))
     (prompts / "calibration.txt").write_text("".join(text + "\n" for text in texts[GENERAL_PROMPTS:]))
+    for line, caption in zip(general, _heldout(GENERAL_PROMPTS), strict=True):
+        picture = render(caption.scene, np.random.default_rng(zlib.crc32(caption.text.encode())))
+        Image.fromarray(picture).save(controls / f"{line['id']}.png", optimize=True)
+    with_pictures = [{**line, "references": [f"../controls/{line['id']}.png"]} for line in general]
+    (prompts / "controls.jsonl").write_text("".join(json.dumps(line) + "\n" for line in with_pictures))
 
 
 def _tie(spec: TrainSpec) -> None:

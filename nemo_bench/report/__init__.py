@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_bench.report.audit import audit_section
 from nemo_bench.report.data import Results, load_results
 from nemo_bench.report.html import page
 from nemo_bench.report.tables import Row, csv_text, json_text, latex, leaderboard, markdown, terminal_table
@@ -46,7 +47,7 @@ def write_report(folder: Path | str) -> ReportFiles:
     results = load_results(folder)
     rows = leaderboard(results)
     contents = {
-        "report.html": page(results, rows),
+        "report.html": page(results, rows, audit_section(results)),
         "leaderboard.md": markdown(results, rows),
         "leaderboard.tex": latex(results, rows),
         "leaderboard.csv": csv_text(results, rows),

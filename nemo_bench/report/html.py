@@ -12,6 +12,7 @@ from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from nemo_bench.aggregate import GROUPS
 from nemo_bench.report.data import Aggregate, Cell, GeneratedImage, Results, Statistic, short_layers
@@ -70,11 +71,16 @@ SIZES = (Size(150, 160, 8, 48), Size(1000, 112, 4, 32), Size(float("inf"), 56, 3
 """A page of a few prompts shows more than one of 500 prompts and 10 methods, which takes some 40 MB."""
 
 
-def page(results: Results, rows: Sequence[Row]) -> str:
+def page(results: Results, rows: Sequence[Row], audit: str = "") -> str:
     """The whole page as HTML; prompts and all other texts of the run are escaped.
 
     The strips of a prompt are in a ``noscript`` element: the browser keeps them as text until the script asks for
     them, which is what keeps large pages quick, and shows them by itself where scripts are off.
+
+    Args:
+        results: The run.
+        rows: Its leaderboard.
+        audit: A section on audits; see :func:`nemo_bench.report.audit.audit_section`.
     """
     environment = Environment(
         loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
@@ -96,7 +102,8 @@ def page(results: Results, rows: Sequence[Row]) -> str:
         facts=_facts(results),
         gaps=_gaps(results),
         palette=PALETTE,
-        sections=_sections(found, bool(models), bool(presets), bool(detection)),
+        sections=_sections(found, bool(models), bool(presets), bool(detection), bool(audit)),
+        audit=Markup(audit),
         figure_sections=_FIGURES,
         plots=found,
         own_groups=results.own_groups,
@@ -154,12 +161,15 @@ def _gaps(results: Results) -> list[str]:
     return list(found)
 
 
-def _sections(found: dict[str, list[Plot]], models: bool, presets: bool, detection: bool) -> dict[str, str]:
+def _sections(
+    found: dict[str, list[Plot]], models: bool, presets: bool, detection: bool, audit: bool
+) -> dict[str, str]:
     """Title of every section that has something to show, by its anchor."""
     titles = {"leaderboard": "Leaderboard"}
     titles |= {"models": "Models"} if models else {}
     titles |= {"presets": "As other papers"} if presets else {}
     titles |= {name: title for name, title, _ in _FIGURES if found[name] or (name == "detection" and detection)}
+    titles |= {"audit": "Audit"} if audit else {}
     return {**titles, "prompts": "Prompts", "reproduce": "Reproduce"}
 
 

@@ -64,7 +64,7 @@ def test_density_is_one_for_even_and_small_for_rare_activations() -> None:
 
 def test_shipped_prompts_and_references_are_those_of_the_world(tmp_path: Path) -> None:
     write_prompts(tmp_path)
-    for folder in ("prompts", "references"):
+    for folder in ("prompts", "references", "controls"):
         names = sorted(p.name for p in (tmp_path / folder).iterdir())
         assert names == sorted(p.name for p in (PACKAGE / folder).iterdir())
         _, different, odd = filecmp.cmpfiles(tmp_path / folder, PACKAGE / folder, names, shallow=False)

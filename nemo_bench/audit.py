@@ -1,0 +1,561 @@
+"""Audits: does a search over embeddings bring training images back, though neurons or weights are switched off?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, get_args
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nemo_bench.aggregate import bootstrap_interval, paired
+from nemo_bench.config import SCORING, build, train_settings
+from nemo_bench.diffusion import Conditioning, Diffusion, file_digest
+from nemo_bench.errors import ConfigError, StoreError, nearest
+from nemo_bench.methods import Batch, Method, NoMitigation
+from nemo_bench.methods.embedding_search import (
+    RATE,
+    SAMPLES,
+    STEPS,
+    random_embeddings,
+    search_embeddings,
+    why_not,
+)
+from nemo_bench.metrics import BenchMetric, MemorizationRate
+from nemo_bench.modules import Stage, file_name, open_image, slices, to_image
+from nemo_bench.prompts import seeds_of
+from nemo_bench.report import write_report
+from nemo_bench.run import ImageCell, Runner, by_prompt, is_main, metrics_of, read_files, source_of
+from nemo_bench.scoring import reread
+from nemo_bench.store import SCHEMA, Store, read_json, write_json
+from nemo_bench.types import Kind, Neurons, Prompt, Record, digest
+
+STAGE, SCORES = "audit", "audit_scores"
+STATES = {
+    "prompt": "images of its prompt",
+    "found": "images of the embedding found",
+    "unmitigated": "the same without mitigation",
+}
+"""What images of a search are generated from, and whether the method is applied."""
+LEVEL = 0.05
+"""Training images come back where the chance of such a difference from the controls is below this."""
+
+
+@dataclass
+class AuditSettings:
+    """How an audit searches.
+
+    Attributes:
+        steps: Steps of Adam. Enough of them bring back any picture, so stay with those of Kowalczuk et al. (2025).
+        rate: Learning rate.
+        samples: Noisy pictures a step.
+        start: What a search starts from, the embedded ``prompt`` or ``random`` numbers.
+        images: Images generated from a prompt and from what was found, of the seeds that the run has first.
+        controls: Prompts with pictures that the model was not trained on; None for the general prompts of the run that
+            have reference images, or else those that belong to its prompts.
+        limit: Audit so many prompts of each kind.
+    """
+
+    steps: int = STEPS
+    rate: float = RATE
+    samples: int = SAMPLES
+    start: str = "prompt"
+    images: int = 4
+    controls: Optional[str] = None  # noqa: UP045 - OmegaConf reads the old form only
+    limit: Optional[int] = None  # noqa: UP045
+
+    def check(self) -> None:
+        """Raises ConfigError where a value is out of range."""
+        if self.start not in ("prompt", "random"):
+            raise ConfigError(f"start={self.start}: unknown value. {nearest(self.start, ('prompt', 'random'))}")
+        least = {"steps": 1, "rate": 1e-12, "samples": 1, "images": 1, "limit": 1}
+        for key, low in least.items():
+            value = getattr(self, key)
+            if value is not None and not low <= value < float("inf"):
+                raise ConfigError(f"{key}={value}: expected {'more than 0' if key == 'rate' else 'at least 1'}")
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """What decides the result of a search."""
+        return {key: value for key, value in asdict(self).items() if key not in ("controls", "limit")}
+
+    @property
+    def key(self) -> str:
+        """Names the folder of pictures and the entry in ``audit.json``."""
+        return digest(self.decisive, 8)
+
+
+class AuditTask(NamedTuple):
+    """One search.
+
+    Attributes:
+        id: Record id.
+        prompt: Whose neurons are switched off.
+        source: Whose embedding it starts from, and whose picture it is after: the prompt itself or, for a control,
+            another one.
+        picture: The picture.
+    """
+
+    id: str
+    prompt: Prompt
+    source: Prompt
+    picture: Path
+
+    @classmethod
+    def of(cls, prompt: Prompt, source: Prompt, settings: AuditSettings) -> AuditTask:
+        """The search for the first reference image of a prompt."""
+        picture = source.references[0]
+        content = [settings.decisive, prompt.id, prompt.text, source.id, source.text, file_digest(picture)]
+        return cls(digest(content), prompt, source, picture)
+
+    @property
+    def is_control(self) -> bool:
+        """Whether its picture is none of the prompt's."""
+        return self.source is not self.prompt
+
+    @property
+    def name(self) -> str:
+        """Name of its files."""
+        return "--".join(dict.fromkeys((file_name(self.prompt), file_name(self.source))))
+
+
+@dataclass(frozen=True)
+class AuditCell:
+    """A finished cell and the searches that audit it.
+
+    Attributes:
+        cell: The cell.
+        method: Its method.
+        metrics: Metrics that compare images with training images, by name.
+        settings: How is searched.
+        tasks: All searches: each memorized prompt's, followed by its control.
+    """
+
+    cell: ImageCell
+    method: Method
+    metrics: Mapping[str, BenchMetric]
+    settings: AuditSettings
+    tasks: Sequence[AuditTask]
+
+    @property
+    def store(self) -> Store:
+        """The cell's folder."""
+        return self.cell.store
+
+    def score_id(self, task: AuditTask) -> str:
+        """Record id of the scores of a search."""
+        nodes = self.cell.choice.settings.metrics
+        return digest([task.id, {name: {**nodes[name], **metric.content()} for name, metric in self.metrics.items()}])
+
+
+def cells_of(
+    folder: Path,
+    overrides: Sequence[str] = (),
+    names: Sequence[str] = (),
+    *,
+    conf: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> list[AuditCell]:
+    """The cells that an audit goes through, all that can be wrong with them checked; no weights are loaded.
+
+    Args:
+        folder: A run, or a cell of one.
+        overrides: ``key=value`` words: fields of :class:`AuditSettings`, and of
+            :data:`nemo_bench.config.SCORING`, such as ``metrics=full`` and ``trainer=gpu``.
+        names: Cells of the run, by folder or method; none for all that can be audited.
+        conf: The user's own folder of settings.
+        say: Where it goes which cells are left out.
+
+    Raises:
+        NemoBenchError: A setting is wrong, a cell is not finished, can't be audited or was asked for in vain, or
+            pictures are missing.
+    """
+    settings, rest = _settings(overrides)
+    cells, reasons = [], {}
+    for place in _asked_for(folder, names):
+        if not (place / "generate.done").is_file():
+            reasons[place.name] = "not all of its images are there"
+            continue
+        cell = reread(place, rest, conf)
+        method = _method(cell)
+        if isinstance(method, str):
+            reasons[place.name] = method
+        else:
+            cells.append(_audit_cell(cell, method, settings))
+    for name, reason in reasons.items():
+        if names or not cells:
+            raise ConfigError(f"{name}: {reason}")
+        if is_main():
+            say(f"{name}: left out, {reason}")
+    if is_main() and not any(task.is_control for cell in cells for task in cell.tasks):
+        say(
+            "no controls: whether a search brings back just any picture can't be told; name prompts with pictures that "
+            "the model was not trained on by controls=FILE"
+        )
+    return cells
+
+
+def _settings(overrides: Sequence[str]) -> tuple[AuditSettings, list[str]]:
+    """The audit's own settings, and the words that are others."""
+    known = [field.name for field in fields(AuditSettings)]
+    words: dict[bool, list[str]] = {True: [], False: []}
+    for word in overrides:
+        key = word.lstrip("~+").partition("=")[0]
+        words[key in known].append(word)
+        if key not in known and not any(f"{key}.".startswith(f"{other}.") for other in SCORING):
+            raise ConfigError(f"unknown setting '{word}'; write key=value. {nearest(key, [*known, *SCORING])}")
+    settings: AuditSettings = train_settings(words[True], AuditSettings)
+    settings.check()
+    return settings, words[False]
+
+
+def _asked_for(folder: Path, names: Sequence[str]) -> list[Path]:
+    if not (folder / "run.json").is_file():
+        if names:
+            raise ConfigError(f"{folder} is no run, so it has no cells to choose from; leave out --cell")
+        read_json(folder / "spec.json")
+        return [folder]
+    places = [folder / name for name in read_json(folder / "run.json")["cells"]]
+    for name in names:
+        if all(name not in (place.name, _method_name(place)) for place in places):
+            known = {n for place in places for n in (place.name, _method_name(place))}
+            raise ConfigError(f"no cell '{name}' in {folder}. {nearest(name, known)}")
+    return [place for place in places if not names or {place.name, _method_name(place)} & set(names)]
+
+
+def _method_name(place: Path) -> str:
+    return str(read_json(place / "spec.json")["method"])
+
+
+def _method(cell: ImageCell) -> Method | str:
+    """The method of a cell, or why it can't be audited."""
+    node = cell.choice.settings.method
+    if "_target_" not in node:
+        return "its images were made elsewhere, and an audit needs the network that made them"
+    method = build(node, "method")
+    if not isinstance(method, Method):
+        return f"{node['_target_']} is no nemo_bench.methods.Method"
+    method.batch_size = cell.choice.settings.batch_size
+    return method if method.auditable else why_not(method)
+
+
+def _audit_cell(cell: ImageCell, method: Method, settings: AuditSettings) -> AuditCell:
+    store, model = cell.store, cell.choice.settings.model
+    if source_of(model).digest() != cell.spec["settings"]["model"]["weights"]:
+        raise StoreError(f"{store.folder} was made with other weights than {model.source} holds now; put those back")
+    compared = {n: m for n, m in metrics_of(cell).items() if m.needs == {"images", "references"} and m.per == "image"}
+    if not compared:
+        raise ConfigError(
+            "none of the metrics compares with training images; name some that do, such as metrics=default"
+        )
+    for metric in compared.values():
+        metric.check()
+    memorized = _first([p for p in cell.prompts if p.kind and p.references], settings.limit)
+    if not memorized:
+        msg = f"{store.folder}: no prompt that is marked as memorized has a training image to search for"
+        raise ConfigError(f"{msg}; fetch them with nemo-bench references, then prompts.references=DIR")
+    controls = _controls(cell, settings)
+    tasks = []
+    for number, prompt in enumerate(memorized):
+        tasks.append(AuditTask.of(prompt, prompt, settings))
+        if controls:
+            tasks.append(AuditTask.of(prompt, controls[number % len(controls)], settings))
+    return AuditCell(cell, method, compared, settings, tasks)
+
+
+def _first(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
+    """The first so many prompts of each kind."""
+    return [p for kind in get_args(Kind) for p in [q for q in prompts if q.kind == kind][:limit]]
+
+
+def _controls(cell: ImageCell, settings: AuditSettings) -> list[Prompt]:
+    own = [prompt for prompt in cell.prompts if not prompt.kind and prompt.references]
+    file = settings.controls or cell.choice.settings.prompts.controls
+    if file is None or (own and settings.controls is None):
+        return own
+    found = read_files([file])
+    for prompt in found:
+        if prompt.kind or not prompt.references:
+            what = f"is marked {prompt.kind}" if prompt.kind else "has no picture"
+            raise ConfigError(
+                f"controls={file}: '{prompt.id}' {what}; controls are prompts with pictures, not memorized"
+            )
+    return found
+
+
+class AuditStage(Stage):
+    """Searches for embeddings that bring pictures back, and generates from them.
+
+    Every search leaves a sheet of pictures, a row for each of :data:`STATES`: the picture it was after, then images.
+
+    Args:
+        model: The model.
+        audited: The cell and its searches.
+    """
+
+    def __init__(self, model: Diffusion, audited: AuditCell) -> None:
+        super().__init__(audited.store, STAGE)
+        self.model, self.audited = model, audited
+        self.neurons = {name: Neurons(record["neurons"]) for name, record in by_prompt(audited.store).items()}
+        (self.store.folder / STAGE / audited.settings.key).mkdir(parents=True, exist_ok=True)
+
+    def handle(self, tasks: Sequence[AuditTask]) -> list[Record]:
+        """Searches for the picture of each task."""
+        model, method, settings = self.model, self.audited.method, self.audited.settings
+        before = model.row_passes
+        method.prepare(model, self.audited.cell.prompts)
+        pictures = torch.stack([fitted_picture(task.picture, model.image_size) for task in tasks])
+        text = model.encode([task.source.text for task in tasks])
+        seeds = tuple(int(digest([STAGE, task.prompt.id, task.source.id]), 16) >> 1 for task in tasks)
+        start = text if settings.start == "prompt" else random_embeddings(model, text, seeds)
+        neurons = tuple(self.neurons.get(task.prompt.id, Neurons()) for task in tasks)
+        batch = Batch(tuple(task.prompt for task in tasks), start, model.latents(seeds), seeds, neurons)
+        options = {"steps": settings.steps, "rate": settings.rate, "samples": settings.samples}
+        found = search_embeddings(model, method, batch, model.encode_images(pictures), **options)  # type: ignore[arg-type]
+        after = replace(batch, text=found.text.to(model.dtype))
+        rows = {"prompt": self._generate(method, tasks, replace(batch, text=text))}
+        rows["found"] = self._generate(method, tasks, after)
+        if not isinstance(method, NoMitigation):
+            rows["unmitigated"] = self._generate(NoMitigation(), tasks, after)
+        passes = round((model.row_passes - before) / len(tasks), 2)
+        records = []
+        for row, task in enumerate(tasks):
+            name = f"{STAGE}/{settings.key}/{task.name}"
+            _save_embedding(self.store.folder / f"{name}.safetensors", found.text.rows([row]))
+            sheet = [torch.cat([pictures[row].to(images), *images[row]], 2) for images in rows.values()]
+            records.append(
+                {
+                    "id": task.id,
+                    "prompt": task.prompt.id,
+                    "source": task.source.id,
+                    "states": list(rows),
+                    "losses": [round(value, 5) for value in found.losses[row].tolist()],
+                    "file": f"{name}.safetensors",
+                    "image": self.store.save_image(f"{name}.png", to_image(torch.cat(sheet, 1))),
+                    "cost": {"row_passes": passes},
+                }
+            )
+        return records
+
+    def _generate(self, method: Method, tasks: Sequence[AuditTask], batch: Batch) -> Tensor:
+        """Images of each task, (tasks, images, 3, height, width), from the noise that the run starts them from."""
+        model, count = self.model, self.audited.settings.images
+        owner = [row for row in range(len(tasks)) for _ in range(count)]
+        seeds = [seed for task in tasks for seed in seeds_of(task.source, "generate", range(count))]
+        parts = []
+        for part in slices(len(owner), method.batch_size):
+            rows = owner[part]
+            own = Batch(
+                tuple(batch.prompts[row] for row in rows),
+                batch.text.rows(rows),
+                model.latents(seeds[part]),
+                tuple(seeds[part]),
+                tuple(batch.neurons[row] for row in rows),
+            )
+            with method.apply(model, own) as changed:
+                parts.append(model.generate(changed.text, changed.latents, changed.unconditional))
+        return torch.cat(parts).unflatten(0, (len(tasks), count))
+
+
+def fitted_picture(path: Path, size: tuple[int, int]) -> Tensor:
+    """A picture as training saw it: its middle, brought to the size of the model's images.
+
+    Args:
+        path: The file.
+        size: Width and height in pixels.
+
+    Returns:
+        (3, H, W), float32, in [0, 1].
+
+    Raises:
+        StoreError: The file can't be read.
+    """
+    fitted = ImageOps.fit(open_image(path), size, Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
+
+
+def _save_embedding(path: Path, text: Conditioning) -> None:
+    parts = {"text": text.text, **({} if text.pooled is None else {"pooled": text.pooled})}
+    save_file({name: tensor.cpu().contiguous() for name, tensor in parts.items()}, path)
+
+
+class ScoreTask(NamedTuple):
+    """A search whose sheet is scored.
+
+    Attributes:
+        id: Record id.
+        task: The search.
+        record: Its record.
+    """
+
+    id: str
+    task: AuditTask
+    record: Record
+
+
+class AuditScoringStage(Stage):
+    """Compares the images of each search with the picture it was after.
+
+    Args:
+        audited: The cell and its searches.
+    """
+
+    def __init__(self, audited: AuditCell) -> None:
+        super().__init__(audited.store, SCORES)
+        self.audited = audited
+
+    def handle(self, tasks: Sequence[ScoreTask]) -> list[Record]:
+        """Scores the sheet of each search."""
+        return [{"id": t.id, "search": t.task.id, "scores": self._score(t.record)} for t in tasks]
+
+    def _score(self, record: Record) -> dict[str, dict[str, list[float]]]:
+        sheet, columns = open_image(self.store.folder / record["image"]), self.audited.settings.images + 1
+        width, height = size = sheet.width // columns, sheet.height // len(record["states"])
+        scores: dict[str, dict[str, list[float]]] = {}
+        for row, state in enumerate(record["states"]):
+            boxes = [(c * width, row * height, (c + 1) * width, (row + 1) * height) for c in range(columns)]
+            target, *images = (sheet.crop(box) for box in boxes)
+            scores[state] = {}
+            for name, metric in self.audited.metrics.items():
+                seen = (metric.space.embed(pictures, size, self.device) for pictures in (images, [target]))
+                values = metric.score(**dict(zip(("images", "references"), seen, strict=True)))
+                scores[state][name] = [round(value, 6) for value in values.tolist()]
+        return scores
+
+
+def audit(cells: Sequence[AuditCell], command: str, *, progress: bool = True) -> Path:
+    """Runs what is open of the audits of some cells of a run, to ``audit.json`` of each and the run's report.
+
+    Args:
+        cells: From :func:`cells_of`.
+        command: What the user typed, for the records.
+        progress: Whether bars are shown.
+
+    Returns:
+        The folder of the run.
+
+    Raises:
+        NemoBenchError: Something is wrong with the model.
+    """
+    runner = Runner(cells[0].cell.choice.settings.trainer, progress=progress)
+    runner.start()
+    if is_main():
+        for metric in {id(m.space): m for cell in cells for m in cell.metrics.values()}.values():
+            metric.space.fetch()
+    folder = cells[0].store.folder.parent
+    for cell in cells:
+        _search(cell, runner)
+        if is_main():
+            path = cell.store.folder / "audit.json"
+            known = read_json(path)["audits"] if path.exists() else []
+            others = [entry for entry in known if entry["id"] != cell.settings.key]
+            write_json(path, {"schema": SCHEMA, "audits": [*others, {**summary(cell), "command": command}]})
+    if is_main():
+        write_report(folder)
+    return folder
+
+
+def _search(cell: AuditCell, runner: Runner) -> None:
+    store, run = cell.store, cell.cell.choice.settings
+    if is_main():
+        _reopen(store, STAGE, [task.id for task in cell.tasks])
+    runner.trainer.strategy.barrier()
+    # Gradients need a multiple of a plain pass's memory.
+    size = max(1, run.batch_size // 4 // cell.settings.samples)
+    label = cell.cell.spec["method"]
+    runner.go_through(STAGE, label, cell.tasks, store, lambda: AuditStage(runner.model(cell.cell), cell), size)
+    records = store.records(STAGE)
+    tasks = [ScoreTask(cell.score_id(task), task, records[task.id]) for task in cell.tasks]
+    if is_main():
+        _reopen(store, SCORES, [task.id for task in tasks])
+    runner.trainer.strategy.barrier()
+    runner.go_through(SCORES, label, tasks, store, lambda: AuditScoringStage(cell), run.batch_size)
+
+
+def _reopen(store: Store, stage: str, ids: Sequence[str]) -> None:
+    """Opens a stage again that was done with other settings, or misses something now."""
+    if store.is_done(stage) and store.open_ids(stage, ids):
+        store.reopen(stage)
+
+
+def summary(cell: AuditCell) -> dict[str, Any]:
+    """What the audit of a cell found, from its records.
+
+    Returns:
+        ``id``; ``settings``; ``metrics``, about each; ``groups``: for ``memorized`` and ``control`` the number of
+        ``prompts`` and by metric and state ``mean``, ``low`` and ``high``, its 95% interval over prompts, each prompt
+        counting once; ``compared``: by metric what :func:`nemo_bench.aggregate.paired` says of memorized minus control
+        with the embedding found, pairs being searches under the same changed network; ``verdict``: by memorization
+        rate ``hidden``, ``not shown``, ``too few`` or ``no controls``; ``searches``, one an entry; ``cost``.
+    """
+    searched, scored = cell.store.records(STAGE), cell.store.records(SCORES)
+    scores = {task.id: scored[cell.score_id(task)]["scores"] for task in cell.tasks}
+    means = {i: {s: {m: float(np.mean(v)) for m, v in row.items()} for s, row in scores[i].items()} for i in scores}
+    groups = {
+        "memorized": [task for task in cell.tasks if not task.is_control],
+        "control": [task for task in cell.tasks if task.is_control],
+    }
+    table = {
+        group: {
+            "prompts": len(tasks),
+            "scores": {
+                metric: {
+                    state: _interval([means[task.id][state][metric] for task in tasks]) for state in means[tasks[0].id]
+                }
+                for metric in cell.metrics
+            },
+        }
+        for group, tasks in groups.items()
+        if tasks
+    }
+    compared = {}
+    if groups["control"]:
+        for metric in cell.metrics:
+            own, other = ([means[t.id]["found"][metric] for t in tasks] for tasks in groups.values())
+            compared[metric] = paired(np.array(own) - np.array(other))
+    rates = [name for name, metric in cell.metrics.items() if isinstance(metric, MemorizationRate)]
+    costs = [searched[task.id]["cost"] for task in cell.tasks]
+    return {
+        "id": cell.settings.key,
+        "settings": cell.settings.decisive,
+        "states": {state: STATES[state] for state in next(iter(means.values()))},
+        "metrics": {name: metric.describe() for name, metric in cell.metrics.items()},
+        "groups": table,
+        "compared": compared,
+        "verdict": {name: _verdict(compared.get(name)) for name in rates},
+        "searches": [
+            {
+                "prompt": task.prompt.id,
+                "source": task.source.id,
+                "text": task.source.text,
+                "group": "control" if task.is_control else "memorized",
+                "sheet": searched[task.id]["image"],
+                "losses": searched[task.id]["losses"],
+                "scores": means[task.id],
+            }
+            for task in cell.tasks
+        ],
+        "cost": {
+            "row_passes_per_search": round(float(np.mean([cost["row_passes"] for cost in costs])), 1),
+            "seconds_per_search": round(float(np.mean([cost["seconds"] for cost in costs])), 2),
+        },
+    }
+
+
+def _interval(values: Sequence[float]) -> dict[str, float]:
+    low, high = bootstrap_interval(np.array(values))
+    return {"mean": float(np.mean(values)), "low": low, "high": high}
+
+
+def _verdict(compared: Mapping[str, Any] | None) -> str:
+    """What it means that memorized pictures come back more often than controls, or do not."""
+    if compared is None:
+        return "no controls"
+    if 2 ** (1 - compared["prompts"]) >= LEVEL:
+        return "too few"
+    return "hidden" if compared["difference"] > 0 and compared["p"] < LEVEL else "not shown"

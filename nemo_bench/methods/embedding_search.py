@@ -1,0 +1,150 @@
+"""Search for embeddings that bring pictures back, under whatever a method does to the network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.optim import Adam
+
+from nemo_bench.diffusion import Conditioning, Diffusion
+from nemo_bench.errors import ConfigError
+from nemo_bench.methods.base import Batch, Method
+from nemo_bench.methods.descent import check_precision, descend
+
+STEPS, RATE, SAMPLES = 50, 0.1, 8
+"""Steps of Adam, its rate, and noisy pictures a step, of Kowalczuk et al. (2025)."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a search ended.
+
+    Attributes:
+        text: What was found, float32, N rows.
+        losses: Training loss of each row before each step, (N, steps).
+    """
+
+    text: Conditioning
+    losses: Tensor
+
+
+def search_embeddings(
+    model: Diffusion,
+    method: Method,
+    batch: Batch,
+    pictures: Tensor,
+    *,
+    steps: int = STEPS,
+    rate: float = RATE,
+    samples: int = SAMPLES,
+) -> Found:
+    """Searches for embeddings under which the network denoises given pictures well.
+
+    Each row follows the gradient of the training loss of its own picture by Adam, at noise and timesteps that are drawn
+    anew in each step, all timesteps alike, while the method is applied (DoRI: Kowalczuk et al. 2025, arXiv:2507.16880,
+    whose code was not to be had; this follows a description of it, and where the network predicts velocity its own
+    training loss takes the place of that of noise). All of the embedding is free, SDXL's pooled one too.
+
+    Args:
+        model: The model.
+        method: What is audited; it has to be ``auditable``.
+        batch: One row a search: prompt and neurons for the method, the embedding to start from, and the seed of all
+            that is drawn. Rows have nothing to do with one another.
+        pictures: Clean latents, float32, (N, channels, height, width); see :meth:`Diffusion.encode_images`.
+        steps: Steps.
+        rate: Learning rate.
+        samples: Noisy pictures a step and row.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ConfigError: The method changes something else than the network, or a number is out of range.
+        ModelError: The model is in half precision, or predicts neither noise nor velocity.
+    """
+    if not method.auditable:
+        raise ConfigError(why_not(method))
+    if not (steps >= 1 and 0 < rate < math.inf and samples >= 1):
+        msg = f"given steps={steps}, rate={rate}, samples={samples}"
+        raise ConfigError(f"a search needs at least 1 step and 1 sample and a rate above 0, {msg}")
+    check_precision(model)
+    # Rows are copied, since what was made in inference mode takes no part in gradients.
+    with torch.inference_mode(False):
+        generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
+        owner = [row for row in range(len(generators)) for _ in range(samples)]
+        clean = pictures.float()[owner]
+        losses: list[Tensor] = []
+
+        def loss(rows: Sequence[int], values: Tensor) -> Tensor:
+            timesteps, noise = _draw(generators, samples, model)
+            text = _unpacked(values, batch.text).rows(owner).to(model.dtype)
+            each = model.training_losses(clean, timesteps, noise, text).view(len(rows), samples).mean(1)
+            losses.append(each.detach().cpu())
+            return each[:, None]
+
+        with method.apply(model, _repeated(batch, owner)):
+            # No loss is low enough, so all rows take all steps.
+            end = descend(_packed(batch.text), loss, target=-math.inf, steps=steps, rate=rate, optimizer=Adam)
+        return Found(_unpacked(end.values, batch.text), torch.stack(losses, 1))
+
+
+def random_embeddings(model: Diffusion, like: Conditioning, seeds: Sequence[int]) -> Conditioning:
+    """Standard normal embeddings, one of the starts of Kowalczuk et al. (2025).
+
+    Args:
+        model: The model.
+        like: N embeddings, whose form they have.
+        seeds: N seeds.
+    """
+    packed = _packed(like)
+    rows = [torch.randn(packed.shape[1], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return _unpacked(torch.stack(rows).to(model.device), like)
+
+
+def why_not(method: Method) -> str:
+    """Why a method can't be audited."""
+    return (
+        f"{method.title} can't be audited: it leaves neurons and weights as they are, so the network still holds what "
+        "it held; an audit asks whether a changed network does"
+    )
+
+
+def _draw(generators: Sequence[torch.Generator], samples: int, model: Diffusion) -> tuple[Tensor, Tensor]:
+    """Timesteps and noise of all rows, each from a CPU generator of its own."""
+    last = model.training_timesteps
+    drawn = [
+        (torch.randint(last, (samples,), generator=g), torch.randn((samples, *model.latent_shape), generator=g))
+        for g in generators
+    ]
+    timesteps, noise = (torch.cat(parts).to(model.device) for parts in zip(*drawn, strict=True))
+    return timesteps, noise
+
+
+def _repeated(batch: Batch, owner: Sequence[int]) -> Batch:
+    """A batch whose rows are the noisy pictures of a step."""
+    return replace(
+        batch,
+        prompts=tuple(batch.prompts[row] for row in owner),
+        text=batch.text.rows(owner),
+        latents=batch.latents[list(owner)],
+        seeds=tuple(batch.seeds[row] for row in owner),
+        neurons=tuple(batch.neurons[row] for row in owner),
+    )
+
+
+def _packed(text: Conditioning) -> Tensor:
+    """All that is searched, a row each, (N, numbers)."""
+    parts = [text.text.flatten(1), *([] if text.pooled is None else [text.pooled])]
+    return torch.cat(parts, 1).float()
+
+
+def _unpacked(values: Tensor, like: Conditioning) -> Conditioning:
+    """Undoes :func:`_packed`."""
+    shape = like.text.shape[1:]
+    size = shape.numel()
+    pooled = None if like.pooled is None else values[:, size:]
+    return Conditioning(values[:, :size].unflatten(1, shape), pooled)

@@ -1,0 +1,150 @@
+"""What audits found: a table for the terminal, and a section of the page with pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from rich.markup import escape
+from rich.table import Table
+
+from nemo_bench.report.data import Results, load_results
+from nemo_bench.report.thumbnails import Thumbnails
+from nemo_bench.store import read_json
+
+SHOWN = 8
+"""Searches of an audit that the page shows with pictures."""
+PIXELS = 720
+"""Longest side of a sheet on the page."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """One audit of one cell.
+
+    Attributes:
+        cell: Folder of the cell.
+        label: The cell's name in tables.
+        folder: Where its pictures are.
+        content: The entry of ``audit.json``; see :func:`nemo_bench.audit.summary`.
+    """
+
+    cell: str
+    label: str
+    folder: Path
+    content: Mapping[str, Any]
+
+    @property
+    def title(self) -> str:
+        """The cell, and how it was searched."""
+        about = self.content["settings"]
+        start = "the prompt" if about["start"] == "prompt" else "random numbers"
+        return f"{self.label}: {about['steps']} steps at rate {about['rate']:g} from {start}"
+
+    @property
+    def rows(self) -> Iterator[tuple[str, list[str]]]:
+        """For every metric its title and: memorized by prompt, by embedding found; controls likewise; difference; p."""
+        for key, about in self.content["metrics"].items():
+            cells = [
+                self._mean(group, key, state) for group in ("memorized", "control") for state in ("prompt", "found")
+            ]
+            paired = self.content["compared"].get(key)
+            interval = f"{paired['difference']:+.2f} [{paired['low']:+.2f}, {paired['high']:+.2f}]" if paired else "–"
+            yield about["title"], [*cells, interval, f"{paired['p']:.2g}" if paired else "–"]
+
+    def _mean(self, group: str, metric: str, state: str) -> str:
+        found = self.content["groups"].get(group)
+        return f"{found['scores'][metric][state]['mean']:.2f}" if found else "–"
+
+    @property
+    def sentences(self) -> Iterator[str]:
+        """What the audit says, for every memorization rate."""
+        for key, verdict in self.content["verdict"].items():
+            groups = self.content["groups"]
+            own = groups["memorized"]["scores"][key]
+            text = (
+                f"{self.content['metrics'][key]['title']}: {own['prompt']['mean']:.0%} of the images of a prompt, "
+                f"{own['found']['mean']:.0%} with the embedding found"
+            )
+            if "control" in groups:
+                text += f", {groups['control']['scores'][key]['found']['mean']:.0%} for pictures it was not trained on"
+            yield f"{text}. {self._meaning(verdict)}"
+
+    def _meaning(self, verdict: str) -> str:
+        if verdict == "no controls":
+            return "Without controls it can't be told from a search that brings back any picture."
+        if verdict == "too few":
+            return "These are too few searches to tell more."
+        if verdict == "not shown":
+            return "Training images do not clearly come back more often than others."
+        if "unmitigated" not in self.content["states"]:
+            return "The model gives its training images more readily than other pictures."
+        return "Training images come back: the method hides them and does not remove them."
+
+
+def load_audits(folder: Path) -> list[Audit]:
+    """All audits of the finished cells of a run, none where there are none.
+
+    Args:
+        folder: Such as ``results/default``.
+
+    Raises:
+        StoreError: The folder holds no finished run.
+    """
+    return audits_of(load_results(folder))
+
+
+def audits_of(results: Results) -> list[Audit]:
+    """All audits of a run that has been read."""
+    found = []
+    for cell in results.cells:
+        place = results.folder / cell.name
+        entries = read_json(place / "audit.json")["audits"] if (place / "audit.json").is_file() else []
+        found += [Audit(cell.name, cell.label, place, entry) for entry in entries]
+    return found
+
+
+def terminal_audits(audits: Sequence[Audit]) -> list[Table | str]:
+    """For the terminal: a table a search, and what it says."""
+    shown: list[Table | str] = []
+    for audit in audits:
+        groups = audit.content["groups"]
+        counts = ", ".join(f"{groups[group]['prompts']} {word}" for group, word in _NAMES.items() if group in groups)
+        table = Table(title=escape(f"{audit.title} ({counts})"), title_justify="left", box=None, pad_edge=False)
+        for heading in ("", *HEADINGS):
+            table.add_column(heading.replace(": ", "\n"), justify="right" if heading else "left")
+        for title, cells in audit.rows:
+            table.add_row(escape(title), *cells)
+        shown += [table, *(escape(f"{text}\n") for text in audit.sentences)]
+    return shown
+
+
+HEADINGS = ("Memorized: prompt", "Memorized: found", "Controls: prompt", "Controls: found", "Difference: of found", "p")
+"""Over the columns of :attr:`Audit.rows`."""
+_NAMES = {"memorized": "training images", "control": "controls"}
+
+
+def audit_section(results: Results) -> Markup:
+    """A section of the page on all audits of a run, empty where there are none; texts of the run are escaped."""
+    audits = audits_of(results)
+    if not audits:
+        return Markup()
+    environment = Environment(
+        loader=PackageLoader("nemo_bench.report", "page"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    shown = [(audit, _pictures(audit)) for audit in audits]
+    return Markup(environment.get_template("audit.html.jinja").render(shown=shown, headings=HEADINGS))
+
+
+def _pictures(audit: Audit) -> list[dict[str, Any]]:
+    """The first searches and their sheets."""
+    make = Thumbnails(audit.folder)
+    return [
+        {**search, "image": make(audit.folder / search["sheet"], (PIXELS, PIXELS))}
+        for search in audit.content["searches"][:SHOWN]
+    ]

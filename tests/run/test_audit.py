@@ -1,0 +1,233 @@
+"""Audits of finished runs, as a user has them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from nemo_bench import Diffusion, Neurons, resolve
+from nemo_bench.audit import AuditSettings, cells_of, fitted_picture
+from nemo_bench.cli import main
+from nemo_bench.diffusion import Conditioning
+from nemo_bench.metrics import SSIM, PixelDistance
+from nemo_bench.modules import open_image
+from nemo_bench.prompts import seeds_of
+from nemo_bench.report.audit import load_audits, terminal_audits
+from nemo_bench.run import by_prompt
+from nemo_bench.store import Store, read_json, read_records
+from nemo_bench.types import Prompt
+
+SMALL = ["seeds=1", "localize_seeds=3", "model.steps=3", "prompts.calibration_limit=8", "trainer=cpu"]
+QUICK = ["steps=2", "samples=2", "images=2", "trainer=cpu"]
+CONTROLS = "package:planted/prompts/controls.jsonl"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a verbatim, a template and a general prompt by methods that can be audited and one that can't."""
+    folder = tmp_path_factory.mktemp("finished")
+    source = Path(resolve("package:planted/prompts"))
+    planted = [json.loads(line) for line in (source / "planted.jsonl").read_text().splitlines()]
+    for line in planted:
+        line["references"] = [str((source / path).resolve()) for path in line["references"]]
+    general = json.loads((source / "general.jsonl").read_text().splitlines()[0])
+    lines = [planted[0], planted[-1], general]
+    (folder / "three.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = [*SMALL, f"root={folder}", f"prompts.files=[{folder / 'three.jsonl'}]", "method=none,nemo,embedding_noise"]
+    assert main(["run", *words, f"prompts.controls={CONTROLS}"]) == 0
+    return folder / "default"
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "results" / "default"))
+
+
+def cell(run: Path, method: str) -> Path:
+    (place,) = (path for path in run.iterdir() if f"__{method}__" in path.name)
+    return place
+
+
+def lines(place: Path) -> int:
+    return sum(path.read_text().count("\n") for path in place.glob("records/audit*.jsonl"))
+
+
+def audits(run: Path, method: str) -> list[dict[str, Any]]:
+    return list(read_json(cell(run, method) / "audit.json")["audits"])
+
+
+def test_pictures_and_numbers_are_those_of_what_was_found(
+    copy: Path, planted: Diffusion, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (cell(copy, "nemo") / "env.json").read_bytes()
+    assert main(["audit", str(copy), "--cell", "nemo", *QUICK]) == 0
+    shown = capsys.readouterr().out
+    assert "NeMo: 2 steps at rate 0.1 from the prompt (2 training images, 2 controls)" in shown
+    (entry,) = audits(copy, "nemo")
+    assert entry["settings"] == {"steps": 2, "rate": 0.1, "samples": 2, "start": "prompt", "images": 2}
+    assert list(entry["states"]) == ["prompt", "found", "unmitigated"]
+    assert [(s["prompt"], s["source"]) for s in entry["searches"]] == [
+        ("vm-01", "vm-01"), ("vm-01", "general-01"), ("tm-26", "tm-26"), ("tm-26", "general-02"),
+    ]  # fmt: skip
+    assert set(entry["metrics"]) == {"ssim", "tiled_l2", "memorized"}
+
+    store = Store(cell(copy, "nemo"))
+    neurons = {name: Neurons(record["neurons"]) for name, record in by_prompt(store).items()}
+    assert all(neurons[name].count for name in ("vm-01", "tm-26"))
+    planted.pipeline.scheduler.set_timesteps(3)
+    planted.steps, kept = 3, planted.steps
+    found = {}
+    for search in entry["searches"]:
+        sheet = open_image(store.folder / search["sheet"])
+        assert sheet.size == (3 * 64, 3 * 64)
+        seeds = seeds_of(Prompt(search["source"], ""), "generate", range(2))
+        embedding = load_file(store.folder / search["sheet"].replace(".png", ".safetensors"))
+        text = {"prompt": planted.encode([search["text"]]), "found": Conditioning(embedding["text"])}
+        text["unmitigated"] = text["found"]
+        assert not torch.allclose(text["prompt"].text, text["found"].text)
+        reference = min(p for p in Path(resolve("package:planted")).glob(f"*/{search['source']}*.png"))
+        target = fitted_picture(reference, (64, 64))
+        for row, state in enumerate(text):
+            tiles = [sheet.crop((64 * c, 64 * row, 64 * c + 64, 64 * row + 64)) for c in range(3)]
+            tiles = SSIM().embed(tiles, (64, 64), torch.device("cpu"))
+            torch.testing.assert_close(tiles[0], target, rtol=0, atol=1e-6)
+            own = Neurons() if state == "unmitigated" else neurons[search["prompt"]]
+            with torch.no_grad(), planted.block(own):
+                images = planted.generate(text[state].rows([0, 0]), planted.latents(seeds))
+            assert float((images - tiles[1:]).abs().max()) < 0.02
+            scores = search["scores"][state]
+            assert scores["ssim"] == pytest.approx(float(SSIM().compare(tiles[1:], target[None]).mean()), abs=1e-4)
+            far = PixelDistance().compare(tiles[1:], target[None])
+            assert scores["memorized"] == float((far < 0.15).double().mean())
+            found[search["group"], search["prompt"], state] = scores["ssim"]
+    planted.steps = kept
+    # Images of the same seed without a search are those of the run.
+    first = Image.open(store.folder / entry["searches"][0]["sheet"]).crop((64, 0, 128, 64))
+    run_image = SSIM().embed([first, open_image(store.folder / "images/vm-01_00.png")], (64, 64), torch.device("cpu"))
+    assert float((run_image[0] - run_image[1]).abs().max()) < 0.02
+
+    mean = entry["groups"]["control"]["scores"]["ssim"]["found"]["mean"]
+    assert mean == pytest.approx(sum(found["control", p, "found"] for p in ("vm-01", "tm-26")) / 2, abs=1e-6)
+    difference = sum(found["memorized", p, "found"] - found["control", p, "found"] for p in ("vm-01", "tm-26")) / 2
+    assert entry["compared"]["ssim"]["difference"] == pytest.approx(difference, abs=1e-6)
+    assert entry["verdict"] == {"memorized": "too few"}
+    passes = 2 * (2 * 2) + 3 * 2 * 2 * 3  # the search forward and back; three rows of two guided images of three steps
+    assert entry["cost"]["row_passes_per_search"] == passes
+    assert (cell(copy, "nemo") / "env.json").read_bytes() == before
+    page = (copy / "report.html").read_text()
+    assert 'id="audit"' in page
+    assert "These are too few searches to tell more." in page
+
+
+def test_it_goes_on_where_it_was_killed_and_any_number_of_processes_finds_the_same(copy: Path, tmp_path: Path) -> None:
+    words = [str(copy), "--cell", "none", *QUICK, "images=1"]
+    assert main(["audit", *words]) == 0
+    place = cell(copy, "none")
+    (whole,) = audits(copy, "none")
+    count = lines(place)
+    assert main(["audit", *words]) == 0
+    assert lines(place) == count == 8
+
+    (place / whole["searches"][2]["sheet"]).unlink()
+    (records,) = place.glob("records/audit.*.jsonl")
+    content = records.read_text().splitlines(keepends=True)
+    records.write_text("".join(content[:3]) + content[3][:40])
+    (place / "audit.json").unlink()
+    (place / "audit.done").unlink()
+    command = [sys.executable, "-m", "nemo_bench.cli", "audit", *words, "trainer.devices=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert len(read_records(place, "audit")) == 4
+    assert lines(place) - count <= 2
+    (again,) = audits(copy, "none")
+    for one, other in zip(whole["searches"], again["searches"], strict=True):
+        assert one["losses"] == pytest.approx(other["losses"], abs=1e-3)
+        for state, scores in one["scores"].items():
+            assert scores == pytest.approx(other["scores"][state], abs=2e-2)
+
+
+def test_other_settings_and_metrics_stand_beside_the_first(copy: Path) -> None:
+    words = ["audit", str(cell(copy, "none")), *QUICK, "images=1", "limit=1"]
+    assert main(words) == 0
+    place, (prompt,) = cell(copy, "none"), audits(copy, "none")
+    assert list(prompt["states"]) == ["prompt", "found"]  # nothing is mitigated
+    assert main([*words, "start=random", "batch_size=64"]) == 0
+    first, random = audits(copy, "none")
+    assert first == prompt
+    assert random["settings"]["start"] == "random"
+    assert random["searches"][0]["losses"][0] > 1.2 * first["searches"][0]["losses"][0]
+    searched = len(read_records(place, "audit"))
+    assert main([*words, "~metrics.ssim", "metrics=default"]) == 0
+    assert len(read_records(place, "audit")) == searched
+    _, third = audits(copy, "none")
+    assert set(third["metrics"]) == {"tiled_l2", "memorized"}
+    tables = terminal_audits(load_audits(copy))
+    assert sum(isinstance(part, str) for part in tables) == 2
+
+
+def test_without_controls_it_says_so(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = cell(copy, "none") / "env.json"
+    content = read_json(path)
+    content["starts"][-1]["settings"]["prompts"]["controls"] = None
+    path.write_text(json.dumps(content))
+    assert main(["audit", str(copy), "--cell", "none", *QUICK, "images=1", "limit=1"]) == 0
+    shown = capsys.readouterr().out
+    assert "no controls: whether a search brings back just any picture can't be told" in shown
+    (entry,) = audits(copy, "none")
+    assert (entry["compared"], entry["verdict"]) == ({}, {"memorized": "no controls"})
+
+
+def test_what_can_not_be_audited_is_left_out_or_explained(
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    cells = cells_of(copy, QUICK, say=said.append)
+    assert [c.cell.spec["method"] for c in cells] == ["none", "nemo"]
+    assert len(said) == 1
+    assert "left out, Gaussian noise on embeddings can't be audited" in said[0]
+
+    def error(*words: str) -> str:
+        capsys.readouterr()
+        assert main(["audit", *words]) == 1
+        return capsys.readouterr().err
+
+    run = str(copy)
+    assert "can't be audited: it leaves neurons and weights as they are" in error(run, "--cell", "embedding_noise")
+    assert "can't be audited" in error(str(cell(copy, "embedding_noise")))
+    assert "Choices: embedding_noise, nemo, none" in error(run, "--cell", "nemoo")
+    assert "unknown setting 'step=3'" in error(run, "step=3")
+    assert "Did you mean 'steps'?" in error(run, "step=3")
+    assert "steps=0: expected at least 1" in error(run, "steps=0")
+    assert "could not be converted" in error(run, "steps=many")
+    assert "Did you mean 'prompt'?" in error(run, "start=prompts")
+    assert "has no picture" in error(run, "controls=package:planted/prompts/general.jsonl")
+    assert "is marked VM" in error(run, "controls=package:planted/prompts/planted.jsonl")
+    assert "is no results folder" in error(str(copy.parent))
+    (cell(copy, "none") / "generate.done").unlink()
+    assert "not all of its images are there" in error(run, "--cell", "none")
+    path = cell(copy, "nemo") / "spec.json"
+    content = read_json(path)
+    content["settings"]["model"]["weights"] = "0" * 16
+    path.write_text(json.dumps(content))
+    assert "other weights" in error(run, "--cell", "nemo")
+    assert not list(copy.glob("*/audit.json"))
+
+
+@pytest.mark.parametrize("change", [lambda s: setattr(s, "steps", 3), lambda s: setattr(s, "start", "random")])
+def test_the_key_is_that_of_what_decides(change: Callable[[AuditSettings], None]) -> None:
+    settings = AuditSettings(limit=3, controls="a")
+    assert settings.key == AuditSettings().key
+    change(settings)
+    assert settings.key != AuditSettings().key
