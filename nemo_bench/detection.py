@@ -223,6 +223,7 @@ def detect(cells: Sequence[DetectionCell], command: str, *, progress: bool = Tru
     settings = cells[0].choice.settings
     folder = Path(settings.root) / settings.name
     runner = Runner(settings.trainer, progress=progress)
+    runner.start()
     if is_main():
         open_folder(folder, [])
         for cell in cells:
@@ -230,6 +231,7 @@ def detect(cells: Sequence[DetectionCell], command: str, *, progress: bool = Tru
             note_start(cell, command, runner)
             if cell.store.is_done(STAGE) and cell.store.open_ids(STAGE, [task.id for task in cell.tasks]):
                 cell.store.reopen(STAGE)
+    runner.trainer.strategy.barrier()
     groups: dict[str, list[DetectionCell]] = {}
     for cell in cells:
         groups.setdefault(digest([cell.spec["settings"][key] for key in ("model", "prompts")]), []).append(cell)

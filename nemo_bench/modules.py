@@ -34,7 +34,6 @@ from nemo_bench.localization import (
 from nemo_bench.methods import Batch, Method
 from nemo_bench.metrics import BenchMetric, Network, OpenClip, SetMetric, Space
 from nemo_bench.prompts import ImageTask, PromptTask, seeds_of
-from nemo_bench.stopping import stop_at_sigterm
 from nemo_bench.store import Store
 from nemo_bench.types import Localization, Neurons, Prompt, Record, digest
 
@@ -68,8 +67,7 @@ class Stage(L.LightningModule, ABC):
         self.write(records)
 
     def on_predict_start(self) -> None:
-        """Counts the GPU's memory from here; takes SIGTERM back from Lightning, which predicts on after it."""
-        stop_at_sigterm()
+        """Counts the GPU's memory from here."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 

@@ -74,6 +74,7 @@ from nemo_bench.prompts import (
     references_digest,
 )
 from nemo_bench.report import write_report
+from nemo_bench.stopping import stop_at_sigterm
 from nemo_bench.store import SCHEMA, Store, iterate_records, read_json, write_json, write_text
 from nemo_bench.tracking import sweep_trial, track
 from nemo_bench.types import Neurons, Prompt, Record, digest
@@ -613,6 +614,14 @@ class StageBar(TQDMProgressBar):
         self.predict_progress_bar.set_description(self.description)
 
 
+class Stoppable(L.Callback):
+    """Takes SIGTERM back from Lightning, which would predict on after it."""
+
+    def on_predict_start(self, *_: Any) -> None:
+        """Lightning's own handler is there by now."""
+        stop_at_sigterm()
+
+
 class _Nothing(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
@@ -647,7 +656,7 @@ class Runner:
                     enable_checkpointing=False,
                     enable_model_summary=False,
                     enable_progress_bar=progress,
-                    callbacks=[self.bar] if progress else [],
+                    callbacks=[Stoppable(), *([self.bar] if progress else [])],
                 )
         except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise ConfigError(f"trainer settings do not fit this machine: {str(error).strip()}") from error
