@@ -491,7 +491,7 @@ def summary(cell: AuditCell) -> dict[str, Any]:
         ``prompts`` and by metric and state ``mean``, ``low`` and ``high``, its 95% interval over prompts, each prompt
         counting once; ``compared``: by metric what :func:`nemo_bench.aggregate.paired` says of memorized minus control
         with the embedding found, pairs being searches under the same changed network; ``verdict``: by memorization
-        rate ``hidden``, ``not shown``, ``too few`` or ``no controls``; ``searches``, one an entry; ``cost``.
+        rate what :func:`verdict` says; ``searches``, one an entry; ``cost``.
     """
     searched, scored = cell.store.records(STAGE), cell.store.records(SCORES)
     scores = {task.id: scored[cell.score_id(task)]["scores"] for task in cell.tasks}
@@ -513,12 +513,18 @@ def summary(cell: AuditCell) -> dict[str, Any]:
         for group, tasks in groups.items()
         if tasks
     }
+    values = {
+        metric: {
+            (group, state): [means[task.id][state][metric] for task in tasks]
+            for group, tasks in groups.items()
+            for state in ("prompt", "found")
+        }
+        for metric in cell.metrics
+    }
     compared = {}
     if groups["control"]:
-        for metric in cell.metrics:
-            own, other = ([means[t.id]["found"][metric] for t in tasks] for tasks in groups.values())
-            compared[metric] = paired(np.array(own) - np.array(other))
-    rates = [name for name, metric in cell.metrics.items() if isinstance(metric, MemorizationRate)]
+        for metric, of in values.items():
+            compared[metric] = paired(np.array(of["memorized", "found"]) - np.array(of["control", "found"]))
     costs = [searched[task.id]["cost"] for task in cell.tasks]
     return {
         "id": cell.settings.key,
@@ -527,7 +533,11 @@ def summary(cell: AuditCell) -> dict[str, Any]:
         "metrics": {name: metric.describe() for name, metric in cell.metrics.items()},
         "groups": table,
         "compared": compared,
-        "verdict": {name: _verdict(compared.get(name)) for name in rates},
+        "verdict": {
+            name: verdict(of["memorized", "prompt"], of["memorized", "found"], of["control", "found"])
+            for name, of in values.items()
+            if isinstance(cell.metrics[name], MemorizationRate)
+        },
         "searches": [
             {
                 "prompt": task.prompt.id,
@@ -552,10 +562,28 @@ def _interval(values: Sequence[float]) -> dict[str, float]:
     return {"mean": float(np.mean(values)), "low": low, "high": high}
 
 
-def _verdict(compared: Mapping[str, Any] | None) -> str:
-    """What it means that memorized pictures come back more often than controls, or do not."""
-    if compared is None:
+def verdict(prompt: Sequence[float], found: Sequence[float], control: Sequence[float]) -> str:
+    """What it means how often pictures come back.
+
+    Args:
+        prompt: For each memorized prompt, the share of its images that are memorized.
+        found: The same with the embedding found.
+        control: The same for its control; empty where there are none.
+
+    Returns:
+        ``hidden``: training images come back more often than controls, and than by their prompts; ``kept``: more often
+        than controls, and by their prompts as well; ``not shown``: not more often than controls; ``too few`` searches,
+        or ``no controls``, to tell. "More often" has a chance below :data:`LEVEL` by sign flips.
+    """
+    if not control:
         return "no controls"
-    if 2 ** (1 - compared["prompts"]) >= LEVEL:
+    if 2 ** (1 - len(found)) >= LEVEL:
         return "too few"
-    return "hidden" if compared["difference"] > 0 and compared["p"] < LEVEL else "not shown"
+
+    def exceeds(other: Sequence[float]) -> bool:
+        test = paired(np.array(found) - np.array(other))
+        return bool(test["difference"] > 0 and test["p"] < LEVEL)
+
+    if not exceeds(control):
+        return "not shown"
+    return "hidden" if exceeds(prompt) else "kept"

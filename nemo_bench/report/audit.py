@@ -83,6 +83,8 @@ class Audit:
             return "Training images do not clearly come back more often than others."
         if "unmitigated" not in self.content["states"]:
             return "The model gives its training images more readily than other pictures."
+        if verdict == "kept":
+            return "Training images are there, with a search or without: the method leaves them."
         return "Training images come back: the method hides them and does not remove them."
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nemo_bench import Diffusion, Neurons, resolve
-from nemo_bench.audit import AuditSettings, cells_of, fitted_picture
+from nemo_bench.audit import AuditSettings, cells_of, fitted_picture, verdict
 from nemo_bench.cli import main
 from nemo_bench.diffusion import Conditioning
 from nemo_bench.metrics import SSIM, PixelDistance
@@ -231,3 +231,22 @@ def test_the_key_is_that_of_what_decides(change: Callable[[AuditSettings], None]
     assert settings.key == AuditSettings().key
     change(settings)
     assert settings.key != AuditSettings().key
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found", "control", "expected"),
+    [
+        ([0.0] * 8, [1.0] * 8, [0.0] * 8, "hidden"),
+        ([1.0] * 8, [1.0] * 8, [0.0] * 8, "kept"),
+        ([0.0] * 8, [1.0] * 8, [1.0] * 8, "not shown"),
+        ([0.0] * 8, [0.0] * 8, [1.0] * 8, "not shown"),
+        ([0.0] * 8, [0.0] * 8, [0.0] * 8, "not shown"),
+        ([0.0] * 5, [1.0] * 5, [0.0] * 5, "too few"),
+        ([0.0] * 6, [1.0] * 6, [0.0] * 6, "hidden"),
+        ([0.0] * 8, [1.0] * 8, [], "no controls"),
+    ],
+)
+def test_a_verdict_needs_more_than_controls_and_enough_of_them(
+    prompt: list[float], found: list[float], control: list[float], expected: str
+) -> None:
+    assert verdict(prompt, found, control) == expected
