@@ -86,7 +86,7 @@ class AuditSettings:
 
     @property
     def key(self) -> str:
-        """Names the folder of pictures and the entry in ``audit.json``."""
+        """Names the folder of pictures."""
         return digest(self.decisive, 8)
 
 
@@ -120,8 +120,8 @@ class AuditTask(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Name of its files."""
-        return "--".join(dict.fromkeys((file_name(self.prompt), file_name(self.source))))
+        """Name of its files; ids of controls may be those of prompts."""
+        return "--".join([*dict.fromkeys((file_name(self.prompt), file_name(self.source))), self.id[:8]])
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,11 @@ class AuditCell:
     def store(self) -> Store:
         """The cell's folder."""
         return self.cell.store
+
+    @property
+    def id(self) -> str:
+        """Names the entry in ``audit.json``: other settings, prompts or controls make another one."""
+        return digest([task.id for task in self.tasks], 8)
 
     def score_id(self, task: AuditTask) -> str:
         """Record id of the scores of a search."""
@@ -177,7 +182,12 @@ def cells_of(
     """
     settings, rest = _settings(overrides)
     cells, reasons = [], {}
-    for place in _asked_for(folder, names):
+    places = _asked_for(folder, names)
+    if not places:
+        raise ConfigError(
+            f"{folder} holds no run of methods, so there is nothing to audit; make one with nemo-bench run"
+        )
+    for place in places:
         if not (place / "generate.done").is_file():
             reasons[place.name] = "not all of its images are there"
             continue
@@ -235,7 +245,7 @@ def _method_name(place: Path) -> str:
 def _method(cell: ImageCell) -> Method | str:
     """The method of a cell, or why it can't be audited."""
     node = cell.choice.settings.method
-    if "_target_" not in node:
+    if "images" in cell.spec["settings"]:
         return "its images were made elsewhere, and an audit needs the network that made them"
     method = build(node, "method")
     if not isinstance(method, Method):
@@ -453,7 +463,7 @@ def audit(cells: Sequence[AuditCell], command: str, *, progress: bool = True) ->
         if is_main():
             path = cell.store.folder / "audit.json"
             known = read_json(path)["audits"] if path.exists() else []
-            others = [entry for entry in known if entry["id"] != cell.settings.key]
+            others = [entry for entry in known if entry["id"] != cell.id]
             write_json(path, {"schema": SCHEMA, "audits": [*others, {**summary(cell), "command": command}]})
     if is_main():
         write_report(folder)
@@ -527,7 +537,7 @@ def summary(cell: AuditCell) -> dict[str, Any]:
             compared[metric] = paired(np.array(of["memorized", "found"]) - np.array(of["control", "found"]))
     costs = [searched[task.id]["cost"] for task in cell.tasks]
     return {
-        "id": cell.settings.key,
+        "id": cell.id,
         "settings": cell.settings.decisive,
         "states": {state: STATES[state] for state in next(iter(means.values()))},
         "metrics": {name: metric.describe() for name, metric in cell.metrics.items()},

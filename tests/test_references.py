@@ -25,7 +25,7 @@ from nemo_bench.errors import ConfigError, PromptError
 from nemo_bench.prompts import MANIFEST, dead_references, read_links, read_manifest, read_prompts
 from nemo_bench.references import Limits, _address, _seconds, fetch
 
-QUICK = Limits(retries=2, backoff=0.01, connect=1, read=0.4, total=0.8, megabytes=1, megapixels=1)
+QUICK = Limits(retries=2, backoff=0.01, connect=1, read=0.4, total=3, megabytes=1, megapixels=1)
 
 
 @pytest.fixture(autouse=True)

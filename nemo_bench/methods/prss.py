@@ -109,8 +109,11 @@ class PRSS(Method):
     def check(self, family: str, guidance: float, dtype: str, *, compiled: bool = False) -> None:
         """See :meth:`Method.check`."""
         super().check(family, guidance, dtype, compiled=compiled)
-        if self.bright_ending or not self.file:
+        if not self.file:
             self._optimization.check(family, guidance, dtype, compiled=compiled)
+        elif self.bright_ending:
+            # Masks alone are taken, no gradients.
+            self._optimization.check(family, guidance, "float32", compiled=compiled)
 
     @cached_property
     def _paraphrases(self) -> Mapping[str, tuple[str, ...]]:

@@ -66,9 +66,9 @@ class Detection:
     label: str
 
     @property
-    def about(self) -> tuple[str, str]:
-        """Names of the model and the prompts."""
-        return self.spec["model"], self.spec["prompts"]
+    def about(self) -> tuple[str, str, str]:
+        """Names of the model and the prompts, and the digest of these, since a name may stand for fewer of them."""
+        return self.spec["model"], self.spec["prompts"], self.spec["digests"]["prompts"]
 
     @property
     def measures(self) -> Mapping[str, Any]:
@@ -149,7 +149,7 @@ def write_detection(folder: Path | str) -> Path:
 
 
 def _groups(found: Sequence[Detection]) -> list[tuple[str, list[Detection]]]:
-    return [(" · ".join(about), list(group)) for about, group in groupby(found, lambda d: d.about)]
+    return [(" · ".join(about[:2]), list(group)) for about, group in groupby(found, lambda d: d.about)]
 
 
 def _texts(found: Detection) -> dict[str, str]:

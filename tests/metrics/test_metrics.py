@@ -278,6 +278,7 @@ def test_every_metric_declares_its_contract(metric: BenchMetric) -> None:
     assert metric.lower is None or metric.upper is None or metric.lower < metric.upper
     described = metric.describe()
     assert json.loads(json.dumps(described)) == {
+        "measure": kind.__name__,
         "title": metric.title,
         "description": metric.description,
         "citation": metric.citation,
