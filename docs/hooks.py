@@ -140,7 +140,7 @@ def _card(group: str, entry: Mapping[str, str]) -> str:
     facts = [
         ("touches", getattr(kind, "touches", "")),
         ("UNet passes of its own", {True: "yes", False: "no", None: ""}[getattr(kind, "makes_passes", None)]),
-        ("read for it", kind.sourcing),
+        ("read for it", getattr(kind, "sourcing", "")),
     ]
     lines = "\n".join(f"- {name}: {fact}" for name, fact in facts if fact)
     parts = [f"### {kind.title} {{#{group}-{entry['name']}}}", f"{_sentence(entry['summary'])} {link}", lines]

@@ -179,6 +179,13 @@ def test_metrics_of_one_name_are_told_apart(hooks: ModuleType) -> None:
     assert len(anchors) == len(set(anchors))
 
 
+@pytest.mark.parametrize("group", ["method", "detector"])
+def test_every_method_and_detector_has_a_card(hooks: ModuleType, group: str) -> None:
+    text = hooks.PARTS[f"{group}s"]()
+    for name in config.options(group):
+        assert f"{{#{group}-{name}}}" in text
+
+
 def test_every_metric_is_defined(hooks: ModuleType) -> None:
     text = hooks.measures()
     public = [getattr(nemo_bench.metrics, name) for name in nemo_bench.metrics.__all__]
