@@ -400,7 +400,8 @@ def _load_cell(folder: Path) -> Cell:
     try:
         names = ("spec", "env", "metrics", "layers")
         spec, env, metrics, layers = (_read(folder / f"{name}.json") for name in names)
-        prompts = [_prompt(line) for line in (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+        prompts = [Prompt.of(json.loads(line)) for line in lines]
         outcomes = _outcomes(folder, prompts)
         return Cell(
             name=folder.name,
@@ -466,12 +467,6 @@ def load_calibration(folder: Path) -> Calibration:
     except (KeyError, TypeError, ValueError) as error:
         msg = f"{folder} does not hold a calibration ({type(error).__name__}: {error}); remove it and run again"
         raise StoreError(msg) from error
-
-
-def _prompt(line: str) -> Prompt:
-    content = json.loads(line)
-    references = tuple(Path(path) for path in content["references"])
-    return Prompt(content["id"], content["text"], content["kind"], references, tuple(content["tags"]))
 
 
 def _outcomes(folder: Path, prompts: Iterable[Prompt]) -> dict[str, Outcome]:
