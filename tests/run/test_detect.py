@@ -258,3 +258,19 @@ def test_a_run_of_methods_has_its_report_in_the_same_folder(
 def test_a_folder_without_detectors_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="run nemo-bench detect"):
         write_detection(tmp_path)
+
+
+def test_fewer_prompts_of_one_list_stand_apart(tmp_path: Path, three_prompts: Path) -> None:
+    words = ["detect", *SMALL, f"root={tmp_path}", f"prompts.files=[{three_prompts}]", "detector.seeds=1"]
+    assert main([*words, "detector=magnitude_first"]) == 0
+    assert main([*words, "detector=one_step", "prompts.limit=2"]) == 0
+    tables = (tmp_path / "default" / "detection.md").read_text()
+    assert sorted(re.findall(r": (\d memorized and \d other) prompts", tables)) == [
+        "2 memorized and 0 other",
+        "2 memorized and 1 other",
+    ]
+
+
+def test_a_folder_of_detectors_alone_has_nothing_to_audit(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", str(done)]) == 1
+    assert "holds no run of methods, so there is nothing to audit" in capsys.readouterr().err
