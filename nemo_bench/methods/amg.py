@@ -159,12 +159,14 @@ class AMG(Method):
             flat = images.flatten(1)
             return unit(flat - flat.mean(1, keepdim=True))
         if self._network is None:
-            self._network = SSCD(self.sscd).load().eval()
-            for parameter in self._network.parameters():
-                parameter.requires_grad = False
+            # Weights that inference mode made take no part in gradients.
+            with torch.inference_mode(False):
+                self._network = SSCD(self.sscd).load().eval().to(images.device)
+                for parameter in self._network.parameters():
+                    parameter.requires_grad = False
         small = nn.functional.interpolate(images, (_SIZE, _SIZE), mode="bilinear", align_corners=False)
         mean, std = (images.new_tensor(values)[:, None, None] for values in (_MEAN, _STD))
-        return unit(self._network.to(images.device)((small - mean) / std))
+        return unit(self._network((small - mean) / std))
 
     @contextmanager
     def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:

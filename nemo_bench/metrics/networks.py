@@ -85,11 +85,9 @@ class Network(Space):
 @cache
 def loaded(space: Network | LPIPS, device: torch.device) -> nn.Module:
     """The network of a space, made once for all metrics that use it."""
-    # Weights that inference mode made take no part in gradients, which methods may need.
-    with torch.inference_mode(False):
-        network = space.load().eval().to(device)
-        for parameter in network.parameters():
-            parameter.requires_grad = False  # one by one: TorchScript modules know no other way
+    network = space.load().eval().to(device)
+    for parameter in network.parameters():
+        parameter.requires_grad = False  # one by one: TorchScript modules know no other way
     return network
 
 

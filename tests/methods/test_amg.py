@@ -174,6 +174,17 @@ def test_sscd_sees_prepared_pictures(tmp_path: Path) -> None:
         AMG(str(file)).embed(picture)
 
 
+def test_gradients_go_through_weights_that_were_loaded_in_inference_mode(tmp_path: Path) -> None:
+    file = tmp_path / "conv.pt"
+    torch.jit.script(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten())).save(str(file))
+    method = AMG(str(file))
+    with torch.inference_mode():
+        method.embed(torch.rand(1, 3, 64, 64))
+        with torch.inference_mode(False), torch.enable_grad():
+            picture = torch.rand(1, 3, 64, 64).requires_grad_()
+            assert torch.autograd.grad(method.embed(picture)[0, 0], [picture])[0].any()
+
+
 def test_the_gradient_through_the_decoder_is_that_of_finite_differences(planted: Diffusion) -> None:
     method, prompts = AMG(), [Prompt("a", "a", references=references())]
     method.prepare(planted, prompts)
