@@ -9,15 +9,17 @@ from typing import Any, NamedTuple, Optional, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_bench.aggregate import bootstrap_interval, paired
 from nemo_bench.config import SCORING, build, train_settings
-from nemo_bench.diffusion import Conditioning, Diffusion, file_digest
+from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, file_digest
 from nemo_bench.errors import ConfigError, StoreError, nearest
 from nemo_bench.methods import Batch, Method, NoMitigation
+from nemo_bench.methods.descent import check_precision
 from nemo_bench.methods.embedding_search import (
     RATE,
     SAMPLES,
@@ -30,7 +32,7 @@ from nemo_bench.metrics import BenchMetric, MemorizationRate
 from nemo_bench.modules import Stage, file_name, open_image, slices, to_image
 from nemo_bench.prompts import seeds_of
 from nemo_bench.report import write_report
-from nemo_bench.run import ImageCell, Runner, by_prompt, is_main, metrics_of, read_files, source_of
+from nemo_bench.run import ImageCell, Runner, by_prompt, decisive_settings, is_main, metrics_of, read_files, source_of
 from nemo_bench.scoring import reread
 from nemo_bench.store import SCHEMA, Store, read_json, write_json
 from nemo_bench.types import Kind, Neurons, Prompt, Record, digest
@@ -188,7 +190,7 @@ def cells_of(
             f"{folder} holds no run of methods, so there is nothing to audit; make one with nemo-bench run"
         )
     for place in places:
-        if not (place / "generate.done").is_file():
+        if not (place / "generate.done").is_file() and place != folder:
             reasons[place.name] = "not all of its images are there"
             continue
         cell = reread(place, rest, conf)
@@ -258,6 +260,9 @@ def _audit_cell(cell: ImageCell, method: Method, settings: AuditSettings) -> Aud
     store, model = cell.store, cell.choice.settings.model
     if source_of(model).digest() != cell.spec["settings"]["model"]["weights"]:
         raise StoreError(f"{store.folder} was made with other weights than {model.source} holds now; put those back")
+    if decisive_settings(cell.choice.settings.method, method, cell.prompts) != cell.spec["settings"]["method"]:
+        raise StoreError(f"{store.folder}: files that {method.title} reads hold something else by now; put those back")
+    check_precision(f"{store.folder}: an audit", model.dtype)
     compared = {n: m for n, m in metrics_of(cell).items() if m.needs == {"images", "references"} and m.per == "image"}
     if not compared:
         raise ConfigError(
@@ -336,7 +341,7 @@ class AuditStage(Stage):
         records = []
         for row, task in enumerate(tasks):
             name = f"{STAGE}/{settings.key}/{task.name}"
-            _save_embedding(self.store.folder / f"{name}.safetensors", found.text.rows([row]))
+            _save_search(self.store.folder / f"{name}.safetensors", found.text.rows([row]), found.losses[row])
             sheet = [torch.cat([pictures[row].to(images), *images[row]], 2) for images in rows.values()]
             records.append(
                 {
@@ -344,7 +349,6 @@ class AuditStage(Stage):
                     "prompt": task.prompt.id,
                     "source": task.source.id,
                     "states": list(rows),
-                    "losses": [round(value, 5) for value in found.losses[row].tolist()],
                     "file": f"{name}.safetensors",
                     "image": self.store.save_image(f"{name}.png", to_image(torch.cat(sheet, 1))),
                     "cost": {"row_passes": passes},
@@ -389,8 +393,8 @@ def fitted_picture(path: Path, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
 
 
-def _save_embedding(path: Path, text: Conditioning) -> None:
-    parts = {"text": text.text, **({} if text.pooled is None else {"pooled": text.pooled})}
+def _save_search(path: Path, text: Conditioning, losses: Tensor) -> None:
+    parts = {"text": text.text, "losses": losses, **({} if text.pooled is None else {"pooled": text.pooled})}
     save_file({name: tensor.cpu().contiguous() for name, tensor in parts.items()}, path)
 
 
@@ -475,8 +479,7 @@ def _search(cell: AuditCell, runner: Runner) -> None:
     if is_main():
         _reopen(store, STAGE, [task.id for task in cell.tasks])
     runner.trainer.strategy.barrier()
-    # Gradients need a multiple of a plain pass's memory.
-    size = max(1, run.batch_size // 4 // cell.settings.samples)
+    size = max(1, run.batch_size // GRADIENT_MEMORY // cell.settings.samples)
     label = cell.cell.spec["method"]
     runner.go_through(STAGE, label, cell.tasks, store, lambda: AuditStage(runner.model(cell.cell), cell), size)
     records = store.records(STAGE)
@@ -500,8 +503,8 @@ def summary(cell: AuditCell) -> dict[str, Any]:
         ``id``; ``settings``; ``metrics``, about each; ``groups``: for ``memorized`` and ``control`` the number of
         ``prompts`` and by metric and state ``mean``, ``low`` and ``high``, its 95% interval over prompts, each prompt
         counting once; ``compared``: by metric what :func:`nemo_bench.aggregate.paired` says of memorized minus control
-        with the embedding found, pairs being searches under the same changed network; ``verdict``: by memorization
-        rate what :func:`verdict` says; ``searches``, one an entry; ``cost``.
+        with the embedding found, pairs being searches under the same changed network, those of one control counting
+        once; ``verdict``: by memorization rate what :func:`verdict` says; ``searches``, one an entry; ``cost``.
     """
     searched, scored = cell.store.records(STAGE), cell.store.records(SCORES)
     scores = {task.id: scored[cell.score_id(task)]["scores"] for task in cell.tasks}
@@ -512,10 +515,11 @@ def summary(cell: AuditCell) -> dict[str, Any]:
     }
     table = {
         group: {
-            "prompts": len(tasks),
+            "prompts": len({task.source.id for task in tasks}),
             "scores": {
                 metric: {
-                    state: _interval([means[task.id][state][metric] for task in tasks]) for state in means[tasks[0].id]
+                    state: _interval(_by_source(tasks, [means[task.id][state][metric] for task in tasks]))
+                    for state in means[tasks[0].id]
                 }
                 for metric in cell.metrics
             },
@@ -523,18 +527,14 @@ def summary(cell: AuditCell) -> dict[str, Any]:
         for group, tasks in groups.items()
         if tasks
     }
-    values = {
-        metric: {
-            (group, state): [means[task.id][state][metric] for task in tasks]
-            for group, tasks in groups.items()
-            for state in ("prompt", "found")
-        }
-        for metric in cell.metrics
-    }
-    compared = {}
-    if groups["control"]:
-        for metric, of in values.items():
-            compared[metric] = paired(np.array(of["memorized", "found"]) - np.array(of["control", "found"]))
+    over_prompt, over_control = {}, {}
+    for metric in cell.metrics:
+        prompt, found, control = (
+            np.array([means[task.id][state][metric] for task in groups[group]])
+            for group, state in (("memorized", "prompt"), ("memorized", "found"), ("control", "found"))
+        )
+        over_prompt[metric] = found - prompt
+        over_control[metric] = _by_source(groups["control"], found - control) if len(control) else control
     costs = [searched[task.id]["cost"] for task in cell.tasks]
     return {
         "id": cell.id,
@@ -542,11 +542,11 @@ def summary(cell: AuditCell) -> dict[str, Any]:
         "states": {state: STATES[state] for state in next(iter(means.values()))},
         "metrics": {name: metric.describe() for name, metric in cell.metrics.items()},
         "groups": table,
-        "compared": compared,
+        "compared": {metric: paired(values) for metric, values in over_control.items() if len(values)},
         "verdict": {
-            name: verdict(of["memorized", "prompt"], of["memorized", "found"], of["control", "found"])
-            for name, of in values.items()
-            if isinstance(cell.metrics[name], MemorizationRate)
+            name: verdict(over_prompt[name], over_control[name])
+            for name, metric in cell.metrics.items()
+            if isinstance(metric, MemorizationRate)
         },
         "searches": [
             {
@@ -555,7 +555,6 @@ def summary(cell: AuditCell) -> dict[str, Any]:
                 "text": task.source.text,
                 "group": "control" if task.is_control else "memorized",
                 "sheet": searched[task.id]["image"],
-                "losses": searched[task.id]["losses"],
                 "scores": means[task.id],
             }
             for task in cell.tasks
@@ -567,33 +566,42 @@ def summary(cell: AuditCell) -> dict[str, Any]:
     }
 
 
-def _interval(values: Sequence[float]) -> dict[str, float]:
-    low, high = bootstrap_interval(np.array(values))
+def _by_source(tasks: Sequence[AuditTask], values: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
+    """Means over searches for the same picture: few controls are used in turn, and tell no more for it."""
+    of: dict[str, list[float]] = {}
+    for task, value in zip(tasks, values, strict=True):
+        of.setdefault(task.source.id, []).append(float(value))
+    return np.array([np.mean(those) for those in of.values()])
+
+
+def _interval(values: NDArray[np.float64]) -> dict[str, float]:
+    low, high = bootstrap_interval(values)
     return {"mean": float(np.mean(values)), "low": low, "high": high}
 
 
-def verdict(prompt: Sequence[float], found: Sequence[float], control: Sequence[float]) -> str:
+def verdict(over_prompt: NDArray[np.float64], over_control: NDArray[np.float64]) -> str:
     """What it means how often pictures come back.
 
     Args:
-        prompt: For each memorized prompt, the share of its images that are memorized.
-        found: The same with the embedding found.
-        control: The same for its control; empty where there are none.
+        over_prompt: For each memorized prompt, the share of its images that are memorized with the embedding found,
+            minus that by the prompt.
+        over_control: For each control, that share with the embedding found, minus the control's own; empty where there
+            are no controls.
 
     Returns:
         ``hidden``: training images come back more often than controls, and than by their prompts; ``kept``: more often
         than controls, and by their prompts as well; ``not shown``: not more often than controls; ``too few`` searches,
         or ``no controls``, to tell. "More often" has a chance below :data:`LEVEL` by sign flips.
     """
-    if not control:
+    if not len(over_control):
         return "no controls"
-    if 2 ** (1 - len(found)) >= LEVEL:
+    if 2 ** (1 - len(over_control)) >= LEVEL:
         return "too few"
-
-    def exceeds(other: Sequence[float]) -> bool:
-        test = paired(np.array(found) - np.array(other))
-        return bool(test["difference"] > 0 and test["p"] < LEVEL)
-
-    if not exceeds(control):
+    if not _is_more(over_control):
         return "not shown"
-    return "hidden" if exceeds(prompt) else "kept"
+    return "hidden" if _is_more(over_prompt) else "kept"
+
+
+def _is_more(differences: NDArray[np.float64]) -> bool:
+    test = paired(differences)
+    return bool(test["difference"] > 0 and test["p"] < LEVEL)

@@ -1,4 +1,4 @@
-"""BibTeX of the papers that both a mitigation and a detector come from."""
+"""BibTeX of the papers that more than one part of the package comes from."""
 
 WEN = """@inproceedings{wen2024detecting,
   title = {Detecting, Explaining, and Mitigating Memorization in Diffusion Models},
@@ -51,5 +51,15 @@ ASTHANA = """@inproceedings{asthana2026detecting,
   booktitle = {International Conference on Learning Representations},
   year = {2026},
   eprint = {2601.20642},
+  archivePrefix = {arXiv}
+}"""
+
+KOWALCZUK = """@inproceedings{kowalczuk2026finding,
+  title = {Finding {DoRI}: Discovery of Retained Images in Diffusion Models},
+  author = {Kowalczuk, Antoni and Hintersdorf, Dominik and Struppek, Lukas and Kersting, Kristian and Dziedzic, Adam and
+            Boenisch, Franziska},
+  booktitle = {International Conference on Machine Learning},
+  year = {2026},
+  eprint = {2507.16880},
   archivePrefix = {arXiv}
 }"""

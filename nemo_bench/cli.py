@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     detect.add_argument("--json", action="store_true", help="print an object in place of the table")
     calibrate = add("calibrate", _calibrate, "activation statistics and threshold of a model, cached", settings=True)
     calibrate.add_argument("--json", action="store_true", help="print a list of objects")
-    listing = add("ls", _ls, "models, methods, prompts, metrics ... to choose from")
+    listing = add("ls", _ls, "models, methods, detectors, prompts, metrics ... to choose from")
     listing.add_argument("group", nargs="?", help="one group only, with sources")
     listing.add_argument("name", nargs="?", help="one of the group, with all that can be set")
     listing.add_argument("--conf", type=Path, metavar="DIR", help="folder with more YAML files, in group subfolders")
@@ -391,7 +391,8 @@ def _audit(options: argparse.Namespace) -> None:
         return
     Console().print(*terminal_audits(audits))
     print(f"{time.perf_counter() - start:.0f} s\nreport:   {folder / 'report.html'}")
-    print(f"pictures: {cells[0].store.folder / 'audit'}")
+    for cell in cells:
+        print(f"pictures: {cell.store.folder / 'audit'}")
 
 
 def _references(options: argparse.Namespace) -> None:

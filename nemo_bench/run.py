@@ -306,7 +306,7 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
     uses_calibration = any(m.needs_calibration for m in _lineage(method))
     decisive = {
         "model": {**network, "steps": model.steps, "guidance": model.guidance},
-        "method": _decisive(settings.method, method, prompts),
+        "method": decisive_settings(settings.method, method, prompts),
         "prompts": prompts_digest(prompts),
         "calibration": digest(calibration) if uses_calibration else None,
         "seeds": settings.seeds,
@@ -375,9 +375,9 @@ def _lineage(method: Method) -> list[Method]:
     return [method, *(_lineage(method.source) if method.source else [])]
 
 
-def _decisive(settings: dict[str, Any], method: Method, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def decisive_settings(settings: dict[str, Any], method: Method, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """The settings of a method with what they refer to, in place of where it is."""
-    source = {"source": _decisive(settings["source"], method.source, prompts)} if method.source else {}
+    source = {"source": decisive_settings(settings["source"], method.source, prompts)} if method.source else {}
     return {**settings, **method.content(prompts), **source}
 
 

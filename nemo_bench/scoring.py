@@ -154,6 +154,8 @@ def reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> ImageCe
         NemoBenchError: Its images are not all there, or an override is wrong.
     """
     spec, store = read_json(folder / "spec.json"), Store(folder)
+    if "detector" in spec:
+        raise StoreError(f"{folder} was made by a detector and holds no images; name the cell of a method")
     if not store.is_done("generate"):
         raise StoreError(f"{folder}: not all images are there; give the command of the run again to go on")
     names = {group: spec[group] for group in ("model", "method", "prompts")}

@@ -42,6 +42,7 @@ class Anisotropy(Detector):
 
     title = "Anisotropy"
     summary = "first-step magnitude plus the angle of the text-conditional noise at low noise"
+    sourcing = "public code"
     citation = ASTHANA
 
     def __init__(

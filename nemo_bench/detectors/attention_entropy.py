@@ -28,6 +28,7 @@ def entropy_terms(shares: Tensor) -> Tensor:
 class _Entropy(Detector):
     """Stable Diffusion 1.x and 2.x alone: SDXL has no layer that corresponds, and other numbers of them."""
 
+    sourcing = "public code; formulas second hand"
     citation = REN
     families: ClassVar[frozenset[str]] = frozenset({"StableDiffusionPipeline"})
     attends = True

@@ -166,6 +166,7 @@ class Detector(ABC):
         title: Name in tables.
         summary: One line for ``nemo-bench ls``.
         citation: BibTeX of the source.
+        sourcing: What we were able to read of the source.
         families: Classes of the pipelines that it is made for.
         images: Whether it looks at finished images.
         attends: Whether it looks at cross-attention.
@@ -177,6 +178,7 @@ class Detector(ABC):
     title: ClassVar[str]
     summary: ClassVar[str]
     citation: ClassVar[str]
+    sourcing: ClassVar[str] = ""
     families: ClassVar[frozenset[str]] = frozenset(FAMILIES)
     images: ClassVar[bool] = False
     attends: ClassVar[bool] = False

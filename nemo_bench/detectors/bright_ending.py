@@ -43,6 +43,7 @@ class BrightEnding(Detector):
 
     title = "Bright Ending"
     summary = "noise magnitude masked by the end token's attention in the last step; shows where"
+    sourcing = "public code; paper second hand"
     citation = CHEN
     families: ClassVar[frozenset[str]] = frozenset({"StableDiffusionPipeline"})
     attends = True

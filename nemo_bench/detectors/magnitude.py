@@ -30,6 +30,7 @@ class Magnitude(Detector):
 
     title = "Noise magnitude"
     summary = "norm of the text-conditional noise, over all steps or the first ones"
+    sourcing = "public code"
     citation = WEN
 
     def __init__(self, seeds: int = 4, steps: int | None = None) -> None:

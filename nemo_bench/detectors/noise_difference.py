@@ -33,6 +33,7 @@ class NoiseDifference(Detector):
 
     title = "Noise difference"
     summary = "SSIM between first-step noise differences of seeds, NeMo's memorization score"
+    sourcing = "paper and public code"
     citation = HINTERSDORF
 
     def __init__(self, seeds: int = 10, pairs: Literal["mean", "max"] = "mean") -> None:

@@ -29,6 +29,7 @@ class OneStep(Detector):
 
     title = "One-step attack"
     summary = "how far one step takes the initial noise, Webster's white-box attack"
+    sourcing = "public code"
     citation = """@article{webster2023reproducible,
   title = {A Reproducible Extraction of Training Images from Diffusion Models},
   author = {Webster, Ryan},

@@ -41,6 +41,7 @@ class Sharpness(Detector):
 
     title = "Sharpness"
     summary = "curvature of the log-probability along the score difference, SAIL's detector"
+    sourcing = "paper and public code"
     citation = JEON
     derives = True
 

@@ -31,6 +31,7 @@ class TiledL2(Detector):
 
     title = "Tiled L2"
     summary = "negative tiled distance among the images of a prompt; needs no look inside"
+    sourcing = "paper second hand"
     citation = """@inproceedings{carlini2023extracting,
   title = {Extracting Training Data from Diffusion Models},
   author = {Carlini, Nicolas and Hayes, Jamie and Nasr, Milad and Jagielski, Matthew and Sehwag, Vikash and

@@ -34,6 +34,7 @@ class TokenSignificance(Detector):
 
     title = "Token significance"
     summary = "largest gradient of the noise magnitude by a token; explains which tokens trigger"
+    sourcing = "public code"
     citation = WEN
     derives = True
 

@@ -3,12 +3,13 @@
 from nemo_bench.diffusion.attention import Edit, conditional_attention, conditional_rows, cross_attentions
 from nemo_bench.diffusion.families import FAMILIES, Conditioning
 from nemo_bench.diffusion.guidance import Rule, Step
-from nemo_bench.diffusion.model import Diffusion, Similarity, value_layers
+from nemo_bench.diffusion.model import GRADIENT_MEMORY, Diffusion, Similarity, value_layers
 from nemo_bench.diffusion.prefix import Prefix
 from nemo_bench.diffusion.source import Source, file_digest, folder_digest
 
 __all__ = [
     "FAMILIES",
+    "GRADIENT_MEMORY",
     "Conditioning",
     "Diffusion",
     "Edit",

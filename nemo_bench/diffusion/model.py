@@ -30,6 +30,8 @@ from nemo_bench.errors import ModelError
 from nemo_bench.types import Neurons
 
 Layers = Literal["down+mid", "all"]
+GRADIENT_MEMORY = 4
+"""A pass with gradients takes the memory of about so many plain ones."""
 NOISE_STEPS = 50
 """Noise differences are taken at the first of so many DDIM steps (Hintersdorf et al. 2024)."""
 _DDIM = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nemo_bench.diffusion import Conditioning, Diffusion, Prefix
+from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, Prefix
 from nemo_bench.errors import ConfigError
 from nemo_bench.localization.calibration import Calibration, activations
 from nemo_bench.localization.noise import noise_differences, pair_similarities, similarity
@@ -163,7 +163,7 @@ class Trial:
         layers = self.model.masks.widths
         columns = []
         with torch.inference_mode(False), torch.enable_grad():
-            for part in self._batches(seeds, max(1, self.batch_size // 4)):
+            for part in self._batches(seeds, max(1, self.batch_size // GRADIENT_MEMORY)):
                 self.row_passes += 2 * len(part)
                 factors = self.model.masks.factors([as_neurons(candidates)] * len(part), self.factor)
                 for values in factors.values():

@@ -176,7 +176,7 @@ class AMG(Method):
             ConfigError: Nothing was prepared.
             ModelError: The model is in half precision.
         """
-        check_precision(model)
+        check_precision(self.title, model.dtype)
         if model not in self._indices:
             raise ConfigError("amg needs to see the training images: call prepare(model, prompts)")
         guidance = _Guidance(self, model, self._indices[model], len(batch.prompts))

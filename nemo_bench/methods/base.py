@@ -13,6 +13,7 @@ from torch import Tensor
 from nemo_bench.diffusion import FAMILIES, Conditioning, Diffusion
 from nemo_bench.errors import ModelError
 from nemo_bench.localization import PAPER, SEEDS, Calibration, Protocol
+from nemo_bench.methods.descent import check_precision
 from nemo_bench.types import Localization, Neurons, Prompt
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Method(ABC):
         summary: One line for ``nemo-bench ls``.
         touches: What it changes of the model or its input.
         citation: BibTeX of the source, empty for a control of our own.
-        sourcing: What its authors were able to read of the source.
+        sourcing: What we were able to read of the source.
         needs_calibration: Whether :attr:`calibration` must be set before localizing.
         makes_passes: Whether it makes UNet passes of its own where it is prepared or applied.
         families: Classes of pipelines that it is made for.
@@ -105,9 +106,8 @@ class Method(ABC):
         if "guidance" in self.needs and guidance <= 1:
             msg = f"{self.title} changes guidance, given model.guidance={guidance:g}"
             raise ModelError(f"{msg}; give model.guidance above 1, or leave this method out")
-        if "gradients" in self.needs and dtype == "float16":
-            msg = f"{self.title} follows gradients, which vanish in float16"
-            raise ModelError(f"{msg}; set model.dtype to bfloat16 or float32, or leave this method out")
+        if "gradients" in self.needs:
+            check_precision(self.title, dtype)
         if compiled and self.needs & {"guidance", "open"}:
             msg = f"{self.title} works inside of the UNet, which can't be reached once it is compiled"
             raise ModelError(f"{msg}; set model.compiled=false, or leave this method out")

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ModelError
 
 Loss = Callable[[Sequence[int], Tensor], Tensor]
@@ -73,7 +72,14 @@ def descend(
         return Descent(torch.stack(leaves).detach(), torch.stack(last), tuple(taken), reached)
 
 
-def check_precision(model: Diffusion) -> None:
-    """Raises ModelError where gradients would vanish in half precision."""
-    if model.dtype == torch.float16:
-        raise ModelError("model.dtype=float16: a method that follows gradients needs bfloat16 or float32")
+def check_precision(title: str, dtype: str | torch.dtype) -> None:
+    """Raises ModelError where gradients would vanish in half precision.
+
+    Args:
+        title: What follows them.
+        dtype: The model's, such as ``"float16"``.
+    """
+    if str(dtype).removeprefix("torch.") == "float16":
+        raise ModelError(
+            f"{title} follows gradients, which vanish in float16; generate with model.dtype=bfloat16 or float32"
+        )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nemo_bench.citations import WEN
-from nemo_bench.diffusion import Conditioning, Diffusion
+from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.descent import check_precision, descend
@@ -84,7 +84,7 @@ class OptimizedEmbedding(Method):
     @contextmanager
     def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
         """See :meth:`Method.apply`."""
-        check_precision(model)
+        check_precision(self.title, model.dtype)
         if self.images is None:
             found = self._optimize(model, batch.prompts, batch.text, batch.latents[:, None])
         else:
@@ -106,8 +106,7 @@ class OptimizedEmbedding(Method):
     ) -> list[Optimized]:
         """Optimizes one embedding a row, on the starting noise of its images, (N, images, channels, height, width)."""
         images = latents.shape[1]
-        # Gradients need a multiple of a plain pass's memory.
-        size = max(1, self.batch_size // 4 // images)
+        size = max(1, self.batch_size // GRADIENT_MEMORY // images)
         found: list[Optimized] = []
         for first in range(0, len(prompts), size):
             rows = range(first, min(first + size, len(prompts)))

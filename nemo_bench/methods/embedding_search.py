@@ -71,7 +71,7 @@ def search_embeddings(
     if not (steps >= 1 and 0 < rate < math.inf and samples >= 1):
         msg = f"given steps={steps}, rate={rate}, samples={samples}"
         raise ConfigError(f"a search needs at least 1 step and 1 sample and a rate above 0, {msg}")
-    check_precision(model)
+    check_precision("a search", model.dtype)
     # Rows are copied, since what was made in inference mode takes no part in gradients.
     with torch.inference_mode(False):
         generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nemo_bench.diffusion import Diffusion, Step
+from nemo_bench.diffusion import GRADIENT_MEMORY, Diffusion, Step
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.descent import Descent, check_precision, descend
@@ -123,9 +123,9 @@ class OptimizedNoise(Method):
     @contextmanager
     def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
         """See :meth:`Method.apply`."""
-        check_precision(model)
-        # Gradients need a multiple of a plain pass's memory, and each image takes two rows.
-        size = max(1, self.batch_size // 8)
+        check_precision(self.title, model.dtype)
+        # Each image takes two rows.
+        size = max(1, self.batch_size // (2 * GRADIENT_MEMORY))
         parts, notes = [], []
         for first in range(0, len(batch.latents), size):
             rows = range(first, min(first + size, len(batch.latents)))

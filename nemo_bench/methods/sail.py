@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Adam
 
 from nemo_bench.citations import JEON
-from nemo_bench.diffusion import Conditioning, Diffusion
+from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.descent import Loss, check_precision, descend
@@ -97,9 +97,9 @@ class SAIL(Method):
     @contextmanager
     def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
         """See :meth:`Method.apply`."""
-        check_precision(model)
-        # Gradients need a multiple of a plain pass's memory; each candidate takes two rows, twice.
-        size = max(1, self.batch_size // (16 * self.candidates))
+        check_precision(self.title, model.dtype)
+        # Each candidate takes two rows, twice.
+        size = max(1, self.batch_size // (4 * GRADIENT_MEMORY * self.candidates))
         found: list[tuple[Tensor, Record]] = []
         for first in range(0, len(batch.latents), size):
             found += self._search(model, batch, range(first, min(first + size, len(batch.latents))))

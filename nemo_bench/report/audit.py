@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich.markup import escape
 from rich.table import Table
 
+from nemo_bench.citations import KOWALCZUK
 from nemo_bench.report.data import Results, load_results
+from nemo_bench.report.templates import render
 from nemo_bench.report.thumbnails import Thumbnails
 from nemo_bench.store import read_json
 
@@ -43,7 +44,8 @@ class Audit:
         """The cell, and how it was searched."""
         about = self.content["settings"]
         start = "the prompt" if about["start"] == "prompt" else "random numbers"
-        return f"{self.label}: {about['steps']} steps at rate {about['rate']:g} from {start}"
+        steps = f"{about['steps']} steps of {about['samples']} samples at rate {about['rate']:g} from {start}"
+        return f"{self.label}: {steps}, {about['images']} images each"
 
     @property
     def rows(self) -> Iterator[tuple[str, list[str]]]:
@@ -71,7 +73,7 @@ class Audit:
                 f"{own['found']['mean']:.0%} with the embedding found"
             )
             if "control" in groups:
-                text += f", {groups['control']['scores'][key]['found']['mean']:.0%} for pictures it was not trained on"
+                text += f", {groups['control']['scores'][key]['found']['mean']:.0%} of controls"
             yield f"{text}. {self._meaning(verdict)}"
 
     def _meaning(self, verdict: str) -> str:
@@ -131,16 +133,12 @@ _NAMES = {"memorized": "training images", "control": "controls"}
 
 
 def audit_section(results: Results) -> Markup:
-    """A section of the page on all audits of a run, empty where there are none; texts of the run are escaped."""
+    """A section of the page on all audits of a run, empty where there are none."""
     audits = audits_of(results)
     if not audits:
         return Markup()
-    environment = Environment(
-        loader=PackageLoader("nemo_bench.report", "page"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     shown = [(audit, _pictures(audit)) for audit in audits]
-    return Markup(environment.get_template("audit.html.jinja").render(shown=shown, headings=HEADINGS))
+    return Markup(render("audit.html.jinja", shown=shown, headings=HEADINGS, citation=KOWALCZUK))
 
 
 def _pictures(audit: Audit) -> list[dict[str, Any]]:

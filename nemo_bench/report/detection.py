@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,20 +9,19 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from PIL import Image
 from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
 from nemo_bench.errors import StoreError
-from nemo_bench.report.svg import INK, PALETTE, nth_look, style, svg
+from nemo_bench.report.svg import INK, nth_look, style, svg
+from nemo_bench.report.templates import render
+from nemo_bench.report.thumbnails import Thumbnails
 from nemo_bench.store import SCHEMA, read_json, read_records, write_json, write_text
 
-_FOLDER = Path(__file__).parent / "page"
-_WIDTH = 640
+_PIXELS = 640
 _COLUMNS = {
     "auc": "AUC",
     "VM": "VM",
@@ -225,10 +222,7 @@ def _roc_plot(group: Sequence[Detection], name: str, about: str) -> str:
 
 
 def _page(name: str, found: Sequence[Detection]) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
+    makers = {d.folder: Thumbnails(d.folder) for d in found}
     sections = [
         {
             "about": about,
@@ -236,23 +230,24 @@ def _page(name: str, found: Sequence[Detection]) -> str:
             "rows": [(d.label, d.folder.name, _texts(d).values()) for d in group],
             "plot": _roc_plot(group, f"roc-{number}", about),
             "labels": [d.label for d in group],
-            "prompts": [_prompt(group, prompt) for prompt in group[0].prompts],
+            "prompts": [_prompt(group, prompt, makers) for prompt in group[0].prompts],
         }
         for number, (about, group) in enumerate(_groups(found))
     ]
+    for make in makers.values():
+        make.keep()
     citations = {title: text for d in found for title, text in d.spec["citations"].items()}
-    return environment.get_template("detectors.html.jinja").render(
+    return render(
+        "detectors.html.jinja",
         name=name,
         sections=sections,
         titles=["Detector", *_COLUMNS.values()],
         note=NOTE,
         citations=citations,
-        palette=PALETTE,
-        style=(_FOLDER / "style.css").read_text(encoding="utf-8"),
     )
 
 
-def _prompt(group: Sequence[Detection], prompt: Mapping[str, Any]) -> dict[str, Any]:
+def _prompt(group: Sequence[Detection], prompt: Mapping[str, Any], makers: Mapping[Path, Thumbnails]) -> dict[str, Any]:
     """A line of the page: scores, tokens as far as a detector explains them, pictures."""
     records = [d.records[prompt["id"]] for d in group]
     tokens: Sequence[tuple[str, float]] = next(
@@ -266,7 +261,9 @@ def _prompt(group: Sequence[Detection], prompt: Mapping[str, Any]) -> dict[str, 
         "tokens": [(word.replace("</w>", " "), value, value / largest) for word, value in tokens],
         "scores": [(r["score"], _beaten(d, r["score"])) for d, r in zip(group, records, strict=True)],
         "pictures": [
-            (d.label, _thumbnail(d.folder / r["image"])) for d, r in zip(group, records, strict=True) if "image" in r
+            (d.label, makers[d.folder](d.folder / r["image"], (_PIXELS, _PIXELS)))
+            for d, r in zip(group, records, strict=True)
+            if "image" in r
         ],
     }
 
@@ -275,15 +272,3 @@ def _beaten(found: Detection, score: float) -> float:
     """Share of prompts that are not memorized and score below."""
     others = found.scores(memorized=False)
     return sum(other < score for other in others) / len(others) if others else 0.0
-
-
-def _thumbnail(path: Path) -> str:
-    """A picture as a data URI, or nothing where it is gone."""
-    if not path.is_file():
-        return ""
-    with Image.open(path) as opened:
-        picture = opened.convert("RGB")
-    picture.thumbnail((_WIDTH, _WIDTH))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

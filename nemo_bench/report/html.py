@@ -7,22 +7,20 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from nemo_bench.aggregate import GROUPS
 from nemo_bench.report.data import Aggregate, Cell, GeneratedImage, Results, Statistic, short_layers
 from nemo_bench.report.plots import Plot, plots
-from nemo_bench.report.svg import PALETTE, looks
+from nemo_bench.report.svg import looks
 from nemo_bench.report.tables import BEST, SIGNIFICANCE, Row, fewer, number
+from nemo_bench.report.templates import FOLDER, render
 from nemo_bench.report.thumbnails import Thumbnail, Thumbnails
 from nemo_bench.types import Prompt
 
-_FOLDER = Path(__file__).parent / "page"
 _MANY = 8  # columns that fit a window; of more only the first of every family is shown at first
 _SCORES = 5
 _FIGURES = (
@@ -82,26 +80,21 @@ def page(results: Results, rows: Sequence[Row], audit: str = "") -> str:
         rows: Its leaderboard.
         audit: A section on audits; see :func:`nemo_bench.report.audit.audit_section`.
     """
-    environment = Environment(
-        loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    script = (_FOLDER / "script.js").read_text(encoding="utf-8")
+    script = (FOLDER / "script.js").read_text(encoding="utf-8")
     figures = plots(results)
     found = {section: [plot for plot in figures if plot.section == section] for section, _, _ in _FIGURES}
     presets, models, detection = _presets(results), _models(results, rows), _detection(results)
     used = list(dict.fromkeys(info.family for info in results.metrics.values()))
     many = len(results.metrics) > _MANY
     costs = [key for key in _COSTS if any(key in cell.cost or key in cell.counts for cell in results.cells)]
-    return environment.get_template("page.html.jinja").render(
+    return render(
+        "page.html.jinja",
         results=results,
-        style=(_FOLDER / "style.css").read_text(encoding="utf-8"),
         script=script,
         script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
         looks=looks(results),
         facts=_facts(results),
         gaps=_gaps(results),
-        palette=PALETTE,
         sections=_sections(found, bool(models), bool(presets), bool(detection), bool(audit)),
         audit=Markup(audit),
         figure_sections=_FIGURES,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -73,7 +74,9 @@ def test_pictures_and_numbers_are_those_of_what_was_found(
     before = (cell(copy, "nemo") / "env.json").read_bytes()
     assert main(["audit", str(copy), "--cell", "nemo", *QUICK]) == 0
     shown = capsys.readouterr().out
-    assert "NeMo: 2 steps at rate 0.1 from the prompt (2 training images, 2 controls)" in shown
+    assert (
+        "NeMo: 2 steps of 2 samples at rate 0.1 from the prompt, 2 images each (2 training images, 2 controls)" in shown
+    )
     (entry,) = audits(copy, "nemo")
     assert entry["settings"] == {"steps": 2, "rate": 0.1, "samples": 2, "start": "prompt", "images": 2}
     assert list(entry["states"]) == ["prompt", "found", "unmitigated"]
@@ -167,7 +170,12 @@ def test_other_settings_and_metrics_stand_beside_the_first(copy: Path) -> None:
     first, random = audits(copy, "none")
     assert first == prompt
     assert random["settings"]["start"] == "random"
-    assert random["searches"][0]["losses"][0] > 1.2 * first["searches"][0]["losses"][0]
+    random_losses, own_losses = (
+        load_file(place / entry["searches"][0]["sheet"].replace(".png", ".safetensors"))["losses"]
+        for entry in (random, first)
+    )
+    assert random_losses.shape == (2,)
+    assert random_losses[0] > 1.2 * own_losses[0]
     searched = len(read_records(place, "audit"))
     assert main([*words, "~metrics.ssim", "metrics=default"]) == 0
     assert len(read_records(place, "audit")) == searched
@@ -175,6 +183,22 @@ def test_other_settings_and_metrics_stand_beside_the_first(copy: Path) -> None:
     assert set(third["metrics"]) == {"tiled_l2", "memorized"}
     tables = terminal_audits(load_audits(copy))
     assert sum(isinstance(part, str) for part in tables) == 2
+
+
+def test_a_control_used_in_turn_counts_once(copy: Path, tmp_path: Path) -> None:
+    source = Path(resolve(CONTROLS))
+    line = json.loads(source.read_text().splitlines()[0])
+    line["references"] = [str((source.parent / path).resolve()) for path in line["references"]]
+    (tmp_path / "one.jsonl").write_text(json.dumps(line))
+    words = ["audit", str(cell(copy, "none")), *QUICK, "images=1", f"controls={tmp_path / 'one.jsonl'}"]
+    assert main(words) == 0
+    (entry,) = audits(copy, "none")
+    assert [search["group"] for search in entry["searches"]] == ["memorized", "control"] * 2
+    assert entry["groups"]["control"]["prompts"] == 1
+    own, first, other, second = (search["scores"]["found"]["ssim"] for search in entry["searches"])
+    assert entry["groups"]["control"]["scores"]["ssim"]["found"]["mean"] == pytest.approx((first + second) / 2)
+    assert entry["compared"]["ssim"]["prompts"] == 1
+    assert entry["compared"]["ssim"]["difference"] == pytest.approx((own - first + other - second) / 2)
 
 
 def test_without_controls_it_says_so(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,6 +246,17 @@ def test_what_can_not_be_audited_is_left_out_or_explained(
     content["settings"]["model"]["weights"] = "0" * 16
     path.write_text(json.dumps(content))
     assert "other weights" in error(run, "--cell", "nemo")
+    place = cell(copy, "none")
+    spec, env = read_json(place / "spec.json"), read_json(place / "env.json")
+    (place / "generate.done").touch()
+    (place / "spec.json").write_text(json.dumps({**spec, "settings": {**spec["settings"], "method": {"ratio": 0.1}}}))
+    assert "hold something else by now" in error(run, "--cell", "none")
+    (place / "spec.json").write_text(json.dumps(spec))
+    env["starts"][-1]["settings"]["model"]["dtype"] = "float16"
+    (place / "env.json").write_text(json.dumps(env))
+    assert "vanish in float16; generate with model.dtype=bfloat16" in error(run, "--cell", "none")
+    (place / "spec.json").write_text(json.dumps({**spec, "detector": "magnitude"}))
+    assert "made by a detector and holds no images" in error(str(place))
     assert not list(copy.glob("*/audit.json"))
 
 
@@ -249,4 +284,5 @@ def test_the_key_is_that_of_what_decides(change: Callable[[AuditSettings], None]
 def test_a_verdict_needs_more_than_controls_and_enough_of_them(
     prompt: list[float], found: list[float], control: list[float], expected: str
 ) -> None:
-    assert verdict(prompt, found, control) == expected
+    over_control = np.array(found)[: len(control)] - np.array(control)
+    assert verdict(np.array(found) - np.array(prompt), over_control) == expected
