@@ -15,9 +15,10 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from nemo_bench.cells import plan
 from nemo_bench.config import grid
 from nemo_bench.report import load_results
-from nemo_bench.run import plan, run
+from nemo_bench.run import run
 from nemo_bench.store import read_records
 from nemo_bench.types import Record
 
@@ -32,20 +33,21 @@ def costs(cell: Path, stage: str) -> tuple[float, float]:
 
 def measure(words: list[str], root: str) -> list[dict[str, Any]]:
     """Costs of each cell beside those of the cell without mitigation of the same run."""
-    folder = run(plan(grid([*words, f"root={root}"])), "benchmarks/methods.py")
-    cells = {cell.label: folder / cell.name for cell in load_results(folder).cells}
-    found = {label: (*costs(path, "localize"), *costs(path, "generate")) for label, path in cells.items()}
-    none = found["none"]
+    cells = plan(grid([*words, f"root={root}"]))
+    folder = run(cells, "benchmarks/methods.py")
+    labels = {cell.name: cell.label for cell in load_results(folder).cells}
+    found = {cell.id: (*costs(folder / cell.id, "localize"), *costs(folder / cell.id, "generate")) for cell in cells}
+    (none,) = (found[cell.id] for cell in cells if not cell.is_mitigated)
     return [
         {
-            "method": label,
+            "method": labels[name],
             "image_time_ratio": values[2] / none[2],
             "image_pass_ratio": values[3] / none[3],
             "seconds_per_image": values[2],
             "prompt_seconds_more": values[0] - none[0],
             "prompt_passes_more": values[1] - none[1],
         }
-        for label, values in found.items()
+        for name, values in found.items()
     ]
 
 

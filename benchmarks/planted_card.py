@@ -38,7 +38,7 @@ from nemo_bench.modules import open_image, to_image
 from nemo_bench.planted.training import heldout_captions
 from nemo_bench.planted.world import general_caption, render
 from nemo_bench.prompts import seeds_of
-from nemo_bench.run import load_model
+from nemo_bench.runner import load_model
 
 CARD = Path(resolve("package:planted/README.md"))
 CPU = torch.device("cpu")

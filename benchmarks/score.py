@@ -23,8 +23,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from nemo_bench.cells import metrics_of
 from nemo_bench.metrics.networks import loaded
-from nemo_bench.run import Runner, metrics_of, renew_scores
+from nemo_bench.run import renew_scores
+from nemo_bench.runner import Runner
 from nemo_bench.scoring import cells_of
 
 METRICS = """\

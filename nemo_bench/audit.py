@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_bench.aggregate import bootstrap_interval, paired
+from nemo_bench.cells import ImageCell, decisive_settings, metrics_of, read_files, source_of
 from nemo_bench.config import SCORING, build, train_settings
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, file_digest
 from nemo_bench.errors import ConfigError, StoreError, nearest
@@ -32,7 +33,7 @@ from nemo_bench.metrics import BenchMetric, MemorizationRate
 from nemo_bench.modules import Stage, file_name, open_image, slices, to_image
 from nemo_bench.prompts import seeds_of
 from nemo_bench.report import write_report
-from nemo_bench.run import ImageCell, Runner, by_prompt, decisive_settings, is_main, metrics_of, read_files, source_of
+from nemo_bench.runner import Runner, by_prompt, is_main
 from nemo_bench.scoring import reread
 from nemo_bench.store import SCHEMA, Store, read_json, write_json
 from nemo_bench.types import Kind, Neurons, Prompt, Record, digest

@@ -148,20 +148,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-
-    from nemo_bench import run
+    from nemo_bench.cells import plan
     from nemo_bench.config import grid
+    from nemo_bench.run import outlook, run
+    from nemo_bench.runner import is_main
 
     choices = grid(options.overrides, options.conf)
     if options.dry_run:
         _dry_run(choices, options.json)
         return
-    cells = run.plan(choices)
+    cells = plan(choices)
     start = time.perf_counter()
-    open_before = sum(sum(row["open"].values()) for row in run.outlook(cells))
+    open_before = sum(sum(row["open"].values()) for row in outlook(cells))
     say = _aside if options.json else print
-    folder = run.run(cells, run.command_line(), say=say, progress=not options.json)
-    if run.is_main():
+    folder = run(cells, _command_line(), say=say, progress=not options.json)
+    if is_main():
         done = "everything was done already" if not open_before else f"{open_before} records computed"
         _show(folder, f"{done}, {time.perf_counter() - start:.0f} s", as_json=options.json)
 
@@ -169,15 +170,16 @@ def _run(options: argparse.Namespace) -> None:
 def _detect(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from nemo_bench import detection, run
+    from nemo_bench import detection
     from nemo_bench.config import detector_grid
     from nemo_bench.report.detection import load_detections, terminal_detection
+    from nemo_bench.runner import is_main
 
     cells = detection.plan(detector_grid(options.overrides, options.conf))
     start = time.perf_counter()
     is_done = not detection.is_open(cells)
-    folder = detection.detect(cells, run.command_line(), progress=not options.json)
-    if not run.is_main():
+    folder = detection.detect(cells, _command_line(), progress=not options.json)
+    if not is_main():
         return
     if options.json:
         print((folder / "detection.json").read_text(encoding="utf-8"))
@@ -186,6 +188,11 @@ def _detect(options: argparse.Namespace) -> None:
     console.print(*terminal_detection(load_detections(folder)))
     done = "everything was done already" if is_done else "done"
     print(f"{done}, {time.perf_counter() - start:.0f} s\nreport:  {folder / 'detection.html'}\nrecords: {folder}")
+
+
+def _command_line() -> str:
+    """What the user typed."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def _aside(line: str) -> None:
@@ -267,14 +274,16 @@ def _duration(seconds: float | None, least: str) -> str:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    from nemo_bench import run
+    from nemo_bench.cells import plan
     from nemo_bench.config import grid
+    from nemo_bench.run import calibrate
+    from nemo_bench.runner import is_main
 
     overrides = options.overrides
     if not any(word.startswith("method=") for word in overrides):
         overrides = [*overrides, "method=nemo"]
-    rows = run.calibrate(run.plan(grid(overrides, options.conf)), progress=not options.json)
-    if not run.is_main():
+    rows = calibrate(plan(grid(overrides, options.conf)), progress=not options.json)
+    if not is_main():
         return
     if options.json:
         print(json.dumps(rows, indent=2))
@@ -359,7 +368,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
-    from nemo_bench.run import command_line, is_main
+    from nemo_bench.runner import is_main
     from nemo_bench.scoring import cells_of, score
 
     start = time.perf_counter()
@@ -367,7 +376,7 @@ def _score(options: argparse.Namespace) -> None:
     cells = cells_of(
         options.folder, options.overrides, conf=options.conf, mapping=options.map, say=say, progress=progress
     )
-    folder = score(cells, command_line(), say, progress=progress)
+    folder = score(cells, _command_line(), say, progress=progress)
     if is_main():
         _show(folder, f"{time.perf_counter() - start:.0f} s", as_json=options.json)
 
@@ -377,12 +386,12 @@ def _audit(options: argparse.Namespace) -> None:
 
     from nemo_bench.audit import audit, cells_of
     from nemo_bench.report.audit import load_audits, terminal_audits
-    from nemo_bench.run import command_line, is_main
+    from nemo_bench.runner import is_main
 
     start = time.perf_counter()
     say = _aside if options.json else print
     cells = cells_of(options.folder, options.overrides, options.cell, conf=options.conf, say=say)
-    folder = audit(cells, command_line(), progress=not options.json)
+    folder = audit(cells, _command_line(), progress=not options.json)
     if not is_main():
         return
     audits = load_audits(folder)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import lightning as L
 from torch.utils.data import DataLoader
 
+from nemo_bench.cells import read_listed, source_of
 from nemo_bench.config import Choice, build
 from nemo_bench.detectors import Detector, watch
 from nemo_bench.diffusion import Diffusion
@@ -20,7 +21,7 @@ from nemo_bench.metrics import detection
 from nemo_bench.modules import file_name, to_image
 from nemo_bench.prompts import PromptTask, prompts_digest
 from nemo_bench.report.detection import write_detection
-from nemo_bench.run import Runner, is_main, note_start, open_folder, read_listed, source_of
+from nemo_bench.runner import Runner, is_main, note_start, open_folder
 from nemo_bench.store import SCHEMA, Store, write_json
 from nemo_bench.types import Prompt, Record, digest
 

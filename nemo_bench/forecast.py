@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 from huggingface_hub import try_to_load_from_cache
 
+from nemo_bench.cells import THRESHOLD, Cell, plan, read_files, source_of, to_measure, with_sources
 from nemo_bench.config import Choice, PromptSettings, build, resolve
 from nemo_bench.diffusion import Source
 from nemo_bench.errors import NemoBenchError
 from nemo_bench.localization import read_statistics
 from nemo_bench.metrics import BenchMetric
-from nemo_bench.run import THRESHOLD, Cell, Runner, outlook, plan, read_files, source_of, to_measure, with_sources
+from nemo_bench.run import outlook
+from nemo_bench.runner import Runner
 from nemo_bench.store import read_json, read_records
 from nemo_bench.types import Prompt
 

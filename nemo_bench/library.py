@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nemo_bench.cells import plan, read_files, read_listed
 from nemo_bench.config import grid
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError
 from nemo_bench.prompts.readers import READERS
 from nemo_bench.report import load_results
-from nemo_bench.run import load_model, plan, read_files, read_listed, run
+from nemo_bench.run import run
+from nemo_bench.runner import load_model
 from nemo_bench.types import Prompt, Record
 
 

@@ -10,22 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from nemo_bench.cells import UNMITIGATED, ImageCell, check_metrics, read_listed
 from nemo_bench.config import Choice, about_method, one, rescore
 from nemo_bench.elsewhere import FoundImage, changed_images, check_images, mapped_images, named_images
 from nemo_bench.errors import ConfigError, StoreError
 from nemo_bench.prompts import prompts_digest
-from nemo_bench.run import (
-    UNMITIGATED,
-    ImageCell,
-    Runner,
-    check_metrics,
-    finish,
-    is_main,
-    note_start,
-    open_folder,
-    read_listed,
-    renew_scores,
-)
+from nemo_bench.run import finish, renew_scores
+from nemo_bench.runner import Runner, is_main, note_start, open_folder
 from nemo_bench.store import Store, iterate_records, read_json, write_json
 from nemo_bench.types import Prompt, digest
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from nemo_bench.cells import plan
 from nemo_bench.cli import main
 from nemo_bench.config import grid
 from nemo_bench.errors import ModelError
 from nemo_bench.forecast import forecast
 from nemo_bench.metrics import Alignment
-from nemo_bench.run import plan, run
+from nemo_bench.run import run
 from nemo_bench.store import read_json, read_records
 
 FEW = ["prompts.calibration_limit=8", "localize_seeds=3", "model.steps=5", "seeds=2", "trainer=cpu"]

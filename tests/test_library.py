@@ -9,10 +9,11 @@ import torch
 
 import nemo_bench
 from nemo_bench import Calibration, ConfigError, Diffusion, NeMo, Prompt, PromptError, benchmark, load, load_prompts
+from nemo_bench.cells import plan
 from nemo_bench.config import grid
 from nemo_bench.localization import REFERENCE, pair_scores
 from nemo_bench.prompts import seeds_of
-from nemo_bench.run import plan, run
+from nemo_bench.run import run
 from nemo_bench.store import read_records
 from tiny import tiny_texts
 

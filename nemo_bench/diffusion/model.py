@@ -25,7 +25,7 @@ from nemo_bench.diffusion.attention import Edit, cross_attentions, edit_attentio
 from nemo_bench.diffusion.families import Conditioning, family_of
 from nemo_bench.diffusion.guidance import Rule, Step
 from nemo_bench.diffusion.masks import NeuronMasks
-from nemo_bench.diffusion.source import Source, without_bars
+from nemo_bench.diffusion.source import Source, without_advice, without_bars
 from nemo_bench.errors import ModelError
 from nemo_bench.types import Neurons
 
@@ -182,9 +182,10 @@ class Diffusion(nn.Module):
     @torch.no_grad()
     def _encode(self, texts: Sequence[str], half: int) -> Conditioning:
         # Pipelines give conditional and unconditional text, then, if any, both pooled embeddings.
-        encoded = self.pipeline.encode_prompt(
-            prompt=list(texts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=half == 1
-        )
+        with without_advice():
+            encoded = self.pipeline.encode_prompt(
+                prompt=list(texts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=half == 1
+            )
         return Conditioning(*encoded[half::2])
 
     def truncated(self, text: str) -> bool:

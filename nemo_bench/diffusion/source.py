@@ -177,6 +177,19 @@ def without_bars() -> Iterator[None]:
             module.enable_progress_bar()
 
 
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """Hides what the libraries say of each prompt that is longer than a text encoder reads; results count those."""
+    levels = [(module, module.get_verbosity()) for module in (diffusers_logging, transformers_logging)]
+    try:
+        for module, _ in levels:
+            module.set_verbosity_error()
+        yield
+    finally:
+        for module, level in levels:
+            module.set_verbosity(level)
+
+
 def _check_place(place: str) -> None:
     """Raises ModelError where a place is neither a pipeline folder nor a hub id."""
     if (Path(place) / "model_index.json").is_file():

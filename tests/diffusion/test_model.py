@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,28 @@ def test_v_prediction_is_converted_to_noise() -> None:
     torch.testing.assert_close(velocity.predict_noise(latents, 500, text), expected)
     epsilon = Diffusion(tiny_pipeline(prediction_type="epsilon"), steps=4)
     torch.testing.assert_close(epsilon.predict_noise(latents, 500, text), output)
+
+
+def test_long_prompts_are_cut_in_silence(tiny: Diffusion) -> None:
+    said: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    handler, libraries = Handler(), [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [library.level for library in libraries]
+    try:
+        for library in libraries:
+            library.addHandler(handler)
+        tiny.encode(["red " * 40])
+        assert said == []
+        assert [library.level for library in libraries] == levels
+        tiny.pipeline.encode_prompt("red " * 40, "cpu", 1, do_classifier_free_guidance=False)
+        assert any("truncated" in line for line in said)
+    finally:
+        for library in libraries:
+            library.removeHandler(handler)
 
 
 def test_first_timestep_is_stable_diffusions() -> None:

@@ -11,6 +11,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from batches import batch_of, images_of, rows_of
 from nemo_bench import Diffusion, ModelError, Prompt, resolve
+from nemo_bench.cells import plan
 from nemo_bench.config import grid
 from nemo_bench.diffusion import Similarity
 from nemo_bench.methods import (
@@ -32,7 +33,6 @@ from nemo_bench.methods import (
     StaticTransition,
     Wanda,
 )
-from nemo_bench.run import plan
 from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl
 
 METHODS: dict[str, Callable[[], Method]] = {
@@ -197,7 +197,7 @@ def test_what_a_model_lacks_is_said(method: Method, given: tuple[str, float, str
 
 
 def test_a_run_says_it_before_weights_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_bench.run.load_model", None)
+    monkeypatch.setattr("nemo_bench.runner.load_model", None)
     for words in (["method=static_transition", "model.guidance=1"], ["method=sail", "model.dtype=float16"]):
         with pytest.raises(ModelError, match=r"or leave (this method|it) out"):
             plan(grid(words))

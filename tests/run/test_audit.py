@@ -25,7 +25,7 @@ from nemo_bench.metrics import SSIM, PixelDistance
 from nemo_bench.modules import open_image
 from nemo_bench.prompts import seeds_of
 from nemo_bench.report.audit import load_audits, terminal_audits
-from nemo_bench.run import by_prompt
+from nemo_bench.runner import by_prompt
 from nemo_bench.store import Store, read_json, read_records
 from nemo_bench.types import Prompt
 

@@ -128,7 +128,7 @@ def test_bad_input_is_explained_before_anything_is_loaded_or_written(
     def refuse(*args: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("nemo_bench.run.load_model", refuse)
+    monkeypatch.setattr("nemo_bench.runner.load_model", refuse)
     assert main(["run", f"root={tmp_path / 'results'}", *words]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "results").exists()

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from nemo_bench.cells import plan
 from nemo_bench.config import grid
-from nemo_bench.run import plan, run
+from nemo_bench.run import run
 from nemo_bench.store import read_json
 
 

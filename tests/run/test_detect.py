@@ -93,7 +93,7 @@ def test_table_json_and_page_say_the_same(done: Path) -> None:
 
 def test_what_is_done_is_not_sampled_again(done: Path, three_prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = scores(done)
-    monkeypatch.setattr("nemo_bench.run.load_model", None)
+    monkeypatch.setattr("nemo_bench.runner.load_model", None)
     monkeypatch.setattr("nemo_bench.detection.watch", None)
     assert main(command(done.parent, three_prompts)) == 0
     assert scores(done) == before
@@ -200,7 +200,7 @@ def test_prompts_of_one_sort_are_scored_without_measures(
 def test_mistakes_are_explained_before_anything_loads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nemo_bench.run.load_model", None)
+    monkeypatch.setattr("nemo_bench.runner.load_model", None)
 
     def said(*words: str) -> str:
         assert main(["detect", f"root={tmp_path / 'results'}", *words]) == 1

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-import nemo_bench.run
 from nemo_bench import resolve
+from nemo_bench.cells import plan
 from nemo_bench.config import grid
 from nemo_bench.errors import ConfigError, ModelError, NemoBenchError, StoreError
 from nemo_bench.prompts import MANIFEST
 from nemo_bench.report import load_results
-from nemo_bench.run import plan, run
+from nemo_bench.run import run
 from nemo_bench.scoring import cells_of, score
 from nemo_bench.store import read_json, read_records
 from nemo_bench.tracking import track
@@ -48,7 +48,7 @@ def _no_diffusion_model(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a diffusion model is loaded")
 
-    monkeypatch.setattr(nemo_bench.run, "load_model", refuse)
+    monkeypatch.setattr("nemo_bench.runner.load_model", refuse)
 
 
 def cell(folder: Path, method: str) -> Path:

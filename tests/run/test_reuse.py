@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from nemo_bench import ConfigError, Neurons, read_prompts, resolve
+from nemo_bench.cells import plan
 from nemo_bench.config import grid
 from nemo_bench.localization.published import by_name, read_published
 from nemo_bench.report import load_results
-from nemo_bench.run import by_prompt, outlook, plan, run
+from nemo_bench.run import outlook, run
+from nemo_bench.runner import by_prompt
 from nemo_bench.store import Store, read_json, read_records
 
 SMALL = ["seeds=1", "localize_seeds=3", "model.steps=2", "prompts.calibration_limit=8", "trainer=cpu", "name=reuse"]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from nemo_bench import Neurons, StoreError
+from nemo_bench.cells import plan
 from nemo_bench.config import grid
-from nemo_bench.run import outlook, plan, run
+from nemo_bench.run import outlook, run
 from nemo_bench.store import read_records
 from nemo_bench.types import Record
 
@@ -96,7 +97,7 @@ def test_again_nothing_is_open_and_nothing_is_loaded(
     def refuse(*args: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("nemo_bench.run.load_model", refuse)
+    monkeypatch.setattr("nemo_bench.runner.load_model", refuse)
     run(cells, "test", say=lambda line: None)
     assert results(folder) == before
 

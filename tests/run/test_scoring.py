@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from nemo_bench import ConfigError, resolve
+from nemo_bench.cells import plan
 from nemo_bench.config import grid
 from nemo_bench.errors import ModelError
-from nemo_bench.run import outlook, plan, run
+from nemo_bench.run import outlook, run
 from nemo_bench.store import read_json, read_records
 
 SMALL = ["seeds=2", "localize_seeds=3", "model.steps=2", "prompts.calibration_limit=8", "trainer=cpu", "name=scoring"]
@@ -133,10 +134,11 @@ def real(tmp_path: Path) -> Path:
 
 SCRIPT = """
 import sys
-from nemo_bench import run
+from nemo_bench.cells import plan
 from nemo_bench.config import grid
+from nemo_bench.run import run
 if __name__ == "__main__":
-    run.run(run.plan(grid(sys.argv[1:])), "test", progress=False)
+    run(plan(grid(sys.argv[1:])), "test", progress=False)
 """
 
 

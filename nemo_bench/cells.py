@@ -1,0 +1,340 @@
+"""From settings to cells, the units of work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from nemo_bench.config import Choice, ModelSettings, PromptSettings, RunSettings, build, resolve
+from nemo_bench.diffusion import Source
+from nemo_bench.errors import ConfigError, NemoBenchError
+from nemo_bench.localization import read_statistics
+from nemo_bench.methods import Method
+from nemo_bench.metrics import FIELDS, BenchMetric
+from nemo_bench.prompts import ImageTask, PromptTask, prompts_digest, read_prompts
+from nemo_bench.store import Store
+from nemo_bench.types import Prompt, digest
+
+STAGES = ("localize", "generate", "score")
+STATISTICS = "statistics.pt"
+"""Activation statistics in a calibration's folder, in the published form."""
+THRESHOLD = "threshold.json"
+"""The memorization threshold in a calibration's folder, with the numbers it comes from."""
+UNMITIGATED = {"_target_": "nemo_bench.methods.NoMitigation"}
+"""Settings of a method that does nothing."""
+
+
+class Work(Protocol):
+    """What owns a results folder: settings, prompts, what decides the result, and the folder."""
+
+    choice: Choice
+    prompts: list[Prompt]
+    spec: dict[str, Any]
+    store: Store
+
+
+@dataclass(eq=False, kw_only=True)
+class ImageCell:
+    """Images of some prompts, scored together; owner of one results folder.
+
+    Attributes:
+        choice: Names and settings.
+        prompts: All prompts.
+        spec: What decides the result, as written to ``spec.json``.
+        store: Its folder.
+        unmitigated: The cell of the same images without mitigation: one that was asked for, or finished before.
+    """
+
+    choice: Choice
+    prompts: list[Prompt]
+    spec: dict[str, Any]
+    store: Store
+    unmitigated: ImageCell | None = None
+
+    @property
+    def id(self) -> str:
+        """Name of the folder."""
+        return self.store.folder.name
+
+    @property
+    def is_mitigated(self) -> bool:
+        """Whether there is any mitigation."""
+        return bool(self.spec["settings"]["method"] != UNMITIGATED)
+
+    @property
+    def prompt_tasks(self) -> list[PromptTask]:
+        """All prompts."""
+        return [PromptTask.of(p) for p in self.prompts]
+
+
+@dataclass(eq=False, kw_only=True)
+class Cell(ImageCell):
+    """A model, a method and prompts: the unit of work.
+
+    Attributes:
+        method: The mitigation.
+        calibration_prompts: General prompts for what is measured, none where nothing is.
+        calibration: Folder of the model's calibration.
+        measured: Files in it that the method, or its source, can't do without.
+        source: The cell whose localization this one starts from; it need not be one that was asked for.
+    """
+
+    method: Method
+    calibration_prompts: list[Prompt]
+    calibration: Store
+    measured: list[str]
+    source: Cell | None = None
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether nothing is left to be measured on general prompts."""
+        return all((self.calibration.folder / name).exists() for name in self.measured)
+
+    @property
+    def image_tasks(self) -> list[ImageTask]:
+        """All images, prompt by prompt."""
+        return [ImageTask.of(p, seed) for p in self.prompts for seed in range(self.choice.settings.seeds)]
+
+    def ids(self, stage: str) -> list[str]:
+        """Record ids of a finished stage."""
+        prompts, images = [t.id for t in self.prompt_tasks], [t.id for t in self.image_tasks]
+        return {"localize": prompts, "generate": images, "score": prompts}[stage]
+
+
+def plan(choices: Sequence[Choice], weights: Mapping[Source, str] | None = None) -> list[Cell]:
+    """Makes the cells that were asked for.
+
+    Args:
+        choices: What was asked for.
+        weights: Digests of weights that are not looked at, for cells that are counted and never run.
+
+    Returns:
+        Cells in the same order, each folder once; their prompt files are read and checked, no model is loaded and
+        nothing written.
+
+    Raises:
+        NemoBenchError: Prompts, references or a model folder are not as they should be.
+    """
+    if any(choice.settings.detector is not None for choice in choices):
+        raise ConfigError("detectors are run by nemo-bench detect; leave out detector=...")
+    for key in ("name", "root", "trainer", "logger"):
+        if any(getattr(c.settings, key) != getattr(choices[0].settings, key) for c in choices):
+            raise ConfigError(f"{key} must be the same for all cells of a run; give one value, or run twice")
+    weights = weights or {}
+    prompts: dict[str, list[Prompt]] = {}
+    asked: dict[str, Cell] = {}
+    for choice in choices:
+        cell = _cell(choice, prompts, weights)
+        if asked.setdefault(cell.id, cell).choice.settings != choice.settings:
+            msg = f"two cells of the grid share the folder {cell.id}: what differs does not change images; run twice"
+            raise ConfigError(msg)
+    by_settings = {digest(cell.spec["settings"]): cell for cell in asked.values()}
+    for cell in asked.values():
+        cell.unmitigated = _unmitigated(cell, by_settings, prompts, weights)
+    unlinked = list(asked.values())
+    for cell in unlinked:
+        if cell.method.source:
+            settings = replace(cell.choice.settings, method=cell.choice.settings.method["source"])
+            name = type(cell.method.source).__name__.lower()
+            source = _cell(Choice({**cell.choice.names, "method": name}, settings), prompts, weights)
+            cell.source = by_settings.setdefault(digest(source.spec["settings"]), source)
+            if cell.source is source:
+                unlinked.append(source)
+    return list(asked.values())
+
+
+def _unmitigated(
+    cell: Cell, asked: Mapping[str, Cell], cache: dict[str, list[Prompt]], weights: Mapping[Source, str]
+) -> Cell | None:
+    if not cell.is_mitigated:
+        return None
+    settings = replace(cell.choice.settings, method=UNMITIGATED)
+    none = _cell(Choice({**cell.choice.names, "method": "none"}, settings), cache, weights)
+    found = asked.get(digest(none.spec["settings"]))
+    return found or (none if none.store.is_done("generate") else None)
+
+
+def read_listed(settings: PromptSettings) -> list[Prompt]:
+    """Reads the prompts that are benchmarked.
+
+    Raises:
+        NemoBenchError: A file can't be read, or two have a prompt of the same id.
+    """
+    return read_files(settings.files, settings.limit, settings.references, settings.memorized)
+
+
+def read_files(
+    files: Sequence[str], limit: int | None = None, references: str | None = None, memorized: Sequence[str] = ()
+) -> list[Prompt]:
+    """Reads the prompts of several files.
+
+    Args:
+        files: Prompt files; ``package:`` stands for the folder of this package.
+        limit: Take so many prompts of each file.
+        references: Folder that ``nemo-bench references`` filled.
+        memorized: Those of the files whose prompts are memorized where no kind is annotated.
+
+    Raises:
+        NemoBenchError: A file can't be read, or two have a prompt of the same id.
+    """
+    folder = Path(resolve(references)) if references else None
+    prompts = [
+        p
+        for file in files
+        for p in read_prompts(resolve(file), references=folder, memorized=file in memorized, limit=limit)
+    ]
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise ConfigError(f"prompts.files={list(files)}: two files have a prompt with id '{prompt.id}'")
+        seen.add(prompt.id)
+    return prompts
+
+
+def _read(cache: dict[str, list[Prompt]], *arguments: Any) -> list[Prompt]:
+    key = digest(arguments)
+    if key not in cache:
+        cache[key] = read_files(*arguments)
+    return cache[key]
+
+
+def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Source, str]) -> Cell:
+    settings = choice.settings
+    model = settings.model
+    method = build(settings.method, "method")
+    if not isinstance(method, Method):
+        raise ConfigError(f"method._target_={settings.method['_target_']}: expected a nemo_bench.methods.Method")
+    method.batch_size = settings.batch_size
+    source = source_of(model)
+    if source not in weights:
+        method.check(source.family.pipeline.__name__, model.guidance, model.dtype, compiled=model.compiled)
+    check_metrics(settings)
+    listed = settings.prompts
+    prompts = _read(cache, listed.files, listed.limit, listed.references, listed.memorized)
+    published = read_statistics(Path(resolve(model.statistics))) if model.statistics else None
+    measured = to_measure(method, model)
+    general = [listed.calibration] if measured and listed.calibration else []
+    calibration_prompts = _read(cache, general, listed.calibration_limit)
+    if measured and len(calibration_prompts) < 2:
+        msg = (
+            f"method={choice.names['method']} needs general prompts, at least 2, given {len(calibration_prompts)}: set "
+            "prompts.calibration to a prompt file, or give both model.statistics and the method's threshold"
+        )
+        raise ConfigError(msg)
+    commit = {"commit": source.commit} if source not in weights and source.commit else {}
+    network = {
+        "weights": weights.get(source) or source.digest(),
+        "dtype": model.dtype,
+        "layers": model.layers,
+        "similarity": asdict(model.similarity),
+    }
+    calibration = {
+        **network,
+        "statistics": digest([[v.tolist() for v in side] for side in published]) if published else None,
+        "seeds": settings.localize_seeds,
+        "prompts": prompts_digest(calibration_prompts),
+        "protocol": next((m.protocol.name for m in _lineage(method) if m.needs_calibration), None),
+    }
+    uses_calibration = any(m.needs_calibration for m in _lineage(method))
+    decisive = {
+        "model": {**network, "steps": model.steps, "guidance": model.guidance},
+        "method": decisive_settings(settings.method, method, prompts),
+        "prompts": prompts_digest(prompts),
+        "calibration": digest(calibration) if uses_calibration else None,
+        "seeds": settings.seeds,
+        "localize_seeds": settings.localize_seeds,
+    }
+    names = [choice.names.get(group, group) for group in ("model", "method", "prompts")]
+    root = Path(settings.root)
+    folder = "__".join([*names, digest(decisive, 8)])
+    calibration_folder = f"{names[0]}__{digest(calibration, 8)}"
+    spec = {
+        "cell": folder,
+        "model": names[0],
+        "method": names[1],
+        "prompts": names[2],
+        "title": method.title,
+        "settings": decisive,
+        "digests": {"model": network["weights"], "prompts": decisive["prompts"], **commit},
+        "citations": _citations(method),
+        "calibration": f"../../calibration/{calibration_folder}" if THRESHOLD in measured else None,
+    }
+    return Cell(
+        choice=choice,
+        method=method,
+        prompts=prompts,
+        calibration_prompts=calibration_prompts,
+        spec=spec,
+        store=Store(root / settings.name / folder),
+        calibration=Store(root / "calibration" / calibration_folder),
+        measured=measured,
+    )
+
+
+def check_metrics(settings: RunSettings) -> None:
+    """Makes sure that metrics can be computed, before anything loads.
+
+    Raises:
+        NemoBenchError: One is no metric, or weights or pictures that some need are missing; all of those are named.
+    """
+    lacking: dict[tuple[type[NemoBenchError], str], list[str]] = {}
+    for name, node in settings.metrics.items():
+        metric = build(node, f"metrics.{name}")
+        if not isinstance(metric, BenchMetric) or not metric.needs <= FIELDS:
+            msg = (
+                f"metrics.{name}: expected a BenchMetric that needs some of {', '.join(sorted(FIELDS))}, given {metric}"
+            )
+            raise ConfigError(msg)
+        try:
+            metric.check()
+        except NemoBenchError as error:
+            lacking.setdefault((type(error), str(error)), []).append(f"metrics.{name}")
+    if lacking:
+        lines = [f"{', '.join(names)}: {message}" for (_, message), names in lacking.items()]
+        without = " ".join(f"'~{name}'" for names in lacking.values() for name in names)
+        raise next(kind for kind, _ in lacking)("\n".join([*lines, f"without: {without}"]))
+
+
+def source_of(settings: ModelSettings) -> Source:
+    """Where the weights are; nothing is read."""
+    config = resolve(settings.config) if settings.config else None
+    return Source(resolve(settings.source), settings.revision, config, settings.local_files_only)
+
+
+def metrics_of(cell: ImageCell) -> dict[str, BenchMetric]:
+    """The cell's metrics by name, in the order of the settings."""
+    return {name: build(node, f"metrics.{name}") for name, node in cell.choice.settings.metrics.items()}
+
+
+def to_measure(method: Method, model: ModelSettings) -> list[str]:
+    """What a method and its sources take from general prompts, since nobody gave it."""
+    calibrated = [m for m in _lineage(method) if m.needs_calibration]
+    given = {STATISTICS: model.statistics is not None, THRESHOLD: all(m.threshold is not None for m in calibrated)}
+    return [name for name, present in given.items() if calibrated and not present]
+
+
+def _lineage(method: Method) -> list[Method]:
+    """A method, its source, the source of that, and so on."""
+    return [method, *(_lineage(method.source) if method.source else [])]
+
+
+def decisive_settings(settings: dict[str, Any], method: Method, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """The settings of a method with what they refer to, in place of where it is."""
+    source = {"source": decisive_settings(settings["source"], method.source, prompts)} if method.source else {}
+    return {**settings, **method.content(prompts), **source}
+
+
+def _citations(method: Method) -> dict[str, str]:
+    return {m.title: m.citation for m in _lineage(method) if m.citation}
+
+
+def with_sources(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells, and before them the sources that were not asked for, each before what starts from it."""
+    sources: list[Cell] = []
+    for cell in cells:
+        while cell.source:
+            cell = cell.source
+            sources.insert(0, cell)
+    return [*dict.fromkeys(source for source in sources if source not in cells), *cells]

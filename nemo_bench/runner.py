@@ -1,0 +1,440 @@
+"""One Lightning trainer, and the stages that it takes cells through."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import logging
+import platform
+import secrets
+import subprocess
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import TQDMProgressBar
+from torch.utils.data import DataLoader
+
+from nemo_bench.aggregate import GROUPS
+from nemo_bench.cells import STATISTICS, THRESHOLD, Cell, ImageCell, Work, metrics_of, source_of
+from nemo_bench.config import ModelSettings, TrainerSettings, resolve
+from nemo_bench.diffusion import Diffusion, Similarity
+from nemo_bench.errors import ConfigError, StoreError
+from nemo_bench.localization import (
+    Calibration,
+    merge_statistics,
+    name_layers,
+    read_statistics,
+    threshold,
+    write_statistics,
+)
+from nemo_bench.metrics import BenchMetric, SetMetric
+from nemo_bench.modules import (
+    CalibrationStage,
+    FeatureStage,
+    FolderChunk,
+    GenerationStage,
+    LocalizationStage,
+    PromptChunk,
+    SceneReader,
+    ScoringStage,
+    Stage,
+    StatisticsStage,
+    localization_of,
+    read_features,
+)
+from nemo_bench.prompts import PromptDataModule, PromptTask
+from nemo_bench.stopping import stop_at_sigterm
+from nemo_bench.store import SCHEMA, Store, iterate_records, read_json, write_json, write_text
+from nemo_bench.types import Neurons, Record, digest
+
+SETS = "sets.json"
+"""Scores of whole sets of images in a cell's folder, by group and metric."""
+
+
+def is_main() -> bool:
+    """Whether this process is rank 0; known before Lightning starts the others."""
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)
+
+
+def open_folder(folder: Path, cells: Sequence[ImageCell]) -> None:
+    """Makes the folder of a run, or adds cells to it.
+
+    Raises:
+        StoreError: It holds something else.
+    """
+    path = folder / "run.json"
+    if not path.exists() and folder.exists() and any(p.suffix != ".part" for p in folder.iterdir()):
+        raise StoreError(f"{folder} is not empty and holds no run of nemo_bench; choose another name=... or root=...")
+    folder.mkdir(parents=True, exist_ok=True)
+    present = read_json(path) if path.exists() else {"cells": [], "token": secrets.token_hex(4)}
+    listed = [*present["cells"], *(c.id for c in cells if c.id not in present["cells"])]
+    write_json(path, {"schema": SCHEMA, "name": folder.name, "token": present["token"], "cells": listed})
+
+
+def note_start(cell: Work, command: str, runner: Runner) -> None:
+    """Writes down how a cell is gone on with, and its prompts."""
+    path = cell.store.folder / "env.json"
+    starts = read_json(path)["starts"] if path.exists() else []
+    packages = ("nemo-bench", "torch", "diffusers", "transformers", "lightning", "torchmetrics", "open_clip_torch")
+    start = {
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        **_git_state(),
+        "world_size": runner.trainer.world_size,
+        "device": _device_name(runner.trainer),
+        "python": platform.python_version(),
+        "settings": asdict(cell.choice.settings),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+    write_json(path, {"starts": [*starts, start]})
+    lines = [
+        {**p._asdict(), "group": p.group, "references": [str(r.resolve()) for r in p.references]} for p in cell.prompts
+    ]
+    write_text(cell.store.folder / "prompts.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _git_state() -> dict[str, Any]:
+    def git(*words: str) -> str | None:
+        here = Path(__file__).parent
+        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        ours = git("rev-parse", "--show-toplevel") == str(Path(__file__).resolve().parents[1])
+        commit = git("rev-parse", "HEAD") if ours else None
+        return {"commit": commit, "dirty": bool(git("status", "--porcelain")) if commit else None}
+    except OSError:
+        return {"commit": None, "dirty": None}
+
+
+def _device_name(trainer: L.Trainer) -> str:
+    if trainer.strategy.root_device.type == "cuda":
+        return torch.cuda.get_device_name(trainer.strategy.root_device)
+    return trainer.strategy.root_device.type
+
+
+class StageBar(TQDMProgressBar):
+    """Lightning's progress bar with the stage's name; shows rate and remaining time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.description = ""
+
+    @property
+    def predict_description(self) -> str:
+        """What stands before the bar."""
+        return self.description
+
+    def on_predict_batch_start(self, *args: Any, **options: Any) -> None:
+        """Keeps the description free of the number of the only dataloader."""
+        super().on_predict_batch_start(*args, **options)
+        self.predict_progress_bar.set_description(self.description)
+
+
+class Stoppable(L.Callback):
+    """Takes SIGTERM back from Lightning, which would predict on after it."""
+
+    def on_predict_start(self, *_: Any) -> None:
+        """Lightning's own handler is there by now."""
+        stop_at_sigterm()
+
+
+class _Nothing(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    def predict_step(self, *_: Any) -> None:
+        """There is no batch."""
+
+
+class Runner:
+    """One Lightning trainer and the models loaded so far.
+
+    Args:
+        settings: The trainer's settings.
+        progress: Whether bars are shown.
+
+    Raises:
+        ConfigError: Lightning can't have such a trainer on this machine.
+    """
+
+    def __init__(self, settings: TrainerSettings, *, progress: bool = True) -> None:
+        self.bar = StageBar()
+        try:
+            with _quiet():
+                self.trainer = L.Trainer(
+                    accelerator=settings.accelerator,
+                    devices=settings.devices,
+                    num_nodes=settings.num_nodes,
+                    strategy=settings.strategy,
+                    use_distributed_sampler=False,
+                    logger=False,
+                    enable_checkpointing=False,
+                    enable_model_summary=False,
+                    enable_progress_bar=progress,
+                    callbacks=[Stoppable(), *([self.bar] if progress else [])],
+                )
+        except (MisconfigurationException, ValueError, RuntimeError) as error:
+            raise ConfigError(f"trainer settings do not fit this machine: {str(error).strip()}") from error
+        self._models: dict[str, Diffusion] = {}
+
+    def start(self) -> None:
+        """Starts the other processes and connects them, so that they wait for what the first one writes from now on.
+
+        Lightning does so where it first predicts; each process would have looked at the records by then.
+        """
+        if self.trainer.world_size > 1:
+            with _quiet():
+                nothing: DataLoader[Any] = DataLoader([])  # type: ignore[arg-type] # a list is a data set
+                self.trainer.predict(_Nothing(), nothing, return_predictions=False)
+
+    def make(self, cell: Cell) -> None:
+        """Takes a cell to its images, through the stages that are not done."""
+        self._localize(cell)
+        self._generate(cell)
+
+    def calibrate(self, cell: Cell) -> None:
+        """Gives the method its calibration: what was given, and the rest from the cache or measured now."""
+        method, given = cell.method, cell.choice.settings.model.statistics
+        if not method.needs_calibration:
+            return
+        store = cell.calibration
+        if is_main() and cell.measured:
+            store.open({"settings": {"model": cell.spec["model"], "prompts": len(cell.calibration_prompts)}})
+        if STATISTICS in cell.measured:
+            self._measure_statistics(cell)
+        path = Path(resolve(given)) if given else store.folder / STATISTICS
+        mean, std = name_layers(read_statistics(path), self.model(cell).masks.widths)
+        if THRESHOLD in cell.measured:
+            self._measure_threshold(cell)
+        own = method.threshold
+        tau = read_json(store.folder / THRESHOLD)["threshold"] if own is None else own
+        method.calibration = Calibration(mean, std, tau, len(cell.calibration_prompts))
+
+    def _measure_statistics(self, cell: Cell) -> None:
+        store, path = cell.calibration, cell.calibration.folder / STATISTICS
+        if path.exists():
+            return
+        chunks = PromptChunk.split(cell.calibration_prompts)
+        if is_main() and store.is_done("statistics") and store.open_ids("statistics", [c.id for c in chunks]):
+            store.reopen("statistics")
+        self.trainer.strategy.barrier()
+        label = cell.choice.names["model"]
+        self.go_through("statistics", label, chunks, store, lambda: StatisticsStage(self.model(cell), store), 1)
+        if is_main():
+            write_statistics(path, merge_statistics(store.folder / chunk.file for chunk in chunks))
+        self.trainer.strategy.barrier()
+
+    def _measure_threshold(self, cell: Cell) -> None:
+        store, path = cell.calibration, cell.calibration.folder / THRESHOLD
+        if path.exists():
+            return
+        tasks, seeds = [PromptTask.of(p) for p in cell.calibration_prompts], cell.choice.settings.localize_seeds
+        rows = cell.choice.settings.batch_size
+
+        def make() -> Stage:
+            return CalibrationStage(self.model(cell), seeds, store, cell.method.protocol, rows)
+
+        self.go_through("calibrate", cell.choice.names["model"], tasks, store, make, max(1, rows // seeds))
+        if is_main():
+            records = store.records("calibrate")
+            pairs = [value for task in tasks for value in records[task.id]["pairs"]]
+            scores = torch.tensor(pairs, dtype=torch.float64)
+            about = {"mean": float(scores.mean()), "std": float(scores.std()), "prompts": len(tasks)}
+            write_json(path, {"threshold": threshold(pairs), **about, "protocol": cell.method.protocol.name})
+        self.trainer.strategy.barrier()
+
+    def _localize(self, cell: Cell) -> None:
+        if cell.store.is_done("localize"):
+            return
+        if cell.source:
+            self._localize(cell.source)
+        self.calibrate(cell)
+
+        def make() -> Stage:
+            widths = self.model(cell).masks.widths
+            if is_main():
+                write_json(cell.store.folder / "layers.json", widths)
+            found = by_prompt(cell.source.store) if cell.source else {}
+            cell.method.fit({name: localization_of(record) for name, record in found.items()}, widths)
+            seeds = cell.choice.settings.localize_seeds
+            return LocalizationStage(self.model(cell), cell.method, seeds, cell.store, cell.prompts)
+
+        self.go_through("localize", cell.spec["method"], cell.prompt_tasks, cell.store, make, 1)
+
+    def _generate(self, cell: Cell) -> None:
+        def make() -> Stage:
+            neurons = {name: Neurons(r["neurons"]) for name, r in by_prompt(cell.store).items()}
+            return GenerationStage(self.model(cell), cell.method, neurons, cell.store, cell.prompts)
+
+        size = cell.choice.settings.batch_size
+        self.go_through("generate", cell.spec["method"], cell.image_tasks, cell.store, make, size)
+
+    def score(self, cell: ImageCell) -> None:
+        """Scores the images of a cell, where that is not done; those without mitigation must be there."""
+        metrics, store = metrics_of(cell), cell.store
+        for metric in metrics.values():
+            if isinstance(metric, SetMetric):
+                self._embed_real(metric, cell)
+
+        def make() -> Stage:
+            return ScoringStage(
+                metrics, store, list(dict.fromkeys(path for p in cell.prompts for path in p.references))
+            )
+
+        settings, images = cell.choice.settings, iterate_records(store.folder, "generate")
+        reader = SceneReader(metrics.values(), store.folder, images, by_prompt(store), unmitigated_images(cell))
+        size = max(1, settings.batch_size // settings.seeds)
+        self.go_through("score", cell.spec["method"], cell.prompt_tasks, store, make, size, reader, settings.workers)
+        if is_main() and not (store.folder / SETS).exists():
+            write_json(store.folder / SETS, score_sets(cell, metrics))
+
+    def _embed_real(self, metric: SetMetric, cell: ImageCell) -> None:
+        """Takes the features of the real pictures that sets are compared with; once, then they are cached."""
+        chunks, store = FolderChunk.split(metric.files), real_store(metric, cell)
+        if is_main():
+            store.open({"settings": dict(metric.space.content())})
+            if store.is_done("features") and store.open_ids("features", [chunk.id for chunk in chunks]):
+                store.reopen("features")
+        self.trainer.strategy.barrier()
+        self.go_through("features", metric.title, chunks, store, lambda: FeatureStage(metric.space, store), 1)
+
+    def go_through(
+        self,
+        stage: str,
+        label: str,
+        tasks: Sequence[Any],
+        store: Store,
+        make: Callable[[], Stage],
+        batch_size: int,
+        read: Callable[[list[Any]], Any] = list,
+        workers: int = 0,
+    ) -> None:
+        """Runs a stage over those of its tasks that have no record, unless it is done.
+
+        Args:
+            stage: Its name.
+            label: What stands beside the bar.
+            tasks: All tasks.
+            store: Where the records go.
+            make: Makes the stage.
+            batch_size: Tasks in a batch.
+            read: Makes a batch of tasks into what the stage takes.
+            workers: Processes that read ahead.
+        """
+        if store.is_done(stage):
+            return
+        self.describe(stage, label)
+        data: PromptDataModule[Any] = PromptDataModule(tasks, store, stage, batch_size, read, workers)
+        self.predict(make(), data)
+        if is_main():
+            store.finish(stage, [task.id for task in tasks])
+        self.trainer.strategy.barrier()
+
+    def describe(self, stage: str, label: str) -> None:
+        """Says beside the bar what comes next."""
+        self.bar.description = f"{stage:>10} {label:<8}"
+
+    def predict(self, stage: L.LightningModule, data: L.LightningDataModule) -> None:
+        """Runs a stage over all that is open; every process goes on when all are through."""
+        with _quiet():
+            self.trainer.predict(stage, datamodule=data, return_predictions=False)
+        self.trainer.strategy.barrier()
+
+    def model(self, cell: Work) -> Diffusion:
+        """The cell's model, loaded at the first need."""
+        settings = cell.choice.settings.model
+        key = digest(cell.spec["settings"]["model"])
+        if key not in self._models:
+            self._models.clear()
+            self._models[key] = load_model(settings)
+        return self._models[key].to(self.trainer.strategy.root_device)
+
+
+def load_model(settings: ModelSettings) -> Diffusion:
+    """Loads the model that settings describe, on the CPU."""
+    kind = settings.similarity
+    return Diffusion(
+        source_of(settings).load(settings.dtype),
+        layers=settings.layers,  # type: ignore[arg-type] # checked with the settings
+        steps=settings.steps,
+        guidance=settings.guidance,
+        similarity=Similarity(kind.sigma, tuple(kind.betas)),
+        compiled=settings.compiled,
+    )
+
+
+def by_prompt(store: Store) -> dict[str, Record]:
+    """Localization records by prompt id."""
+    return {record["prompt"]: record for record in store.records("localize").values()}
+
+
+def unmitigated_images(cell: ImageCell) -> dict[str, Path]:
+    """Files of the images without mitigation by record id, none where no cell has them."""
+    if cell.unmitigated is None:
+        return {}
+    folder = cell.unmitigated.store.folder
+    return {record["id"]: (folder / record["image"]).resolve() for record in iterate_records(folder, "generate")}
+
+
+def real_store(metric: SetMetric, cell: ImageCell) -> Store:
+    """Where the features of a metric's real pictures are, for all runs under one root."""
+    return Store(Path(cell.choice.settings.root) / "real_images" / digest(metric.content(), 8))
+
+
+def score_sets(cell: ImageCell, metrics: Mapping[str, BenchMetric]) -> dict[str, dict[str, float]]:
+    """Scores of whole sets of images, by group and metric; groups of the same prompts are scored once."""
+    wholes = {name: metric for name, metric in metrics.items() if isinstance(metric, SetMetric)}
+    if not wholes:
+        return {}
+    files = {
+        record["prompt"]: cell.store.folder / record["file"]
+        for record in cell.store.records("score").values()
+        if "file" in record
+    }
+    known: dict[tuple[str, ...], dict[str, float]] = {}
+    table = {}
+    for group in GROUPS:
+        members = tuple(p.id for p in cell.prompts if group in ("all", p.group))
+        if members and members not in known:
+            known[members] = {}
+            for name, metric in wholes.items():
+                images = read_features([files[i] for i in members], digest(metric.space.content()))
+                store = real_store(metric, cell)
+                real = read_features([store.folder / c.file for c in FolderChunk.split(metric.files)], "real")
+                known[members].update((name, value) for value in metric.score(images=images, real=real).tolist())
+        if members:
+            table[group] = known[members]
+    return table
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides Lightning's advice on workers and its device listing; errors and other warnings pass."""
+    loggers = [
+        logging.getLogger(n) for n in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
+    ]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=".*Total length of .* across ranks is zero.*")
+            warnings.filterwarnings("ignore", message="predict returned None.*")
+            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")
+            warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
