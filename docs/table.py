@@ -1,0 +1,48 @@
+"""Prints the most telling columns of a run's leaderboard as a Markdown table, for the README.
+
+python docs/table.py results/all_methods
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from nemo_bench.report import load_results
+from nemo_bench.report.tables import Row, leaderboard, number
+
+COLUMNS = (("VM", "ssim"), ("VM", "memorized"), ("VM", "alignment"), ("VM", "diversity"), ("TM", "ssim"),
+           ("general", "alignment"), ("general", "kid"))  # fmt: skip
+"""Groups of prompts and metrics."""
+
+
+def table(folder: Path) -> str:
+    """The table of a finished run of one model.
+
+    Args:
+        folder: Such as ``results/all_methods``.
+    """
+    results = load_results(folder)
+    rows = {(row.cell.name, row.group): row for row in leaderboard(results)}
+
+    def value(row: Row, metric: str) -> str:
+        found = row.values.get(metric)
+        if found is None:
+            return "–"
+        span = "" if found.low is None else f" [{found.low:.2f}, {found.high:.2f}]"
+        return number(results, metric, found.mean) + row.stars(metric).replace("*", "\\*") + span
+
+    heads = [f"{group}: {results.metrics[metric].title} {results.metrics[metric].arrow}" for group, metric in COLUMNS]
+    lines = [
+        ["Method", *heads, "UNet passes of a prompt", "of an image"],
+        ["---", *["---:"] * (len(heads) + 2)],
+    ]
+    for cell in results.cells:
+        values = [value(rows[cell.name, group], metric) for group, metric in COLUMNS]
+        costs = [cell.cost["localize_row_passes_per_prompt"], cell.cost["row_passes_per_image"]]
+        lines.append([cell.label, *values, *(f"{cost:.0f}" for cost in costs)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    print(table(Path(sys.argv[1])))
