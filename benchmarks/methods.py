@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -56,7 +58,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as root:
+    with tempfile.TemporaryDirectory() as root, redirect_stdout(sys.stderr):
         rows = measure([*FEW, *(arguments.overrides or ["experiment=all_methods"])], root)
     if arguments.json:
         print(json.dumps(rows))

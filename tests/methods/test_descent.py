@@ -6,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import SGD, Adam, AdamW
 
-from nemo_bench import Diffusion, ModelError
+from nemo_bench import ModelError
 from nemo_bench.methods.descent import check_precision, descend
-from tiny import tiny_pipeline
 
 
 def squares(rows: object, values: torch.Tensor) -> torch.Tensor:
@@ -67,10 +66,12 @@ def test_no_steps_change_nothing() -> None:
     assert torch.equal(descend(start, squares, target=0.0, steps=0, rate=0.1).values, start)
 
 
-def test_half_precision_is_an_error() -> None:
-    check_precision(Diffusion(tiny_pipeline()))
-    with pytest.raises(ModelError, match="float16: a method that follows gradients needs bfloat16 or float32"):
-        check_precision(Diffusion(tiny_pipeline()).half())
+@pytest.mark.parametrize("dtype", ["float16", torch.float16])
+def test_half_precision_is_an_error(dtype: str | torch.dtype) -> None:
+    for other in ("bfloat16", torch.float32):
+        check_precision("SAIL", other)
+    with pytest.raises(ModelError, match="SAIL follows gradients, which vanish in float16; generate with"):
+        check_precision("SAIL", dtype)
 
 
 def test_what_is_not_a_number_is_not_there() -> None:

@@ -84,7 +84,7 @@ def test_table_json_and_page_say_the_same(done: Path) -> None:
         assert rows[d.spec["detector"]]["auc"] == pytest.approx(sum(right) / len(right))
     page = (done / "detection.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 1
-    assert page.count("data:image/jpeg") == 3
+    assert page.count("data:image/webp") == 3
     assert "golden" in page
     for text in (page, (done / "detection.md").read_text(encoding="utf-8")):
         assert all(d.label in text for d in found)
