@@ -1,6 +1,7 @@
-"""Makes the pictures of the README and of the documentation from a run: images before and after, and its report.
+"""Makes the pictures of the README and of the documentation from runs.
 
 python docs/picture.py results/default docs/assets
+python docs/picture.py results/all_methods docs/assets
 """
 
 from __future__ import annotations
@@ -53,18 +54,19 @@ def draw_images(folder: Path, out: Path) -> None:
     figure.savefig(out)
 
 
-def show_report(page: Path, out: Path) -> None:
-    """Photographs the head of a report in Chromium, which must be on the path.
+def photograph(page: Path, out: Path, part: str | None = None) -> None:
+    """Photographs a report in Chromium, which must be on the path.
 
     Args:
         page: A ``report.html``.
         out: File to write.
+        part: CSS selector of what is shown; None for the head of the page.
     """
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         view = browser.new_page(viewport={"width": 1280, "height": 1000}, color_scheme="light")
         view.goto(page.resolve().as_uri(), wait_until="load")
-        shot = view.screenshot()
+        shot = view.locator(part).screenshot() if part else view.screenshot()
         browser.close()
     Image.open(io.BytesIO(shot)).convert("RGB").save(out, quality=80, method=6)
 
@@ -75,5 +77,8 @@ def _of_kind(lines: list[str], kind: str) -> list[dict[str, object]]:
 
 if __name__ == "__main__":
     run, assets = Path(sys.argv[1]), Path(sys.argv[2])
-    draw_images(run, assets / "before_after.webp")
-    show_report(run / "report.html", assets / "report.webp")
+    if run.name == "all_methods":
+        photograph(run / "report.html", assets / "tradeoff.webp", "#tradeoff-0-0")
+    else:
+        draw_images(run, assets / "before_after.webp")
+        photograph(run / "report.html", assets / "report.webp")
