@@ -21,14 +21,7 @@ from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, file_
 from nemo_bench.errors import ConfigError, StoreError, nearest
 from nemo_bench.methods import Batch, Method, NoMitigation
 from nemo_bench.methods.descent import check_precision
-from nemo_bench.methods.embedding_search import (
-    RATE,
-    SAMPLES,
-    STEPS,
-    random_embeddings,
-    search_embeddings,
-    why_not,
-)
+from nemo_bench.methods.embedding_search import RATE, SAMPLES, STEPS, UNCHANGED, random_embeddings, search_embeddings
 from nemo_bench.metrics import BenchMetric, MemorizationRate
 from nemo_bench.modules import Stage, file_name, open_image, slices, to_image
 from nemo_bench.prompts import seeds_of
@@ -184,7 +177,8 @@ def cells_of(
             pictures are missing.
     """
     settings, rest = _settings(overrides)
-    cells, reasons = [], {}
+    cells: list[AuditCell] = []
+    left_out: dict[str, list[str]] = {}
     places = _asked_for(folder, names)
     if not places:
         raise ConfigError(
@@ -192,19 +186,19 @@ def cells_of(
         )
     for place in places:
         if not (place / "generate.done").is_file() and place != folder:
-            reasons[place.name] = "not all of its images are there"
+            left_out.setdefault("not all images are there; go on with nemo-bench run", []).append(place.name)
             continue
         cell = reread(place, rest, conf)
         method = _method(cell)
         if isinstance(method, str):
-            reasons[place.name] = method
+            left_out.setdefault(method, []).append(place.name)
         else:
             cells.append(_audit_cell(cell, method, settings))
-    for name, reason in reasons.items():
+    for reason, unfit in left_out.items():
         if names or not cells:
-            raise ConfigError(f"{name}: {reason}")
+            raise ConfigError(f"{', '.join(unfit)} can't be audited: {reason}")
         if is_main():
-            say(f"{name}: left out, {reason}")
+            say(f"left out, since {reason}: {', '.join(unfit)}")
     if is_main() and not any(task.is_control for cell in cells for task in cell.tasks):
         say(
             "no controls: whether a search brings back just any picture can't be told; name prompts with pictures that "
@@ -249,12 +243,12 @@ def _method(cell: ImageCell) -> Method | str:
     """The method of a cell, or why it can't be audited."""
     node = cell.choice.settings.method
     if "images" in cell.spec["settings"]:
-        return "its images were made elsewhere, and an audit needs the network that made them"
+        return "images were made elsewhere, and an audit needs the network that made them"
     method = build(node, "method")
     if not isinstance(method, Method):
         return f"{node['_target_']} is no nemo_bench.methods.Method"
     method.batch_size = cell.choice.settings.batch_size
-    return method if method.auditable else why_not(method)
+    return method if method.auditable else UNCHANGED
 
 
 def _audit_cell(cell: ImageCell, method: Method, settings: AuditSettings) -> AuditCell:

@@ -17,6 +17,8 @@ from nemo_bench.methods.descent import check_precision, descend
 
 STEPS, RATE, SAMPLES = 50, 0.1, 8
 """Steps of Adam, its rate, and noisy pictures a step, of Kowalczuk et al. (2025)."""
+UNCHANGED = "neurons and weights stay as they are; an audit asks whether a changed network still holds what it held"
+"""Why most methods can't be audited."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def search_embeddings(
         ModelError: The model is in half precision, or predicts neither noise nor velocity.
     """
     if not method.auditable:
-        raise ConfigError(why_not(method))
+        raise ConfigError(f"{method.title} can't be audited: {UNCHANGED}")
     if not (steps >= 1 and 0 < rate < math.inf and samples >= 1):
         msg = f"given steps={steps}, rate={rate}, samples={samples}"
         raise ConfigError(f"a search needs at least 1 step and 1 sample and a rate above 0, {msg}")
@@ -103,14 +105,6 @@ def random_embeddings(model: Diffusion, like: Conditioning, seeds: Sequence[int]
     packed = _packed(like)
     rows = [torch.randn(packed.shape[1], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return _unpacked(torch.stack(rows).to(model.device), like)
-
-
-def why_not(method: Method) -> str:
-    """Why a method can't be audited."""
-    return (
-        f"{method.title} can't be audited: it leaves neurons and weights as they are, so the network still holds what "
-        "it held; an audit asks whether a changed network does"
-    )
 
 
 def _draw(generators: Sequence[torch.Generator], samples: int, model: Diffusion) -> tuple[Tensor, Tensor]:

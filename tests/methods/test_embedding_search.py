@@ -163,7 +163,7 @@ def test_random_starts_follow_from_seeds(model: Diffusion) -> None:
 
 def test_what_can_not_be_searched_is_explained(tiny: Diffusion) -> None:
     batch, clean = batch_of(tiny, [(0, 0)]), pictures_of(tiny, 1)
-    with pytest.raises(ConfigError, match="Gaussian noise on embeddings can't be audited: it leaves neurons"):
+    with pytest.raises(ConfigError, match="Gaussian noise on embeddings can't be audited: neurons and weights stay"):
         search_embeddings(tiny, EmbeddingNoise(), batch, clean)
     for wrong in ({"steps": 0}, {"rate": 0.0}, {"rate": math.inf}, {"samples": 0}):
         with pytest.raises(ConfigError, match=f"{next(iter(wrong))}="):
