@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nemo_bench.aggregate import bootstrap_interval, paired
 from nemo_bench.cells import ImageCell, decisive_settings, metrics_of, read_files, source_of
-from nemo_bench.config import SCORING, build, train_settings
+from nemo_bench.config import SCORING, build, overridden
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, file_digest
 from nemo_bench.errors import ConfigError, StoreError, nearest
 from nemo_bench.methods import Batch, Method, NoMitigation
@@ -216,7 +216,7 @@ def _settings(overrides: Sequence[str]) -> tuple[AuditSettings, list[str]]:
         words[key in known].append(word)
         if key not in known and not any(f"{key}.".startswith(f"{other}.") for other in SCORING):
             raise ConfigError(f"unknown setting '{word}'; write key=value. {nearest(key, [*known, *SCORING])}")
-    settings: AuditSettings = train_settings(words[True], AuditSettings)
+    settings: AuditSettings = overridden(words[True], AuditSettings)
     settings.check()
     return settings, words[False]
 

@@ -434,11 +434,11 @@ def _references(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from nemo_bench.config import train_settings
+    from nemo_bench.config import overridden
     from nemo_bench.planted.training import TrainSpec, train
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    print(train(train_settings(options.overrides, TrainSpec)))
+    print(train(overridden(options.overrides, TrainSpec)))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from nemo_bench.config import (
     grid,
     logger_settings,
     options,
+    overridden,
     resolve,
-    train_settings,
 )
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods import Method, NeMo, NoMitigation, RandomNeurons
@@ -340,15 +340,15 @@ class Training:
 
 
 def test_settings_of_a_training_are_typed() -> None:
-    assert train_settings(["steps=5"], Training) == Training(5, 0.5)
-    assert train_settings([], Training) == Training()
+    assert overridden(["steps=5"], Training) == Training(5, 0.5)
+    assert overridden([], Training) == Training()
     for word, message in (
         ("stepz=5", "unknown setting 'stepz=5'.*Did you mean 'steps'"),
         ("steps", "unknown setting 'steps'; write key=value"),
         ("steps=many", "'many'.*Integer"),
     ):
         with pytest.raises(ConfigError, match=message):
-            train_settings([word], Training)
+            overridden([word], Training)
 
 
 def test_a_setting_goes_to_the_methods_that_have_it_and_to_the_source_of_a_control() -> None:

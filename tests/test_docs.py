@@ -17,7 +17,7 @@ import pytest
 import nemo_bench.metrics
 from nemo_bench import cli, config
 from nemo_bench.audit import AuditSettings
-from nemo_bench.config import describe_options, grid, logger_settings, train_settings
+from nemo_bench.config import describe_options, grid, logger_settings, overridden
 from nemo_bench.errors import ConfigError
 from nemo_bench.metrics import BenchMetric
 from nemo_bench.planted.training import TrainSpec
@@ -125,7 +125,7 @@ def test_command_parses_and_composes(page: str, command: str, folder: Path, firs
             grid(options.overrides, options.conf)
         assert str(caught.value) == expected[1]
     elif options.command is cli._train:
-        train_settings(options.overrides, TrainSpec)
+        overridden(options.overrides, TrainSpec)
     elif options.command is cli._ls and options.group:
         assert describe_options(options.group, options.conf)
     elif options.command is cli._track:

@@ -10,7 +10,7 @@ import torch
 
 from nemo_bench import Diffusion, read_prompts, resolve
 from nemo_bench.cli import main
-from nemo_bench.config import train_settings
+from nemo_bench.config import overridden
 from nemo_bench.errors import ConfigError
 from nemo_bench.planted import training
 from nemo_bench.planted.training import Stage, Steps, TrainSpec, activation_density, train, write_prompts
@@ -86,4 +86,4 @@ def test_unknown_training_settings_are_explained(capsys: pytest.CaptureFixture[s
     assert main(["train", "unet_step=3"]) == 1
     assert "Did you mean 'unet_steps'?" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="could not be converted"):
-        train_settings(["unet_steps=many"], TrainSpec)
+        overridden(["unet_steps=many"], TrainSpec)

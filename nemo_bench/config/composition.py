@@ -1,0 +1,370 @@
+"""Settings composed by Hydra from YAML and overrides, turned at once into typed, checked dataclasses."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_bench.config.groups import GROUPS, options, plugins
+from nemo_bench.config.schema import LoggerSettings, RunSettings, check_values
+from nemo_bench.config.targets import SPELLED, first_line, resolve, spell
+from nemo_bench.errors import ConfigError, nearest
+
+DEFAULT_METHODS = "none,random,nemo"
+"""What is compared where no method is named."""
+DETECTING = ("model", "detector", "prompts", "trainer", "batch_size", "name", "root", "experiment")
+"""Settings that detection takes up."""
+SCORING = ("metrics", "weights", "real_images", "batch_size", "workers", "trainer", "logger", "prompts.references")
+"""Settings that can be others when images that are there are scored again."""
+OWN_METRICS = "own"
+"""Stands for the metrics of a run in the group of metrics."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings of one cell and the names they were chosen by.
+
+    Attributes:
+        names: Option by group, such as ``{"model": "planted", "method": "nemo", ...}``.
+        settings: The checked settings.
+    """
+
+    names: Mapping[str, str]
+    settings: RunSettings
+
+
+def grid(overrides: Sequence[str], conf: Path | None = None) -> list[Choice]:
+    """The cells that overrides ask for; comma lists and other sweeps of Hydra's grammar are multiplied out.
+
+    Where several methods are compared, a setting ``method.x`` goes to those that have it, and in a method that starts
+    from another one to that source, so that a control stays the control of what it is compared with.
+
+    An experiment may have a ``grid`` of its own: lines of overrides, of which each is multiplied out. What is
+    overridden here takes the place of the same key, or of what lies in it, in all its lines.
+
+    Args:
+        overrides: ``key=value`` words in Hydra's grammar.
+        conf: Folder with more YAML files, in groups like those of the package.
+
+    Returns:
+        One choice per cell, in the order of the product; the method changes fastest.
+
+    Raises:
+        ConfigError: Anything is wrong with them.
+    """
+    if conf is not None and not conf.is_dir():
+        raise ConfigError(f"--conf {conf} is no folder; give one with subfolders such as method/ and model/")
+    if any(o.key_or_group == "grid" for o in _parse(overrides)):
+        raise ConfigError("grid belongs into the file of an experiment; give the overrides themselves instead")
+    cells: dict[tuple[str, ...], None] = {}
+    for typed in _product(overrides):
+        for words in _with_experiment(typed, conf):
+            if not any(o.key_or_group == "method" for o in _parse(words)):
+                words = [*words, f"method={DEFAULT_METHODS}"]
+            cells |= dict.fromkeys(map(tuple, _product(words)))
+    shared = dict.fromkeys(map(tuple, _share_out(_share_out(list(cells), "method", conf), "detector", conf)))
+    try:
+        return [choose(list(cell), conf) for cell in shared]
+    except ConfigError as error:
+        if any("method.source." in word for word in overrides):
+            raise
+        # It was shared out to the source, and given for the method.
+        raise ConfigError(str(error).replace("method.source.", "method.")) from error
+
+
+def detector_grid(overrides: Sequence[str], conf: Path | None = None) -> list[Choice]:
+    """The detectors that overrides ask for, on each model and its prompts; see :func:`grid`.
+
+    Args:
+        overrides: ``key=value`` words, each of :data:`DETECTING`; where no detector is named, all of them.
+        conf: Folder with more YAML files, in groups like those of the package.
+
+    Returns:
+        One choice per detector, model and prompts.
+
+    Raises:
+        ConfigError: Anything is wrong with them.
+    """
+    typed = {str(o.key_or_group) for o in _parse(overrides)}
+    for key in sorted(typed):
+        if key in ("seeds", "localize_seeds"):
+            raise ConfigError(f"every detector has seeds of its own; give detector.seeds=... in place of {key}=...")
+        if not any(f"{key}.".startswith(f"{known}.") for known in DETECTING):
+            raise ConfigError(f"{key} does not matter to detection; settings of detection: {', '.join(DETECTING)}")
+    every = [] if "detector" in typed else [f"detector={','.join(options('detector', conf))}"]
+    return grid([*overrides, *every, "method=none"], conf)
+
+
+def rescore(overrides: Sequence[str], names: Mapping[str, str], stored: Mapping[str, Any], conf: Path | None) -> Choice:
+    """The settings of images that are there, with those of scoring overridden.
+
+    Args:
+        overrides: ``key=value`` words, each of :data:`SCORING`; where no metrics are named they stay what they were.
+        names: Option by group that the images were made with.
+        stored: The settings they were made with.
+        conf: The user's own folder.
+
+    Returns:
+        One choice. The trainer is that of this machine.
+
+    Raises:
+        ConfigError: Anything is wrong with the overrides, or another version wrote the settings.
+    """
+    typed = {str(o.key_or_group) for o in _parse(overrides)}
+    for key in sorted(typed):
+        if not any(f"{key}.".startswith(f"{known}.") for known in SCORING):
+            known = ", ".join(SCORING)
+            raise ConfigError(f"{key} can't be changed for images that are there; settings of scoring: {known}")
+    if typed & {"weights", "real_images"} and "metrics" not in typed:
+        raise ConfigError("weights and real_images are taken up by metrics: name those too, such as metrics=default")
+    model = stored["model"]
+    kept = {
+        "model.clip": model["clip"],
+        "model.clip_pretrained": model["clip_pretrained"],
+        "weights": stored.get("weights"),
+        "real_images": stored.get("real_images"),
+    }
+    # What metrics may refer to.
+    words = [f"{key}={_quoted(value)}" for key, value in kept.items() if key not in typed and value is not None]
+    if "metrics" not in typed:
+        # Changes of single metrics are changes of those that the images were scored with.
+        ConfigStore.instance().store(group="metrics", name=OWN_METRICS, node=stored["metrics"])
+        words.append(f"metrics={OWN_METRICS}")
+    chosen = one([*overrides, *words, "method=none"], conf).settings
+    try:
+        node = OmegaConf.create(dict(stored))
+        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), node))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"another version wrote these settings ({first_line(error)}); run again") from error
+    assert isinstance(settings, RunSettings)
+    for part in {"trainer", *(key.split(".")[0] for key in typed)} - {"prompts"}:
+        setattr(settings, part, getattr(chosen, part))
+    settings.prompts.references = chosen.prompts.references or settings.prompts.references
+    return Choice(names, settings)
+
+
+def one(overrides: Sequence[str], conf: Path | None) -> Choice:
+    """The one cell that overrides ask for.
+
+    Raises:
+        ConfigError: See :func:`grid`; also where they ask for several.
+    """
+    choices = grid(overrides, conf)
+    if len(choices) > 1:
+        raise ConfigError(f"{len(choices)} sets of settings are asked for; images are scored with one value of each")
+    return choices[0]
+
+
+def _quoted(value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _share_out(cells: Sequence[Sequence[str]], group: str, conf: Path | None) -> list[list[str]]:
+    """The cells of several methods (detectors), each with those of their common settings that it has."""
+    chosen = [next((word for word in words if word.startswith(f"{group}=")), "") for words in cells]
+    if len(set(chosen)) < 2:
+        return [list(words) for words in cells]
+    for override in _parse(sorted(set(chosen))):
+        _check_option(override, conf)
+    with initialize_config_module("nemo_bench.conf", version_base="1.3"):
+        composed = {word: _compose([word, *_search_path(conf)]) for word in set(chosen)}
+
+    def placed(word: str, own: DictConfig) -> list[str]:
+        """The setting where this method has it, nowhere if only others have it."""
+        key = word.split("=")[0]
+        of_source = key.replace(f"{group}.", f"{group}.source.", 1)
+        if not key.startswith(f"{group}.") or _has(own, key):
+            return [word]
+        if _has(own, of_source):
+            return [word.replace(key, of_source, 1)]
+        if any(_has(other, place) for other in composed.values() for place in (key, of_source)):
+            return []
+        nodes = [other[group] for other in composed.values()]
+        known = {str(name) for node in nodes for name in (*node, *node.get("source", ()))}
+        hint = nearest(key.removeprefix(f"{group}."), known - {"_target_", "source"})
+        raise ConfigError(f"unknown key '{key}': none of the {group}s that are compared has it. {hint}")
+
+    return [
+        [w for word in words for w in placed(word, composed[own])] for words, own in zip(cells, chosen, strict=True)
+    ]
+
+
+def _has(config: DictConfig, key: str) -> bool:
+    *parents, last = key.split(".")
+    node: Any = config
+    for parent in parents:
+        if not OmegaConf.is_dict(node) or parent not in node:
+            return False
+        node = node[parent]
+    return OmegaConf.is_dict(node) and last in node
+
+
+def _product(overrides: Sequence[str]) -> list[list[str]]:
+    """Overrides with one value each; the method (detector) changes fastest."""
+    axes = []
+    for override in sorted(_parse(overrides), key=lambda o: o.key_or_group in ("method", "detector")):
+        if override.is_sweep_override():
+            axes.append([f"{override.get_key_element()}={v}" for v in override.sweep_string_iterator()])
+        else:
+            axes.append([str(override.input_line)])
+    return [list(words) for words in itertools.product(*axes)]
+
+
+def _with_experiment(typed: list[str], conf: Path | None) -> list[list[str]]:
+    """The lines of the experiment's grid, each completed by what was typed; or that alone."""
+    parsed = _parse(typed)
+    # Files of one's own take the place of all prompts that an experiment names.
+    keys = [*(o.key_or_group for o in parsed), *("prompts" for o in parsed if o.key_or_group == "prompts.files")]
+    chosen = [o for o in parsed if o.key_or_group == "experiment" and o.value() is not None]
+    if not chosen:
+        return [typed]
+    for override in chosen:
+        _check_option(override, conf)
+    with initialize_config_module("nemo_bench.conf", version_base="1.3"):
+        lines = _compose([*(str(o.input_line) for o in chosen), *_search_path(conf)]).grid
+
+    def is_typed(key: str) -> bool:
+        return any(f"{key}.".startswith(f"{own}.") for own in keys)
+
+    own = [[str(o.input_line) for o in _parse(_split(line)) if not is_typed(o.key_or_group)] for line in lines]
+    return [[*words, *typed] for words in own or [[]]]
+
+
+def _split(line: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise ConfigError(f"can't read {line!r} in the grid of an experiment ({error})") from error
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        text = str(error).split("\n")[0]
+        raise ConfigError(f"can't read an override ({text}); write key=value, such as seeds=8 method=nemo") from error
+
+
+def choose(overrides: Sequence[str], conf: Path | None) -> Choice:
+    """The settings of overrides that hold one value each, an experiment's grid left aside; see :func:`grid`."""
+    parsed = _parse(overrides)
+    for override in parsed:
+        _check_option(override, conf)
+    search = _search_path(conf)
+    # Hydra knows no way to take an experiment back that is none already.
+    overrides = [_word(o) for o in parsed if o.key_or_group != "experiment" or o.value() is not None]
+    keys = [o.key_or_group for o in parsed]
+    groups = [word for word in overrides if _parse([word])[0].key_or_group in GROUPS]
+    with initialize_config_module("nemo_bench.conf", version_base="1.3"):
+        base = _compose([*groups, *search])
+        for override in parsed:
+            if override.key_or_group not in GROUPS and not override.is_add():
+                _check_key(override.key_or_group, base)
+        config = _compose([*overrides, *search])
+    names = {group: str(name) for group, name in config.hydra.runtime.choices.items() if name and group in GROUPS}
+    node = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
+    if "prompts.files" in keys:
+        files = list(node.prompts.files)
+        names["prompts"] = "+".join(re.sub(r"[^A-Za-z0-9._-]", "-", Path(resolve(file)).stem) for file in files)
+        if "prompts.memorized" not in keys:
+            node.prompts.memorized = [file for file in node.prompts.memorized if file in files]
+    try:
+        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), node))
+    except OmegaConfBaseException as error:
+        raise ConfigError(first_line(error)) from error
+    assert isinstance(settings, RunSettings)
+    check_values(settings)
+    return Choice(names, settings)
+
+
+def _word(override: Override) -> str:
+    """An override as Hydra takes it; a single file need not be put into brackets."""
+    value = override.value()
+    is_file = override.key_or_group in ("prompts.files", "prompts.memorized") and isinstance(value, str | QuotedString)
+    return f"{override.key_or_group}=[{_quoted(str(value))}]" if is_file else str(override.input_line)
+
+
+def _search_path(conf: Path | None) -> list[str]:
+    places = [f"pkg://{name}" for name in plugins()] + ([f"file://{conf.resolve()}"] if conf else [])
+    return [f"hydra.searchpath=[{','.join(map(_quoted, places))}]"] if places else []
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    try:
+        return compose("run", overrides=list(overrides), return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+        key = getattr(cause, "full_key", None)
+        given = next((o for o in overrides if key and o.split("=")[0] == key), "")
+        raise ConfigError(f"{given or 'settings'}: {_expected(str(key)) or first_line(cause)}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"a YAML file can't be read: {' '.join(str(error).split())}") from error
+
+
+def _expected(key: str) -> str:
+    """What a setting takes, for an error message; empty where its type says nothing."""
+    hint: Any = RunSettings
+    for part in key.split("."):
+        hint = get_type_hints(hint).get(part) if inspect.isclass(hint) else None
+    if get_origin(hint) is Union:
+        hint = get_args(hint)[0]
+    return f"expected {spell(hint)}" if hint in SPELLED or get_origin(hint) is list else ""
+
+
+def _check_option(override: Override, conf: Path | None) -> None:
+    if override.key_or_group in GROUPS:
+        choices = options(override.key_or_group, conf)
+        value = "null" if override.value() is None else str(override.value())
+        known = [("experiment", "null"), ("metrics", OWN_METRICS)]
+        if value not in choices and (override.key_or_group, value) not in known:
+            raise ConfigError(f"unknown {override.key_or_group} '{value}'. {nearest(value, choices)}")
+
+
+def _check_key(key: str, base: DictConfig) -> None:
+    parts = key.split(".")
+    node: Any = base
+    for depth, part in enumerate(parts):
+        if not OmegaConf.is_dict(node) or part not in node:
+            parent = ".".join(parts[:depth])
+            known = [k for k in node if k != "hydra"] if OmegaConf.is_dict(node) else []
+            where = f" in '{parent}'" if parent else ""
+            raise ConfigError(f"unknown key '{key}': there is no '{part}'{where}. {nearest(part, map(str, known))}")
+        node = node._get_node(part) if OmegaConf.is_missing(node, part) else node[part]
+
+
+def logger_settings(overrides: Sequence[str]) -> LoggerSettings:
+    """Settings of the logger group alone.
+
+    Args:
+        overrides: ``logger=...`` and ``logger.key=value`` words; without the first, W&B is the logger.
+
+    Returns:
+        The checked settings.
+
+    Raises:
+        ConfigError: A word is none of the logger group, or wrong in itself.
+    """
+    keys = [override.key_or_group for override in _parse(overrides)]
+    for key in keys:
+        if key.split(".")[0] != "logger":
+            raise ConfigError(f"unknown setting '{key}'; only logger=... and logger.key=value can be given here")
+    choices = grid(["method=none", *([] if "logger" in keys else ["logger=wandb"]), *overrides])
+    if len(choices) > 1:
+        raise ConfigError(f"{' '.join(overrides)}: give one value for each setting; logger=all takes every logger")
+    return choices[0].settings.logger

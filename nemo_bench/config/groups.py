@@ -1,0 +1,53 @@
+"""Groups of YAML files: those of the package, of installed plugins, and the user's own."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+from nemo_bench.errors import ConfigError, nearest
+
+GROUPS = ("model", "method", "detector", "prompts", "metrics", "trainer", "logger", "experiment")
+PLUGINS = "nemo_bench.conf"
+"""Entry points of installed packages that bring YAML files of their own: ``name = "package.with.folders"``."""
+
+
+def options(group: str, conf: Path | None = None) -> list[str]:
+    """Names that can be chosen in a group.
+
+    Args:
+        group: One of :data:`GROUPS`.
+        conf: The user's own folder.
+
+    Raises:
+        ConfigError: There is no such group.
+    """
+    if group not in GROUPS:
+        raise ConfigError(f"unknown group '{group}'. {nearest(group, GROUPS)}")
+    return sorted({path.stem for folder in folders(group, conf) for path in folder.glob("*.yaml")})
+
+
+def folders(group: str, conf: Path | None) -> list[Path]:
+    """Where the files of a group are, the package's own first: of two files of one name Hydra takes that one."""
+    packages = ["nemo_bench.conf", *plugins()]
+    return [*(Path(str(resources.files(name))) / group for name in packages), *([conf / group] if conf else [])]
+
+
+@cache
+def plugins() -> list[str]:
+    """Packages of YAML files that installed plugins name, in order of their names.
+
+    Raises:
+        ConfigError: One can't be imported.
+    """
+    found = sorted(importlib.metadata.entry_points(group=PLUGINS))
+    for entry in found:
+        try:
+            importlib.import_module(entry.value)
+        except ImportError as error:
+            msg = f"plugin {entry.name}: its package of settings {entry.value} can't be imported ({error})"
+            raise ConfigError(f"{msg}; mend or uninstall it") from error
+    return [entry.value for entry in found]
