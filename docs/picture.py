@@ -1,7 +1,7 @@
 """Makes the pictures of the README and of the documentation from runs.
 
-python docs/picture.py results/default docs/assets
-python docs/picture.py results/all_methods docs/assets
+python docs/picture.py results/default docs/assets, after nemo-bench run and nemo-bench detect
+python docs/picture.py results/all_methods docs/assets, after nemo-bench run experiment=all_methods
 """
 
 from __future__ import annotations
@@ -82,3 +82,4 @@ if __name__ == "__main__":
     else:
         draw_images(run, assets / "before_after.webp")
         photograph(run / "report.html", assets / "report.webp")
+        photograph(run / "detection.html", assets / "roc.webp", "svg")
