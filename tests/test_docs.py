@@ -15,9 +15,9 @@ from types import ModuleType
 import pytest
 
 import nemo_bench.metrics
-from nemo_bench import cli, config
+from nemo_bench import cli
 from nemo_bench.audit import AuditSettings
-from nemo_bench.config import describe_options, grid, logger_settings, overridden
+from nemo_bench.config import composition, describe_options, grid, logger_settings, options, overridden
 from nemo_bench.errors import ConfigError
 from nemo_bench.metrics import BenchMetric
 from nemo_bench.planted.training import TrainSpec
@@ -83,15 +83,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def first_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a grid, one cell is composed; of the others, the files that they name are looked for."""
-    compose, first = config._choose, list[config.Choice]()
+    compose, first = composition.choose, list[composition.Choice]()
 
-    def choose(words: Sequence[str], conf: Path | None) -> config.Choice:
-        for override in config._parse(words):
-            config._check_option(override, conf)
+    def choose(words: Sequence[str], conf: Path | None) -> composition.Choice:
+        for override in composition._parse(words):
+            composition._check_option(override, conf)
         first.extend([] if first else [compose(words, conf)])
         return first[0]
 
-    monkeypatch.setattr(config, "_choose", choose)
+    monkeypatch.setattr(composition, "choose", choose)
 
 
 def test_pages_show_commands() -> None:
@@ -182,7 +182,7 @@ def test_metrics_of_one_name_are_told_apart(hooks: ModuleType) -> None:
 @pytest.mark.parametrize("group", ["method", "detector"])
 def test_every_method_and_detector_has_a_card(hooks: ModuleType, group: str) -> None:
     text = hooks.PARTS[f"{group}s"]()
-    for name in config.options(group):
+    for name in options(group):
         assert f"{{#{group}-{name}}}" in text
 
 
