@@ -13,8 +13,8 @@ import pytest
 
 from nemo_bench import detection
 from nemo_bench.cli import main
-from nemo_bench.config import ConfigError, detector_grid
-from nemo_bench.errors import StoreError
+from nemo_bench.config import detector_grid
+from nemo_bench.errors import ConfigError, StoreError
 from nemo_bench.report.detection import load_detections, write_detection
 from nemo_bench.store import read_json, read_records
 from tiny import tiny_sdxl
