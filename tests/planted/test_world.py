@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nemo_bench import read_prompts, resolve
+from nemo_bench.methods.prss import read_paraphrases
 from nemo_bench.planted.training import TOKENS, build_tokenizer, heldout_captions, tokenize
 from nemo_bench.planted.world import (
     MOTIFS,
@@ -19,6 +22,7 @@ from nemo_bench.planted.world import (
     general_caption,
     planted_picture,
     render,
+    vocabulary,
 )
 
 
@@ -94,3 +98,18 @@ def test_the_tokenizer_has_a_token_for_each_word_and_spells_the_rest() -> None:
         assert len(tokenizer(planted.caption.text).input_ids) == count + 2
     assert tokenizer.decode(tokenizer("Zürich 7!").input_ids, skip_special_tokens=True).replace(" ", "") == "zürich7!"
     assert tokenize(tokenizer, ["a red circle", "", "word " * 40]).shape == (3, TOKENS)
+
+
+def test_packaged_paraphrases_are_other_wordings_that_the_encoder_reads_whole() -> None:
+    lists = (resolve(f"package:planted/prompts/{name}.jsonl") for name in ("planted", "general"))
+    captions = {prompt.text for path in lists for prompt in read_prompts(path)}
+    paraphrases = read_paraphrases(Path(resolve("package:planted/paraphrases.jsonl")))
+    assert set(paraphrases) == captions
+    tokenizer = build_tokenizer()
+    for caption, wordings in paraphrases.items():
+        assert len(set(wordings)) == len(wordings) >= 3
+        for wording in wordings:
+            assert wording not in captions
+            assert words(wording) <= set(vocabulary())
+            assert words(wording) & words(caption) - {"a", "the"}
+            assert len(tokenizer(wording).input_ids) <= TOKENS
