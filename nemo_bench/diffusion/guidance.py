@@ -56,3 +56,13 @@ class Step:
 
 Rule = Callable[[Step], Tensor]
 """Gives the noise that a step takes off, (N, channels, height, width)."""
+
+
+def guided_from(timestep: float, before: float) -> Rule:
+    """A rule by which guidance starts late.
+
+    Args:
+        timestep: The model's own scale counts where the timestep is at most this.
+        before: The scale until then.
+    """
+    return lambda step: step.guided(step.scale if step.timestep <= timestep else before)

@@ -32,6 +32,8 @@ from nemo_bench.types import Neurons
 Layers = Literal["down+mid", "all"]
 GRADIENT_MEMORY = 4
 """A pass with gradients takes the memory of about so many plain ones."""
+NO_SIGNAL = 1e-6
+"""With less of the signal in the latents' variance they are noise alone."""
 NOISE_STEPS = 50
 """Noise differences are taken at the first of so many DDIM steps (Hintersdorf et al. 2024)."""
 _DDIM = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
@@ -312,6 +314,12 @@ class Diffusion(nn.Module):
         if not self._predicts_velocity:
             return 1.0, 0.0
         alpha = self.signal(timestep)
+        if alpha < NO_SIGNAL:
+            raise ModelError(
+                f"at timestep {timestep} latents of this model are noise alone (its scheduler has zero terminal SNR), and "
+                "no predicted noise follows from a velocity there; set rescale_betas_zero_snr=false and "
+                "timestep_spacing=leading in the scheduler's configuration"
+            )
         return alpha**0.5, (1 - alpha) ** 0.5
 
     @property
@@ -348,7 +356,7 @@ class Diffusion(nn.Module):
             step = Step(number, timestep, self.guidance, latents, *halves)
             noise = rule(step)
             # Two halves alike: whatever scale the pipeline applies, this is what it gets.
-            alike = ((noise - of_latents * latents) / own).to(output[0].dtype).repeat(2, 1, 1, 1)
+            alike = ((noise - of_latents * latents.float()) / own).to(output[0].dtype).repeat(2, 1, 1, 1)
             # Images that are guided as ever keep what the network gave, since converting there and back rounds.
             changed = (noise != step.guided(step.scale)).flatten(1).any(1).repeat(2)
             return (torch.where(changed[:, None, None, None], alike, output[0]),)

@@ -1,4 +1,4 @@
-"""Mitigations, one file each."""
+"""Mitigations, a file for each source, and what several of them share."""
 
 from nemo_bench.methods.amg import AMG
 from nemo_bench.methods.anisotropy import AnisotropyOptimization

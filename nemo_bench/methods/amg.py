@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from nemo_bench.diffusion import Conditioning, Diffusion, Step, file_digest
+from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, Step, file_digest
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.descent import check_precision
@@ -53,15 +54,17 @@ class AMG(Method):
 
     - despecification: guidance falls by s1 = (s - 1) S / saturation, at most s - 1;
     - caption deduplication: if more than ``captions`` of the 1000 nearest training images share a caption y, the noise
-      moves by s2 (e(empty) - e(y)), s2 = (s - 1 - s1) S / 0.3, at most s - 1 - s1; this lasts for ten steps;
+      moves by s2 (e(empty) - e(y)), s2 = (s - 1 - s1) S / 0.3, at most s - 1 - s1; this lasts for ten steps. Of 5
+      billion images the 1000 nearest are all alike; here those count that are above the threshold as well, so that a
+      caption has to be there more than ``captions`` times with pictures like the image. Few prompts have as many;
     - dissimilarity: if the similarity S' of what is then led to is above the threshold as well, the noise takes on
       sigma_t strength (S' - threshold) exp((1000 - t) / 170) times the gradient of S' with respect to the latents,
       through embedding, decoder and the step to the image, the noise being held constant.
 
-    Neighbours come from the reference images of all prompts of the run, in place of the public search of LAION that is
-    no more. Similarity is the cosine of SSCD embeddings; generated and known images are both prepared as its authors
-    do, where the public code feeds two ranges of values, so numbers differ somewhat from those that the published
-    constants were tuned for. Without an SSCD file it is the correlation of pixels (of the image's mean, of all three
+    Neighbours come from the reference images of all prompts of the run, in place of the public search of LAION by CLIP
+    that is no more. Similarity is the cosine of SSCD embeddings; generated and known images both come in with the side
+    of 224 of the public code and the mean and deviation of SSCD's authors, where the public code feeds two ranges of
+    values, so numbers differ somewhat from those that the published constants were tuned for. Without an SSCD file it is the correlation of pixels (of the image's mean, of all three
     channels): ours, for small worlds; a higher threshold, such as 0.5 for the embedded model, spares images that
     are alike by their background alone. The public code leaves the first 21 images of a run unguided, here none is.
     Decoding and embedding are no UNet passes; seconds in the records have them.
@@ -184,21 +187,35 @@ class AMG(Method):
             yield replace(batch, notes=guidance.notes)
 
 
+@dataclass(frozen=True)
+class _Away:
+    """A caption that an image is guided away from, and for how many steps still."""
+
+    caption: Conditioning
+    steps: int
+
+
+def _differ(one: Tensor, other: Tensor) -> Tensor:
+    """Which rows are not the same, (N,)."""
+    return (one != other).flatten(1).any(1)
+
+
 class _Guidance:
     """The rule for one batch.
 
     Attributes:
-        notes: For each image in how many steps it was guided.
+        notes: For each image in how many steps its guidance was another than the model's.
     """
 
     def __init__(self, method: AMG, model: Diffusion, index: Index, images: int) -> None:
         self.method, self.model, self.index = method, model, index
         self.notes = tuple({"guided_steps": 0} for _ in range(images))
-        self._lasting = [0] * images
-        self._captions: list[str | None] = [None] * images
+        self._away: list[_Away | None] = [None] * images
 
     def __call__(self, step: Step) -> Tensor:
         method, scale = self.method, step.scale
+        if step.number == 0:
+            self._away = [None] * len(self._away)
         limit = method.limit + 0.1 * math.exp(-0.005 * step.timestep)
         noise = step.guided(scale)
         with torch.no_grad():
@@ -209,10 +226,12 @@ class _Guidance:
         despecified = near | method.legacy_ungated
         less = (torch.where(despecified, nearest, 0) * (scale - 1) / method.saturation).clamp(0, scale - 1)
         noise = torch.where((less > 0)[:, None, None, None], step.guided(scale - less), noise)
-        noise = self._away_from_captions(step, noise, products, near, scale - 1 - less)
+        noise = self._away_from_captions(step, noise, products, limit, scale - 1 - less)
         # Where nothing has moved, the similarity is still the one that is not above the limit.
-        moved = (noise != step.guided(scale)).flatten(1).any(1)
-        return self._dissimilar(step, noise, limit, near | moved)
+        noise = self._dissimilar(step, noise, limit, near | _differ(noise, step.guided(scale)))
+        for note, guided in zip(self.notes, _differ(noise, step.guided(scale)).tolist(), strict=True):
+            note["guided_steps"] += guided
+        return noise
 
     def _vectors(self, step: Step, latents: Tensor, noise: Tensor) -> Tensor:
         """Embeddings of the images that noise leads to."""
@@ -220,40 +239,40 @@ class _Guidance:
         image = (latents.float() - (1 - alpha) ** 0.5 * noise) / alpha**0.5
         return self.method.embed(self.model.decode(image))
 
-    def _away_from_captions(self, step: Step, noise: Tensor, products: Tensor, near: Tensor, room: Tensor) -> Tensor:
-        for row, above in enumerate(near.tolist()):
-            if above:
-                hits = products[row].topk(min(_HITS, products.shape[1])).indices.tolist()
-                caption, count = Counter(self.index.captions[hit] for hit in hits).most_common(1)[0]
-                self.notes[row]["guided_steps"] += 1
+    def _away_from_captions(self, step: Step, noise: Tensor, products: Tensor, limit: float, room: Tensor) -> Tensor:
+        values, hits = products.topk(min(_HITS, products.shape[1]))
+        for row in range(len(products)):
+            alike = Counter(self.index.captions[hit] for hit in hits[row][values[row] > limit].tolist())
+            for caption, count in alike.most_common(1):
                 if count > self.method.captions:
-                    self._captions[row], self._lasting[row] = caption, _LASTING
-        rows = [row for row, left in enumerate(self._lasting) if left]
+                    self._away[row] = _Away(self.model.encode([caption]), _LASTING)
+        rows = [row for row, away in enumerate(self._away) if away]
         if not rows:
             return noise
-        text: Conditioning = self.model.encode([str(self._captions[row]) for row in rows])
-        away = step.unconditional[rows] - self.model.predict_noise(step.latents[rows], step.timestep, text)
+        lasting = [away for away in self._away if away]
+        text = reduce(Conditioning.followed_by, (away.caption for away in lasting))
+        direction = step.unconditional[rows] - self.model.predict_noise(step.latents[rows], step.timestep, text)
         wanted = (room * products.amax(1) / _CAPTION_SATURATION).clamp(min=0)
         noise = noise.clone()
-        noise[rows] += torch.minimum(wanted, room)[rows][:, None, None, None] * away
-        for row in rows:
-            self._lasting[row] -= 1
+        noise[rows] += torch.minimum(wanted, room)[rows][:, None, None, None] * direction
+        for row, away in zip(rows, lasting, strict=True):
+            self._away[row] = replace(away, steps=away.steps - 1) if away.steps > 1 else None
         return noise
 
     def _dissimilar(self, step: Step, noise: Tensor, limit: float, chosen: Tensor) -> Tensor:
-        rows = chosen.nonzero()[:, 0].tolist()
-        if not rows or not self.method.strength:
+        if not self.method.strength:
             return noise
-        with torch.inference_mode(False), torch.enable_grad():
-            latents = step.latents[rows].clone().float().requires_grad_()
-            vectors = self._vectors(step, latents, noise[rows].clone())
-            nearest = (vectors @ self.index.vectors.clone().to(vectors).T).amax(1)
-            (gradient,) = torch.autograd.grad(nearest.sum(), [latents])
         alpha = self.model.signal(step.timestep)
         growing = (1 - alpha) ** 0.5 * math.exp((1000 - step.timestep) / 170)
-        above = torch.where(nearest.detach() > limit, nearest.detach() - self.method.limit, 0)
         noise = noise.clone()
-        noise[rows] += (self.method.strength * growing * above)[:, None, None, None] * gradient
+        for rows in chosen.nonzero()[:, 0].split(max(1, self.method.batch_size // GRADIENT_MEMORY)):
+            with torch.inference_mode(False), torch.enable_grad():
+                latents = step.latents[rows].clone().float().requires_grad_()
+                vectors = self._vectors(step, latents, noise[rows].clone())
+                nearest = (vectors @ self.index.vectors.clone().to(vectors).T).amax(1)
+                (gradient,) = torch.autograd.grad(nearest.sum(), [latents])
+            above = torch.where(nearest.detach() > limit, nearest.detach() - self.method.limit, 0)
+            noise[rows] += (self.method.strength * growing * above)[:, None, None, None] * gradient
         return noise
 
 

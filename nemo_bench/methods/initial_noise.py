@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nemo_bench.diffusion import GRADIENT_MEMORY, Diffusion, Step
+from nemo_bench.diffusion import GRADIENT_MEMORY, Diffusion, guided_from
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.descent import Descent, check_precision, descend
@@ -69,12 +69,8 @@ class AdjustedNoise(Method):
     @contextmanager
     def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
         """See :meth:`Method.apply`."""
-
-        def rule(step: Step) -> Tensor:
-            return step.guided(step.scale if step.timestep <= self.timestep else 0.0)
-
         adjusted = replace(batch, latents=self._adjusted(model, batch).to(batch.latents.dtype))
-        with model.guide(rule):
+        with model.guide(guided_from(self.timestep, 0.0)):
             yield adjusted
 
     @torch.no_grad()

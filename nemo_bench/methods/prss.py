@@ -46,7 +46,8 @@ class PRSS(Method):
     prompt stays the best of all, re-anchoring has no second wording to lead to.
 
     Published magnitudes are those of Stable Diffusion 1.4. Elsewhere ``search_target`` should be one that prompts that
-    are not memorized stay below; 3.2, with re-anchoring from 6 to 20, for the embedded model.
+    are not memorized stay below; 3.2, with re-anchoring from 6 to 20, for the embedded model, whose prompts have
+    paraphrases in ``package:planted/paraphrases.jsonl``.
 
     Without a file, as in the public code without paraphrases, the embedding of each image is optimized as in
     :class:`EmbeddingOptimization`, and the image is re-anchored if that took a step.
@@ -146,13 +147,13 @@ class PRSS(Method):
             chosen = replace(
                 chosen, notes=tuple({**n, "triggered": t} for n, t in zip(chosen.notes, triggered, strict=True))
             )
-        rows = [row for row, fired in enumerate(triggered) if fired]
-        prompt = batch.text.rows(rows)
 
         def rule(step: Step) -> Tensor:
             noise = step.guided(step.scale)
+            above = (step.magnitude > self.anchor_from).tolist()
+            rows = [row for row, fired in enumerate(triggered) if fired and above[row]]
             if rows:
-                anchor = model.predict_noise(step.latents[rows], step.timestep, prompt)
+                anchor = model.predict_noise(step.latents[rows], step.timestep, batch.text.rows(rows))
                 noise[rows] = self.reanchored(step.scale, step.unconditional[rows], step.conditional[rows], anchor)
             return noise
 

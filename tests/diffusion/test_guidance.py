@@ -102,3 +102,42 @@ def test_guidance_that_can_not_be_changed_is_an_error(options: dict[str, float])
         model.guide(lambda step: step.guided(1.0)),
     ):
         pass
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_velocities_of_half_precision_come_back_as_they_were(dtype: torch.dtype) -> None:
+    """Scale 0 is the network's own unconditional output, whatever the way there and back through noise."""
+    model = Diffusion(tiny_sd2().to(dtype), steps=4, guidance=3.0)
+    text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
+    own, taken = [], []
+
+    def output(_unet: torch.nn.Module, _args: object, found: tuple[torch.Tensor]) -> None:
+        own.append(found[0].chunk(2)[0].clone())
+
+    def replaced(_unet: torch.nn.Module, _args: object, found: tuple[torch.Tensor]) -> None:
+        taken.append(found[0].chunk(2)[0].clone())
+
+    first = model.unet.register_forward_hook(output)
+    with model.guide(lambda step: step.guided(0.0)):
+        last = model.unet.register_forward_hook(replaced)
+        model.generate(text, latents)
+    first.remove()
+    last.remove()
+    assert len(own) == len(taken) == 4
+    for before, after in zip(own, taken, strict=True):
+        torch.testing.assert_close(after.float(), before.float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+def test_where_latents_are_noise_alone_no_noise_is_made_up() -> None:
+    pipeline = tiny_sd2()
+    pipeline.scheduler = pipeline.scheduler.from_config(
+        pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    model = Diffusion(pipeline, steps=4, guidance=3.0)
+    text, latents = model.encode(tiny_texts(1)), model.latents([0])
+    message = r"timestep 999 .* zero terminal SNR.*set rescale_betas_zero_snr=false"
+    with pytest.raises(ModelError, match=message):
+        model.text_noise(latents, model.timesteps()[0], text)
+    with pytest.raises(ModelError, match=message), model.guide(lambda step: step.guided(0.0)):
+        model.generate(text, latents)
+    assert model.generate(text, latents).isfinite().all()

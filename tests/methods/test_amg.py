@@ -10,7 +10,7 @@ from PIL import Image
 
 from batches import batch_of, images_of
 from nemo_bench import ConfigError, Diffusion, ModelError, Prompt, resolve
-from nemo_bench.diffusion import Step
+from nemo_bench.diffusion import Conditioning, Step
 from nemo_bench.methods import AMG
 from nemo_bench.methods.amg import Index, _Guidance
 
@@ -24,9 +24,9 @@ class Plane(AMG):
 
 
 class Flat:
-    """Stands in for a model without a decoder, at a timestep where noise and image are mixed half and half."""
+    """Stands in for a model without a decoder; a prompt's noise is the number that it consists of, everywhere."""
 
-    alpha = 0.5
+    alpha = 0.36
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -37,12 +37,12 @@ class Flat:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents
 
-    def encode(self, texts: list[str]) -> list[str]:
+    def encode(self, texts: list[str]) -> Conditioning:
         self.asked += texts
-        return texts
+        return Conditioning(torch.tensor([float(text) for text in texts])[:, None, None])
 
-    def predict_noise(self, latents: torch.Tensor, timestep: int, text: Any) -> torch.Tensor:
-        return torch.full_like(latents, 0.25)
+    def predict_noise(self, latents: torch.Tensor, timestep: int, text: Conditioning) -> torch.Tensor:
+        return text.text[:, :, :, None].expand_as(latents)
 
 
 def vectors(*rows: tuple[float, float]) -> torch.Tensor:
@@ -55,12 +55,22 @@ def guided(method: AMG, index: Index, steps: int = 1, timestep: int = 500, **giv
 
 
 def similarity(latents: torch.Tensor, noise: torch.Tensor, index: Index) -> float:
-    image = (latents - 0.5**0.5 * noise).flatten() / 0.5**0.5
+    """Of the image that noise leads to: signal and noise are mixed 0.6 to 0.8."""
+    image = (latents - 0.8 * noise).flatten() / 0.6
     return float((image / image.norm() @ index.vectors.T).max())
 
 
+def slope(latents: torch.Tensor, noise: torch.Tensor, index: Index) -> torch.Tensor:
+    """Gradient of the similarity by the latents, from finite differences."""
+    found = []
+    for axis in ((1e-3, 0.0), (0.0, 1e-3)):
+        ahead, behind = (similarity(latents + sign * vectors(axis), noise, index) for sign in (1, -1))
+        found.append((ahead - behind) / 2e-3)
+    return vectors((found[0], found[1]))
+
+
 LATENTS, EMPTY, PROMPT = vectors((1.0, 0.2)), vectors((0.1, 0.1)), vectors((0.0, 0.2))
-NEAR = Index(torch.tensor([[0.0, 1.0], [0.8, 0.6]]), ("one", "two"))
+NEAR = Index(torch.tensor([[0.0, 1.0], [0.8, 0.6]]), ("1", "2"))
 
 
 def test_despecification_lowers_guidance_by_similarity() -> None:
@@ -80,26 +90,62 @@ def test_c1_is_the_published_thirteen() -> None:
     assert 6.5 / AMG().saturation == 13
 
 
-def test_dissimilarity_follows_the_gradient_of_similarity() -> None:
+def test_dissimilarity_follows_the_gradient_of_similarity_after_despecification() -> None:
     """Worked out in plain numbers, the gradient by finite differences."""
-    method = Plane(threshold=0.1, saturation=1e9, strength=0.05)
+    method = Plane(threshold=-0.2, saturation=5.0, strength=0.05)
     (noise,) = guided(method, NEAR, latents=LATENTS, unconditional=EMPTY, conditional=PROMPT)
     plain = EMPTY + 7.5 * (PROMPT - EMPTY)
-    near, slopes = similarity(LATENTS, plain, NEAR), []
-    for axis in ((1e-3, 0.0), (0.0, 1e-3)):
-        ahead, behind = (similarity(LATENTS + sign * vectors(axis), plain, NEAR) for sign in (1, -1))
-        slopes.append((ahead - behind) / 2e-3)
-    factor = 0.5**0.5 * 0.05 * (near - 0.1) * math.exp((1000 - 500) / 170)
-    torch.testing.assert_close(noise, plain + factor * vectors((slopes[0], slopes[1])), rtol=0, atol=2e-3)
+    less = 6.5 * similarity(LATENTS, plain, NEAR) / 5.0
+    despecified = EMPTY + (7.5 - less) * (PROMPT - EMPTY)
+    near = similarity(LATENTS, despecified, NEAR)
+    assert abs(near - similarity(LATENTS, plain, NEAR)) > 0.01
+    factor = 0.8 * 0.05 * (near + 0.2) * math.exp((1000 - 500) / 170)
+    added = factor * slope(LATENTS, despecified, NEAR)
+    torch.testing.assert_close(noise, despecified + added, rtol=0, atol=2e-3)
+    assert added.abs().max() > 0.05
     # Taking that noise off makes the latents less like what they were like.
-    assert similarity(LATENTS - 1e-2 * (noise - plain), plain, NEAR) < near
+    assert similarity(LATENTS - 1e-2 * (noise - despecified), despecified, NEAR) < near
+
+
+def test_images_of_a_batch_are_guided_on_their_own() -> None:
+    given = {
+        "latents": torch.cat([LATENTS, vectors((-1.0, -0.3))]),
+        "unconditional": EMPTY.repeat(2, 1, 1, 1),
+        "conditional": PROMPT.repeat(2, 1, 1, 1),
+    }
+    method = Plane(threshold=0.1, saturation=5.0, strength=0.05)
+    (noise,) = guided(method, NEAR, **given)
+    assert torch.equal(noise[1:], EMPTY + 7.5 * (PROMPT - EMPTY))
+    (alone,) = guided(method, NEAR, **{key: value[:1] for key, value in given.items()})
+    assert torch.equal(noise[:1], alone)
+    assert (alone != EMPTY + 7.5 * (PROMPT - EMPTY)).any()
+
+
+def test_gradients_are_followed_in_small_parts() -> None:
+    """As many rows at once as gradients have memory for, with the same result."""
+    latents = torch.cat([LATENTS * scale for scale in (1.0, 1.5, 2.0, 2.5, 3.0)])
+    given = {"unconditional": EMPTY.repeat(5, 1, 1, 1), "conditional": PROMPT.repeat(5, 1, 1, 1), "latents": latents}
+    seen: list[int] = []
+
+    class Counting(Plane):
+        def embed(self, images: torch.Tensor) -> torch.Tensor:
+            if torch.is_grad_enabled():
+                seen.append(len(images))
+            return super().embed(images)
+
+    method = Counting(threshold=-0.9, saturation=5.0, strength=0.05)
+    (whole,) = guided(method, NEAR, **given)
+    method.batch_size = 8
+    (parts,) = guided(method, NEAR, **given)
+    assert seen == [5, 2, 2, 1]
+    torch.testing.assert_close(parts, whole)
 
 
 @pytest.mark.parametrize(("timestep", "limit"), [(0, 0.4), (200, 0.3 + 0.1 * math.exp(-1)), (999, 0.3007)])
 def test_the_threshold_falls_with_noise(timestep: int, limit: float) -> None:
     still = vectors((1.0, 0.0))
     for similarity_, acts in ((limit - 2e-3, False), (limit + 2e-3, True)):
-        index = Index(torch.tensor([[similarity_, (1 - similarity_**2) ** 0.5]]), ("one",))
+        index = Index(torch.tensor([[similarity_, (1 - similarity_**2) ** 0.5]]), ("1",))
         (noise,) = guided(
             Plane(strength=0.0), index, timestep=timestep, latents=still, unconditional=0 * still,
             conditional=torch.full_like(still, 1e-6),
@@ -108,7 +154,7 @@ def test_the_threshold_falls_with_noise(timestep: int, limit: float) -> None:
 
 
 def test_an_image_like_none_is_left_alone_unless_ungated() -> None:
-    index = Index(torch.tensor([[0.1, 0.99**0.5]]), ("one",))
+    index = Index(torch.tensor([[0.1, 0.99**0.5]]), ("1",))
     still, prompt = vectors((1.0, 0.0)), vectors((1e-6, 0.0))
     given = {"latents": still, "unconditional": 0 * still, "conditional": prompt}
     assert torch.equal(guided(Plane(), index, **given)[0], 7.5 * prompt)
@@ -118,7 +164,7 @@ def test_an_image_like_none_is_left_alone_unless_ungated() -> None:
 
 def test_guidance_leads_away_from_a_caption_that_is_there_often_enough_for_ten_steps() -> None:
     # Three of one caption, two of another; the image is like them in the first step only.
-    near = Index(torch.tensor([[1.0, 0.0]] * 5), ("one", "one", "one", "two", "two"))
+    near = Index(torch.tensor([[1.0, 0.0]] * 5), ("0.25", "0.25", "0.25", "2", "2"))
     still, prompt = vectors((1.0, 0.0)), vectors((0.0, 0.0))
     method = Plane(strength=0.0, captions=2, saturation=10.0)
     guidance = _Guidance(method, Flat(), near, 1)  # type: ignore[arg-type]
@@ -134,12 +180,52 @@ def test_guidance_leads_away_from_a_caption_that_is_there_often_enough_for_ten_s
         torch.testing.assert_close(noise, torch.full_like(still, 6.5 * low / 0.3 * -0.25))
     assert not noises[10].any()
     assert not noises[11].any()
-    assert guidance.notes == ({"guided_steps": 1},)
-    assert guidance.model.asked == ["one"] * 10  # type: ignore[attr-defined]
+    assert guidance.notes == ({"guided_steps": 10},)
+    assert guidance.model.asked == ["0.25"]  # type: ignore[attr-defined]
     rare = guided(
         Plane(strength=0.0, captions=3, saturation=10.0), near, latents=still, unconditional=prompt, conditional=prompt
     )
     assert not rare[0].any()
+
+
+def test_what_a_caption_leads_to_is_looked_at_as_well() -> None:
+    """Not near any more, but led near again by going away from the caption: dissimilarity sees to that."""
+    near = Index(torch.tensor([[1.0, 0.0]] * 3), ("0.25",) * 3)
+    still, later, nothing = vectors((1.0, 0.0)), vectors((0.1, 1.0)), vectors((0.0, 0.0))
+    guidance = _Guidance(Plane(strength=0.05, captions=2), Flat(), near, 1)  # type: ignore[arg-type]
+    guidance(Step(0, 500, 7.5, still, nothing, nothing))
+    noise = guidance(Step(1, 500, 7.5, later, nothing, nothing))
+    low = similarity(later, nothing, near)
+    moved = torch.full_like(later, 6.5 * low / 0.3 * -0.25)
+    limit, high = 0.3 + 0.1 * math.exp(-2.5), similarity(later, moved, near)
+    assert low < limit < high
+    factor = 0.8 * 0.05 * (high - 0.3) * math.exp((1000 - 500) / 170)
+    torch.testing.assert_close(noise, moved + factor * slope(later, moved, near), rtol=0, atol=1e-3)
+    # Another generation within the same context starts afresh.
+    assert not guidance(Step(0, 500, 7.5, later, nothing, nothing)).any()
+
+
+def test_every_image_is_led_away_from_its_own_caption() -> None:
+    index = Index(torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 3), ("0.25",) * 3 + ("-0.5",) * 3)
+    latents, nothing = vectors((1.0, 0.05), (0.05, 1.0), (-1.0, -1.0)), vectors((0.0, 0.0)).repeat(3, 1, 1, 1)
+    (noise,) = guided(
+        Plane(strength=0.0, captions=2, saturation=10.0), index, latents=latents, unconditional=nothing,
+        conditional=nothing,
+    )  # fmt: skip
+    room = 6.5 * (1 - 1 / 1.0025**0.5 / 10)
+    for row, caption in enumerate((0.25, -0.5)):
+        torch.testing.assert_close(noise[row], torch.full_like(noise[row], room * -caption))
+    assert not noise[2].any()
+
+
+def test_captions_of_pictures_unlike_the_image_do_not_count() -> None:
+    index = Index(torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 21), ("0.25",) * 3 + ("2",) * 21)
+    still, nothing = vectors((1.0, 0.0)), vectors((0.0, 0.0))
+    given = {"latents": still, "unconditional": nothing, "conditional": nothing}
+    (noise,) = guided(Plane(strength=0.0, captions=2, saturation=10.0), index, **given)
+    torch.testing.assert_close(noise, torch.full_like(still, (6.5 - 0.65) * -0.25))
+    (noise,) = guided(Plane(strength=0.0, captions=20, saturation=10.0), index, **given)
+    assert not noise.any()
 
 
 def references() -> tuple[Path, ...]:
@@ -227,6 +313,10 @@ def test_images_above_the_threshold_become_less_similar(planted: Diffusion) -> N
     plain, changed = planted.generate(batch.text, batch.latents), images_of(planted, method, batch)
     assert near(plain) > 0.8
     assert near(changed) < near(plain) - 0.2
+    before = planted.row_passes
+    images_of(planted, method, batch)
+    # Decoding and embedding are no passes of the UNet, and no caption is there often enough for one.
+    assert planted.row_passes - before == planted.passes_per_image
 
 
 def test_a_cell_is_another_where_training_images_are_others() -> None:
