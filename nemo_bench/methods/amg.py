@@ -260,7 +260,7 @@ class _Guidance:
         return noise
 
     def _dissimilar(self, step: Step, noise: Tensor, limit: float, chosen: Tensor) -> Tensor:
-        if not self.method.strength:
+        if not (self.method.strength and chosen.any()):
             return noise
         alpha = self.model.signal(step.timestep)
         growing = (1 - alpha) ** 0.5 * math.exp((1000 - step.timestep) / 170)

@@ -15,7 +15,7 @@ from nemo_bench.methods.bright_ending import bright_ending
 from nemo_bench.methods.prss import read_paraphrases
 from nemo_bench.signals import masked_magnitude
 
-WORDINGS = ("fox sun", "red map", "big hat cup", "dog")
+WORDINGS = ("fox sun", "red map", "dog", "big hat cup")
 
 
 @pytest.fixture
@@ -65,6 +65,7 @@ def test_the_first_wording_below_the_target_is_taken_or_else_the_least(tiny: Dif
     limit = {"above all": max(values) + 1, "third": sorted(values)[1] + 1e-2, "none": 0.0}[target]
     below = [i for i, value in enumerate(values) if value <= limit]
     expected = below[0] if below else values.index(min(values))
+    assert below or 0 < expected < len(WORDINGS), "the least should be neither the prompt nor the last wording"
     before = tiny.row_passes
     with PRSS(file, limit).apply(tiny, batch) as changed:
         assert changed.notes == ({"triggered": values[0] > limit, "paraphrase": expected},)
@@ -97,10 +98,34 @@ def test_images_are_anchored_on_their_own(tiny: Diffusion, file: str) -> None:
         torch.testing.assert_close(together[[row]], alone, rtol=0, atol=5e-3)
 
 
-def test_each_step_of_an_anchored_image_takes_one_more_pass(tiny: Diffusion) -> None:
+@pytest.mark.parametrize(("above", "anchored"), [(0.0, True), (1e6, False)])
+def test_each_step_of_an_anchored_image_takes_one_more_pass(tiny: Diffusion, above: float, anchored: bool) -> None:
     batch, before = batch_of(tiny, [(0, 0)]), tiny.row_passes
-    images_of(tiny, PRSS(search_target=0.0, steps=2), batch)
-    assert tiny.row_passes - before == (1 + 2 * 2) + 3 * tiny.steps
+    images_of(tiny, PRSS(search_target=0.0, anchor_from=above, anchor_full=above, steps=2), batch)
+    assert tiny.row_passes - before == (1 + 2 * 2) + (3 if anchored else 2) * tiny.steps
+
+
+def test_the_anchor_is_the_prompt_and_the_paraphrase_is_approached(tiny: Diffusion, file: str) -> None:
+    """What a step takes off, against predictions for the prompt, its paraphrase and the empty prompt."""
+    batch, method = batch_of(tiny, [(0, 0)], ["red sun map"]), PRSS(file, 0.0, anchor_from=0.5, anchor_full=20.0)
+    taken: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def watch(_unet: torch.nn.Module, args: tuple[torch.Tensor, torch.Tensor], output: tuple[torch.Tensor]) -> None:
+        if len(args[0]) == 2:
+            taken.append((args[0][:1].clone(), output[0][:1].clone()))
+
+    with method.apply(tiny, batch) as changed:
+        hook = tiny.unet.register_forward_hook(watch)
+        tiny.generate(changed.text, changed.latents)
+        hook.remove()
+    wording = WORDINGS[changed.notes[0]["paraphrase"] - 1]
+    assert len(taken) == tiny.steps
+    for (latents, noise), timestep in zip(taken, tiny.timesteps(), strict=True):
+        chosen, anchor = (tiny.predict_noise(latents, timestep, tiny.encode([t])) for t in (wording, "red sun map"))
+        empty = tiny.predict_noise(latents, timestep, tiny.unconditional(1))
+        expected = method.reanchored(tiny.guidance, empty, chosen, anchor)
+        torch.testing.assert_close(noise, expected, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(noise, empty + tiny.guidance * (chosen - empty), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("masked", [False, True])
