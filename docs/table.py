@@ -34,12 +34,12 @@ def table(folder: Path) -> str:
 
     heads = [f"{group}: {results.metrics[metric].title} {results.metrics[metric].arrow}" for group, metric in COLUMNS]
     lines = [
-        ["Method", *heads, "UNet passes of a prompt", "of an image"],
+        ["Method", *heads, "UNet passes once for a prompt", "for an image"],
         ["---", *["---:"] * (len(heads) + 2)],
     ]
     for cell in results.cells:
         values = [value(rows[cell.name, group], metric) for group, metric in COLUMNS]
-        costs = [cell.cost["localize_row_passes_per_prompt"], cell.cost["row_passes_per_image"]]
+        costs = [cell.cost["once_row_passes_per_prompt"], cell.cost["row_passes_per_image"]]
         lines.append([cell.label, *values, *(f"{cost:.0f}" for cost in costs)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

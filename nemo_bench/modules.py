@@ -150,6 +150,9 @@ class CalibrationStage(Stage):
 class LocalizationStage(Stage):
     """Localizes the neurons of each prompt and measures the noise differences with the method applied.
 
+    Of what a record costs, ``once_row_passes`` and ``once_seconds`` are what the method takes once for a prompt; the
+    rest is measuring.
+
     Args:
         model: The model.
         method: The mitigation.
@@ -171,9 +174,14 @@ class LocalizationStage(Stage):
     def _localize(self, task: PromptTask) -> Record:
         prompt, method = task.prompt, self.method
         seeds = seeds_of(prompt, "localize", range(self.seeds))
-        before = self.model.row_passes
+        before, start = self.model.row_passes, time.perf_counter()
         method.prepare(self.model, self.prompts)
         result = method.localize(self.model, prompt, method.protocol.latents(self.model, seeds))
+        method.share(self.model, [prompt])
+        once = {
+            "once_row_passes": self.model.row_passes - before,
+            "once_seconds": round(time.perf_counter() - start, 4),
+        }
         latents = self.model.latents(seeds)
         text = self.model.encode([prompt.text])
         parts = []
@@ -200,7 +208,7 @@ class LocalizationStage(Stage):
             "truncated": self.model.truncated(prompt.text),
             "memorization": float(pairs.mean()),
             "noise": self.store.save_image(f"noise/{name}.png", picture),
-            "cost": {"row_passes": self.model.row_passes - before},
+            "cost": {"row_passes": self.model.row_passes - before, **once},
         }
 
 
@@ -233,8 +241,9 @@ class GenerationStage(Stage):
         neurons = tuple(self.neurons.get(p.id, Neurons()) for p in prompts)
         text = self.model.encode([p.text for p in prompts])
         batch = Batch(prompts, text, self.model.latents(seeds), seeds, neurons)
-        before = self.model.row_passes
         self.method.prepare(self.model, self.prompts)
+        self.method.share(self.model, prompts)
+        before = self.model.row_passes
         with self.method.apply(self.model, batch) as changed:
             images = self.model.generate(changed.text, changed.latents, changed.unconditional)
         each = round((self.model.row_passes - before) / len(tasks), 2)

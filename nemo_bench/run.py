@@ -196,7 +196,8 @@ def _summary(cell: ImageCell) -> dict[str, Any]:
 
     measured = {
         "localize_seconds_per_prompt": costs(localized, "seconds"),
-        "localize_row_passes_per_prompt": costs(localized, "row_passes"),
+        "once_seconds_per_prompt": costs(localized, "once_seconds"),
+        "once_row_passes_per_prompt": costs(localized, "once_row_passes"),
         "generate_seconds_per_image": costs(generated, "seconds"),
         "row_passes_per_image": costs(generated, "row_passes"),
     }

@@ -316,8 +316,8 @@ class Diffusion(nn.Module):
         alpha = self.signal(timestep)
         if alpha < NO_SIGNAL:
             raise ModelError(
-                f"at timestep {timestep} latents of this model are noise alone (its scheduler has zero terminal SNR), and "
-                "no predicted noise follows from a velocity there; set rescale_betas_zero_snr=false and "
+                f"at timestep {timestep} latents of this model are noise alone (its scheduler has zero terminal SNR), "
+                "and no predicted noise follows from a velocity there; set rescale_betas_zero_snr=false and "
                 "timestep_spacing=leading in the scheduler's configuration"
             )
         return alpha**0.5, (1 - alpha) ** 0.5

@@ -144,6 +144,14 @@ class Method(ABC):
             prompts: All prompts.
         """
 
+    def share(self, model: Diffusion, prompts: Sequence[Prompt]) -> None:  # noqa: B027 # most share nothing
+        """Finds what all images of a prompt share; called before every batch, it has nothing left for prompts seen.
+
+        Args:
+            model: The model.
+            prompts: Prompts of the batch.
+        """
+
     def calibrate(self, model: Diffusion, prompts: Sequence[Prompt], seeds: int = SEEDS) -> Self:
         """Measures on general prompts, in the method's own protocol, what localizing compares with.
 

@@ -88,18 +88,21 @@ class OptimizedEmbedding(Method):
         if self.images is None:
             found = self._optimize(model, batch.prompts, batch.text, batch.latents[:, None])
         else:
-            found = self._shared(model, batch, self.images)
+            self.share(model, batch.prompts)
+            found = [self._known[model][prompt] for prompt in batch.prompts]
         text = torch.stack([embedding.to(batch.text.text) for embedding, _ in found])
         yield replace(batch, text=replace(batch.text, text=text), notes=tuple(note for _, note in found))
 
-    def _shared(self, model: Diffusion, batch: Batch, images: int) -> list[Optimized]:
+    def share(self, model: Diffusion, prompts: Sequence[Prompt]) -> None:
+        """See :meth:`Method.share`."""
+        if self.images is None:
+            return
         known = self._known.setdefault(model, {})
-        new = [prompt for prompt in dict.fromkeys(batch.prompts) if prompt not in known]
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
         if new:
-            latents = torch.stack([model.latents(seeds_of(prompt, "generate", range(images))) for prompt in new])
-            text = batch.text.rows([batch.prompts.index(prompt) for prompt in new])
-            known.update(zip(new, self._optimize(model, new, text, latents), strict=True))
-        return [known[prompt] for prompt in batch.prompts]
+            latents = torch.stack([model.latents(seeds_of(p, "generate", range(self.images))) for p in new])
+            found = self._optimize(model, new, model.encode([p.text for p in new]), latents)
+            known.update(zip(new, found, strict=True))
 
     def _optimize(
         self, model: Diffusion, prompts: Sequence[Prompt], text: Conditioning, latents: Tensor

@@ -1,8 +1,7 @@
 """Guidance that starts late: static and dynamic transition points, and opposite guidance before them.
 
-Published with 50 steps of DPM-Solver; here with the model's own DDIM steps. Scales before the transition are opposite
-guidance where they are negative: -2 with a static transition, -7.5 in the public script of the dynamic one, -1 to -9 tried
-by Han et al. (2025).
+Published with 50 steps of DPM-Solver; here with the model's own DDIM steps. Negative scales before the
+transition are opposite guidance; Han et al. (2025) try -1 to -9.
 """
 
 from __future__ import annotations

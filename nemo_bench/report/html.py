@@ -31,8 +31,9 @@ _FIGURES = (
 )
 _NO_SSCD = "Not comparable with the paper: its similarities are of SSCD, and SSCD is not among the metrics of this run."
 _COSTS = {
-    "localize_seconds_per_prompt": "Localizing, s per prompt",
-    "localize_row_passes_per_prompt": "Localizing, UNet passes per prompt",
+    "localize_seconds_per_prompt": "Localizing and measuring, s per prompt",
+    "once_seconds_per_prompt": "Once, s per prompt",
+    "once_row_passes_per_prompt": "Once, UNet passes per prompt",
     "generate_seconds_per_image": "Generating, s per image",
     "row_passes_per_image": "UNet passes per image",
     "peak_memory_mb": "Peak memory, MB",

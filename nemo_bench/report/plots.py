@@ -123,7 +123,7 @@ def _measure(cell: Cell, info: MetricInfo) -> _Spot | None:
     """A metric of a cell over memorized prompts, with its interval; without one for costs and for whole sets."""
     if info is _PASSES:
         images = sum(len(outcome.images) for outcome in cell.outcomes.values()) / len(cell.outcomes)
-        passes = cell.cost.get("localize_row_passes_per_prompt", 0) + images * cell.cost.get("row_passes_per_image", 0)
+        passes = cell.cost.get("once_row_passes_per_prompt", 0) + images * cell.cost.get("row_passes_per_image", 0)
         return _Spot(passes, passes, passes) if passes else None
     if info.per == "set":
         found = [row[info.key].mean for row in list(cell.aggregates.values())[::-1] if info.key in row]

@@ -36,10 +36,39 @@ def test_records_count_a_methods_own_passes(prompt_file: Path, tmp_path: Path) -
     plain = {record["id"]: record for record in none.store.records("generate").values()}
     assert {record["cost"]["row_passes"] for record in plain.values()} == {8}
     assert all("notes" not in record for record in plain.values())
-    # Three images a prompt: unconditional noise, two passes and their gradients. Localizing came first and paid for it.
-    localized = [record["cost"]["row_passes"] for record in optimized.store.records("localize").values()]
-    assert localized == [2 + 3 * (1 + 2 * 2)] * 3
+    # Three images a prompt: unconditional noise, two passes and their gradients. Then two seeds are measured.
+    for cell, once in ((none, 0), (optimized, 3 * (1 + 2 * 2))):
+        localized = [record["cost"] for record in cell.store.records("localize").values()]
+        assert [(cost["once_row_passes"], cost["row_passes"]) for cost in localized] == [(once, once + 2)] * 3
+        assert read_json(cell.store.folder / "metrics.json")["cost"]["once_row_passes_per_prompt"] == once
     records = optimized.store.records("generate").values()
     assert {record["cost"]["row_passes"] for record in records} == {8}
     assert all(record["notes"] == {"steps": 2, "reached": False} for record in records)
     assert read_json(optimized.store.folder / "metrics.json")["cost"]["row_passes_per_image"] == 8
+
+
+def test_what_images_share_is_no_cost_of_an_image_wherever_it_is_found(prompt_file: Path, tmp_path: Path) -> None:
+    """A second process finds it again: the images cost what they cost in the first."""
+    words = [
+        "method=embedding_optimization", "method.target=0", "method.steps=2", "method.images=3", "model.steps=4",
+        f"prompts.files=[{prompt_file}]", "seeds=2", "localize_seeds=2", f"root={tmp_path}",
+    ]  # fmt: skip
+    (cell,) = plan(grid(words))
+    run([cell], "test", say=lambda line: None, progress=False)
+    for path in (cell.store.folder / "records").glob("generate.*"):
+        path.unlink()
+    (cell.store.folder / "generate.done").unlink()
+    (again,) = plan(grid(words))
+    run([again], "test", say=lambda line: None, progress=False)
+    assert {record["cost"]["row_passes"] for record in again.store.records("generate").values()} == {8}
+
+
+def test_moving_the_noise_costs_each_image(prompt_file: Path, tmp_path: Path) -> None:
+    words = [
+        "method=adjusted_noise", "model.steps=4", f"prompts.files=[{prompt_file}]", "seeds=2", "localize_seeds=2",
+        f"root={tmp_path}",
+    ]  # fmt: skip
+    (cell,) = plan(grid(words))
+    run([cell], "test", say=lambda line: None, progress=False)
+    assert {record["cost"]["row_passes"] for record in cell.store.records("generate").values()} == {8 + 8}
+    assert read_json(cell.store.folder / "metrics.json")["cost"]["once_row_passes_per_prompt"] == 0

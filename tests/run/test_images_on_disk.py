@@ -129,7 +129,10 @@ def test_scoring_goes_on_where_it_stopped(finished: Path) -> None:
     file.write_text("".join(kept)[:-10])  # the first prompt's three lines, and a torn one
     (path / "score.done").unlink()
     scored(finished)
-    assert values(path) == before
+    after = values(path)
+    assert after.keys() == before.keys()
+    for key, found in after.items():  # batches of another size round otherwise
+        assert found == pytest.approx(before[key], abs=1e-5)
     assert file.read_text() == "".join(kept)[:-10]  # what was computed is not computed again
     assert lines(path) == 3 + 3
 
