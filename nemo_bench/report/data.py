@@ -34,6 +34,7 @@ _EARLIER_RUN = "?"
 _COMMAND = re.compile(r"^\S*cli\.py(?= (run|score)\b)")
 """How the command line starts with ``python -m nemo_bench.cli``."""
 _WORDS = {None: "unset", "True": "on", "False": "off"}
+_DIGEST = re.compile("[0-9a-f]{16}")
 _T = TypeVar("_T")
 _ATTENTION = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.")
 
@@ -540,7 +541,9 @@ def _differences(cell: Cell, same: Sequence[Cell]) -> list[str]:
         if value != usual:
             last = key.rpartition(".")[2]
             name = last if sum(other.rpartition(".")[2] == last for other in keys) == 1 else key.removeprefix("method.")
-            words.append(f"{name} {_WORDS.get(value, value)}")
+            # In place of a file's path stands the digest of what it holds.
+            is_file = value and _DIGEST.fullmatch(value) and {each for each, _ in counts} == {None, value}
+            words.append(f"with {name}" if is_file else f"{name} {_WORDS.get(value, value)}")
     return words
 
 
@@ -551,5 +554,5 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str | None
         if isinstance(value, Mapping):
             found |= _flat(value, f"{name}.")
         else:
-            found[name] = None if value is None else str(value)
+            found[name] = None if value is None else f"{value:g}" if isinstance(value, float) else str(value)
     return found

@@ -12,6 +12,7 @@ from fake_results import DETECTOR, LAYERS, METHODS, METRICS, PROMPTS, SEEDS, wri
 from nemo_bench.errors import StoreError
 from nemo_bench.report import load_results
 from nemo_bench.report.data import network_order, short_layers
+from nemo_bench.types import digest
 
 
 @pytest.fixture
@@ -84,6 +85,11 @@ def test_labels_say_only_what_differs(tmp_path: Path) -> None:
     nested = [settings("c", k=k, source={"k": own}) for k in (1, 2) for own in (1, 2)]
     labels = _label(run, ["NeMo"] * 4, nested)
     assert labels == [f"NeMo · k {k} · source.k {own}" for k in (1, 2) for own in (1, 2)]
+
+    files = [settings("c", file=value) for value in (digest("a"), None)]
+    scales = [settings("c", before=value) for value in (0.0, -2)]
+    labels = _label(run, ["NeMo", "NeMo", "Other", "Other"], [*files, *scales])
+    assert labels == ["NeMo · with file", "NeMo", "Other · before 0", "Other · before -2"]
 
     labels = _label(run, ["NeMo"] * 4, [settings("c")] * 4)
     assert labels == [f"NeMo · {i:08x}" for i in range(4)]
