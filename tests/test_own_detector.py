@@ -30,7 +30,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def command(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
+    found_in = os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": found_in, "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "nemo_bench.cli", *words]
     return subprocess.run(line, capture_output=True, text=True, timeout=280, check=False, env=environment)
 
