@@ -18,7 +18,7 @@ from nemo_bench.aggregate import bootstrap_interval, paired
 from nemo_bench.cells import ImageCell, decisive_settings, metrics_of, read_files, source_of
 from nemo_bench.config import SCORING, build, overridden
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, file_digest
-from nemo_bench.errors import ConfigError, StoreError, nearest
+from nemo_bench.errors import ConfigError, ModelError, StoreError, nearest
 from nemo_bench.methods import Batch, Method, NoMitigation
 from nemo_bench.methods.descent import check_precision
 from nemo_bench.methods.embedding_search import RATE, SAMPLES, STEPS, UNCHANGED, random_embeddings, search_embeddings
@@ -248,7 +248,13 @@ def _method(cell: ImageCell) -> Method | str:
     if not isinstance(method, Method):
         return f"{node['_target_']} is no nemo_bench.methods.Method"
     method.batch_size = cell.choice.settings.batch_size
-    return method if method.auditable else UNCHANGED
+    if not method.auditable:
+        return UNCHANGED
+    try:
+        check_precision("an audit", cell.choice.settings.model.dtype)
+    except ModelError as error:
+        return str(error)
+    return method
 
 
 def _audit_cell(cell: ImageCell, method: Method, settings: AuditSettings) -> AuditCell:
@@ -257,12 +263,10 @@ def _audit_cell(cell: ImageCell, method: Method, settings: AuditSettings) -> Aud
         raise StoreError(f"{store.folder} was made with other weights than {model.source} holds now; put those back")
     if decisive_settings(cell.choice.settings.method, method, cell.prompts) != cell.spec["settings"]["method"]:
         raise StoreError(f"{store.folder}: files that {method.title} reads hold something else by now; put those back")
-    check_precision(f"{store.folder}: an audit", model.dtype)
     compared = {n: m for n, m in metrics_of(cell).items() if m.needs == {"images", "references"} and m.per == "image"}
-    if not compared:
-        raise ConfigError(
-            "none of the metrics compares with training images; name some that do, such as metrics=default"
-        )
+    if not any(isinstance(metric, MemorizationRate) for metric in compared.values()):
+        msg = f"{store.folder}: no metric of this run says which images are memorized, so there would be no verdict"
+        raise ConfigError(f"{msg}; add one, such as metrics=default or metrics=full")
     for metric in compared.values():
         metric.check()
     memorized = _first([p for p in cell.prompts if p.kind and p.references], settings.limit)
@@ -522,14 +526,16 @@ def summary(cell: AuditCell) -> dict[str, Any]:
         for group, tasks in groups.items()
         if tasks
     }
-    over_prompt, over_control = {}, {}
+    differences = {}
     for metric in cell.metrics:
         prompt, found, control = (
             np.array([means[task.id][state][metric] for task in groups[group]])
             for group, state in (("memorized", "prompt"), ("memorized", "found"), ("control", "found"))
         )
-        over_prompt[metric] = found - prompt
-        over_control[metric] = _by_source(groups["control"], found - control) if len(control) else control
+        over_control, prompt_over_control = (
+            _by_source(groups["control"], own - control) if len(control) else control for own in (found, prompt)
+        )
+        differences[metric] = found - prompt, over_control, prompt_over_control
     costs = [searched[task.id]["cost"] for task in cell.tasks]
     return {
         "id": cell.id,
@@ -537,9 +543,9 @@ def summary(cell: AuditCell) -> dict[str, Any]:
         "states": {state: STATES[state] for state in next(iter(means.values()))},
         "metrics": {name: metric.describe() for name, metric in cell.metrics.items()},
         "groups": table,
-        "compared": {metric: paired(values) for metric, values in over_control.items() if len(values)},
+        "compared": {metric: paired(values) for metric, (_, values, _) in differences.items() if len(values)},
         "verdict": {
-            name: verdict(over_prompt[name], over_control[name])
+            name: verdict(*differences[name], mitigated=not isinstance(cell.method, NoMitigation))
             for name, metric in cell.metrics.items()
             if isinstance(metric, MemorizationRate)
         },
@@ -574,7 +580,13 @@ def _interval(values: NDArray[np.float64]) -> dict[str, float]:
     return {"mean": float(np.mean(values)), "low": low, "high": high}
 
 
-def verdict(over_prompt: NDArray[np.float64], over_control: NDArray[np.float64]) -> str:
+def verdict(
+    over_prompt: NDArray[np.float64],
+    over_control: NDArray[np.float64],
+    prompt_over_control: NDArray[np.float64],
+    *,
+    mitigated: bool = True,
+) -> str:
     """What it means how often pictures come back.
 
     Args:
@@ -582,11 +594,16 @@ def verdict(over_prompt: NDArray[np.float64], over_control: NDArray[np.float64])
             minus that by the prompt.
         over_control: For each control, that share with the embedding found, minus the control's own; empty where there
             are no controls.
+        prompt_over_control: For each control, that share by the memorized prompt, without a search, minus the control's
+            own with the embedding found.
+        mitigated: Whether there is a method that could hide something.
 
     Returns:
         ``hidden``: training images come back more often than controls, and than by their prompts; ``kept``: more often
-        than controls, and by their prompts as well; ``not shown``: not more often than controls; ``too few`` searches,
-        or ``no controls``, to tell. "More often" has a chance below :data:`LEVEL` by sign flips.
+        than controls, and by their prompts as well; ``unclear``: more often than controls, and whether more often than
+        by their prompts can't be told; ``memorized``: more often than controls, of a model without mitigation; ``not
+        shown``: not more often than controls; ``too few``: fewer than 6 different controls, of which each counts once;
+        ``no controls``. "More often" has a chance below :data:`LEVEL` by sign flips.
     """
     if not len(over_control):
         return "no controls"
@@ -594,7 +611,11 @@ def verdict(over_prompt: NDArray[np.float64], over_control: NDArray[np.float64])
         return "too few"
     if not _is_more(over_control):
         return "not shown"
-    return "hidden" if _is_more(over_prompt) else "kept"
+    if not mitigated:
+        return "memorized"
+    if _is_more(over_prompt):
+        return "hidden"
+    return "kept" if _is_more(prompt_over_control) else "unclear"
 
 
 def _is_more(differences: NDArray[np.float64]) -> bool:

@@ -111,7 +111,7 @@ def _cell(choice: Choice, prompts: list[Prompt]) -> DetectionCell:
         "title": detector.title,
         "settings": decisive,
         "digests": {"model": decisive["model"]["weights"], "prompts": decisive["prompts"]},
-        "citations": {detector.title: detector.citation},
+        "citations": {detector.title: detector.citation} if detector.citation else {},
     }
     store = Store(Path(settings.root) / settings.name / folder)
     return DetectionCell(choice=choice, detector=detector, prompts=prompts, spec=spec, store=store)

@@ -1,4 +1,4 @@
-"""Signals of memorization that detectors read and mitigations make small, computed from what a model predicts.
+"""Signals of memorization that detectors and metrics read and mitigations make small.
 
 What a prompt adds to the predicted noise, ``added`` below, is conditional minus unconditional noise.
 """
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 FIRST_BLOCK = "down_blocks.0."
 """Its cross-attention is that of Bright Ending, at the resolution of the latents; SDXL has none there."""
@@ -80,3 +81,18 @@ def score_difference(added: Tensor, signal: float) -> Tensor:
         That shape: the negative over the noise level.
     """
     return -added / (1 - signal) ** 0.5
+
+
+def tiled_distance(one: Tensor, other: Tensor, tiles: int) -> Tensor:
+    """Largest root mean squared difference of tiles in the same place (Carlini et al. 2023, section 4.2).
+
+    Args:
+        one: Images in [0, 1], (N, channels, height, width).
+        other: That shape.
+        tiles: Tiles along a side; they overlap by a pixel where they do not divide it.
+
+    Returns:
+        (N,) in [0, 1].
+    """
+    squares = (one - other).square().mean(1)
+    return adaptive_avg_pool2d(squares, tiles).amax((1, 2)).sqrt()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from nemo_bench.signals import angle, end_attention, masked_magnitude, norms, score_difference, unit
+from nemo_bench.signals import angle, end_attention, masked_magnitude, norms, score_difference, tiled_distance, unit
 
 
 def test_norms_are_of_rows() -> None:
@@ -45,3 +45,11 @@ def test_attention_to_the_end_is_that_of_each_prompts_last_token() -> None:
 def test_scores_differ_by_the_noise_over_its_level() -> None:
     # A signal of 0.75 leaves noise of standard deviation 0.5.
     assert score_difference(torch.tensor([3.0]), 0.75).tolist() == [-6.0]
+
+
+def test_tiled_distance_is_that_of_the_worst_tile() -> None:
+    a, b = torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)
+    b[0, :, 2:4, 4:6] = 0.5  # one whole tile of 4x4 tiles
+    b[0, 0, 0, 0] = 1.0  # a twelfth of another: root of 1/12
+    assert tiled_distance(a, b, 4).tolist() == pytest.approx([0.5])
+    assert tiled_distance(a, b, 1).tolist() == pytest.approx([math.sqrt((0.25 * 12 + 1) / 192)])

@@ -8,9 +8,9 @@ from typing import Literal
 from torch import Tensor
 
 from nemo_bench.citations import ASTHANA
-from nemo_bench.detectors.base import Detector, Finding, View, check_counts
+from nemo_bench.detectors.base import Detector, Finding, View, check_counts, check_finite
 from nemo_bench.diffusion import Diffusion
-from nemo_bench.signals import LATE, angle
+from nemo_bench.signals import LATE, angle, norms
 from nemo_bench.types import Prompt
 
 Sides = Literal["unconditional_difference", "conditional_difference", "unconditional_conditional"]
@@ -19,10 +19,11 @@ Sides = Literal["unconditional_difference", "conditional_difference", "unconditi
 class Anisotropy(Detector):
     """Weighted sum of the magnitude and of an angle, without sampling (Asthana and Belagiannis 2026).
 
-    The magnitude is that of the first step. The angle is taken on the same pure noise, at the timestep of the third
-    last of 50 DDIM steps (41 for Stable Diffusion): the cosine over channels between two predictions at each position,
-    then the mean over positions. Both are means over images. Of models that predict velocity it is the magnitude of the
-    predicted noise; the public code takes that of the score, larger by less than 1%.
+    Both are taken on pure noise, however many steps generate: the magnitude at the timestep of the first of 50 DDIM
+    steps (981 for Stable Diffusion), the angle at that of the third last (41). The angle is the cosine over channels
+    between two predictions at each position, then the mean over positions. Both are means over images. Of models that
+    predict velocity it is the magnitude of the predicted noise; the public code takes that of the score, larger by less
+    than 1%. Its option to divide predictions by their L1 or L2 norms first, off by default, is left out.
 
     Weights are those of the public code for Stable Diffusion 1.4; it has 1 and 0.1 for 2.0, 2 and 1 for Realistic
     Vision. The paper fits them on 20 memorized prompts by logistic regression and finds 1 and 1 to work as well; its
@@ -37,7 +38,7 @@ class Anisotropy(Detector):
             public code.
 
     Raises:
-        ConfigError: There are no seeds.
+        ConfigError: There are no seeds, or a weight is not finite.
     """
 
     title = "Anisotropy"
@@ -53,6 +54,7 @@ class Anisotropy(Detector):
         angle_between: Sides = "unconditional_difference",
     ) -> None:
         check_counts(self.title, seeds)
+        check_finite(self.title, norm_weight=norm_weight, angle_weight=angle_weight)
         self.seeds, self.norm_weight, self.angle_weight, self.angle_between = (
             seeds,
             norm_weight,
@@ -62,16 +64,15 @@ class Anisotropy(Detector):
 
     def observe(self, view: View) -> Mapping[str, Tensor]:
         """See :meth:`Detector.observe`."""
-        model, timestep = view.model, view.model.timestep(LATE)
-        conditional = model.predict_noise(view.latents, timestep, view.text)
-        unconditional = model.predict_noise(view.latents, timestep, model.unconditional(len(conditional)))
+        first, first_empty = view.noises(view.model.timestep())
+        conditional, unconditional = view.noises(view.model.timestep(LATE))
         sides = {
             "unconditional": unconditional,
             "conditional": conditional,
             "difference": conditional - unconditional,
         }
         one, other = self.angle_between.split("_")
-        return {"norm": view.magnitude, "angle": angle(sides[one], sides[other])}
+        return {"norm": norms(first - first_empty), "angle": angle(sides[one], sides[other])}
 
     def judge(
         self, model: Diffusion, prompt: Prompt, seen: Sequence[Mapping[str, Tensor]], images: Tensor | None

@@ -11,7 +11,7 @@ from torch import Tensor
 from nemo_bench.citations import REN
 from nemo_bench.detectors.base import Detector, Finding, View, check_counts
 from nemo_bench.diffusion import Diffusion, cross_attentions
-from nemo_bench.errors import ModelError
+from nemo_bench.errors import ConfigError, ModelError
 from nemo_bench.types import Prompt
 
 
@@ -46,8 +46,8 @@ class LayerEntropy(_Entropy):
             Published is 3, ``down_blocks[1].attentions[1]``.
 
     Raises:
-        ConfigError: There are no seeds.
-        ModelError: The model has no such layer.
+        ConfigError: There are no seeds, or the number is below 0.
+        ModelError: Once the model is known, it has no such layer.
     """
 
     title = "Layer entropy (LE)"
@@ -55,15 +55,20 @@ class LayerEntropy(_Entropy):
 
     def __init__(self, seeds: int = 1, layer: int = 3) -> None:
         check_counts(self.title, seeds)
+        if layer < 0:
+            raise ConfigError(f"{self.title} numbers layers from 0, given detector.layer={layer}; published is 3")
         self.seeds, self.layer = seeds, layer
+
+    def fits(self, model: Diffusion) -> None:
+        """See :meth:`Detector.fits`."""
+        count = len(cross_attentions(model.unet))
+        if self.layer >= count:
+            msg = f"detector.layer={self.layer}: this model has cross-attention layers 0 to {count - 1}"
+            raise ModelError(f"{msg}; give one of those")
 
     def layers(self, model: Diffusion, number: int) -> Collection[str]:
         """See :meth:`Detector.layers`."""
-        names = [*cross_attentions(model.unet)]
-        if not 0 <= self.layer < len(names):
-            msg = f"detector.layer={self.layer}: this model has cross-attention layers 0 to {len(names) - 1}"
-            raise ModelError(msg)
-        return [names[self.layer]]
+        return [[*cross_attentions(model.unet)][self.layer]]
 
     def observe(self, view: View) -> Mapping[str, Tensor]:
         """See :meth:`Detector.observe`."""

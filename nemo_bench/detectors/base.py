@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
@@ -99,6 +100,11 @@ class View:
         number: Number of the step, from 0, the noisiest.
         lengths: Tokens of each row's prompt from begin to end token, padding not counted.
         attention: Attention of the layers asked for, (all rows, positions, tokens).
+        seeds: Number of each row's seed, from 0; None for one prompt's rows in their order.
+
+    Attributes:
+        seeds: Number of each of the N rows' seed.
+        lengths: Likewise the tokens of its prompt.
     """
 
     def __init__(
@@ -108,12 +114,20 @@ class View:
         number: int,
         lengths: Sequence[int],
         attention: Mapping[str, Tensor] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> None:
         self.shared, self.index, self.number = predictions, list(rows), number
         self.model, self.timestep = predictions.model, predictions.timestep
+        self._all = lengths, attention, seeds
         self.lengths = [lengths[row] for row in rows]
+        self.seeds = self.index if seeds is None else [seeds[row] for row in rows]
         self._attention = attention or {}
         self._taken: dict[str, Tensor] = {}
+
+    def split(self, size: int) -> list[View]:
+        """The same step in views of so many rows at most, which share what it shares."""
+        parts = [self.index[first : first + size] for first in range(0, len(self.index), size)]
+        return [View(self.shared, part, self.number, *self._all) for part in parts]
 
     @property
     def latents(self) -> Tensor:
@@ -153,6 +167,18 @@ class View:
         """L2 norm of :attr:`difference`, one an image, (N,)."""
         return norms(self.difference)
 
+    def noises(self, timestep: int) -> tuple[Tensor, Tensor]:
+        """Conditional and unconditional noise predicted from these latents at a timestep; this step's own are shared.
+
+        Args:
+            timestep: Training timestep, 0 to 999.
+        """
+        if timestep == self.timestep:
+            return self.conditional, self.unconditional
+        model, empty = self.model, self.model.unconditional(len(self.index))
+        conditional = model.predict_noise(self.latents, timestep, self.text)
+        return conditional, model.predict_noise(self.latents, timestep, empty)
+
     @property
     def used(self) -> int:
         """Passes of one sample whose predictions were looked at; they are shared with other detectors."""
@@ -165,25 +191,26 @@ class Detector(ABC):
     Attributes:
         title: Name in tables.
         summary: One line for ``nemo-bench ls``.
-        citation: BibTeX of the source.
+        citation: BibTeX of the source, empty for one of your own.
         sourcing: What we were able to read of the source.
         families: Classes of the pipelines that it is made for.
         images: Whether it looks at finished images.
         attends: Whether it looks at cross-attention.
-        derives: Whether it takes derivatives of the UNet, which a compiled one does not give.
+        derives: Whether it takes derivatives of the UNet, which a compiled one does not give; it is then shown fewer
+            rows at a time.
         seeds: Images, or starting noises, that it takes of a prompt.
         steps: Steps of sampling that it watches from the first on, None for all.
     """
 
     title: ClassVar[str]
     summary: ClassVar[str]
-    citation: ClassVar[str]
+    citation: ClassVar[str] = ""
     sourcing: ClassVar[str] = ""
     families: ClassVar[frozenset[str]] = frozenset(FAMILIES)
     images: ClassVar[bool] = False
     attends: ClassVar[bool] = False
     derives: ClassVar[bool] = False
-    seeds: int
+    seeds: int = 1
     steps: int | None = 1
 
     @property
@@ -208,6 +235,16 @@ class Detector(ABC):
         if compiled and (self.samples or self.derives):
             msg = f"{self.title} looks inside of sampling or takes derivatives, which a compiled UNet does not allow"
             raise ModelError(f"{msg}; set model.compiled=false, or leave this detector out")
+
+    def fits(self, model: Diffusion) -> None:  # noqa: B027 - most suit every model of their families
+        """Looks whether settings suit a model, once it is there and before it makes any pass.
+
+        Args:
+            model: The model.
+
+        Raises:
+            NemoBenchError: They do not.
+        """
 
     def layers(self, model: Diffusion, number: int) -> Collection[str]:
         """Cross-attention layers that it looks at in a step; see :func:`nemo_bench.diffusion.cross_attentions`.
@@ -241,6 +278,13 @@ class Detector(ABC):
             seen: What :meth:`observe` kept, by step, each (seeds, ...).
             images: Images in [0, 1], (seeds, 3, height, width), where :attr:`images` is set.
         """
+
+
+def check_finite(name: str, **numbers: float) -> None:
+    """Raises ConfigError where a setting is infinite or no number."""
+    for key, value in numbers.items():
+        if not math.isfinite(value):
+            raise ConfigError(f"{name} needs finite numbers, given detector.{key}={value}")
 
 
 def check_counts(name: str, seeds: int, steps: int | None = None, *, least: int = 1) -> None:

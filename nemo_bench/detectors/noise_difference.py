@@ -10,7 +10,14 @@ from torch import Tensor
 from nemo_bench.citations import HINTERSDORF
 from nemo_bench.detectors.base import Detector, Finding, View, check_counts
 from nemo_bench.diffusion import Diffusion
-from nemo_bench.localization import pair_similarities, pair_values, scaled_difference
+from nemo_bench.localization import (
+    PAPER,
+    PROTOCOLS,
+    noise_differences,
+    pair_similarities,
+    pair_values,
+    scaled_difference,
+)
 from nemo_bench.types import Prompt
 
 
@@ -18,14 +25,16 @@ class NoiseDifference(Detector):
     """SSIM between the noise differences of all pairs of seeds (Hintersdorf et al. 2024, section 3.1).
 
     A noise difference is the noise predicted at the first of 50 DDIM steps for the prompt alone, minus the noise that
-    went in, scaled to [0, 1] by channel. Where a prompt is memorized, every noise is led to the same image. The public
-    script predicts at the second timestep; here it is the first, as the paper says. How differences are compared is a
-    setting of the model, ``model.similarity``. One pass an image. Noises are those of generated images; a run's
-    memorization score has others.
+    went in, scaled to [0, 1] by channel. Where a prompt is memorized, every noise is led to the same image. How
+    differences are compared is a setting of the model, ``model.similarity``. One pass an image. Noises are those of
+    generated images; a run's memorization score has others. The public scripts predict at the second of the 50
+    timesteps, from one batch of noise for all prompts and, on a GPU, under float16 autocast.
 
     Args:
         seeds: Starting noises a prompt, at least 2.
         pairs: ``"mean"`` over pairs, the memorization score, or ``"max"``, which gates NeMo's localization.
+        protocol: ``"paper"``, or ``"reference"`` for step, noise and precision of the public scripts; see
+            :class:`nemo_bench.localization.Protocol`.
 
     Raises:
         ConfigError: There are fewer than two seeds.
@@ -36,16 +45,23 @@ class NoiseDifference(Detector):
     sourcing = "paper and public code"
     citation = HINTERSDORF
 
-    def __init__(self, seeds: int = 10, pairs: Literal["mean", "max"] = "mean") -> None:
+    def __init__(
+        self,
+        seeds: int = 10,
+        pairs: Literal["mean", "max"] = "mean",
+        protocol: Literal["paper", "reference"] = "paper",
+    ) -> None:
         check_counts(self.title, seeds, least=2)
-        self.seeds, self.pairs = seeds, pairs
+        self.seeds, self.pairs, self.protocol = seeds, pairs, PROTOCOLS[protocol]
 
     def observe(self, view: View) -> Mapping[str, Tensor]:
         """See :meth:`Detector.observe`."""
-        model, timestep = view.model, view.model.timestep()
-        shared = timestep == view.timestep
-        noise = view.conditional if shared else model.predict_noise(view.latents, timestep, view.text)
-        return {"difference": scaled_difference(noise, view.latents)}
+        model, protocol = view.model, self.protocol
+        if protocol == PAPER and model.timestep() == view.timestep:
+            return {"difference": scaled_difference(view.conditional, view.latents)}
+        # What all prompts start from is drawn at once for all seeds.
+        latents = protocol.latents(model, range(self.seeds))[view.seeds] if protocol.shared_noise else view.latents
+        return {"difference": noise_differences(model, view.text, latents, protocol)}
 
     def judge(
         self, model: Diffusion, prompt: Prompt, seen: Sequence[Mapping[str, Tensor]], images: Tensor | None

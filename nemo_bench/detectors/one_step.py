@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from nemo_bench.detectors.base import Detector, Finding, View, check_counts
+from nemo_bench.detectors.base import Detector, Finding, View, check_counts, check_finite
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.types import Prompt
 
@@ -24,7 +24,7 @@ class OneStep(Detector):
         guidance: Scale of guidance; the public code leaves its pipeline's 7.5.
 
     Raises:
-        ConfigError: There are no seeds.
+        ConfigError: There are no seeds, or the scale is not finite.
     """
 
     title = "One-step attack"
@@ -39,6 +39,7 @@ class OneStep(Detector):
 
     def __init__(self, seeds: int = 1, guidance: float = 7.5) -> None:
         check_counts(self.title, seeds)
+        check_finite(self.title, guidance=guidance)
         self.seeds, self.guidance = seeds, guidance
 
     def observe(self, view: View) -> Mapping[str, Tensor]:

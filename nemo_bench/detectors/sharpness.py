@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -36,7 +37,7 @@ class Sharpness(Detector):
             derivative. Ours, for kernels that have no forward mode.
 
     Raises:
-        ConfigError: There are no seeds or steps, or ``eta`` is not above 0.
+        ConfigError: There are no seeds or steps, or ``eta`` is not finite and above 0.
     """
 
     title = "Sharpness"
@@ -47,8 +48,9 @@ class Sharpness(Detector):
 
     def __init__(self, seeds: int = 4, steps: int | None = 1, squared: bool = False, eta: float | None = None) -> None:
         check_counts(self.title, seeds, steps)
-        if eta is not None and eta <= 0:
-            raise ConfigError(f"{self.title} needs a step above 0, given detector.eta={eta}; null takes the derivative")
+        if eta is not None and not 0 < eta < math.inf:
+            msg = f"{self.title} needs a finite step above 0, given detector.eta={eta}"
+            raise ConfigError(f"{msg}; null takes the derivative")
         self.seeds, self.steps, self.squared, self.eta = seeds, steps, squared, eta
 
     def observe(self, view: View) -> Mapping[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from nemo_bench.detectors.base import Detector, Finding, View, check_counts
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError
+from nemo_bench.signals import tiled_distance
 from nemo_bench.types import Prompt
 
 
@@ -26,7 +27,8 @@ class TiledL2(Detector):
         tiles: Tiles along a side; 4 of 128 pixels are published, for images of 512.
 
     Raises:
-        ConfigError: There are fewer than two seeds, or no tile.
+        ConfigError: There are fewer than two seeds, or no tile; or, once the model is known, tiles do not divide its
+            images.
     """
 
     title = "Tiled L2"
@@ -50,6 +52,12 @@ class TiledL2(Detector):
             raise ConfigError(f"{self.title} needs at least 1 tile along a side, given detector.tiles={tiles}")
         self.seeds, self.tiles = seeds, tiles
 
+    def fits(self, model: Diffusion) -> None:
+        """See :meth:`Detector.fits`."""
+        width, height = model.image_size
+        if width % self.tiles or height % self.tiles:
+            raise ConfigError(f"detector.tiles={self.tiles} does not divide images of {width}x{height} pixels")
+
     def observe(self, view: View) -> Mapping[str, Tensor]:
         """See :meth:`Detector.observe`."""
         return {}
@@ -61,24 +69,3 @@ class TiledL2(Detector):
         assert images is not None
         pairs = torch.tensor(list(combinations(range(len(images)), 2)), device=images.device)
         return Finding(-float(tiled_distance(images[pairs[:, 0]], images[pairs[:, 1]], self.tiles).mean()))
-
-
-def tiled_distance(a: Tensor, b: Tensor, tiles: int) -> Tensor:
-    """Largest root mean squared difference of tiles in the same place.
-
-    Args:
-        a: Images in [0, 1], (N, channels, height, width).
-        b: The same shape.
-        tiles: Tiles along a side, of equal size.
-
-    Returns:
-        (N,) in [0, 1].
-
-    Raises:
-        ConfigError: The sides are no multiples of ``tiles``.
-    """
-    if a.shape[2] % tiles or a.shape[3] % tiles:
-        raise ConfigError(f"detector.tiles={tiles} does not divide images of {a.shape[3]}x{a.shape[2]} pixels")
-    squares = (a - b).square().mean(1)
-    means = squares.unflatten(2, (tiles, -1)).unflatten(1, (tiles, -1)).mean((2, 4))
-    return means.flatten(1).amax(1).sqrt()

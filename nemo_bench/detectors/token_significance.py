@@ -21,8 +21,10 @@ class TokenSignificance(Detector):
     An explanation first of all: tokens and their significance, the mean over images and steps, are kept in the records,
     begin, end and padding left out. The paper makes no detector of it; the score here is the largest of them.
 
-    The public script mixes up the halves of the batch. The gradient survives that but for a factor; the sampling
-    between its steps does not, which is guided away from the prompt. Here sampling is that of every other detector.
+    Significance is that of each image by itself, then averaged. The public script takes one norm over the whole batch
+    and one embedding that its images share, so that gradients add up before their norm is taken. It also mixes up the
+    halves of the batch. For a single image the gradient survives all that but for a factor; the sampling between its
+    steps does not, which is guided away from the prompt. Here sampling is that of every other detector.
 
     Args:
         seeds: Images a prompt.

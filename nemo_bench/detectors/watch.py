@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from nemo_bench.detectors.base import Detector, Finding, Predictions, View, now
-from nemo_bench.diffusion import Conditioning, Diffusion, Step, conditional_attention
+from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, Step, conditional_attention
+from nemo_bench.errors import ModelError
 from nemo_bench.prompts import seeds_of
 from nemo_bench.types import Prompt
 
@@ -24,7 +26,8 @@ class Cost:
     Attributes:
         row_passes: UNet passes of one sample; a derivative of a pass counts as another one.
         extra_row_passes: Those among them that no detector could share.
-        seconds: Its own time, and its part of the shared passes' by their number.
+        seconds: Its own time, that of the steps it watches by its share of their rows, and likewise, where it looks at
+            images, that of decoding them.
     """
 
     row_passes: int = 0
@@ -56,13 +59,16 @@ def watch(
         model: The model, nothing blocked.
         detectors: By name.
         prompts: K prompts.
-        batch_size: Images in a UNet pass at most (guidance makes two rows of each).
+        batch_size: Images in a UNet pass at most (guidance makes two rows of each); detectors that take derivatives
+            are shown fewer at a time, by :data:`nemo_bench.diffusion.GRADIENT_MEMORY`.
 
     Returns:
         Findings by detector, one a prompt in their order; and what each detector takes for all of them.
 
     Raises:
-        ModelError: A detector is not made for this model, or wants guided sampling where the model has none.
+        NemoBenchError: A detector or its settings do not suit this model, or it wants guided sampling where the model
+            has none.
+        ModelError: A score is no finite number.
     """
     for detector in detectors.values():
         detector.check(type(model.pipeline).__name__, model.guidance, compiled=model.compiled)
@@ -75,6 +81,8 @@ class _Watch:
         self, model: Diffusion, detectors: Mapping[str, Detector], prompts: Sequence[Prompt], batch_size: int
     ) -> None:
         self.model, self.detectors, self.prompts, self.batch_size = model, detectors, prompts, batch_size
+        for detector in detectors.values():
+            detector.fits(model)
         self.text = model.encode([p.text for p in prompts])
         self.lengths = [len(model.tokens(p.text)) for p in prompts]
         self.first = model.timesteps()[0]
@@ -89,9 +97,9 @@ class _Watch:
             for first in range(0, len(images), self.batch_size):
                 self._look_at(images[first : first + self.batch_size])
         found = {}
-        for name, detector in self.detectors.items():
+        for name in self.detectors:
             start = now(self.model)
-            found[name] = [self._judge(detector, self.trails[name], place) for place in range(len(self.prompts))]
+            found[name] = [self._judge(name, place) for place in range(len(self.prompts))]
             self.costs[name].seconds += now(self.model) - start
         return found, self.costs
 
@@ -115,27 +123,20 @@ class _Watch:
         }
         latents = self.model.latents([seeds_of(self.prompts[p], "generate", [s])[0] for p, s in images])
         text = self.text.rows([p for p, _ in images])
-        lengths = [self.lengths[p] for p, _ in images]
         if any(self.detectors[name].samples for name in rows):
-            self._sample(images, rows, latents, text, lengths)
+            self._sample(images, rows, latents, text)
             return
-        predictions, shared = Predictions(self.model, latents, self.first, text), dict.fromkeys(rows, 0)
-        for name, index in rows.items():
-            self._ask(name, images, View(predictions, index, 0, lengths), shared)
+        predictions = Predictions(self.model, latents, self.first, text)
+        shared = {name: self._ask(name, images, predictions, index, 0) for name, index in rows.items()}
         self._share(predictions.seconds, predictions.passes, shared)
 
     def _sample(
-        self,
-        images: list[tuple[int, int]],
-        rows: Mapping[str, list[int]],
-        latents: Tensor,
-        text: Conditioning,
-        lengths: list[int],
+        self, images: list[tuple[int, int]], rows: Mapping[str, list[int]], latents: Tensor, text: Conditioning
     ) -> None:
         model = self.model
         depth = {name: self._depth(self.detectors[name]) for name in rows}
         finished = any(self.detectors[name].images for name in rows)
-        shared, own, done = dict.fromkeys(rows, 0), 0.0, 0
+        done, looked = 0, now(model)
         maps: dict[str, Tensor] = {}
 
         def look(layer: str, logits: Tensor) -> Tensor:
@@ -150,59 +151,79 @@ class _Watch:
                 looking.enter_context(model.edit_attention(look, tuple(layers)))
 
         def rule(step: Step) -> Tensor:
-            nonlocal own, done
-            done = step.number + 1
+            nonlocal done, looked
+            done, waited = step.number + 1, now(model) - looked
             looking.close()
             predictions = Predictions(model, step.latents, step.timestep, text, step.conditional, step.unconditional)
-            for name, index in rows.items():
-                if step.number < depth[name]:
-                    own += self._ask(name, images, View(predictions, index, step.number, lengths, maps), shared)
+            shared = {
+                name: self._ask(name, images, predictions, index, step.number, maps)
+                for name, index in rows.items()
+                if step.number < depth[name]
+            }
+            self._share(waited, 2 * len(images), shared)
             maps.clear()
             if done == max(depth.values()) and not finished:
                 raise _Enough
             look_in(done)
+            looked = now(model)
             return step.guided(step.scale)
 
-        start = now(self.model)
         with ExitStack() as looking, model.guide(rule):
             look_in(0)
             try:
                 pictures = model.generate(text, latents)
             except _Enough:
                 pictures = None
-        self._share(now(self.model) - start - own, 2 * len(images) * done, shared)
         if pictures is not None:
-            for name, index in rows.items():
-                if self.detectors[name].images:
-                    self.trails[name].images |= {images[row]: pictures[row] for row in index}
+            decoding = {name: len(index) for name, index in rows.items() if self.detectors[name].images}
+            self._share(now(model) - looked, len(images), decoding)
+            for name in decoding:
+                self.trails[name].images |= {images[row]: pictures[row] for row in rows[name]}
 
-    def _ask(self, name: str, images: list[tuple[int, int]], view: View, shared: dict[str, int]) -> float:
-        """Lets a detector look, keeps what it keeps; returns the seconds that were its own."""
-        detector, cost, predictions = self.detectors[name], self.costs[name], view.shared
+    def _ask(
+        self,
+        name: str,
+        images: list[tuple[int, int]],
+        predictions: Predictions,
+        index: list[int],
+        number: int,
+        maps: Mapping[str, Tensor] | None = None,
+    ) -> int:
+        """Lets a detector look at its rows of a step, keeps what it keeps; returns the shared passes that it needs."""
+        detector, cost = self.detectors[name], self.costs[name]
         start, made, known, waited = now(self.model), self.model.row_passes, predictions.passes, predictions.seconds
-        kept = detector.observe(view)
+        view = View(predictions, index, number, [self.lengths[p] for p, _ in images], maps, [s for _, s in images])
+        size = max(1, self.batch_size // GRADIENT_MEMORY) if detector.derives else len(index)
+        used = 0
+        for part in view.split(size):
+            kept = detector.observe(part)
+            used += part.used
+            for place, row in enumerate(part.index):
+                self.trails[name].steps[images[row]].append({key: values[place] for key, values in kept.items()})
         # Whoever asks first has a shared prediction made; its passes and its time are everybody's.
         extra = self.model.row_passes - made - (predictions.passes - known)
-        seconds = now(self.model) - start - (predictions.seconds - waited)
-        for place, row in enumerate(view.index):
-            self.trails[name].steps[images[row]].append({key: values[place] for key, values in kept.items()})
         # Alone, a detector that samples would take both halves whether or not it looks at them.
-        passes = 2 * len(view.index) if detector.samples else view.used
-        shared[name] += passes
+        passes = 2 * len(index) if detector.samples else used
         cost.row_passes += passes + extra
         cost.extra_row_passes += extra
-        cost.seconds += seconds
-        return seconds
+        cost.seconds += now(self.model) - start - (predictions.seconds - waited)
+        return passes
 
-    def _share(self, seconds: float, passes: int, shared: Mapping[str, int]) -> None:
-        for name, count in shared.items():
-            self.costs[name].seconds += seconds * count / max(passes, 1)
+    def _share(self, seconds: float, rows: int, taken: Mapping[str, int]) -> None:
+        """Charges detectors for what took some time, by how many of its rows they need."""
+        for name, count in taken.items():
+            self.costs[name].seconds += seconds * count / max(rows, 1)
 
-    def _judge(self, detector: Detector, trail: _Trail, place: int) -> Finding:
+    def _judge(self, name: str, place: int) -> Finding:
+        detector, trail, prompt = self.detectors[name], self.trails[name], self.prompts[place]
         keys = [(place, seed) for seed in range(detector.seeds)]
         seen = [
             {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
             for steps in zip(*(trail.steps[key] for key in keys), strict=True)
         ]
         images = torch.stack([trail.images[key] for key in keys]) if detector.images else None
-        return detector.judge(self.model, self.prompts[place], seen, images)
+        found = detector.judge(self.model, prompt, seen, images)
+        if not math.isfinite(found.score):
+            msg = f"{detector.title}: the score of prompt '{prompt.id}' is {found.score}, in {self.model.dtype}; give"
+            raise ModelError(f"{msg} model.dtype=float32 or bfloat16, or leave this detector out")
+        return found

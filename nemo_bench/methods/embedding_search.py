@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from nemo_bench.diffusion import Conditioning, Diffusion
+from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.descent import check_precision, descend
@@ -55,7 +55,8 @@ def search_embeddings(
         model: The model.
         method: What is audited; it has to be ``auditable``.
         batch: One row a search: prompt and neurons for the method, the embedding to start from, and the seed of all
-            that is drawn. Rows have nothing to do with one another.
+            that is drawn. Rows have nothing to do with one another. A pass takes ``method.batch_size`` noisy
+            pictures at most, divided by :data:`nemo_bench.diffusion.GRADIENT_MEMORY`.
         pictures: Clean latents, float32, (N, channels, height, width); see :meth:`Diffusion.encode_images`.
         steps: Steps.
         rate: Learning rate.
@@ -78,19 +79,28 @@ def search_embeddings(
     with torch.inference_mode(False):
         generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
         owner = [row for row in range(len(generators)) for _ in range(samples)]
-        clean = pictures.float()[owner]
+        size = max(1, method.batch_size // GRADIENT_MEMORY)
         losses: list[Tensor] = []
 
         def loss(rows: Sequence[int], values: Tensor) -> Tensor:
             timesteps, noise = _draw(generators, samples, model)
-            text = _unpacked(values, batch.text).rows(owner).to(model.dtype)
-            each = model.training_losses(clean, timesteps, noise, text).view(len(rows), samples).mean(1)
-            losses.append(each.detach().cpu())
-            return each[:, None]
+            leaf, gradient, each = values.detach().requires_grad_(), torch.zeros_like(values), []
+            for first in range(0, len(owner), size):
+                part, drawn = owner[first : first + size], slice(first, first + size)
+                text = _unpacked(leaf, batch.text).rows(part).to(model.dtype)
+                with method.apply(model, _repeated(batch, part)):
+                    found = (
+                        model.training_losses(pictures.float()[part], timesteps[drawn], noise[drawn], text) / samples
+                    )
+                    gradient += torch.autograd.grad(found.sum(), leaf)[0]
+                each.append(found.detach())
+            total = torch.cat(each).view(len(rows), samples).sum(1)
+            losses.append(total.cpu())
+            # Its value and its gradient, without what every part would keep for it.
+            return (total + ((values - values.detach()) * gradient).sum(1))[:, None]
 
-        with method.apply(model, _repeated(batch, owner)):
-            # No loss is low enough, so all rows take all steps.
-            end = descend(_packed(batch.text), loss, target=-math.inf, steps=steps, rate=rate, optimizer=Adam)
+        # No loss is low enough, so all rows take all steps.
+        end = descend(_packed(batch.text), loss, target=-math.inf, steps=steps, rate=rate, optimizer=Adam)
         return Found(_unpacked(end.values, batch.text), torch.stack(losses, 1))
 
 

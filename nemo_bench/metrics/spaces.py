@@ -16,6 +16,7 @@ from torch import Tensor
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
 from nemo_bench.errors import ConfigError
+from nemo_bench.signals import tiled_distance
 
 PAIRED_VALUES = 1 << 18
 """Values compared at a time on a CPU, few enough for its cache; a GPU takes :data:`GPU_FACTOR` times as many."""
@@ -206,8 +207,7 @@ class TiledDistance(Pixels):
 
     def pair(self, a: Tensor, b: Tensor) -> Tensor:
         """See :meth:`Space.pair`."""
-        squares = (a - b).square().mean(1)
-        return F.adaptive_avg_pool2d(squares, self.tiles).amax((1, 2)).sqrt()
+        return tiled_distance(a, b, self.tiles)
 
 
 class SSIM(Pixels):

@@ -17,6 +17,18 @@ from nemo_bench.report.templates import render
 from nemo_bench.report.thumbnails import Thumbnails
 from nemo_bench.store import read_json
 
+_GROUPS = {"memorized": "Memorized", "control": "Controls"}
+_MEANING = {
+    "hidden": "Training images come back: the method hides them and does not remove them.",
+    "kept": "Training images are there, with a search or without: the method leaves them.",
+    "unclear": "Training images come back more often than controls; whether more often than by their prompts can't be "
+    "told.",
+    "memorized": "The model gives its training images more readily than other pictures.",
+    "not shown": "Training images do not clearly come back more often than others.",
+    "too few": "To tell more takes at least 6 different controls; searches that share a control count once.",
+    "no controls": "Without controls it can't be told from a search that brings back any picture.",
+}
+"""What verdicts mean; see :func:`nemo_bench.audit.verdict`."""
 SHOWN = 8
 """Searches of an audit that the page shows with pictures."""
 PIXELS = 720
@@ -48,12 +60,16 @@ class Audit:
         return f"{self.label}: {steps}, {about['images']} images each"
 
     @property
+    def headings(self) -> list[str]:
+        """Either group by prompt, by embedding found and, if mitigated, by that without mitigation; difference; p."""
+        means = [f"{group}: {state}" for group in _GROUPS.values() for state in self.content["states"]]
+        return [*means, "Difference: of found", "p"]
+
+    @property
     def rows(self) -> Iterator[tuple[str, list[str]]]:
-        """For every metric its title and: memorized by prompt, by embedding found; controls likewise; difference; p."""
+        """For every metric its title and what stands under :attr:`headings`."""
         for key, about in self.content["metrics"].items():
-            cells = [
-                self._mean(group, key, state) for group in ("memorized", "control") for state in ("prompt", "found")
-            ]
+            cells = [self._mean(group, key, state) for group in _GROUPS for state in self.content["states"]]
             paired = self.content["compared"].get(key)
             interval = f"{paired['difference']:+.2f} [{paired['low']:+.2f}, {paired['high']:+.2f}]" if paired else "–"
             yield about["title"], [*cells, interval, f"{paired['p']:.2g}" if paired else "–"]
@@ -74,20 +90,7 @@ class Audit:
             )
             if "control" in groups:
                 text += f", {groups['control']['scores'][key]['found']['mean']:.0%} of controls"
-            yield f"{text}. {self._meaning(verdict)}"
-
-    def _meaning(self, verdict: str) -> str:
-        if verdict == "no controls":
-            return "Without controls it can't be told from a search that brings back any picture."
-        if verdict == "too few":
-            return "These are too few searches to tell more."
-        if verdict == "not shown":
-            return "Training images do not clearly come back more often than others."
-        if "unmitigated" not in self.content["states"]:
-            return "The model gives its training images more readily than other pictures."
-        if verdict == "kept":
-            return "Training images are there, with a search or without: the method leaves them."
-        return "Training images come back: the method hides them and does not remove them."
+            yield f"{text}. {_MEANING[verdict]}"
 
 
 def load_audits(folder: Path) -> list[Audit]:
@@ -119,7 +122,7 @@ def terminal_audits(audits: Sequence[Audit]) -> list[Table | str]:
         groups = audit.content["groups"]
         counts = ", ".join(f"{groups[group]['prompts']} {word}" for group, word in _NAMES.items() if group in groups)
         table = Table(title=escape(f"{audit.title} ({counts})"), title_justify="left", box=None, pad_edge=False)
-        for heading in ("", *HEADINGS):
+        for heading in ("", *audit.headings):
             table.add_column(heading.replace(": ", "\n"), justify="right" if heading else "left")
         for title, cells in audit.rows:
             table.add_row(escape(title), *cells)
@@ -127,8 +130,6 @@ def terminal_audits(audits: Sequence[Audit]) -> list[Table | str]:
     return shown
 
 
-HEADINGS = ("Memorized: prompt", "Memorized: found", "Controls: prompt", "Controls: found", "Difference: of found", "p")
-"""Over the columns of :attr:`Audit.rows`."""
 _NAMES = {"memorized": "training images", "control": "controls"}
 
 
@@ -138,7 +139,7 @@ def audit_section(results: Results) -> Markup:
     if not audits:
         return Markup()
     shown = [(audit, _pictures(audit)) for audit in audits]
-    return Markup(render("audit.html.jinja", shown=shown, headings=HEADINGS, citation=KOWALCZUK))
+    return Markup(render("audit.html.jinja", shown=shown, citation=KOWALCZUK))
 
 
 def _pictures(audit: Audit) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from nemo_bench.report.svg import INK, nth_look, style, svg
 from nemo_bench.report.templates import render
 from nemo_bench.report.thumbnails import Thumbnails
 from nemo_bench.store import SCHEMA, read_json, read_records, write_json, write_text
+from nemo_bench.types import digest
 
 _PIXELS = 640
 _COLUMNS = {
@@ -35,9 +36,10 @@ _COLUMNS = {
 }
 NOTE = (
     "AUC with its 95% bootstrap interval over prompts, over all memorized prompts and over those of a kind. TPR at the "
-    "last point with fewer than 1% false positives (<), and at the one nearest to 1% (≈). Accuracy is the best of all "
-    "thresholds, either sort of prompts counting half. UNet passes and seconds are a prompt's, as if the detector ran "
-    "alone; own passes are those that no other detector could share. A derivative counts as one more pass."
+    "last point with fewer than 1% false positives (<), and at the first corner nearest to 1% (≈), 0 where that corner "
+    "has none. Accuracy is the best of all thresholds, either sort of prompts counting half. UNet passes and "
+    "seconds are a prompt's, as if the detector ran alone; own passes are those that no other detector could share. A "
+    "derivative counts as one more pass."
 )
 """How to read the table."""
 
@@ -63,9 +65,19 @@ class Detection:
     label: str
 
     @property
-    def about(self) -> tuple[str, str, str]:
-        """Names of the model and the prompts, and the digest of these, since a name may stand for fewer of them."""
-        return self.spec["model"], self.spec["prompts"], self.spec["digests"]["prompts"]
+    def about(self) -> tuple[str, str, str, str]:
+        """Names of model and prompts, and digests of both: a name may stand for other settings or fewer prompts."""
+        names = self.spec["model"], self.spec["prompts"]
+        return *names, self.spec["digests"]["prompts"], digest(self.spec["settings"]["model"])
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """What of the model decides scores, flat: ``similarity.sigma`` beside ``steps``."""
+        flat = {}
+        for key, value in self.spec["settings"]["model"].items():
+            inner = {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, Mapping) else {key: value}
+            flat.update(inner)
+        return flat
 
     @property
     def measures(self) -> Mapping[str, Any]:
@@ -109,7 +121,7 @@ def _label(one: Detection, others: Sequence[Detection]) -> str:
     differing = [key for key in own if any(d.spec["settings"]["detector"].get(key) != own[key] for d in alike)]
     words = [f"{key} {'all' if own[key] is None else own[key]}" for key in differing]
     if len(alike) > 1 and not words:
-        words = [one.spec["cell"].rpartition("__")[2]]  # they differ in the model's settings
+        words = [one.spec["detector"]]  # two files of equal settings
     return ", ".join([one.spec["title"], *words])
 
 
@@ -135,6 +147,7 @@ def write_detection(folder: Path | str) -> Path:
             **d.summary["cost"],
             **d.summary["counts"],
             "settings": d.spec["settings"]["detector"],
+            "model_settings": d.spec["settings"]["model"],
         }
         for d in found
     ]
@@ -146,7 +159,18 @@ def write_detection(folder: Path | str) -> Path:
 
 
 def _groups(found: Sequence[Detection]) -> list[tuple[str, list[Detection]]]:
-    return [(" · ".join(about[:2]), list(group)) for about, group in groupby(found, lambda d: d.about)]
+    """Detectors to be compared with one another, under the names of their model and prompts.
+
+    With those stand the model's settings by which groups of the same names differ.
+    """
+    groups = [list(group) for _, group in groupby(found, lambda d: d.about)]
+    titled = []
+    for group in groups:
+        own, names = group[0].model_settings, group[0].about[:2]
+        others = [g[0].model_settings for g in groups if g[0].about[:2] == names]
+        differing = [f"{k} {v}" for k, v in own.items() if any(other.get(k) != v for other in others)]
+        titled.append((" · ".join([*names, *differing]), group))
+    return titled
 
 
 def _texts(found: Detection) -> dict[str, str]:

@@ -32,13 +32,12 @@ from nemo_bench.detectors import (
 )
 from nemo_bench.detectors.attention_entropy import entropy_terms
 from nemo_bench.detectors.bright_ending import picture
-from nemo_bench.detectors.tiled_l2 import tiled_distance
 from nemo_bench.diffusion import Conditioning, Diffusion, Similarity, Step, cross_attentions
-from nemo_bench.localization import noise_differences, pair_similarities, pair_values
+from nemo_bench.localization import noise_differences, pair_similarities, pair_values, scaled_difference
 from nemo_bench.methods.bright_ending import bright_ending
 from nemo_bench.prompts import seeds_of
 from nemo_bench.types import Prompt
-from tiny import tiny_sd2, tiny_texts
+from tiny import tiny_pipeline, tiny_sd2, tiny_texts
 
 PROMPT = Prompt("p", tiny_texts(1)[0])
 
@@ -68,9 +67,20 @@ def test_noise_difference_is_the_memorization_score(tiny: Diffusion) -> None:
     assert look(tiny, NoiseDifference(seeds=4, pairs="max")).score == pytest.approx(float(pairs.max()), rel=1e-4)
 
 
-def test_noise_difference_shares_the_first_of_fifty_steps() -> None:
-    from tiny import tiny_pipeline
+def test_noise_difference_as_the_public_scripts_take_it(tiny: Diffusion) -> None:
+    """Second timestep, and one batch of noise for all prompts, which a batch of both cuts in the middle."""
+    prompts = [PROMPT, Prompt("q", tiny_texts(2)[1])]
+    found, costs = watch(tiny, {"it": NoiseDifference(seeds=3, protocol="reference")}, prompts, batch_size=4)
+    assert costs["it"].row_passes == costs["it"].extra_row_passes == 6
+    noise = torch.randn((3, *tiny.latent_shape), generator=torch.Generator().manual_seed(1))
+    for prompt, finding in zip(prompts, found["it"], strict=True):
+        predicted = tiny.predict_noise(noise, 961, tiny.encode([prompt.text]).rows([0] * 3))
+        pairs = pair_values(pair_similarities(scaled_difference(predicted, noise), tiny.similarity))
+        assert finding.score == pytest.approx(float(pairs.mean()), rel=1e-4)
+    assert found["it"][0].score != pytest.approx(look(tiny, NoiseDifference(seeds=3)).score, rel=1e-3)
 
+
+def test_noise_difference_shares_the_first_of_fifty_steps() -> None:
     model = Diffusion(tiny_pipeline(), steps=50, guidance=3.0, similarity=Similarity(1.0, ()))
     assert model.timesteps()[0] == model.timestep() == 981
     _, costs = watch(model, {"n": NoiseDifference(seeds=2), "m": Magnitude(seeds=2, steps=1)}, [PROMPT])
@@ -164,8 +174,26 @@ def test_layer_entropy_looks_at_the_layer_of_its_number(tiny: Diffusion) -> None
         shares = maps[names[layer]].softmax(-1).mean((1, 2))
         expected = -(shares * shares.log()).sum()
         assert look(tiny, LayerEntropy(layer=layer)).score == pytest.approx(float(expected), rel=1e-4)
-    with pytest.raises(ModelError, match=r"detector\.layer=16: this model has cross-attention layers 0 to 15"):
-        look(tiny, LayerEntropy(layer=16))
+
+
+@pytest.mark.parametrize(
+    ("detector", "error", "named"),
+    [
+        (
+            LayerEntropy(layer=16),
+            ModelError,
+            r"detector\.layer=16: this model has cross-attention layers 0 to 15; give",
+        ),
+        (TiledL2(tiles=3), ConfigError, r"detector\.tiles=3 does not divide images of 32x32 pixels"),
+    ],
+)
+def test_settings_that_do_not_suit_the_model_are_errors_before_any_pass(
+    tiny: Diffusion, detector: Detector, error: type[Exception], named: str
+) -> None:
+    passes = tiny.row_passes
+    with pytest.raises(error, match=named):
+        watch(tiny, {"magnitude": Magnitude(), "it": detector}, [PROMPT])
+    assert tiny.row_passes == passes
 
 
 def test_attention_entropy_adds_how_much_summary_tokens_grew(tiny: Diffusion) -> None:
@@ -217,29 +245,66 @@ def test_sharpness_is_the_derivative_along_the_score_difference(tiny: Diffusion,
     assert Sharpness().judge(model, PROMPT, [{"sharpness": torch.tensor([1.0, 4.0])}], None).score == 2.5
 
 
+def test_sharpness_of_some_steps_is_their_mean(tiny: Diffusion) -> None:
+    latents, text = generation(tiny, 2)
+    steps: list[tuple[Tensor, int]] = []
+
+    def keep(step: Step) -> Tensor:
+        steps.append((step.latents, step.timestep))
+        return step.guided(step.scale)
+
+    with tiny.guide(keep):
+        tiny.generate(text, latents)
+    views = [View(Predictions(tiny, x, t, text), [0, 1], i, [5, 5]) for i, (x, t) in enumerate(steps)]
+    with torch.no_grad():
+        each = [float(Sharpness().observe(view)["sharpness"].mean()) for view in views]
+    assert len(each) == 4
+    assert each[0] != pytest.approx(each[1], rel=1e-2)
+    assert look(tiny, Sharpness(seeds=2, steps=2)).score == pytest.approx((each[0] + each[1]) / 2, rel=1e-3)
+    assert look(tiny, Sharpness(seeds=2, steps=None)).score == pytest.approx(sum(each) / 4, rel=1e-3)
+
+
 def test_anisotropy_by_hand(tiny: Diffusion, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two channels, two positions: cosines 0 and -1 of the unconditional noise and what the prompt adds."""
-    unconditional = torch.tensor([[[[1.0, 0.0]], [[0.0, 2.0]]]])
-    added = torch.tensor([[[[0.0, 0.0]], [[3.0, -4.0]]]])
+    """Two images of two channels and two positions, whose noise is told by the latents that they start from.
+
+    Of the first image cosines are 0 and -1 of the unconditional noise and what the prompt adds, of the second 1 and 0.
+    """
+    starts = torch.tensor([[[[1.0, 0.0]], [[0.0, 2.0]]], [[[3.0, 0.0]], [[4.0, 0.0]]]])
+    added = torch.tensor([[[[0.0, 0.0]], [[3.0, -4.0]]], [[[6.0, 0.0]], [[8.0, 0.0]]]])
     asked = []
 
     def predict(latents: Tensor, timestep: int, text: Conditioning) -> Tensor:
         asked.append(timestep)
-        is_empty = torch.equal(text.text, tiny.unconditional(1).text)
-        return unconditional if is_empty else unconditional + added
+        rows = [next(i for i, start in enumerate(starts) if torch.equal(start, latent)) for latent in latents]
+        is_empty = torch.equal(text.text, tiny.unconditional(len(latents)).text)
+        return latents if is_empty else latents + added[rows]
 
-    view = view_of(tiny, [0])
     monkeypatch.setattr(tiny, "predict_noise", predict)
-    seen = Anisotropy().observe(view)
-    assert float(seen["norm"]) == 5.0
-    assert float(seen["angle"]) == pytest.approx(-0.5)
-    assert sorted(asked) == [41, 41, view.timestep, view.timestep]
-    assert Anisotropy(norm_weight=3, angle_weight=10).judge(tiny, PROMPT, [seen], None).score == pytest.approx(10.0)
-    # Conditional noise is (1, 3) and (0, -2).
-    both = Anisotropy(angle_between="unconditional_conditional").observe(view_of(tiny, [0]))["angle"]
-    assert float(both) == pytest.approx((1 / math.sqrt(10) - 1) / 2)
-    other = Anisotropy(angle_between="conditional_difference").observe(view_of(tiny, [0]))["angle"]
-    assert float(other) == pytest.approx((3 / math.sqrt(10) + 1) / 2)
+    timesteps = tiny.timesteps()
+    assert timesteps[0] < tiny.timestep()  # the magnitude is not that of the first of four steps
+
+    def view(rows: Sequence[int], timestep: int) -> View:
+        predictions = Predictions(tiny, starts, timestep, tiny.encode([PROMPT.text] * 2))
+        return View(predictions, rows, 0, [5, 5])
+
+    seen = Anisotropy(seeds=2).observe(view([0, 1], timesteps[0]))
+    assert seen["norm"].tolist() == [5.0, 10.0]
+    assert seen["angle"].tolist() == pytest.approx([-0.5, 0.5])
+    assert sorted(asked) == [41, 41, 981, 981]
+    weighted = Anisotropy(seeds=2, norm_weight=3, angle_weight=10)
+    assert weighted.judge(tiny, PROMPT, [seen], None).score == pytest.approx(22.5)
+    assert Anisotropy().observe(view([1], timesteps[0]))["norm"].tolist() == [10.0]
+    # Conditional noise of the first is (1, 3) and (0, -2).
+    both = Anisotropy(angle_between="unconditional_conditional").observe(view([0, 1], timesteps[0]))["angle"]
+    assert both.tolist() == pytest.approx([(1 / math.sqrt(10) - 1) / 2, 0.5])
+    other = Anisotropy(angle_between="conditional_difference").observe(view([0, 1], timesteps[0]))["angle"]
+    assert other.tolist() == pytest.approx([(3 / math.sqrt(10) + 1) / 2, 0.5])
+
+
+def test_anisotropy_shares_the_first_of_fifty_steps() -> None:
+    model = Diffusion(tiny_pipeline(), steps=50, guidance=3.0, similarity=Similarity(1.0, ()))
+    _, costs = watch(model, {"a": Anisotropy(), "m": Magnitude(seeds=1, steps=1)}, [PROMPT])
+    assert (costs["a"].row_passes, costs["a"].extra_row_passes) == (4, 2)
 
 
 def test_bright_ending_looks_at_the_end_token_in_the_last_step(tiny: Diffusion) -> None:
@@ -312,16 +377,6 @@ def test_masks_are_drawn_from_darkest_to_brightest() -> None:
     assert drawn[0, 2:].tolist() == [[0, 0, 1, 1]] * 2
 
 
-def test_tiled_distance_is_that_of_the_worst_tile() -> None:
-    a, b = torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)
-    b[0, :, 2:4, 4:6] = 0.5  # one whole tile of 4x4 tiles
-    b[0, 0, 0, 0] = 1.0  # a twelfth of another: root of 1/12
-    assert tiled_distance(a, b, 4).tolist() == pytest.approx([0.5])
-    assert tiled_distance(a, b, 1).tolist() == pytest.approx([math.sqrt((0.25 * 12 + 1) / 192)])
-    with pytest.raises(ConfigError, match=r"detector\.tiles=3 does not divide images of 8x8 pixels"):
-        tiled_distance(a, b, 3)
-
-
 def test_tiled_l2_is_the_mean_over_pairs_and_negative(tiny: Diffusion) -> None:
     images = torch.zeros(3, 3, 8, 8)
     images[1] += 0.5
@@ -356,7 +411,12 @@ def test_one_step_is_what_heuns_method_does(tiny: Diffusion, make: Any) -> None:
         (lambda: TiledL2(tiles=0), "at least 1 tile"),
         (lambda: Magnitude(seeds=0), "at least 1 seeds"),
         (lambda: Magnitude(steps=0), "at least 1 step"),
-        (lambda: Sharpness(eta=0), "a step above 0"),
+        (lambda: Sharpness(eta=0), "a finite step above 0"),
+        (lambda: Sharpness(eta=math.inf), "a finite step above 0"),
+        (lambda: LayerEntropy(layer=-1), r"from 0, given detector\.layer=-1"),
+        (lambda: Anisotropy(norm_weight=math.nan), r"finite numbers, given detector\.norm_weight=nan"),
+        (lambda: Anisotropy(angle_weight=math.inf), r"detector\.angle_weight=inf"),
+        (lambda: OneStep(guidance=math.inf), r"detector\.guidance=inf"),
         (lambda: BrightEnding(steps=0), "at least 1 step"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 
 import pytest
 import torch
@@ -176,6 +177,87 @@ def test_guidance_and_compiling_are_checked() -> None:
 def test_without_guidance_detectors_of_the_first_step_work() -> None:
     model = Diffusion(tiny_pipeline(), steps=4, guidance=1.0, similarity=Similarity(1.0, ()))
     assert watch(model, {"m": Magnitude(steps=1), "s": Sharpness(seeds=1)}, PROMPTS[:1])[0]["m"][0].score > 0
+
+
+@pytest.mark.parametrize(
+    ("detector", "derived"),
+    [
+        (TokenSignificance(seeds=5, steps=1), [2, 2, 1]),
+        (Sharpness(seeds=5), [4, 4, 2]),  # both halves in one pass
+    ],
+)
+def test_derivatives_are_taken_of_fewer_images_at_a_time(
+    tiny: Diffusion, detector: Detector, derived: list[int]
+) -> None:
+    with counted(tiny) as rows:
+        found, costs = watch(tiny, {"it": detector}, PROMPTS[:1], batch_size=8)
+    shared = [5] if isinstance(detector, TokenSignificance) else [5, 5]
+    assert rows == [*shared, *derived]
+    with counted(tiny) as rows:
+        whole, same = watch(tiny, {"it": detector}, PROMPTS[:1], batch_size=20)
+    assert len(rows) == len(shared) + 1
+    assert found["it"][0].score == pytest.approx(whole["it"][0].score, rel=1e-4)
+    counts = [(cost["it"].row_passes, cost["it"].extra_row_passes) for cost in (costs, same)]
+    assert counts[0] == counts[1] == (sum(shared) + 2 * sum(derived), 2 * sum(derived))
+
+
+def test_seconds_are_of_the_steps_watched_and_of_decoding_for_those_who_look_at_images(
+    tiny: Diffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that goes on by a second a row in the UNet, and by a thousand an image decoded."""
+    clock = 0
+
+    def tick(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal clock
+        clock += len(args[0]) * (1 if module is tiny.unet else 1000)
+
+    for module in ("base", "watch"):
+        monkeypatch.setattr(import_module(f"nemo_bench.detectors.{module}"), "now", lambda _model: clock)
+    detectors = {
+        "first": Magnitude(seeds=3, steps=1),
+        "two": Magnitude(seeds=3, steps=2),
+        "all": Magnitude(seeds=2),
+        "images": TiledL2(seeds=3),
+        "own": Sharpness(seeds=1),
+    }
+    hooks = [part.register_forward_pre_hook(tick) for part in (tiny.unet, tiny.vae.decoder)]  # type: ignore[union-attr]
+    try:
+        _, costs = watch(tiny, detectors, PROMPTS[:2])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    seconds = {name: cost.seconds for name, cost in costs.items()}
+    # Two prompts, two rows an image and step; Sharpness has a pass of both halves beside the first step.
+    assert seconds == pytest.approx(
+        {
+            "first": 2 * 3 * 2,
+            "two": 2 * 3 * 2 * 2,
+            "all": 2 * 2 * 2 * tiny.steps,
+            "images": 2 * 3 * (2 * tiny.steps + 1000),
+            "own": 2 * (2 + 2),
+        }
+    )
+
+
+class Nought(Detector):
+    """Divides by nothing."""
+
+    title = summary = "nought"
+
+    def observe(self, view: View) -> Mapping[str, Tensor]:
+        return {"ratio": view.magnitude / 0 * 0}
+
+    def judge(
+        self, model: Diffusion, prompt: Prompt, seen: Sequence[Mapping[str, Tensor]], images: Tensor | None
+    ) -> Finding:
+        return Finding(float(seen[0]["ratio"].mean()))
+
+
+def test_a_score_that_is_no_number_is_an_error(tiny: Diffusion) -> None:
+    with pytest.raises(
+        ModelError, match=r"nought: the score of prompt 'p0' is nan, in torch\.float32; give model\.dtype"
+    ):
+        watch(tiny, {"it": Nought()}, PROMPTS)
 
 
 class Eyes(Detector):

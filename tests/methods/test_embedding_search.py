@@ -13,7 +13,7 @@ from torch import Tensor
 from batches import batch_of, rows_of
 from nemo_bench import Diffusion, NeMo, Neurons, Prompt, read_prompts, resolve
 from nemo_bench.audit import fitted_picture
-from nemo_bench.diffusion import Conditioning, Similarity
+from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Similarity
 from nemo_bench.errors import ConfigError, ModelError
 from nemo_bench.methods import Batch, BlockNeurons, EmbeddingNoise, NoMitigation, Wanda
 from nemo_bench.methods.embedding_search import random_embeddings, search_embeddings
@@ -136,6 +136,22 @@ def test_rows_are_as_if_they_were_alone_and_the_model_stays_as_it_was(model: Dif
         # The first steps of Adam turn rounding into the sign of gradients that are nearly 0.
         assert float(((alone.text.text[0] - together.text.text[row]).abs() > 2e-2).float().mean()) < 2e-2
     assert model.state_digest() == before
+
+
+def test_pictures_are_taken_a_few_at_a_time_under_the_neurons_of_their_row(model: Diffusion) -> None:
+    batch, clean, method = searched(model), pictures_of(model, 2), BlockNeurons()
+    whole = search_embeddings(model, method, batch, clean, steps=2, samples=SAMPLES)
+    rows: list[int] = []
+    hook = model.unet.register_forward_pre_hook(lambda _unet, args: rows.append(len(args[0])))
+    method.batch_size = 2 * GRADIENT_MEMORY
+    try:
+        parts = search_embeddings(model, method, batch, clean, steps=2, samples=SAMPLES)
+    finally:
+        hook.remove()
+    assert rows == [2, 2, 2] * 2  # the second of three parts holds pictures of both rows
+    torch.testing.assert_close(parts.losses, whole.losses, rtol=1e-3, atol=1e-4)
+    # The first steps of Adam turn rounding into the sign of gradients that are nearly 0.
+    assert float(((parts.text.text - whole.text.text).abs() > 2e-2).float().mean()) < 2e-2
 
 
 @pytest.mark.parametrize("name", ["neurons", "weights"])

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nemo_bench.errors import ModelError
 from nemo_bench.metrics import detection
 
 SCORES = st.lists(st.integers(-5, 5).map(lambda n: n * 1000.0), min_size=1, max_size=12)
@@ -18,6 +19,19 @@ def points(memorized: list[float], other: list[float]) -> list[tuple[float, floa
     """The ROC curve: the shares of other and of memorized prompts at or above every threshold, the highest first."""
     limits = [np.inf, *sorted({*memorized, *other}, reverse=True)]
     return [(float(np.mean(np.array(other) >= t)), float(np.mean(np.array(memorized) >= t))) for t in limits]
+
+
+def at_nearest(memorized: list[float], other: list[float]) -> float:
+    """``tpr[argmin(abs(fpr - 0.01))]`` of scikit-learn's roc_curve, its rule written out point by point."""
+    limits = sorted({*memorized, *other}, reverse=True)
+    counts = [(sum(o >= t for o in other), sum(m >= t for m in memorized)) for t in limits]
+    kept = []
+    for i, here in enumerate(counts):
+        is_end = i in (0, len(counts) - 1)
+        if is_end or any(counts[i + 1][k] - here[k] != here[k] - counts[i - 1][k] for k in (0, 1)):
+            kept.append(here)
+    rates = [(0.0, 0.0), *((f / len(other), t / len(memorized)) for f, t in kept)]
+    return min(rates, key=lambda point: abs(point[0] - 0.01))[1]  # min gives the first of equals
 
 
 def area(curve: list[list[float]]) -> float:
@@ -32,8 +46,7 @@ def test_all_numbers_are_those_of_their_definitions(memorized: list[float], othe
     assert found["auc"] == pytest.approx(np.mean(right), abs=1e-6)
     assert found["auc_low"] - 1e-9 <= np.mean(right) <= found["auc_high"] + 1e-9
     assert found["tpr_at_1_fpr_below"] == pytest.approx(max(t for f, t in curve if f < 0.01), abs=1e-6)
-    nearest = min((abs(f - 0.01), f) for f, _ in curve)[1]
-    assert found["tpr_at_1_fpr_nearest"] == pytest.approx(max(t for f, t in curve if f == nearest), abs=1e-6)
+    assert found["tpr_at_1_fpr_nearest"] == pytest.approx(at_nearest(memorized, other), abs=1e-12)
     assert found["best_accuracy"] == pytest.approx(max((t + 1 - f) / 2 for f, t in curve), abs=1e-6)
     total, precision = 0.0, 0.0
     for (_, before), limit in zip(curve, sorted({*memorized, *other}, reverse=True), strict=False):
@@ -67,11 +80,39 @@ def test_a_long_curve_is_thinned() -> None:
 
 def test_the_two_definitions_of_the_true_positive_rate_differ() -> None:
     other = [float(n) for n in range(60)]
-    memorized = [100.0, 58.5, 57.5, 0.5]
-    found = detection(memorized, other)
     # One of 60 is 1.67%: nothing but 0% is below 1%, and 1.67% is nearer to it.
-    assert found["tpr_at_1_fpr_below"] == 0.25
-    assert found["tpr_at_1_fpr_nearest"] == 0.5
+    found = detection([100.0, 58.5, 57.5, 0.5], other)
+    assert (found["tpr_at_1_fpr_below"], found["tpr_at_1_fpr_nearest"]) == (0.25, 0.25)
+    found = detection([100.0, 59.0, 57.5, 0.5], other)  # the second is caught together with the first of the others
+    assert (found["tpr_at_1_fpr_below"], found["tpr_at_1_fpr_nearest"]) == (0.25, 0.5)
+
+
+def test_nearest_of_five_hundred_is_the_lower_end_at_five_false_positives() -> None:
+    other = [float(n) for n in range(500)]
+    # Two above all others, one between the fifth and the sixth of them.
+    found = detection([1000.0, 999.0, 494.5, 0.5], other)
+    assert (found["tpr_at_1_fpr_below"], found["tpr_at_1_fpr_nearest"]) == (0.5, 0.5)
+    # Nothing turns at the fifth, so the nearest corner is that of no false positive, at its lower end.
+    found = detection([1000.0, 999.0, 400.5, 0.5], other)
+    assert (found["tpr_at_1_fpr_below"], found["tpr_at_1_fpr_nearest"]) == (0.5, 0.0)
+
+
+def test_nearest_of_a_detector_without_a_mistake_is_nought() -> None:
+    found = detection([2.0, 3.0], [0.0, 1.0])
+    assert (found["auc"], found["tpr_at_1_fpr_below"], found["tpr_at_1_fpr_nearest"]) == (1, 1, 0)
+
+
+@given(st.integers(0, 10_000), st.integers(90, 260))
+def test_nearest_is_what_scikit_learn_gives_for_many_scores(seed: int, others: int) -> None:
+    numbers = np.random.default_rng(seed)
+    memorized, other = numbers.normal(1, 1, 40).round(1).tolist(), numbers.normal(0, 1, others).round(1).tolist()
+    assert detection(memorized, other)["tpr_at_1_fpr_nearest"] == pytest.approx(at_nearest(memorized, other), abs=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_are_an_error(wrong: float) -> None:
+    with pytest.raises(ModelError, match=r"1 of 3 scores are not finite.*model\.dtype=float32"):
+        detection([1.0, wrong], [0.0])
 
 
 def test_scores_far_from_zero_are_not_rounded_together() -> None:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from nemo_bench import Diffusion, Neurons, resolve
 from nemo_bench.audit import AuditSettings, cells_of, fitted_picture, verdict
 from nemo_bench.cli import main
+from nemo_bench.config import build, grid, options
 from nemo_bench.diffusion import Conditioning
 from nemo_bench.metrics import SSIM, PixelDistance
 from nemo_bench.modules import open_image
@@ -136,7 +137,15 @@ def test_pictures_and_numbers_are_those_of_what_was_found(
     assert (cell(copy, "nemo") / "env.json").read_bytes() == before
     page = (copy / "report.html").read_text()
     assert 'id="audit"' in page
-    assert "These are too few searches to tell more." in page
+    assert "To tell more takes at least 6 different controls; searches that share a control count once." in page
+    (shown_audit,) = load_audits(copy)
+    rows = {title: dict(zip(shown_audit.headings, cells, strict=True)) for title, cells in shown_audit.rows}
+    ssim = rows[entry["metrics"]["ssim"]["title"]]
+    for group, name in (("memorized", "Memorized"), ("control", "Controls")):
+        for state in ("prompt", "found", "unmitigated"):
+            mean = sum(found[group, prompt, state] for prompt in ("vm-01", "tm-26")) / 2
+            assert float(ssim[f"{name}: {state}"]) == pytest.approx(mean, abs=0.006)
+            assert f"{name}: {state}</th>" in page
 
 
 def test_it_goes_on_where_it_was_killed_and_any_number_of_processes_finds_the_same(copy: Path, tmp_path: Path) -> None:
@@ -174,6 +183,8 @@ def test_other_settings_and_metrics_stand_beside_the_first(copy: Path) -> None:
     assert main(words) == 0
     place, (prompt,) = cell(copy, "none"), audits(copy, "none")
     assert list(prompt["states"]) == ["prompt", "found"]  # nothing is mitigated
+    (audit,) = load_audits(copy)
+    assert not any("unmitigated" in heading for heading in audit.headings)
     assert main([*words, "start=random", "batch_size=64"]) == 0
     first, random = audits(copy, "none")
     assert first == prompt
@@ -218,6 +229,34 @@ def test_without_controls_it_says_so(copy: Path, capsys: pytest.CaptureFixture[s
     assert (entry["compared"], entry["verdict"]) == ({}, {"memorized": "no controls"})
 
 
+def set_dtype(place: Path, dtype: str) -> None:
+    env = read_json(place / "env.json")
+    env["starts"][-1]["settings"]["model"]["dtype"] = dtype
+    (place / "env.json").write_text(json.dumps(env))
+
+
+def test_one_cell_in_half_precision_does_not_stop_the_others(copy: Path) -> None:
+    set_dtype(cell(copy, "none"), "float16")
+    said: list[str] = []
+    assert [c.cell.spec["method"] for c in cells_of(copy, QUICK, say=said.append)] == ["nemo"]
+    (line,) = (line for line in said if "float16" in line)
+    assert line.endswith(cell(copy, "none").name)
+
+
+def test_without_a_memorization_rate_there_is_no_search(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", str(copy), "--cell", "none", *QUICK, "~metrics.memorized"]) == 1
+    said = capsys.readouterr().err
+    assert "no metric of this run says which images are memorized, so there would be no verdict; add one" in said
+    assert not (cell(copy, "none") / "audit").exists()
+
+
+def test_which_methods_can_be_audited() -> None:
+    """Those that change nothing but neurons or weights; whoever adds a method decides."""
+    built = {name: build(grid([f"method={name}"])[0].settings.method, "method") for name in options("method")}
+    auditable = sorted(name for name, method in built.items() if method.auditable)
+    assert auditable == ["nemo", "none", "random", "random_shared", "saved", "shared", "wanda"]
+
+
 def test_what_can_not_be_audited_is_left_out_or_explained(
     copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,13 +293,12 @@ def test_what_can_not_be_audited_is_left_out_or_explained(
     path.write_text(json.dumps(content))
     assert "other weights" in error(run, "--cell", "nemo")
     place = cell(copy, "none")
-    spec, env = read_json(place / "spec.json"), read_json(place / "env.json")
+    spec = read_json(place / "spec.json")
     (place / "generate.done").touch()
     (place / "spec.json").write_text(json.dumps({**spec, "settings": {**spec["settings"], "method": {"ratio": 0.1}}}))
     assert "hold something else by now" in error(run, "--cell", "none")
     (place / "spec.json").write_text(json.dumps(spec))
-    env["starts"][-1]["settings"]["model"]["dtype"] = "float16"
-    (place / "env.json").write_text(json.dumps(env))
+    set_dtype(place, "float16")
     assert "vanish in float16; generate with model.dtype=bfloat16" in error(run, "--cell", "none")
     (place / "spec.json").write_text(json.dumps({**spec, "detector": "magnitude"}))
     assert "made by a detector and holds no images" in error(str(place))
@@ -286,10 +324,21 @@ def test_the_key_is_that_of_what_decides(change: Callable[[AuditSettings], None]
         ([0.0] * 5, [1.0] * 5, [0.0] * 5, "too few"),
         ([0.0] * 6, [1.0] * 6, [0.0] * 6, "hidden"),
         ([0.0] * 8, [1.0] * 8, [], "no controls"),
+        # 17% by prompt, 100% found: that five of five gain has a chance of 6%, and one by its prompt is not many.
+        ([1.0] + [0.0] * 5, [1.0] * 6, [0.0] * 6, "unclear"),
+        ([1.0] * 3 + [0.0] * 3, [1.0] * 6, [0.0] * 6, "unclear"),
+        ([1.0] * 6, [1.0] * 6, [0.0] * 6, "kept"),
+        ([1.0] * 7 + [0.0], [1.0] * 8, [0.0] * 8, "kept"),
+        # By their prompts no more often than controls with what was found for them.
+        ([0.5] * 8, [0.5] * 8, [0.0, 0.5] * 4, "not shown"),
+        ([0.5] * 7 + [0.0] * 5, [1.0] * 3 + [0.5] * 9, [0.0] * 12, "hidden"),
     ],
 )
 def test_a_verdict_needs_more_than_controls_and_enough_of_them(
     prompt: list[float], found: list[float], control: list[float], expected: str
 ) -> None:
-    over_control = np.array(found)[: len(control)] - np.array(control)
-    assert verdict(np.array(found) - np.array(prompt), over_control) == expected
+    over_control, prompt_over_control = (np.array(own)[: len(control)] - np.array(control) for own in (found, prompt))
+    differences = np.array(found) - np.array(prompt), over_control, prompt_over_control
+    assert verdict(*differences) == expected
+    unmitigated = "memorized" if expected in ("hidden", "kept", "unclear") else expected
+    assert verdict(*differences, mitigated=False) == unmitigated

@@ -67,6 +67,10 @@ def test_every_detector_has_a_cell_with_its_records(done: Path) -> None:
         about = read_json(cell / "metrics.json")
         measured = about["detection"][name]
         assert (measured["memorized"], measured["other"]) == (2, 1)
+        (other,) = (r["score"] for r in records.values() if r["prompt"].startswith("general"))
+        for kind in ("VM", "TM"):
+            (own,) = (r["score"] for r in records.values() if r["prompt"].startswith(kind.lower()))
+            assert measured["kinds"][kind] == (own > other) + 0.5 * (own == other)
         assert set(measured["kinds"]) == {"VM", "TM"}
     masks = read_records(cells["bright_ending"], "detect").values()
     assert all((cells["bright_ending"] / record["image"]).is_file() for record in masks)
@@ -269,6 +273,28 @@ def test_fewer_prompts_of_one_list_stand_apart(tmp_path: Path, three_prompts: Pa
         "2 memorized and 0 other",
         "2 memorized and 1 other",
     ]
+
+
+def test_other_models_of_one_name_stand_apart(tmp_path: Path, three_prompts: Path) -> None:
+    words = ["detect", "trainer=cpu", f"root={tmp_path}", f"prompts.files=[{three_prompts}]", "detector.seeds=2"]
+    assert main([*words, "detector=magnitude_first,noise_difference", "model.steps=3"]) == 0
+    assert main([*words, "detector=magnitude_first", "model.steps=3", "model.similarity.sigma=0.5"]) == 0
+    assert main([*words, "detector=magnitude_first", "model.steps=4"]) == 0
+    folder = tmp_path / "default"
+    table = (folder / "detection.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## planted · three · (.*?): 2 memorized.*?\n\n(.*?)\n\n", table, re.MULTILINE | re.DOTALL)
+    rows = {title: sorted(re.findall(r"^\| (\w.*?) \|", lines, re.MULTILINE)[1:]) for title, lines in sections}
+    sigma = read_json(next(folder.glob("*noise*/spec.json")))["settings"]["model"]["similarity"]["sigma"]
+    assert rows == {
+        f"similarity.sigma {sigma} · steps 3": ["Noise difference", "Noise magnitude"],
+        "similarity.sigma 0.5 · steps 3": ["Noise magnitude"],
+        f"similarity.sigma {sigma} · steps 4": ["Noise magnitude"],
+    }
+    found = read_json(folder / "detection.json")["detectors"]
+    assert sorted(row["model_settings"]["steps"] for row in found) == [3, 3, 3, 4]
+    assert {row["model_settings"]["similarity"]["sigma"] for row in found} == {sigma, 0.5}
+    page = (folder / "detection.html").read_text(encoding="utf-8")
+    assert all(f"planted · three · {title}" in page for title in rows)
 
 
 def test_a_folder_of_detectors_alone_has_nothing_to_audit(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
