@@ -28,8 +28,9 @@ def detection(memorized: Sequence[float], other: Sequence[float]) -> dict[str, A
     Returns:
         ``auc``, area under the ROC curve, with ``auc_low`` and ``auc_high``, its 95% bootstrap interval over prompts of
         either sort; ``average_precision``; ``tpr_at_1_fpr_below``, the true positive rate at the last point of the
-        curve with fewer than 1% false positives (Wen et al. 2024); ``tpr_at_1_fpr_nearest``, what the public code of
-        Ren et al. (2024) makes of it, at the first of the points nearest to 1%, see :func:`_at_nearest`;
+        curve with fewer than 1% false positives (Wen et al. 2024); ``tpr_at_1_fpr_nearest``, at the points whose rate of
+        false positives is nearest to 1% (Ren et al. 2024, Jeon et al. 2025), the highest of them: the code of Ren et
+        al. takes the lowest of those that scikit-learn keeps, which is (0, 0) for a detector without a mistake;
         ``best_accuracy`` over all thresholds, with either sort counting half; ``memorized`` and ``other``, the numbers
         of prompts; ``curve``, the ROC curve as pairs of false and true positive rate from (0, 0) to (1, 1): its
         corners, at most 200 of them.
@@ -44,6 +45,7 @@ def detection(memorized: Sequence[float], other: Sequence[float]) -> dict[str, A
     # Their order alone counts, and torchmetrics takes scores outside of [0, 1] for logits, which it rounds together.
     ranks = torch.from_numpy(np.unique(scores, return_inverse=True)[1] / len(scores))
     fpr, tpr, _ = binary_roc(ranks, labels)
+    nearest = fpr[(fpr - FALSE_POSITIVES).abs().argmin()]
     low, high = _interval(np.asarray(memorized), np.asarray(other))
     return {
         "auc": float(binary_auroc(ranks, labels)),
@@ -51,27 +53,12 @@ def detection(memorized: Sequence[float], other: Sequence[float]) -> dict[str, A
         "auc_high": high,
         "average_precision": float(binary_average_precision(ranks, labels)),
         "tpr_at_1_fpr_below": float(tpr[fpr < FALSE_POSITIVES][-1]),
-        "tpr_at_1_fpr_nearest": _at_nearest(np.asarray(memorized), np.asarray(other)),
+        "tpr_at_1_fpr_nearest": float(tpr[fpr == nearest][-1]),
         "best_accuracy": float((tpr + 1 - fpr).max() / 2),
         "memorized": len(memorized),
         "other": len(other),
         "curve": _corners(torch.stack([fpr, tpr], 1).tolist()),
     }
-
-
-def _at_nearest(memorized: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
-    """True positive rate at the first of the points nearest to 1% false positives, of the points scikit-learn keeps.
-
-    The public code of Ren et al. (2024), ``tpr[argmin(abs(fpr - 0.01))]`` of ``roc_curve``, takes the lower end where
-    the curve goes up at that rate: no false positive at all gives the point (0, 0), hence 0. scikit-learn leaves out
-    points between their neighbours in equal steps before it adds (0, 0).
-    """
-    thresholds = np.unique([*memorized, *other])[::-1]
-    above = [len(those) - np.searchsorted(np.sort(those), thresholds) for those in (other, memorized)]
-    turns = np.any([np.diff(counts, 2) for counts in above], axis=0)
-    kept = np.concatenate([[True], turns, [True]])[-len(thresholds) :]
-    fpr, tpr = (np.concatenate([[0], counts[kept]]) / counts[-1] for counts in above)
-    return float(tpr[np.abs(fpr - FALSE_POSITIVES).argmin()])
 
 
 def _corners(points: list[list[float]]) -> list[list[float]]:
