@@ -26,14 +26,14 @@ def detection(memorized: Sequence[float], other: Sequence[float]) -> dict[str, A
         other: Scores of other prompts, at least one.
 
     Returns:
-        ``auc``, area under the ROC curve, with ``auc_low`` and ``auc_high``, its 95% bootstrap interval over prompts of
-        either sort; ``average_precision``; ``tpr_at_1_fpr_below``, the true positive rate at the last point of the
-        curve with fewer than 1% false positives (Wen et al. 2024); ``tpr_at_1_fpr_nearest``, at the highest of those whose
-        rate of false positives is nearest to 1% (Ren et al. 2024, Jeon et al. 2025; the code of Ren et al. takes the
-        lowest of those that scikit-learn keeps, which is (0, 0) for a detector without a mistake);
-        ``best_accuracy`` over all thresholds, with either sort counting half; ``memorized`` and ``other``, the numbers
-        of prompts; ``curve``, the ROC curve as pairs of false and true positive rate from (0, 0) to (1, 1): its
-        corners, at most 200 of them.
+        ``auc``, area under the ROC curve, with ``auc_low`` and ``auc_high``, its 95% bootstrap interval over prompts
+        of either sort; ``average_precision``; ``tpr_at_1_fpr_below``, the true positive rate at the last point of the
+        curve with fewer than 1% false positives (Wen et al. 2024); ``tpr_at_1_fpr_nearest``, at the highest of those
+        whose rate of false positives is nearest to 1% (Ren et al. 2024, Jeon et al. 2025; the code of Ren et al.
+        takes the lowest of those that scikit-learn keeps, which is (0, 0) for a detector without a mistake);
+        ``best_accuracy`` over all thresholds, with either sort counting half; ``memorized`` and ``other``, the
+        numbers of prompts; ``curve``, the ROC curve as pairs of false and true positive rate from (0, 0) to (1, 1):
+        its corners, at most 200 of them.
 
     Raises:
         ModelError: A score is no finite number.

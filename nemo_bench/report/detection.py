@@ -35,10 +35,11 @@ _COLUMNS = {
     "detect_seconds_per_prompt": "s",
 }
 NOTE = (
-    "AUC with its 95% bootstrap interval over prompts, over all memorized prompts and over those of a kind. TPR at the "
-    "last point with fewer than 1% false positives (<), and at the one nearest to 1% (≈). Accuracy is the best of all "
-    "thresholds, either sort of prompts counting half. UNet passes and seconds are a prompt's, as if the detector ran alone; own passes are those that no other detector could share. A "
-    "derivative counts as one more pass."
+    "AUC with its 95% bootstrap interval over prompts, over all memorized prompts and over those of a kind. TPR at "
+    "the last point with fewer than 1% false positives (<), and at the one nearest to 1% (≈). Accuracy is the best of"
+    " all thresholds, either sort of prompts counting half. UNet passes and seconds are a prompt's, as if the "
+    "detector ran alone; own passes are those that no other detector could share. A derivative counts as one more "
+    "pass."
 )
 """How to read the table."""
 
