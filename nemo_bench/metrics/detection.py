@@ -63,8 +63,8 @@ def _at_nearest(memorized: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) ->
     """True positive rate at the first of the points nearest to 1% false positives, of the points scikit-learn keeps.
 
     The public code of Ren et al. (2024), ``tpr[argmin(abs(fpr - 0.01))]`` of ``roc_curve``, takes the lower end where
-    the curve goes up at that rate: no false positive at all gives the point (0, 0), hence 0. scikit-learn leaves out
-    points between their neighbours in equal steps before it adds (0, 0).
+    the curve goes up at that rate. No false positive at all gives the point (0, 0), hence 0: so it is of up to 50 other
+    prompts. scikit-learn leaves out points between their neighbours in equal steps before it adds (0, 0).
     """
     thresholds = np.unique([*memorized, *other])[::-1]
     above = [len(those) - np.searchsorted(np.sort(those), thresholds) for those in (other, memorized)]

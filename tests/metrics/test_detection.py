@@ -98,8 +98,17 @@ def test_nearest_of_five_hundred_is_the_lower_end_at_five_false_positives() -> N
 
 
 def test_nearest_of_a_detector_without_a_mistake_is_nought() -> None:
-    found = detection([2.0, 3.0], [0.0, 1.0])
-    assert (found["auc"], found["tpr_at_1_fpr_below"], found["tpr_at_1_fpr_nearest"]) == (1, 1, 0)
+    found = detection([1000.0, 1001.0], [float(n) for n in range(500)])
+    assert (found["auc"], found["tpr_at_1_fpr_below"]) == (pytest.approx(1), 1)
+    assert found["tpr_at_1_fpr_nearest"] == 0
+
+
+def test_nearest_is_nought_for_every_detector_of_up_to_fifty_others() -> None:
+    memorized = [100.0, 99.5, 99.1]  # the curve turns at the first of the others
+    found = {n: detection(memorized, [float(i) for i in range(101 - n, 100)] + [99.2]) for n in (50, 51)}
+    assert [found[n]["other"] for n in (50, 51)] == [50, 51]
+    assert [found[n]["tpr_at_1_fpr_nearest"] for n in (50, 51)] == [0, pytest.approx(2 / 3)]
+    assert [found[n]["tpr_at_1_fpr_below"] for n in (50, 51)] == pytest.approx([2 / 3, 2 / 3])
 
 
 @given(st.integers(0, 10_000), st.integers(90, 260))
