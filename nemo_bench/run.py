@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from operator import or_
@@ -241,6 +242,8 @@ def _detection(cell: ImageCell, localized: Iterable[Record]) -> dict[str, Any]:
     scores = {kind: [r["memorization"] for r in localized if kinds[r["prompt"]] == kind] for kind in (True, False)}
     if cell.is_mitigated or not all(scores.values()):
         return {}
+    if not all(math.isfinite(score) for those in scores.values() for score in those):
+        return {}  # half precision may overflow; what else there is to tell stands without it
     return {"memorization": {"title": "Memorization score", **detection(scores[True], scores[False])}}
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from nemo_bench import Neurons, StoreError
+from nemo_bench import Neurons, Prompt, StoreError
 from nemo_bench.cells import plan
 from nemo_bench.config import grid
-from nemo_bench.run import outlook, run
+from nemo_bench.run import _detection, outlook, run
 from nemo_bench.store import read_records
 from nemo_bench.types import Record
 
@@ -162,3 +164,14 @@ def test_the_same_id_in_two_files_is_an_error(finished: tuple[Path, Path], tmp_p
     _, prompts = finished
     with pytest.raises(Exception, match="two files have a prompt with id"):
         plan(grid([*SMALL, f"root={tmp_path}", f"prompts.files=[{prompts},{prompts}]"]))
+
+
+def test_scores_that_overflowed_leave_the_rest_of_a_summary_alone() -> None:
+    prompts = [Prompt("a", "a", "VM"), Prompt("b", "b")]
+    cell = SimpleNamespace(is_mitigated=False, prompts=prompts)
+
+    def summed_up(score: float) -> dict[str, Any]:
+        return _detection(cell, [{"prompt": "a", "memorization": score}, {"prompt": "b", "memorization": 0.1}])  # type: ignore[arg-type]
+
+    assert summed_up(0.9)["memorization"]["auc"] == 1
+    assert summed_up(float("nan")) == {}
