@@ -92,6 +92,9 @@ def _cell(choice: Choice, prompts: list[Prompt]) -> DetectionCell:
         raise ConfigError(msg)
     source = source_of(model)
     detector.check(source.family.pipeline.__name__, model.guidance, compiled=model.compiled)
+    if detector.steps is not None and detector.steps > model.steps:
+        msg = f"{detector.title} is to watch {detector.steps} steps, and this model makes model.steps={model.steps}"
+        raise ConfigError(f"{msg}; give detector.steps at most that, or null for all")
     decisive = {
         "model": {
             "weights": source.digest(),
@@ -176,6 +179,8 @@ class DetectionStage(L.LightningModule):
 
     def __init__(self, model: Diffusion, cells: Sequence[DetectionCell], batch_size: int) -> None:
         super().__init__()
+        for cell in cells:
+            cell.detector.fits(model)
         self.model, self.batch_size = model, batch_size
         self.cells = {cell.id: cell for cell in cells}
         self.writers = {cell.id: cell.store.writer(STAGE) for cell in cells}

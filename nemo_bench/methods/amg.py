@@ -112,6 +112,8 @@ class AMG(Method):
                 "amg needs a threshold from -1 to 1, a saturation above 0, a strength of 0 or more and captions of 1 "
                 f"or more, given {msg}"
             )
+        if not sscd:
+            self.title = f"{self.title} by pixels"
         # Method.threshold is another one, that of memorization.
         self.sscd, self.limit, self.saturation, self.strength = sscd, threshold, saturation, strength
         self.captions, self.legacy_ungated = captions, legacy_ungated

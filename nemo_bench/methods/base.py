@@ -51,7 +51,7 @@ class Method(ABC):
     """A mitigation: optionally localizes neurons for a prompt, and changes how a batch is generated.
 
     Attributes:
-        title: Name in tables.
+        title: Name in tables; of an object another one than its class's where settings make it something else.
         summary: One line for ``nemo-bench ls``.
         touches: What it changes of the model or its input.
         citation: BibTeX of the source, empty for a control of our own.
@@ -71,7 +71,7 @@ class Method(ABC):
         batch_size: Rows in a UNet pass at most while localizing, set by the run; changes results by rounding only.
     """
 
-    title: ClassVar[str]
+    title: str
     summary: ClassVar[str]
     touches: ClassVar[str] = ""
     citation: ClassVar[str] = ""

@@ -99,6 +99,8 @@ class PRSS(Method):
                 "prss needs a search_target of 0 or more and 0 <= anchor_from <= anchor_full, given "
                 f"search_target={search_target}, anchor_from={anchor_from}, anchor_full={anchor_full}"
             )
+        if not file:
+            self.title = f"{self.title} by optimization"
         self.file, self.missing, self.bright_ending = file, missing, bright_ending
         self.search_target, self.anchor_from, self.anchor_full = search_target, anchor_from, anchor_full
         self._optimization = (

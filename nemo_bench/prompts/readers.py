@@ -236,7 +236,7 @@ def _neighbours(path: Path) -> str:
     if not path.parent.is_dir():
         return f"There is no folder {path.parent} either."
     names = [file.name for file in path.parent.iterdir() if file.suffix.lower() in READERS]
-    return nearest(path.name, names) if names else f"No file of prompts is in {path.parent}."
+    return nearest(path.name, names) if names else f"No file of prompts is in the folder {path.parent.resolve()}."
 
 
 def _decode(path: Path, content: bytes) -> str:

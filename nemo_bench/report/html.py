@@ -23,6 +23,8 @@ from nemo_bench.types import Prompt
 
 _MANY = 8  # columns that fit a window; of more only the first of every family is shown at first
 _SCORES = 5
+_CHANCE = 0.05
+"""A difference that is more probable than this by chance is called neither better nor worse."""
 _FIGURES = (
     ("tradeoffs", "Trade-offs", "What less memorization costs: each mark is a row of the leaderboard."),
     ("distributions", "Distributions", "A mean hides prompts on which a method fails."),
@@ -223,7 +225,7 @@ def _change(results: Results, key: str, value: Aggregate) -> str:
         return ""
     better, ends = results.metrics[key].higher_is_better, (value.paired.low, value.paired.high)
     words = f"{_number(results, key, value.paired.difference, '+')} ({_interval(results, key, *ends)})"
-    if better is None or not value.paired.difference:
+    if better is None or value.paired.p >= _CHANCE:
         return words
     return f"{words} {'better' if (value.paired.difference > 0) == better else 'worse'}"
 

@@ -10,7 +10,7 @@ import torch
 from batches import batch_of, images_of, rows_of
 from nemo_bench import ConfigError, Diffusion, Prompt
 from nemo_bench.errors import PromptError
-from nemo_bench.methods import PRSS, BrightEndingOptimization, EmbeddingOptimization
+from nemo_bench.methods import AMG, PRSS, BrightEndingOptimization, EmbeddingOptimization
 from nemo_bench.methods.bright_ending import bright_ending
 from nemo_bench.methods.prss import read_paraphrases
 from nemo_bench.signals import masked_magnitude
@@ -171,6 +171,11 @@ def test_files_that_make_no_sense_are_errors(tmp_path: Path, lines: list[str], n
     path.write_text("\n".join(lines))
     with pytest.raises(PromptError, match=named):
         read_paraphrases(path)
+
+
+def test_what_stands_for_it_without_a_file_has_a_title_of_its_own(file: str) -> None:
+    assert (PRSS(file).title, PRSS().title) == ("PRSS", "PRSS by optimization")
+    assert AMG("sscd.pt").title + " by pixels" == AMG().title
 
 
 def test_prompts_that_the_file_lacks_are_an_error_unless_allowed(file: str) -> None:

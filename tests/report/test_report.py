@@ -458,6 +458,17 @@ def test_holm_agrees_with_a_case_worked_out_by_hand() -> None:
     assert holm({}) == {}
 
 
+def test_what_may_be_chance_is_called_neither_better_nor_worse(run: Path) -> None:
+    results, seen = load_results(run), set()
+    for row in leaderboard(results):
+        for metric, value in row.values.items():
+            if value.paired and results.metrics[metric].higher_is_better is not None:
+                is_said = html._change(results, metric, value).endswith(("better", "worse"))
+                assert is_said == (value.paired.p < 0.05)
+                seen.add(is_said)
+    assert seen == {True, False}
+
+
 def test_stars_are_of_the_corrected_p_over_the_rows_of_a_group(run: Path) -> None:
     rows = leaderboard(load_results(run))
     seen = set()

@@ -300,3 +300,18 @@ def test_other_models_of_one_name_stand_apart(tmp_path: Path, three_prompts: Pat
 def test_a_folder_of_detectors_alone_has_nothing_to_audit(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", str(done)]) == 1
     assert "holds no run of methods, so there is nothing to audit" in capsys.readouterr().err
+
+
+def test_more_steps_than_the_model_makes_are_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"watch 500 steps.*model\.steps=3; give detector\.steps at most that"):
+        detection.plan(detector_grid(["detector=magnitude", "detector.steps=500", "model.steps=3"]))
+
+
+def test_a_detector_that_does_not_fit_is_refused_before_anything_is_watched(
+    tmp_path: Path, three_prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["detect", *SMALL, "detector=tiled_l2", "detector.tiles=7", f"root={tmp_path}"]
+    assert main([*words, f"prompts.files=[{three_prompts}]"]) == 1
+    said = capsys.readouterr().err
+    assert "detector.tiles=7 does not divide images of 64x64 pixels" in said
+    assert "0/" not in said
