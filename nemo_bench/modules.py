@@ -177,7 +177,7 @@ class LocalizationStage(Stage):
         before, start = self.model.row_passes, time.perf_counter()
         method.prepare(self.model, self.prompts)
         result = method.localize(self.model, prompt, method.protocol.latents(self.model, seeds))
-        method.share(self.model, [prompt])
+        method.prepare_prompts(self.model, [prompt])
         once = {
             "once_row_passes": self.model.row_passes - before,
             "once_seconds": round(time.perf_counter() - start, 4),
@@ -242,7 +242,7 @@ class GenerationStage(Stage):
         text = self.model.encode([p.text for p in prompts])
         batch = Batch(prompts, text, self.model.latents(seeds), seeds, neurons)
         self.method.prepare(self.model, self.prompts)
-        self.method.share(self.model, prompts)
+        self.method.prepare_prompts(self.model, prompts)
         before = self.model.row_passes
         with self.method.apply(self.model, batch) as changed:
             images = self.model.generate(changed.text, changed.latents, changed.unconditional)

@@ -144,8 +144,8 @@ class Method(ABC):
             prompts: All prompts.
         """
 
-    def share(self, model: Diffusion, prompts: Sequence[Prompt]) -> None:  # noqa: B027 # most share nothing
-        """Finds what all images of a prompt share; called before every batch, it has nothing left for prompts seen.
+    def prepare_prompts(self, model: Diffusion, prompts: Sequence[Prompt]) -> None:  # noqa: B027 # most share nothing
+        """Finds what all images of a prompt share; called before every batch, with nothing left for prompts seen.
 
         Args:
             model: The model.

@@ -88,13 +88,13 @@ class OptimizedEmbedding(Method):
         if self.images is None:
             found = self._optimize(model, batch.prompts, batch.text, batch.latents[:, None])
         else:
-            self.share(model, batch.prompts)
+            self.prepare_prompts(model, batch.prompts)
             found = [self._known[model][prompt] for prompt in batch.prompts]
         text = torch.stack([embedding.to(batch.text.text) for embedding, _ in found])
         yield replace(batch, text=replace(batch.text, text=text), notes=tuple(note for _, note in found))
 
-    def share(self, model: Diffusion, prompts: Sequence[Prompt]) -> None:
-        """See :meth:`Method.share`."""
+    def prepare_prompts(self, model: Diffusion, prompts: Sequence[Prompt]) -> None:
+        """See :meth:`Method.prepare_prompts`."""
         if self.images is None:
             return
         known = self._known.setdefault(model, {})

@@ -243,7 +243,7 @@ def test_the_first_key_leads_past_the_head_and_focus_is_seen(reader: Reader) -> 
     assert reader.page.evaluate("document.activeElement.className") == "skip"
     assert reader.page.locator(".skip").bounding_box()["y"] >= 0  # type: ignore[index]
     reader.page.keyboard.press("Enter")
-    assert reader.page.url.endswith("#leaderboard")
+    reader.page.wait_for_url("**#leaderboard")
     reader.page.keyboard.press("Tab")
     outline = "getComputedStyle(document.activeElement.closest('label') ?? document.activeElement).outlineStyle"
     assert reader.page.evaluate(outline) == "solid"

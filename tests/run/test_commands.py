@@ -61,6 +61,8 @@ def test_killed_anywhere_it_goes_on_and_two_ranks_find_the_same(tmp_path: Path, 
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=environment(),
+            # Shells have what they start in the background ignore it, and so would this process.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         while process.poll() is None and lines(tmp_path / "killed") < 6 * (run + 1):
             time.sleep(0.02)
