@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,18 +14,13 @@ import torch
 from nemo_bench import Diffusion, read_prompts
 from nemo_bench.prompts import seeds_of
 from nemo_bench.store import read_json, read_records
-
-PAGE = Path(__file__).parents[1] / "docs" / "howto" / "detect.md"
+from shown import write_shown
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The files that the page shows."""
-    for name, content in re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```', PAGE.read_text(), re.MULTILINE | re.DOTALL):
-        path = tmp_path / "own" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-    return tmp_path / "own"
+    return write_shown("howto/detect.md", tmp_path / "own")
 
 
 def command(path: Path, *words: str) -> subprocess.CompletedProcess[str]:

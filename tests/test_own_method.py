@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[1] / "docs" / "howto" / "method.md"
+from shown import write_shown
+
 SMALL = ["seeds=2", "localize_seeds=2", "model.steps=3", "trainer=cpu", "method=none,words", "method.share=0.5"]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The files that the page shows."""
-    for name, content in re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```', PAGE.read_text(), re.MULTILINE | re.DOTALL):
-        path = tmp_path / "own" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-    (tmp_path / "own" / "my_conf" / "__init__.py").touch()
-    return tmp_path / "own"
+    own = write_shown("howto/method.md", tmp_path / "own")
+    (own / "my_conf" / "__init__.py").touch()
+    return own
 
 
 def command(path: Path, *words: str) -> str:
