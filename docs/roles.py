@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from griffe import AliasResolutionError, Extension, Module, NameResolutionError, Object
+from griffe import Alias, AliasResolutionError, Extension, Module, NameResolutionError, Object
 
 ROLE = re.compile(r":(?:class|meth|func|attr|data|mod):`([^`]+)`")
 
@@ -36,4 +36,17 @@ def _link(name: str, scope: Object, package: Module) -> str:
     except (AliasResolutionError, KeyError, NameResolutionError):
         return text
     target = found if found.has_docstring else found.parent
-    return f"[{text}][{target.canonical_path}]" if target and target.has_docstring and not target.is_module else text
+    return f"[{text}][{target.canonical_path}]" if target and target.has_docstring and _is_shown(target) else text
+
+
+def _is_shown(target: Object | Alias) -> bool:
+    """Whether a page shows an object: its module has a page, or the package that has one exports its name."""
+    outermost = target
+    while outermost.parent and not outermost.parent.is_module:
+        outermost = outermost.parent
+    module = outermost.parent
+    if target.is_module or module is None:
+        return False
+    has_page = module.path.count(".") == 1
+    exports = (module if has_page else module.parent).exports
+    return outermost.name in exports if exports is not None else has_page
