@@ -20,6 +20,7 @@ from nemo_bench.errors import ConfigError
 from nemo_bench.metrics import detection
 from nemo_bench.modules import file_name, to_image
 from nemo_bench.prompts import PromptTask, prompts_digest
+from nemo_bench.report import write_report
 from nemo_bench.report.detection import write_detection
 from nemo_bench.runner import Runner, is_main, note_start, open_folder
 from nemo_bench.store import SCHEMA, Store, write_json
@@ -247,6 +248,8 @@ def detect(cells: Sequence[DetectionCell], command: str, *, progress: bool = Tru
         for cell in cells:
             write_json(cell.store.folder / "metrics.json", summary(cell))
         write_detection(folder)
+        if (folder / "report.html").is_file():
+            write_report(folder)  # the pages link to one another
     return folder
 
 

@@ -20,6 +20,7 @@ from nemo_bench.metrics import detection
 from nemo_bench.modules import localization_of
 from nemo_bench.prompts import dead_references, references_digest
 from nemo_bench.report import write_report
+from nemo_bench.report.detection import write_detection
 from nemo_bench.runner import SETS, Runner, by_prompt, is_main, load_model, note_start, open_folder
 from nemo_bench.store import SCHEMA, Store, read_json, write_json, write_text
 from nemo_bench.tracking import sweep_trial, track
@@ -90,6 +91,8 @@ def finish(cells: Sequence[ImageCell], runner: Runner, say: Callable[[str], None
         for cell in cells:
             write_json(cell.store.folder / "metrics.json", _summary(cell))
         write_report(folder)
+        if (folder / "detection.html").is_file():
+            write_detection(folder)  # the pages link to one another
         try:
             track(folder, logger, cells=[cell.id for cell in cells], say=say)
         except NemoBenchError as error:

@@ -154,7 +154,7 @@ def write_detection(folder: Path | str) -> Path:
     write_json(folder / "detection.json", {"schema": SCHEMA, "name": folder.name, "detectors": rows})
     write_text(folder / "detection.md", markdown(found))
     page = folder / "detection.html"
-    write_text(page, _page(folder.name, found))
+    write_text(page, _page(folder.name, found, has_report=(folder / "report.html").is_file()))
     return page
 
 
@@ -245,7 +245,7 @@ def _roc_plot(group: Sequence[Detection], name: str, about: str) -> str:
         return svg(figure, name, f"ROC curves of detectors, {about}")
 
 
-def _page(name: str, found: Sequence[Detection]) -> str:
+def _page(name: str, found: Sequence[Detection], *, has_report: bool) -> str:
     makers = {d.folder: Thumbnails(d.folder) for d in found}
     sections = [
         {
@@ -264,6 +264,7 @@ def _page(name: str, found: Sequence[Detection]) -> str:
     return render(
         "detectors.html.jinja",
         name=name,
+        has_report=has_report,
         sections=sections,
         titles=["Detector", *_COLUMNS.values()],
         note=NOTE,

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from nemo_bench.aggregate import GROUPS
 from nemo_bench.report.data import Aggregate, Cell, GeneratedImage, Results, Statistic, short_layers
-from nemo_bench.report.plots import Plot, plots
+from nemo_bench.report.plots import MEMORIZED, Plot, plots
 from nemo_bench.report.svg import looks
 from nemo_bench.report.tables import BEST, SIGNIFICANCE, Row, fewer, number
 from nemo_bench.report.templates import FOLDER, render
@@ -23,6 +23,7 @@ from nemo_bench.types import Prompt
 
 _MANY = 8  # columns that fit a window; of more only the first of every family is shown at first
 _SCORES = 5
+_EXAMPLES = 3  # prompts of each end of the order
 _CHANCE = 0.05
 """A difference that is more probable than this by chance is called neither better nor worse."""
 _FIGURES = (
@@ -87,6 +88,10 @@ def page(results: Results, rows: Sequence[Row], audit: str = "") -> str:
     figures = plots(results)
     found = {section: [plot for plot in figures if plot.section == section] for section, _, _ in _FIGURES}
     presets, models, detection = _presets(results), _models(results, rows), _detection(results)
+    kept = {cell.name: Thumbnails(results.folder / cell.name) for cell in results.cells}
+    examples, cards = _examples(results, kept), _cards(results, kept)
+    for thumbnails in kept.values():
+        thumbnails.keep()
     used = list(dict.fromkeys(info.family for info in results.metrics.values()))
     many = len(results.metrics) > _MANY
     costs = [key for key in _COSTS if any(key in cell.cost or key in cell.counts for cell in results.cells)]
@@ -98,7 +103,9 @@ def page(results: Results, rows: Sequence[Row], audit: str = "") -> str:
         looks=looks(results),
         facts=_facts(results),
         gaps=_gaps(results),
-        sections=_sections(found, bool(models), bool(presets), bool(detection), bool(audit)),
+        sections=_sections(found, bool(examples), bool(models), bool(presets), bool(detection), bool(audit)),
+        has_detection_page=(results.folder / "detection.html").is_file(),
+        examples=examples,
         audit=Markup(audit),
         figure_sections=_FIGURES,
         plots=found,
@@ -118,7 +125,7 @@ def page(results: Results, rows: Sequence[Row], audit: str = "") -> str:
         detection=detection,
         score_titles=[results.metrics[key].title for key in _scores(results)],
         order_title=_worst(results),
-        cards=_cards(results),
+        cards=cards,
         kinds=[(g, g, "") for g in GROUPS if any(p.group == g for cell in results.cells for p in cell.prompts)],
         costs=[_COSTS[key] for key in costs],
         cost_rows=[(cell, [_cost({**cell.cost, **cell.counts}.get(key)) for key in costs]) for cell in results.cells],
@@ -158,15 +165,76 @@ def _gaps(results: Results) -> list[str]:
 
 
 def _sections(
-    found: dict[str, list[Plot]], models: bool, presets: bool, detection: bool, audit: bool
+    found: dict[str, list[Plot]], examples: bool, models: bool, presets: bool, detection: bool, audit: bool
 ) -> dict[str, str]:
-    """Title of every section that has something to show, by its anchor."""
-    titles = {"leaderboard": "Leaderboard"}
-    titles |= {"models": "Models"} if models else {}
-    titles |= {"presets": "As other papers"} if presets else {}
+    """Title of every section that has something to show, by its anchor: pictures first, long tables last."""
+    titles = {"examples": "Worst and best"} if examples else {}
+    titles |= {"leaderboard": "Leaderboard"}
     titles |= {name: title for name, title, _ in _FIGURES if found[name] or (name == "detection" and detection)}
     titles |= {"audit": "Audit"} if audit else {}
-    return {**titles, "prompts": "Prompts", "reproduce": "Reproduce"}
+    titles |= {"prompts": "Prompts"}
+    titles |= {"models": "Models"} if models else {}
+    titles |= {"presets": "As other papers"} if presets else {}
+    return {**titles, "reproduce": "Reproduce"}
+
+
+def _examples(results: Results, kept: Mapping[str, Thumbnails]) -> list[dict[str, Any]]:
+    """The memorized prompts that the best mitigation of each model serves worst and best, with their first images."""
+    key = results.leading.get("memorization")
+    if key is None or results.metrics[key].per == "set":
+        return []
+    sign = -1 if results.metrics[key].higher_is_better else 1
+    cells = {cell.name: cell for cell in results.cells}
+    found = []
+    for model in results.models:
+        means = {
+            cell.name: cell.prompt_means(key, MEMORIZED)
+            for cell in results.cells
+            if cell.model == model and cell.unmitigated in cells
+        }
+        means = {name: values for name, values in means.items() if values}
+        if not means:
+            continue
+        cell = cells[min(means, key=lambda name: sign * fmean(means[name].values()))]
+        order = sorted(means[cell.name], key=lambda prompt: -sign * means[cell.name][prompt])
+        count = min(_EXAMPLES, max(1, len(order) // 2))
+        prompts = {prompt.id: prompt for prompt in cell.prompts}
+        ends = [("Worst", order[:count]), ("Best", order[count:][::-1][:count])]
+        unmitigated = cells[cell.unmitigated or ""]
+        examples = [
+            _example(results, (unmitigated, cell), prompts[prompt], (word, means[cell.name][prompt]), kept)
+            for word, end in ends
+            for prompt in end
+        ]
+        found.append({"cell": cell, "metric": results.metrics[key].title, "prompts": examples})
+    return found
+
+
+def _example(
+    results: Results,
+    cells: tuple[Cell, Cell],
+    prompt: Prompt,
+    place: tuple[str, float],
+    kept: Mapping[str, Thumbnails],
+) -> dict[str, Any]:
+    word, mean = place
+    box = (SIZES[0].side, SIZES[0].side)
+    pictures = [("Training image", kept[cells[1].name](path, box)) for path in prompt.references[:1]]
+    for cell in cells:
+        pictures += [(cell.short, kept[cell.name](i.path, box)) for i in cell.outcomes[prompt.id].images[:1]]
+    return {
+        "word": word,
+        "prompt": prompt,
+        "address": _address(results, cells[1], prompt),
+        "mean": _number(results, results.leading["memorization"], mean),
+        "pictures": pictures,
+    }
+
+
+def _address(results: Results, cell: Cell, prompt: Prompt) -> str:
+    """What names a prompt in the page's address: its id, with the list's name where there are several lists."""
+    lists = {cell.prompt_list for cell in results.cells}
+    return f"{cell.prompt_list}/{prompt.id}" if len(lists) > 1 else prompt.id
 
 
 def _number(results: Results, key: str, value: float, sign: str = "") -> str:
@@ -312,9 +380,8 @@ def _detection(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
-def _cards(results: Results) -> list[dict[str, Any]]:
+def _cards(results: Results, kept: Mapping[str, Thumbnails]) -> list[dict[str, Any]]:
     """The gallery: one card a prompt, one strip a cell. Cards are made side by side, since images take the time."""
-    kept = {cell.name: Thumbnails(results.folder / cell.name) for cell in results.cells}
     prompts: dict[tuple[str, str], list[tuple[Cell, Prompt]]] = {}
     for cell in results.cells:
         for prompt in cell.prompts:
@@ -322,10 +389,7 @@ def _cards(results: Results) -> list[dict[str, Any]]:
     strips = sum(len(cells) for cells in prompts.values())
     size = next(size for size in SIZES if strips <= size.strips)
     with ThreadPoolExecutor() as pool:
-        cards = list(pool.map(lambda found: _card(results, found, size, kept), prompts.values()))
-    for thumbnails in kept.values():
-        thumbnails.keep()
-    return cards
+        return list(pool.map(lambda found: _card(results, found, size, kept), prompts.values()))
 
 
 def _card(
@@ -339,6 +403,7 @@ def _card(
     reference, make = prompt.references[:1], kept[found[0][0].name]
     return {
         "prompt": prompt,
+        "address": _address(results, found[0][0], prompt),
         "reference": make(reference[0], (size.side, size.side)) if reference else None,
         "seeds": len(seeds),
         "shown": min(size.seeds, len(seeds)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from fake_results import METHODS, PROMPTS, SEEDS, write_fake_results
+from fake_results import METHODS, MORE_METHODS, PROMPTS, SEEDS, write_fake_results
 from nemo_bench.report import load_results, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -109,6 +111,7 @@ def test_strips_are_made_when_they_come_near(browser: Browser, tmp_path: Path) -
     write_report(run := write_fake_results(tmp_path / "long", prompts=prompts))
     reader = Reader(browser.new_page(viewport={"width": 1200, "height": 600})).open(run / "report.html")
     assert reader.page.locator(".strips").count() < 20
+    reader.page.get_by_role("button", name="Show 16 more of 16").click()
     last = reader.page.locator(".card").last
     last.scroll_into_view_if_needed()
     last.locator(".strips img").first.wait_for()
@@ -168,6 +171,7 @@ def test_the_address_holds_what_was_chosen(reader: Reader, run: Path) -> None:
     page.locator("#leaderboard").get_by_role("radio", name="TM").check(force=True)
     page.locator("th[data-key=memorization] button").click()
     page.get_by_placeholder("Search prompts").fill("case vintage")
+    page.wait_for_url("**q=case*")
     address = page.url
     page.goto("about:blank")
     page.goto(address)
@@ -227,10 +231,83 @@ def test_an_image_that_is_clicked_opens_its_seed(reader: Reader) -> None:
     assert not reader.page.locator("#viewer").is_visible()
 
 
+def test_address_of_a_prompt_and_seed_opens_its_images(reader: Reader, run: Path) -> None:
+    reader.page.goto("about:blank")
+    reader.page.goto(f"{(run / 'report.html').as_uri()}#prompt=tm-01&seed=2")
+    assert reader.page.locator("#viewer-title").inner_text() == PROMPTS[2][1]
+    assert reader.page.locator("#viewer-seed").inner_text() == f"2 of {SEEDS}"
+    reader.page.keyboard.press("ArrowRight")
+    reader.page.wait_for_url("**#prompt=tm-01&seed=3")
+    reader.page.keyboard.press("Escape")
+    reader.page.wait_for_url("**#prompt=tm-01")
+    assert reader.complaints == []
+
+
+def test_links_of_prompts_and_figures_are_their_addresses(reader: Reader) -> None:
+    page = reader.page
+    page.locator("#examples a").first.click()
+    page.wait_for_url("**#prompt=*")
+    page.locator(".card").nth(3).get_by_role("link").first.click()
+    page.wait_for_url("**#prompt=tm-02")
+    figure = page.locator(".figures figure[id]").first
+    figure.get_by_role("link").first.click()
+    page.wait_for_url(f"**#{figure.get_attribute('id')}")
+
+
+def test_worst_and_best_prompts_come_first(reader: Reader, run: Path) -> None:
+    sections = reader.page.locator("main > section").evaluate_all("all => all.map(section => section.id)")
+    assert sections[:2] == ["examples", "leaderboard"]
+    assert sections.index("prompts") < sections.index("models") < sections.index("presets")
+    cells = {cell.name: cell for cell in load_results(run).cells if cell.model == "planted" and cell.unmitigated}
+    means = {name: cell.prompt_means("ssim", ["VM", "TM"]) for name, cell in cells.items()}
+    best = min(means, key=lambda name: sum(means[name].values()))
+    order = sorted(means[best], key=lambda prompt: -means[best][prompt])
+    shown = reader.page.locator(".examples").first.locator("figcaption a").all_inner_texts()
+    assert shown == [f"Worst, {p}" for p in order[:2]] + [f"Best, {p}" for p in order[:1:-1]]
+
+
+def test_a_table_is_downloaded_as_it_is_shown(reader: Reader, run: Path, tmp_path: Path) -> None:
+    reader.page.locator("#leaderboard").get_by_role("radio", name="TM").check(force=True)
+    with reader.page.expect_download() as download:
+        reader.page.locator("#leaderboard").get_by_role("button", name="Download CSV").click()
+    download.value.save_as(tmp_path / "table.csv")
+    rows = list(csv.DictReader((tmp_path / "table.csv").open(encoding="utf-8")))
+    expected = [cell.aggregates["TM"]["ssim"].mean for cell in load_results(run).cells]
+    assert [float(row["SSIM to training image"]) for row in rows] == expected
+    assert {row["Group"] for row in rows} == {"TM"}
+
+
+def test_a_figure_is_downloaded_as_svg_and_png(reader: Reader, tmp_path: Path) -> None:
+    figure = reader.page.locator(".figures figure[id]").first
+    for name in ("SVG", "PNG"):
+        with reader.page.expect_download() as download:
+            figure.get_by_role("button", name=name).click()
+        assert download.value.suggested_filename == f"{figure.get_attribute('id')}.{name.lower()}"
+        download.value.save_as(tmp_path / name)
+    assert "var(" not in (tmp_path / "SVG").read_text(encoding="utf-8")
+    with Image.open(tmp_path / "PNG") as picture:
+        assert len(picture.convert("RGB").getcolors(picture.width * picture.height) or ()) > 10
+    assert reader.complaints == []
+
+
+def test_page_of_42_prompts_and_5_methods_stays_short_on_a_phone(browser: Browser, tmp_path: Path) -> None:
+    prompts = [(f"vm-{i:02d}", f"prompt {i}", "VM") for i in range(42)]
+    write_report(run := write_fake_results(tmp_path / "long", prompts=prompts, methods=MORE_METHODS))
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.goto((run / "report.html").as_uri())
+    page.locator(".strips").first.wait_for(state="attached")
+    assert page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight < 15000]") == [
+        390,
+        True,
+    ]
+    page.close()
+
+
 def test_citations_are_copied(browser: Browser, run: Path) -> None:
     context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
     page = context.new_page()
     page.goto((run / "report.html").as_uri())
+    page.get_by_text("in BibTeX").click()
     page.get_by_role("button", name="Copy citations").click()
     page.get_by_text("Copied").wait_for()
     assert page.evaluate("navigator.clipboard.readText()") == page.locator("#bibtex").inner_text()

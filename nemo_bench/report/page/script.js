@@ -6,13 +6,13 @@
   const viewer = byId("viewer");
   let state = {};
 
-  // The state of the page is its address: #group=TM&sort=ssim&dir=descending&q=harbor&kind=VM
+  // The state of the page is its address: #group=TM&sort=ssim&dir=descending&q=harbor&kind=VM&prompt=vm-01&seed=2
   const read = () => { state = Object.fromEntries(new URLSearchParams(location.hash.slice(1))); };
-  const set = change => {
+  const write = change => {
     state = Object.fromEntries(Object.entries({ ...state, ...change }).filter(([, value]) => value));
     history.replaceState(null, "", "#" + new URLSearchParams(state));
-    show();
   };
+  const set = change => { write({ ...change, prompt: "", seed: "" }); show(); };
 
   const switches = Object.fromEntries(["group", "model", "columns", "detail", "kind"].map(name => [name, all(`input[name="${name}"]`)]));
   const chosen = name => {
@@ -71,18 +71,27 @@
 
   // Gallery
   let order = "";
+  const PAGE = matchMedia("(max-width: 56rem)").matches ? 4 : 24;
+  let most = PAGE;
   const showCards = () => {
     const wanted = words("q"), kind = chosen("kind");
-    cards.forEach(card => { card.hidden = Boolean(kind && card.dataset.kind !== kind) || !holds(card, wanted); });
+    const found = cards.filter(card => !(kind && card.dataset.kind !== kind) && holds(card, wanted));
     if ((state.order ?? "") !== order) {
       order = state.order ?? "";
       const worst = card => { const value = card.dataset.order.split(",")[order]; return value ? Number(value) : -Infinity; };
       byId("cards").append(...(order === "" ? cards : [...cards].sort((a, b) => worst(b) - worst(a))));
     }
-    const shown = cards.filter(card => !card.hidden).length;
-    byId("count").textContent = `${shown} of ${cards.length} prompts`;
-    byId("nothing").hidden = shown > 0;
+    const matching = new Set(found), listed = all(".card").filter(card => matching.has(card));
+    const named = listed.findIndex(card => card.dataset.address === state.prompt);
+    most = Math.max(most, named + 1);
+    const first = new Set(listed.slice(0, most));
+    cards.forEach(card => { card.hidden = !first.has(card); });
+    byId("count").textContent = `${listed.length} of ${cards.length} prompts`;
+    byId("nothing").hidden = listed.length > 0;
+    byId("more").hidden = listed.length <= most;
+    byId("more").textContent = `Show ${Math.min(PAGE, listed.length - most)} more of ${listed.length - most}`;
   };
+  byId("more").addEventListener("click", () => { most += PAGE; showCards(); });
 
   const show = () => {
     for (const [name, field] of Object.entries(fields)) {
@@ -122,6 +131,15 @@
       ...pictures.filter(([picture]) => picture).map(([picture, name]) => figure(picture, name, picture.title)),
     );
     if (!viewer.open) viewer.showModal();
+    write({ prompt: card.dataset.address, seed: shown.seed + 1 });
+  };
+  // What the address names: a prompt, or all its images of a seed.
+  const follow = () => {
+    const card = state.prompt && cards.find(card => card.dataset.address === state.prompt);
+    if (!card) return;
+    fill(card);
+    card.scrollIntoView();
+    if (state.seed) view(card, Number(state.seed) - 1);
   };
   const neighbour = step => {
     const listed = all(".card:not([hidden])");
@@ -145,7 +163,60 @@
     if (seeds) view(shown.card, shown.seed + seeds);
     else view(neighbour(prompts), shown.seed);
   });
-  viewer.addEventListener("close", () => shown.card.querySelector(".open").focus());
+  viewer.addEventListener("close", () => { write({ seed: "" }); shown.card.querySelector(".open").focus(); });
+
+  // Tables and figures as files
+  const save = (name, blob) => {
+    const link = document.createElement("a");
+    link.download = name;
+    link.href = URL.createObjectURL(blob);
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  };
+  const button = (words, of, action) => {
+    const made = document.createElement("button");
+    made.type = "button";
+    made.className = "save";
+    made.append(words, Object.assign(document.createElement("span"), { className: "sr", textContent: ` of ${of}` }));
+    made.addEventListener("click", action);
+    return made;
+  };
+  const quoted = text => /[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  const cellText = cell => (cell.dataset.csv ?? cell.dataset.value ?? [...cell.childNodes].filter(node => node.nodeName !== "SMALL").map(node => node.textContent).join("")).replace(/\s+/g, " ").trim();
+  const csv = table => [...table.rows].filter(row => !row.hidden)
+    .map(row => [...row.cells].filter(cell => !cell.hidden)
+      .flatMap(cell => [quoted(cellText(cell)), ...Array(cell.colSpan - 1).fill("")]).join(",")).join("\n") + "\n";
+  all(".scroll > table:not(.strips)").forEach(table => {
+    const name = table.closest(".scroll").getAttribute("aria-label") ?? byId(table.closest(".scroll").getAttribute("aria-labelledby")).textContent;
+    const file = `${name.toLowerCase().replace(/[^a-z0-9]+/g, "-")}.csv`;
+    table.closest(".scroll").after(button("Download CSV", name, () => save(file, new Blob([csv(table)], { type: "text/csv" }))));
+  });
+  const drawn = svg => {
+    const copy = svg.cloneNode(true), own = getComputedStyle(document.documentElement);
+    const [, , width, height] = svg.getAttribute("viewBox").split(" ");
+    copy.setAttribute("xmlns", "http://www.w3.org/2000/svg");
+    copy.setAttribute("width", width);
+    copy.setAttribute("height", height);
+    copy.setAttribute("style", `color: ${own.getPropertyValue("--ink")}; background: ${own.getPropertyValue("--paper")}; font-family: sans-serif`);
+    return copy.outerHTML.replace(/var\((--[a-z]+)\)/g, (_, name) => own.getPropertyValue(name));
+  };
+  const raster = (svg, name) => {
+    const image = new Image(), canvas = document.createElement("canvas"), scale = 3;
+    image.addEventListener("load", () => {
+      canvas.width = scale * image.width;
+      canvas.height = scale * image.height;
+      canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
+      canvas.toBlob(blob => save(`${name}.png`, blob));
+    });
+    image.src = "data:image/svg+xml;charset=utf-8," + encodeURIComponent(drawn(svg));
+  };
+  all(".figures figure[id]").forEach(figure => {
+    const svg = figure.querySelector("svg"), title = figure.querySelector("h3").textContent;
+    figure.append(
+      button("SVG", title, () => save(`${figure.id}.svg`, new Blob([drawn(svg)], { type: "image/svg+xml" }))), " ",
+      button("PNG", title, () => raster(svg, figure.id)),
+    );
+  });
 
   const copy = async button => {
     const source = byId(button.dataset.copy), before = button.innerHTML;
@@ -163,10 +234,12 @@
   addEventListener("beforeprint", () => {
     const own = switches.group.map(input => input.value).filter((name, _, names) => name !== "all" || names.length === 1);
     if (!state.group) all("tr[data-group]").forEach(row => { row.hidden = !own.includes(row.dataset.group) || !holds(row, words("method")); });
+    most = Infinity;
+    showCards();
     cards.filter(card => !card.hidden).forEach(fill);
     all("img").forEach(image => { image.loading = "eager"; });
   });
-  addEventListener("afterprint", () => show());
+  addEventListener("afterprint", () => { most = PAGE; show(); });
 
   headers.forEach(header => header.querySelector("button").addEventListener("click", () => {
     const current = header.getAttribute("aria-sort"), first = natural(header);
@@ -179,10 +252,11 @@
   for (const [name, field] of Object.entries(fields)) field?.addEventListener("input", () => set({ [name]: field.value }));
   all(".copy").forEach(button => button.addEventListener("click", () => copy(button)));
   // An anchor of a section holds no "=" and leaves the state alone.
-  addEventListener("hashchange", () => { if (location.hash.includes("=")) { read(); show(); } });
+  addEventListener("hashchange", () => { if (location.hash.includes("=")) { read(); show(); follow(); } });
 
   document.documentElement.classList.add("js");
   read();
   show();
   cards.forEach(card => near.observe(card));
+  follow();
 })();
