@@ -186,6 +186,9 @@ def _detect(options: argparse.Namespace) -> None:
         return
     console = Console()
     console.print(*terminal_detection(load_detections(folder)))
+    for cell in cells:
+        for found in cell.choice.families:
+            print(f"{cell.spec['detector']} on {cell.spec['model']}, settings {found}")
     done = "everything was done already" if is_done else "done"
     print(f"{done}, {time.perf_counter() - start:.0f} s\nreport:  {folder / 'detection.html'}\nrecords: {folder}")
 
@@ -242,6 +245,8 @@ def _print_forecast(expected: Mapping[str, Any]) -> None:
             together.setdefault((need["state"], need["kind"], need["note"]), []).append(need["what"])
     for (state, kind, note), names in together.items():
         needs.add_row(state, kind, f"{', '.join(names)}\n{note}".strip())
+    for found in expected["families"]:
+        needs.add_row("chosen" if found["known"] else "default", "settings", f"{found['method']} {found['text']}")
     console.print(needs, "")
     if expected["uncounted"]:
         console.print(f"{expected['uncounted']} cells can't be counted before their files are there")
@@ -345,6 +350,9 @@ def _report(options: argparse.Namespace) -> None:
     if (folder / "detection.json").is_file():
         page = write_detection(folder)
         console.print(*terminal_detection(load_detections(folder)))
+    for cell in cells:
+        for found in cell.choice.families:
+            print(f"{cell.spec['detector']} on {cell.spec['model']}, settings {found}")
         print(page)
         if not read_json(folder / "run.json")["cells"]:
             return

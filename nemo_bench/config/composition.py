@@ -20,7 +20,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_bench.config.groups import GROUPS, options, plugins
+from nemo_bench.config.families import FAMILIES, FamilySettings, settle
+from nemo_bench.config.groups import GROUPS, folders, options, plugins
 from nemo_bench.config.schema import LoggerSettings, RunSettings, check_values
 from nemo_bench.config.targets import SPELLED, first_line, resolve, spell
 from nemo_bench.errors import ConfigError, nearest
@@ -42,10 +43,12 @@ class Choice:
     Attributes:
         names: Option by group, such as ``{"model": "planted", "method": "nemo", ...}``.
         settings: The checked settings.
+        families: Which of them were chosen for the family of the model.
     """
 
     names: Mapping[str, str]
     settings: RunSettings
+    families: tuple[FamilySettings, ...] = ()
 
 
 def grid(overrides: Sequence[str], conf: Path | None = None) -> list[Choice]:
@@ -197,7 +200,7 @@ def _share_out(cells: Sequence[Sequence[str]], group: str, conf: Path | None) ->
             return []
         nodes = [other[group] for other in composed.values()]
         known = {str(name) for node in nodes for name in (*node, *node.get("source", ()))}
-        hint = nearest(key.removeprefix(f"{group}."), known - {"_target_", "source"})
+        hint = nearest(key.removeprefix(f"{group}."), known - {"_target_", "source", FAMILIES})
         raise ConfigError(f"unknown key '{key}': none of the {group}s that are compared has it. {hint}")
 
     return [
@@ -289,8 +292,33 @@ def choose(overrides: Sequence[str], conf: Path | None) -> Choice:
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from error
     assert isinstance(settings, RunSettings)
+    given = [*keys, *_of_experiment(parsed, conf)]
+    nodes = {"method": settings.method, "detector": settings.detector}
+    families = [
+        found
+        for key, own in nodes.items()
+        if isinstance(own, dict)
+        for found in settle(own, key, settings.model.family, given)
+    ]
     check_values(settings)
-    return Choice(names, settings)
+    return Choice(names, settings, tuple(families))
+
+
+def _of_experiment(parsed: Sequence[Override], conf: Path | None) -> list[str]:
+    """Settings of the method and detector that the file of an experiment holds, other than in lines of its grid."""
+    found = []
+    for name in [str(o.value()) for o in parsed if o.key_or_group == "experiment" and o.value() is not None]:
+        path = next(p for folder in folders("experiment", conf) if (p := folder / f"{name}.yaml").is_file())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found += [key for group in ("method", "detector") for key in _keys(content.get(group, {}), group)]
+    return found
+
+
+def _keys(node: Any, prefix: str) -> list[str]:
+    """Full keys of all values in nested mappings."""
+    if not isinstance(node, Mapping):
+        return [prefix]
+    return [key for name, value in node.items() for key in _keys(value, f"{prefix}.{name}")]
 
 
 def _word(override: Override) -> str:
