@@ -12,8 +12,9 @@ from nemo_bench.report import load_results
 from nemo_bench.report.tables import Row, leaderboard, number
 
 COLUMNS = (("VM", "ssim"), ("VM", "memorized"), ("VM", "alignment"), ("VM", "diversity"), ("TM", "ssim"),
-           ("general", "alignment"), ("general", "kid"), ("VM", "target_reached"), ("TM", "target_reached"))  # fmt: skip
-"""Groups of prompts and metrics."""
+           ("general", "alignment"), ("general", "kid"), ("VM", "target_reached"),
+           ("TM", "target_reached"))  # fmt: skip
+"""Groups of prompts and metrics; those that no method of the run has are left out."""
 
 
 def table(folder: Path) -> str:

@@ -350,9 +350,6 @@ def _report(options: argparse.Namespace) -> None:
     if (folder / "detection.json").is_file():
         page = write_detection(folder)
         console.print(*terminal_detection(load_detections(folder)))
-    for cell in cells:
-        for found in cell.choice.families:
-            print(f"{cell.spec['detector']} on {cell.spec['model']}, settings {found}")
         print(page)
         if not read_json(folder / "run.json")["cells"]:
             return

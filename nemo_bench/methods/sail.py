@@ -30,8 +30,8 @@ class SAIL(Method):
     With d(x) for what the prompt adds to the noise predicted for x at the first timestep, the loss of a candidate is
     |d(x + delta d(x) / |d(x)|)| + alpha |x|, as in the public code, whose targets belong to it. For models that predict
     velocity its d is what the prompt adds to the score, s(x): the negative over the noise level, a step the other way.
-    The paper states another loss: |s(x + delta s(x)) - s(x)|^2 + alpha |x|^2; no targets for it are published. Where no candidate gets there, the search starts again with fresh noise, and every third time the
-    target is raised by 0.1.
+    The paper states another loss: |s(x + delta s(x)) - s(x)|^2 + alpha |x|^2; no targets for it are published. Where no
+    candidate gets there, the search starts again with fresh noise, and every third time the target is raised by 0.1.
 
     Otherwise than in the public code, where the images of a prompt are the first of eight candidates in common to be
     accepted, every image has candidates of its own, its own starting noise first: images stay paired with those of
