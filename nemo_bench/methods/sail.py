@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -58,6 +59,8 @@ class SAIL(Method):
             mistake; otherwise at the candidate as it is. Gradients go through it either way.
         form: ``"noise"`` or, as in the public code for models that predict velocity, ``"score"``; see above. It does
             not matter to the paper's objective.
+        legacy_moving: Let accepted noise take all ``steps``. In the public code it is a view of what the optimizer goes
+            on moving, until enough images are accepted; here images are searched for one by one.
 
     Raises:
         ConfigError: A number is out of range, or the paper's objective has no target.
@@ -83,6 +86,7 @@ class SAIL(Method):
         delta: float = 1.0,
         legacy_stale_direction: bool = False,
         form: Literal["noise", "score"] = "noise",
+        legacy_moving: bool = False,
     ) -> None:
         if objective == "paper" and target is None:
             raise ConfigError("sail needs a target for objective=paper, since none is published")
@@ -95,7 +99,7 @@ class SAIL(Method):
         self.target = 8.2 if target is None else target
         self.alpha, self.candidates, self.steps, self.rate, self.restarts = alpha, candidates, steps, rate, restarts
         self.objective, self.delta, self.form = objective, delta, form
-        self.legacy_stale_direction = legacy_stale_direction
+        self.legacy_stale_direction, self.legacy_moving = legacy_stale_direction, legacy_moving
 
     @contextmanager
     def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
@@ -116,14 +120,16 @@ class SAIL(Method):
         for restart in range(self.restarts + 1):
             start = torch.stack([self._draw(model, batch, image, restart) for image in open_images])
             target = self.target + _RAISE * (restart // _EVERY)
-            end = descend(
+            search = partial(
+                descend,
                 start,
                 self._loss(model, batch.text.rows(open_images), start),
-                target=target,
                 steps=self.steps,
                 rate=self.rate,
                 optimizer=Adam,
             )
+            end = search(target=target)
+            values = search(target=-math.inf).values if self.legacy_moving else end.values
             for row, image in enumerate(open_images):
                 # The first candidate that is there; where none is, the best.
                 enough = (end.losses[row] <= target).nonzero()
@@ -131,7 +137,7 @@ class SAIL(Method):
                 value, reached = float(end.losses[row, chosen]), end.reached[row]
                 if reached or image not in best or value < best[image][0]:
                     note = {"restarts": restart, "steps": end.steps[row], "candidate": chosen, "reached": reached}
-                    best[image] = value, end.values[row, chosen], note
+                    best[image] = value, values[row, chosen], note
             open_images = [image for image in open_images if not best[image][2]["reached"]]
             if not open_images:
                 break
