@@ -67,8 +67,8 @@ def detection(memorized: Sequence[float], other: Sequence[float]) -> dict[str, A
 def _first_nearest(scores: NDArray[Any], labels: NDArray[Any]) -> float:
     """True positive rate at the first of the points nearest to 1% false positives that scikit-learn keeps.
 
-    It leaves out points that are halfway, by both counts, between their neighbours, but for the first and the last; then
-    it puts (0, 0) before them.
+    It leaves out points that are halfway, by both counts, between their neighbours, but for the first and the last;
+    then it puts (0, 0) before them.
     """
     limits = np.unique(scores)[::-1]
     hits, mistakes = (np.array([(scores[labels == kind] >= t).sum() for t in limits]) for kind in (1, 0))

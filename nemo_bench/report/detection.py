@@ -38,9 +38,9 @@ _COLUMNS = {
 NOTE = (
     "AUC with its 95% bootstrap interval over prompts, over all memorized prompts and over those of a kind. TPR at "
     "the last point with fewer than 1% false positives (<), and at the one nearest to 1% (≈): the highest of equally "
-    "near ones, and the first of those that scikit-learn keeps. Accuracy is the best of all thresholds, either sort of prompts counting half. UNet passes and seconds are a prompt's, as if the "
-    "detector ran alone; own passes are those that no other detector could share. A derivative counts as one more "
-    "pass."
+    "near ones, and the first of those that scikit-learn keeps. Accuracy is the best of all thresholds, either sort of "
+    "prompts counting half. UNet passes and seconds are a prompt's, as if the detector ran alone; own passes are those "
+    "that no other detector could share. A derivative counts as one more pass."
 )
 """How to read the table."""
 
