@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_bench.config.families import FAMILIES, FamilySettings, settle
 from nemo_bench.config.groups import GROUPS, folders, options, plugins
+from nemo_bench.config.importable import check_found
 from nemo_bench.config.schema import LoggerSettings, RunSettings, check_values
 from nemo_bench.config.targets import SPELLED, first_line, resolve, spell
 from nemo_bench.errors import ConfigError, nearest
@@ -82,7 +83,7 @@ def grid(overrides: Sequence[str], conf: Path | None = None) -> list[Choice]:
             cells |= dict.fromkeys(map(tuple, _product(words)))
     shared = dict.fromkeys(map(tuple, _share_out(_share_out(list(cells), "method", conf), "detector", conf)))
     try:
-        return [choose(list(cell), conf) for cell in shared]
+        return _checked([_chosen(list(cell), conf) for cell in shared], conf)
     except ConfigError as error:
         if any("method.source." in word for word in overrides):
             raise
@@ -266,6 +267,21 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 
 def choose(overrides: Sequence[str], conf: Path | None) -> Choice:
     """The settings of overrides that hold one value each, an experiment's grid left aside; see :func:`grid`."""
+    return _checked([_chosen(overrides, conf)], conf)[0]
+
+
+def _checked(choices: list[Choice], conf: Path | None) -> list[Choice]:
+    """The choices, once all that they name is found and then made; that it is not there is said before torch loads."""
+    for settings in (choice.settings for choice in choices):
+        nodes = {"method": settings.method, "detector": settings.detector}
+        for key, node in (nodes | {f"metrics.{name}": node for name, node in settings.metrics.items()}).items():
+            check_found(node, key, conf)
+    for choice in choices:
+        check_values(choice.settings)
+    return choices
+
+
+def _chosen(overrides: Sequence[str], conf: Path | None) -> Choice:
     parsed = _parse(overrides)
     for override in parsed:
         _check_option(override, conf)
@@ -300,7 +316,6 @@ def choose(overrides: Sequence[str], conf: Path | None) -> Choice:
         if isinstance(own, dict)
         for found in settle(own, key, settings.model.family, given)
     ]
-    check_values(settings)
     return Choice(names, settings, tuple(families))
 
 
