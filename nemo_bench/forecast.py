@@ -136,8 +136,8 @@ def forecast(choices: Sequence[Choice]) -> dict[str, Any]:
     families = {}
     for choice in choices:
         for found in choice.families:
-            row = {**{group: choice.names[group] for group in ("model", "method")}, **asdict(found), "text": str(found)}
-            families[row["model"], row["method"], row["text"]] = row
+            about = {"model": choice.names["model"], "method": choice.names["method"], "text": str(found)}
+            families[tuple(about.values())] = {**about, **asdict(found)}
     return {
         "needs": [asdict(need) for need in survey.needs.values()],
         "families": list(families.values()),
