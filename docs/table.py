@@ -12,8 +12,9 @@ from nemo_bench.report import load_results
 from nemo_bench.report.tables import Row, leaderboard, number
 
 COLUMNS = (("VM", "ssim"), ("VM", "memorized"), ("VM", "alignment"), ("VM", "diversity"), ("TM", "ssim"),
-           ("general", "alignment"), ("general", "kid"))  # fmt: skip
-"""Groups of prompts and metrics."""
+           ("general", "alignment"), ("general", "kid"), ("VM", "target_reached"),
+           ("TM", "target_reached"))  # fmt: skip
+"""Groups of prompts and metrics; those that no method of the run has are left out."""
 
 
 def table(folder: Path) -> str:
@@ -32,13 +33,14 @@ def table(folder: Path) -> str:
         span = "" if found.low is None else f" [{found.low:.2f}, {found.high:.2f}]"
         return number(results, metric, found.mean) + row.stars(metric).replace("*", "\\*") + span
 
-    heads = [f"{group}: {results.metrics[metric].title} {results.metrics[metric].arrow}" for group, metric in COLUMNS]
+    columns = [(group, metric) for group, metric in COLUMNS if metric in results.metrics]
+    heads = [f"{group}: {results.metrics[metric].title} {results.metrics[metric].arrow}" for group, metric in columns]
     lines = [
         ["Method", *heads, "UNet passes once for a prompt", "for an image"],
         ["---", *["---:"] * (len(heads) + 2)],
     ]
     for cell in results.cells:
-        values = [value(rows[cell.name, group], metric) for group, metric in COLUMNS]
+        values = [value(rows[cell.name, group], metric) for group, metric in columns]
         costs = [cell.cost["once_row_passes_per_prompt"], cell.cost["row_passes_per_image"]]
         lines.append([cell.label, *values, *(f"{cost:.0f}" for cost in costs)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -257,6 +257,7 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
         "prompts": names[2],
         "title": method.title,
         "settings": decisive,
+        "families": [str(found) for found in choice.families],
         "digests": {"model": network["weights"], "prompts": decisive["prompts"], **commit},
         "citations": _citations(method),
         "calibration": f"../../calibration/{calibration_folder}" if THRESHOLD in measured else None,

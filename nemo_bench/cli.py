@@ -148,15 +148,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from nemo_bench.cells import plan
     from nemo_bench.config import grid
-    from nemo_bench.run import outlook, run
-    from nemo_bench.runner import is_main
 
-    choices = grid(options.overrides, options.conf)
+    choices = grid(options.overrides, options.conf)  # before torch loads, so that mistakes are said at once
     if options.dry_run:
         _dry_run(choices, options.json)
         return
+    from nemo_bench.cells import plan
+    from nemo_bench.run import outlook, run
+    from nemo_bench.runner import is_main
+
     cells = plan(choices)
     start = time.perf_counter()
     open_before = sum(sum(row["open"].values()) for row in outlook(cells))
@@ -168,14 +169,16 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _detect(options: argparse.Namespace) -> None:
+    from nemo_bench.config import detector_grid
+
+    choices = detector_grid(options.overrides, options.conf)  # before torch loads, so that mistakes are said at once
     from rich.console import Console
 
     from nemo_bench import detection
-    from nemo_bench.config import detector_grid
     from nemo_bench.report.detection import load_detections, terminal_detection
     from nemo_bench.runner import is_main
 
-    cells = detection.plan(detector_grid(options.overrides, options.conf))
+    cells = detection.plan(choices)
     start = time.perf_counter()
     is_done = not detection.is_open(cells)
     folder = detection.detect(cells, _command_line(), progress=not options.json)
@@ -186,6 +189,9 @@ def _detect(options: argparse.Namespace) -> None:
         return
     console = Console()
     console.print(*terminal_detection(load_detections(folder)))
+    for cell in cells:
+        for found in cell.choice.families:
+            print(f"{cell.spec['detector']} on {cell.spec['model']}, settings {found}")
     done = "everything was done already" if is_done else "done"
     print(f"{done}, {time.perf_counter() - start:.0f} s\nreport:  {folder / 'detection.html'}\nrecords: {folder}")
 
@@ -242,6 +248,8 @@ def _print_forecast(expected: Mapping[str, Any]) -> None:
             together.setdefault((need["state"], need["kind"], need["note"]), []).append(need["what"])
     for (state, kind, note), names in together.items():
         needs.add_row(state, kind, f"{', '.join(names)}\n{note}".strip())
+    for found in expected["families"]:
+        needs.add_row("chosen" if found["known"] else "default", "settings", f"{found['method']} {found['text']}")
     console.print(needs, "")
     if expected["uncounted"]:
         console.print(f"{expected['uncounted']} cells can't be counted before their files are there")

@@ -114,6 +114,7 @@ def _cell(choice: Choice, prompts: list[Prompt]) -> DetectionCell:
         **names,
         "title": detector.title,
         "settings": decisive,
+        "families": [str(found) for found in choice.families],
         "digests": {"model": decisive["model"]["weights"], "prompts": decisive["prompts"]},
         "citations": {detector.title: detector.citation} if detector.citation else {},
     }

@@ -114,13 +114,14 @@ def forecast(choices: Sequence[Choice]) -> dict[str, Any]:
         choices: What was asked for.
 
     Returns:
-        ``needs``: the fields of each :class:`Need`. ``cells``: those whose files can be read, each as in
-        :func:`nemo_bench.run.outlook`, with ``passes``, UNet passes of one sample to ``calibrate`` (with the first
-        cell that waits for it), ``localize`` and ``generate``; ``at_least``, whether those are the fewest possible,
-        since what a method takes depends on the prompt and no record of the model tells what it is; and
-        ``seconds``, None before the first records of the model. ``uncounted``: how many other cells there are.
-        ``total``: the same over all cells. ``pace``: by model, number of ``records`` that this is drawn from, their
-        ``devices`` and ``seconds_per_pass``.
+        ``needs``: the fields of each :class:`Need`. ``families``: by model and method, which settings were chosen for
+        the model's family, the fields of :class:`nemo_bench.config.FamilySettings` and the same as ``text``.
+        ``cells``: those whose files can be read, each as in :func:`nemo_bench.run.outlook`, with ``passes``, UNet
+        passes of one sample to ``calibrate`` (with the first cell that waits for it), ``localize`` and ``generate``;
+        ``at_least``, whether those are the fewest possible, since what a method takes depends on the prompt and no
+        record of the model tells what it is; and ``seconds``, None before the first records of the model.
+        ``uncounted``: how many other cells there are. ``total``: the same over all cells. ``pace``: by model, number of
+        ``records`` that this is drawn from, their ``devices`` and ``seconds_per_pass``.
 
     Raises:
         NemoBenchError: Settings are wrong; what is merely missing is in ``needs``.
@@ -132,8 +133,14 @@ def forecast(choices: Sequence[Choice]) -> dict[str, Any]:
     rows, paces = _costs(cells)
     seconds = [row["seconds"] for row in rows]
     stages = ("calibrate", "localize", "generate")
+    families = {}
+    for choice in choices:
+        for found in choice.families:
+            about = {"model": choice.names["model"], "method": choice.names["method"], "text": str(found)}
+            families[tuple(about.values())] = {**about, **asdict(found)}
     return {
         "needs": [asdict(need) for need in survey.needs.values()],
+        "families": list(families.values()),
         "cells": rows,
         "uncounted": len(choices) - len(countable),
         "total": {

@@ -26,6 +26,20 @@ from nemo_bench.store import SCHEMA, Store, read_json, write_json, write_text
 from nemo_bench.tracking import sweep_trial, track
 from nemo_bench.types import Neurons, Record
 
+REACHED = "target_reached"
+"""In tables, the share of images whose method reached its target."""
+_REACHED_IS = {
+    "measure": "TargetReached",
+    "title": "Target reached",
+    "description": "share of images whose optimization or search reached the method's target",
+    "citation": "",
+    "higher_is_better": None,
+    "lower": 0.0,
+    "upper": 1.0,
+    "family": "localization",
+    "per": "image",
+}
+
 
 def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print, *, progress: bool = True) -> Path:
     """Runs what is open of some cells, to the report.
@@ -187,7 +201,12 @@ def _summary(cell: ImageCell) -> dict[str, Any]:
     scored = store.records("score").values()
     peak = max((r.get("cost", {}) for r in [*localized, *generated]), key=lambda cost: cost.get("peak_memory_mb", 0))
     about = {name: metric.describe() for name, metric in metrics_of(cell).items()}
+    measures = presets(scored, cell.prompts, about)
     aggregates = aggregate(scored, cell.prompts, _scores_without_mitigation(cell))
+    if targets := _targets(generated):
+        about[REACHED] = _REACHED_IS
+        for group, row in aggregate(targets, cell.prompts).items():
+            aggregates.setdefault(group, {}).update(row)
     for group, row in read_json(store.folder / SETS).items():
         count = sum(group in ("all", p.group) for p in cell.prompts)
         nothing = dict.fromkeys(("low", "high", "median", "mad"))
@@ -211,7 +230,7 @@ def _summary(cell: ImageCell) -> dict[str, Any]:
         "unmitigated": cell.unmitigated.id if cell.unmitigated else None,
         "metrics": about,
         "aggregates": aggregates,
-        "presets": presets(scored, cell.prompts, about),
+        "presets": measures,
         "detection": _detection(cell, localized),
         "counts": {
             "images": len(generated),
@@ -227,6 +246,15 @@ def _summary(cell: ImageCell) -> dict[str, Any]:
         },
         "peak_memory_of": "process" if peak.get("device", "cpu") == "cpu" else "GPU",
     }
+
+
+def _targets(generated: Iterable[Record]) -> list[Record]:
+    """Of images whose method had a target, whether it was reached, in the form of scores."""
+    return [
+        {**record, "scores": {REACHED: float(record["notes"]["reached"])}}
+        for record in generated
+        if "reached" in record.get("notes", {})
+    ]
 
 
 def _scores_without_mitigation(cell: ImageCell) -> Iterable[Record]:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from batches import batch_of, images_of
+from nemo_bench import Diffusion
+from nemo_bench.methods import Method, NoMitigation
+from nemo_bench.store import read_records
 from shown import write_shown
 
-SMALL = ["seeds=2", "localize_seeds=2", "model.steps=3", "trainer=cpu", "method=none,words", "method.share=0.5"]
+SMALL = [
+    "seeds=2", "localize_seeds=2", "model.steps=3", "trainer=cpu", "method=none,words,fainter,capped",
+    "method.share=0.5",
+]  # fmt: skip
+OWN = ("words", "fainter", "capped")
 
 
 @pytest.fixture
@@ -32,9 +44,11 @@ def command(path: Path, *words: str) -> str:
 
 
 def changed(root: Path) -> dict[str, float]:
-    """Similarity of each group's images to those without the mitigation."""
-    (path,) = (root / "default").glob("*__words__*/metrics.json")
-    return {group: row["ssim_change"]["mean"] for group, row in json.loads(path.read_text())["aggregates"].items()}
+    """Similarity of each mitigation's images to those without one."""
+    paths = {name: next((root / "default").glob(f"*__{name}__*/metrics.json")) for name in OWN}
+    return {
+        name: json.loads(path.read_text())["aggregates"]["all"]["ssim_change"]["mean"] for name, path in paths.items()
+    }
 
 
 def test_it_runs_with_files_of_ones_own_and_as_a_plugin(folder: Path, tmp_path: Path, prompt_file: Path) -> None:
@@ -42,6 +56,8 @@ def test_it_runs_with_files_of_ones_own_and_as_a_plugin(folder: Path, tmp_path: 
     command(folder, "run", "--conf", str(folder / "my_conf"), *words, f"root={tmp_path / 'conf'}")
     here = changed(tmp_path / "conf")
     assert all(value < 0.95 for value in here.values())
+    cell = next((tmp_path / "conf" / "default").glob("*__fainter__*"))
+    assert all(record["notes"]["moved"] > 0 for record in read_records(cell, "generate").values())
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*install, "--target", str(tmp_path / "site"), str(folder)], check=True, capture_output=True)
     listing = json.loads(command(tmp_path / "site", "ls", "method", "--json"))
@@ -65,3 +81,49 @@ def test_a_plugin_that_is_broken_is_named(folder: Path, tmp_path: Path) -> None:
     done = subprocess.run(line, capture_output=True, text=True, timeout=280, check=False, env=environment)
     assert done.returncode == 1
     assert "plugin broken: its package of settings not_there.conf can't be imported" in done.stderr
+
+
+def made(folder: Path, module: str, kind: str, **options: float) -> Method:
+    """A mitigation of the page, its module read from there."""
+    spec = importlib.util.spec_from_file_location(module, folder / f"{module}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return getattr(found, kind)(**options)
+
+
+def test_at_no_strength_they_change_nothing(folder: Path, tiny: Diffusion) -> None:
+    batch = batch_of(tiny, [(0, 0), (1, 0)])
+    plain = images_of(tiny, NoMitigation(), batch)
+    assert torch.equal(images_of(tiny, made(folder, "my_embeddings", "Fainter", share=0.0), batch), plain)
+    torch.testing.assert_close(images_of(tiny, made(folder, "my_guidance", "Capped", limit=math.inf), batch), plain)
+
+
+def test_at_full_strength_they_leave_nothing_of_the_prompt(folder: Path, tiny: Diffusion) -> None:
+    batch = batch_of(tiny, [(0, 0), (1, 0)])
+    empty = images_of(tiny, NoMitigation(), replace(batch, text=tiny.unconditional(2)))
+    for method in (
+        made(folder, "my_embeddings", "Fainter", share=1.0),
+        made(folder, "my_guidance", "Capped", limit=1e-9),
+    ):
+        torch.testing.assert_close(images_of(tiny, method, batch), empty, rtol=0, atol=1e-3)
+
+
+def test_a_class_that_is_not_importable_says_where_python_looked(folder: Path, tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    line = ["-m", "nemo_bench.cli", "run", "--conf", str(folder / "my_conf"), "method=none,words"]
+    # Torch takes seconds to import, and is not there when the message comes.
+    script = (
+        f"import sys, runpy; sys.argv = {line[1:]!r}\ntry:\n    runpy.run_module('nemo_bench.cli', run_name='__main__')"
+    )
+    script += "\nfinally:\n    print('torch' in sys.modules)"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=280, check=False, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert "method._target_=my_methods.FewerWords: can't be imported; there is no module my_methods" in done.stderr
+    assert f"my_methods is in {folder}: export PYTHONPATH={folder}" in done.stderr
+    assert all(path in done.stderr for path in sys.path if "site-packages" in path)
+    assert done.stdout.strip() == "False"

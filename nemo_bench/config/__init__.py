@@ -15,6 +15,7 @@ from nemo_bench.config.composition import (
     one,
     rescore,
 )
+from nemo_bench.config.families import FamilySettings
 from nemo_bench.config.groups import GROUPS, options
 from nemo_bench.config.listing import about_method, describe_options, explain_option
 from nemo_bench.config.schema import (
@@ -35,6 +36,7 @@ __all__ = [
     "OWN_METRICS",
     "SCORING",
     "Choice",
+    "FamilySettings",
     "LoggerSettings",
     "ModelSettings",
     "PromptSettings",

@@ -20,7 +20,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_bench.config.groups import GROUPS, options, plugins
+from nemo_bench.config.families import FAMILIES, FamilySettings, settle
+from nemo_bench.config.groups import GROUPS, folders, options, plugins
+from nemo_bench.config.importable import check_found
 from nemo_bench.config.schema import LoggerSettings, RunSettings, check_values
 from nemo_bench.config.targets import SPELLED, first_line, resolve, spell
 from nemo_bench.errors import ConfigError, nearest
@@ -42,10 +44,12 @@ class Choice:
     Attributes:
         names: Option by group, such as ``{"model": "planted", "method": "nemo", ...}``.
         settings: The checked settings.
+        families: Which of them were chosen for the family of the model.
     """
 
     names: Mapping[str, str]
     settings: RunSettings
+    families: tuple[FamilySettings, ...] = ()
 
 
 def grid(overrides: Sequence[str], conf: Path | None = None) -> list[Choice]:
@@ -79,7 +83,7 @@ def grid(overrides: Sequence[str], conf: Path | None = None) -> list[Choice]:
             cells |= dict.fromkeys(map(tuple, _product(words)))
     shared = dict.fromkeys(map(tuple, _share_out(_share_out(list(cells), "method", conf), "detector", conf)))
     try:
-        return [choose(list(cell), conf) for cell in shared]
+        return _checked([_chosen(list(cell), conf) for cell in shared], conf)
     except ConfigError as error:
         if any("method.source." in word for word in overrides):
             raise
@@ -197,7 +201,7 @@ def _share_out(cells: Sequence[Sequence[str]], group: str, conf: Path | None) ->
             return []
         nodes = [other[group] for other in composed.values()]
         known = {str(name) for node in nodes for name in (*node, *node.get("source", ()))}
-        hint = nearest(key.removeprefix(f"{group}."), known - {"_target_", "source"})
+        hint = nearest(key.removeprefix(f"{group}."), known - {"_target_", "source", FAMILIES})
         raise ConfigError(f"unknown key '{key}': none of the {group}s that are compared has it. {hint}")
 
     return [
@@ -263,6 +267,21 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 
 def choose(overrides: Sequence[str], conf: Path | None) -> Choice:
     """The settings of overrides that hold one value each, an experiment's grid left aside; see :func:`grid`."""
+    return _checked([_chosen(overrides, conf)], conf)[0]
+
+
+def _checked(choices: list[Choice], conf: Path | None) -> list[Choice]:
+    """The choices, once all that they name is found and then made; that it is not there is said before torch loads."""
+    for settings in (choice.settings for choice in choices):
+        nodes = {"method": settings.method, "detector": settings.detector}
+        for key, node in (nodes | {f"metrics.{name}": node for name, node in settings.metrics.items()}).items():
+            check_found(node, key, conf)
+    for choice in choices:
+        check_values(choice.settings)
+    return choices
+
+
+def _chosen(overrides: Sequence[str], conf: Path | None) -> Choice:
     parsed = _parse(overrides)
     for override in parsed:
         _check_option(override, conf)
@@ -289,8 +308,32 @@ def choose(overrides: Sequence[str], conf: Path | None) -> Choice:
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from error
     assert isinstance(settings, RunSettings)
-    check_values(settings)
-    return Choice(names, settings)
+    given = [*keys, *_of_experiment(parsed, conf)]
+    nodes = {"method": settings.method, "detector": settings.detector}
+    families = [
+        found
+        for key, own in nodes.items()
+        if isinstance(own, dict)
+        for found in settle(own, key, settings.model.family, given)
+    ]
+    return Choice(names, settings, tuple(families))
+
+
+def _of_experiment(parsed: Sequence[Override], conf: Path | None) -> list[str]:
+    """Settings of the method and detector that the file of an experiment holds, other than in lines of its grid."""
+    found = []
+    for name in [str(o.value()) for o in parsed if o.key_or_group == "experiment" and o.value() is not None]:
+        path = next(p for folder in folders("experiment", conf) if (p := folder / f"{name}.yaml").is_file())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found += [key for group in ("method", "detector") for key in _keys(content.get(group, {}), group)]
+    return found
+
+
+def _keys(node: Any, prefix: str) -> list[str]:
+    """Full keys of all values in nested mappings."""
+    if not isinstance(node, Mapping):
+        return [prefix]
+    return [key for name, value in node.items() for key in _keys(value, f"{prefix}.{name}")]
 
 
 def _word(override: Override) -> str:

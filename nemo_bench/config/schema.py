@@ -39,6 +39,8 @@ class ModelSettings:
         steps: DDIM steps.
         guidance: Scale of classifier-free guidance, 1 for none.
         similarity: How noise differences are compared.
+        family: Models that share published settings of methods and detectors, such as ``sd1``, ``sd2`` and ``sdxl``;
+            None where it is none of those.
         statistics: File of published activation statistics, in place of measured ones.
         clip: open_clip model that judges alignment and diversity.
         clip_pretrained: Its weights: tag or file.
@@ -56,6 +58,7 @@ class ModelSettings:
     steps: int = 50
     guidance: float = 7.0
     similarity: SimilaritySettings = field(default_factory=SimilaritySettings)
+    family: Optional[str] = None  # noqa: UP045
     statistics: Optional[str] = None  # noqa: UP045
     clip: str = "ViT-B-32"
     clip_pretrained: Optional[str] = "openai"  # noqa: UP045

@@ -13,6 +13,7 @@ from nemo_bench.diffusion import Diffusion
 from nemo_bench.signals import LATE, angle, norms
 from nemo_bench.types import Prompt
 
+AngleOf = Literal["noise", "prediction"]
 Sides = Literal["unconditional_difference", "conditional_difference", "unconditional_conditional"]
 
 
@@ -23,11 +24,11 @@ class Anisotropy(Detector):
     steps (981 for Stable Diffusion), the angle at that of the third last (41). The angle is the cosine over channels
     between two predictions at each position, then the mean over positions. Both are means over images. Of models that
     predict velocity it is the magnitude of the predicted noise; the public code takes that of the score, larger by less
-    than 1%. Its option to divide predictions by their L1 or L2 norms first, off by default, is left out.
+    than 1%. Its angle is that of velocities, ``angle_of="prediction"``; of noise it can have the other sign. Its option
+    to divide predictions by their L1 or L2 norms first, off by default, is left out.
 
-    Weights are those of the public code for Stable Diffusion 1.4; it has 1 and 0.1 for 2.0, 2 and 1 for Realistic
-    Vision. The paper fits them on 20 memorized prompts by logistic regression and finds 1 and 1 to work as well; its
-    first weight is that of the angle.
+    Weights are those of the public code for Stable Diffusion 1.4. The paper fits them on 20 memorized prompts by
+    logistic regression and finds 1 and 1 to work as well; its first weight is that of the angle.
 
     Args:
         seeds: Images a prompt.
@@ -36,6 +37,7 @@ class Anisotropy(Detector):
         angle_between: Which predictions: ``"unconditional_difference"`` as published, unconditional noise and what the
             prompt adds to it; ``"conditional_difference"`` and ``"unconditional_conditional"`` are other modes of the
             public code.
+        angle_of: Between what: the noise predicted, or what the network itself predicts, which may be velocity.
 
     Raises:
         ConfigError: There are no seeds, or a weight is not finite.
@@ -52,6 +54,7 @@ class Anisotropy(Detector):
         norm_weight: float = 1.0,
         angle_weight: float = 2.0,
         angle_between: Sides = "unconditional_difference",
+        angle_of: AngleOf = "noise",
     ) -> None:
         check_counts(self.title, seeds)
         check_finite(self.title, norm_weight=norm_weight, angle_weight=angle_weight)
@@ -61,11 +64,17 @@ class Anisotropy(Detector):
             angle_weight,
             angle_between,
         )
+        self.angle_of = angle_of
 
     def observe(self, view: View) -> Mapping[str, Tensor]:
         """See :meth:`Detector.observe`."""
         first, first_empty = view.noises(view.model.timestep())
-        conditional, unconditional = view.noises(view.model.timestep(LATE))
+        late = view.model.timestep(LATE)
+        conditional, unconditional = view.noises(late)
+        if self.angle_of == "prediction":
+            conditional, unconditional = (
+                view.model.prediction(noise, late, view.latents) for noise in (conditional, unconditional)
+            )
         sides = {
             "unconditional": unconditional,
             "conditional": conditional,

@@ -306,6 +306,20 @@ class Diffusion(nn.Module):
         unconditional, conditional = self.predict_noise(torch.cat([latents, latents]), timestep, both).chunk(2)
         return conditional - unconditional
 
+    def prediction(self, noise: Tensor, timestep: int, latents: Tensor | None = None) -> Tensor:
+        """What the network itself predicted, noise or velocity, behind predicted noise.
+
+        Args:
+            noise: Predicted noise, or a difference of such.
+            timestep: Training timestep, 0 to 999.
+            latents: What it was predicted from, shaped as the noise; None for a difference, where they cancel out.
+
+        Returns:
+            Float32, shaped as the noise.
+        """
+        own, of_latents = self._noise_weights(timestep)
+        return (noise if latents is None else noise - of_latents * latents.float()) / own
+
     def _count_passes(self, rows: int) -> None:
         self.row_passes += rows
 

@@ -66,7 +66,7 @@ class AMG(Method):
     of 224 of the public code and the mean and deviation of SSCD's authors, where the public code feeds two ranges of
     values, so numbers differ somewhat from those that the published constants were tuned for. Without an SSCD file it
     is the correlation of pixels (of the image's mean, of all three channels): ours, for small worlds; a higher
-    threshold, such as 0.5 for the embedded model, spares images that are alike by their background alone. The public
+    threshold spares images that are alike by their background alone. The public
     code leaves the first 21 images of a run unguided, here none is.
     Decoding and embedding are no UNet passes; seconds in the records have them.
 

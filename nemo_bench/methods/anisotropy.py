@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor
 
@@ -21,15 +22,17 @@ class AnisotropyOptimization(OptimizedEmbedding):
     channels between the unconditional noise and what the prompt adds to it, averaged over positions. Gradients go
     through both passes. The paper's mitigation is the loop of Wen et al. (2024) with this value; its settings and its
     code were not published, so those of :class:`EmbeddingOptimization` are taken, and a target of our own. As there, it
-    should be one that prompts that are not memorized stay below: 3 for the embedded model.
+    should be one that prompts that are not memorized stay below.
 
     Args:
         target: At most this value, averaged over images, is enough: ours, the 1.5 that Wen's target is for the norm.
         steps: AdamW steps at most.
         rate: Learning rate.
         images: See :class:`OptimizedEmbedding`.
-        norm_weight: Published code: 1 for Stable Diffusion 1.4 and 2.0, 2 for Realistic Vision.
-        angle_weight: Published code: 2 for Stable Diffusion 1.4, 0.1 for 2.0, 1 for Realistic Vision.
+        norm_weight: Of N.
+        angle_weight: Of K.
+        angle_of: Between what K is: the noise predicted, or what the network itself predicts, which may be velocity, as
+            in the public code of the score.
 
     Raises:
         ConfigError: A number is out of range.
@@ -49,16 +52,21 @@ class AnisotropyOptimization(OptimizedEmbedding):
         images: int | None = 4,
         norm_weight: float = 1.0,
         angle_weight: float = 2.0,
+        angle_of: Literal["noise", "prediction"] = "noise",
     ) -> None:
         super().__init__(target, steps, rate, images)
-        self.norm_weight, self.angle_weight = norm_weight, angle_weight
+        self.norm_weight, self.angle_weight, self.angle_of = norm_weight, angle_weight, angle_of
 
     def measure(self, model: Diffusion, prompts: Sequence[Prompt], text: Conditioning, latents: Tensor) -> Measure:
         """See :meth:`OptimizedEmbedding.measure`."""
-        first, late = (noises_of(model, text, latents, model.timestep(step)) for step in (0, LATE))
+        end = model.timestep(LATE)
+        first, late = (noises_of(model, text, latents, timestep) for timestep in (model.timestep(), end))
 
         def value(images: Sequence[int], embeddings: Tensor) -> Tensor:
             unconditional, added = late(images, embeddings)
+            if self.angle_of == "prediction":
+                unconditional = model.prediction(unconditional, end, latents[list(images)])
+                added = model.prediction(added, end)
             norm = norms(first(images, embeddings)[1])
             return self.norm_weight * norm + self.angle_weight * angle(unconditional, added)
 

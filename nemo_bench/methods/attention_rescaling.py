@@ -25,7 +25,7 @@ class AttentionRescaling(Method):
     computed step by step, which differs from fused attention by rounding; a factor of 1 without mask leaves it alone.
 
     Where the start token's logits are negative, a factor above 1 lowers them, and one below 1 draws attention to the
-    start. So it is in most layers of the embedded model: 1.25 does next to nothing, 0.05 or ``mask_end`` a little.
+    start. So it is in most layers of the embedded model, where no factor does much.
 
     Args:
         factor: C, above 0. The public script has 1 unless told otherwise; the published command takes 1.25, others

@@ -21,7 +21,7 @@ class BrightEndingOptimization(OptimizedEmbedding):
     |d m| / mean(m), d being what the prompt adds to the noise predicted at the first timestep; it is larger than the
     magnitude of Wen et al. (2024), and has targets of its own. Every image has a mask and an embedding of its own. The
     published code keeps the mask soft; whether the paper makes it hard is unclear. The target should be one that most
-    prompts that are not memorized stay below: 5 for the embedded model, where memorized ones start at 6 to 12.
+    prompts that are not memorized stay below.
 
     SDXL has no cross-attention in its first block, hence no such mask.
 

@@ -162,7 +162,7 @@ class EmbeddingOptimization(OptimizedEmbedding):
     images of a prompt and takes one norm over all of them, which is twice as large.
 
     Where no target is published for a model, take one that prompts that are not memorized stay below, so that their
-    images stay as they are: 3.2 for the embedded model, where memorized prompts start at 5 to 8, others at 2 to 3.5.
+    images stay as they are.
 
     Args:
         target: At most this magnitude is enough. None: 1.5, or with ``legacy_batch_norm`` the published 3, which is the

@@ -1,10 +1,9 @@
 """Starting noise that is moved to where the prompt adds less to the noise predicted (Han et al. 2025).
 
-Both ways are published with guidance 7. The text-conditional noise is that of predicted noise for all models. By their
-size, the numbers published for Stable Diffusion 2.0 are those of velocities instead, sqrt(abar) of which is noise:
-divide its rate of the batch-wise way by that, and multiply its targets of the per-sample way by it. It is 0.076 at the
-first timestep of Stable Diffusion and 0.15 at that of the embedded model. The latter shows little of either way: its
-training images draw in nearly all noise, even where the first half of sampling is unconditional.
+Both ways are published with guidance 7. By their size, the numbers published for Stable Diffusion 2.0 are those of
+velocities, which ``of="prediction"`` takes. Noise is sqrt(abar) times as large: 0.076 at the first timestep of Stable
+Diffusion, 0.15 at that of the embedded model. The latter shows little of either way: its training images draw in nearly
+all noise, even where the first half of sampling is unconditional.
 """
 
 from __future__ import annotations
@@ -13,16 +12,19 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from nemo_bench.diffusion import GRADIENT_MEMORY, Diffusion, guided_from
+from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, guided_from
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.descent import Descent, check_precision, descend
 from nemo_bench.signals import norms, unit
 
+Of = Literal["noise", "prediction"]
+"""What a prompt adds to: the noise predicted, or what the network itself predicts, which may be velocity."""
 _CITATION = """@inproceedings{han2025adjusting,
   title = {Adjusting Initial Noise to Mitigate Memorization in Text-to-Image Diffusion Models},
   author = {Han, Hyeonggeun and Kim, Sehwan and Joo, Hyungjun and Hong, Sangwoo and Lee, Jungwoo},
@@ -41,12 +43,13 @@ class AdjustedNoise(Method):
     unconditional until guidance starts.
 
     Args:
-        rounds: How often, at least 0. Published: 2 for Stable Diffusion 1.4, 4 for 2.0.
-        radius: Length of u, at least 0. Published: 50 and 30, for latents of 16,384 numbers; it grows with the root of
-            their number, so that 50 are 18 for the embedded model.
+        rounds: How often, at least 0.
+        radius: Length of u, at least 0. It should grow with the root of how many numbers a latent has: 16,384 for
+            Stable Diffusion 1.4.
         rate: At least 0. Published: 0.7.
-        timestep: Guidance starts where the timestep is at most this, 0 to 1000. Published: 900, so that the first five
-            of 50 steps are unconditional, and 917.449.
+        timestep: Guidance starts where the timestep is at most this, 0 to 1000; 900 leaves the first five of 50 steps
+            unconditional.
+        of: What d is a difference of: the noise predicted, or what the network itself predicts.
 
     Raises:
         ConfigError: A number is out of range.
@@ -60,11 +63,13 @@ class AdjustedNoise(Method):
     makes_passes = True
     needs = frozenset({"guidance"})
 
-    def __init__(self, rounds: int = 2, radius: float = 50.0, rate: float = 0.7, timestep: float = 900.0) -> None:
+    def __init__(
+        self, rounds: int = 2, radius: float = 50.0, rate: float = 0.7, timestep: float = 900.0, of: Of = "noise"
+    ) -> None:
         if not (rounds >= 0 and 0 <= radius < math.inf and 0 <= rate < math.inf and 0 <= timestep <= 1000):
             msg = f"given rounds={rounds}, radius={radius}, rate={rate}, timestep={timestep}"
             raise ConfigError(f"adjusted_noise needs numbers of 0 or more and a timestep of at most 1000, {msg}")
-        self.rounds, self.radius, self.rate, self.timestep = rounds, radius, rate, timestep
+        self.rounds, self.radius, self.rate, self.timestep, self.of = rounds, radius, rate, timestep, of
 
     @contextmanager
     def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
@@ -78,7 +83,7 @@ class AdjustedNoise(Method):
         timestep, latents = model.timestep(), batch.latents.float()
 
         def added(noise: Tensor) -> Tensor:
-            return model.text_noise(noise.to(model.dtype), timestep, batch.text)
+            return _added(model, noise, timestep, batch.text, self.of)
 
         for _ in range(self.rounds):
             here = added(latents)
@@ -93,10 +98,11 @@ class OptimizedNoise(Method):
     of 0.01 is part of the method: it keeps the noise from growing. Updates are made in single precision.
 
     Args:
-        target: The noise is left as it is where the norm is at most this, and optimized until it is. Published: 0.9 for
-            Stable Diffusion 1.4 (0.7 to 1.5 tried), 5 to 20 for 2.0.
+        target: The noise is left as it is where the norm is at most this, and optimized until it is. Published for
+            Stable Diffusion 1.4: 0.9 (0.7 to 1.5 tried).
         steps: AdamW steps at most.
-        rate: Learning rate. Published: 0.01, and 0.1 for Stable Diffusion 2.0.
+        rate: Learning rate.
+        of: What the norm is of: what a prompt adds to the noise predicted, or to what the network itself predicts.
 
     Raises:
         ConfigError: A number is out of range.
@@ -110,11 +116,11 @@ class OptimizedNoise(Method):
     makes_passes = True
     needs = frozenset({"gradients"})
 
-    def __init__(self, target: float = 0.9, steps: int = 1000, rate: float = 0.01) -> None:
+    def __init__(self, target: float = 0.9, steps: int = 1000, rate: float = 0.01, of: Of = "noise") -> None:
         if not (target >= 0 and steps >= 0 and 0 < rate < math.inf):
             msg = f"given target={target}, steps={steps}, rate={rate}"
             raise ConfigError(f"optimized_noise needs a target and steps of 0 or more and a rate above 0, {msg}")
-        self.target, self.steps, self.rate = target, steps, rate
+        self.target, self.steps, self.rate, self.of = target, steps, rate, of
 
     @contextmanager
     def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
@@ -134,7 +140,12 @@ class OptimizedNoise(Method):
         timestep, text = model.timestep(), batch.text.rows(rows)
 
         def loss(open_rows: Sequence[int], latents: Tensor) -> Tensor:
-            added = model.text_noise(latents.to(model.dtype), timestep, text.rows(open_rows))
-            return norms(added)[:, None]
+            return norms(_added(model, latents, timestep, text.rows(open_rows), self.of))[:, None]
 
         return descend(batch.latents[list(rows)], loss, target=self.target, steps=self.steps, rate=self.rate)
+
+
+def _added(model: Diffusion, latents: Tensor, timestep: int, text: Conditioning, of: Of) -> Tensor:
+    """What prompts add to predictions from latents, float32, shaped as they are."""
+    added = model.text_noise(latents.to(model.dtype), timestep, text)
+    return model.prediction(added, timestep) if of == "prediction" else added

@@ -127,7 +127,7 @@ class EmbeddingNoise(Method):
     """Adds Gaussian noise to the encoded prompt (GNI), and by default, as the public script does, to the empty one.
 
     Of SDXL the pooled embedding stays as it is. The published scale does next to nothing in the embedded model, as in
-    the comparison of Chen et al. (2024, AMG); 1, the spread of the embeddings themselves, does.
+    the comparison of Chen et al. (2024, AMG); the spread of the embeddings themselves is 1 there.
 
     Args:
         scale: Standard deviation of the noise, at least 0.

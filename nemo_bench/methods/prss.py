@@ -33,7 +33,8 @@ class PRSS(Method):
     Search: where the magnitude of an image's prompt at the first timestep, on its starting noise, is above
     ``search_target``, the first paraphrase is taken whose magnitude is not, or else the least magnitude of prompt and
     paraphrases. An image below the target is left alone for good, however large later magnitudes are; records tell
-    which images were not (``triggered``), and which paraphrase was taken, 0 being the prompt.
+    which images were not (``triggered``), which paraphrase was taken, 0 being the prompt, and whether its magnitude is
+    at most the target (``reached``).
 
     Re-anchoring: for the other images, with c for the paraphrase, p for the prompt and m = |e(c) - e(empty)| in each
     step, the noise is e(empty) + g (e(c) - e(empty)) up to m = ``anchor_from``, and beyond it
@@ -46,8 +47,8 @@ class PRSS(Method):
     prompt stays the best of all, re-anchoring has no second wording to lead to.
 
     Published magnitudes are those of Stable Diffusion 1.4. Elsewhere ``search_target`` should be one that prompts that
-    are not memorized stay below; 3.2, with re-anchoring from 6 to 20, for the embedded model, whose prompts have
-    paraphrases in ``package:planted/paraphrases.jsonl``.
+    are not memorized stay below. Those of the embedded model have paraphrases in
+    ``package:planted/paraphrases.jsonl``.
 
     Without a file, as in the public code without paraphrases, the embedding of each image is optimized as in
     :class:`EmbeddingOptimization`, and the image is re-anchored if that took a step.
@@ -204,7 +205,8 @@ class PRSS(Method):
                 found[row].append(value)
         best = [len(f) - 1 if f[-1] <= self.search_target else min(range(len(f)), key=f.__getitem__) for f in found]
         notes = tuple(
-            {"triggered": f[0] > self.search_target, "paraphrase": b} for f, b in zip(found, best, strict=True)
+            {"triggered": f[0] > self.search_target, "paraphrase": b, "reached": f[b] <= self.search_target}
+            for f, b in zip(found, best, strict=True)
         )
         changed = [row for row in range(images) if best[row]]
         if not changed:

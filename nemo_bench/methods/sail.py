@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -28,10 +29,10 @@ class SAIL(Method):
     """Optimizes candidates for an image's starting noise until one is smooth enough (Jeon et al. 2025, section 5).
 
     With d(x) for what the prompt adds to the noise predicted for x at the first timestep, the loss of a candidate is
-    |d(x + delta d(x) / |d(x)|)| + alpha |x|, as in the public code, whose targets belong to it. The paper states
-    another: |s(x + delta s(x)) - s(x)|^2 + alpha |x|^2, s being -d over the noise level; no targets for it are
-    published. Where no candidate gets there, the search starts again with fresh noise, and every third time the
-    target is raised by 0.1.
+    |d(x + delta d(x) / |d(x)|)| + alpha |x|, as in the public code, whose targets belong to it. For models that predict
+    velocity its d is what the prompt adds to the score, s(x): the negative over the noise level, a step the other way.
+    The paper states another loss: |s(x + delta s(x)) - s(x)|^2 + alpha |x|^2; no targets for it are published. Where no
+    candidate gets there, the search starts again with fresh noise, and every third time the target is raised by 0.1.
 
     Otherwise than in the public code, where the images of a prompt are the first of eight candidates in common to be
     accepted, every image has candidates of its own, its own starting noise first: images stay paired with those of
@@ -44,9 +45,8 @@ class SAIL(Method):
 
     Args:
         target: Enough for a candidate. None: 8.2 for ``objective="code"`` (7.6 to 9 tried; with alpha 0.05 and
-            latents of 16,384 numbers, 6.4 of it is the noise's own norm). Published for Stable Diffusion 2.0: alpha
-            0.01 and 4 to 6. For another model take what prompts that are not memorized start below: 5.7 for the
-            embedded one, where they start at 4.5 to 5.6, memorized ones at 8 to 10, and get there in 40 steps of 0.1.
+            latents of 16,384 numbers, 6.4 of it is the noise's own norm). For another model take what prompts that are
+            not memorized start below.
         alpha: Weight of the norm of the noise.
         candidates: How many an image has, at least 1; 2 are the eight of the public code shared out over its four
             images.
@@ -55,8 +55,12 @@ class SAIL(Method):
         restarts: How often it starts again at most; without end in the public code.
         objective: ``"code"`` or ``"paper"``.
         delta: How far along the direction.
-        legacy_stale_direction: Keep the direction of the noise that the steps started from, as the public code does by
-            mistake; otherwise it is that of the candidate as it is, and gradients go through it.
+        legacy_stale_direction: Take the direction at the noise that the steps started from, as the public code does by
+            mistake; otherwise at the candidate as it is. Gradients go through it either way.
+        form: ``"noise"`` or, as in the public code for models that predict velocity, ``"score"``; see above. It does
+            not matter to the paper's objective.
+        legacy_moving: Let accepted noise take all ``steps``. In the public code it is a view of what the optimizer goes
+            on moving, until enough images are accepted; here images are searched for one by one.
 
     Raises:
         ConfigError: A number is out of range, or the paper's objective has no target.
@@ -81,6 +85,8 @@ class SAIL(Method):
         objective: Literal["code", "paper"] = "code",
         delta: float = 1.0,
         legacy_stale_direction: bool = False,
+        form: Literal["noise", "score"] = "noise",
+        legacy_moving: bool = False,
     ) -> None:
         if objective == "paper" and target is None:
             raise ConfigError("sail needs a target for objective=paper, since none is published")
@@ -92,7 +98,8 @@ class SAIL(Method):
             )
         self.target = 8.2 if target is None else target
         self.alpha, self.candidates, self.steps, self.rate, self.restarts = alpha, candidates, steps, rate, restarts
-        self.objective, self.delta, self.legacy_stale_direction = objective, delta, legacy_stale_direction
+        self.objective, self.delta, self.form = objective, delta, form
+        self.legacy_stale_direction, self.legacy_moving = legacy_stale_direction, legacy_moving
 
     @contextmanager
     def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
@@ -113,14 +120,16 @@ class SAIL(Method):
         for restart in range(self.restarts + 1):
             start = torch.stack([self._draw(model, batch, image, restart) for image in open_images])
             target = self.target + _RAISE * (restart // _EVERY)
-            end = descend(
+            search = partial(
+                descend,
                 start,
                 self._loss(model, batch.text.rows(open_images), start),
-                target=target,
                 steps=self.steps,
                 rate=self.rate,
                 optimizer=Adam,
             )
+            end = search(target=target)
+            values = search(target=-math.inf).values if self.legacy_moving else end.values
             for row, image in enumerate(open_images):
                 # The first candidate that is there; where none is, the best.
                 enough = (end.losses[row] <= target).nonzero()
@@ -128,7 +137,7 @@ class SAIL(Method):
                 value, reached = float(end.losses[row, chosen]), end.reached[row]
                 if reached or image not in best or value < best[image][0]:
                     note = {"restarts": restart, "steps": end.steps[row], "candidate": chosen, "reached": reached}
-                    best[image] = value, end.values[row, chosen], note
+                    best[image] = value, values[row, chosen], note
             open_images = [image for image in open_images if not best[image][2]["reached"]]
             if not open_images:
                 break
@@ -146,26 +155,25 @@ class SAIL(Method):
         timestep = model.timestep()
         signal = model.signal(timestep)
 
+        in_score = self.objective == "paper" or self.form == "score"
+
         def added(latents: Tensor, rows: Sequence[int]) -> Tensor:
             each = text.rows([row for row in rows for _ in range(self.candidates)])
-            return model.text_noise(latents.to(model.dtype), timestep, each)
-
-        with torch.no_grad():
-            stale = added(start.flatten(0, 1), range(len(start))) if self.legacy_stale_direction else None
+            noise = model.text_noise(latents.to(model.dtype), timestep, each)
+            return score_difference(noise, signal) if in_score else noise
 
         def loss(rows: Sequence[int], values: Tensor) -> Tensor:
             latents = values.flatten(0, 1)
-            if stale is None:
-                here = added(latents, rows)
-            else:
-                here = stale.unflatten(0, start.shape[:2])[list(rows)].flatten(0, 1)
+            origin = latents
+            if self.legacy_stale_direction:
+                # Where the steps started from, with the gradient of where they are.
+                origin = start[list(rows)].flatten(0, 1) + (latents - latents.detach())
+            here = added(origin, rows)
             if self.objective == "code":
-                ahead = added(latents + self.delta * unit(here), rows)
-                losses = norms(ahead) + self.alpha * norms(latents)
+                losses = norms(added(latents + self.delta * unit(here), rows)) + self.alpha * norms(latents)
             else:
-                score = score_difference(here, signal)
-                ahead = score_difference(added(latents + self.delta * score, rows), signal)
-                losses = norms(ahead - score).square() + self.alpha * norms(latents).square()
+                ahead = added(latents + self.delta * here, rows)
+                losses = norms(ahead - here).square() + self.alpha * norms(latents).square()
             return losses.view(len(rows), self.candidates)
 
         return loss

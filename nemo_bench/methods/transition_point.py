@@ -32,7 +32,7 @@ class StaticTransition(Method):
     """Guides from a fixed timestep on (Jain et al. 2025).
 
     Where guidance has to start so that it no longer leads to the training image depends on the model: in the embedded
-    one at 200 or, after opposite guidance of -2, at 650, when other images have lost their prompt as well.
+    one so late that other images have lost their prompt as well.
 
     Args:
         timestep: Guidance starts where the timestep is at most this, 0 to 1000. Published: 500, 600 or 700 without, 650

@@ -31,7 +31,7 @@ class Wanda(Method):
     The paper's own code was not published; this follows the first author's sibling work, ConceptPrune, which prunes
     Stable Diffusion 1.5 by 51 calls of PNDM. How far along the first calls lead depends on the number of steps: ten
     here are those of the model's own DDIM steps. One in a hundred weights is next to nothing in the small layers of the
-    embedded model, which takes a ratio of 0.3 and an agreement of 0.5.
+    embedded model, which takes more.
 
     Args:
         file: Prompts to prune for (csv, jsonl, txt or parquet); None takes those of the run that are marked as

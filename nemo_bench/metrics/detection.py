@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision, binary_roc
 
 from nemo_bench.errors import ModelError
@@ -29,8 +30,9 @@ def detection(memorized: Sequence[float], other: Sequence[float]) -> dict[str, A
         ``auc``, area under the ROC curve, with ``auc_low`` and ``auc_high``, its 95% bootstrap interval over prompts
         of either sort; ``average_precision``; ``tpr_at_1_fpr_below``, the true positive rate at the last point of the
         curve with fewer than 1% false positives (Wen et al. 2024); ``tpr_at_1_fpr_nearest``, at the highest of those
-        whose rate of false positives is nearest to 1% (Ren et al. 2024, Jeon et al. 2025; the code of Ren et al.
-        takes the lowest of those that scikit-learn keeps, which is (0, 0) for a detector without a mistake);
+        whose rate of false positives is nearest to 1%; ``tpr_at_1_fpr_first``, at the lowest of those that
+        scikit-learn's ``roc_curve`` keeps, as in the code of Ren et al. 2024, Jeon et al. 2025, and Asthana and
+        Belagiannis 2026: 0 with fewer than 50 other prompts;
         ``best_accuracy`` over all thresholds, with either sort counting half; ``memorized`` and ``other``, the
         numbers of prompts; ``curve``, the ROC curve as pairs of false and true positive rate from (0, 0) to (1, 1):
         its corners, at most 200 of them.
@@ -54,11 +56,26 @@ def detection(memorized: Sequence[float], other: Sequence[float]) -> dict[str, A
         "average_precision": float(binary_average_precision(ranks, labels)),
         "tpr_at_1_fpr_below": float(tpr[fpr < FALSE_POSITIVES][-1]),
         "tpr_at_1_fpr_nearest": float(tpr[fpr == nearest][-1]),
+        "tpr_at_1_fpr_first": _first_nearest(scores, labels.numpy()),
         "best_accuracy": float((tpr + 1 - fpr).max() / 2),
         "memorized": len(memorized),
         "other": len(other),
         "curve": _corners(torch.stack([fpr, tpr], 1).tolist()),
     }
+
+
+def _first_nearest(scores: NDArray[Any], labels: NDArray[Any]) -> float:
+    """True positive rate at the first of the points nearest to 1% false positives that scikit-learn keeps.
+
+    It leaves out points that are halfway, by both counts, between their neighbours, but for the first and the last;
+    then it puts (0, 0) before them.
+    """
+    limits = np.unique(scores)[::-1]
+    hits, mistakes = (np.array([(scores[labels == kind] >= t).sum() for t in limits]) for kind in (1, 0))
+    turns = (np.diff(hits, 2) != 0) | (np.diff(mistakes, 2) != 0)
+    kept = np.r_[True, turns, True] if len(limits) > 2 else np.full(len(limits), fill_value=True)
+    tpr, fpr = (np.r_[0, counts[kept]] / counts[-1] for counts in (hits, mistakes))
+    return float(tpr[np.abs(fpr - FALSE_POSITIVES).argmin()])
 
 
 def _corners(points: list[list[float]]) -> list[list[float]]:
@@ -73,7 +90,7 @@ def _corners(points: list[list[float]]) -> list[list[float]]:
     return [[round(rate, 6) for rate in corners[i]] for i in chosen]
 
 
-def _interval(memorized: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> tuple[float, float]:
+def _interval(memorized: NDArray[Any], other: NDArray[Any]) -> tuple[float, float]:
     """95% percentile bootstrap interval of the area; the same scores always give the same interval."""
     # The area is the share of pairs in the right order; drawing prompts again weighs rows and columns of that table.
     right = np.sign(memorized[:, None] - other[None, :]) / 2 + 0.5

@@ -122,9 +122,10 @@ class Preset:
 
 @dataclass(frozen=True)
 class Detection:
-    """How well a detector tells memorized prompts from others; both definitions of the true positive rate in use.
+    """How well a detector tells memorized prompts from others; all definitions of the true positive rate in use.
 
-    ``curve`` are corners of the ROC curve, false and true positive rate; runs of earlier versions have none.
+    ``tpr_at_1_fpr_nearest`` is at the highest of the points nearest to 1%, ``tpr_at_1_fpr_first`` at the first that
+    scikit-learn keeps. ``curve`` are corners of the ROC curve, false and true positive rate.
     """
 
     title: str
@@ -134,6 +135,7 @@ class Detection:
     average_precision: float
     tpr_at_1_fpr_below: float
     tpr_at_1_fpr_nearest: float
+    tpr_at_1_fpr_first: float
     best_accuracy: float
     memorized: int
     other: int

@@ -29,6 +29,7 @@ _COLUMNS = {
     "TM": "TM",
     "tpr_at_1_fpr_below": "TPR<1%",
     "tpr_at_1_fpr_nearest": "TPR≈1%",
+    "tpr_at_1_fpr_first": "first≈1%",
     "best_accuracy": "Acc.",
     "detect_row_passes_per_prompt": "Passes",
     "detect_extra_row_passes_per_prompt": "Own",
@@ -36,10 +37,10 @@ _COLUMNS = {
 }
 NOTE = (
     "AUC with its 95% bootstrap interval over prompts, over all memorized prompts and over those of a kind. TPR at "
-    "the last point with fewer than 1% false positives (<), and at the one nearest to 1% (≈). Accuracy is the best of"
-    " all thresholds, either sort of prompts counting half. UNet passes and seconds are a prompt's, as if the "
-    "detector ran alone; own passes are those that no other detector could share. A derivative counts as one more "
-    "pass."
+    "the last point with fewer than 1% false positives (<), and at the one nearest to 1% (≈): the highest of equally "
+    "near ones, and the first of those that scikit-learn keeps. Accuracy is the best of all thresholds, either sort of "
+    "prompts counting half. UNet passes and seconds are a prompt's, as if the detector ran alone; own passes are those "
+    "that no other detector could share. A derivative counts as one more pass."
 )
 """How to read the table."""
 

@@ -371,7 +371,8 @@ def _detection(results: Results) -> list[dict[str, Any]]:
     for cell in results.cells:
         for found in cell.detection.values():
             rates = (
-                found.average_precision, found.tpr_at_1_fpr_below, found.tpr_at_1_fpr_nearest, found.best_accuracy
+                found.average_precision, found.tpr_at_1_fpr_below, found.tpr_at_1_fpr_nearest,
+                found.tpr_at_1_fpr_first, found.best_accuracy,
             )  # fmt: skip
             numbers = [(f"{found.auc:.3f}", _interval(results, "", found.auc_low, found.auc_high))]
             numbers += [(f"{rate:.3f}", "") for rate in rates]

@@ -301,6 +301,45 @@ def test_anisotropy_by_hand(tiny: Diffusion, monkeypatch: pytest.MonkeyPatch) ->
     assert other.tolist() == pytest.approx([(3 / math.sqrt(10) + 1) / 2, 0.5])
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_angle_is_one_of_noise_or_of_what_the_network_predicts(prediction_type: str) -> None:
+    model = Diffusion(tiny_pipeline(0, prediction_type), steps=4, guidance=3.0, similarity=Similarity(1.0, ()))
+    latents, text = model.latents([0, 1]), model.encode([PROMPT.text] * 2)
+    view = View(Predictions(model, latents, model.timestep(), text), [0, 1], 0, [5, 5])
+    with torch.no_grad():
+        found = {of: Anisotropy(angle_of=of).observe(view)["angle"] for of in ("noise", "prediction")}
+        # As the public code has it: the network's own outputs, position by position.
+        conditional = model.unet(latents, 41, text.text).sample
+        unconditional = model.unet(latents, 41, model.unconditional(2).text).sample
+    for row in range(2):
+        cosines = [
+            float(torch.dot(u, c - u) / (u.norm() * (c - u).norm()))
+            for u, c in zip(unconditional[row].flatten(1).T, conditional[row].flatten(1).T, strict=True)
+        ]
+        assert float(found["prediction"][row]) == pytest.approx(sum(cosines) / len(cosines), abs=1e-4)
+    if prediction_type == "epsilon":
+        assert torch.equal(found["noise"], found["prediction"])
+    else:
+        assert (found["noise"] - found["prediction"]).abs().max() > 1e-2
+
+
+def test_the_angle_of_velocities_can_have_the_other_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Velocity v = -1 from latents x = 10 is noise a v + b x > 0; what the prompt adds, 1, is of one sign in both."""
+    model = Diffusion(tiny_pipeline(0, "v_prediction"), steps=4, guidance=3.0, similarity=Similarity(1.0, ()))
+    latents, signal = torch.full((1, 4, 2, 2), 10.0), model.signal(41)
+
+    def predict(latents: Tensor, timestep: int, text: Conditioning) -> Tensor:
+        is_empty = torch.equal(text.text, model.unconditional(1).text)
+        signal = model.signal(timestep)
+        return signal**0.5 * (-1.0 if is_empty else 0.0) + (1 - signal) ** 0.5 * latents
+
+    assert (1 - signal) ** 0.5 * 10 > signal**0.5
+    monkeypatch.setattr(model, "predict_noise", predict)
+    view = View(Predictions(model, latents, 981, model.encode([PROMPT.text])), [0], 0, [5])
+    angles = {of: float(Anisotropy(angle_of=of).observe(view)["angle"]) for of in ("noise", "prediction")}
+    assert angles == {"noise": pytest.approx(1, abs=1e-5), "prediction": pytest.approx(-1, abs=1e-5)}
+
+
 def test_anisotropy_shares_the_first_of_fifty_steps() -> None:
     model = Diffusion(tiny_pipeline(), steps=50, guidance=3.0, similarity=Similarity(1.0, ()))
     _, costs = watch(model, {"a": Anisotropy(), "m": Magnitude(seeds=1, steps=1)}, [PROMPT])

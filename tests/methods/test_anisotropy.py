@@ -6,6 +6,7 @@ import torch
 from batches import batch_of, images_of
 from nemo_bench import ConfigError, Diffusion
 from nemo_bench.methods import AnisotropyOptimization, EmbeddingOptimization
+from tiny import tiny_pipeline
 
 
 def test_the_value_is_norm_and_angle_position_by_position(tiny: Diffusion) -> None:
@@ -26,6 +27,24 @@ def test_the_value_is_norm_and_angle_position_by_position(tiny: Diffusion) -> No
                 cosines.append(float(a @ b / (a.norm() * b.norm())))
         expected = 0.5 * norm + 3.0 * sum(cosines) / len(cosines)
         assert float(found[row]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_angle_can_be_that_of_velocities_and_gradients_go_through_it() -> None:
+    model = Diffusion(tiny_pipeline(0, "v_prediction"))
+    batch = batch_of(model, [(0, 0)])
+    method = AnisotropyOptimization(norm_weight=0.0, angle_weight=1.0, angle_of="prediction")
+    leaf, own = (batch.text.text.clone().requires_grad_() for _ in range(2))
+    found = method.measure(model, batch.prompts, batch.text, batch.latents)([0], leaf)
+    unconditional = model.unet(batch.latents, 41, model.unconditional(1).text).sample.detach()
+    added = model.unet(batch.latents, 41, own).sample - unconditional
+    expected = torch.nn.functional.cosine_similarity(unconditional, added, dim=1).mean()
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), abs=1e-4)
+    gradients = [torch.autograd.grad(value, one)[0] for value, one in ((found.sum(), leaf), (expected, own))]
+    assert torch.cosine_similarity(*(one.flatten() for one in gradients), dim=0) > 0.999
+    noise = AnisotropyOptimization(norm_weight=0.0, angle_weight=1.0)
+    assert float(noise.measure(model, batch.prompts, batch.text, batch.latents)([0], leaf).detach()) != pytest.approx(
+        float(expected.detach()), abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 0.0), (1.0, 2.0)])

@@ -11,6 +11,7 @@ from batches import batch_of, rows_of
 from nemo_bench import ConfigError, Diffusion
 from nemo_bench.diffusion import Conditioning, Rule, Step
 from nemo_bench.methods import AdjustedNoise, Batch, OptimizedNoise
+from tiny import tiny_pipeline
 
 
 class Cubes:
@@ -84,6 +85,30 @@ def test_the_gradient_is_that_of_finite_differences(tiny: Diffusion) -> None:
     with torch.no_grad():
         ahead, behind = (tiny.text_noise(leaf + s * 0.1 * direction, 981, batch.text).norm() for s in (1, -1))
     assert float((ahead - behind) / 0.2) == pytest.approx(float(gradient.norm()), rel=0.03)
+
+
+def test_differences_can_be_those_of_velocities() -> None:
+    model = Diffusion(tiny_pipeline(0, "v_prediction"))
+    batch = batch_of(model, [(0, 0)])
+    both = torch.cat([model.unconditional(1).text, batch.text.text])
+
+    def added(latents: torch.Tensor) -> torch.Tensor:
+        unconditional, conditional = model.unet(latents.expand(2, -1, -1, -1), 981, both).sample
+        return (conditional - unconditional)[None]
+
+    with torch.no_grad():
+        here = added(batch.latents)
+        expected = batch.latents - 0.7 * (added(batch.latents + 3 * here / here.norm()) - here)
+    with AdjustedNoise(1, radius=3.0, of="prediction").apply(model, batch) as changed:
+        torch.testing.assert_close(changed.latents, expected, rtol=0, atol=1e-3)
+    with AdjustedNoise(1, radius=3.0).apply(model, batch) as smaller:
+        # Noise is sqrt(abar) times velocity.
+        moved = (changed.latents - batch.latents) * model.signal(981) ** 0.5
+        torch.testing.assert_close(smaller.latents - batch.latents, moved, rtol=0, atol=1e-4)
+    norm = float(here.norm())
+    for target, reached in ((norm * 1.01, True), (norm * 0.99, False)):
+        with OptimizedNoise(target, steps=1, of="prediction").apply(model, batch) as found:
+            assert found.notes[0]["reached"] == reached
 
 
 def test_each_image_ends_at_its_own_target(planted: Diffusion) -> None:

@@ -8,6 +8,7 @@ import torch
 from batches import batch_of, images_of, rows_of
 from nemo_bench import ConfigError, Diffusion
 from nemo_bench.methods import SAIL, Batch
+from tiny import tiny_pipeline
 
 
 def added(model: Diffusion, batch: Batch, latents: torch.Tensor) -> torch.Tensor:
@@ -17,9 +18,9 @@ def added(model: Diffusion, batch: Batch, latents: torch.Tensor) -> torch.Tensor
     return (conditional - unconditional)[None]
 
 
-def loss(model: Diffusion, batch: Batch, latents: torch.Tensor, objective: str, stale: torch.Tensor | None = None):  # type: ignore[no-untyped-def]
+def loss(model: Diffusion, batch: Batch, latents: torch.Tensor, objective: str) -> torch.Tensor:
     """The losses of the specification for one candidate, with alpha 0.05 and delta 1."""
-    here = added(model, batch, latents) if stale is None else stale
+    here = added(model, batch, latents)
     if objective == "code":
         return added(model, batch, latents + here / here.norm()).norm() + 0.05 * latents.norm()
     sigma = (1 - model.pipeline.scheduler.alphas_cumprod[981]) ** 0.5
@@ -28,21 +29,72 @@ def loss(model: Diffusion, batch: Batch, latents: torch.Tensor, objective: str, 
     return (ahead - score).square().sum() + 0.05 * latents.square().sum()
 
 
-@pytest.mark.parametrize(("objective", "stale"), [("code", False), ("code", True), ("paper", False)])
-def test_steps_are_those_of_adam_on_the_stated_loss(tiny: Diffusion, objective: Any, stale: bool) -> None:
+@pytest.mark.parametrize("objective", ["code", "paper"])
+def test_steps_are_those_of_adam_on_the_stated_loss(tiny: Diffusion, objective: Any) -> None:
     batch = batch_of(tiny, [(0, 0)])
     leaf = batch.latents.clone().requires_grad_()
-    optimizer, start = torch.optim.Adam([leaf], lr=0.05), added(tiny, batch, batch.latents).detach()
+    optimizer = torch.optim.Adam([leaf], lr=0.05)
     for _ in range(2):
         optimizer.zero_grad()
-        loss(tiny, batch, leaf, objective, start if stale else None).backward()
+        loss(tiny, batch, leaf, objective).backward()
         optimizer.step()
-    method = SAIL(0.0, candidates=1, steps=2, restarts=0, objective=objective, legacy_stale_direction=stale)
-    before = tiny.row_passes
+    method, before = SAIL(0.0, candidates=1, steps=2, restarts=0, objective=objective), tiny.row_passes
     with method.apply(tiny, batch) as changed:
         torch.testing.assert_close(changed.latents, leaf.detach(), rtol=0, atol=3e-3)
         assert changed.notes == ({"restarts": 0, "steps": 2, "candidate": 0, "reached": False},)
-    assert tiny.row_passes - before == (2 + 2 * 4 if stale else 2 * 8)
+    assert tiny.row_passes - before == 2 * 8
+
+
+def public_code(model: Diffusion, batch: Batch, moved: torch.Tensor, *, velocity: bool) -> tuple[float, torch.Tensor]:
+    """Loss and gradient once the optimizer has moved the noise, as the specification has the public code: the first
+    pass's input was put together before, so its values are those of the start while gradients go through it; velocities
+    are turned into score differences."""
+    leaf = batch.latents.clone().requires_grad_()
+    both = torch.cat([model.unconditional(1).text, batch.text.text[:1]])
+    once = torch.cat([leaf, leaf])
+    leaf.data.copy_(moved)
+    signal = model.pipeline.scheduler.alphas_cumprod[981]
+    factor = -(signal**0.5) / (1 - signal) ** 0.5 if velocity else torch.tensor(1.0)
+    unconditional, conditional = model.unet(once, 981, both).sample.chunk(2)
+    direction = factor * (conditional - unconditional)
+    ahead = leaf + direction / direction.norm()
+    unconditional, conditional = model.unet(torch.cat([ahead, ahead]), 981, both).sample.chunk(2)
+    loss = (factor * (conditional - unconditional)).norm() + 0.05 * leaf.norm()
+    loss.backward()
+    assert leaf.grad is not None
+    return float(loss.detach()), leaf.grad
+
+
+@pytest.mark.parametrize("velocity", [False, True])
+def test_with_its_options_loss_and_gradient_are_those_of_the_public_code(velocity: bool) -> None:
+    model = Diffusion(tiny_pipeline(0, "v_prediction" if velocity else "epsilon"))
+    batch = batch_of(model, [(0, 0)])
+    moved = -batch.latents
+    value, gradient = public_code(model, batch, moved, velocity=velocity)
+
+    def found(**options: Any) -> tuple[float, torch.Tensor]:
+        method = SAIL(candidates=1, **options)
+        leaf = moved[:, None].clone().requires_grad_()
+        losses = method._loss(model, batch.text, batch.latents[:, None])([0], leaf)
+        return float(losses.detach()), torch.autograd.grad(losses.sum(), [leaf])[0][:, 0]
+
+    form = "score" if velocity else "noise"
+    own, its = found(legacy_stale_direction=True, form=form)
+    assert own == pytest.approx(value, rel=1e-4)
+    torch.testing.assert_close(its, gradient, rtol=0, atol=1e-4 * float(gradient.abs().max()))
+    others = [{"form": form}, *([{"legacy_stale_direction": True}] if velocity else [])]
+    assert all((found(**other)[1] - gradient).norm() > 3e-3 * gradient.norm() for other in others)
+
+
+def test_accepted_noise_goes_on_moving_where_that_is_asked_for(tiny: Diffusion) -> None:
+    batch = batch_of(tiny, [(0, 0)])
+    at_once = float(loss(tiny, batch, batch.latents, "code")) + 1
+    options: dict[str, Any] = {"candidates": 1, "steps": 3, "restarts": 0}
+    with SAIL(0.0, **options).apply(tiny, batch) as all_steps, SAIL(at_once, **options).apply(tiny, batch) as kept:
+        assert torch.equal(kept.latents, batch.latents)
+    with SAIL(at_once, legacy_moving=True, **options).apply(tiny, batch) as moved:
+        assert torch.equal(moved.latents, all_steps.latents)
+        assert moved.notes[0]["reached"]
 
 
 def test_the_gradient_is_that_of_finite_differences(tiny: Diffusion) -> None:

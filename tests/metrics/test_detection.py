@@ -73,9 +73,38 @@ def test_the_two_definitions_of_the_true_positive_rate_differ() -> None:
     assert (found["tpr_at_1_fpr_below"], found["tpr_at_1_fpr_nearest"]) == (0.25, 0.5)
 
 
-def test_a_detector_without_a_mistake_has_one_by_both_definitions() -> None:
+def test_a_detector_without_a_mistake_has_one_but_by_the_first_of_the_nearest_points() -> None:
     found = detection([2.0, 3.0], [0.0, 1.0])
-    assert (found["tpr_at_1_fpr_below"], found["tpr_at_1_fpr_nearest"]) == (1, 1)
+    assert (found["tpr_at_1_fpr_below"], found["tpr_at_1_fpr_nearest"], found["tpr_at_1_fpr_first"]) == (1, 1, 0)
+
+
+def drawn(others: int) -> tuple[list[float], list[float]]:
+    """Scores to one decimal, so that there are ties."""
+    numbers = np.random.RandomState(others)
+    return [np.round(numbers.normal(at, 1, n), 1).tolist() for at, n in ((1.5, 25), (0, others))]  # type: ignore[return-value]
+
+
+FIRST = {40: 0.0, 60: 0.2, 100: 0.0, 150: 0.24, 250: 0.16, 500: 0.24}
+"""By number of other prompts, what scikit-learn 1.9.1 gives for the scores above:
+fpr, tpr, _ = roc_curve([1] * 25 + [0] * others, [*memorized, *other]); tpr[numpy.argmin(numpy.abs(fpr - 0.01))]"""
+
+
+@pytest.mark.parametrize("others", FIRST)
+def test_the_first_of_the_nearest_points_is_that_of_scikit_learn(others: int) -> None:
+    assert detection(*drawn(others))["tpr_at_1_fpr_first"] == pytest.approx(FIRST[others], abs=1e-12)
+
+
+def test_the_two_readings_of_nearest_are_far_apart_on_small_sets() -> None:
+    # One of 100 is 1%: with that mistake there are two catches before one more, and the mistake comes with none.
+    found = detection([9.0, 8.0, 6.0, 5.0], [7.0, *[0.0] * 99])
+    assert (found["tpr_at_1_fpr_nearest"], found["tpr_at_1_fpr_first"]) == (1.0, 0.5)
+
+
+@given(SCORES, st.lists(st.integers(-5, 5).map(lambda n: n * 1000.0), min_size=1, max_size=50))
+def test_with_few_other_prompts_the_first_of_the_nearest_points_is_the_origin(
+    memorized: list[float], other: list[float]
+) -> None:
+    assert detection(memorized, other)["tpr_at_1_fpr_first"] == 0
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])

@@ -72,3 +72,22 @@ def test_moving_the_noise_costs_each_image(prompt_file: Path, tmp_path: Path) ->
     run([cell], "test", say=lambda line: None, progress=False)
     assert {record["cost"]["row_passes"] for record in cell.store.records("generate").values()} == {8 + 8}
     assert read_json(cell.store.folder / "metrics.json")["cost"]["once_row_passes_per_prompt"] == 0
+
+
+def test_the_share_of_images_that_reached_their_target_is_in_the_table(prompt_file: Path, tmp_path: Path) -> None:
+    words = [
+        "method=none,optimized_noise", "method.target=0,1e9", "method.steps=1", "model.steps=2", "seeds=1",
+        f"prompts.files=[{prompt_file}]", "localize_seeds=2", f"root={tmp_path}",
+    ]  # fmt: skip
+    cells = plan(grid(words))
+    folder = run(cells, "test", say=lambda line: None, progress=False)
+    shares = [
+        read_json(cell.store.folder / "metrics.json")["aggregates"]["all"].get("target_reached") for cell in cells
+    ]
+    assert shares[0] is None
+    assert sorted(share["mean"] for share in shares[1:]) == [0, 1]
+    rows = read_json(folder / "leaderboard.json")["rows"]
+    found = {(row["label"], row["metrics"].get("target_reached", {}).get("mean")) for row in rows}
+    assert {value for _, value in found} == {None, 0, 1}
+    assert "Target reached" in (folder / "leaderboard.md").read_text(encoding="utf-8")
+    assert "Target reached" in (folder / "report.html").read_text(encoding="utf-8")

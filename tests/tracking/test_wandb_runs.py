@@ -142,7 +142,8 @@ def test_charts_hold_what_the_records_hold(nemo: Path) -> None:
 
 def test_a_detector_has_its_curve(nemo: Path) -> None:
     metrics = read_json(nemo / "metrics.json")
-    numbers = ("auc", "auc_low", "auc_high", "average_precision", "tpr_at_1_fpr_below", "tpr_at_1_fpr_nearest")
+    numbers = ("auc", "auc_low", "auc_high", "average_precision")
+    numbers += ("tpr_at_1_fpr_below", "tpr_at_1_fpr_nearest", "tpr_at_1_fpr_first")
     counts = {"best_accuracy": 1.0, "memorized": 2, "other": 1, "curve": [[0, 0], [0, 1], [1, 1]]}
     metrics["detection"] = {"memorization": {"title": "Memorization score", **dict.fromkeys(numbers, 1.0), **counts}}
     write_json(nemo / "metrics.json", metrics)
