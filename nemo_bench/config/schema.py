@@ -120,7 +120,7 @@ class LoggerSettings:
         tensorboard: Whether Lightning's TensorBoard logger is told of every cell.
         project: W&B project.
         entity: W&B user or team.
-        mode: ``online``, ``offline``, or None: online only where a key is configured.
+        mode: ``online``, ``offline``, or None: what wandb's settings say, else online only where it finds a key.
         timeout: Seconds that W&B may take to begin a run, and again to end it.
         thumbnails: Prompts shown with pictures.
     """
