@@ -6,11 +6,17 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from nemo_bench import __version__
+from nemo_bench.errors import nearest
+from nemo_bench.process import make_ready
 
 if TYPE_CHECKING:
     from nemo_bench.config import Choice
@@ -44,16 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0, 1 after an error that was explained, or 130 where it was stopped.
     """
-    # Neither library has anything to fetch here that a user asked for; an advice line per run is noise.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    options, rest = (parser := _parser()).parse_known_args(arguments)
-    if any(word.startswith("-") or not hasattr(options, "overrides") for word in rest):
-        parser.error(f"unknown arguments: {' '.join(rest)}; nemo-bench COMMAND --help lists them")
-    if rest:
-        # argparse takes all settings from one place; those after an option are settings as well.
-        options.overrides += rest
+    if arguments is None:
+        make_ready()
+        arguments = sys.argv[1:]
+    options = _options(arguments)
     from nemo_bench.errors import NemoBenchError
     from nemo_bench.stopping import stop_at_sigterm
 
@@ -75,6 +75,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _options(words: Sequence[str]) -> argparse.Namespace:
+    """What was asked for; help where that is nothing, an error that names the nearest where there is no such thing."""
+    parser = _parser()
+    if not words:
+        parser.print_help()
+        raise SystemExit(0)
+    commands = next(action.choices for action in parser._actions if isinstance(action.choices, Mapping))
+    first = words[0]
+    if "=" in first and not first.startswith("-"):
+        parser.error(f"{first}: a command comes first, such as: nemo-bench run {shlex.join(words)}")
+    if not first.startswith("-") and first not in commands:
+        parser.error(f"unknown command '{first}'. {nearest(first, commands)}")
+    options, rest = parser.parse_known_args(words)
+    sub = commands[options.name_of_command]
+    for word in rest:
+        if word.startswith("-"):
+            known = [option for option in sub._option_string_actions if option.startswith("--")]
+            sub.error(f"unknown option '{word}'. {nearest(word, known)}")
+        if not hasattr(options, "overrides"):
+            sub.error(f"unknown argument '{word}'; nemo-bench {options.name_of_command} takes no settings")
+    # argparse takes all settings from one place; those after an option are settings as well.
+    if rest:
+        options.overrides += rest
+    options.line = shlex.join(["nemo-bench", *words])
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "nemo-bench",
@@ -82,7 +109,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"nemo-bench {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name_of_command")
 
     def add(name: str, command: Any, text: str, *, settings: bool = False) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
@@ -91,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings; see nemo-bench --help")
             sub.add_argument(
                 "--conf", type=Path, metavar="DIR", help="folder with more YAML files, in group subfolders"
+            )
+            sub.add_argument(
+                "--cfg", action="store_true", help="print the settings of every cell, defaults filled in; do nothing"
             )
         return sub
 
@@ -154,6 +185,9 @@ def _run(options: argparse.Namespace) -> None:
     from nemo_bench.runner import is_main
 
     choices = grid(options.overrides, options.conf)
+    if options.cfg:
+        _print_settings(choices, options.json)
+        return
     if options.dry_run:
         _dry_run(choices, options.json)
         return
@@ -161,7 +195,7 @@ def _run(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     open_before = sum(sum(row["open"].values()) for row in outlook(cells))
     say = _aside if options.json else print
-    folder = run(cells, _command_line(), say=say, progress=not options.json)
+    folder = run(cells, options.line, say=say, progress=not options.json)
     if is_main():
         done = "everything was done already" if not open_before else f"{open_before} records computed"
         _show(folder, f"{done}, {time.perf_counter() - start:.0f} s", as_json=options.json)
@@ -175,10 +209,14 @@ def _detect(options: argparse.Namespace) -> None:
     from nemo_bench.report.detection import load_detections, terminal_detection
     from nemo_bench.runner import is_main
 
-    cells = detection.plan(detector_grid(options.overrides, options.conf))
+    choices = detector_grid(options.overrides, options.conf)
+    if options.cfg:
+        _print_settings(choices, options.json)
+        return
+    cells = detection.plan(choices)
     start = time.perf_counter()
     is_done = not detection.is_open(cells)
-    folder = detection.detect(cells, _command_line(), progress=not options.json)
+    folder = detection.detect(cells, options.line, progress=not options.json)
     if not is_main():
         return
     if options.json:
@@ -190,9 +228,18 @@ def _detect(options: argparse.Namespace) -> None:
     print(f"{done}, {time.perf_counter() - start:.0f} s\nreport:  {folder / 'detection.html'}\nrecords: {folder}")
 
 
-def _command_line() -> str:
-    """What the user typed."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+def _print_settings(choices: Sequence[Choice], as_json: bool) -> None:
+    """The settings of each cell in full, as YAML documents or a list of objects."""
+    import yaml
+
+    found = [asdict(choice.settings) for choice in choices]
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for number, (choice, settings) in enumerate(zip(choices, found, strict=True), 1):
+        names = " ".join(f"{group}={name}" for group, name in choice.names.items())
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        print(f"--- # {number} of {len(found)}: {names}\n{text}", end="")
 
 
 def _aside(line: str) -> None:
@@ -282,7 +329,11 @@ def _calibrate(options: argparse.Namespace) -> None:
     overrides = options.overrides
     if not any(word.startswith("method=") for word in overrides):
         overrides = [*overrides, "method=nemo"]
-    rows = calibrate(plan(grid(overrides, options.conf)), progress=not options.json)
+    choices = grid(overrides, options.conf)
+    if options.cfg:
+        _print_settings(choices, options.json)
+        return
+    rows = calibrate(plan(choices), progress=not options.json)
     if not is_main():
         return
     if options.json:
@@ -376,7 +427,7 @@ def _score(options: argparse.Namespace) -> None:
     cells = cells_of(
         options.folder, options.overrides, conf=options.conf, mapping=options.map, say=say, progress=progress
     )
-    folder = score(cells, _command_line(), say, progress=progress)
+    folder = score(cells, options.line, say, progress=progress)
     if is_main():
         _show(folder, f"{time.perf_counter() - start:.0f} s", as_json=options.json)
 
@@ -391,7 +442,7 @@ def _audit(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     say = _aside if options.json else print
     cells = cells_of(options.folder, options.overrides, options.cell, conf=options.conf, say=say)
-    folder = audit(cells, _command_line(), progress=not options.json)
+    folder = audit(cells, options.line, progress=not options.json)
     if not is_main():
         return
     audits = load_audits(folder)
