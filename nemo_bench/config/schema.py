@@ -6,7 +6,8 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from pathlib import Path
+from typing import Any, Optional, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
@@ -251,9 +252,15 @@ def overridden(overrides: Sequence[str], schema: type[Any]) -> Any:
         key, separator, _ = word.partition("=")
         if not separator or key not in known:
             raise ConfigError(f"unknown setting '{word}'; write key=value. {nearest(key, known)}")
+    hints = get_type_hints(schema)
+    values: dict[str, Any] = {}
+    for word in overrides:
+        key, _, value = word.partition("=")
+        values[key] = value if hints[key] in (str, Path) else OmegaConf.from_dotlist([word])[key]
     try:
-        return OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(list(overrides)))
-        )
+        found = OmegaConf.structured(schema)
+        for key, value in values.items():
+            found[key] = value
+        return OmegaConf.to_object(found)
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from error
