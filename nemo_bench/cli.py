@@ -202,12 +202,11 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _detect(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from nemo_bench import detection
     from nemo_bench.config import detector_grid
     from nemo_bench.report.detection import load_detections, terminal_detection
     from nemo_bench.runner import is_main
+    from nemo_bench.terminal import show
 
     choices = detector_grid(options.overrides, options.conf)
     if options.cfg:
@@ -222,8 +221,7 @@ def _detect(options: argparse.Namespace) -> None:
     if options.json:
         print((folder / "detection.json").read_text(encoding="utf-8"))
         return
-    console = Console()
-    console.print(*terminal_detection(load_detections(folder)))
+    show(*terminal_detection(load_detections(folder)))
     done = "everything was done already" if is_done else "done"
     print(f"{done}, {time.perf_counter() - start:.0f} s\nreport:  {folder / 'detection.html'}\nrecords: {folder}")
 
@@ -249,14 +247,13 @@ def _aside(line: str) -> None:
 
 def _show(folder: Path, done: str, *, as_json: bool) -> None:
     """The table of a run, and where to look further."""
-    from rich.console import Console
-
     from nemo_bench.report import load_results, terminal_table
+    from nemo_bench.terminal import show
 
     if as_json:
         print((folder / "leaderboard.json").read_text(encoding="utf-8"))
         return
-    Console().print(terminal_table(load_results(folder)))
+    show(terminal_table(load_results(folder)))
     print(f"{done}\nreport:  {folder / 'report.html'}\nrecords: {folder}")
 
 
@@ -279,6 +276,8 @@ def _print_forecast(expected: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
+    from nemo_bench.terminal import show
+
     rows, total = expected["cells"], expected["total"]
     width = max([80, *(len(row["cell"]) + 62 for row in rows)])
     console = Console(width=max(Console().width, width), markup=False, highlight=False)
@@ -294,12 +293,13 @@ def _print_forecast(expected: Mapping[str, Any]) -> None:
         console.print(f"{expected['uncounted']} cells can't be counted before their files are there")
     if not rows:
         return
-    table = Table(Column("open records", no_wrap=True), "localize", "generate", "score", "UNet passes", "time")
+    counts = (Column(name, no_wrap=True) for name in ("localize", "generate", "score", "UNet passes", "time"))
+    table = Table(Column("open records", overflow="fold"), *counts)
     for row in rows:
         counts = [str(row["open"].get(stage, "-")) for stage in ("localize", "generate", "score")]
         least = "≥ " if row["at_least"] else ""
         table.add_row(row["cell"], *counts, f"{least}{sum(row['passes'].values()):,}", _duration(row["seconds"], least))
-    console.print(table)
+    show(table)
     least, passes = ("≥ " if total["at_least"] else ""), total["passes"]
     stages = ", ".join(f"{least * (s == 'localize')}{count:,} to {s}" for s, count in passes.items())
     console.print(f"UNet passes of one sample: {stages}")
@@ -349,58 +349,47 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _ls(options: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    from nemo_bench.config import GROUPS, describe_options, explain_option
+    from nemo_bench.config import GROUPS, describe_options, explain_option, overview, short
+    from nemo_bench.terminal import show
 
     if options.name:
         print(explain_option(options.group, options.name, options.conf))
         return
-    groups = [options.group] if options.group else [g for g in GROUPS if g not in ("trainer", "logger")]
-    listing = [entry for group in groups for entry in describe_options(group, options.conf)]
     if options.json:
-        print(json.dumps(listing, indent=2))
+        groups = [options.group] if options.group else [g for g in GROUPS if g not in ("trainer", "logger")]
+        print(json.dumps([entry for group in groups for entry in describe_options(group, options.conf)], indent=2))
         return
-    columns = ("name", "summary", "citation") if options.group else ("group", "name", "summary")
-    table = Table(*columns)
-    for entry in listing if options.group else _in_short(listing):
-        table.add_row(*(entry[column].split("\n")[0] for column in columns))
-    Console().print(table)
+    names = Column("name", no_wrap=True)
+    if options.group:
+        table = Table(names, "summary", "source", box=None, pad_edge=False)
+        for entry in describe_options(options.group, options.conf):
+            table.add_row(entry["name"], entry["summary"], short(entry["citation"]))
+    else:
+        table = Table(Column("group", no_wrap=True), names, "summary", box=None, pad_edge=False)
+        for entry in overview(options.conf):
+            table.add_row(*(entry[column] for column in ("group", "name", "summary")))
+    show(table)
     if not options.group:
         print("nemo-bench ls GROUP names sources, nemo-bench ls GROUP NAME what can be set")
 
 
-def _in_short(listing: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """One entry for each file of metrics, with their names."""
-    files: dict[str, list[str]] = {}
-    others = []
-    for entry in listing:
-        file, _, metric = entry["name"].partition("/")
-        if metric:
-            files.setdefault(file, []).append(metric)
-        else:
-            others.append(dict(entry))
-    metrics = [{"group": "metrics", "name": file, "summary": ", ".join(names)} for file, names in files.items()]
-    return [*others, *metrics]
-
-
 def _report(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from nemo_bench.report import load_results, terminal_table, write_report
     from nemo_bench.report.detection import load_detections, terminal_detection, write_detection
     from nemo_bench.store import read_json
+    from nemo_bench.terminal import show
 
-    console, folder = Console(), options.folder
+    folder = options.folder
     if (folder / "detection.json").is_file():
         page = write_detection(folder)
-        console.print(*terminal_detection(load_detections(folder)))
+        show(*terminal_detection(load_detections(folder)))
         print(page)
         if not read_json(folder / "run.json")["cells"]:
             return
     write_report(folder)
-    console.print(terminal_table(load_results(folder)))
+    show(terminal_table(load_results(folder)))
     print(folder / "report.html")
 
 
@@ -433,11 +422,10 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _audit(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from nemo_bench.audit import audit, cells_of
     from nemo_bench.report.audit import load_audits, terminal_audits
     from nemo_bench.runner import is_main
+    from nemo_bench.terminal import show
 
     start = time.perf_counter()
     say = _aside if options.json else print
@@ -449,7 +437,7 @@ def _audit(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps([{"cell": found.cell, **found.content} for found in audits], indent=2))
         return
-    Console().print(*terminal_audits(audits))
+    show(*terminal_audits(audits))
     print(f"{time.perf_counter() - start:.0f} s\nreport:   {folder / 'report.html'}")
     for cell in cells:
         print(f"pictures: {cell.store.folder / 'audit'}")
@@ -458,6 +446,7 @@ def _audit(options: argparse.Namespace) -> None:
 def _references(options: argparse.Namespace) -> None:
     from collections import Counter
 
+    from nemo_bench.config import quoted, shell_word
     from nemo_bench.prompts import MANIFEST
     from nemo_bench.references import Limits, fetch
 
@@ -480,8 +469,8 @@ def _references(options: argparse.Namespace) -> None:
         print(f"{sum(map(len, same))} links gave {len(same)} files; a file of many links may stand in for lost images:")
         print("\n".join(f"same: {len(links)} x {links[0]}" for links in sorted(same, key=len, reverse=True)[:3]))
     print(f"{summary['prompts_without_reference']} of {summary['prompts']} prompts have no training image left")
-    files = ",".join(options.lists)
-    print(f"use them: nemo-bench run 'prompts.files=[{files}]' prompts.references={options.folder}")
+    files = shlex.quote(f"prompts.files=[{','.join(map(quoted, options.lists))}]")
+    print(f"use them: nemo-bench run {files} {shell_word('prompts.references', str(options.folder))}")
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from nemo_bench.config.composition import (
     rescore,
 )
 from nemo_bench.config.groups import GROUPS, options
-from nemo_bench.config.listing import about_method, describe_options, explain_option
+from nemo_bench.config.listing import about_method, describe_options, explain_option, overview, short
 from nemo_bench.config.schema import (
     LoggerSettings,
     ModelSettings,
@@ -27,6 +27,7 @@ from nemo_bench.config.schema import (
     overridden,
 )
 from nemo_bench.config.targets import build, resolve
+from nemo_bench.config.text import quoted, shell_word
 
 __all__ = [
     "DEFAULT_METHODS",
@@ -51,6 +52,10 @@ __all__ = [
     "one",
     "options",
     "overridden",
+    "overview",
+    "quoted",
     "rescore",
     "resolve",
+    "shell_word",
+    "short",
 ]

@@ -36,14 +36,20 @@ FILES = ("prompts.files", "prompts.memorized")
 """Lists of files of which a single one needs no brackets."""
 
 
+_PLAIN = re.compile(r"[A-Za-z/][A-Za-z/._-]*[./_-][A-Za-z0-9/._-]*")
+"""Paths that no grammar takes for anything else."""
+
+
 def quoted(text: str) -> str:
-    """A text in quotes, as Hydra's grammar has it: nothing in it means anything else.
+    """A text as Hydra's grammar takes it for just that: in quotes, but for plain paths.
 
     Example:
         >>> print(quoted("results (new)"))
         "results (new)"
     """
     inert = re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", text)
+    if _PLAIN.fullmatch(text):
+        return text
     return QuotedString(inert, Quote.double).with_quotes()
 
 
