@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hydra.utils import get_object
 from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -25,7 +27,9 @@ from nemo_bench.config import (
     options,
     overridden,
     resolve,
+    short,
 )
+from nemo_bench.config.about import said
 from nemo_bench.config.text import read, shell_word
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods import Method, NeMo, NoMitigation, RandomNeurons
@@ -381,6 +385,55 @@ def test_an_option_is_explained_by_its_file_and_its_class() -> None:
     assert "guidance: 7" in explain_option("model", "sd14")
     with pytest.raises(ConfigError, match=r"unknown model 'sd1'.*Choices"):
         explain_option("model", "sd1")
+
+
+def test_a_metric_is_explained_by_every_file_that_has_it() -> None:
+    text = explain_option("metrics", "sscd")
+    head = text.split("\n")
+    assert head[0] == "# metrics=full,membench,wen"
+    assert head[1].startswith("# SSCD disc mixup to training image: ")
+    assert "_target_: nemo_bench.metrics.TrainingImage" in text
+    assert "threshold: 0.15" in explain_option("metrics", "default")
+    with pytest.raises(ConfigError, match=r"unknown metrics 'scsd'. Did you mean 'sscd'"):
+        explain_option("metrics", "scsd")
+
+
+def test_sweeps_are_listed_and_explained() -> None:
+    entries = describe_options("sweeps")
+    assert [entry["name"] for entry in entries] == sorted(path.stem for path in (CONF / "sweeps").glob("*.yaml"))
+    assert entries[0]["summary"] == "Every method at several scales of guidance: a grid, one cell a trial."
+    assert "method: bayes" in explain_option("sweeps", "theta")
+
+
+@pytest.mark.parametrize("group", ["method", "detector"])
+@pytest.mark.parametrize("name", ["title", "summary", "citation"])
+def test_what_is_read_of_a_class_without_importing_it_is_what_it_says(group: str, name: str) -> None:
+    for option in options(group):
+        choice = one(f"{group}={option}") if group != "method" else grid([f"method={option}"])[0]
+        node = getattr(choice.settings, group)
+        assert said(node["_target_"], name) == getattr(get_object(node["_target_"]), name)
+
+
+def test_a_source_is_said_in_a_few_words() -> None:
+    found = {short(entry["citation"]) for entry in describe_options("method")}
+    assert found >= {"Wen et al. 2024", "Ren et al. 2024", ""}
+        "Wen et al. 2024",
+        "Ren et al. 2024",
+        "",
+    }
+    assert short("Heusel et al. 2017") == "Heusel et al. 2017"
+    assert all("@" not in short(entry["citation"]) for entry in describe_options("detector"))
+
+
+def test_a_listing_needs_no_composition_and_no_torch() -> None:
+    code = (
+        "import sys, nemo_bench.config.composition as c; from nemo_bench.cli import main; done = []\n"
+        "compose = c.compose; c.compose = lambda *a, **k: (done.append(1), compose(*a, **k))[1]\n"
+        "for words in (['ls'], ['ls', 'method'], ['ls', 'model'], ['ls', 'sweeps']): assert main(words) == 0\n"
+        "print(len(done), [m for m in ('torch', 'diffusers', 'matplotlib', 'wandb') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "0 []"
 
 
 def test_settings_of_the_logger_alone() -> None:
