@@ -390,7 +390,11 @@ def test_an_option_is_explained_by_its_file_and_its_class() -> None:
 def test_a_metric_is_explained_by_every_file_that_has_it() -> None:
     text = explain_option("metrics", "sscd")
     head = text.split("\n")
-    assert head[0] == "# metrics=full,membench,wen"
+    assert [line for line in head if line.startswith("# metrics=")] == [
+        "# metrics=full",
+        "# metrics=membench",
+        "# metrics=wen",
+    ]
     assert head[1].startswith("# SSCD disc mixup to training image: ")
     assert "_target_: nemo_bench.metrics.TrainingImage" in text
     assert "threshold: 0.15" in explain_option("metrics", "default")
@@ -417,10 +421,6 @@ def test_what_is_read_of_a_class_without_importing_it_is_what_it_says(group: str
 def test_a_source_is_said_in_a_few_words() -> None:
     found = {short(entry["citation"]) for entry in describe_options("method")}
     assert found >= {"Wen et al. 2024", "Ren et al. 2024", ""}
-        "Wen et al. 2024",
-        "Ren et al. 2024",
-        "",
-    }
     assert short("Heusel et al. 2017") == "Heusel et al. 2017"
     assert all("@" not in short(entry["citation"]) for entry in describe_options("detector"))
 
