@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import os
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _options(words: Sequence[str]) -> argparse.Namespace:
     """What was asked for; help where that is nothing, an error that names the nearest where there is no such thing."""
     parser = _parser()
+    _complete(parser)
     if not words:
         parser.print_help()
         raise SystemExit(0)
@@ -102,6 +105,24 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answers a shell that asks how the words typed so far may go on, where argcomplete is installed."""
+    if "_ARGCOMPLETE" in os.environ and importlib.util.find_spec("argcomplete"):
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+
+
+def _settings_so_far(prefix: str, **_: Any) -> list[str]:
+    """How a ``key=value`` word may go on: keys, or after a group's name its options."""
+    from nemo_bench.config import GROUPS, RunSettings, options
+
+    key, separator, _rest = prefix.partition("=")
+    if separator:
+        return [f"{key}={name}" for name in options(key)] if key in GROUPS else []
+    return [f"{field.name}=" for field in fields(RunSettings) if field.name not in ("summary", "grid")]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "nemo-bench",
@@ -116,7 +137,10 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=command)
         if settings:
-            sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings; see nemo-bench --help")
+            words = sub.add_argument(
+                "overrides", nargs="*", metavar="key=value", help="settings; see nemo-bench --help"
+            )
+            words.completer = _settings_so_far  # type: ignore[attr-defined] - read by argcomplete
             sub.add_argument(
                 "--conf", type=Path, metavar="DIR", help="folder with more YAML files, in group subfolders"
             )
@@ -199,6 +223,7 @@ def _run(options: argparse.Namespace) -> None:
     if is_main():
         done = "everything was done already" if not open_before else f"{open_before} records computed"
         _show(folder, f"{done}, {time.perf_counter() - start:.0f} s", as_json=options.json)
+        _warn_of_limits(choices)
 
 
 def _detect(options: argparse.Namespace) -> None:
@@ -268,6 +293,7 @@ def _dry_run(choices: Sequence[Choice], as_json: bool) -> None:
         print(json.dumps(expected, indent=2))
     else:
         _print_forecast(expected)
+    _warn_of_limits(choices)
     if missing:
         raise NemoBenchError(f"missing: {missing} of what the run needs, see above; nothing was started")
 
@@ -289,6 +315,10 @@ def _print_forecast(expected: Mapping[str, Any]) -> None:
     for (state, kind, note), names in together.items():
         needs.add_row(state, kind, f"{', '.join(names)}\n{note}".strip())
     console.print(needs, "")
+    for file, about in expected["prompts"].items():
+        console.print(f"{file}: {about['taken']:,} of {about['of']:,} prompts, the first of them:")
+        for prompt in about["first"]:
+            console.print(f"  {prompt['id']}: {textwrap.shorten(prompt['text'], 100, placeholder=' ...')}")
     if expected["uncounted"]:
         console.print(f"{expected['uncounted']} cells can't be counted before their files are there")
     if not rows:
@@ -309,6 +339,18 @@ def _print_forecast(expected: Mapping[str, Any]) -> None:
         each = f"{1000 * pace['seconds_per_pass']:.3g} ms a pass"
         console.print(f"{model}: {each} in {pace['records']:,} finished records, on {', '.join(pace['devices'])}")
     console.print(f"time: {_duration(total['seconds'], least)}")
+
+
+def _warn_of_limits(choices: Sequence[Choice]) -> None:
+    """Says, apart from the results, that they are of the first prompts only."""
+    found = {
+        f"prompts.{name}={value}": None
+        for choice in choices
+        for name in ("limit", "calibration_limit")
+        if (value := getattr(choice.settings.prompts, name)) is not None
+    }
+    if found:
+        _aside(f"{', '.join(found)}: of each file the first prompts only, for a try; these numbers are no results")
 
 
 def _duration(seconds: float | None, least: str) -> str:

@@ -19,6 +19,7 @@ import yaml
 
 from nemo_bench.cli import main
 from nemo_bench.config import grid
+from nemo_bench.prompts import read_prompts
 from nemo_bench.run import export
 from nemo_bench.store import read_records
 from nemo_bench.types import Neurons, Record
@@ -143,7 +144,11 @@ def test_dry_run_counts_and_writes_nothing(
 ) -> None:
     words = ["seeds=2", "model.steps=5", f"root={tmp_path / 'results'}", f"prompts.files=[{prompt_file}]"]
     assert main(["run", "--dry-run", "--json", *words]) == 0
-    rows = json.loads(capsys.readouterr().out)["cells"]
+    expected = json.loads(capsys.readouterr().out)
+    rows = expected["cells"]
+    (about,) = expected["prompts"].values()
+    assert (about["taken"], about["of"]) == (3, 3)
+    assert about["first"][0] == {"id": "vm-01", "text": read_prompts(prompt_file)[0].text}
     assert [row["open"] for row in rows] == [{"localize": 3, "generate": 6, "score": 3}] * 3
     assert [row["passes"]["generate"] for row in rows] == [6 * 5 * 2] * 3
     assert not (tmp_path / "results").exists()
@@ -266,3 +271,38 @@ def test_what_a_kernel_hands_on_breaks_nothing_and_is_kept_by_the_library(tmp_pa
     own = {**environment(), "MPLBACKEND": "pdf"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=own)
     assert done.stdout == "pdf\n"
+
+
+def test_numbers_of_the_first_prompts_only_are_said_to_be_no_results(
+    tmp_path: Path, prompt_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", "--dry-run", f"root={tmp_path}", f"prompts.files=[{prompt_file}]", "method=none"]
+    assert main([*words, "prompts.limit=2"]) == 0
+    shown = capsys.readouterr()
+    assert "2 of 3 prompts, the first of them:" in shown.out
+    assert read_prompts(prompt_file)[1].text[:40] in shown.out
+    assert (
+        shown.err == "prompts.limit=2: of each file the first prompts only, for a try; these numbers are no results\n"
+    )
+    assert main(words) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("nemo-bench r", {"run", "report", "references"}),
+        ("nemo-bench run --d", {"--dry-run"}),
+        ("nemo-bench run method=sta", {"method=static_transition"}),
+        ("nemo-bench run seeds=2 loc", {"localize_seeds="}),
+    ],
+)
+def test_a_shell_is_told_how_words_go_on(typed: str, found: set[str], tmp_path: Path) -> None:
+    # What argcomplete's own functions for shells set.
+    asked = {
+        "_ARGCOMPLETE": "1", "_ARGCOMPLETE_SUPPRESS_SPACE": "1", "_ARGCOMPLETE_COMP_WORDBREAKS": " ", "COMP_TYPE": "9",
+        "COMP_LINE": typed, "COMP_POINT": str(len(typed)), "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "answer"),
+        "_ARGCOMPLETE_IFS": " ",
+    }  # fmt: skip
+    subprocess.run([*PROGRAM, "run"], check=True, timeout=60, env={**environment(), **asked})
+    assert set((tmp_path / "answer").read_text().split()) == found
