@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import os
+import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from nemo_bench import __version__
+from nemo_bench.errors import nearest
+from nemo_bench.process import make_ready
 
 if TYPE_CHECKING:
     from nemo_bench.config import Choice
@@ -44,16 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0, 1 after an error that was explained, or 130 where it was stopped.
     """
-    # Neither library has anything to fetch here that a user asked for; an advice line per run is noise.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    options, rest = (parser := _parser()).parse_known_args(arguments)
-    if any(word.startswith("-") or not hasattr(options, "overrides") for word in rest):
-        parser.error(f"unknown arguments: {' '.join(rest)}; nemo-bench COMMAND --help lists them")
-    if rest:
-        # argparse takes all settings from one place; those after an option are settings as well.
-        options.overrides += rest
+    if arguments is None:
+        make_ready()
+        arguments = sys.argv[1:]
+    options = _options(arguments)
     from nemo_bench.errors import NemoBenchError
     from nemo_bench.stopping import stop_at_sigterm
 
@@ -75,6 +77,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _options(words: Sequence[str]) -> argparse.Namespace:
+    """What was asked for; help where that is nothing, an error that names the nearest where there is no such thing."""
+    parser = _parser()
+    _complete(parser)
+    if not words:
+        parser.print_help()
+        raise SystemExit(0)
+    commands = next(action.choices for action in parser._actions if isinstance(action.choices, Mapping))
+    first = words[0]
+    if "=" in first and not first.startswith("-"):
+        parser.error(f"{first}: a command comes first, such as: nemo-bench run {shlex.join(words)}")
+    if not first.startswith("-") and first not in commands:
+        parser.error(f"unknown command '{first}'. {nearest(first, commands)}")
+    options, rest = parser.parse_known_args(words)
+    sub = commands[options.name_of_command]
+    for word in rest:
+        if word.startswith("-"):
+            known = [option for option in sub._option_string_actions if option.startswith("--")]
+            sub.error(f"unknown option '{word}'. {nearest(word, known)}")
+        if not hasattr(options, "overrides"):
+            sub.error(f"unknown argument '{word}'; nemo-bench {options.name_of_command} takes no settings")
+    # argparse takes all settings from one place; those after an option are settings as well.
+    if rest:
+        options.overrides += rest
+    options.line = shlex.join(["nemo-bench", *words])
+    return options
+
+
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answers a shell that asks how the words typed so far may go on, where argcomplete is installed."""
+    if "_ARGCOMPLETE" in os.environ and importlib.util.find_spec("argcomplete"):
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+
+
+def _settings_so_far(prefix: str, **_: Any) -> list[str]:
+    """How a ``key=value`` word may go on: keys, or after a group's name its options."""
+    from nemo_bench.config import GROUPS, RunSettings, options
+
+    key, separator, _rest = prefix.partition("=")
+    if separator:
+        return [f"{key}={name}" for name in options(key)] if key in GROUPS else []
+    return [f"{field.name}=" for field in fields(RunSettings) if field.name not in ("summary", "grid")]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "nemo-bench",
@@ -82,15 +130,22 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"nemo-bench {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name_of_command")
 
     def add(name: str, command: Any, text: str, *, settings: bool = False) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=command)
         if settings:
-            sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings; see nemo-bench --help")
+            words = sub.add_argument(
+                "overrides", nargs="*", metavar="key=value", help="settings; see nemo-bench --help"
+            )
+            words.completer = _settings_so_far  # type: ignore[attr-defined] - read by argcomplete
             sub.add_argument(
                 "--conf", type=Path, metavar="DIR", help="folder with more YAML files, in group subfolders"
+            )
+            sub.add_argument(
+                "--cfg", action="store_true", help="print the settings of every cell, defaults filled in; do nothing"
             )
         return sub
 
@@ -151,6 +206,9 @@ def _run(options: argparse.Namespace) -> None:
     from nemo_bench.config import grid
 
     choices = grid(options.overrides, options.conf)  # before torch loads, so that mistakes are said at once
+    if options.cfg:
+        _print_settings(choices, options.json)
+        return
     if options.dry_run:
         _dry_run(choices, options.json)
         return
@@ -162,33 +220,35 @@ def _run(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     open_before = sum(sum(row["open"].values()) for row in outlook(cells))
     say = _aside if options.json else print
-    folder = run(cells, _command_line(), say=say, progress=not options.json)
+    folder = run(cells, options.line, say=say, progress=not options.json)
     if is_main():
         done = "everything was done already" if not open_before else f"{open_before} records computed"
         _show(folder, f"{done}, {time.perf_counter() - start:.0f} s", as_json=options.json)
+        _warn_of_limits(choices)
 
 
 def _detect(options: argparse.Namespace) -> None:
     from nemo_bench.config import detector_grid
 
     choices = detector_grid(options.overrides, options.conf)  # before torch loads, so that mistakes are said at once
-    from rich.console import Console
-
+    if options.cfg:
+        _print_settings(choices, options.json)
+        return
     from nemo_bench import detection
     from nemo_bench.report.detection import load_detections, terminal_detection
     from nemo_bench.runner import is_main
+    from nemo_bench.terminal import show
 
     cells = detection.plan(choices)
     start = time.perf_counter()
     is_done = not detection.is_open(cells)
-    folder = detection.detect(cells, _command_line(), progress=not options.json)
+    folder = detection.detect(cells, options.line, progress=not options.json)
     if not is_main():
         return
     if options.json:
         print((folder / "detection.json").read_text(encoding="utf-8"))
         return
-    console = Console()
-    console.print(*terminal_detection(load_detections(folder)))
+    show(*terminal_detection(load_detections(folder)))
     for cell in cells:
         for found in cell.choice.families:
             print(f"{cell.spec['detector']} on {cell.spec['model']}, settings {found}")
@@ -196,9 +256,18 @@ def _detect(options: argparse.Namespace) -> None:
     print(f"{done}, {time.perf_counter() - start:.0f} s\nreport:  {folder / 'detection.html'}\nrecords: {folder}")
 
 
-def _command_line() -> str:
-    """What the user typed."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+def _print_settings(choices: Sequence[Choice], as_json: bool) -> None:
+    """The settings of each cell in full, as YAML documents or a list of objects."""
+    import yaml
+
+    found = [asdict(choice.settings) for choice in choices]
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for number, (choice, settings) in enumerate(zip(choices, found, strict=True), 1):
+        names = " ".join(f"{group}={name}" for group, name in choice.names.items())
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        print(f"--- # {number} of {len(found)}: {names}\n{text}", end="")
 
 
 def _aside(line: str) -> None:
@@ -208,14 +277,13 @@ def _aside(line: str) -> None:
 
 def _show(folder: Path, done: str, *, as_json: bool) -> None:
     """The table of a run, and where to look further."""
-    from rich.console import Console
-
     from nemo_bench.report import load_results, terminal_table
+    from nemo_bench.terminal import show
 
     if as_json:
         print((folder / "leaderboard.json").read_text(encoding="utf-8"))
         return
-    Console().print(terminal_table(load_results(folder)))
+    show(terminal_table(load_results(folder)))
     print(f"{done}\nreport:  {folder / 'report.html'}\nrecords: {folder}")
 
 
@@ -230,6 +298,7 @@ def _dry_run(choices: Sequence[Choice], as_json: bool) -> None:
         print(json.dumps(expected, indent=2))
     else:
         _print_forecast(expected)
+    _warn_of_limits(choices)
     if missing:
         raise NemoBenchError(f"missing: {missing} of what the run needs, see above; nothing was started")
 
@@ -237,6 +306,8 @@ def _dry_run(choices: Sequence[Choice], as_json: bool) -> None:
 def _print_forecast(expected: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
+
+    from nemo_bench.terminal import show
 
     rows, total = expected["cells"], expected["total"]
     width = max([80, *(len(row["cell"]) + 62 for row in rows)])
@@ -251,16 +322,21 @@ def _print_forecast(expected: Mapping[str, Any]) -> None:
     for found in expected["families"]:
         needs.add_row("chosen" if found["known"] else "default", "settings", f"{found['method']} {found['text']}")
     console.print(needs, "")
+    for file, about in expected["prompts"].items():
+        console.print(f"{file}: {about['taken']:,} of {about['of']:,} prompts, the first of them:")
+        for prompt in about["first"]:
+            console.print(f"  {prompt['id']}: {textwrap.shorten(prompt['text'], 100, placeholder=' ...')}")
     if expected["uncounted"]:
         console.print(f"{expected['uncounted']} cells can't be counted before their files are there")
     if not rows:
         return
-    table = Table(Column("open records", no_wrap=True), "localize", "generate", "score", "UNet passes", "time")
+    counts = (Column(name, no_wrap=True) for name in ("localize", "generate", "score", "UNet passes", "time"))
+    table = Table(Column("open records", overflow="fold"), *counts)
     for row in rows:
         counts = [str(row["open"].get(stage, "-")) for stage in ("localize", "generate", "score")]
         least = "≥ " if row["at_least"] else ""
         table.add_row(row["cell"], *counts, f"{least}{sum(row['passes'].values()):,}", _duration(row["seconds"], least))
-    console.print(table)
+    show(table)
     least, passes = ("≥ " if total["at_least"] else ""), total["passes"]
     stages = ", ".join(f"{least * (s == 'localize')}{count:,} to {s}" for s, count in passes.items())
     console.print(f"UNet passes of one sample: {stages}")
@@ -270,6 +346,18 @@ def _print_forecast(expected: Mapping[str, Any]) -> None:
         each = f"{1000 * pace['seconds_per_pass']:.3g} ms a pass"
         console.print(f"{model}: {each} in {pace['records']:,} finished records, on {', '.join(pace['devices'])}")
     console.print(f"time: {_duration(total['seconds'], least)}")
+
+
+def _warn_of_limits(choices: Sequence[Choice]) -> None:
+    """Says, apart from the results, that they are of the first prompts only."""
+    found = {
+        f"prompts.{name}={value}": None
+        for choice in choices
+        for name in ("limit", "calibration_limit")
+        if (value := getattr(choice.settings.prompts, name)) is not None
+    }
+    if found:
+        _aside(f"{', '.join(found)}: of each file the first prompts only, for a try; these numbers are no results")
 
 
 def _duration(seconds: float | None, least: str) -> str:
@@ -290,7 +378,11 @@ def _calibrate(options: argparse.Namespace) -> None:
     overrides = options.overrides
     if not any(word.startswith("method=") for word in overrides):
         overrides = [*overrides, "method=nemo"]
-    rows = calibrate(plan(grid(overrides, options.conf)), progress=not options.json)
+    choices = grid(overrides, options.conf)
+    if options.cfg:
+        _print_settings(choices, options.json)
+        return
+    rows = calibrate(plan(choices), progress=not options.json)
     if not is_main():
         return
     if options.json:
@@ -306,58 +398,47 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _ls(options: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    from nemo_bench.config import GROUPS, describe_options, explain_option
+    from nemo_bench.config import GROUPS, describe_options, explain_option, overview, short
+    from nemo_bench.terminal import show
 
     if options.name:
         print(explain_option(options.group, options.name, options.conf))
         return
-    groups = [options.group] if options.group else [g for g in GROUPS if g not in ("trainer", "logger")]
-    listing = [entry for group in groups for entry in describe_options(group, options.conf)]
     if options.json:
-        print(json.dumps(listing, indent=2))
+        groups = [options.group] if options.group else [g for g in GROUPS if g not in ("trainer", "logger")]
+        print(json.dumps([entry for group in groups for entry in describe_options(group, options.conf)], indent=2))
         return
-    columns = ("name", "summary", "citation") if options.group else ("group", "name", "summary")
-    table = Table(*columns)
-    for entry in listing if options.group else _in_short(listing):
-        table.add_row(*(entry[column].split("\n")[0] for column in columns))
-    Console().print(table)
+    names = Column("name", no_wrap=True)
+    if options.group:
+        table = Table(names, "summary", "source", box=None, pad_edge=False)
+        for entry in describe_options(options.group, options.conf):
+            table.add_row(entry["name"], entry["summary"], short(entry["citation"]))
+    else:
+        table = Table(Column("group", no_wrap=True), names, "summary", box=None, pad_edge=False)
+        for entry in overview(options.conf):
+            table.add_row(*(entry[column] for column in ("group", "name", "summary")))
+    show(table)
     if not options.group:
         print("nemo-bench ls GROUP names sources, nemo-bench ls GROUP NAME what can be set")
 
 
-def _in_short(listing: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """One entry for each file of metrics, with their names."""
-    files: dict[str, list[str]] = {}
-    others = []
-    for entry in listing:
-        file, _, metric = entry["name"].partition("/")
-        if metric:
-            files.setdefault(file, []).append(metric)
-        else:
-            others.append(dict(entry))
-    metrics = [{"group": "metrics", "name": file, "summary": ", ".join(names)} for file, names in files.items()]
-    return [*others, *metrics]
-
-
 def _report(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from nemo_bench.report import load_results, terminal_table, write_report
     from nemo_bench.report.detection import load_detections, terminal_detection, write_detection
     from nemo_bench.store import read_json
+    from nemo_bench.terminal import show
 
-    console, folder = Console(), options.folder
+    folder = options.folder
     if (folder / "detection.json").is_file():
         page = write_detection(folder)
-        console.print(*terminal_detection(load_detections(folder)))
+        show(*terminal_detection(load_detections(folder)))
         print(page)
         if not read_json(folder / "run.json")["cells"]:
             return
     write_report(folder)
-    console.print(terminal_table(load_results(folder)))
+    show(terminal_table(load_results(folder)))
     print(folder / "report.html")
 
 
@@ -384,29 +465,28 @@ def _score(options: argparse.Namespace) -> None:
     cells = cells_of(
         options.folder, options.overrides, conf=options.conf, mapping=options.map, say=say, progress=progress
     )
-    folder = score(cells, _command_line(), say, progress=progress)
+    folder = score(cells, options.line, say, progress=progress)
     if is_main():
         _show(folder, f"{time.perf_counter() - start:.0f} s", as_json=options.json)
 
 
 def _audit(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from nemo_bench.audit import audit, cells_of
     from nemo_bench.report.audit import load_audits, terminal_audits
     from nemo_bench.runner import is_main
+    from nemo_bench.terminal import show
 
     start = time.perf_counter()
     say = _aside if options.json else print
     cells = cells_of(options.folder, options.overrides, options.cell, conf=options.conf, say=say)
-    folder = audit(cells, _command_line(), progress=not options.json)
+    folder = audit(cells, options.line, progress=not options.json)
     if not is_main():
         return
     audits = load_audits(folder)
     if options.json:
         print(json.dumps([{"cell": found.cell, **found.content} for found in audits], indent=2))
         return
-    Console().print(*terminal_audits(audits))
+    show(*terminal_audits(audits))
     print(f"{time.perf_counter() - start:.0f} s\nreport:   {folder / 'report.html'}")
     for cell in cells:
         print(f"pictures: {cell.store.folder / 'audit'}")
@@ -415,6 +495,7 @@ def _audit(options: argparse.Namespace) -> None:
 def _references(options: argparse.Namespace) -> None:
     from collections import Counter
 
+    from nemo_bench.config import quoted, shell_word
     from nemo_bench.prompts import MANIFEST
     from nemo_bench.references import Limits, fetch
 
@@ -437,8 +518,8 @@ def _references(options: argparse.Namespace) -> None:
         print(f"{sum(map(len, same))} links gave {len(same)} files; a file of many links may stand in for lost images:")
         print("\n".join(f"same: {len(links)} x {links[0]}" for links in sorted(same, key=len, reverse=True)[:3]))
     print(f"{summary['prompts_without_reference']} of {summary['prompts']} prompts have no training image left")
-    files = ",".join(options.lists)
-    print(f"use them: nemo-bench run 'prompts.files=[{files}]' prompts.references={options.folder}")
+    files = shlex.quote(f"prompts.files=[{','.join(map(quoted, options.lists))}]")
+    print(f"use them: nemo-bench run {files} {shell_word('prompts.references', str(options.folder))}")
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -23,6 +23,8 @@ from nemo_bench.store import read_json, read_records
 from nemo_bench.types import Prompt
 
 State = Literal["there", "fetched", "partly", "missing"]
+FIRST = 3
+"""Prompts of a file that are shown, so that one sees whether it is the right one, read as it was meant."""
 _UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -116,12 +118,14 @@ def forecast(choices: Sequence[Choice]) -> dict[str, Any]:
     Returns:
         ``needs``: the fields of each :class:`Need`. ``families``: by model and method, which settings were chosen for
         the model's family, the fields of :class:`nemo_bench.config.FamilySettings` and the same as ``text``.
-        ``cells``: those whose files can be read, each as in :func:`nemo_bench.run.outlook`, with ``passes``, UNet
-        passes of one sample to ``calibrate`` (with the first cell that waits for it), ``localize`` and ``generate``;
-        ``at_least``, whether those are the fewest possible, since what a method takes depends on the prompt and no
-        record of the model tells what it is; and ``seconds``, None before the first records of the model.
-        ``uncounted``: how many other cells there are. ``total``: the same over all cells. ``pace``: by model, number of
-        ``records`` that this is drawn from, their ``devices`` and ``seconds_per_pass``.
+        ``cells``: those whose files can be read, each as in
+        :func:`nemo_bench.run.outlook`, with ``passes``, UNet passes of one sample to ``calibrate`` (with the first
+        cell that waits for it), ``localize`` and ``generate``; ``at_least``, whether those are the fewest possible,
+        since what a method takes depends on the prompt and no record of the model tells what it is; and
+        ``seconds``, None before the first records of the model. ``uncounted``: how many other cells there are.
+        ``prompts``: by file how many prompts are ``taken``, ``of`` how many, and the ``first`` :data:`FIRST` of them.
+        ``total``: the same over all cells. ``pace``: by model, number of ``records`` that this is drawn from, their
+        ``devices`` and ``seconds_per_pass``.
 
     Raises:
         NemoBenchError: Settings are wrong; what is merely missing is in ``needs``.
@@ -143,6 +147,7 @@ def forecast(choices: Sequence[Choice]) -> dict[str, Any]:
         "families": list(families.values()),
         "cells": rows,
         "uncounted": len(choices) - len(countable),
+        "prompts": survey.first_prompts(choices),
         "total": {
             "passes": {stage: sum(row["passes"][stage] for row in rows) for stage in stages},
             "at_least": any(row["at_least"] for row in rows),
@@ -189,6 +194,16 @@ class _Survey:
         if general and to_measure(method, model):
             found.append(self._there("general prompts", general, partial(self._read, general, unlinked)))
         return replace(choice, settings=replace(settings, metrics=metrics)) if all(found) else None
+
+    def first_prompts(self, choices: Sequence[Choice]) -> dict[str, dict[str, Any]]:
+        """The beginning of every file of prompts that can be read, and how many of its prompts are taken."""
+        found = {}
+        for settings in (choice.settings.prompts for choice in choices):
+            for file in (file for file in settings.files if file in self._prompts):
+                own = self._prompts[file][: settings.limit]
+                first = [{"id": prompt.id, "text": prompt.text} for prompt in own[:FIRST]]
+                found[file] = {"taken": len(own), "of": len(self._prompts[file]), "first": first}
+        return found
 
     def _there(self, kind: str, what: str, look: Callable[[], object]) -> bool:
         key = (kind, what)

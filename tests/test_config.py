@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
+from hydra.utils import get_object
+from hypothesis import example, given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from nemo_bench.config import (
     GROUPS,
@@ -23,7 +29,10 @@ from nemo_bench.config import (
     options,
     overridden,
     resolve,
+    short,
 )
+from nemo_bench.config.about import said
+from nemo_bench.config.text import read, shell_word
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods import Method, NeMo, NoMitigation, RandomNeurons
 from nemo_bench.metrics import BenchMetric
@@ -218,7 +227,7 @@ def test_metrics_can_be_added_and_left_out() -> None:
         ("method=nemmo", "unknown method 'nemmo'. Did you mean 'nemo'.*Choices: .*none"),
         ("experiment=smoky", "unknown experiment 'smoky'. Did you mean 'smoke'"),
         ("model.steps=1.5", "model.steps=1.5"),
-        ("prompts.files=3", "prompts.files=3: expected a list, in brackets"),
+        ("model.similarity.betas=3", "model.similarity.betas=3: expected a list, in brackets"),
         ("prompts.memorized=a.csv", "prompts.memorized: a.csv is none of prompts.files="),
         ("seeds=two", "seeds=two: expected a whole number"),
         ("model.local_files_only=maybe", "model.local_files_only=maybe: expected true or false"),
@@ -235,6 +244,8 @@ def test_metrics_can_be_added_and_left_out() -> None:
         ("name=../up", "name=../up: expected letters"),
         ("seeds", "can't read an override .*seeds.*write key=value"),
         ("seeds=[1", "can't read an override"),
+        ("prompts.files=[it's.csv]", r"""can't read .* into quotes: 'prompts.files=\["it'"'"'s.csv"\]'"""),
+        ("+method.file=a(1.csv", r"""into quotes: '\+method.file="a\(1.csv"'"""),
         ("grid=[nemo]", "grid belongs into the file of an experiment"),
         ("method=null", "method"),
         ("model=null", "model"),
@@ -339,9 +350,11 @@ def test_paths_in_the_package_are_found() -> None:
 class Training:
     steps: int = 3
     rate: float = 0.5
+    name: str = "a"
 
 
 def test_settings_of_a_training_are_typed() -> None:
+    assert overridden(["name=1_0", "steps=1_0"], Training) == Training(10, name="1_0")
     assert overridden(["steps=5"], Training) == Training(5, 0.5)
     assert overridden([], Training) == Training()
     for word, message in (
@@ -374,6 +387,55 @@ def test_an_option_is_explained_by_its_file_and_its_class() -> None:
     assert "guidance: 7" in explain_option("model", "sd14")
     with pytest.raises(ConfigError, match=r"unknown model 'sd1'.*Choices"):
         explain_option("model", "sd1")
+
+
+def test_a_metric_is_explained_by_every_file_that_has_it() -> None:
+    text = explain_option("metrics", "sscd")
+    head = text.split("\n")
+    assert [line for line in head if line.startswith("# metrics=")] == [
+        "# metrics=full",
+        "# metrics=membench",
+        "# metrics=wen",
+    ]
+    assert head[1].startswith("# SSCD disc mixup to training image: ")
+    assert "_target_: nemo_bench.metrics.TrainingImage" in text
+    assert "threshold: 0.15" in explain_option("metrics", "default")
+    with pytest.raises(ConfigError, match=r"unknown metrics 'scsd'. Did you mean 'sscd'"):
+        explain_option("metrics", "scsd")
+
+
+def test_sweeps_are_listed_and_explained() -> None:
+    entries = describe_options("sweeps")
+    assert [entry["name"] for entry in entries] == sorted(path.stem for path in (CONF / "sweeps").glob("*.yaml"))
+    assert entries[0]["summary"] == "Every method at several scales of guidance: a grid, one cell a trial."
+    assert "method: bayes" in explain_option("sweeps", "theta")
+
+
+@pytest.mark.parametrize("group", ["method", "detector"])
+@pytest.mark.parametrize("name", ["title", "summary", "citation"])
+def test_what_is_read_of_a_class_without_importing_it_is_what_it_says(group: str, name: str) -> None:
+    for option in options(group):
+        choice = one(f"{group}={option}") if group != "method" else grid([f"method={option}"])[0]
+        node = getattr(choice.settings, group)
+        assert said(node["_target_"], name) == getattr(get_object(node["_target_"]), name)
+
+
+def test_a_source_is_said_in_a_few_words() -> None:
+    found = {short(entry["citation"]) for entry in describe_options("method")}
+    assert found >= {"Wen et al. 2024", "Ren et al. 2024", ""}
+    assert short("Heusel et al. 2017") == "Heusel et al. 2017"
+    assert all("@" not in short(entry["citation"]) for entry in describe_options("detector"))
+
+
+def test_a_listing_needs_no_composition_and_no_torch() -> None:
+    code = (
+        "import sys, nemo_bench.config.composition as c; from nemo_bench.cli import main; done = []\n"
+        "compose = c.compose; c.compose = lambda *a, **k: (done.append(1), compose(*a, **k))[1]\n"
+        "for words in (['ls'], ['ls', 'method'], ['ls', 'model'], ['ls', 'sweeps']): assert main(words) == 0\n"
+        "print(len(done), [m for m in ('torch', 'diffusers', 'matplotlib', 'wandb') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "0 []"
 
 
 def test_settings_of_the_logger_alone() -> None:
@@ -481,3 +543,96 @@ def test_all_methods_takes_what_the_files_of_methods_have_for_the_model() -> Non
         differing = {key for key, value in choice.settings.method.items() if value != plain.settings.method[key]}
         assert differing <= variants
         assert not any(set(found.given) - variants for found in choice.families)
+TYPED = ["2026_11_29", "1e3", "1_0", "0x10", "007", "1.", "-0", "true", "No", "nan", "inf"]
+"""Names that look like something else."""
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_what_looks_like_a_number_stays_the_text_that_was_typed(text: str, tmp_path: Path) -> None:
+    settings = one(f"root={text}", f"logger.entity='{text}'", f"prompts.files=[{text},a.csv]").settings
+    assert (settings.root, settings.logger.entity, settings.prompts.files) == (text, text, [text, "a.csv"])
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "mine.yaml").write_text("_target_: nemo_bench.methods.SavedNeurons\nfile: a.csv\n")
+    (choice,) = grid(["method=mine", f"method.file={text}"], tmp_path)
+    assert choice.settings.method["file"] == text
+
+
+def test_what_looks_like_a_number_stays_that_in_lists_of_values_and_in_grids(study: Path) -> None:
+    assert [choice.settings.root for choice in grid([f"root={','.join(TYPED)}", "method=none"])] == TYPED
+    assert [choice.settings.root for choice in grid(["root=choice(1_0,1e3)", "method=none"])] == ["1_0", "1e3"]
+    (study / "experiment" / "study.yaml").write_text("# @package _global_\ngrid: [method=none name=1_0]\n")
+    assert grid(["experiment=study"], study)[0].settings.name == "1_0"
+    assert [choice.settings.seeds for choice in grid(["seeds=1_0,2", "method=none"])] == [10, 2]
+
+
+def test_none_can_be_said_where_a_text_may_be_absent() -> None:
+    settings = one("real_images=null", "model.revision=NULL", "name=null").settings
+    assert (settings.real_images, settings.model.revision, settings.name) == (None, None, "null")
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_a_yaml_file_of_ones_own_keeps_its_text(text: str, tmp_path: Path) -> None:
+    for group in ("experiment", "model", "prompts"):
+        (tmp_path / group).mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        f"# @package _global_\nname: {text}\nseeds: 1_0\nmodel: {{revision: {text}}}\nreal_images: null\n"
+    )
+    (tmp_path / "prompts" / "mine.yaml").write_text(f"files: [{text}, b.csv]\nlimit: 3\n")
+    settings = one("experiment=mine", "prompts=mine", conf=tmp_path).settings
+    assert (settings.name, settings.model.revision, settings.seeds) == (text, text, 10)
+    assert (settings.real_images, settings.prompts.limit) == (None, 3)
+    assert settings.prompts.files[0] == text
+
+
+HOME = str(Path.home())
+
+
+@pytest.mark.parametrize(
+    ("word", "found"),
+    [
+        ("root=~/results", f"{HOME}/results"),
+        ("root='~/results'", f"{HOME}/results"),
+        ("root=a~b", "a~b"),
+        ("root=my results", "my results"),
+        ("root=results (new)", "results (new)"),
+        ("root=it's", "it's"),
+        ("root=a=b&c;d!#^`<>", "a=b&c;d!#^`<>"),
+        ("root=größe/☃", "größe/☃"),
+        ("root=[old] x", "[old] x"),
+        ("root=a$b", "a$b"),
+        (r"root=C:\new\x", r"C:\new\x"),
+        ("root=${name}", "default"),
+        ("prompts.files=my prompts.csv", ["my prompts.csv"]),
+        ("prompts.files=[my prompts.csv,~/ö.csv, 'a,b.csv' ]", ["my prompts.csv", f"{HOME}/ö.csv", "a,b.csv"]),
+    ],
+)
+def test_special_characters_are_taken(word: str, found: str | list[str]) -> None:
+    settings = one(word).settings
+    assert (settings.root if word.startswith("root") else settings.prompts.files) == found
+
+
+def test_the_home_folder_is_found_in_files_and_in_arguments_of_classes(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nroot: ~/here\n")
+    assert one("experiment=mine", conf=tmp_path).settings.root == f"{HOME}/here"
+    assert resolve("~/a.csv") == f"{HOME}/a.csv"
+
+
+@given(st.text())
+@example("${name}")
+@example("\\\\${name}\\")
+@example("'\"'\\\"")
+@example("a\nb")
+def test_any_text_in_quotes_is_that_text(text: str) -> None:
+    (word,) = shlex.split(shell_word("root", text))
+    key, value = read(word).key_or_group, read(word).value()
+    assert key == "root"
+    assert OmegaConf.create({"root": value, "name": "x"}).root == text
+
+
+@pytest.mark.parametrize(
+    "text", ["${name}", "\\${name}", "'\"'\\\"", "a,b", "[x]", "{a: 1}", " x ", "1_0", "\\", "range(1,2)"]
+)
+def test_text_in_quotes_reaches_the_settings(text: str) -> None:
+    (word,) = shlex.split(shell_word("root", text))
+    assert one(word).settings.root == text

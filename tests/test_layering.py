@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "nemo_bench"
 
 LAYERS = (
-    {"types", "errors", "stopping", "citations", "signals"},
+    {"types", "errors", "stopping", "citations", "signals", "process", "terminal"},
     {"store"},
     {"diffusion", "prompts", "aggregate"},
     {"localization", "methods", "detectors", "metrics", "references", "elsewhere"},
@@ -22,6 +22,7 @@ LAYERS = (
     {"forecast", "library", "scoring", "detection"},
     {"audit"},
     {"launchers", "cli"},
+    {"__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 READERS = {

@@ -17,7 +17,7 @@ from nemo_bench.config.composition import (
 )
 from nemo_bench.config.families import FamilySettings
 from nemo_bench.config.groups import GROUPS, options
-from nemo_bench.config.listing import about_method, describe_options, explain_option
+from nemo_bench.config.listing import about_method, describe_options, explain_option, overview, short
 from nemo_bench.config.schema import (
     LoggerSettings,
     ModelSettings,
@@ -28,6 +28,7 @@ from nemo_bench.config.schema import (
     overridden,
 )
 from nemo_bench.config.targets import build, resolve
+from nemo_bench.config.text import quoted, shell_word
 
 __all__ = [
     "DEFAULT_METHODS",
@@ -53,6 +54,10 @@ __all__ = [
     "one",
     "options",
     "overridden",
+    "overview",
+    "quoted",
     "rescore",
     "resolve",
+    "shell_word",
+    "short",
 ]

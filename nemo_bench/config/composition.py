@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, QuotedString
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,7 +25,8 @@ from nemo_bench.config.families import FAMILIES, FamilySettings, settle
 from nemo_bench.config.groups import GROUPS, folders, options, plugins
 from nemo_bench.config.importable import check_found
 from nemo_bench.config.schema import LoggerSettings, RunSettings, check_values
-from nemo_bench.config.targets import SPELLED, first_line, resolve, spell
+from nemo_bench.config.targets import SPELLED, first_line, hint_of, resolve, spell
+from nemo_bench.config.text import ConfFolder, hint_in, kept, quoted, read, swept
 from nemo_bench.errors import ConfigError, nearest
 
 DEFAULT_METHODS = "none,random,nemo"
@@ -144,7 +146,7 @@ def rescore(overrides: Sequence[str], names: Mapping[str, str], stored: Mapping[
         "real_images": stored.get("real_images"),
     }
     # What metrics may refer to.
-    words = [f"{key}={_quoted(value)}" for key, value in kept.items() if key not in typed and value is not None]
+    words = [f"{key}={quoted(value)}" for key, value in kept.items() if key not in typed and value is not None]
     if "metrics" not in typed:
         # Changes of single metrics are changes of those that the images were scored with.
         ConfigStore.instance().store(group="metrics", name=OWN_METRICS, node=stored["metrics"])
@@ -172,11 +174,6 @@ def one(overrides: Sequence[str], conf: Path | None) -> Choice:
     if len(choices) > 1:
         raise ConfigError(f"{len(choices)} sets of settings are asked for; images are scored with one value of each")
     return choices[0]
-
-
-def _quoted(value: str) -> str:
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def _share_out(cells: Sequence[Sequence[str]], group: str, conf: Path | None) -> list[list[str]]:
@@ -224,7 +221,7 @@ def _product(overrides: Sequence[str]) -> list[list[str]]:
     axes = []
     for override in sorted(_parse(overrides), key=lambda o: o.key_or_group in ("method", "detector")):
         if override.is_sweep_override():
-            axes.append([f"{override.get_key_element()}={v}" for v in override.sweep_string_iterator()])
+            axes.append([f"{override.get_key_element()}={v}" for v in swept(override)])
         else:
             axes.append([str(override.input_line)])
     return [list(words) for words in itertools.product(*axes)]
@@ -258,11 +255,7 @@ def _split(line: str) -> list[str]:
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
-    try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        text = str(error).split("\n")[0]
-        raise ConfigError(f"can't read an override ({text}); write key=value, such as seeds=8 method=nemo") from error
+    return [read(word) for word in overrides]
 
 
 def choose(overrides: Sequence[str], conf: Path | None) -> Choice:
@@ -287,15 +280,15 @@ def _chosen(overrides: Sequence[str], conf: Path | None) -> Choice:
         _check_option(override, conf)
     search = _search_path(conf)
     # Hydra knows no way to take an experiment back that is none already.
-    overrides = [_word(o) for o in parsed if o.key_or_group != "experiment" or o.value() is not None]
+    parsed = [o for o in parsed if o.key_or_group != "experiment" or o.value() is not None]
     keys = [o.key_or_group for o in parsed]
-    groups = [word for word in overrides if _parse([word])[0].key_or_group in GROUPS]
+    groups = [str(o.input_line) for o in parsed if o.key_or_group in GROUPS]
     with initialize_config_module("nemo_bench.conf", version_base="1.3"):
         base = _compose([*groups, *search])
         for override in parsed:
             if override.key_or_group not in GROUPS and not override.is_add():
                 _check_key(override.key_or_group, base)
-        config = _compose([*overrides, *search])
+        config = _compose([*(_word(override, base) for override in parsed), *search])
     names = {group: str(name) for group, name in config.hydra.runtime.choices.items() if name and group in GROUPS}
     node = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
     if "prompts.files" in keys:
@@ -308,6 +301,7 @@ def _chosen(overrides: Sequence[str], conf: Path | None) -> Choice:
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from error
     assert isinstance(settings, RunSettings)
+    _expand_home(settings)
     given = [*keys, *_of_experiment(parsed, conf)]
     nodes = {"method": settings.method, "detector": settings.detector}
     families = [
@@ -336,16 +330,42 @@ def _keys(node: Any, prefix: str) -> list[str]:
     return [key for name, value in node.items() for key in _keys(value, f"{prefix}.{name}")]
 
 
-def _word(override: Override) -> str:
-    """An override as Hydra takes it; a single file need not be put into brackets."""
-    value = override.value()
-    is_file = override.key_or_group in ("prompts.files", "prompts.memorized") and isinstance(value, str | QuotedString)
-    return f"{override.key_or_group}=[{_quoted(str(value))}]" if is_file else str(override.input_line)
+_PATHS = (
+    "root", "weights", "real_images", "model.source", "model.config", "model.statistics", "model.clip_pretrained",
+    "prompts.files", "prompts.memorized", "prompts.references", "prompts.calibration", "prompts.controls",
+)  # fmt: skip
+
+
+def _expand_home(settings: RunSettings) -> None:
+    """Puts the home folder in the place of a leading ``~``, as shells do only where a word begins with it."""
+    for key in _PATHS:
+        *parents, last = key.split(".")
+        node: Any = settings
+        for parent in parents:
+            node = getattr(node, parent)
+        value = getattr(node, last)
+        many = isinstance(value, list)
+        found = [os.path.expanduser(path) for path in value] if many else value and os.path.expanduser(value)
+        setattr(node, last, found)
+
+
+def _word(override: Override, base: DictConfig) -> str:
+    """An override as Hydra takes it, its text kept; a single file need not be put into brackets."""
+    key = str(override.key_or_group)
+    if key in GROUPS:
+        return str(override.input_line)
+    node: Any = base
+    *parents, last = key.split(".")
+    for parent in parents:
+        node = node.get(parent) if OmegaConf.is_dict(node) else None
+    target = node.get("_target_") if OmegaConf.is_dict(node) else None
+    return kept(override, hint_of(target, last) if target else hint_in(RunSettings, key))
 
 
 def _search_path(conf: Path | None) -> list[str]:
-    places = [f"pkg://{name}" for name in plugins()] + ([f"file://{conf.resolve()}"] if conf else [])
-    return [f"hydra.searchpath=[{','.join(map(_quoted, places))}]"] if places else []
+    own = [Path(str(resources.files(name))) for name in plugins()] + ([conf.resolve()] if conf else [])
+    places = [quoted(f"{ConfFolder.scheme()}://{folder}") for folder in own]
+    return [f"hydra.searchpath=[{','.join(places)}]"] if places else []
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra.utils import get_object
 
+from nemo_bench.config.about import said
 from nemo_bench.config.composition import choose, one
-from nemo_bench.config.groups import folders, options
+from nemo_bench.config.groups import GROUPS, folders, options
 from nemo_bench.config.targets import build
 from nemo_bench.errors import ConfigError, nearest
 
+LISTED = (*GROUPS, "sweeps")
+"""What there is a list of: the groups, and files for W&B's sweep agent."""
+
 
 def describe_options(group: str, conf: Path | None = None) -> list[dict[str, str]]:
-    """What ``nemo-bench ls`` shows of a group.
+    """What ``nemo-bench ls GROUP`` shows.
 
     Args:
-        group: One of :data:`GROUPS`.
+        group: One of :data:`LISTED`.
         conf: The user's own folder.
 
     Returns:
@@ -29,43 +34,134 @@ def describe_options(group: str, conf: Path | None = None) -> list[dict[str, str
         ConfigError: There is no such group.
     """
     entries = []
-    for name in options(group, conf):
-        settings = choose([f"{group}={name}", *(["method=none"] if group != "method" else [])], conf).settings
-        if group in ("method", "detector"):
-            target = get_object(getattr(settings, group)["_target_"])
-            entries.append((name, target.summary, target.citation))
-        elif group == "metrics":
+    for name in _names(group, conf):
+        if group == "metrics":
+            settings = choose([f"{group}={name}", "method=none"], conf).settings
             for metric, node in settings.metrics.items():
                 built = build(node, f"metrics.{metric}")
                 entries.append((f"{name}/{metric}", built.description, built.citation))
+            continue
+        content = _content(group, name, conf)
+        target = content.get("_target_")
+        if target:
+            entries.append((name, said(target, "summary"), said(target, "citation")))
         else:
-            node = settings if group == "experiment" else getattr(settings, group)
-            entries.append((name, getattr(node, "summary", ""), getattr(node, "citation", "")))
+            # What has no summary begins with a comment.
+            summary = content.get("summary") or _first_comment(_path(group, name, conf))
+            entries.append((name, summary, content.get("citation") or ""))
     keys = ("name", "summary", "citation")
     return [{"group": group, **dict(zip(keys, entry, strict=True))} for entry in entries]
+
+
+def overview(conf: Path | None = None) -> list[dict[str, str]]:
+    """What ``nemo-bench ls`` shows, without importing any class of the package's own.
+
+    Args:
+        conf: The user's own folder.
+
+    Returns:
+        Objects with group, name and summary; that of a metrics file is the names of its metrics.
+    """
+    entries = []
+    for group in (group for group in LISTED if group not in ("trainer", "logger")):
+        if group == "metrics":
+            for name in options(group, conf):
+                metrics = [key for key in _content(group, name, conf) if key != "defaults"]
+                entries.append({"group": group, "name": name, "summary": ", ".join(metrics)})
+        else:
+            entries += describe_options(group, conf)
+    return entries
 
 
 def explain_option(group: str, name: str, conf: Path | None = None) -> str:
     """What can be set of one option of a group.
 
     Args:
-        group: One of :data:`GROUPS`.
-        name: One of :func:`options`.
+        group: One of :data:`LISTED`.
+        name: One of its options, or a metric.
         conf: The user's own folder.
 
     Returns:
-        Its YAML file, with the words of the class that it names, if it names one.
+        Its YAML file, with the words of the class that it names, if it names one; of a metric what each file says.
 
     Raises:
         ConfigError: There is no such option.
     """
-    if name not in (choices := options(group, conf)):
-        raise ConfigError(f"unknown {group} '{name}'. {nearest(name, choices)}")
-    path = next(p for folder in folders(group, conf) if (p := folder / f"{name}.yaml").is_file())
-    text = path.read_text(encoding="utf-8")
-    target = dict(yaml.safe_load(text)).get("_target_")
+    choices = _names(group, conf)
+    if name in choices:
+        path = _path(group, name, conf)
+        target = _content(group, name, conf).get("_target_")
+        return "\n".join([f"# {path}", path.read_text(encoding="utf-8"), *_words(target)])
+    metrics = {file: _content(group, file, conf) for file in choices} if group == "metrics" else {}
+    having = {file: content[name] for file, content in metrics.items() if name in content and name != "defaults"}
+    if not having:
+        known = {*choices, *(key for content in metrics.values() for key in content)} - {"defaults"}
+        raise ConfigError(f"unknown {group} '{name}'. {nearest(name, known)}")
+    parts = []
+    for node in (node for place, node in enumerate(having.values()) if node not in list(having.values())[:place]):
+        files = [file for file, other in having.items() if other == node]
+        settings = choose([f"metrics={files[0]}", "method=none"], conf).settings
+        built = build(settings.metrics[name], f"metrics.{name}")
+        text = yaml.safe_dump({name: node}, sort_keys=False, allow_unicode=True)
+        parts += [
+            f"# metrics={','.join(files)}",
+            f"# {built.title}: {built.description}",
+            text,
+            *_words(node["_target_"]),
+        ]
+    return "\n".join(parts)
+
+
+def short(citation: str) -> str:
+    r"""A source in a few words: ``Wen et al. 2024`` for BibTeX, other text as it is.
+
+    Example:
+        >>> short("@misc{x,\n  author = {Ho, Jonathan and Salimans, Tim},\n  year = {2022}\n}")
+        'Ho and Salimans 2022'
+    """
+    author, year = (re.search(rf"\b{field} *= *{{(.*?)}},? *\n", citation, re.DOTALL) for field in ("author", "year"))
+    if not author or not year:
+        return citation
+    names = [name.split(",")[0] if "," in name else name.split()[-1] for name in re.split(r"\s+and\s+", author[1])]
+    return f"{' and '.join(names) if len(names) < 3 else f'{names[0]} et al.'} {year[1]}"
+
+
+def _names(group: str, conf: Path | None) -> list[str]:
+    if group == "sweeps":
+        return sorted({path.stem for folder in folders(group, conf) for path in folder.glob("*.yaml")})
+    if group not in GROUPS:
+        raise ConfigError(f"unknown group '{group}'. {nearest(group, LISTED)}")
+    return options(group, conf)
+
+
+def _path(group: str, name: str, conf: Path | None) -> Path:
+    return next(path for folder in folders(group, conf) if (path := folder / f"{name}.yaml").is_file())
+
+
+def _content(group: str, name: str, conf: Path | None) -> dict[str, Any]:
+    """What a file says, on top of the files of its group that it begins with."""
+    path = _path(group, name, conf)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} can't be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected key: value lines, given {type(content).__name__}")
+    for other in content.get("defaults") or []:
+        if isinstance(other, str) and other in options(group, conf) and other != name:
+            content = {**_content(group, other, conf), **content}
+    return content
+
+
+def _first_comment(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comments = (line[1:].strip() for line in lines if line.startswith("#") and not line.startswith("# @"))
+    return next(comments, "")
+
+
+def _words(target: str | None) -> list[str]:
     words = inspect.getdoc(get_object(target)) if target else None
-    return "\n".join([f"# {path}", text, *([f"{target}:", words] if words else [])])
+    return [f"{target}:", words] if words else []
 
 
 def about_method(name: str, conf: Path | None) -> tuple[dict[str, Any], str, str]:

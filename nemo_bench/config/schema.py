@@ -6,7 +6,8 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from pathlib import Path
+from typing import Any, Optional, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
@@ -123,7 +124,7 @@ class LoggerSettings:
         tensorboard: Whether Lightning's TensorBoard logger is told of every cell.
         project: W&B project.
         entity: W&B user or team.
-        mode: ``online``, ``offline``, or None: online only where a key is configured.
+        mode: ``online``, ``offline``, or None: what wandb's settings say, else online only where it finds a key.
         timeout: Seconds that W&B may take to begin a run, and again to end it.
         thumbnails: Prompts shown with pictures.
     """
@@ -254,9 +255,15 @@ def overridden(overrides: Sequence[str], schema: type[Any]) -> Any:
         key, separator, _ = word.partition("=")
         if not separator or key not in known:
             raise ConfigError(f"unknown setting '{word}'; write key=value. {nearest(key, known)}")
+    hints = get_type_hints(schema)
+    values: dict[str, Any] = {}
+    for word in overrides:
+        key, _, value = word.partition("=")
+        values[key] = value if hints[key] in (str, Path) else OmegaConf.from_dotlist([word])[key]
     try:
-        return OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(list(overrides)))
-        )
+        found = OmegaConf.structured(schema)
+        for key, value in values.items():
+            found[key] = value
+        return OmegaConf.to_object(found)
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from error

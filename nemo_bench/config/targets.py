@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import types
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -57,10 +58,22 @@ def build(node: Mapping[str, Any], key: str) -> Any:
         raise ConfigError(f"{key}: {node['_target_']} can't be made ({first_line(error)})") from error
 
 
+def hint_of(path: str, argument: str) -> Any:
+    """The type of an argument of a class, Any where that is not known; :func:`build` says what is wrong there."""
+    try:
+        target = get_object(path)
+        return get_type_hints(target.__init__ if inspect.isclass(target) else target).get(argument, Any)
+    except Exception:
+        return Any
+
+
 def resolve(path: str) -> str:
-    """A path as given, or one in this package for ``package:...``, with ``local-dir:`` before either kept."""
+    """A path as given, from the home folder for ``~``, or one in this package for ``package:...``.
+
+    A ``local-dir:`` before either is kept.
+    """
     prefix, _, rest = path.rpartition("package:")
-    return prefix + str(resources.files("nemo_bench") / rest) if _ else path
+    return prefix + str(resources.files("nemo_bench") / rest) if _ else os.path.expanduser(path)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -123,7 +123,7 @@ def terminal_audits(audits: Sequence[Audit]) -> list[Table | str]:
         counts = ", ".join(f"{groups[group]['prompts']} {word}" for group, word in _NAMES.items() if group in groups)
         table = Table(title=escape(f"{audit.title} ({counts})"), title_justify="left", box=None, pad_edge=False)
         for heading in ("", *audit.headings):
-            table.add_column(heading.replace(": ", "\n"), justify="right" if heading else "left")
+            table.add_column(heading.replace(": ", "\n"), justify="right" if heading else "left", no_wrap=bool(heading))
         for title, cells in audit.rows:
             table.add_row(escape(title), *cells)
         shown += [table, *(escape(f"{text}\n") for text in audit.sentences)]

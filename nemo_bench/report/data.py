@@ -31,8 +31,6 @@ _EARLIER = {
 """Families of the metrics of runs that did not write them down."""
 _EARLIER_RUN = "?"
 """In place of the name of the cell without mitigation, in runs that did not write it down."""
-_COMMAND = re.compile(r"^\S*cli\.py(?= (run|score)\b)")
-"""How the command line starts with ``python -m nemo_bench.cli``."""
 _WORDS = {None: "unset", "True": "on", "False": "off"}
 _DIGEST = re.compile("[0-9a-f]{16}")
 _T = TypeVar("_T")
@@ -418,7 +416,7 @@ def _load_cell(folder: Path) -> Cell:
             digests=spec["digests"],
             citations=spec["citations"],
             layers=list(layers),
-            starts=[{**start, "command": _COMMAND.sub("nemo-bench", start["command"])} for start in env["starts"]],
+            starts=env["starts"],
             prompts=prompts,
             outcomes=outcomes,
             metrics={key: _metric(key, info) for key, info in metrics["metrics"].items()},

@@ -282,7 +282,9 @@ def terminal_table(results: Results) -> Table:
     table = Table(title=escape(results.name), caption=caption, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("method")
     for key, info in shown.items():
-        table.add_column(escape(f"{key.replace('_', ' ')} {info.arrow}".strip().replace(" ", "\n")), justify="right")
+        table.add_column(
+            escape(f"{key.replace('_', ' ')} {info.arrow}".strip().replace(" ", "\n")), justify="right", no_wrap=True
+        )
     rows = leaderboard(results)
     for group in results.own_groups:
         table.add_row()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import netrc
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import wandb
+from wandb.sdk.lib.wbauth import read_netrc_auth
 
 from nemo_bench.config import LoggerSettings
 from nemo_bench.errors import TrackingError
@@ -44,9 +43,9 @@ def tell(
     Raises:
         TrackingError: W&B failed at a cell, in whatever way; the cells after it are not tried.
     """
-    mode = settings.mode or os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+    mode, why = _mode(settings.mode)
+    say(f"W&B: {mode}, {why}")
     if mode == "disabled":
-        say("W&B is disabled by WANDB_MODE")
         return
     told = 0
     for entry in entries:
@@ -111,13 +110,41 @@ def _tell(entry: Entry, settings: LoggerSettings, identity: str, mode: Any, in_s
     return None if run.offline else run.url
 
 
-def _has_key() -> bool:
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        known = netrc.netrc(os.environ.get("NETRC")).authenticators(host)
-    except (OSError, netrc.NetrcParseError):
-        known = None
-    return bool(os.environ.get("WANDB_API_KEY")) or known is not None
+def _mode(asked: str | None) -> tuple[Any, str]:
+    """The mode that runs are made in, and why; where nobody chose one, online if wandb finds a key for its server.
+
+    Raises:
+        TrackingError: Runs are to be online, and there is no key; wandb would ask for one in the middle of the run.
+    """
+    own = wandb.setup().settings  # of its files and of the environment
+    if asked:
+        mode, chosen = asked, "by logger.mode"
+    elif "mode" in own.model_fields_set:
+        by = "WANDB_MODE" if os.environ.get("WANDB_MODE") else "wandb's settings file"
+        mode, chosen = own.mode, f"by {by}"
+    else:
+        mode, chosen = None, ""
+    if mode in ("offline", "dryrun", "disabled"):
+        return mode, chosen
+    key = _key(own)
+    if key:
+        return mode or "online", f"{own.base_url}, key from {key}"
+    if mode:
+        raise TrackingError(f"{mode} {chosen}, but there is no key for {own.base_url}; {_GET_KEY}")
+    return "offline", f"no key for {own.base_url}; {_GET_KEY}"
+
+
+_GET_KEY = "`wandb login` keeps one, or set WANDB_API_KEY"
+
+
+def _key(own: wandb.Settings) -> str | None:
+    """Where wandb finds the key for its server, in the order in which it looks; None where there is none."""
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        if os.environ.get(name):
+            return name
+    if read_netrc_auth(host=own.base_url):
+        return "netrc"
+    return "wandb's settings" if own.api_key or own.identity_token_file else None
 
 
 @contextmanager

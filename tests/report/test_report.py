@@ -355,16 +355,6 @@ def test_a_large_run_shows_fewer_and_smaller_images_and_says_so(
     assert {image["width"] for image in Tags(page).all("img")} == {"40", str(SEEDS * 16)}
 
 
-def test_the_command_is_one_that_can_be_typed(tmp_path: Path) -> None:
-    run = write_fake_results(tmp_path / "default")
-    starts = ("cli.py run a=1", "/home/me/nemo_bench/cli.py run a=1", "nemo-bench run a=1", "cli.py --of-mine")
-    for path in run.glob("*/env.json"):
-        content = json.loads(path.read_text())
-        path.write_text(json.dumps({"starts": [{**content["starts"][0], "command": command} for command in starts]}))
-    (cell, *_) = load_results(run).cells
-    assert [start["command"] for start in cell.starts] == ["nemo-bench run a=1"] * 3 + ["cli.py --of-mine"]
-
-
 def test_presets_without_sscd_say_that_they_are_not_those_of_the_paper(run: Path, page: str, tmp_path: Path) -> None:
     assert "Not comparable with the paper" in page
     other = write_fake_results(tmp_path / "default")

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from nemo_bench.cli import main
+from nemo_bench.config import grid
+from nemo_bench.prompts import read_prompts
 from nemo_bench.run import export
 from nemo_bench.store import read_records
 from nemo_bench.types import Neurons, Record
@@ -138,7 +144,11 @@ def test_dry_run_counts_and_writes_nothing(
 ) -> None:
     words = ["seeds=2", "model.steps=5", f"root={tmp_path / 'results'}", f"prompts.files=[{prompt_file}]"]
     assert main(["run", "--dry-run", "--json", *words]) == 0
-    rows = json.loads(capsys.readouterr().out)["cells"]
+    expected = json.loads(capsys.readouterr().out)
+    rows = expected["cells"]
+    (about,) = expected["prompts"].values()
+    assert (about["taken"], about["of"]) == (3, 3)
+    assert about["first"][0] == {"id": "vm-01", "text": read_prompts(prompt_file)[0].text}
     assert [row["open"] for row in rows] == [{"localize": 3, "generate": 6, "score": 3}] * 3
     assert [row["passes"]["generate"] for row in rows] == [6 * 5 * 2] * 3
     assert not (tmp_path / "results").exists()
@@ -190,6 +200,109 @@ def test_settings_may_stand_on_both_sides_of_an_option(tmp_path: Path, capsys: p
     assert json.loads(capsys.readouterr().out)["cells"][0]["open"]["generate"] == 6
     with pytest.raises(SystemExit):
         main(["run", "seeds=1", "--dry-runn"])
-    assert "unknown arguments: --dry-runn" in capsys.readouterr().err
+    assert "unknown option '--dry-runn'. Did you mean '--dry-run'?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["report", str(tmp_path), "seeds=1"])
+    assert "unknown argument 'seeds=1'; nemo-bench report takes no settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["rum"], "unknown command 'rum'. Did you mean 'run'?"),
+        (["seeds=3", "method=none"], "a command comes first, such as: nemo-bench run seeds=3 method=none"),
+        (["run", "--jsn"], "unknown option '--jsn'. Did you mean '--json'?"),
+        (["references", "a.csv", "images", "--retrys"], "unknown option '--retrys'. Did you mean '--retries'?"),
+    ],
+)
+def test_what_is_typed_wrongly_is_answered_by_the_nearest(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_command_there_is_help_and_the_version_can_be_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in (([], "COMMAND"), (["--version"], f"nemo-bench {version('nemo-bench')}\n")):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 0
+        assert said in capsys.readouterr().out
+
+
+def test_the_settings_of_every_cell_are_printed_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["run", "--cfg", "method=none,nemo", "seeds=3", "model.guidance=5", f"root={tmp_path}"]
+    assert main(words) == 0
+    shown = list(yaml.safe_load_all(capsys.readouterr().out))
+    assert shown == [asdict(choice.settings) for choice in grid(words[2:])]
+    assert [cell["method"].get("theta") for cell in shown] == [None, 5.0]
+    assert shown[0]["metrics"]["alignment"]["space"]["model"] == shown[0]["model"]["clip"]
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == shown
+    assert not list(tmp_path.iterdir())
+
+
+PROGRAM = [sys.executable, "-m", "nemo_bench"]
+
+
+def test_the_package_is_run_like_the_command_and_its_line_can_be_typed_again(tmp_path: Path, prompt_file: Path) -> None:
+    root = tmp_path / "with space"
+    execute([*PROGRAM, *command(root, prompt_file, "method=none", "seeds=1")[3:]])
+    (cell,) = (p for p in (root / "default").iterdir() if p.is_dir())
+    line = json.loads((cell / "env.json").read_text())["starts"][0]["command"]
+    assert shlex.split(line) == ["nemo-bench", *command(root, prompt_file, "method=none", "seeds=1")[3:]]
+
+
+LEFT_OVER = {"MPLBACKEND": "module://backend_of_another_environment", "WANDB_SERVICE": "3-1-tcp-localhost-9"}
+"""What a kernel of a notebook, or a process that uses wandb, hands on to what it starts."""
+
+
+def test_what_a_kernel_hands_on_breaks_nothing_and_is_kept_by_the_library(tmp_path: Path, prompt_file: Path) -> None:
+    words = [*PROGRAM, *command(tmp_path, prompt_file, "method=none", "seeds=1", "logger=wandb")[3:]]
+    left_over = {**environment(), **LEFT_OVER}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=280, check=False, env=left_over)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "default" / "report.html").is_file()
+    assert list(tmp_path.glob("default/*/wandb/offline-run-*"))
+    # In a notebook the back end is the user's.
+    code = "import matplotlib, nemo_bench; from nemo_bench.report import write_report; print(matplotlib.get_backend())"
+    own = {**environment(), "MPLBACKEND": "pdf"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=own)
+    assert done.stdout == "pdf\n"
+
+
+def test_numbers_of_the_first_prompts_only_are_said_to_be_no_results(
+    tmp_path: Path, prompt_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", "--dry-run", f"root={tmp_path}", f"prompts.files=[{prompt_file}]", "method=none"]
+    assert main([*words, "prompts.limit=2"]) == 0
+    shown = capsys.readouterr()
+    assert "2 of 3 prompts, the first of them:" in shown.out
+    assert read_prompts(prompt_file)[1].text[:40] in shown.out
+    assert (
+        shown.err == "prompts.limit=2: of each file the first prompts only, for a try; these numbers are no results\n"
+    )
+    assert main(words) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("nemo-bench r", {"run", "report", "references"}),
+        ("nemo-bench run --d", {"--dry-run"}),
+        ("nemo-bench run method=sta", {"method=static_transition"}),
+        ("nemo-bench run seeds=2 loc", {"localize_seeds="}),
+    ],
+)
+def test_a_shell_is_told_how_words_go_on(typed: str, found: set[str], tmp_path: Path) -> None:
+    # What argcomplete's own functions for shells set.
+    asked = {
+        "_ARGCOMPLETE": "1", "_ARGCOMPLETE_SUPPRESS_SPACE": "1", "_ARGCOMPLETE_COMP_WORDBREAKS": " ", "COMP_TYPE": "9",
+        "COMP_LINE": typed, "COMP_POINT": str(len(typed)), "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "answer"),
+        "_ARGCOMPLETE_IFS": " ",
+    }  # fmt: skip
+    subprocess.run([*PROGRAM, "run"], check=True, timeout=60, env={**environment(), **asked})
+    assert set((tmp_path / "answer").read_text().split()) == found

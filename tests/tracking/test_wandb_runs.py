@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import logging
@@ -271,36 +272,113 @@ def test_a_run_goes_on_where_wandb_is_absent(finished: Path, tmp_path: Path) -> 
     assert list(tmp_path.glob("default/*/csv/metrics.csv"))
 
 
-def test_offline_without_a_key_and_online_with_one(nemo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+KEY = "a" * 40
+
+
+def machine(name: str) -> str:
+    """What ``wandb login`` writes into ``~/.netrc``."""
+    return f"machine {name}\n  login user\n  password {KEY}\n"
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A new user of wandb: an empty home, nothing in the environment."""
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
+        monkeypatch.delenv(name)
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("wandb.sdk.wandb_setup._WandbSetup.ensure_service", lambda self: None)
+    wandb.teardown()  # it reads its settings once a process
+    yield tmp_path
+    wandb.teardown()
+
+
+HOST = "https://wandb.example.org"
+LOCAL = "http://localhost:8080"
+DEFAULT = wandb.Settings().base_url
+NO_KEY = "`wandb login` keeps one, or set WANDB_API_KEY"
+
+
+@pytest.mark.parametrize(
+    ("files", "environment", "said"),
+    [
+        ({}, {}, f"offline, no key for {DEFAULT}; {NO_KEY}"),
+        ({".netrc": machine("other")}, {}, f"offline, no key for {DEFAULT}; {NO_KEY}"),
+        ({".netrc": machine("api.wandb.ai")}, {}, f"online, {DEFAULT}, key from netrc"),
+        ({".netrc": machine(DEFAULT.split("/")[-1])}, {}, f"online, {DEFAULT}, key from netrc"),
+        ({"own": machine("api.wandb.ai")}, {"NETRC": "own"}, f"online, {DEFAULT}, key from netrc"),
+        ({}, {"WANDB_API_KEY": KEY}, f"online, {DEFAULT}, key from WANDB_API_KEY"),
+        ({".netrc": machine("api.wandb.ai")}, {"WANDB_BASE_URL": HOST}, f"offline, no key for {HOST}; {NO_KEY}"),
+        ({".netrc": machine("wandb.example.org")}, {"WANDB_BASE_URL": HOST}, f"online, {HOST}, key from netrc"),
+        ({".netrc": machine("localhost:8080")}, {"WANDB_BASE_URL": LOCAL}, f"online, {LOCAL}, key from netrc"),
+        (
+            {".netrc": machine("localhost:8080"), ".config/wandb/settings": f"[default]\nbase_url = {LOCAL}\n"},
+            {},
+            f"online, {LOCAL}, key from netrc",
+        ),
+        (
+            {".config/wandb/settings": f"[default]\nbase_url = {LOCAL}\napi_key = {KEY}\n"},
+            {},
+            f"online, {LOCAL}, key from wandb's settings",
+        ),
+        (
+            {".netrc": machine("wandb.example.org"), "config/settings": f"[default]\nbase_url = {HOST}\n"},
+            {"WANDB_CONFIG_DIR": "config"},
+            f"online, {HOST}, key from netrc",
+        ),
+        (
+            {".netrc": machine("api.wandb.ai"), "wandb/settings": "[default]\nmode = offline\n"},
+            {},
+            "offline, by wandb's settings file",
+        ),
+        ({".netrc": machine("api.wandb.ai")}, {"WANDB_MODE": "offline"}, "offline, by WANDB_MODE"),
+        ({}, {"WANDB_MODE": "online", "WANDB_API_KEY": KEY}, f"online, {DEFAULT}, key from WANDB_API_KEY"),
+        ({}, {"WANDB_MODE": "disabled"}, "disabled, by WANDB_MODE"),
+    ],
+)
+def test_the_mode_follows_from_what_wandb_itself_finds_and_is_said(
+    nemo: Path,
+    home: Path,
+    files: dict[str, str],
+    environment: dict[str, str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     modes: list[str] = []
 
     def note(**options: Any) -> None:
         modes.append(options["mode"])
         raise RuntimeError("far enough")
 
+    for name, content in files.items():
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(content)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(wandb, "init", note)
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    for netrc in (None, "machine other login user password x\n", "machine api.wandb.ai login user password x\n"):
-        if netrc:
-            (tmp_path / "netrc").write_text(netrc)
-        with pytest.raises(TrackingError, match="far enough"):
-            track(nemo, LoggerSettings(wandb=True))
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    with pytest.raises(TrackingError):
-        track(nemo, LoggerSettings(wandb=True))
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    with pytest.raises(TrackingError):
-        track(nemo, LoggerSettings(wandb=True))
-    assert modes == ["offline", "offline", "online", "offline", "online"]
+    lines: list[str] = []
+    with contextlib.suppress(TrackingError):
+        track(nemo, LoggerSettings(wandb=True), say=lines.append)
+    assert lines == [f"W&B: {said}"]
+    assert modes == [mode for mode in ("online", "offline") if said.startswith(mode)]
 
 
-def test_disabled_by_the_environment(nemo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("asked", ["logger.mode", "WANDB_MODE"])
+def test_online_without_a_key_is_an_error_in_place_of_a_question(
+    nemo: Path, home: Path, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if asked == "WANDB_MODE":
+        monkeypatch.setenv(asked, "online")
+    mode = "online" if asked == "logger.mode" else None
+    with pytest.raises(TrackingError, match=f"online by {asked}, but there is no key for {DEFAULT}; `wandb login`"):
+        track(nemo, LoggerSettings(wandb=True, mode=mode))
+    assert not (nemo / "wandb").exists()
+
+
+def test_disabled_by_the_environment(nemo: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    said: list[str] = []
-    track(nemo, LoggerSettings(wandb=True), say=said.append)
-    assert said == ["W&B is disabled by WANDB_MODE"]
+    track(nemo, LoggerSettings(wandb=True))
     assert not (nemo / "wandb").exists()
 
 
