@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     from nemo_bench.cells import plan
     from nemo_bench.config import grid
-    from nemo_bench.run import outlook, run
+    from nemo_bench.run import check_made, outlook, run
     from nemo_bench.runner import is_main
 
     choices = grid(options.overrides, options.conf)
@@ -165,6 +165,7 @@ def _run(options: argparse.Namespace) -> None:
     if is_main():
         done = "everything was done already" if not open_before else f"{open_before} records computed"
         _show(folder, f"{done}, {time.perf_counter() - start:.0f} s", as_json=options.json)
+    check_made(cells)
 
 
 def _detect(options: argparse.Namespace) -> None:
@@ -289,7 +290,8 @@ def _calibrate(options: argparse.Namespace) -> None:
         print(json.dumps(rows, indent=2))
         return
     for row in rows:
-        print(f"{row['model']}: threshold {row['threshold']:.4f}, {row['prompts']} general prompts")
+        failed = f", {row['failed']} more failed" if row["failed"] else ""
+        print(f"{row['model']}: threshold {row['threshold']:.4f}, {row['prompts']} general prompts{failed}")
         if row["mean"] is not None:
             print(f"pairwise scores: {row['mean']:.4f} ± {row['std']:.4f}")
         print(f"statistics: {row['statistics']}")
