@@ -180,15 +180,13 @@ def _detect(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     is_done = not detection.is_open(cells)
     folder = detection.detect(cells, _command_line(), progress=not options.json)
-    if not is_main():
-        return
-    if options.json:
+    if is_main() and options.json:
         print((folder / "detection.json").read_text(encoding="utf-8"))
-        return
-    console = Console()
-    console.print(*terminal_detection(load_detections(folder)))
-    done = "everything was done already" if is_done else "done"
-    print(f"{done}, {time.perf_counter() - start:.0f} s\nreport:  {folder / 'detection.html'}\nrecords: {folder}")
+    elif is_main():
+        Console().print(*terminal_detection(load_detections(folder)))
+        done = "everything was done already" if is_done else "done"
+        print(f"{done}, {time.perf_counter() - start:.0f} s\nreport:  {folder / 'detection.html'}\nrecords: {folder}")
+    detection.check_scored(cells)
 
 
 def _command_line() -> str:
@@ -371,6 +369,7 @@ def _export(options: argparse.Namespace) -> None:
 
 def _score(options: argparse.Namespace) -> None:
     from nemo_bench.runner import is_main
+    from nemo_bench.run import check_made
     from nemo_bench.scoring import cells_of, score
 
     start = time.perf_counter()
@@ -381,6 +380,7 @@ def _score(options: argparse.Namespace) -> None:
     folder = score(cells, _command_line(), say, progress=progress)
     if is_main():
         _show(folder, f"{time.perf_counter() - start:.0f} s", as_json=options.json)
+    check_made(cells)
 
 
 def _audit(options: argparse.Namespace) -> None:
