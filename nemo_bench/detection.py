@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import lightning as L
 from torch.utils.data import DataLoader
 
-from nemo_bench.cells import read_listed, source_of
+from nemo_bench.cells import check_scheduler, read_listed, source_of
 from nemo_bench.config import Choice, build
 from nemo_bench.detectors import Detector, watch
 from nemo_bench.diffusion import Diffusion
@@ -93,6 +93,7 @@ def _cell(choice: Choice, prompts: list[Prompt]) -> DetectionCell:
         raise ConfigError(msg)
     source = source_of(model)
     detector.check(source.family.pipeline.__name__, model.guidance, compiled=model.compiled)
+    check_scheduler(source, model, predicts=True)
     if detector.steps is not None and detector.steps > model.steps:
         msg = f"{detector.title} is to watch {detector.steps} steps, and this model makes model.steps={model.steps}"
         raise ConfigError(f"{msg}; give detector.steps at most that, or null for all")

@@ -128,6 +128,10 @@ def calibrate(cells: Sequence[Cell], *, progress: bool = True) -> list[dict[str,
         runner.start()
         for cell in needed:
             runner.calibrate(cell)
+    for cell in needed:
+        if STATISTICS in cell.measured and not (cell.calibration.folder / STATISTICS).exists():
+            msg = f"{cell.calibration.folder}: activations of the calibration prompts are not finite"
+            raise ModelError(f"{msg}; try model.dtype=float32 or bfloat16")
     rows = [_calibration_of(cell) for cell in needed]
     for row in rows:
         if row["threshold"] is None:

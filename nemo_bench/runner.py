@@ -215,6 +215,10 @@ class Runner:
         if STATISTICS in cell.measured:
             self._measure_statistics(cell)
         path = Path(resolve(given)) if given else store.folder / STATISTICS
+        if not given and not path.exists():
+            # No activations are finite: localizing fails prompt by prompt, and what else was asked for goes on.
+            method.calibration = Calibration({}, {}, math.nan)
+            return
         mean, std = name_layers(read_statistics(path), self.model(cell).masks.widths)
         if THRESHOLD in cell.measured:
             self._measure_threshold(cell)
@@ -232,8 +236,8 @@ class Runner:
         self.trainer.strategy.barrier()
         label = cell.choice.names["model"]
         self.go_through("statistics", label, chunks, store, lambda: StatisticsStage(self.model(cell), store), 1)
-        if is_main():
-            write_statistics(path, merge_statistics(store.folder / chunk.file for chunk in chunks))
+        if is_main() and (merged := merge_statistics(store.folder / chunk.file for chunk in chunks)):
+            write_statistics(path, merged)
         self.trainer.strategy.barrier()
 
     def _measure_threshold(self, cell: Cell) -> None:

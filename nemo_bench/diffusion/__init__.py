@@ -5,6 +5,7 @@ from nemo_bench.diffusion.families import FAMILIES, Conditioning
 from nemo_bench.diffusion.guidance import Rule, Step, guided_from
 from nemo_bench.diffusion.model import GRADIENT_MEMORY, Diffusion, Generated, Similarity, value_layers
 from nemo_bench.diffusion.prefix import Prefix
+from nemo_bench.diffusion.schedule import check_schedule
 from nemo_bench.diffusion.source import Source, file_digest, folder_digest
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Similarity",
     "Source",
     "Step",
+    "check_schedule",
     "conditional_attention",
     "conditional_rows",
     "cross_attentions",

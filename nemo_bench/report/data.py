@@ -159,6 +159,11 @@ class Failures:
     scores: int = 0
     metrics: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def total(self) -> int:
+        """Images, localizations and scores together."""
+        return self.images + self.localizations + self.scores
+
     def __str__(self) -> str:
         """Such as ``3 images, 1 localization``; empty where nothing failed."""
         counts = {"image": self.images, "localization": self.localizations, "score": self.scores}
@@ -361,12 +366,6 @@ class Results:
                     for key, value in scores.items():
                         found.setdefault(key, set()).add(value)
         return frozenset(k for k, v in found.items() if max(v) > 1 and all(float(x).is_integer() for x in v))
-
-    @property
-    def failures(self) -> dict[str, str]:
-        """What failed in each cell where anything did, by its label."""
-        found = {cell.label: str(cell.failures.get("all", "")) for cell in self.cells}
-        return {label: words for label, words in found.items() if words}
 
 
 def load_results(folder: Path | str) -> Results:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from nemo_bench.aggregate import GROUPS
-from nemo_bench.report.data import Aggregate, Cell, GeneratedImage, Results, Statistic, short_layers
+from nemo_bench.report.data import Aggregate, Cell, Failures, GeneratedImage, Results, Statistic, short_layers
 from nemo_bench.report.plots import Plot, plots
 from nemo_bench.report.svg import looks
 from nemo_bench.report.tables import BEST, FAILED, SIGNIFICANCE, Row, fewer, number
@@ -220,7 +220,8 @@ def _rows(results: Results, rows: Sequence[Row]) -> list[dict[str, Any]]:
                     "width": f"{100 * (high - low) / span:.2f}" if interval else "",
                     "at": f"{100 * (value.mean - left) / span:.2f}",
                 }
-        found.append({"cell": row.cell, "group": row.group, "values": values, "failed": row.failed})
+        failed = {"failed": row.failed, "failed_count": row.cell.failures.get(row.group, Failures()).total}
+        found.append({"cell": row.cell, "group": row.group, "values": values, **failed})
     return found
 
 
