@@ -25,7 +25,7 @@ from nemo_bench.methods import Batch, Method, NoMitigation
 from nemo_bench.methods.descent import check_precision
 from nemo_bench.methods.embedding_search import RATE, SAMPLES, STEPS, UNCHANGED, random_embeddings, search_embeddings
 from nemo_bench.metrics import BenchMetric, MemorizationRate
-from nemo_bench.modules import Stage, file_name, open_image, slices, to_image
+from nemo_bench.modules import UNLOCALIZED, Stage, file_name, open_image, slices, to_image
 from nemo_bench.prompts import seeds_of
 from nemo_bench.report import write_report
 from nemo_bench.runner import Runner, is_main, neurons_by_prompt
@@ -323,8 +323,7 @@ class AuditStage(Stage):
     def handle(self, tasks: Sequence[AuditTask]) -> list[Record]:
         """Searches for the picture of each task; what is not finite is recorded as ``failed``, with the reason."""
         localized = [task for task in tasks if task.prompt.id in self.neurons]
-        reason = "its prompt has no neurons: localizing it failed"
-        failed = [_failed(task, reason) for task in tasks if task not in localized]
+        failed = [_failed(task, UNLOCALIZED) for task in tasks if task not in localized]
         return [*failed, *(self._search(localized) if localized else [])]
 
     def _search(self, tasks: Sequence[AuditTask]) -> list[Record]:

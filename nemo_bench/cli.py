@@ -368,8 +368,8 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
-    from nemo_bench.runner import is_main
     from nemo_bench.run import check_made
+    from nemo_bench.runner import is_main
     from nemo_bench.scoring import cells_of, score
 
     start = time.perf_counter()

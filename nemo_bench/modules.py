@@ -41,6 +41,8 @@ from nemo_bench.types import Localization, Neurons, Prompt, Record, digest
 
 PICTURED_SEEDS = 4
 """Noise differences of so many seeds are kept as pictures."""
+UNLOCALIZED = "its prompt has no neurons: localizing it failed"
+"""Why there are no images of a prompt."""
 CHUNK = 256
 """Prompts or pictures that make one record; a constant, so that sums are rounded alike in every run."""
 
@@ -267,7 +269,7 @@ class GenerationStage(Stage):
         """Generates one image per task."""
         localized = [task for task in tasks if task.prompt.id in self.neurons]
         found = {record["id"]: record for record in (self._generate(localized) if localized else [])}
-        return [found.get(task.id) or _failed(task, "its prompt has no neurons: localizing it failed") for task in tasks]
+        return [found.get(task.id) or _failed(task, UNLOCALIZED) for task in tasks]
 
     def _generate(self, tasks: Sequence[ImageTask]) -> list[Record]:
         before = self.model.row_passes

@@ -115,7 +115,8 @@ def calibrate(cells: Sequence[Cell], *, progress: bool = True) -> list[dict[str,
 
     Returns:
         One entry a calibration: model; threshold; mean and standard deviation of the pairwise scores it comes from
-        (None where it was given); number of general prompts behind it, and of those that failed; file of the statistics; folder of what was measured.
+        (None where it was given); number of general prompts behind it, and of those that failed; file of the
+        statistics; folder of what was measured.
 
     Raises:
         NemoBenchError: See :func:`nemo_bench.cells.plan`; also where no method takes a calibration.

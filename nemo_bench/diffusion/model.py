@@ -457,9 +457,7 @@ class Diffusion(nn.Module):
             hook.remove()
         self._count_passes(len(text) * self.passes_per_image)
         by_step, pixels = torch.stack(sampled).tolist(), torch.cat(decoded).tolist()
-        failed = tuple(
-            self._failure([finite[row] for finite in by_step], pixels[row]) for row in range(len(latents))
-        )
+        failed = tuple(self._failure([finite[row] for finite in by_step], pixels[row]) for row in range(len(latents)))
         images = images.float().clamp(0, 1)
         images[[row for row, reason in enumerate(failed) if reason]] = torch.nan
         return Generated(images, failed)

@@ -270,7 +270,7 @@ def _page(name: str, found: Sequence[Detection]) -> str:
         {
             "about": about,
             "count": _count(group[0]),
-            "rows": [(label, d.folder.name, texts) for d, (label, *texts) in zip(group, _lines(group, titles), strict=True)],
+            "rows": [(d.folder.name, line) for d, line in zip(group, _lines(group, titles), strict=True)],
             "plot": _roc_plot(group, f"roc-{number}", about),
             "labels": [d.label for d in group],
             "prompts": [_prompt(group, prompt, makers) for prompt in group[0].prompts],
