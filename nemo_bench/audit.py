@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple, Optional, get_args
 
 import numpy as np
@@ -23,13 +25,13 @@ from nemo_bench.methods import Batch, Method, NoMitigation
 from nemo_bench.methods.descent import check_precision
 from nemo_bench.methods.embedding_search import RATE, SAMPLES, STEPS, UNCHANGED, random_embeddings, search_embeddings
 from nemo_bench.metrics import BenchMetric, MemorizationRate
-from nemo_bench.modules import Stage, file_name, open_image, slices, to_image
+from nemo_bench.modules import UNLOCALIZED, Stage, file_name, open_image, slices, to_image
 from nemo_bench.prompts import seeds_of
 from nemo_bench.report import write_report
-from nemo_bench.runner import Runner, by_prompt, is_main
+from nemo_bench.runner import Runner, is_main, neurons_by_prompt
 from nemo_bench.scoring import reread
 from nemo_bench.store import SCHEMA, Store, read_json, write_json
-from nemo_bench.types import Kind, Neurons, Prompt, Record, digest
+from nemo_bench.types import Kind, Prompt, Record, digest
 
 STAGE, SCORES = "audit", "audit_scores"
 STATES = {
@@ -315,11 +317,16 @@ class AuditStage(Stage):
     def __init__(self, model: Diffusion, audited: AuditCell) -> None:
         super().__init__(audited.store, STAGE)
         self.model, self.audited = model, audited
-        self.neurons = {name: Neurons(record["neurons"]) for name, record in by_prompt(audited.store).items()}
+        self.neurons = neurons_by_prompt(audited.store)
         (self.store.folder / STAGE / audited.settings.key).mkdir(parents=True, exist_ok=True)
 
     def handle(self, tasks: Sequence[AuditTask]) -> list[Record]:
-        """Searches for the picture of each task."""
+        """Searches for the picture of each task; what is not finite is recorded as ``failed``, with the reason."""
+        localized = [task for task in tasks if task.prompt.id in self.neurons]
+        failed = [_failed(task, UNLOCALIZED) for task in tasks if task not in localized]
+        return [*failed, *(self._search(localized) if localized else [])]
+
+    def _search(self, tasks: Sequence[AuditTask]) -> list[Record]:
         model, method, settings = self.model, self.audited.method, self.audited.settings
         before = model.row_passes
         method.prepare(model, self.audited.cell.prompts)
@@ -327,7 +334,7 @@ class AuditStage(Stage):
         text = model.encode([task.source.text for task in tasks])
         seeds = tuple(int(digest([STAGE, task.prompt.id, task.source.id]), 16) >> 1 for task in tasks)
         start = text if settings.start == "prompt" else random_embeddings(model, text, seeds)
-        neurons = tuple(self.neurons.get(task.prompt.id, Neurons()) for task in tasks)
+        neurons = tuple(self.neurons[task.prompt.id] for task in tasks)
         batch = Batch(tuple(task.prompt for task in tasks), start, model.latents(seeds), seeds, neurons)
         options = {"steps": settings.steps, "rate": settings.rate, "samples": settings.samples}
         found = search_embeddings(model, method, batch, model.encode_images(pictures), **options)  # type: ignore[arg-type]
@@ -339,6 +346,9 @@ class AuditStage(Stage):
         passes = round((model.row_passes - before) / len(tasks), 2)
         records = []
         for row, task in enumerate(tasks):
+            if reason := _failure(found.text.rows([row]), {state: images[row] for state, images in rows.items()}):
+                records.append({**_failed(task, reason), "cost": {"row_passes": passes}})
+                continue
             name = f"{STAGE}/{settings.key}/{task.name}"
             _save_search(self.store.folder / f"{name}.safetensors", found.text.rows([row]), found.losses[row])
             sheet = [torch.cat([pictures[row].to(images), *images[row]], 2) for images in rows.values()]
@@ -373,6 +383,19 @@ class AuditStage(Stage):
             with method.apply(model, own) as changed:
                 parts.append(model.generate(changed.text, changed.latents, changed.unconditional))
         return torch.cat(parts).unflatten(0, (len(tasks), count))
+
+
+def _failed(task: AuditTask, reason: str) -> Record:
+    """The record of a search that came to nothing."""
+    return {"id": task.id, "prompt": task.prompt.id, "source": task.source.id, "failed": reason}
+
+
+def _failure(text: Conditioning, images: Mapping[str, Tensor]) -> str:
+    """Why a search failed, given the embedding found and its images by state; empty where it did not."""
+    if not text.text.isfinite().all() or (text.pooled is not None and not text.pooled.isfinite().all()):
+        return "the embedding found is not finite"
+    states = [STATES[state] for state, those in images.items() if not those.isfinite().all()]
+    return f"not finite: {', '.join(states)}" if states else ""
 
 
 def fitted_picture(path: Path, size: tuple[int, int]) -> Tensor:
@@ -424,7 +447,13 @@ class AuditScoringStage(Stage):
 
     def handle(self, tasks: Sequence[ScoreTask]) -> list[Record]:
         """Scores the sheet of each search."""
-        return [{"id": t.id, "search": t.task.id, "scores": self._score(t.record)} for t in tasks]
+        return [{"id": t.id, "search": t.task.id, **self._result(t.record)} for t in tasks]
+
+    def _result(self, record: Record) -> Record:
+        """Scores of a search, or which of them are not finite."""
+        scores = self._score(record)
+        wrong = {m for row in scores.values() for m, values in row.items() if not all(map(math.isfinite, values))}
+        return {"failed": f"scores are not finite: {', '.join(sorted(wrong))}"} if wrong else {"scores": scores}
 
     def _score(self, record: Record) -> dict[str, dict[str, list[float]]]:
         sheet, columns = open_image(self.store.folder / record["image"]), self.audited.settings.images + 1
@@ -482,7 +511,8 @@ def _search(cell: AuditCell, runner: Runner) -> None:
     label = cell.cell.spec["method"]
     runner.go_through(STAGE, label, cell.tasks, store, lambda: AuditStage(runner.model(cell.cell), cell), size)
     records = store.records(STAGE)
-    tasks = [ScoreTask(cell.score_id(task), task, records[task.id]) for task in cell.tasks]
+    searched = [task for task in cell.tasks if "failed" not in records[task.id]]
+    tasks = [ScoreTask(cell.score_id(task), task, records[task.id]) for task in searched]
     if is_main():
         _reopen(store, SCORES, [task.id for task in tasks])
     runner.trainer.strategy.barrier()
@@ -501,17 +531,23 @@ def summary(cell: AuditCell) -> dict[str, Any]:
     Returns:
         ``id``; ``settings``; ``metrics``, about each; ``groups``: for ``memorized`` and ``control`` the number of
         ``prompts`` and by metric and state ``mean``, ``low`` and ``high``, its 95% interval over prompts, each prompt
-        counting once; ``compared``: by metric what :func:`nemo_bench.aggregate.paired` says of memorized minus control
+        counting once; ``failed``, the number of searches of either group that are left out since something was not
+        finite; ``compared``: by metric what :func:`nemo_bench.aggregate.paired` says of memorized minus control
         with the embedding found, pairs being searches under the same changed network, those of one control counting
         once; ``verdict``: by memorization rate what :func:`verdict` says; ``searches``, one an entry; ``cost``.
     """
     searched, scored = cell.store.records(STAGE), cell.store.records(SCORES)
-    scores = {task.id: scored[cell.score_id(task)]["scores"] for task in cell.tasks}
+    scores = {t.id: found["scores"] for t in cell.tasks if "scores" in (found := scored.get(cell.score_id(t), {}))}
     means = {i: {s: {m: float(np.mean(v)) for m, v in row.items()} for s, row in scores[i].items()} for i in scores}
     groups = {
         "memorized": [task for task in cell.tasks if not task.is_control],
         "control": [task for task in cell.tasks if task.is_control],
     }
+    failed = {group: sum(task.id not in means for task in tasks) for group, tasks in groups.items()}
+    # Each memorized prompt's search is compared with that of its control, so both must be there.
+    pairs = list(zip(groups["memorized"], groups["control"], strict=False))
+    kept_pairs = [pair for pair in pairs if all(task.id in means for task in pair)]
+    groups = {group: [task for task in tasks if task.id in means] for group, tasks in groups.items()}
     table = {
         group: {
             "prompts": len({task.source.id for task in tasks}),
@@ -526,23 +562,27 @@ def summary(cell: AuditCell) -> dict[str, Any]:
         for group, tasks in groups.items()
         if tasks
     }
+
+    def values(tasks: Sequence[AuditTask], state: str, metric: str) -> NDArray[np.float64]:
+        return np.array([means[task.id][state][metric] for task in tasks])
+
+    paired_own, controls = ([pair[side] for pair in kept_pairs] for side in (0, 1))
     differences = {}
     for metric in cell.metrics:
-        prompt, found, control = (
-            np.array([means[task.id][state][metric] for task in groups[group]])
-            for group, state in (("memorized", "prompt"), ("memorized", "found"), ("control", "found"))
-        )
+        over_prompt = values(groups["memorized"], "found", metric) - values(groups["memorized"], "prompt", metric)
         over_control, prompt_over_control = (
-            _by_source(groups["control"], own - control) if len(control) else control for own in (found, prompt)
+            _by_source(controls, values(paired_own, state, metric) - values(controls, "found", metric))
+            for state in ("found", "prompt")
         )
-        differences[metric] = found - prompt, over_control, prompt_over_control
-    costs = [searched[task.id]["cost"] for task in cell.tasks]
+        differences[metric] = over_prompt, over_control, prompt_over_control
+    costs = [searched[task.id]["cost"] for task in cell.tasks if "row_passes" in searched[task.id]["cost"]]
     return {
         "id": cell.id,
         "settings": cell.settings.decisive,
-        "states": {state: STATES[state] for state in next(iter(means.values()))},
+        "states": {state: STATES[state] for state in STATES if any(state in row for row in means.values())},
         "metrics": {name: metric.describe() for name, metric in cell.metrics.items()},
         "groups": table,
+        "failed": failed,
         "compared": {metric: paired(values) for metric, (_, values, _) in differences.items() if len(values)},
         "verdict": {
             name: verdict(*differences[name], mitigated=not isinstance(cell.method, NoMitigation))
@@ -559,10 +599,12 @@ def summary(cell: AuditCell) -> dict[str, Any]:
                 "scores": means[task.id],
             }
             for task in cell.tasks
+            if task.id in means
         ],
         "cost": {
-            "row_passes_per_search": round(float(np.mean([cost["row_passes"] for cost in costs])), 1),
-            "seconds_per_search": round(float(np.mean([cost["seconds"] for cost in costs])), 2),
+            f"{key}_per_search": round(fmean(cost[key] for cost in costs), places)
+            for key, places in (("row_passes", 1), ("seconds", 2))
+            if costs
         },
     }
 

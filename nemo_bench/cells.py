@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_bench.config import Choice, ModelSettings, PromptSettings, RunSettings, build, resolve
-from nemo_bench.diffusion import Source
+from nemo_bench.diffusion import Source, check_schedule
 from nemo_bench.errors import ConfigError, NemoBenchError
 from nemo_bench.localization import read_statistics
 from nemo_bench.methods import Method
@@ -210,6 +210,8 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
     source = source_of(model)
     if source not in weights:
         method.check(source.family.pipeline.__name__, model.guidance, model.dtype, compiled=model.compiled)
+        predicts = any("guidance" in m.needs or m.makes_passes or m.needs_calibration for m in _lineage(method))
+        check_scheduler(source, model, predicts=predicts)
     check_metrics(settings)
     listed = settings.prompts
     prompts = _read(cache, listed.files, listed.limit, listed.references, listed.memorized)
@@ -302,6 +304,16 @@ def source_of(settings: ModelSettings) -> Source:
     """Where the weights are; nothing is read."""
     config = resolve(settings.config) if settings.config else None
     return Source(resolve(settings.source), settings.revision, config, settings.local_files_only)
+
+
+def check_scheduler(source: Source, model: ModelSettings, *, predicts: bool) -> None:
+    """Looks whether the scheduler of a model can serve, where its settings can be read before weights load.
+
+    Raises:
+        ModelError: See :func:`nemo_bench.diffusion.check_schedule`.
+    """
+    if shipped := source.scheduler:
+        check_schedule(shipped, model.steps, predicts=predicts, where=source.place)
 
 
 def metrics_of(cell: ImageCell) -> dict[str, BenchMetric]:

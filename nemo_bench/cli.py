@@ -213,7 +213,7 @@ def _run(options: argparse.Namespace) -> None:
         _dry_run(choices, options.json)
         return
     from nemo_bench.cells import plan
-    from nemo_bench.run import outlook, run
+    from nemo_bench.run import check_made, outlook, run
     from nemo_bench.runner import is_main
 
     cells = plan(choices)
@@ -225,6 +225,7 @@ def _run(options: argparse.Namespace) -> None:
         done = "everything was done already" if not open_before else f"{open_before} records computed"
         _show(folder, f"{done}, {time.perf_counter() - start:.0f} s", as_json=options.json)
         _warn_of_limits(choices)
+    check_made(cells)
 
 
 def _detect(options: argparse.Namespace) -> None:
@@ -243,17 +244,16 @@ def _detect(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     is_done = not detection.is_open(cells)
     folder = detection.detect(cells, options.line, progress=not options.json)
-    if not is_main():
-        return
-    if options.json:
+    if is_main() and options.json:
         print((folder / "detection.json").read_text(encoding="utf-8"))
-        return
-    show(*terminal_detection(load_detections(folder)))
-    for cell in cells:
-        for found in cell.choice.families:
-            print(f"{cell.spec['detector']} on {cell.spec['model']}, settings {found}")
-    done = "everything was done already" if is_done else "done"
-    print(f"{done}, {time.perf_counter() - start:.0f} s\nreport:  {folder / 'detection.html'}\nrecords: {folder}")
+    elif is_main():
+        show(*terminal_detection(load_detections(folder)))
+        for cell in cells:
+            for found in cell.choice.families:
+                print(f"{cell.spec['detector']} on {cell.spec['model']}, settings {found}")
+        done = "everything was done already" if is_done else "done"
+        print(f"{done}, {time.perf_counter() - start:.0f} s\nreport:  {folder / 'detection.html'}\nrecords: {folder}")
+    detection.check_scored(cells)
 
 
 def _print_settings(choices: Sequence[Choice], as_json: bool) -> None:
@@ -389,7 +389,8 @@ def _calibrate(options: argparse.Namespace) -> None:
         print(json.dumps(rows, indent=2))
         return
     for row in rows:
-        print(f"{row['model']}: threshold {row['threshold']:.4f}, {row['prompts']} general prompts")
+        failed = f", {row['failed']} more failed" if row["failed"] else ""
+        print(f"{row['model']}: threshold {row['threshold']:.4f}, {row['prompts']} general prompts{failed}")
         if row["mean"] is not None:
             print(f"pairwise scores: {row['mean']:.4f} ± {row['std']:.4f}")
         print(f"statistics: {row['statistics']}")
@@ -457,6 +458,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
+    from nemo_bench.run import check_made
     from nemo_bench.runner import is_main
     from nemo_bench.scoring import cells_of, score
 
@@ -468,6 +470,7 @@ def _score(options: argparse.Namespace) -> None:
     folder = score(cells, options.line, say, progress=progress)
     if is_main():
         _show(folder, f"{time.perf_counter() - start:.0f} s", as_json=options.json)
+    check_made(cells)
 
 
 def _audit(options: argparse.Namespace) -> None:

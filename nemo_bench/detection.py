@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -12,11 +13,11 @@ from typing import Any, NamedTuple
 import lightning as L
 from torch.utils.data import DataLoader
 
-from nemo_bench.cells import read_listed, source_of
+from nemo_bench.cells import check_scheduler, read_listed, source_of
 from nemo_bench.config import Choice, build
 from nemo_bench.detectors import Detector, watch
 from nemo_bench.diffusion import Diffusion
-from nemo_bench.errors import ConfigError
+from nemo_bench.errors import ConfigError, ModelError
 from nemo_bench.metrics import detection
 from nemo_bench.modules import file_name, to_image
 from nemo_bench.prompts import PromptTask, prompts_digest
@@ -93,6 +94,7 @@ def _cell(choice: Choice, prompts: list[Prompt]) -> DetectionCell:
         raise ConfigError(msg)
     source = source_of(model)
     detector.check(source.family.pipeline.__name__, model.guidance, compiled=model.compiled)
+    check_scheduler(source, model, predicts=True)
     if detector.steps is not None and detector.steps > model.steps:
         msg = f"{detector.title} is to watch {detector.steps} steps, and this model makes model.steps={model.steps}"
         raise ConfigError(f"{msg}; give detector.steps at most that, or null for all")
@@ -197,7 +199,8 @@ class DetectionStage(L.LightningModule):
         for name, found in findings.items():
             store, cost, records = self.cells[name].store, costs[name], []
             for task, finding in zip(tasks, found, strict=True):
-                record: Record = {"id": task.id, "prompt": task.prompt.id, "score": finding.score}
+                result = {"failed": finding.failed} if finding.failed else {"score": finding.score}
+                record: Record = {"id": task.id, "prompt": task.prompt.id, **result}
                 if finding.details:
                     record["details"] = dict(finding.details)
                 if finding.picture is not None:
@@ -270,23 +273,42 @@ def _detect(runner: Runner, cells: Sequence[DetectionCell]) -> None:
 
 
 def summary(cell: DetectionCell) -> dict[str, Any]:
-    """What a cell found, as written to ``metrics.json``: how well scores tell prompts apart, and what they took."""
+    """What a cell found, as written to ``metrics.json``: how well scores tell prompts apart, and what they took.
+
+    Prompts whose score is not finite are counted as ``failed``, and left out of everything else.
+    """
     found = {record["prompt"]: record for record in cell.store.records(STAGE).values()}
-    memorized, other = (
-        [found[p.id]["score"] for p in cell.prompts if bool(p.kind) == is_so] for is_so in (True, False)
-    )
+    scored = [(p, found[p.id]["score"]) for p in cell.prompts if "score" in found[p.id]]
+    memorized, other = ([score for p, score in scored if bool(p.kind) == is_so] for is_so in (True, False))
     measured = {}
     if memorized and other:
-        scores = {kind: [found[p.id]["score"] for p in cell.prompts if p.kind == kind] for kind in ("VM", "TM")}
+        scores = {kind: [score for p, score in scored if p.kind == kind] for kind in ("VM", "TM")}
         kinds = {kind: detection(those, other)["auc"] for kind, those in scores.items() if those}
         measured[cell.spec["detector"]] = {"title": cell.detector.title, **detection(memorized, other), "kinds": kinds}
     costs = [record["cost"] for record in found.values()]
     return {
         "schema": SCHEMA,
         "detection": measured,
-        "counts": {"prompts": len(cell.prompts), "seeds": cell.detector.seeds},
+        "counts": {"prompts": len(cell.prompts), "failed": len(found) - len(scored), "seeds": cell.detector.seeds},
         "cost": {f"detect_{key}_per_prompt": round(fmean(c[key] for c in costs), 4) for key in costs[0]},
     }
+
+
+def check_scored(cells: Sequence[DetectionCell]) -> None:
+    """Looks whether detectors could tell of most prompts, once everything else is done and written.
+
+    Raises:
+        ModelError: More than half of the scores of a detector are not finite; the reasons are named.
+    """
+    lines = []
+    for cell in cells:
+        records = cell.store.records(STAGE).values()
+        reasons = Counter(record["failed"] for record in records if "failed" in record)
+        if 2 * reasons.total() > len(records):
+            reason, _ = reasons.most_common(1)[0]
+            lines.append(f"{cell.id}: {reasons.total()} of {len(records)} prompts failed: {reason}")
+    if lines:
+        raise ModelError("\n".join([*lines, "half precision may overflow: try model.dtype=float32 or bfloat16"]))
 
 
 def is_open(cells: Sequence[DetectionCell]) -> bool:

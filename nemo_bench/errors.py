@@ -26,6 +26,10 @@ class ModelError(NemoBenchError):
     """A model can't be loaded, or does not do what is asked of it."""
 
 
+class NotFiniteError(ModelError):
+    """A number that a result rests on is infinite or not a number; what it belongs to is recorded as failed."""
+
+
 class TrackingError(NemoBenchError):
     """A logger could not be told of results; the results themselves are complete."""
 

@@ -82,9 +82,9 @@ class Pace:
     def _take(self, cell: Path, method: str) -> None:
         found = {stage: read_records(cell, stage).values() for stage in ("localize", "generate", "score")}
         for stage in ("localize", "generate"):
-            each = [record["cost"]["seconds"] / record["cost"]["row_passes"] for record in found[stage]]
-            self.seconds.setdefault(stage, []).extend(each)
-            own = [record["cost"]["row_passes"] for record in found[stage]]
+            costs = [record["cost"] for record in found[stage] if "failed" not in record]
+            self.seconds.setdefault(stage, []).extend(cost["seconds"] / cost["row_passes"] for cost in costs)
+            own = [cost["row_passes"] for cost in costs]
             self.passes.setdefault((stage, method), []).extend(own)
         self.scoring.extend(r["cost"]["seconds"] for r in found["score"] if r["seed"] is None)
         if any(found.values()):

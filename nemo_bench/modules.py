@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import resource
@@ -18,8 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nemo_bench.diffusion import Diffusion
-from nemo_bench.errors import StoreError
+from nemo_bench.diffusion import Diffusion, Generated
+from nemo_bench.errors import NotFiniteError, StoreError
 from nemo_bench.localization import (
     ENCODED,
     PAPER,
@@ -34,11 +35,14 @@ from nemo_bench.localization import (
 from nemo_bench.methods import Batch, Method
 from nemo_bench.metrics import BenchMetric, Network, OpenClip, SetMetric, Space
 from nemo_bench.prompts import ImageTask, PromptTask, seeds_of
+from nemo_bench.signals import require_finite
 from nemo_bench.store import Store
 from nemo_bench.types import Localization, Neurons, Prompt, Record, digest
 
 PICTURED_SEEDS = 4
 """Noise differences of so many seeds are kept as pictures."""
+UNLOCALIZED = "its prompt has no neurons: localizing it failed"
+"""Why there are no images of a prompt."""
 CHUNK = 256
 """Prompts or pictures that make one record; a constant, so that sums are rounded alike in every run."""
 
@@ -142,9 +146,14 @@ class CalibrationStage(Stage):
         """Pairwise similarities, several prompts in one batch."""
         scores = pair_scores(self.model, [t.prompt for t in tasks], self.seeds, self.protocol, self.batch_size)
         return [
-            {"id": task.id, "prompt": task.prompt.id, "pairs": pairs, "cost": {"row_passes": self.seeds}}
+            {"id": task.id, "prompt": task.prompt.id, **_pairs(pairs), "cost": {"row_passes": self.seeds}}
             for task, pairs in zip(tasks, scores, strict=True)
         ]
+
+
+def _pairs(pairs: Sequence[float]) -> Record:
+    """The similarities of a calibration record; why there are none where one of them is not finite."""
+    return {"pairs": pairs} if all(map(math.isfinite, pairs)) else {"failed": "noise differences are not finite"}
 
 
 class LocalizationStage(Stage):
@@ -152,6 +161,9 @@ class LocalizationStage(Stage):
 
     Of what a record costs, ``once_row_passes`` and ``once_seconds`` are what the method takes once for a prompt; the
     rest is measuring.
+
+    What is not finite is recorded as ``failed``, with the reason: without ``neurons`` where localizing failed, without
+    ``memorization`` in any case.
 
     Args:
         model: The model.
@@ -175,50 +187,69 @@ class LocalizationStage(Stage):
         prompt, method = task.prompt, self.method
         seeds = seeds_of(prompt, "localize", range(self.seeds))
         before, start = self.model.row_passes, time.perf_counter()
-        method.prepare(self.model, self.prompts)
-        result = method.localize(self.model, prompt, method.protocol.latents(self.model, seeds))
-        method.prepare_prompts(self.model, [prompt])
+        record: Record = {"id": task.id, "prompt": prompt.id, "truncated": self.model.truncated(prompt.text)}
+
+        def passes() -> dict[str, int]:
+            return {"row_passes": self.model.row_passes - before}
+
+        try:
+            method.prepare(self.model, self.prompts)
+            result = method.localize(self.model, prompt, method.protocol.latents(self.model, seeds))
+            method.prepare_prompts(self.model, [prompt])
+        except NotFiniteError as error:
+            return {**record, "failed": str(error), "cost": passes()}
         once = {
             "once_row_passes": self.model.row_passes - before,
             "once_seconds": round(time.perf_counter() - start, 4),
         }
-        latents = self.model.latents(seeds)
-        text = self.model.encode([prompt.text])
-        parts = []
-        for part in slices(self.seeds, method.batch_size):
-            size = len(latents[part])
-            rows = text.rows([0] * size)
-            batch = Batch((prompt,) * size, rows, latents[part], tuple(seeds[part]), (result.neurons,) * size)
-            with method.apply(self.model, batch) as changed:
-                parts.append(noise_differences(self.model, changed.text, changed.latents))
-        differences = torch.cat(parts)
-        pairs = pair_values(pair_similarities(differences, self.model.similarity))
         name = file_name(prompt)
         result.neurons.save(self.store.folder / "neurons" / f"{name}.json")
-        picture = strip(differences[:PICTURED_SEEDS])
-        return {
-            "id": task.id,
-            "prompt": prompt.id,
+        record |= {
             "neurons": dict(result.neurons),
             "initial": dict(result.initial),
             "gate_score": result.gate_score,
             "initial_score": result.initial_score,
             "refined_score": result.refined_score,
             "threshold": result.threshold,
-            "truncated": self.model.truncated(prompt.text),
+        }
+        try:
+            differences = self._differences(prompt, seeds, result.neurons)
+            pairs = pair_values(pair_similarities(differences, self.model.similarity))
+            require_finite("noise differences with the method applied", pairs)
+        except NotFiniteError as error:
+            return {**record, "failed": str(error), "cost": {**passes(), **once}}
+        picture = strip(differences[:PICTURED_SEEDS])
+        return {
+            **record,
             "memorization": float(pairs.mean()),
             "noise": self.store.save_image(f"noise/{name}.png", picture),
-            "cost": {"row_passes": self.model.row_passes - before, **once},
+            "cost": {**passes(), **once},
         }
+
+    def _differences(self, prompt: Prompt, seeds: Sequence[int], neurons: Neurons) -> Tensor:
+        """Noise differences with the method applied, (seeds, channels, height, width)."""
+        method, latents = self.method, self.model.latents(seeds)
+        text = self.model.encode([prompt.text])
+        parts = []
+        for part in slices(self.seeds, method.batch_size):
+            size = len(latents[part])
+            rows = text.rows([0] * size)
+            batch = Batch((prompt,) * size, rows, latents[part], tuple(seeds[part]), (neurons,) * size)
+            with method.apply(self.model, batch) as changed:
+                parts.append(noise_differences(self.model, changed.text, changed.latents))
+        return torch.cat(parts)
 
 
 class GenerationStage(Stage):
     """Generates images with the method applied.
 
+    An image that is not finite is recorded as ``failed``, with the reason and without a file; the others of its batch
+    are not touched by it.
+
     Args:
         model: The model.
         method: The mitigation.
-        neurons: What localizing found, by prompt id.
+        neurons: What localizing found, by prompt id; images of other prompts fail.
         store: Where images and records go.
         prompts: All prompts, not only those of the tasks.
     """
@@ -236,28 +267,57 @@ class GenerationStage(Stage):
 
     def handle(self, tasks: Sequence[ImageTask]) -> list[Record]:
         """Generates one image per task."""
+        localized = [task for task in tasks if task.prompt.id in self.neurons]
+        found = {record["id"]: record for record in (self._generate(localized) if localized else [])}
+        return [found.get(task.id) or _failed(task, UNLOCALIZED) for task in tasks]
+
+    def _generate(self, tasks: Sequence[ImageTask]) -> list[Record]:
+        before = self.model.row_passes
+        try:
+            generated, notes = self._sample(tasks)
+        except NotFiniteError as error:
+            # It does not say which images it is about.
+            if len(tasks) > 1:
+                return [record for task in tasks for record in self._generate([task])]
+            return [_failed(tasks[0], str(error), self.model.row_passes - before)]
+        each = round((self.model.row_passes - before) / len(tasks), 2)
+        records = []
+        for row, (task, image, reason) in enumerate(zip(tasks, *generated, strict=True)):
+            record = _failed(task, reason, each) if reason else self._save(task, image, each)
+            records.append({**record, **({"notes": dict(notes[row])} if notes else {})})
+        return records
+
+    def _sample(self, tasks: Sequence[ImageTask]) -> tuple[Generated, Sequence[Mapping[str, Any]]]:
+        """The images of a batch, and what the method notes of each."""
         prompts = tuple(t.prompt for t in tasks)
         seeds = tuple(seeds_of(t.prompt, "generate", [t.seed])[0] for t in tasks)
-        neurons = tuple(self.neurons.get(p.id, Neurons()) for p in prompts)
+        neurons = tuple(self.neurons[p.id] for p in prompts)
         text = self.model.encode([p.text for p in prompts])
         batch = Batch(prompts, text, self.model.latents(seeds), seeds, neurons)
         self.method.prepare(self.model, self.prompts)
         self.method.prepare_prompts(self.model, prompts)
-        before = self.model.row_passes
         with self.method.apply(self.model, batch) as changed:
-            images = self.model.generate(changed.text, changed.latents, changed.unconditional)
-        each = round((self.model.row_passes - before) / len(tasks), 2)
-        return [
-            {
-                "id": task.id,
-                "prompt": task.prompt.id,
-                "seed": task.seed,
-                "image": self.store.save_image(f"images/{file_name(task.prompt)}_{task.seed:02d}.png", to_image(image)),
-                **({"notes": dict(changed.notes[row])} if changed.notes else {}),
-                "cost": {"row_passes": each},
-            }
-            for row, (task, image) in enumerate(zip(tasks, images, strict=True))
-        ]
+            return self.model.generate_checked(changed.text, changed.latents, changed.unconditional), changed.notes
+
+    def _save(self, task: ImageTask, image: Tensor, passes: float) -> Record:
+        return {
+            "id": task.id,
+            "prompt": task.prompt.id,
+            "seed": task.seed,
+            "image": self.store.save_image(f"images/{file_name(task.prompt)}_{task.seed:02d}.png", to_image(image)),
+            "cost": {"row_passes": passes},
+        }
+
+
+def _failed(task: ImageTask, reason: str, passes: float = 0) -> Record:
+    """The record of an image that there is none of."""
+    return {
+        "id": task.id,
+        "prompt": task.prompt.id,
+        "seed": task.seed,
+        "failed": reason,
+        "cost": {"row_passes": passes},
+    }
 
 
 class Scene:
@@ -266,8 +326,10 @@ class Scene:
     Args:
         task: The prompt to be scored.
         records: Id and seed of its images, by seed.
-        files: Its pictures: ``images``, and ``references`` and ``unmitigated`` as far as they are needed.
+        files: Its pictures: ``images``, none where all failed; ``references`` and ``unmitigated`` as far as they are
+            needed and there are images.
         localization: Its localization record, or None.
+        paired: Which of its images there are unmitigated ones of, in the order of those.
     """
 
     def __init__(
@@ -276,8 +338,9 @@ class Scene:
         records: Sequence[Record],
         files: Mapping[str, Sequence[Path]],
         localization: Record | None = None,
+        paired: Sequence[int] = (),
     ) -> None:
-        self.task, self.records, self.localization = task, records, localization
+        self.task, self.records, self.localization, self.paired = task, records, localization, list(paired)
         self.pictures = {name: [open_image(path) for path in paths] for name, paths in files.items() if paths}
         self.seen: dict[tuple[str, Hashable], Tensor] = {}
         self.truncated = False
@@ -330,10 +393,12 @@ class SceneReader:
         # No more than this is kept of the records: there may be very many.
         self.images: dict[str, list[tuple[int, str, str]]] = {}
         for record in images:
-            self.images.setdefault(record["prompt"], []).append((record["seed"], record["id"], record["image"]))
+            if "image" in record:
+                found = self.images.setdefault(record["prompt"], [])
+                found.append((record["seed"], record["id"], record["image"]))
 
     def __call__(self, tasks: Sequence[PromptTask]) -> list[Scene] | StoreError:
-        """The scenes of some prompts that have images, or why a picture can't be read.
+        """The scenes of some prompts, or why a picture can't be read.
 
         Raised in a process of the loader, an error would arrive with that process's traceback for its message.
         """
@@ -343,14 +408,15 @@ class SceneReader:
             return error
 
     def _scene(self, task: PromptTask) -> Scene:
-        images = sorted(self.images[task.prompt.id])
+        images = sorted(self.images.get(task.prompt.id, ()))
         files: dict[str, Sequence[Path]] = {"images": [self.folder / image for _, _, image in images]}
-        if "references" in self.needed:
+        paired = [row for row, (_, name, _) in enumerate(images) if name in self.unmitigated]
+        if "references" in self.needed and images:
             files["references"] = task.prompt.references
-        if "unmitigated" in self.needed and all(name in self.unmitigated for _, name, _ in images):
-            files["unmitigated"] = [self.unmitigated[name] for _, name, _ in images]
+        if "unmitigated" in self.needed:
+            files["unmitigated"] = [self.unmitigated[images[row][1]] for row in paired]
         records = [{"id": name, "seed": seed} for seed, name, _ in images]
-        return Scene(task, records, files, self.localizations.get(task.prompt.id))
+        return Scene(task, records, files, self.localizations.get(task.prompt.id), paired)
 
 
 class ScoringStage(Stage):
@@ -368,6 +434,7 @@ class ScoringStage(Stage):
         super().__init__(store, "score")
         self.metrics = {name: metric for name, metric in metrics.items() if metric.per != "set"}
         self.set_spaces = set_spaces(metrics.values())
+        self.whole_sets = {n: digest(m.space.content()) for n, m in metrics.items() if isinstance(m, SetMetric)}
         self._pool_files = tuple(pool)
         self._pools: dict[tuple[Hashable, tuple[int, int]], Tensor] = {}
 
@@ -393,24 +460,45 @@ class ScoringStage(Stage):
         for name, metric in self.metrics.items():
             if not all(scene.has(field) or (field == "pool" and self._pool_files) for field in metric.needs):
                 continue
-            values = metric.score(**{field: self._field(field, metric.space, scene) for field in metric.needs}).tolist()
+            values = self._values(metric, scene)
             if metric.per == "image":
-                for scores, value in zip(of_images, values, strict=bool(values)):
-                    scores[name] = round(value, 6)
+                for row, value in values.items():
+                    of_images[row][name] = round(value, 6)
             elif values:
                 of_prompt[name] = round(values[0], 6)
-        whole: Record = {"id": scene.task.id, "prompt": prompt.id, "seed": None, "scores": of_prompt}
+        whole: Record = {"id": scene.task.id, "prompt": prompt.id, "seed": None}
         if any("text" in metric.needs for metric in self.metrics.values()):
             whole["truncated"] = scene.truncated
-        if self.set_spaces:
+        if self.set_spaces and scene.records:
             whole["file"] = f"features/{file_name(prompt)}.safetensors"
             features = {name: scene.field("images", space, self.device) for name, space in self.set_spaces.items()}
             save_features(self.store.folder / whole["file"], features)
+            finite = {name: bool(values.isfinite().all()) for name, values in features.items()}
+            of_prompt |= {name: math.nan for name, space in self.whole_sets.items() if not finite[space]}
         lines = [
-            {"id": record["id"], "prompt": prompt.id, "seed": record["seed"], "scores": scores}
+            {"id": record["id"], "prompt": prompt.id, "seed": record["seed"], **_finite_scores(scores)}
             for record, scores in zip(scene.records, of_images, strict=True)
         ]
-        return [*lines, whole]
+        return [*lines, {**whole, **_finite_scores(of_prompt)}]
+
+    def _values(self, metric: BenchMetric, scene: Scene) -> dict[int, float]:
+        """A metric's values by number of the image, nan for images that can't be compared; one of a prompt as 0."""
+        fields = {field: self._field(field, metric.space, scene) for field in metric.needs}
+        rows = scene.paired if "unmitigated" in fields else list(range(len(scene.records)))
+        compared = [field for field in ("images", "unmitigated") if field in fields]
+        if compared and len(rows) < len(scene.records):
+            fields["images"] = fields["images"][rows]
+        finite = [all(one) for one in zip(*(_finite_rows(fields[field]) for field in compared), strict=True)]
+        if not all(finite):
+            for field in compared:
+                fields[field] = fields[field][torch.tensor(finite)]
+        if compared and not any(finite):
+            return dict.fromkeys(rows if metric.per == "image" else [0], math.nan)
+        values: list[float] = metric.score(**fields).tolist()
+        if metric.per != "image":
+            return dict(enumerate(values))
+        kept = [row for row, is_finite in zip(rows, finite, strict=True) if is_finite]
+        return dict.fromkeys(rows, math.nan) | dict(zip(kept, values, strict=True)) if values else {}
 
     def _field(self, field: str, space: Space, scene: Scene) -> Any:
         if field != "pool":
@@ -421,6 +509,18 @@ class ScoringStage(Stage):
             seen = (space.embed([open_image(path) for path in part], scene.size, self.device) for part in parts)
             self._pools[key] = torch.cat(list(seen))
         return self._pools[key]
+
+
+def _finite_rows(embedded: Tensor) -> list[bool]:
+    """Whether all numbers of each embedded picture are finite."""
+    return embedded.isfinite().flatten(1).all(1).tolist()  # type: ignore[no-any-return]
+
+
+def _finite_scores(scores: Mapping[str, float]) -> Record:
+    """Scores by metric as they are recorded: those that are not finite under ``failed``, with the reason."""
+    failed = {name: f"the score is {value}" for name, value in scores.items() if not math.isfinite(value)}
+    finite = {name: value for name, value in scores.items() if name not in failed}
+    return {"scores": finite, **({"failed": failed} if failed else {})}
 
 
 def embed_together(scenes: Sequence[Scene], field: str, space: Network, device: torch.device) -> None:
@@ -491,8 +591,9 @@ def save_features(path: Path, features: Mapping[str, Tensor]) -> None:
 
 
 def read_features(paths: Iterable[Path], name: str) -> Tensor:
-    """Features of several files in their order, (N, D)."""
-    return torch.cat([load_file(path)[name] for path in paths])
+    """Features of several files in their order, (N, D); those that are not finite are left out."""
+    features = torch.cat([load_file(path)[name] for path in paths])
+    return features[features.isfinite().all(1)]
 
 
 def peak_memory(device: torch.device) -> int:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
 from typing import Any
 
-from nemo_bench.aggregate import aggregate, presets
+from nemo_bench.aggregate import GROUPS, aggregate, presets
 from nemo_bench.cells import STAGES, STATISTICS, THRESHOLD, Cell, ImageCell, metrics_of, with_sources
 from nemo_bench.config import ModelSettings, SimilaritySettings, resolve
-from nemo_bench.errors import ConfigError, NemoBenchError, StoreError, nearest
+from nemo_bench.errors import ConfigError, ModelError, NemoBenchError, StoreError, nearest
 from nemo_bench.localization.published import PublishedRow, by_position, published_text
 from nemo_bench.methods import Method
 from nemo_bench.metrics import detection
@@ -21,8 +21,18 @@ from nemo_bench.modules import localization_of
 from nemo_bench.prompts import dead_references, references_digest
 from nemo_bench.report import write_report
 from nemo_bench.report.detection import write_detection
-from nemo_bench.runner import SETS, Runner, by_prompt, is_main, load_model, note_start, open_folder
-from nemo_bench.store import SCHEMA, Store, read_json, write_json, write_text
+from nemo_bench.runner import (
+    SETS,
+    Runner,
+    by_prompt,
+    is_main,
+    load_model,
+    neurons_by_prompt,
+    note_start,
+    open_folder,
+    unmitigated_images,
+)
+from nemo_bench.store import SCHEMA, Store, as_json, read_json, write_json, write_text
 from nemo_bench.tracking import sweep_trial, track
 from nemo_bench.types import Neurons, Record
 
@@ -122,7 +132,8 @@ def calibrate(cells: Sequence[Cell], *, progress: bool = True) -> list[dict[str,
 
     Returns:
         One entry a calibration: model; threshold; mean and standard deviation of the pairwise scores it comes from
-        (None where it was given); number of general prompts; file of the statistics; folder of what was measured.
+        (None where it was given); number of general prompts behind it, and of those that failed; file of the
+        statistics; folder of what was measured.
 
     Raises:
         NemoBenchError: See :func:`nemo_bench.cells.plan`; also where no method takes a calibration.
@@ -135,13 +146,23 @@ def calibrate(cells: Sequence[Cell], *, progress: bool = True) -> list[dict[str,
         runner.start()
         for cell in needed:
             runner.calibrate(cell)
+    for cell in needed:
+        if STATISTICS in cell.measured and not (cell.calibration.folder / STATISTICS).exists():
+            msg = f"{cell.calibration.folder}: activations of the calibration prompts are not finite"
+            raise ModelError(f"{msg}; try model.dtype=float32 or bfloat16")
     rows = [_calibration_of(cell) for cell in needed]
+    for row in rows:
+        if row["threshold"] is None:
+            failed, total = row["failed"], row["failed"] + row["prompts"]
+            msg = f"{row['folder']}: noise differences of {failed} of {total} calibration prompts are not finite"
+            raise ModelError(f"{msg}, so there is no threshold; try model.dtype=float32 or bfloat16")
     return [row for number, row in enumerate(rows) if row not in rows[:number]]
 
 
 def _calibration_of(cell: Cell) -> dict[str, Any]:
     folder, given = cell.calibration.folder, cell.choice.settings.model.statistics
-    scores = {"threshold": cell.method.threshold, "mean": None, "std": None, "prompts": len(cell.calibration_prompts)}
+    prompts = {"prompts": len(cell.calibration_prompts), "failed": 0}
+    scores = {"threshold": cell.method.threshold, "mean": None, "std": None, **prompts}
     return {
         "model": cell.spec["model"],
         **(read_json(folder / THRESHOLD) if cell.method.threshold is None else scores),
@@ -174,7 +195,7 @@ def _scoring(cell: ImageCell) -> dict[str, Any]:
         "unmitigated": cell.unmitigated.id if cell.unmitigated and paired else None,
         "references": references_digest(cell.prompts),
     }
-    return json.loads(json.dumps(content))  # as it will be read again
+    return json.loads(as_json(content))  # as it will be read again
 
 
 def _scores_are_stale(cell: ImageCell) -> bool:
@@ -183,12 +204,14 @@ def _scores_are_stale(cell: ImageCell) -> bool:
 
 
 def _publish(cell: Cell) -> None:
-    """Writes what a method found in the published form, beside the records."""
+    """Writes what a method found in the published form, beside the records; without prompts that failed."""
     if type(cell.method).localize is Method.localize:
         return
     widths, found = read_json(cell.store.folder / "layers.json"), by_prompt(cell.store)
     rows = []
     for prompt in cell.prompts:
+        if "neurons" not in found[prompt.id]:
+            continue
         result = localization_of(found[prompt.id])
         initial, refined = by_position(result.initial, widths), by_position(result.neurons, widths)
         rows.append(PublishedRow(prompt.text, "", initial, result.initial_score, refined, result.refined_score))
@@ -207,15 +230,21 @@ def _summary(cell: ImageCell) -> dict[str, Any]:
         about[REACHED] = _REACHED_IS
         for group, row in aggregate(targets, cell.prompts).items():
             aggregates.setdefault(group, {}).update(row)
-    for group, row in read_json(store.folder / SETS).items():
-        count = sum(group in ("all", p.group) for p in cell.prompts)
+    sets = read_json(store.folder / SETS)
+    with_images = {record["prompt"] for record in generated if "image" in record}
+    for group, row in sets.items():
+        count = sum(group in ("all", p.group) and p.id in with_images for p in cell.prompts)
         nothing = dict.fromkeys(("low", "high", "median", "mad"))
-        aggregates.setdefault(group, {}).update(
-            {name: {"mean": value, **nothing, "prompts": count} for name, value in row.items()}
-        )
+        found = {name: {"mean": value, **nothing, "prompts": count} for name, value in row.items() if value is not None}
+        aggregates.setdefault(group, {}).update(found)
+    failed = _failures(cell, sets)
+    for group in failed:
+        aggregates.setdefault(group, {})
+    total = failed.get("all", {"images": 0, "localizations": 0, "scores": 0})
 
     def costs(records: Iterable[Record], field: str) -> list[float]:
-        return [record["cost"][field] for record in records if field in record.get("cost", {})]
+        # What failed may have been given up at once.
+        return [r["cost"][field] for r in records if field in r.get("cost", {}) and "failed" not in r]
 
     measured = {
         "localize_seconds_per_prompt": costs(localized, "seconds"),
@@ -231,10 +260,12 @@ def _summary(cell: ImageCell) -> dict[str, Any]:
         "metrics": about,
         "aggregates": aggregates,
         "presets": measures,
+        "failed": failed,
         "detection": _detection(cell, localized),
         "counts": {
-            "images": len(generated),
+            "images": sum("image" in record for record in generated),
             "prompts": len(cell.prompts),
+            **{f"failed_{kind}": total[kind] for kind in ("images", "localizations", "scores")},
             "truncated": sum(bool(record.get("truncated")) for record in scored),
             "without_reference": sum(bool(p.kind) and not p.references for p in cell.prompts),
             "dead_references": len(dead_references(cell.prompts)),
@@ -253,8 +284,71 @@ def _targets(generated: Iterable[Record]) -> list[Record]:
     return [
         {**record, "scores": {REACHED: float(record["notes"]["reached"])}}
         for record in generated
-        if "reached" in record.get("notes", {})
+        if "image" in record and "reached" in record.get("notes", {})
     ]
+
+
+def _failures(cell: ImageCell, sets: Mapping[str, Mapping[str, float | None]]) -> dict[str, dict[str, Any]]:
+    """What was not finite, by group that has any.
+
+    Returns:
+        Numbers of ``images``, of prompts' ``localizations`` and of ``scores``; and by metric, ``metrics``, of the
+        images and prompts that it lacks for one of these reasons.
+    """
+    store, metrics = cell.store, metrics_of(cell)
+    generated, localized, scored = (store.records(stage).values() for stage in ("generate", "localize", "score"))
+    before = unmitigated_images(cell)
+    images = Counter(record["prompt"] for record in generated if "failed" in record)
+    unpaired = Counter(r["prompt"] for r in generated if "image" in r and before and r["id"] not in before)
+    lost = {record["prompt"] for record in localized if "failed" in record}
+    scores = Counter((record["prompt"], name) for record in scored for name in record.get("failed", ()))
+    found = {(record["prompt"], name) for record in scored for name in record["scores"]}
+    table = {}
+    for group in GROUPS:
+        members = {p.id for p in cell.prompts if group in ("all", p.group)}
+        without_value = [name for name, value in sets.get(group, {}).items() if value is None]
+        of_metrics = {}
+        for name, metric in metrics.items():
+            missing = sum(scores[i, name] for i in members) + without_value.count(name)
+            if "images" in metric.needs:
+                missing += sum(images[i] for i in members)
+            if "unmitigated" in metric.needs:
+                missing += sum(unpaired[i] for i in members)
+            if "localization" in metric.needs:
+                missing += sum(i in lost and (i, name) not in found for i in members)
+            if missing:
+                of_metrics[name] = missing
+        counts = {
+            "images": sum(images[i] for i in members),
+            "localizations": sum(i in lost for i in members),
+            "scores": sum(count for (i, _), count in scores.items() if i in members),
+        }
+        if any(counts.values()) or of_metrics:
+            table[group] = {**counts, "metrics": of_metrics}
+    return table
+
+
+def check_made(cells: Sequence[ImageCell]) -> None:
+    """Looks whether most images of each cell are there, once everything else is done and written.
+
+    Raises:
+        ModelError: More than half of a cell's images failed; the reasons are named, and what may help.
+    """
+    lines = []
+    for cell in cells:
+        records = cell.store.records("generate").values()
+        reasons = Counter(record["failed"] for record in records if "failed" in record)
+        failed = sum(reasons.values())
+        if 2 * failed > len(records):
+            reason, count = reasons.most_common(1)[0]
+            of_them = "" if count == failed else f" ({count} of them)"
+            lines.append(f"{cell.id}: {failed} of {len(records)} images failed: {reason}{of_them}")
+    if lines:
+        hint = (
+            "half precision may overflow: try model.dtype=float32 or bfloat16; else the weights, the scheduler or the "
+            "method's settings are at fault. Failed images are recorded, and have no score"
+        )
+        raise ModelError("\n".join([*lines, hint]))
 
 
 def _scores_without_mitigation(cell: ImageCell) -> Iterable[Record]:
@@ -268,14 +362,17 @@ def _scores_without_mitigation(cell: ImageCell) -> Iterable[Record]:
 
 
 def _detection(cell: ImageCell, localized: Iterable[Record]) -> dict[str, Any]:
-    """How well the memorization score tells memorized prompts from others: without mitigation, where both are there."""
-    kinds = {p.id: bool(p.kind) for p in cell.prompts}
-    scores = {kind: [r["memorization"] for r in localized if kinds[r["prompt"]] == kind] for kind in (True, False)}
+    """How well the memorization score tells memorized prompts from others: without mitigation, where both are there.
+
+    Prompts whose noise differences are not finite have no score; ``failed`` is their number.
+    """
+    kinds, records = {p.id: bool(p.kind) for p in cell.prompts}, list(localized)
+    scored = [r for r in records if "memorization" in r]
+    scores = {kind: [r["memorization"] for r in scored if kinds[r["prompt"]] == kind] for kind in (True, False)}
     if cell.is_mitigated or not all(scores.values()):
         return {}
-    if not all(math.isfinite(score) for those in scores.values() for score in those):
-        return {}  # half precision may overflow; what else there is to tell stands without it
-    return {"memorization": {"title": "Memorization score", **detection(scores[True], scores[False])}}
+    found = detection(scores[True], scores[False])
+    return {"memorization": {"title": "Memorization score", **found, "failed": len(records) - len(scored)}}
 
 
 def outlook(cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -319,7 +416,7 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
     """
     if folder.exists() and any(folder.iterdir()):
         raise StoreError(f"{folder} is not empty; name a new folder to export to")
-    found = {name: Neurons(record["neurons"]) for name, record in by_prompt(Store(cell)).items()}
+    found = neurons_by_prompt(Store(cell))
     if not found:
         raise StoreError(f"{cell} holds no localization; give results/<name>/<cell> of a finished run")
     if prompt is not None and prompt not in found:

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import json
 import logging
+import math
 import platform
 import secrets
 import subprocess
@@ -214,11 +215,15 @@ class Runner:
         if STATISTICS in cell.measured:
             self._measure_statistics(cell)
         path = Path(resolve(given)) if given else store.folder / STATISTICS
+        if not given and not path.exists():
+            # No activations are finite: localizing fails prompt by prompt, and what else was asked for goes on.
+            method.calibration = Calibration({}, {}, math.nan)
+            return
         mean, std = name_layers(read_statistics(path), self.model(cell).masks.widths)
         if THRESHOLD in cell.measured:
             self._measure_threshold(cell)
         own = method.threshold
-        tau = read_json(store.folder / THRESHOLD)["threshold"] if own is None else own
+        tau = measured_threshold(store.folder) if own is None else own
         method.calibration = Calibration(mean, std, tau, len(cell.calibration_prompts))
 
     def _measure_statistics(self, cell: Cell) -> None:
@@ -231,8 +236,8 @@ class Runner:
         self.trainer.strategy.barrier()
         label = cell.choice.names["model"]
         self.go_through("statistics", label, chunks, store, lambda: StatisticsStage(self.model(cell), store), 1)
-        if is_main():
-            write_statistics(path, merge_statistics(store.folder / chunk.file for chunk in chunks))
+        if is_main() and (merged := merge_statistics(store.folder / chunk.file for chunk in chunks)):
+            write_statistics(path, merged)
         self.trainer.strategy.barrier()
 
     def _measure_threshold(self, cell: Cell) -> None:
@@ -248,10 +253,14 @@ class Runner:
         self.go_through("calibrate", cell.choice.names["model"], tasks, store, make, max(1, rows // seeds))
         if is_main():
             records = store.records("calibrate")
-            pairs = [value for task in tasks for value in records[task.id]["pairs"]]
+            usable = [records[task.id]["pairs"] for task in tasks if "pairs" in records[task.id]]
+            failed = len(tasks) - len(usable)
+            pairs = [value for values in usable for value in values]
             scores = torch.tensor(pairs, dtype=torch.float64)
-            about = {"mean": float(scores.mean()), "std": float(scores.std()), "prompts": len(tasks)}
-            write_json(path, {"threshold": threshold(pairs), **about, "protocol": cell.method.protocol.name})
+            about = {"mean": float(scores.mean()), "std": float(scores.std()), "prompts": len(usable)}
+            tau = None if failed > len(usable) else threshold(pairs)
+            content = {"threshold": tau, **about, "failed": failed, "protocol": cell.method.protocol.name}
+            write_json(path, content)
         self.trainer.strategy.barrier()
 
     def _localize(self, cell: Cell) -> None:
@@ -266,7 +275,7 @@ class Runner:
             if is_main():
                 write_json(cell.store.folder / "layers.json", widths)
             found = by_prompt(cell.source.store) if cell.source else {}
-            cell.method.fit({name: localization_of(record) for name, record in found.items()}, widths)
+            cell.method.fit({name: localization_of(r) for name, r in found.items() if "neurons" in r}, widths)
             seeds = cell.choice.settings.localize_seeds
             return LocalizationStage(self.model(cell), cell.method, seeds, cell.store, cell.prompts)
 
@@ -274,7 +283,7 @@ class Runner:
 
     def _generate(self, cell: Cell) -> None:
         def make() -> Stage:
-            neurons = {name: Neurons(r["neurons"]) for name, r in by_prompt(cell.store).items()}
+            neurons = neurons_by_prompt(cell.store)
             return GenerationStage(self.model(cell), cell.method, neurons, cell.store, cell.prompts)
 
         size = cell.choice.settings.batch_size
@@ -379,12 +388,24 @@ def by_prompt(store: Store) -> dict[str, Record]:
     return {record["prompt"]: record for record in store.records("localize").values()}
 
 
+def neurons_by_prompt(store: Store) -> dict[str, Neurons]:
+    """Neurons by prompt id, of the prompts that were localized without failing."""
+    return {name: Neurons(record["neurons"]) for name, record in by_prompt(store).items() if "neurons" in record}
+
+
+def measured_threshold(calibration: Path) -> float:
+    """The memorization threshold in a calibration's folder; nan where most prompts of the calibration failed."""
+    found = read_json(calibration / THRESHOLD)["threshold"]
+    return math.nan if found is None else float(found)
+
+
 def unmitigated_images(cell: ImageCell) -> dict[str, Path]:
     """Files of the images without mitigation by record id, none where no cell has them."""
     if cell.unmitigated is None:
         return {}
     folder = cell.unmitigated.store.folder
-    return {record["id"]: (folder / record["image"]).resolve() for record in iterate_records(folder, "generate")}
+    made = (record for record in iterate_records(folder, "generate") if "image" in record)
+    return {record["id"]: (folder / record["image"]).resolve() for record in made}
 
 
 def real_store(metric: SetMetric, cell: ImageCell) -> Store:
@@ -392,8 +413,11 @@ def real_store(metric: SetMetric, cell: ImageCell) -> Store:
     return Store(Path(cell.choice.settings.root) / "real_images" / digest(metric.content(), 8))
 
 
-def score_sets(cell: ImageCell, metrics: Mapping[str, BenchMetric]) -> dict[str, dict[str, float]]:
-    """Scores of whole sets of images, by group and metric; groups of the same prompts are scored once."""
+def score_sets(cell: ImageCell, metrics: Mapping[str, BenchMetric]) -> dict[str, dict[str, float | None]]:
+    """Scores of whole sets of images, by group and metric; groups of the same prompts are scored once.
+
+    A score is None where it is not finite. Prompts all of whose images failed are left out.
+    """
     wholes = {name: metric for name, metric in metrics.items() if isinstance(metric, SetMetric)}
     if not wholes:
         return {}
@@ -402,17 +426,18 @@ def score_sets(cell: ImageCell, metrics: Mapping[str, BenchMetric]) -> dict[str,
         for record in cell.store.records("score").values()
         if "file" in record
     }
-    known: dict[tuple[str, ...], dict[str, float]] = {}
+    known: dict[tuple[str, ...], dict[str, float | None]] = {}
     table = {}
     for group in GROUPS:
-        members = tuple(p.id for p in cell.prompts if group in ("all", p.group))
+        members = tuple(p.id for p in cell.prompts if group in ("all", p.group) and p.id in files)
         if members and members not in known:
             known[members] = {}
             for name, metric in wholes.items():
                 images = read_features([files[i] for i in members], digest(metric.space.content()))
                 store = real_store(metric, cell)
                 real = read_features([store.folder / c.file for c in FolderChunk.split(metric.files)], "real")
-                known[members].update((name, value) for value in metric.score(images=images, real=real).tolist())
+                for value in metric.score(images=images, real=real).tolist():
+                    known[members][name] = value if math.isfinite(value) else None
         if members:
             table[group] = known[members]
     return table

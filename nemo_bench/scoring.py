@@ -162,7 +162,7 @@ def reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> ImageCe
     if missing:
         msg = f"{folder}: {len(missing)} reference images are gone, such as {missing[0]}"
         raise StoreError(f"{msg}; put them back, or name a folder of fetched ones with prompts.references")
-    images = (record["image"] for record in iterate_records(folder, "generate"))
+    images = (record["image"] for record in iterate_records(folder, "generate") if "image" in record)
     lost = [image for image in images if not (folder / image).is_file()]
     if lost:
         msg = f"{folder}: {len(lost)} images are gone, such as {lost[0]}"

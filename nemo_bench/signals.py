@@ -11,10 +11,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from nemo_bench.errors import NotFiniteError
+
 FIRST_BLOCK = "down_blocks.0."
 """Its cross-attention is that of Bright Ending, at the resolution of the latents; SDXL has none there."""
 LATE = -3
 """Anisotropy takes its angle at the third of 50 timesteps from the end, 41 for Stable Diffusion."""
+
+
+def require_finite(what: str, values: Tensor) -> None:
+    """Raises NotFiniteError where one of some numbers is infinite or not a number.
+
+    Args:
+        what: What the numbers are, for the message, in the plural.
+        values: The numbers, of any shape.
+    """
+    if not values.isfinite().all():
+        raise NotFiniteError(f"{what} are not finite")
 
 
 def norms(values: Tensor) -> Tensor:

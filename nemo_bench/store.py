@@ -6,7 +6,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,23 @@ PREVIEW = 160
 _PREVIEW = b"prVW"  # by its case: may be ignored, is our own, and is dropped by a program that changes the image
 
 
+def as_json(content: Any, indent: int | None = None) -> str:
+    """JSON that every parser reads: numbers that are not finite become null, since JSON has none."""
+    try:
+        return json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(content), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    """The same content with None in place of numbers that are not finite."""
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def write_text(path: Path, content: str) -> None:
     """Writes a file under a temporary name, then renames it, so that a reader never sees half of it."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -32,7 +49,7 @@ def write_text(path: Path, content: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON; see :func:`write_text`."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, as_json(content, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -101,7 +118,7 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-3) or (a != a and b != b)
+        return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-3)
     return bool(a == b)
 
 
@@ -148,7 +165,7 @@ class Store:
             StoreError: The folder belongs to another configuration.
         """
         path = self.folder / "spec.json"
-        content = {"schema": SCHEMA, **json.loads(json.dumps(spec))}
+        content = {"schema": SCHEMA, **json.loads(as_json(spec))}
         if path.exists():
             present = read_json(path)
             old, new = present.get("settings", {}), content["settings"]
@@ -244,7 +261,7 @@ class _Writer:
         self.path: Path | None = None
 
     def __call__(self, records: Iterable[Record]) -> None:
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        text = "".join(as_json(record) + "\n" for record in records)
         if self.path is None:
             self.path = self._claim()
         with self.path.open("a", encoding="utf-8") as file:

@@ -543,6 +543,8 @@ def test_all_methods_takes_what_the_files_of_methods_have_for_the_model() -> Non
         differing = {key for key, value in choice.settings.method.items() if value != plain.settings.method[key]}
         assert differing <= variants
         assert not any(set(found.given) - variants for found in choice.families)
+
+
 TYPED = ["2026_11_29", "1e3", "1_0", "0x10", "007", "1.", "-0", "true", "No", "nan", "inf"]
 """Names that look like something else."""
 

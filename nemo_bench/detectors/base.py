@@ -30,14 +30,16 @@ class Finding:
     """What a detector says of a prompt.
 
     Attributes:
-        score: Larger for memorized prompts.
+        score: Larger for memorized prompts; where it is not finite, the detector failed.
         details: What explains it, as plain data; kept in the records.
         picture: Something to look at, (3, height, width) in [0, 1], or None.
+        failed: Why there is no finite score, empty where there is one.
     """
 
     score: float
     details: Mapping[str, Any] = field(default_factory=dict)
     picture: Tensor | None = None
+    failed: str = ""
 
 
 class Predictions:

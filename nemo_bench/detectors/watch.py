@@ -14,8 +14,9 @@ from torch import Tensor
 
 from nemo_bench.detectors.base import Detector, Finding, Predictions, View, now
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, Step, conditional_attention
-from nemo_bench.errors import ModelError
+from nemo_bench.errors import NotFiniteError
 from nemo_bench.prompts import seeds_of
+from nemo_bench.signals import require_finite
 from nemo_bench.types import Prompt
 
 
@@ -63,12 +64,12 @@ def watch(
             are shown fewer at a time, by :data:`nemo_bench.diffusion.GRADIENT_MEMORY`.
 
     Returns:
-        Findings by detector, one a prompt in their order; and what each detector takes for all of them.
+        Findings by detector, one a prompt in their order, without details where it failed; and what each detector
+        takes for all of them.
 
     Raises:
         NemoBenchError: A detector or its settings do not suit this model, or it wants guided sampling where the model
             has none.
-        ModelError: A score is no finite number.
     """
     for detector in detectors.values():
         detector.check(type(model.pipeline).__name__, model.guidance, compiled=model.compiled)
@@ -222,8 +223,12 @@ class _Watch:
             for steps in zip(*(trail.steps[key] for key in keys), strict=True)
         ]
         images = torch.stack([trail.images[key] for key in keys]) if detector.images else None
-        found = detector.judge(self.model, prompt, seen, images)
+        try:
+            if images is not None:
+                require_finite("images", images)
+            found = detector.judge(self.model, prompt, seen, images)
+        except NotFiniteError as error:
+            return Finding(math.nan, failed=str(error))
         if not math.isfinite(found.score):
-            msg = f"{detector.title}: the score of prompt '{prompt.id}' is {found.score}, in {self.model.dtype}; give"
-            raise ModelError(f"{msg} model.dtype=float32 or bfloat16, or leave this detector out")
+            return Finding(found.score, failed=f"the score is {found.score}, in {self.model.dtype}")
         return found

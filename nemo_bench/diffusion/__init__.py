@@ -3,8 +3,9 @@
 from nemo_bench.diffusion.attention import Edit, conditional_attention, conditional_rows, cross_attentions
 from nemo_bench.diffusion.families import FAMILIES, Conditioning
 from nemo_bench.diffusion.guidance import Rule, Step, guided_from
-from nemo_bench.diffusion.model import GRADIENT_MEMORY, Diffusion, Similarity, value_layers
+from nemo_bench.diffusion.model import GRADIENT_MEMORY, Diffusion, Generated, Similarity, value_layers
 from nemo_bench.diffusion.prefix import Prefix
+from nemo_bench.diffusion.schedule import check_schedule
 from nemo_bench.diffusion.source import Source, file_digest, folder_digest
 
 __all__ = [
@@ -13,11 +14,13 @@ __all__ = [
     "Conditioning",
     "Diffusion",
     "Edit",
+    "Generated",
     "Prefix",
     "Rule",
     "Similarity",
     "Source",
     "Step",
+    "check_schedule",
     "conditional_attention",
     "conditional_rows",
     "cross_attentions",

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -26,7 +26,7 @@ from nemo_bench.diffusion.families import Conditioning, family_of
 from nemo_bench.diffusion.guidance import Rule, Step
 from nemo_bench.diffusion.masks import NeuronMasks
 from nemo_bench.diffusion.source import Source, without_advice, without_bars
-from nemo_bench.errors import ModelError
+from nemo_bench.errors import ModelError, NotFiniteError
 from nemo_bench.types import Neurons
 
 Layers = Literal["down+mid", "all"]
@@ -57,6 +57,18 @@ class Similarity:
     def kernel(self) -> int:
         """Side of the window that torchmetrics takes for this sigma, in latent pixels."""
         return 2 * int(3.5 * self.sigma + 0.5) + 1
+
+
+class Generated(NamedTuple):
+    """Images, and what became of them.
+
+    Attributes:
+        images: In [0, 1], float32, (N, 3, height, width); nan throughout where an image failed.
+        failed: Why, one an image; None where the image is there.
+    """
+
+    images: Tensor
+    failed: tuple[str | None, ...]
 
 
 class Diffusion(nn.Module):
@@ -329,7 +341,7 @@ class Diffusion(nn.Module):
             return 1.0, 0.0
         alpha = self.signal(timestep)
         if alpha < NO_SIGNAL:
-            raise ModelError(
+            raise NotFiniteError(
                 f"at timestep {timestep} latents of this model are noise alone (its scheduler has zero terminal SNR), "
                 "and no predicted noise follows from a velocity there; set rescale_betas_zero_snr=false and "
                 "timestep_spacing=leading in the scheduler's configuration"
@@ -410,21 +422,67 @@ class Diffusion(nn.Module):
             unconditional: What guidance leads away from, of N rows; None for :meth:`unconditional`.
 
         Returns:
-            Images in [0, 1], float32, (N, 3, height, width).
+            Images in [0, 1], float32, (N, 3, height, width); nan throughout where an image failed, see
+            :meth:`generate_checked`.
+        """
+        return self.generate_checked(text, latents, unconditional).images
+
+    def generate_checked(
+        self,
+        text: Conditioning | str,
+        latents: Tensor | Sequence[int],
+        unconditional: Conditioning | None = None,
+    ) -> Generated:
+        """Generates one image per row, and says of each whether its latents and its pixels were finite.
+
+        Args:
+            text: See :meth:`generate`.
+            latents: Likewise.
+            unconditional: Likewise.
+
+        Returns:
+            The images, and why those failed that did.
         """
         if not isinstance(latents, Tensor):
             latents = self.latents(latents)
         if isinstance(text, str):
             text = self.encode([text]).rows([0] * len(latents))
-        images: Tensor = self.pipeline(
-            **self.family.call_inputs(text, unconditional or self.unconditional(len(text))),
-            latents=latents,
-            num_inference_steps=self.steps,
-            guidance_scale=self.guidance,
-            output_type="pt",
-        ).images
+        sampled: list[Tensor] = []
+        decoded: list[Tensor] = []
+
+        def look_at_step(_pipeline: Any, _step: int, _timestep: int, given: dict[str, Tensor]) -> dict[str, Tensor]:
+            sampled.append(_finite_rows(given["latents"]))
+            return {}
+
+        # Pixels are looked at here: the pipeline takes an infinite one for white, or for black.
+        hook = self.pipeline.vae.decoder.register_forward_hook(
+            lambda _decoder, _inputs, output: decoded.append(_finite_rows(output))
+        )
+        try:
+            images: Tensor = self.pipeline(
+                **self.family.call_inputs(text, unconditional or self.unconditional(len(text))),
+                latents=latents,
+                num_inference_steps=self.steps,
+                guidance_scale=self.guidance,
+                output_type="pt",
+                callback_on_step_end=look_at_step,
+            ).images
+        finally:
+            hook.remove()
         self._count_passes(len(text) * self.passes_per_image)
-        return images.float().clamp(0, 1)
+        by_step, pixels = torch.stack(sampled).tolist(), torch.cat(decoded).tolist()
+        failed = tuple(self._failure([finite[row] for finite in by_step], pixels[row]) for row in range(len(latents)))
+        images = images.float().clamp(0, 1)
+        images[[row for row, reason in enumerate(failed) if reason]] = torch.nan
+        return Generated(images, failed)
+
+    def _failure(self, steps: Sequence[bool], pixels: bool) -> str | None:
+        """Why an image failed, given whether its latents after each step, and its pixels, are finite."""
+        if not all(steps):
+            return f"latents are not finite after step {steps.index(False) + 1} of {len(steps)}, in {_name(self.dtype)}"
+        if not pixels:
+            return f"pixels are not finite, decoded from finite latents in {_name(self.pipeline.vae.dtype)}"
+        return None
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images of clean latents; gradients go through it.
@@ -509,6 +567,15 @@ class Diffusion(nn.Module):
         finally:
             for parameter, original in kept:
                 parameter.copy_(original)
+
+
+def _finite_rows(values: Tensor) -> Tensor:
+    """Whether all numbers of each row are finite, (N,)."""
+    return values.isfinite().flatten(1).all(1)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def ddim(shipped: Mapping[str, Any]) -> DDIMScheduler:

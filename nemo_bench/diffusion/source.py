@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
@@ -108,6 +108,15 @@ class Source:
             ModelError: See :attr:`family`.
         """
         return self._found[1]
+
+    @cached_property
+    def scheduler(self) -> dict[str, Any] | None:
+        """Configuration of the scheduler that the pipeline is shipped with, None where it can't be read."""
+        options = {"revision": self.revision, "local_files_only": self.local_files_only}
+        try:
+            return dict(DDIMScheduler.load_config(self.place, subfolder="scheduler", **options))
+        except (OSError, ValueError):
+            return None  # said where the pipeline is loaded, with all else that it lacks
 
     def digest(self) -> str:
         """Digest of weights and settings, 16 hexadecimal digits; of a folder or file its contents, else id and commit.

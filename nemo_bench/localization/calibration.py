@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_bench.diffusion import Conditioning, Diffusion
-from nemo_bench.errors import ConfigError, ModelError, StoreError
+from nemo_bench.errors import ConfigError, ModelError, NotFiniteError, StoreError
 from nemo_bench.localization.noise import noise_differences, pair_similarities, pair_values
 from nemo_bench.localization.protocol import PAPER, SEEDS, Protocol
 from nemo_bench.prompts import seeds_of
@@ -35,7 +36,7 @@ class Calibration:
         mean: Mean activation of every neuron over general prompts, by layer in network order.
         std: Unbiased standard deviation of the same.
         threshold: Similarity of noise differences above which a prompt counts as memorized.
-        prompts: Number of general prompts behind what was measured; 0 where statistics and threshold were given.
+        prompts: Number of general prompts behind the threshold measured; 0 where statistics and threshold were given.
     """
 
     mean: dict[str, Tensor]
@@ -63,6 +64,7 @@ class Calibration:
 
         Raises:
             ConfigError: There are fewer prompts or seeds.
+            NotFiniteError: Noise differences of more than half of the prompts are not finite; fewer are left out.
         """
         if len(prompts) < 2 or seeds < 2:
             msg = f"a calibration needs 2 general prompts and 2 seeds at least, given {len(prompts)} and {seeds}"
@@ -71,8 +73,12 @@ class Calibration:
         mean, std = activation_statistics(model, [texts[i : i + ENCODED] for i in range(0, len(texts), ENCODED)])
         together = max(1, batch_size // seeds)
         parts = (prompts[i : i + together] for i in range(0, len(prompts), together))
-        pairs = (values for part in parts for values in pair_scores(model, part, seeds, protocol, batch_size))
-        return cls(mean, std, threshold(score for values in pairs for score in values), len(prompts))
+        pairs = [values for part in parts for values in pair_scores(model, part, seeds, protocol, batch_size)]
+        usable = [values for values in pairs if all(map(math.isfinite, values))]
+        if 2 * len(usable) < len(pairs):
+            msg = f"noise differences of {len(pairs) - len(usable)} of {len(pairs)} general prompts are not finite, so"
+            raise NotFiniteError(f"{msg} there is no threshold; try float32 or bfloat16")
+        return cls(mean, std, threshold(score for values in usable for score in values), len(usable))
 
     @classmethod
     def published(cls, path: Path, model: Diffusion, threshold: float) -> Calibration:
@@ -205,7 +211,9 @@ class Moments:
         self.merge(Moments(len(values), mean, (values - mean).square().sum(0)))
 
     def merge(self, other: Moments) -> None:
-        """Takes in the rows of another, at least one; the order of merging decides the rounding."""
+        """Takes in the rows of another; the order of merging decides the rounding."""
+        if not other.count:
+            return
         total = self.count + other.count
         share, shift = other.count / total, other.mean - self.mean
         self.squares = self.squares + other.squares + shift.square() * (self.count * share)
@@ -219,11 +227,17 @@ class Moments:
 
 
 def activation_moments(model: Diffusion, batches: Iterable[Sequence[str]]) -> dict[str, Moments]:
-    """Moments of the activations over prompts, by layer in network order; see :func:`activation_statistics`."""
+    """Moments of the activations over prompts, by layer in network order; see :func:`activation_statistics`.
+
+    Prompts with an activation that is not finite are left out.
+    """
     moments = {name: Moments() for name in model.value_layers}
     for texts in batches:
-        for name, values in activations(model, model.encode(texts)).items():
-            moments[name].add(values)
+        found = activations(model, model.encode(texts))
+        finite = torch.stack([values.isfinite().all(1) for values in found.values()]).all(0)
+        for name, values in found.items():
+            if finite.any():
+                moments[name].add(values[finite])
     return moments
 
 
@@ -271,19 +285,22 @@ def load_moments(path: Path) -> dict[str, Moments]:
         raise StoreError(msg) from error
 
 
-def merge_statistics(files: Iterable[Path]) -> Statistics:
+def merge_statistics(files: Iterable[Path]) -> Statistics | None:
     """Statistics from moments of parts, merged in the order given, so that equal parts give equal bits.
 
     Args:
-        files: What :func:`save_moments` wrote, at least two prompts in all.
+        files: What :func:`save_moments` wrote.
 
     Returns:
-        Means and unbiased standard deviations, float32 tensors of shape (neurons,).
+        Means and unbiased standard deviations, float32 tensors of shape (neurons,); None where fewer than two prompts
+        have finite activations.
     """
     merged: dict[str, Moments] = {}
     for file in files:
         for name, moments in load_moments(file).items():
             merged.setdefault(name, Moments()).merge(moments)
+    if any(m.count < 2 for m in merged.values()):
+        return None
     return [m.mean.float() for m in merged.values()], [m.std.float() for m in merged.values()]
 
 
@@ -300,7 +317,7 @@ def pair_scores(
         batch_size: Rows in a UNet pass at most; the prompts share batches.
 
     Returns:
-        For each prompt S (S - 1) / 2 similarities in [-1, 1].
+        For each prompt S (S - 1) / 2 similarities in [-1, 1]; not all finite where its noise differences are not.
     """
     text = model.encode([prompt.text for prompt in prompts])
     rows = [row for row in range(len(prompts)) for _ in range(seeds)]

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, Prefix
-from nemo_bench.errors import ConfigError
+from nemo_bench.errors import ConfigError, NotFiniteError
 from nemo_bench.localization.calibration import Calibration, activations
-from nemo_bench.localization.noise import noise_differences, pair_similarities, similarity
+from nemo_bench.localization.noise import noise_differences, pair_similarities, pair_values, similarity
 from nemo_bench.localization.protocol import PAPER, Protocol
+from nemo_bench.signals import require_finite
 from nemo_bench.types import Localization, Neurons
 
 Neuron = tuple[str, int]
@@ -134,6 +135,9 @@ class Trial:
         for part in self._batches(range(len(rows))):
             changed = self._differences([seeds[i] for i in part], [rows[i] for i in part], layer)
             values.append(similarity(self.original[[seeds[i] for i in part]], changed, self.model.similarity).cpu())
+        for value in values:
+            # As a comparison that is never true it would pass every test.
+            require_finite("noise differences with neurons blocked", value)
         return list(torch.cat(values).split([len(chosen) for _, chosen in tests])) if values else []
 
     def record(self, candidates: Candidates) -> Tensor:
@@ -484,17 +488,23 @@ def localize(
 
     Raises:
         ConfigError: There are fewer than two seeds.
+        NotFiniteError: The threshold, an activation or a noise difference is not finite.
     """
     if len(latents) < 2:
         raise ConfigError(f"localizing compares seeds with one another: it needs at least 2, given {len(latents)}")
     tau = calibration.threshold if settings.threshold is None else settings.threshold
+    if not math.isfinite(tau):
+        raise NotFiniteError("there is no memorization threshold: too many prompts of the calibration failed")
     trial = Trial(model, text, latents, settings.factor, protocol, batch_size)
     matrix = pair_similarities(trial.original, model.similarity)
+    require_finite("noise differences with nothing blocked", pair_values(matrix))
     gate_score, kept = float(matrix.max()), matrix.amax(1) > tau
     if not kept.any():
         return Localization(gate_score=gate_score, threshold=tau, row_passes=trial.row_passes)
     trial.keep(kept)
     activation = {layer: values[0] for layer, values in activations(model, text).items()}
+    for values in activation.values():
+        require_finite("activations of value neurons", values)
     selection = initial_selection(trial, activation, calibration, tau, settings)
     limit = tau if settings.refine_threshold is None else settings.refine_threshold
     initial_score = float(selection.values.max())

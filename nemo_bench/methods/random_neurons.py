@@ -6,6 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from nemo_bench.diffusion import Diffusion
+from nemo_bench.errors import NotFiniteError
 from nemo_bench.methods.base import Method
 from nemo_bench.methods.nemo import BlockNeurons
 from nemo_bench.types import Localization, Neurons, Prompt, digest
@@ -27,13 +28,21 @@ class RandomNeurons(BlockNeurons):
     summary = "as many neurons as another method blocks, elsewhere (control)"
     sourcing = "a control"
 
+    source: Method
+
     def __init__(self, source: Method, seed: int = 0, per_prompt: bool = True, factor: float = 0.0) -> None:
         super().__init__(factor)
         self.source, self.seed, self.per_prompt = source, seed, per_prompt
 
     def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor | None = None) -> Localization:
-        """See :meth:`Method.localize`."""
-        found = self.found.get(prompt.id, Localization())
+        """See :meth:`Method.localize`.
+
+        Raises:
+            NotFiniteError: The source was not fitted on the prompt, or failed for it.
+        """
+        if prompt.id not in self.found:
+            raise NotFiniteError(f"{self.source.title} found no number of neurons for prompt '{prompt.id}' to match")
+        found = self.found[prompt.id]
         rng = np.random.default_rng(int(digest([self.seed, *([prompt.id] if self.per_prompt else [])]), 16))
         free = {
             layer: rng.permutation(sorted(set(range(width)) - set(found.neurons.get(layer, ()))))

@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 from torch import Tensor
 
 from nemo_bench.diffusion import Diffusion
-from nemo_bench.errors import ConfigError
+from nemo_bench.errors import ConfigError, NotFiniteError
 from nemo_bench.methods.base import Method
 from nemo_bench.methods.nemo import BlockNeurons, NeMo
 from nemo_bench.types import Localization, Neurons, Prompt
@@ -40,6 +40,8 @@ class SharedNeurons(BlockNeurons):
     summary = "the neurons that another method found most often, for all prompts at once"
     sourcing = "paper"
     citation = NeMo.citation
+
+    source: Method
 
     def __init__(
         self,
@@ -78,9 +80,12 @@ class SharedNeurons(BlockNeurons):
 
         Raises:
             ConfigError: The source's neurons have not been counted.
+            NotFiniteError: The source failed for all prompts.
         """
         if self._chosen is None:
             raise ConfigError("shared neurons need to be counted: call fit with what the source found for all prompts")
+        if not self.found:
+            raise NotFiniteError(f"there are no neurons to share: {self.source.title} failed for all prompts")
         found = self.found.get(prompt.id, Localization())
         return Localization(self._chosen, gate_score=found.gate_score, threshold=found.threshold)
 

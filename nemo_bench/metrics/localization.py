@@ -22,8 +22,9 @@ class MemorizationScore(BenchMetric):
     lower, upper = -1.0, 1.0
 
     def score(self, localization: Record) -> Tensor:  # type: ignore[override]
-        """(1,) value in [-1, 1]."""
-        return torch.tensor([localization["memorization"]], dtype=torch.float64)
+        """(1,) value in [-1, 1]; empty where measuring it failed."""
+        scores = [localization["memorization"]] if "memorization" in localization else []
+        return torch.tensor(scores, dtype=torch.float64)
 
 
 class NeuronCount(BenchMetric):
@@ -38,5 +39,6 @@ class NeuronCount(BenchMetric):
     lower = 0.0
 
     def score(self, localization: Record) -> Tensor:  # type: ignore[override]
-        """(1,) count."""
-        return torch.tensor([Neurons(localization["neurons"]).count], dtype=torch.float64)
+        """(1,) count; empty where localizing failed."""
+        counts = [Neurons(localization["neurons"]).count] if "neurons" in localization else []
+        return torch.tensor(counts, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from nemo_bench.metrics.base import BenchMetric
@@ -92,9 +93,10 @@ class MemorizationRate(BenchMetric):
         self.citation = space.citation
 
     def score(self, images: Tensor, references: Tensor) -> Tensor:  # type: ignore[override]
-        """(S,) ones for memorized images, zeros for others."""
+        """(S,) ones for memorized images, zeros for others, nan where the similarity is not finite."""
         values = self.space.nearest(images, references)
-        return (values < self.threshold if self.space.is_distance else values > self.threshold).double()
+        memorized = values < self.threshold if self.space.is_distance else values > self.threshold
+        return memorized.double().where(values.isfinite(), torch.nan)
 
 
 class Change(_Comparison):

@@ -83,6 +83,9 @@ class Audit:
         """What the audit says, for every memorization rate."""
         for key, verdict in self.content["verdict"].items():
             groups = self.content["groups"]
+            if "memorized" not in groups:
+                yield f"{self.content['metrics'][key]['title']}: all searches for training images failed."
+                continue
             own = groups["memorized"]["scores"][key]
             text = (
                 f"{self.content['metrics'][key]['title']}: {own['prompt']['mean']:.0%} of the images of a prompt, "
@@ -91,6 +94,8 @@ class Audit:
             if "control" in groups:
                 text += f", {groups['control']['scores'][key]['found']['mean']:.0%} of controls"
             yield f"{text}. {_MEANING[verdict]}"
+        if failed := sum(self.content.get("failed", {}).values()):
+            yield f"Searches that failed, since something was not finite, and are left out: {failed}."
 
 
 def load_audits(folder: Path) -> list[Audit]:

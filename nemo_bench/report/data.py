@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
@@ -123,7 +124,8 @@ class Detection:
     """How well a detector tells memorized prompts from others; all definitions of the true positive rate in use.
 
     ``tpr_at_1_fpr_nearest`` is at the highest of the points nearest to 1%, ``tpr_at_1_fpr_first`` at the first that
-    scikit-learn keeps. ``curve`` are corners of the ROC curve, false and true positive rate.
+    scikit-learn keeps. ``curve`` are corners of the ROC curve, false and true positive rate. ``failed`` is the number
+    of prompts without a finite score, which nothing here rests on.
     """
 
     title: str
@@ -138,6 +140,34 @@ class Detection:
     memorized: int
     other: int
     curve: Sequence[Sequence[float]] = ()
+    failed: int = 0
+
+
+@dataclass(frozen=True)
+class Failures:
+    """What was not finite in a group of prompts, and so has no value.
+
+    Attributes:
+        images: Number of images.
+        localizations: Number of prompts whose neurons or noise differences were not finite.
+        scores: Number of scores of images and prompts that were there.
+        metrics: By metric, how many images and prompts it lacks for any of these reasons.
+    """
+
+    images: int = 0
+    localizations: int = 0
+    scores: int = 0
+    metrics: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Images, localizations and scores together."""
+        return self.images + self.localizations + self.scores
+
+    def __str__(self) -> str:
+        """Such as ``3 images, 1 localization``; empty where nothing failed."""
+        counts = {"image": self.images, "localization": self.localizations, "score": self.scores}
+        return ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items() if count)
 
 
 @dataclass(frozen=True)
@@ -158,12 +188,19 @@ class Outcome:
         scores: Scores of the prompt as a whole.
         neurons: The neurons that were blocked.
         noise: Strip of noise differences, or None.
+        failed: Why images are not there, by seed.
     """
 
     images: tuple[GeneratedImage, ...]
     scores: Mapping[str, float]
     neurons: Neurons
     noise: Path | None
+    failed: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds that were asked for, whether or not there is an image."""
+        return sorted([*(image.seed for image in self.images), *self.failed])
 
     def values(self, metric: str) -> list[float]:
         """The scores of a metric: one an image, or the one of the prompt, or none where it has no meaning."""
@@ -194,6 +231,7 @@ class Cell:
         metrics: In the order of display.
         aggregates: By group, then by metric.
         presets: By name, as other papers aggregate.
+        failures: By group that has any.
         detection: By detector, where prompts of both sorts were run.
         counts: Images, prompts, and what is missing.
         cost: Seconds, UNet passes and memory.
@@ -218,6 +256,7 @@ class Cell:
     metrics: Mapping[str, MetricInfo]
     aggregates: Mapping[str, Mapping[str, Aggregate]]
     presets: Mapping[str, Preset]
+    failures: Mapping[str, Failures]
     detection: Mapping[str, Detection]
     counts: Mapping[str, int]
     cost: Mapping[str, float]
@@ -227,6 +266,10 @@ class Cell:
     def count(self, group: str) -> int:
         """Number of prompts of a group."""
         return sum(group in (prompt.group, "all") for prompt in self.prompts)
+
+    def is_complete(self, group: str, metric: str) -> bool:
+        """Whether a metric lacks no value of a group because something failed."""
+        return not self.failures.get(group, Failures()).metrics.get(metric)
 
     def prompt_means(self, metric: str, groups: Iterable[str]) -> dict[str, float]:
         """Mean over images of a metric, by prompt id, for the prompts of some groups that have the metric."""
@@ -240,14 +283,16 @@ class Calibration:
     """Where a threshold comes from.
 
     Attributes:
-        threshold: Similarity above which a prompt counts as memorized.
+        threshold: Similarity above which a prompt counts as memorized; None where most general prompts failed.
         protocol: How noise differences were taken.
         pairs: Similarities of all pairs of seeds of general prompts.
+        failed: Number of general prompts whose noise differences were not finite.
     """
 
-    threshold: float
+    threshold: float | None
     protocol: str
     pairs: Sequence[float]
+    failed: int = 0
 
 
 @dataclass(frozen=True)
@@ -285,7 +330,7 @@ class Results:
     @cached_property
     def groups(self) -> list[str]:
         """Groups that hold prompts, in the order of display."""
-        return [group for group in GROUPS if any(cell.aggregates.get(group) for cell in self.cells)]
+        return [group for group in GROUPS if any(group in cell.aggregates for cell in self.cells)]
 
     @property
     def own_groups(self) -> list[str]:
@@ -425,6 +470,7 @@ def _load_cell(folder: Path) -> Cell:
                 preset: Preset(**{**about, "rows": _table(about["rows"], lambda values: Statistic(**values))})
                 for preset, about in metrics.get("presets", {}).items()
             },
+            failures={group: Failures(**values) for group, values in metrics.get("failed", {}).items()},
             detection={key: Detection(**values) for key, values in metrics.get("detection", {}).items()},
             counts=metrics.get("counts", {}),
             cost=metrics["cost"],
@@ -463,8 +509,10 @@ def load_calibration(folder: Path) -> Calibration:
     """
     try:
         about = read_json(folder / "threshold.json")
-        pairs = [value for record in read_records(folder, "calibrate").values() for value in record["pairs"]]
-        return Calibration(float(about["threshold"]), about["protocol"], pairs)
+        records = read_records(folder, "calibrate").values()
+        pairs = [value for record in records for value in _finite(record.get("pairs", ()))]
+        tau = about["threshold"]
+        return Calibration(None if tau is None else float(tau), about["protocol"], pairs, about.get("failed", 0))
     except (KeyError, TypeError, ValueError) as error:
         msg = f"{folder} does not hold a calibration ({type(error).__name__}: {error}); remove it and run again"
         raise StoreError(msg) from error
@@ -473,10 +521,14 @@ def load_calibration(folder: Path) -> Calibration:
 def _outcomes(folder: Path, prompts: Iterable[Prompt]) -> dict[str, Outcome]:
     localized = {record["prompt"]: record for record in read_records(folder, "localize").values()}
     scored = read_records(folder, "score").values()
-    scores = {(record["prompt"], record["seed"]): record["scores"] for record in scored}
+    scores = {(r["prompt"], r["seed"]): {k: v for k, v in r["scores"].items() if _finite([v])} for r in scored}
     images: dict[str, list[GeneratedImage]] = {}
+    failed: dict[str, dict[int, str]] = {}
     for record in read_records(folder, "generate").values():
         name, seed = record["prompt"], record["seed"]
+        if "image" not in record:
+            failed.setdefault(name, {})[seed] = record["failed"]
+            continue
         image = GeneratedImage(seed, folder / record["image"], scores.get((name, seed), {}))
         images.setdefault(name, []).append(image)
     outcomes = {}
@@ -487,8 +539,14 @@ def _outcomes(folder: Path, prompts: Iterable[Prompt]) -> dict[str, Outcome]:
             scores=scores.get((prompt.id, None), {}),
             neurons=Neurons(found.get("neurons")),
             noise=folder / found["noise"] if found.get("noise") else None,
+            failed=failed.get(prompt.id, {}),
         )
     return outcomes
+
+
+def _finite(values: Iterable[float]) -> list[float]:
+    """Those of some numbers that are finite; records made here hold no others."""
+    return [value for value in values if isfinite(value)]
 
 
 def _unmitigated(cell: Cell, cells: Sequence[Cell]) -> str | None:

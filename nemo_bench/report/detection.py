@@ -40,7 +40,8 @@ NOTE = (
     "the last point with fewer than 1% false positives (<), and at the one nearest to 1% (≈): the highest of equally "
     "near ones, and the first of those that scikit-learn keeps. Accuracy is the best of all thresholds, either sort of "
     "prompts counting half. UNet passes and seconds are a prompt's, as if the detector ran alone; own passes are those "
-    "that no other detector could share. A derivative counts as one more pass."
+    "that no other detector could share. A derivative counts as one more pass. Failed are prompts without a finite "
+    "score, which nothing else rests on; a detector with any is not ranked above one without."
 )
 """How to read the table."""
 
@@ -86,8 +87,15 @@ class Detection:
         return next(iter(self.summary["detection"].values()), {})
 
     def scores(self, *, memorized: bool) -> list[float]:
-        """Scores of prompts of one sort, in their order."""
-        return [self.records[p["id"]]["score"] for p in self.prompts if bool(p["kind"]) == memorized]
+        """Finite scores of prompts of one sort, in their order."""
+        own = (self.records[p["id"]] for p in self.prompts if bool(p["kind"]) == memorized)
+        return [record["score"] for record in own if "score" in record]
+
+    @property
+    def failed(self) -> str:
+        """How many prompts have no finite score, such as ``3 of 20``; empty where all have one."""
+        count = self.summary["counts"].get("failed", 0)
+        return f"{count} of {len(self.prompts)}" if count else ""
 
     def number(self, key: str) -> float | None:
         """A measure or a cost."""
@@ -96,7 +104,7 @@ class Detection:
 
 
 def load_detections(folder: Path | str) -> list[Detection]:
-    """Every finished detector of a run, the best first within its model and prompts.
+    """Every finished detector of a run, the best first within its model and prompts, those with failures last.
 
     Raises:
         StoreError: There is none.
@@ -112,7 +120,7 @@ def load_detections(folder: Path | str) -> list[Detection]:
     if not found:
         raise StoreError(f"{folder} holds no finished detector; run nemo-bench detect")
     named = [Detection(**{**vars(d), "label": _label(d, found)}) for d in found]
-    return sorted(named, key=lambda d: (d.about, -d.measures.get("auc", 0.0), d.label))
+    return sorted(named, key=lambda d: (d.about, bool(d.failed), -d.measures.get("auc", 0.0), d.label))
 
 
 def _label(one: Detection, others: Sequence[Detection]) -> str:
@@ -190,12 +198,22 @@ def _texts(found: Detection) -> dict[str, str]:
     return texts
 
 
+def _titles(found: Sequence[Detection]) -> list[str]:
+    """Titles of the columns, with one for failures where there are any."""
+    return ["Detector", *_COLUMNS.values(), *["Failed"] * any(d.failed for d in found)]
+
+
+def _lines(group: Sequence[Detection], titles: Sequence[str]) -> list[list[str]]:
+    """What stands below the titles, one line a detector."""
+    return [[d.label, *_texts(d).values(), d.failed or "–"][: len(titles)] for d in group]
+
+
 def markdown(found: Sequence[Detection]) -> str:
     """The table as a Markdown document, one for each model and its prompts."""
-    titles = ["Detector", *_COLUMNS.values()]
+    titles = _titles(found)
     parts = ["# Detection\n"]
     for about, group in _groups(found):
-        lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *([d.label, *_texts(d).values()] for d in group)]
+        lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *_lines(group, titles)]
         table = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
         parts.append(f"## {about}: {_count(group[0])}\n\n{table}")
     return "\n".join([*parts, NOTE + "\n"])
@@ -218,7 +236,8 @@ def terminal_detection(found: Sequence[Detection]) -> list[Table]:
         for key in columns:
             table.add_column(_COLUMNS[key], justify="right", no_wrap=True)
         for detector in group:
-            table.add_row(escape(detector.label), *(_texts(detector)[key] for key in columns))
+            note = f"\n[yellow]failed: {detector.failed} prompts[/yellow]" if detector.failed else ""
+            table.add_row(f"{escape(detector.label)}{note}", *(_texts(detector)[key] for key in columns))
         tables.append(table)
     return tables
 
@@ -247,12 +266,12 @@ def _roc_plot(group: Sequence[Detection], name: str, about: str) -> str:
 
 
 def _page(name: str, found: Sequence[Detection], *, has_report: bool) -> str:
-    makers = {d.folder: Thumbnails(d.folder) for d in found}
+    makers, titles = {d.folder: Thumbnails(d.folder) for d in found}, _titles(found)
     sections = [
         {
             "about": about,
             "count": _count(group[0]),
-            "rows": [(d.label, d.folder.name, _texts(d).values()) for d in group],
+            "rows": [(d.folder.name, line) for d, line in zip(group, _lines(group, titles), strict=True)],
             "plot": _roc_plot(group, f"roc-{number}", about),
             "labels": [d.label for d in group],
             "prompts": [_prompt(group, prompt, makers) for prompt in group[0].prompts],
@@ -267,7 +286,7 @@ def _page(name: str, found: Sequence[Detection], *, has_report: bool) -> str:
         name=name,
         has_report=has_report,
         sections=sections,
-        titles=["Detector", *_COLUMNS.values()],
+        titles=titles,
         note=NOTE,
         citations=citations,
     )
@@ -285,7 +304,10 @@ def _prompt(group: Sequence[Detection], prompt: Mapping[str, Any], makers: Mappi
         "text": prompt["text"],
         "group": prompt["group"],
         "tokens": [(word.replace("</w>", " "), value, value / largest) for word, value in tokens],
-        "scores": [(r["score"], _beaten(d, r["score"])) for d, r in zip(group, records, strict=True)],
+        "scores": [
+            (r["score"], _beaten(d, r["score"]), "") if "score" in r else (None, 0.0, r["failed"])
+            for d, r in zip(group, records, strict=True)
+        ],
         "pictures": [
             (d.label, makers[d.folder](d.folder / r["image"], (_PIXELS, _PIXELS)))
             for d, r in zip(group, records, strict=True)

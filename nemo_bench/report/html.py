@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from statistics import fmean, median
@@ -13,10 +14,10 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from nemo_bench.aggregate import GROUPS
-from nemo_bench.report.data import Aggregate, Cell, GeneratedImage, Results, Statistic, short_layers
+from nemo_bench.report.data import Aggregate, Cell, Failures, GeneratedImage, Results, Statistic, short_layers
 from nemo_bench.report.plots import MEMORIZED, Plot, plots
 from nemo_bench.report.svg import looks
-from nemo_bench.report.tables import BEST, SIGNIFICANCE, Row, fewer, number
+from nemo_bench.report.tables import BEST, FAILED, SIGNIFICANCE, Row, fewer, number
 from nemo_bench.report.templates import FOLDER, render
 from nemo_bench.report.thumbnails import Thumbnail, Thumbnails
 from nemo_bench.types import Prompt
@@ -42,6 +43,9 @@ _COSTS = {
     "peak_memory_mb": "Peak memory, MB",
     "images": "Images",
     "prompts": "Prompts",
+    "failed_images": "Images failed",
+    "failed_localizations": "Localizations failed",
+    "failed_scores": "Scores failed",
     "truncated": "Captions truncated",
     "without_reference": "Without training image",
     "dead_references": "Dead links",
@@ -119,6 +123,8 @@ def page(results: Results, rows: Sequence[Row], audit: str = "") -> str:
         rows=_rows(results, rows),
         tested=any(row.corrected for row in rows),
         significance=SIGNIFICANCE,
+        some_failed=any(row.failed for row in rows),
+        failed_note=FAILED,
         best=BEST.format(clear="“Best”", unclear="“Best?”") if any(row.best for row in rows) else "",
         models=models,
         presets=presets,
@@ -138,7 +144,7 @@ def page(results: Results, rows: Sequence[Row], audit: str = "") -> str:
 def _facts(results: Results) -> list[tuple[str, str]]:
     """What was run, for the head of the page."""
     prompts = {(cell.prompt_list, prompt.id) for cell in results.cells for prompt in cell.prompts}
-    seeds = {image.seed for cell in results.cells for outcome in cell.outcomes.values() for image in outcome.images}
+    seeds = {seed for cell in results.cells for outcome in cell.outcomes.values() for seed in outcome.seeds}
     starts = [start for cell in results.cells for start in cell.starts]
     facts = [
         ("Model" + "s" * (len(results.models) > 1), ", ".join(results.models)),
@@ -161,7 +167,18 @@ def _gaps(results: Results) -> list[str]:
         for key, words in _GAPS.items():
             if cell.counts.get(key):
                 found[f"{words}{of}: {cell.counts[key]}"] = None
-    return list(found)
+    return [*found, *(f"Not finite, and so without a value: {words}" for words in _failed(results))]
+
+
+def _failed(results: Results) -> list[str]:
+    """What failed in every cell, with the most frequent reason of images."""
+    found = []
+    for cell in results.cells:
+        if words := str(cell.failures.get("all", "")):
+            reasons = Counter(reason for outcome in cell.outcomes.values() for reason in outcome.failed.values())
+            why = f" ({reasons.most_common(1)[0][0]})" if reasons else ""
+            found.append(f"{cell.label}: {words}{why}")
+    return found
 
 
 def _sections(
@@ -265,13 +282,14 @@ def _rows(results: Results, rows: Sequence[Row]) -> list[dict[str, Any]]:
                     "sort": repr(value.mean),
                     "interval": ", ".join(words for words in (interval or "no interval", few) if words),
                     "median": _median(results, key, value),
-                    "change": _change(results, key, value),
+                    "change": _change(results, row, key, value),
                     "test": _test(row, key, value),
                     "start": f"{100 * (low - left) / span:.2f}",
                     "width": f"{100 * (high - low) / span:.2f}" if interval else "",
                     "at": f"{100 * (value.mean - left) / span:.2f}",
                 }
-        found.append({"cell": row.cell, "group": row.group, "values": values})
+        failed = {"failed": row.failed, "failed_count": row.cell.failures.get(row.group, Failures()).total}
+        found.append({"cell": row.cell, "group": row.group, "values": values, **failed})
     return found
 
 
@@ -288,12 +306,12 @@ def _median(results: Results, key: str, value: Aggregate) -> str:
     return f"median {_number(results, key, value.median)} ± {number(results, key, value.mad)}"
 
 
-def _change(results: Results, key: str, value: Aggregate) -> str:
+def _change(results: Results, row: Row, key: str, value: Aggregate) -> str:
     if not value.paired:
         return ""
     better, ends = results.metrics[key].higher_is_better, (value.paired.low, value.paired.high)
     words = f"{_number(results, key, value.paired.difference, '+')} ({_interval(results, key, *ends)})"
-    if better is None or value.paired.p >= _CHANCE:
+    if better is None or value.paired.p >= _CHANCE or not row.cell.is_complete(row.group, key):
         return words
     return f"{words} {'better' if (value.paired.difference > 0) == better else 'worse'}"
 
@@ -397,7 +415,7 @@ def _card(
     results: Results, found: Sequence[tuple[Cell, Prompt]], size: Size, kept: Mapping[str, Thumbnails]
 ) -> dict[str, Any]:
     prompt, own = found[0][1], {cell.name for cell, _ in found}
-    seeds = sorted({image.seed for cell, _ in found for image in cell.outcomes[prompt.id].images})
+    seeds = sorted({seed for cell, _ in found for seed in cell.outcomes[prompt.id].seeds})
     key = results.leading.get("memorization", "")
     sign = -1 if key and results.metrics[key].higher_is_better else 1
     order = [cell.outcomes[prompt.id].values(key) if cell.name in own else [] for cell in results.cells]
@@ -425,7 +443,7 @@ def _strip(
     short = short_layers(cell.layers)
     return {
         "cell": cell,
-        "images": [_image(results, cell, seed, by_seed.get(seed), size, make) for seed in seeds],
+        "images": [_image(results, cell, seed, by_seed.get(seed), outcome.failed, size, make) for seed in seeds],
         "has_noise": outcome.noise is not None,
         "noise": make(outcome.noise, (16 * size.noise, size.noise), lossless=False) if outcome.noise else None,
         "scores": scores,
@@ -435,11 +453,18 @@ def _strip(
 
 
 def _image(
-    results: Results, cell: Cell, seed: int, image: GeneratedImage | None, size: Size, make: Thumbnails
+    results: Results,
+    cell: Cell,
+    seed: int,
+    image: GeneratedImage | None,
+    failed: Mapping[int, str],
+    size: Size,
+    make: Thumbnails,
 ) -> tuple[str, str, Thumbnail | None]:
     """What an image is, its scores, and the image."""
     if image is None:
-        return f"{cell.label}, seed {seed}: not generated", "", None
+        why = f"failed: {failed[seed]}" if seed in failed else "not generated"
+        return f"{cell.label}, seed {seed}: {why}", "", None
     scores = [
         f"{info.title} {_number(results, key, image.scores[key])}"
         for key, info in results.metrics.items()

@@ -65,8 +65,8 @@ def plots(results: Results) -> list[Plot]:
             plot for draw in (_counts, _layers, _roc) for model in results.models if (plot := draw(results, model))
         ]
         calibrated = {cell.calibration: cell for cell in results.cells[::-1] if cell.calibration}
-        found += [_calibration(results, cell, folder) for folder, cell in list(calibrated.items())[::-1]]
-    return found
+        thresholds = [_calibration(results, cell, folder) for folder, cell in list(calibrated.items())[::-1]]
+    return [*found, *(plot for plot in thresholds if plot)]
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -122,7 +122,7 @@ def _tradeoffs(results: Results) -> list[Plot]:
 def _measure(cell: Cell, info: MetricInfo) -> _Spot | None:
     """A metric of a cell over memorized prompts, with its interval; without one for costs and for whole sets."""
     if info is _PASSES:
-        images = sum(len(outcome.images) for outcome in cell.outcomes.values()) / len(cell.outcomes)
+        images = sum(len(outcome.seeds) for outcome in cell.outcomes.values()) / len(cell.outcomes)
         passes = cell.cost.get("once_row_passes_per_prompt", 0) + images * cell.cost.get("row_passes_per_image", 0)
         return _Spot(passes, passes, passes) if passes else None
     if info.per == "set":
@@ -130,6 +130,12 @@ def _measure(cell: Cell, info: MetricInfo) -> _Spot | None:
         return _Spot(*found[:1] * 3) if found else None
     values = list(cell.prompt_means(info.key, MEMORIZED).values())
     return _Spot(float(np.mean(values)), *bootstrap_interval(np.array(values))) if values else None
+
+
+def _is_complete(cell: Cell, infos: Sequence[MetricInfo]) -> bool:
+    """Whether no value of memorized prompts, or of all in a set, failed."""
+    groups = {info.key: ["all"] if info.per == "set" else MEMORIZED for info in infos}
+    return all(cell.is_complete(group, key) for key, of_key in groups.items() for group in of_key)
 
 
 def _tradeoff(
@@ -142,7 +148,9 @@ def _tradeoff(
 ) -> Plot:
     signs = [-1 if info.higher_is_better else 1 for info in infos]
     values = [(spots[cell.name][0].value, spots[cell.name][1].value) for cell in cells]
-    best = front([(signs[0] * x, signs[1] * y) for x, y in values])
+    # What failed may be what would have been bad.
+    complete = [i for i, cell in enumerate(cells) if _is_complete(cell, infos)] or list(range(len(cells)))
+    best = [complete[i] for i in front([(signs[0] * values[i][0], signs[1] * values[i][1]) for i in complete])]
     many = len(cells) > _LABELS
     rows = math.ceil(len(cells) / 2) if many else 0
     figure = Figure(figsize=(5.0, 4.2 + 0.2 * rows), layout="constrained")
@@ -177,6 +185,8 @@ def _tradeoff(
         f"Filled marks and the dashed line are the Pareto front: {listed}. Means are over memorized prompts; "
         "lines are 95% bootstrap intervals."
     )
+    if left_out := [cell.short for i, cell in enumerate(cells) if i not in complete]:
+        caption += f" Left out of the front, since images or scores failed: {', '.join(left_out)}."
     return Plot("tradeoffs", name, title, caption, svg(figure, name, f"{title}. Pareto front: {listed}"))
 
 
@@ -362,8 +372,10 @@ def _roc(results: Results, model: str) -> Plot | None:
     return Plot("detection", name, title, caption, svg(figure, name, title))
 
 
-def _calibration(results: Results, calibrated: Cell, folder: Path) -> Plot:
+def _calibration(results: Results, calibrated: Cell, folder: Path) -> Plot | None:
     found = load_calibration(folder)
+    if found.threshold is None or not found.pairs:
+        return None
     # Without mitigation prompts are scored by the protocol of the paper.
     comparable = [cell for cell in results.cells if found.protocol == "paper" and _shares_scores(cell, calibrated)]
     plain = [cell for cell in comparable if cell.method == "none"]
@@ -397,6 +409,8 @@ def _calibration(results: Results, calibrated: Cell, folder: Path) -> Plot:
     caption = "The dashed line is the threshold, mean plus one standard deviation of the pairs of general prompts."
     if groups:
         caption += " Dots are memorized prompts, each the mean over its pairs, with their median and middle half."
+    if found.failed:
+        caption += f" {found.failed} general prompts failed: their noise differences are not finite."
     return Plot("detection", name, title, caption, svg(figure, name, title))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from nemo_bench.aggregate import paired
-from nemo_bench.report.data import Aggregate, Cell, MetricInfo, Results
+from nemo_bench.report.data import Aggregate, Cell, Failures, MetricInfo, Results
+from nemo_bench.store import as_json
 
 SIGNIFICANCE = (
     "Stars: different from no mitigation on the same prompts and seeds, two-sided paired sign-flip test, "
@@ -28,6 +28,9 @@ BEST = (
     "runner-up: the difference is too small, the prompts are too few, or single prompts have no value."
 )
 """What it says that a value is best."""
+
+FAILED = "Failed: what was not finite; it has no value, and where a mean lacks any it is no best one and has no stars."
+"""What the column of failures says."""
 
 _LEVELS = (0.05, 0.01, 0.001)
 _NUMBERS = ("mean", "low", "high", "median", "mad", "prompts")
@@ -61,13 +64,21 @@ class Row:
     best: Mapping[str, float]
     corrected: Mapping[str, float]
 
+    @property
+    def failed(self) -> str:
+        """What failed, such as ``3 images``; empty where nothing did."""
+        return str(self.cell.failures.get(self.group, ""))
+
     def is_clear(self, metric: str) -> bool:
         """Whether the cell is the best in a metric, and differs from the runner-up; see :data:`BEST`."""
         return self.best.get(metric, 1.0) < _LEVELS[0]
 
     def stars(self, metric: str) -> str:
-        """One star for each level in :data:`SIGNIFICANCE` that the corrected p of a metric is below."""
-        p = self.corrected.get(metric, 1.0)
+        """One star for each level in :data:`SIGNIFICANCE` that the corrected p of a metric is below.
+
+        None where images or scores failed: those that are left may differ because of what is missing.
+        """
+        p = self.corrected.get(metric, 1.0) if self.cell.is_complete(self.group, metric) else 1.0
         return "*" * sum(p < level for level in _LEVELS)
 
 
@@ -75,7 +86,7 @@ def leaderboard(results: Results) -> list[Row]:
     """One row per group and cell, groups and cells in the order of display."""
     rows = []
     for group in results.groups:
-        cells = [cell for cell in results.cells if cell.aggregates.get(group)]
+        cells = [cell for cell in results.cells if group in cell.aggregates]
         corrected: dict[str, dict[str, float]] = {cell.name: {} for cell in cells}
         for key in results.metrics:
             values = {cell.name: cell.aggregates[group].get(key) for cell in cells}
@@ -111,12 +122,14 @@ def number(results: Results, metric: str, value: float, sign: str = "") -> str:
 
 def markdown(results: Results, rows: Sequence[Row]) -> str:
     """The leaderboard as a Markdown document, one table per group."""
-    titles = [f"{info.title} {info.arrow}".strip() for info in results.metrics.values()]
+    some_failed = any(row.failed for row in rows)
+    titles = [f"{info.title} {info.arrow}".strip() for info in results.metrics.values()] + ["Failed"] * some_failed
     parts = [f"# {results.name}\n"]
     for group in results.own_groups:
         lines = [["Method", *titles], ["---", *["---:"] * len(titles)]]
         for row in (row for row in rows if row.group == group):
-            lines.append([row.cell.label, *(_markdown(results, row, key) for key in results.metrics)])
+            values = [_markdown(results, row, key) for key in results.metrics]
+            lines.append([row.cell.label, *values, *[row.failed or "–"] * some_failed])
         table = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
         parts.append(f"## {results.heading(group)} ({results.meaning(group)})\n\n{table}")
     parts.append(f"{_legend(rows)}\n".replace("*", r"\*"))
@@ -149,11 +162,13 @@ def latex(results: Results, rows: Sequence[Row]) -> str:
         "% Needs \\usepackage{booktabs,graphicx}. One table a group; rows in the order of the run.\n"
         f"% Columns: {' '.join(listed.split())}.\n"
     ]
-    titles = [tex(f"{info.title} {info.arrow}".strip()) for info in results.metrics.values()]
+    some_failed = any(row.failed for row in rows)
+    titles = [tex(f"{info.title} {info.arrow}".strip()) for info in results.metrics.values()] + ["Failed"] * some_failed
     for group in results.own_groups:
         lines = [["Method", *titles]]
         for row in (row for row in rows if row.group == group):
-            lines.append([tex(row.cell.label), *(_latex(results, row, key) for key in results.metrics)])
+            values = [_latex(results, row, key) for key in results.metrics]
+            lines.append([tex(row.cell.label), *values, *[row.failed or "--"] * some_failed])
         head, *body = (f"    {' & '.join(line)} \\\\\n" for line in lines)
         name = f"{results.name}, {results.heading(group)} ({results.meaning(group)})"
         parts.append(
@@ -203,7 +218,8 @@ def fewer(row: Row, value: Aggregate) -> str:
 def _legend(rows: Sequence[Row]) -> str:
     words = "Mean over prompts with its 95% bootstrap interval. ↓ lower is better, ↑ higher is better."
     legend = f"{words} {BEST.format(clear='Bold', unclear='Italic')}" if any(row.best for row in rows) else words
-    return f"{legend} {SIGNIFICANCE}" if any(row.corrected for row in rows) else legend
+    legend = f"{legend} {SIGNIFICANCE}" if any(row.corrected for row in rows) else legend
+    return f"{legend} {FAILED}" if any(row.failed for row in rows) else legend
 
 
 def csv_text(results: Results, rows: Sequence[Row]) -> str:
@@ -216,7 +232,7 @@ def csv_text(results: Results, rows: Sequence[Row]) -> str:
     names = [
         f"{key}_{name}"
         for key in results.metrics
-        for name in (*_NUMBERS, *(f"paired_{name}" for name in _DIFFERENCE), "paired_p_holm")
+        for name in (*_NUMBERS, *(f"paired_{name}" for name in _DIFFERENCE), "paired_p_holm", "failed")
     ]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -230,7 +246,7 @@ def csv_text(results: Results, rows: Sequence[Row]) -> str:
             value = row.values.get(key)
             values += [getattr(value, name, None) for name in _NUMBERS]
             values += [getattr(value.paired if value else None, name, None) for name in _DIFFERENCE]
-            values.append(row.corrected.get(key))
+            values += [row.corrected.get(key), cell.failures.get(row.group, Failures()).metrics.get(key, 0)]
         values += [cell.cost.get(key) for key in costs] + [cell.counts.get(key) for key in counts]
         writer.writerow(values)
     return buffer.getvalue()
@@ -253,6 +269,7 @@ def json_text(results: Results, rows: Sequence[Row]) -> str:
             "group": row.group,
             "n_prompts": cell.count(row.group),
             "metrics": metrics,
+            "failed": asdict(cell.failures.get(row.group, Failures())),
             "best": list(row.best),
             "best_p": dict(row.best),
             "cost": dict(cell.cost),
@@ -266,7 +283,7 @@ def json_text(results: Results, rows: Sequence[Row]) -> str:
         "rows": lines,
         "unfinished": dict(results.unfinished),
     }
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    return as_json(content, indent=1) + "\n"
 
 
 def terminal_table(results: Results) -> Table:
@@ -291,7 +308,8 @@ def terminal_table(results: Results) -> Table:
         table.add_row(f"[bold]{results.heading(group)}[/bold]")
         for row in (row for row in rows if row.group == group):
             values = [_terminal(results, row, key) for key in shown]
-            table.add_row(escape(row.cell.label), *values)
+            note = f"\n[yellow]failed: {row.failed}[/yellow]" if row.failed else ""
+            table.add_row(f"{escape(row.cell.label)}{note}", *values)
     for name, why in results.unfinished.items():
         table.add_row(f"[yellow]{escape(name)}: {why}[/yellow]")
     return table
@@ -309,15 +327,16 @@ def _terminal(results: Results, row: Row, key: str) -> str:
 
 
 def _best(results: Results, cell: Cell, group: str) -> dict[str, float]:
-    """Metrics with the best mean, and p of the paired test against the runner-up."""
+    """Metrics with the best mean among the cells that lack no value, and p of the paired test against the runner-up."""
     found = {}
     rivals = [
         other for other in results.cells
         if other is not cell and (other.model, other.prompt_list) == (cell.model, cell.prompt_list)
     ]  # fmt: skip
     for key, info in results.metrics.items():
-        others = [other for other in rivals if key in other.aggregates.get(group, {})]
-        if key not in cell.aggregates[group] or info.higher_is_better is None or not others:
+        complete = [c for c in (cell, *rivals) if key in c.aggregates.get(group, {}) and c.is_complete(group, key)]
+        others = complete[1:]
+        if complete[:1] != [cell] or info.higher_is_better is None or not others:
             continue
         sign = 1 if info.higher_is_better else -1
         ahead = {o.name: sign * (cell.aggregates[group][key].mean - o.aggregates[group][key].mean) for o in others}

@@ -103,7 +103,7 @@ def test_metrics_get_what_they_ask_for(
     found = score(metrics, store, prompts, reader, at_once=at_once)
     assert len(found) == 12
     assert set(found["a0"]["scores"]) == {"ssim", "nearest", "sscd", "change", "alignment"}
-    assert set(found["b0"]["scores"]) == {"ssim", "nearest", "sscd", "alignment"}  # an image without a counterpart
+    assert set(found["b1"]["scores"]) == {"ssim", "nearest", "sscd", "alignment"}  # an image without a counterpart
     assert set(found["c0"]["scores"]) == {"nearest", "change", "alignment"}
     assert found["a"]["scores"]["score"] == 0.5
     assert set(found["b"]["scores"]) == {"diversity"}

@@ -243,6 +243,7 @@ def _detection(lines: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
         "average_precision": 0.91, "tpr_at_1_fpr_below": 0.5, "tpr_at_1_fpr_nearest": 0.75,
         "tpr_at_1_fpr_first": 0.25, "best_accuracy": 0.88,
         "memorized": len(memorized), "other": len(other), "curve": [[0.0, 0.0], [0.0, 0.5], [0.5, 1.0], [1.0, 1.0]],
+        "failed": 0,
     }}}  # fmt: skip
 
 

@@ -174,4 +174,8 @@ def test_scores_that_overflowed_leave_the_rest_of_a_summary_alone() -> None:
         return _detection(cell, [{"prompt": "a", "memorization": score}, {"prompt": "b", "memorization": 0.1}])  # type: ignore[arg-type]
 
     assert summed_up(0.9)["memorization"]["auc"] == 1
-    assert summed_up(float("nan")) == {}
+    assert summed_up(0.9)["memorization"]["failed"] == 0
+    cell.prompts.append(Prompt("c", "c", "VM"))
+    lost = {"prompt": "c", "failed": "noise differences are not finite"}
+    found = _detection(cell, [*({"prompt": i, "memorization": v} for i, v in (("a", 0.9), ("b", 0.1))), lost])  # type: ignore[arg-type]
+    assert (found["memorization"]["auc"], found["memorization"]["failed"]) == (1, 1)
