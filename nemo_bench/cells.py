@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_bench.config import Choice, ModelSettings, PromptSettings, RunSettings, build, resolve
-from nemo_bench.diffusion import Source
+from nemo_bench.diffusion import Lora, Source
 from nemo_bench.errors import ConfigError, NemoBenchError
 from nemo_bench.localization import read_statistics
 from nemo_bench.methods import Method
@@ -209,6 +209,7 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
     method.batch_size = settings.batch_size
     source = source_of(model)
     if source not in weights:
+        source.check()
         method.check(source.family.pipeline.__name__, model.guidance, model.dtype, compiled=model.compiled)
     check_metrics(settings)
     listed = settings.prompts
@@ -300,7 +301,10 @@ def check_metrics(settings: RunSettings) -> None:
 def source_of(settings: ModelSettings) -> Source:
     """Where the weights are; nothing is read."""
     config = resolve(settings.config) if settings.config else None
-    return Source(resolve(settings.source), settings.revision, config, settings.local_files_only)
+    local, lora = settings.local_files_only, None
+    if settings.lora:
+        lora = Lora(resolve(settings.lora), settings.lora_scale, local)
+    return Source(resolve(settings.source), settings.revision, config, local, settings.variant, lora)
 
 
 def metrics_of(cell: ImageCell) -> dict[str, BenchMetric]:

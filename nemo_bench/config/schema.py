@@ -33,6 +33,9 @@ class ModelSettings:
         revision: Commit, tag or branch of a hub id.
         config: For a file, folder or hub id of a pipeline like it; a file holds weights alone.
         local_files_only: Never ask the hub.
+        variant: Form of the weights, such as ``fp16`` for ``*.fp16.safetensors``; null takes what is there.
+        lora: LoRA that is added to the weights: ``.safetensors`` file, folder, hub id, or ``user/name/file.safetensors``.
+        lora_scale: What it is multiplied by, 1 as it was trained.
         dtype: float32, float16 or bfloat16.
         compiled: Compile the UNet with torch.compile; changes results by rounding only.
         layers: Value layers that can be blocked, ``down+mid`` or ``all``.
@@ -40,7 +43,7 @@ class ModelSettings:
         guidance: Scale of classifier-free guidance, 1 for none.
         similarity: How noise differences are compared.
         statistics: File of published activation statistics, in place of measured ones.
-        clip: open_clip model that judges alignment and diversity.
+        clip: open_clip model that judges alignment and diversity; weights of OpenAI need one of ``-quickgelu``.
         clip_pretrained: Its weights: tag or file.
         summary: One line for ``nemo-bench ls``.
         citation: Source.
@@ -50,6 +53,9 @@ class ModelSettings:
     revision: Optional[str] = None  # noqa: UP045 - OmegaConf reads the old form only
     config: Optional[str] = None  # noqa: UP045
     local_files_only: bool = False
+    variant: Optional[str] = None  # noqa: UP045
+    lora: Optional[str] = None  # noqa: UP045
+    lora_scale: float = 1.0
     dtype: str = "float32"
     compiled: bool = False
     layers: str = "down+mid"
@@ -57,7 +63,7 @@ class ModelSettings:
     guidance: float = 7.0
     similarity: SimilaritySettings = field(default_factory=SimilaritySettings)
     statistics: Optional[str] = None  # noqa: UP045
-    clip: str = "ViT-B-32"
+    clip: str = "ViT-B-32-quickgelu"
     clip_pretrained: Optional[str] = "openai"  # noqa: UP045
     summary: str = ""
     citation: str = ""

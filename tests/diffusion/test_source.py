@@ -128,11 +128,21 @@ def test_a_single_file_takes_settings_that_were_downloaded_before(hub: Path, sin
 @pytest.mark.usefixtures("no_network")
 def test_missing_settings_are_not_downloaded_where_only_local_files_are_wanted(hub: Path, single_file: Path) -> None:
     shutil.rmtree(hub / "snapshots" / COMMITS[0] / "tokenizer")
-    with pytest.raises(ModelError, match="tokenizer knows 2 of 546 tokens"):
+    with pytest.raises(ModelError, match=r"can't be loaded: tokenizer/merges.txt, tokenizer/vocab.json missing"):
         Source(str(single_file), config="some/model", local_files_only=True).load()
     shutil.rmtree(hub / "snapshots" / COMMITS[0] / "unet")
     with pytest.raises(ModelError, match="can't be loaded"):
         Source(str(single_file), config="some/model", local_files_only=True).load()
+
+
+def test_a_tokenizer_that_lacks_words_is_an_error(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"] = {**content["model"], "vocab": {"!": 0, '"': 1}, "merges": []}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"tokenizer knows \d of 546 tokens"):
+        Source(str(tmp_path / "model")).load()
 
 
 def test_a_single_file_of_another_shape_is_an_error(single_file: Path, tmp_path: Path) -> None:
