@@ -23,6 +23,21 @@ PREVIEW = 160
 _PREVIEW = b"prVW"  # by its case: may be ignored, is our own, and is dropped by a program that changes the image
 
 
+def check_writable(folder: Path) -> None:
+    """Makes sure that a folder can be written to or made, without doing either.
+
+    Raises:
+        StoreError: It can't, or something else has its name.
+    """
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise StoreError(f"root={folder}: {place} is no folder; name a folder for results: root=FOLDER")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise StoreError(f"root={folder}: {place} can't be written to; name a folder that can: root=FOLDER")
+
+
 def write_text(path: Path, content: str) -> None:
     """Writes a file under a temporary name, then renames it, so that a reader never sees half of it."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")

@@ -25,6 +25,7 @@ from nemo_bench.config.schema import (
     SimilaritySettings,
     TrainerSettings,
     overridden,
+    rows_at_once,
 )
 from nemo_bench.config.targets import build, resolve
 
@@ -53,4 +54,5 @@ __all__ = [
     "overridden",
     "rescore",
     "resolve",
+    "rows_at_once",
 ]

@@ -68,13 +68,16 @@ class Repository:
             raise ModelError(_refusal(self.place, self.commit, error)) from error
 
 
-def look(place: str, revision: str | None = None, *, local_files_only: bool = False) -> Repository:
+def look(
+    place: str, revision: str | None = None, *, local_files_only: bool = False, or_downloaded: bool = True
+) -> Repository:
     """Looks a repository up, on the hub or, if that is not wanted or out of reach, among what was downloaded.
 
     Args:
         place: Its id.
         revision: Commit, tag or branch; None for the main branch.
         local_files_only: Never ask the hub.
+        or_downloaded: Whether what was downloaded will do where the hub is out of reach.
 
     Raises:
         ModelError: There is none, access is refused, or the hub is out of reach and nothing was downloaded; the caller
@@ -92,7 +95,7 @@ def look(place: str, revision: str | None = None, *, local_files_only: bool = Fa
             away = error
         except Exception as error:  # of whichever client the hub's library uses
             away = error
-    commit = _downloaded_commit(place, revision)
+    commit = _downloaded_commit(place, revision) if or_downloaded or away is None else None
     if commit is None:
         at = f" at '{revision}'" if revision else ""
         if away is None:

@@ -95,7 +95,8 @@ class Source:
         try:
             found = hub.look(self.place, self.revision, local_files_only=self.local_files_only)
         except ModelError as error:
-            raise ModelError(f"model '{self.place}': {error}; {_LOCAL}; other ids are such as {_EXAMPLES}") from error
+            hint = "" if self.local_files_only else f"; {_LOCAL}"
+            raise ModelError(f"model '{self.place}': {error}{hint}; other ids are such as {_EXAMPLES}") from error
         if "model_index.json" not in found.files:
             if looks_like_lora(found.files):
                 raise ModelError(_is_lora(self.place))
@@ -119,8 +120,9 @@ class Source:
         Raises:
             ModelError: It can't be had or is no JSON.
         """
+        repository = self._repository
         try:
-            path = self._repository.get(name) if self._repository else Path(self.place) / name
+            path = repository.get(name) if repository else Path(self.place) / name
             text = path.read_text(encoding="utf-8")
             json.loads(text)
         except ModelError as error:
@@ -144,8 +146,10 @@ class Source:
             NemoBenchError: Files are missing or of a form that is not loaded; the message says what to do.
         """
         if missing := sorted(self._needed - self._files):
+            offline = self._repository is not None and self._repository.offline
+            mend = "get the whole pipeline, where there is a connection" if offline else "get the whole pipeline"
             listed = ", ".join(missing[:6]) + (", ..." if len(missing) > 6 else "")
-            raise ModelError(f"model '{self.place}' can't be loaded: {listed} missing; get the whole pipeline")
+            raise ModelError(f"model '{self.place}' can't be loaded: {listed} missing; {mend}")
         if self.lora:
             self.lora.check()
 

@@ -239,7 +239,7 @@ class OpenClip(Network):
             return
         try:
             if place := self._listed.get("hf_hub", "").rpartition("/")[0]:
-                hub.look(place)  # says at once, and why, where open_clip would try for a minute
+                hub.look(place, or_downloaded=False)  # says at once, and why, where open_clip would try for a minute
             open_clip.download_pretrained(self._listed)
         except ModelError as error:
             raise ModelError(f"weights '{self.pretrained}' of open_clip model '{self.model}': {error}") from error
