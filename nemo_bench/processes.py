@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Mapping
 
-from lightning.fabric.plugins.environments import KubeflowEnvironment, LSFEnvironment, SLURMEnvironment
+from lightning.fabric.plugins.environments import LSFEnvironment, MPIEnvironment, SLURMEnvironment
 from torch.distributed import is_torchelastic_launched
 
 from nemo_bench.errors import ConfigError
@@ -35,7 +35,7 @@ def together(devices: int | None, nodes: int) -> tuple[int, int]:
     if is_torchelastic_launched():
         return _of_torchrun(devices, nodes, environment)
     given = {name: environment[name] for name in _RANKS if name in environment}
-    launched = any(kind.detect() for kind in (SLURMEnvironment, KubeflowEnvironment, LSFEnvironment))
+    launched = any(kind.detect() for kind in (SLURMEnvironment, LSFEnvironment, MPIEnvironment))
     # Where several nodes were asked for, ranks may be given by hand; Lightning says what it takes.
     by_hand = nodes > 1 and "MASTER_ADDR" in environment
     size = (devices or 1) * nodes
@@ -46,7 +46,8 @@ def together(devices: int | None, nodes: int) -> tuple[int, int]:
             "but none runs here; they are left over from a job or set in a container, and this process would wait for "
             f"others that nobody starts. Take them away: unset {' '.join(given)}"
         )
-    environment[STARTER] = str(os.getpid())
+    if size > 1:
+        environment[STARTER] = str(os.getpid())
     return devices or 1, nodes
 
 
