@@ -1,4 +1,4 @@
-"""Which processes run together: those that Lightning starts by itself, or those of a launcher such as torchrun or Slurm."""
+"""Which processes run together: those that Lightning starts, or those of a launcher such as torchrun or Slurm."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def together(devices: int | None, nodes: int) -> tuple[int, int]:
     alone = size == 1 and given.get("WORLD_SIZE", "1") == "1" and {given.get(n, "0") for n in _RANKS[:2]} == {"0"}
     if given and not (launched or by_hand or alone):
         raise ConfigError(
-            f"{' '.join(f'{name}={value}' for name, value in given.items())} in the environment: a launcher sets these, "
+            f"{' '.join(f'{name}={value}' for name, value in given.items())} in the environment: a launcher sets such, "
             "but none runs here; they are left over from a job or set in a container, and this process would wait for "
             f"others that nobody starts. Take them away: unset {' '.join(given)}"
         )
@@ -58,7 +58,7 @@ def _of_torchrun(devices: int | None, nodes: int, environment: Mapping[str, str]
     if devices != local or devices * nodes != world:
         raise ConfigError(
             f"trainer.devices={devices} trainer.num_nodes={nodes}, but torchrun started {local} processes on this node "
-            f"and {world} altogether: leave both out, or give trainer.devices={local} trainer.num_nodes={world // local}"
+            f"and {world} altogether: leave both out, or set trainer.devices={local} trainer.num_nodes={world // local}"
         )
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         place = (environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))

@@ -334,7 +334,8 @@ def _card(cell: Path, folder: Path, model: Diffusion, neurons: Neurons, factor: 
     facts = "".join(f"| {name} | {value} |\n" for name, value in given.items() if value)
     layers = "".join(f"| `{name}` | {len(ids)} | {', '.join(map(str, ids))} |\n" for name, ids in neurons.items())
     citations = "".join(f"```bibtex\n{text.strip()}\n```\n\n" for text in spec["citations"].values())
-    return f"""---
+    return (
+        f"""---
 {front}---
 
 # {spec["model"]} with {neurons.count} value neurons switched off
@@ -361,4 +362,6 @@ pipeline = {kind}.from_pretrained("path/to/this/folder")
 | layer | number | neurons |
 | --- | --- | --- |
 {layers}
-{citations}""".rstrip() + "\n"
+{citations}""".rstrip()
+        + "\n"
+    )

@@ -88,5 +88,5 @@ def test_ranks_of_a_torchrun_that_is_over_are_named(monkeypatch: pytest.MonkeyPa
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     set_all({**TORCHRUN, "MASTER_PORT": str(port)}, monkeypatch)
-    with pytest.raises(ConfigError, match=rf"no torchrun answers at 127.0.0.1:{port}.*unset RANK .*TORCHELASTIC_RUN_ID"):
+    with pytest.raises(ConfigError, match=rf"no torchrun answers at .*:{port}.*unset RANK .*TORCHELASTIC_RUN_ID"):
         together(None, 1)

@@ -34,7 +34,7 @@ class ModelSettings:
         config: For a file, folder or hub id of a pipeline like it; a file holds weights alone.
         local_files_only: Never ask the hub.
         variant: Form of the weights, such as ``fp16`` for ``*.fp16.safetensors``; null takes what is there.
-        lora: LoRA that is added to the weights: ``.safetensors`` file, folder, hub id, or ``user/name/file.safetensors``.
+        lora: LoRA that is added to the weights: ``.safetensors`` file, folder, hub id or ``user/name/FILE``.
         lora_scale: What it is multiplied by, 1 as it was trained.
         dtype: float32, float16 or bfloat16.
         compiled: Compile the UNet with torch.compile; changes results by rounding only.
@@ -157,8 +157,8 @@ class RunSettings:
         real_images: Folder of real pictures that whole sets of images are compared with.
         seeds: Images a prompt.
         localize_seeds: Seeds a prompt for noise differences, at least 2.
-        batch_size: Images in a batch, or ``auto`` for as many as fit on the GPU (32 on a CPU); changes results by rounding
-            only.
+        batch_size: Images in a batch, or ``auto`` for as many as fit on the GPU (32 on a CPU); changes results by
+            rounding only.
         workers: Processes that read images ahead while others are scored.
         summary: What an experiment shows, for its file alone: one line for ``nemo-bench ls``.
         grid: What an experiment consists of, for its file alone: lines of overrides, each read as on the command line.

@@ -162,7 +162,7 @@ def _refusal(place: str, revision: str | None, error: Exception) -> str:
     if isinstance(error, GatedRepoError):
         return f"it is gated: accept its conditions at {page}, then log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError):
-        return f"it can't be found on the hub; if it is private, log in with `hf auth login` or set HF_TOKEN"
+        return "it can't be found on the hub; if it is private, log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, RevisionNotFoundError):
         return f"it has no revision '{revision}'; see {page}/tree/main for those it has"
     return f"the hub refuses it ({_first_line(error)}); see {page}"

@@ -128,7 +128,8 @@ def holds_lora(file: Path) -> bool:
     """Whether the names of the weights in a ``.safetensors`` file are those of a LoRA."""
     try:
         with safe_open(file, "pt") as weights:
-            return any("lora" in name.lower() for name in weights.keys())
+            names = weights.keys()
+            return any("lora" in name.lower() for name in names)
     except (OSError, SafetensorError):
         return False
 

@@ -128,7 +128,9 @@ class Source:
         except ModelError as error:
             raise ModelError(f"model '{self.place}': {error}") from error
         except (OSError, ValueError) as error:
-            raise ModelError(f"model '{self.place}': {name} is not a valid JSON file ({error}); get it again") from error
+            raise ModelError(
+                f"model '{self.place}': {name} is not a valid JSON file ({error}); get it again"
+            ) from error
         return text
 
     @cached_property
@@ -230,7 +232,7 @@ class Source:
         if pickled := [name for name in self._files if name.startswith(f"{network}/") and name.endswith(".bin")]:
             raise ModelError(
                 f"model '{self.place}' has weights of its {network} as {min(pickled)} only, a file that can run code "
-                "when it is loaded; if you trust it, convert it once and give the new folder: python -c \"from "
+                'when it is loaded; if you trust it, convert it once and give the new folder: python -c "from '
                 f"diffusers import DiffusionPipeline as P; P.from_pretrained('{self.place}', use_safetensors=False, "
                 "safety_checker=None, feature_extractor=None).save_pretrained('converted')\""
             )

@@ -14,8 +14,10 @@ _SAVED = ("dataset_info.json", "dataset_dict.json")
 
 
 class DatasetPlace(NamedTuple):
-    """Where prompts of ``datasets`` are: ``hf://user/name``, ``hf://user/name/config`` or a folder made by
-    ``save_to_disk``, each with ``:split`` and ``:split:column`` after it where need be.
+    """Where prompts of ``datasets`` are.
+
+    Written ``hf://user/name``, ``hf://user/name/config`` or as the folder that ``save_to_disk`` made, each with
+    ``:split`` or ``:split:column`` after it where need be.
 
     Attributes:
         source: As it was given.
@@ -88,6 +90,9 @@ class DatasetPlace(NamedTuple):
         if self.column is not None and self.column not in data.column_names:
             msg = f"prompts of {self.source}: there is no column '{self.column}'."
             raise PromptError(f"{msg} {nearest(self.column, data.column_names)}")
+        if self.column is None and not any(name.lower() in texts for name in data.column_names):
+            msg = f"prompts of {self.source}: no column of prompts. Columns found: {', '.join(data.column_names)}. "
+            raise PromptError(f"{msg}Accepted names: {', '.join(texts)}; or name one: {self.source}:split:column")
         read = {*others, *(() if self.column else texts)}
         wanted = [name for name in data.column_names if name == self.column or name.lower() in read]
         cells = data.select_columns(wanted).to_list()

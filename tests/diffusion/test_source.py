@@ -228,7 +228,7 @@ def test_what_is_no_pipeline_is_an_error_before_loading(
 
 @pytest.mark.usefixtures("no_network", "hub")
 def test_a_hub_id_that_is_not_there_is_an_error_before_loading() -> None:
-    with pytest.raises(ModelError, match=r"'some/other': it can't be found among the downloaded models;.*HF_HOME.*such as"):
+    with pytest.raises(ModelError, match=r"'some/other': it can't be found among the downloaded.*HF_HOME.*such as"):
         Source("some/other", local_files_only=True).digest()
     with pytest.raises(ModelError, match=r"'some/model': it can't be found at '3+'"):
         Source("some/model", "3" * 40, local_files_only=True).digest()
@@ -247,7 +247,7 @@ def test_other_pipelines_are_refused_before_loading(name: str, folder: Path, tmp
 def test_a_broken_folder_is_an_error(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "model")
     (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ModelError, match="can't be loaded: unet/diffusion_pytorch_model.safetensors missing"):
+    with pytest.raises(ModelError, match=r"can't be loaded: unet/diffusion_pytorch_model.safetensors missing"):
         Diffusion.load(str(tmp_path / "model"))
     (tmp_path / "model" / "model_index.json").write_text("{")
     with pytest.raises(ModelError, match="not a valid JSON file"):
@@ -409,7 +409,7 @@ def test_a_lora_in_place_of_a_model_is_called_one(lora: Path, hub: Path, single_
     for given in (lora, lora.parent):
         with pytest.raises(ModelError, match=r"is a LoRA, .* set model.lora=.*, and model.source to the model"):
             Source(str(given))
-    with pytest.raises(ModelError, match="holds no LoRA; the model itself is model.source"):
+    with pytest.raises(ModelError, match=r"holds no LoRA; the model itself is model.source"):
         Lora(str(single_file)).check()
     snapshot = hub.parent / "models--some--lora" / "snapshots" / COMMITS[0]
     snapshot.mkdir(parents=True)
@@ -436,7 +436,9 @@ def test_a_lora_of_the_hub_is_taken_from_what_was_downloaded(folder: Path, lora:
 
 def test_a_lora_that_fits_nothing_is_an_error(folder: Path, tmp_path: Path) -> None:
     layer = "unet.no_such_block.attn2.to_v.lora_{}.weight"
-    save_file({layer.format("A"): torch.ones(2, 8), layer.format("B"): torch.ones(8, 2)}, tmp_path / "other.safetensors")
+    save_file(
+        {layer.format("A"): torch.ones(2, 8), layer.format("B"): torch.ones(8, 2)}, tmp_path / "other.safetensors"
+    )
     with pytest.raises(ModelError, match=r"does not fit the model .*give the model that it was trained on"):
         Source(str(folder), lora=Lora(str(tmp_path / "other.safetensors"))).load()
 
@@ -450,7 +452,7 @@ def test_a_lora_without_peft_says_what_to_install(lora: Path, monkeypatch: pytes
 class Answers(BaseHTTPRequestHandler):
     """A hub that says no; what it answers is the repository's name."""
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 - the name that the library looks for
         code = int(re.search(r"status(\d+)", self.path)[1])  # type: ignore[index] # the tests ask for such names
         self.send_response(code)
         for word, error in {"gated": "GatedRepo", "404": "RepoNotFound"}.items():
@@ -458,8 +460,6 @@ class Answers(BaseHTTPRequestHandler):
                 self.send_header("X-Error-Code", error)
         self.send_header("Content-Length", "0")
         self.end_headers()
-
-    do_HEAD = do_GET
 
     def log_message(self, *args: object) -> None:
         """Says nothing."""

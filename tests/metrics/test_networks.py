@@ -204,7 +204,7 @@ def test_a_mismatch_that_open_clip_warns_of_is_an_error_before_any_picture(archi
 def test_a_file_of_weights_tells_its_activation_by_what_it_was_published_with(architectures: Path) -> None:
     given, beside = str(architectures), architectures.parent
     OpenClip("small-quickgelu", given).check()
-    with pytest.raises(ModelError, match="nothing tells whether .* name 'small-quickgelu' as the model; if not, put"):
+    with pytest.raises(ModelError, match=r"nothing tells whether .* name 'small-quickgelu' as the model; if not, put"):
         OpenClip("small", given).check()
     (beside / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"quick_gelu": True}}))
     with pytest.raises(ModelError, match="were trained with QuickGELU; name 'small-quickgelu' as the model"):

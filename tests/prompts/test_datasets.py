@@ -14,7 +14,7 @@ from nemo_bench.prompts.datasets import DatasetPlace
 
 datasets = pytest.importorskip("datasets")
 ROWS = {
-    "Prompt": ["a red cup", "ein grüner Baum, \"alt\""],
+    "Prompt": ["a red cup", 'ein grüner Baum, "alt"'],
     "other": ["no prompt", "nor this"],
     "kind": ["VM", None],
     "id": ["cup", "tree"],
@@ -35,7 +35,7 @@ def splits(tmp_path: Path) -> Path:
 
 
 def test_a_saved_data_set_is_a_list_of_prompts(saved: Path) -> None:
-    expected = [Prompt("cup", "a red cup", "VM"), Prompt("tree", "ein grüner Baum, \"alt\"", None)]
+    expected = [Prompt("cup", "a red cup", "VM"), Prompt("tree", 'ein grüner Baum, "alt"', None)]
     assert read_prompts(saved) == expected
     assert read_prompts(saved, limit=1) == expected[:1]
 
@@ -65,7 +65,7 @@ def test_prompts_without_ids_are_numbered_by_the_name_and_checked(tmp_path: Path
     with pytest.raises(PromptError, match=r"gap, row 2: the prompt is empty"):
         read_prompts(tmp_path / "gap")
     datasets.Dataset.from_dict({"words": ["one"]}).save_to_disk(tmp_path / "named")
-    with pytest.raises(PromptError, match=r"no column of prompts. Columns found: 'words'|no column of prompts"):
+    with pytest.raises(PromptError, match=r"no column of prompts. Columns found: words. Accepted names: caption, "):
         read_prompts(tmp_path / "named")
 
 
