@@ -452,7 +452,7 @@ def test_a_lora_without_peft_says_what_to_install(lora: Path, monkeypatch: pytes
 class Answers(BaseHTTPRequestHandler):
     """A hub that says no; what it answers is the repository's name."""
 
-    def do_GET(self) -> None:  # noqa: N802 - the name that the library looks for
+    def do_GET(self) -> None:
         code = int(re.search(r"status(\d+)", self.path)[1])  # type: ignore[index] # the tests ask for such names
         self.send_response(code)
         for word, error in {"gated": "GatedRepo", "404": "RepoNotFound"}.items():
