@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nemo_bench.aggregate import bootstrap_interval, paired
 from nemo_bench.cells import ImageCell, decisive_settings, metrics_of, read_files, source_of
-from nemo_bench.config import SCORING, build, overridden
+from nemo_bench.config import SCORING, build, overridden, rows_at_once
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, file_digest
 from nemo_bench.errors import ConfigError, ModelError, StoreError, nearest
 from nemo_bench.methods import Batch, Method, NoMitigation
@@ -249,7 +249,7 @@ def _method(cell: ImageCell) -> Method | str:
     method = build(node, "method")
     if not isinstance(method, Method):
         return f"{node['_target_']} is no nemo_bench.methods.Method"
-    method.batch_size = cell.choice.settings.batch_size
+    method.batch_size = rows_at_once(cell.choice.settings)
     if not method.auditable:
         return UNCHANGED
     try:
@@ -503,11 +503,11 @@ def audit(cells: Sequence[AuditCell], command: str, *, progress: bool = True) ->
 
 
 def _search(cell: AuditCell, runner: Runner) -> None:
-    store, run = cell.store, cell.cell.choice.settings
+    store, rows = cell.store, rows_at_once(cell.cell.choice.settings)
     if is_main():
         _reopen(store, STAGE, [task.id for task in cell.tasks])
     runner.trainer.strategy.barrier()
-    size = max(1, run.batch_size // GRADIENT_MEMORY // cell.settings.samples)
+    size = max(1, rows // GRADIENT_MEMORY // cell.settings.samples)
     label = cell.cell.spec["method"]
     runner.go_through(STAGE, label, cell.tasks, store, lambda: AuditStage(runner.model(cell.cell), cell), size)
     records = store.records(STAGE)
@@ -516,7 +516,7 @@ def _search(cell: AuditCell, runner: Runner) -> None:
     if is_main():
         _reopen(store, SCORES, [task.id for task in tasks])
     runner.trainer.strategy.barrier()
-    runner.go_through(SCORES, label, tasks, store, lambda: AuditScoringStage(cell), run.batch_size)
+    runner.go_through(SCORES, label, tasks, store, lambda: AuditScoringStage(cell), rows)
 
 
 def _reopen(store: Store, stage: str, ids: Sequence[str]) -> None:

@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from nemo_bench.config import Choice, ModelSettings, PromptSettings, RunSettings, build, resolve
-from nemo_bench.diffusion import Source, check_schedule
+from nemo_bench.config import Choice, ModelSettings, PromptSettings, RunSettings, build, resolve, rows_at_once
+from nemo_bench.diffusion import Lora, Source, check_schedule
 from nemo_bench.errors import ConfigError, NemoBenchError
 from nemo_bench.localization import read_statistics
 from nemo_bench.methods import Method
 from nemo_bench.metrics import FIELDS, BenchMetric
 from nemo_bench.prompts import ImageTask, PromptTask, prompts_digest, read_prompts
-from nemo_bench.store import Store
+from nemo_bench.store import Store, check_writable
 from nemo_bench.types import Prompt, digest
 
 STAGES = ("localize", "generate", "score")
@@ -122,6 +122,7 @@ def plan(choices: Sequence[Choice], weights: Mapping[Source, str] | None = None)
     for key in ("name", "root", "trainer", "logger"):
         if any(getattr(c.settings, key) != getattr(choices[0].settings, key) for c in choices):
             raise ConfigError(f"{key} must be the same for all cells of a run; give one value, or run twice")
+    check_writable(Path(choices[0].settings.root) / choices[0].settings.name)
     weights = weights or {}
     prompts: dict[str, list[Prompt]] = {}
     asked: dict[str, Cell] = {}
@@ -206,9 +207,10 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
     method = build(settings.method, "method")
     if not isinstance(method, Method):
         raise ConfigError(f"method._target_={settings.method['_target_']}: expected a nemo_bench.methods.Method")
-    method.batch_size = settings.batch_size
+    method.batch_size = rows_at_once(settings)
     source = source_of(model)
     if source not in weights:
+        source.check()
         method.check(source.family.pipeline.__name__, model.guidance, model.dtype, compiled=model.compiled)
         predicts = any("guidance" in m.needs or m.makes_passes or m.needs_calibration for m in _lineage(method))
         check_scheduler(source, model, predicts=predicts)
@@ -303,7 +305,10 @@ def check_metrics(settings: RunSettings) -> None:
 def source_of(settings: ModelSettings) -> Source:
     """Where the weights are; nothing is read."""
     config = resolve(settings.config) if settings.config else None
-    return Source(resolve(settings.source), settings.revision, config, settings.local_files_only)
+    local, lora = settings.local_files_only, None
+    if settings.lora:
+        lora = Lora(resolve(settings.lora), settings.lora_scale, local)
+    return Source(resolve(settings.source), settings.revision, config, local, settings.variant, lora)
 
 
 def check_scheduler(source: Source, model: ModelSettings, *, predicts: bool) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_bench import __version__
 from nemo_bench.errors import nearest
-from nemo_bench.process import make_ready
+from nemo_bench.environment import make_ready
 
 if TYPE_CHECKING:
     from nemo_bench.config import Choice
@@ -39,6 +39,8 @@ LIMITS = (
     ("megapixels", float, "most megapixels of an image; default 64"),
 )
 """Options of ``references``, fields of :class:`nemo_bench.references.Limits`."""
+RESUMABLE = ("run", "detect", "calibrate", "score", "audit", "references", "train")
+"""Commands that keep what they finished, and go on from there."""
 LISTED_LINKS = 20
 """Dead links that are printed."""
 
@@ -69,10 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Who reads the output, such as `head`, has enough; Python would complain of it once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(f"nemo-bench: {error}; all finished records are kept, the same command goes on", file=sys.stderr)
+        kept = "; all finished records are kept; once this is mended, the same command goes on"
+        print(f"nemo-bench: {error}{kept if options.goes_on else ''}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, SystemExit):
-        print("\nnemo-bench: stopped; all finished records are kept, the same command goes on", file=sys.stderr)
+        kept = "; all finished records are kept, the same command goes on" if options.goes_on else ""
+        print(f"\nnemo-bench: stopped{kept}", file=sys.stderr)
         return 130
     return 0
 
@@ -135,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(name: str, command: Any, text: str, *, settings: bool = False) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=command)
+        sub.set_defaults(command=command, goes_on=name in RESUMABLE)
         if settings:
             words = sub.add_argument(
                 "overrides", nargs="*", metavar="key=value", help="settings; see nemo-bench --help"

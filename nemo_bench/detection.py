@@ -260,12 +260,12 @@ def detect(cells: Sequence[DetectionCell], command: str, *, progress: bool = Tru
 def _detect(runner: Runner, cells: Sequence[DetectionCell]) -> None:
     if not cells:
         return
-    settings = cells[0].choice.settings
     sampling = [cell.detector.seeds for cell in cells if cell.detector.samples]
     seeds = max(sampling or [cell.detector.seeds for cell in cells])
     runner.describe(STAGE, cells[0].spec["model"])
-    stage = DetectionStage(runner.model(cells[0]), cells, settings.batch_size)
-    runner.predict(stage, DetectionData(cells, max(1, settings.batch_size // seeds)))
+    rows = runner.rows(cells[0])
+    stage = DetectionStage(runner.model(cells[0]), cells, rows)
+    runner.predict(stage, DetectionData(cells, max(1, rows // seeds)))
     if is_main():
         for cell in cells:
             cell.store.finish(STAGE, [task.id for task in cell.tasks])

@@ -9,8 +9,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from huggingface_hub import try_to_load_from_cache
-
 from nemo_bench.cells import THRESHOLD, Cell, plan, read_files, source_of, to_measure, with_sources
 from nemo_bench.config import Choice, PromptSettings, build, resolve
 from nemo_bench.diffusion import Source
@@ -25,7 +23,6 @@ from nemo_bench.types import Prompt
 State = Literal["there", "fetched", "partly", "missing"]
 FIRST = 3
 """Prompts of a file that are shown, so that one sees whether it is the right one, read as it was meant."""
-_UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -174,7 +171,8 @@ class _Survey:
         settings = choice.settings
         model, prompts = settings.model, settings.prompts
         source, method = source_of(model), build(settings.method, "method")
-        if not self._there("weights", source.path, lambda: _weights(source)):
+        what = f"{source.path} with {source.lora.path}" if source.lora else source.path
+        if not self._there("weights", what, lambda: _weights(source, what)):
             self.unweighed[source] = "missing"
         metrics = {}
         for name, node in settings.metrics.items():
@@ -237,11 +235,11 @@ def _told(answer: object) -> str:
     return answer if isinstance(answer, str) else ""
 
 
-def _weights(source: Source) -> Need:
-    commit = source.commit
-    if commit is None or isinstance(try_to_load_from_cache(source.place, _UNET, revision=commit), str):
-        return Need("weights", source.path, "there")
-    return Need("weights", source.path, "fetched", "some gigabytes, from the hub at the first use")
+def _weights(source: Source, what: str) -> Need:
+    source.check()
+    if source.is_downloaded:
+        return Need("weights", what, "there")
+    return Need("weights", what, "fetched", "some gigabytes, from the hub at the first use")
 
 
 def _metric(metric: BenchMetric, what: str) -> Need:

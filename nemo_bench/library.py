@@ -8,6 +8,7 @@ from nemo_bench.cells import plan, read_files, read_listed
 from nemo_bench.config import grid
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError
+from nemo_bench.prompts.datasets import DatasetPlace
 from nemo_bench.prompts.readers import READERS
 from nemo_bench.report import load_results
 from nemo_bench.run import run
@@ -40,7 +41,7 @@ def load_prompts(prompts: str = "planted", *overrides: str) -> tuple[list[Prompt
     """Reads the prompts of conf/prompts.
 
     Args:
-        prompts: Their name, as ``nemo-bench ls prompts`` lists it, or a file of prompts.
+        prompts: Their name, as ``nemo-bench ls prompts`` lists it, or a file or data set of prompts.
         overrides: Settings as on the command line, such as ``"prompts.limit=10"``.
 
     Returns:
@@ -54,7 +55,8 @@ def load_prompts(prompts: str = "planted", *overrides: str) -> tuple[list[Prompt
         >>> prompts, general = load_prompts("planted")
         >>> nemo = NeMo().calibrate(load("planted"), general)
     """
-    own = f"prompts.files={prompts!r}" if Path(prompts).suffix in READERS else f"prompts={prompts}"
+    is_source = Path(prompts).suffix in READERS or DatasetPlace.of(prompts)
+    own = f"prompts.files={prompts!r}" if is_source else f"prompts={prompts}"
     (choice,) = grid([own, "method=none", *overrides])
     settings = choice.settings.prompts
     general = [settings.calibration] if settings.calibration else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,9 +11,12 @@ from operator import or_
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from nemo_bench.aggregate import GROUPS, aggregate, presets
 from nemo_bench.cells import STAGES, STATISTICS, THRESHOLD, Cell, ImageCell, metrics_of, with_sources
 from nemo_bench.config import ModelSettings, SimilaritySettings, resolve
+from nemo_bench.diffusion import Diffusion, folder_digest
 from nemo_bench.errors import ConfigError, ModelError, NemoBenchError, StoreError, nearest
 from nemo_bench.localization.published import PublishedRow, by_position, published_text
 from nemo_bench.methods import Method
@@ -34,7 +38,7 @@ from nemo_bench.runner import (
 )
 from nemo_bench.store import SCHEMA, Store, as_json, read_json, write_json, write_text
 from nemo_bench.tracking import sweep_trial, track
-from nemo_bench.types import Neurons, Record
+from nemo_bench.types import Neurons, Record, digest
 
 REACHED = "target_reached"
 """In tables, the share of images whose method reached its target."""
@@ -400,7 +404,7 @@ def outlook(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
-    """Saves a cell's pipeline with the neurons of its localization switched off for good.
+    """Saves a cell's pipeline with the neurons of its localization switched off for good, and a model card.
 
     Args:
         cell: A cell's folder.
@@ -429,5 +433,63 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
     settings = read_json(cell / "env.json")["starts"][-1]["settings"]
     model = settings["model"]
     loaded = load_model(ModelSettings(**{**model, "similarity": SimilaritySettings(**model["similarity"])}))
-    loaded.export(folder, neurons, settings["method"].get("factor", 0.0))
+    factor = settings["method"].get("factor", 0.0)
+    loaded.export(folder, neurons, factor)
+    whose = f"prompt `{prompt}`" if prompt is not None else f"{len(memorized or found)} prompts together"
+    write_text(folder / "README.md", _card(cell, folder, loaded, neurons, factor, whose))
     return neurons
+
+
+def _card(cell: Path, folder: Path, model: Diffusion, neurons: Neurons, factor: float, whose: str) -> str:
+    """The model card of an exported pipeline."""
+    spec, settings = read_json(cell / "spec.json"), read_json(cell / "env.json")["starts"][-1]["settings"]["model"]
+    kind, digests = type(model.pipeline).__name__, spec["digests"]
+    on_hub = "commit" in digests
+    about = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["memorization", "nemo-bench"]}
+    front = yaml.safe_dump({**about, **({"base_model": settings["source"]} if on_hub else {})}, sort_keys=False)
+    given = {
+        "Base model": f"`{settings['source']}`" + (f", commit `{digests['commit']}`" if on_hub else ""),
+        "Listed as": settings["summary"],
+        "LoRA, fused": f"`{settings['lora']}`, scale {settings['lora_scale']}" if settings.get("lora") else "",
+        "Digest of the base model's weights": f"`{digests['model']}`",
+        "Method": spec["title"],
+        "From cell": f"`{spec['cell']}` of nemo-bench {importlib.metadata.version('nemo-bench')}",
+        "Neurons of": whose,
+        "Outputs multiplied by": f"{factor:g}",
+        "Digest of the neurons": f"`{digest(dict(neurons))}`",
+        "Digest of this folder": f"`{folder_digest(folder)}`, without this card",
+    }
+    facts = "".join(f"| {name} | {value} |\n" for name, value in given.items() if value)
+    layers = "".join(f"| `{name}` | {len(ids)} | {', '.join(map(str, ids))} |\n" for name, ids in neurons.items())
+    citations = "".join(f"```bibtex\n{text.strip()}\n```\n\n" for text in spec["citations"].values())
+    return (
+        f"""---
+{front}---
+
+# {spec["model"]} with {neurons.count} value neurons switched off
+
+A copy of the base model in which value neurons of cross-attention layers are switched off for good: their weights are
+multiplied, nothing else differs. It is meant for research on memorization. What else changes was measured on the
+prompts of one run only, and some memorized prompts may still be generated.
+
+| | |
+| --- | --- |
+{facts}
+The licence of the base model holds for this one too; see the base model's own card.
+
+## Use
+
+```python
+from diffusers import {kind}
+
+pipeline = {kind}.from_pretrained("path/to/this/folder")
+```
+
+## Switched off
+
+| layer | number | neurons |
+| --- | --- | --- |
+{layers}
+{citations}""".rstrip()
+        + "\n"
+    )

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from nemo_bench.aggregate import GROUPS
 from nemo_bench.cells import STATISTICS, THRESHOLD, Cell, ImageCell, Work, metrics_of, source_of
-from nemo_bench.config import ModelSettings, TrainerSettings, resolve
+from nemo_bench.config import ModelSettings, TrainerSettings, resolve, rows_at_once
 from nemo_bench.diffusion import Diffusion, Similarity
 from nemo_bench.errors import ConfigError, StoreError
 from nemo_bench.localization import (
@@ -52,6 +52,7 @@ from nemo_bench.modules import (
     localization_of,
     read_features,
 )
+from nemo_bench.processes import together
 from nemo_bench.prompts import PromptDataModule, PromptTask
 from nemo_bench.stopping import stop_at_sigterm
 from nemo_bench.store import SCHEMA, Store, iterate_records, read_json, write_json, write_text
@@ -166,17 +167,18 @@ class Runner:
         progress: Whether bars are shown.
 
     Raises:
-        ConfigError: Lightning can't have such a trainer on this machine.
+        ConfigError: Lightning can't have such a trainer on this machine, or a launcher's ranks do not fit it.
     """
 
     def __init__(self, settings: TrainerSettings, *, progress: bool = True) -> None:
         self.bar = StageBar()
+        devices, nodes = together(settings.devices, settings.num_nodes)
         try:
             with _quiet():
                 self.trainer = L.Trainer(
                     accelerator=settings.accelerator,
-                    devices=settings.devices,
-                    num_nodes=settings.num_nodes,
+                    devices=devices,
+                    num_nodes=nodes,
                     strategy=settings.strategy,
                     use_distributed_sampler=False,
                     logger=False,
@@ -188,6 +190,7 @@ class Runner:
         except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise ConfigError(f"trainer settings do not fit this machine: {str(error).strip()}") from error
         self._models: dict[str, Diffusion] = {}
+        self._rows: dict[str, int] = {}
 
     def start(self) -> None:
         """Starts the other processes and connects them, so that they wait for what the first one writes from now on.
@@ -244,8 +247,8 @@ class Runner:
         store, path = cell.calibration, cell.calibration.folder / THRESHOLD
         if path.exists():
             return
+        rows = self.rows(cell)
         tasks, seeds = [PromptTask.of(p) for p in cell.calibration_prompts], cell.choice.settings.localize_seeds
-        rows = cell.choice.settings.batch_size
 
         def make() -> Stage:
             return CalibrationStage(self.model(cell), seeds, store, cell.method.protocol, rows)
@@ -275,6 +278,7 @@ class Runner:
             if is_main():
                 write_json(cell.store.folder / "layers.json", widths)
             found = by_prompt(cell.source.store) if cell.source else {}
+            cell.method.batch_size = self.rows(cell)
             cell.method.fit({name: localization_of(r) for name, r in found.items() if "neurons" in r}, widths)
             seeds = cell.choice.settings.localize_seeds
             return LocalizationStage(self.model(cell), cell.method, seeds, cell.store, cell.prompts)
@@ -286,7 +290,9 @@ class Runner:
             neurons = neurons_by_prompt(cell.store)
             return GenerationStage(self.model(cell), cell.method, neurons, cell.store, cell.prompts)
 
-        size = cell.choice.settings.batch_size
+        if cell.store.is_done("generate"):
+            return
+        size = cell.method.batch_size = self.rows(cell)
         self.go_through("generate", cell.spec["method"], cell.image_tasks, cell.store, make, size)
 
     def score(self, cell: ImageCell) -> None:
@@ -303,7 +309,7 @@ class Runner:
 
         settings, images = cell.choice.settings, iterate_records(store.folder, "generate")
         reader = SceneReader(metrics.values(), store.folder, images, by_prompt(store), unmitigated_images(cell))
-        size = max(1, settings.batch_size // settings.seeds)
+        size = max(1, rows_at_once(settings) // settings.seeds)
         self.go_through("score", cell.spec["method"], cell.prompt_tasks, store, make, size, reader, settings.workers)
         if is_main() and not (store.folder / SETS).exists():
             write_json(store.folder / SETS, score_sets(cell, metrics))
@@ -368,6 +374,48 @@ class Runner:
             self._models.clear()
             self._models[key] = load_model(settings)
         return self._models[key].to(self.trainer.strategy.root_device)
+
+    def rows(self, cell: Work) -> int:
+        """Images in a batch of the cell's model: as many as were asked for or, by ``auto``, as fit on the GPU."""
+        settings, device = cell.choice.settings, self.trainer.strategy.root_device
+        if settings.batch_size != "auto" or device.type != "cuda":
+            return rows_at_once(settings)
+        key = digest(cell.spec["settings"]["model"])
+        if key not in self._rows:
+            model = self.model(cell)
+            self._rows[key] = largest_batch(lambda rows: try_batch(model, rows))
+            torch.cuda.empty_cache()
+        return self._rows[key]
+
+
+def largest_batch(attempt: Callable[[int], None], most: int = 256) -> int:
+    """The largest power of two that an attempt has memory for.
+
+    Args:
+        attempt: Does what needs memory for so many rows; raises ``torch.OutOfMemoryError`` where there is too little.
+        most: Tried first.
+
+    Returns:
+        1 to ``most``; 1 also where even that does not fit, so that the error is told where it happens.
+    """
+    while most > 1:
+        try:
+            attempt(most)
+        except torch.OutOfMemoryError:
+            most //= 2
+        else:
+            break
+    return most
+
+
+@torch.no_grad()
+def try_batch(model: Diffusion, rows: int) -> None:
+    """Does once what images of a batch need the most memory for: a guided UNet pass, and decoding."""
+    latents = torch.zeros(rows, *model.latent_shape, device=model.device, dtype=model.dtype)
+    passes = model.row_passes
+    model.text_noise(latents, model.timestep(), model.unconditional(rows))
+    model.decode(latents)
+    model.row_passes = passes
 
 
 def load_model(settings: ModelSettings) -> Diffusion:

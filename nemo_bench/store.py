@@ -40,6 +40,21 @@ def _finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
+def check_writable(folder: Path) -> None:
+    """Makes sure that a folder can be written to or made, without doing either.
+
+    Raises:
+        StoreError: It can't, or something else has its name.
+    """
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise StoreError(f"root={folder}: {place} is no folder; name a folder for results: root=FOLDER")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise StoreError(f"root={folder}: {place} can't be written to; name a folder that can: root=FOLDER")
+
+
 def write_text(path: Path, content: str) -> None:
     """Writes a file under a temporary name, then renames it, so that a reader never sees half of it."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from nemo_bench.cells import plan
 from nemo_bench.cli import main
@@ -16,6 +18,7 @@ from nemo_bench.forecast import forecast
 from nemo_bench.metrics import Alignment
 from nemo_bench.run import run
 from nemo_bench.store import read_json, read_records
+from tiny import tiny_pipeline
 
 FEW = ["prompts.calibration_limit=8", "localize_seeds=3", "model.steps=5", "seeds=2", "trainer=cpu"]
 
@@ -129,6 +132,31 @@ def test_missing_weights_are_said_and_the_cost_all_the_same(
     assert "60 to generate" in said.out
     assert "missing: 1 of what the run needs" in said.err
     assert not (tmp_path / "results").exists()
+
+
+def test_the_files_that_loading_asks_for_are_looked_at(words: list[str], tmp_path: Path) -> None:
+    place = tmp_path / "model"
+    tiny_pipeline().save_pretrained(place, variant="fp16", max_shard_size="20KB")
+    asked = [*words, "method=none", f"model.source={place}"]
+    expected = forecast(grid(asked))
+    assert states(expected)["weights model"] == "there"
+    lost = sorted(place.glob("unet/*-of-*"))[0]
+    lost.unlink()
+    (weights,) = [need for need in forecast(grid(asked))["needs"] if need["kind"] == "weights"]
+    assert weights["state"] == "missing"
+    assert lost.name in weights["note"]
+
+
+def test_a_lora_is_looked_at_and_makes_another_cell(words: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    save_file({"unet.mid_block.to_q.lora_A.weight": torch.ones(1, 2)}, tmp_path / "lora.safetensors")
+    asked = [*words, "method=none"]
+    with_lora = [*asked, f"model.lora={tmp_path / 'lora.safetensors'}"]
+    ids = {plan(grid(given))[0].id for given in (asked, with_lora, [*with_lora, "model.lora_scale=0.5"])}
+    assert len(ids) == 3
+    assert states(forecast(grid(with_lora)))["weights lora.safetensors"] == "there"
+    missing = forecast(grid([*asked, "model.lora=gone.safetensors"]))
+    assert "missing" in states(missing).values()
 
 
 def test_all_that_is_missing_is_said_at_once(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

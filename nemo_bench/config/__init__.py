@@ -26,6 +26,7 @@ from nemo_bench.config.schema import (
     SimilaritySettings,
     TrainerSettings,
     overridden,
+    rows_at_once,
 )
 from nemo_bench.config.targets import build, resolve
 from nemo_bench.config.text import quoted, shell_word
@@ -58,6 +59,7 @@ __all__ = [
     "quoted",
     "rescore",
     "resolve",
+    "rows_at_once",
     "shell_word",
     "short",
 ]

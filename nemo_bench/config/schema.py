@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, get_type_hints
+from typing import Any, Optional, Union, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
@@ -34,6 +34,9 @@ class ModelSettings:
         revision: Commit, tag or branch of a hub id.
         config: For a file, folder or hub id of a pipeline like it; a file holds weights alone.
         local_files_only: Never ask the hub.
+        variant: Form of the weights, such as ``fp16`` for ``*.fp16.safetensors``; null takes what is there.
+        lora: LoRA that is added to the weights: ``.safetensors`` file, folder, hub id or ``user/name/FILE``.
+        lora_scale: What it is multiplied by, 1 as it was trained.
         dtype: float32, float16 or bfloat16.
         compiled: Compile the UNet with torch.compile; changes results by rounding only.
         layers: Value layers that can be blocked, ``down+mid`` or ``all``.
@@ -43,7 +46,7 @@ class ModelSettings:
         family: Models that share published settings of methods and detectors, such as ``sd1``, ``sd2`` and ``sdxl``;
             None where it is none of those.
         statistics: File of published activation statistics, in place of measured ones.
-        clip: open_clip model that judges alignment and diversity.
+        clip: open_clip model that judges alignment and diversity; weights of OpenAI need one of ``-quickgelu``.
         clip_pretrained: Its weights: tag or file.
         summary: One line for ``nemo-bench ls``.
         citation: Source.
@@ -53,6 +56,9 @@ class ModelSettings:
     revision: Optional[str] = None  # noqa: UP045 - OmegaConf reads the old form only
     config: Optional[str] = None  # noqa: UP045
     local_files_only: bool = False
+    variant: Optional[str] = None  # noqa: UP045
+    lora: Optional[str] = None  # noqa: UP045
+    lora_scale: float = 1.0
     dtype: str = "float32"
     compiled: bool = False
     layers: str = "down+mid"
@@ -61,7 +67,7 @@ class ModelSettings:
     similarity: SimilaritySettings = field(default_factory=SimilaritySettings)
     family: Optional[str] = None  # noqa: UP045
     statistics: Optional[str] = None  # noqa: UP045
-    clip: str = "ViT-B-32"
+    clip: str = "ViT-B-32-quickgelu"
     clip_pretrained: Optional[str] = "openai"  # noqa: UP045
     summary: str = ""
     citation: str = ""
@@ -103,13 +109,13 @@ class TrainerSettings:
 
     Attributes:
         accelerator: ``auto``, ``cpu``, ``gpu`` and so on.
-        devices: Processes a node.
+        devices: Processes a node; null for as many as torchrun started, or else one.
         num_nodes: Nodes.
         strategy: ``auto``, ``ddp`` and so on.
     """
 
     accelerator: str = "auto"
-    devices: int = 1
+    devices: Optional[int] = None  # noqa: UP045
     num_nodes: int = 1
     strategy: str = "auto"
 
@@ -155,7 +161,8 @@ class RunSettings:
         real_images: Folder of real pictures that whole sets of images are compared with.
         seeds: Images a prompt.
         localize_seeds: Seeds a prompt for noise differences, at least 2.
-        batch_size: Images in a batch; changes results by rounding only.
+        batch_size: Images in a batch, or ``auto`` for as many as fit on the GPU (32 on a CPU); changes results by
+            rounding only.
         workers: Processes that read images ahead while others are scored.
         summary: What an experiment shows, for its file alone: one line for ``nemo-bench ls``.
         grid: What an experiment consists of, for its file alone: lines of overrides, each read as on the command line.
@@ -174,12 +181,21 @@ class RunSettings:
     real_images: Optional[str] = None  # noqa: UP045
     seeds: int = 4
     localize_seeds: int = 10
-    batch_size: int = 32
+    batch_size: Union[int, str] = 32  # noqa: UP007
     workers: int = 0
     summary: str = ""
     grid: list[str] = field(default_factory=list)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     logger: LoggerSettings = field(default_factory=LoggerSettings)
+
+
+ROWS = 32
+"""Images in a batch where nothing is known of what fits."""
+
+
+def rows_at_once(settings: RunSettings) -> int:
+    """Images in a batch, before it is known what fits; see :meth:`nemo_bench.runner.Runner.rows`."""
+    return settings.batch_size if isinstance(settings.batch_size, int) else ROWS
 
 
 ConfigStore.instance().store(name="run_schema", node=RunSettings)
@@ -196,7 +212,6 @@ _LEAST: dict[str, float] = {
     "prompts.calibration_limit": 2,
     "seeds": 1,
     "localize_seeds": 2,
-    "batch_size": 1,
     "workers": 0,
     "trainer.devices": 1,
     "trainer.num_nodes": 1,
@@ -226,6 +241,9 @@ def check_values(settings: RunSettings) -> None:
         value = value_of(key)
         if value is not None and not least <= value < math.inf:
             raise ConfigError(f"{key}={value}: expected at least {least:g}")
+    size = settings.batch_size
+    if size != "auto" and (not isinstance(size, int) or size < 1):
+        raise ConfigError(f"batch_size={size}: expected a whole number of at least 1, or auto")
     if not re.fullmatch(r"[A-Za-z0-9._-]+", settings.name) or not settings.name.strip("."):
         raise ConfigError(f"name={settings.name}: expected letters, digits, '.', '_' and '-' only; it names a folder")
     if unlisted := [file for file in settings.prompts.memorized if file not in settings.prompts.files]:

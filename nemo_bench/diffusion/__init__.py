@@ -1,12 +1,14 @@
 """The models: a thin wrapper over diffusers pipelines with per-row neuron masks."""
 
 from nemo_bench.diffusion.attention import Edit, conditional_attention, conditional_rows, cross_attentions
+from nemo_bench.diffusion.digests import file_digest, folder_digest
 from nemo_bench.diffusion.families import FAMILIES, Conditioning
 from nemo_bench.diffusion.guidance import Rule, Step, guided_from
+from nemo_bench.diffusion.lora import Lora
 from nemo_bench.diffusion.model import GRADIENT_MEMORY, Diffusion, Generated, Similarity, value_layers
 from nemo_bench.diffusion.prefix import Prefix
 from nemo_bench.diffusion.schedule import check_schedule
-from nemo_bench.diffusion.source import Source, file_digest, folder_digest
+from nemo_bench.diffusion.source import Source
 
 __all__ = [
     "FAMILIES",
@@ -15,6 +17,7 @@ __all__ = [
     "Diffusion",
     "Edit",
     "Generated",
+    "Lora",
     "Prefix",
     "Rule",
     "Similarity",

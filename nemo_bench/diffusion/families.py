@@ -56,11 +56,19 @@ class StableDiffusion:
 
     Attributes:
         pipeline: The diffusers class.
-        loading: What it is loaded with besides its place. The safety checker would blacken images.
+        loading: What it is loaded with besides its place; parts that nothing here uses are left out. The safety checker
+            would blacken images.
+        networks: Parts with weights.
     """
 
     pipeline: ClassVar[Any] = StableDiffusionPipeline
-    loading: ClassVar[dict[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
+    loading: ClassVar[dict[str, Any]] = {
+        "safety_checker": None,
+        "requires_safety_checker": False,
+        "feature_extractor": None,
+        "image_encoder": None,
+    }
+    networks: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder")
 
     def unet_inputs(self, text: Conditioning, size: tuple[int, int]) -> dict[str, Any]:
         """What the UNet takes besides latents and timestep.
@@ -83,7 +91,8 @@ class StableDiffusionXL(StableDiffusion):
     """
 
     pipeline = StableDiffusionXLPipeline
-    loading: ClassVar[dict[str, Any]] = {"add_watermarker": False}
+    loading: ClassVar[dict[str, Any]] = {"add_watermarker": False, "feature_extractor": None, "image_encoder": None}
+    networks = ("unet", "vae", "text_encoder", "text_encoder_2")
 
     def unet_inputs(self, text: Conditioning, size: tuple[int, int]) -> dict[str, Any]:
         """See :meth:`StableDiffusion.unet_inputs`."""

@@ -24,6 +24,7 @@ from torch.autograd.forward_ad import unpack_dual
 from nemo_bench.diffusion.attention import Edit, cross_attentions, edit_attention
 from nemo_bench.diffusion.families import Conditioning, family_of
 from nemo_bench.diffusion.guidance import Rule, Step
+from nemo_bench.diffusion.lora import Lora
 from nemo_bench.diffusion.masks import NeuronMasks
 from nemo_bench.diffusion.source import Source, without_advice, without_bars
 from nemo_bench.errors import ModelError, NotFiniteError
@@ -132,6 +133,8 @@ class Diffusion(nn.Module):
         config: str | None = None,
         dtype: str = "float32",
         local_files_only: bool = False,
+        variant: str | None = None,
+        lora: Lora | None = None,
         **options: Any,
     ) -> Diffusion:
         """Loads a pipeline folder, a hub id or a single file.
@@ -142,6 +145,8 @@ class Diffusion(nn.Module):
             config: For a single file, folder or hub id of a pipeline like it.
             dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
             local_files_only: Never ask the hub, take what is cached.
+            variant: Form of the weights, see :class:`Source`.
+            lora: Added to the weights.
             options: See :class:`Diffusion`.
 
         Returns:
@@ -150,7 +155,7 @@ class Diffusion(nn.Module):
         Raises:
             ModelError: The source can't be loaded, see :class:`Source`.
         """
-        return cls(Source(source, revision, config, local_files_only).load(dtype), **options)
+        return cls(Source(source, revision, config, local_files_only, variant, lora).load(dtype), **options)
 
     @property
     def device(self) -> torch.device:

@@ -5,6 +5,8 @@ Nothing is downloaded but by open_clip, for a named pair of model and weights; a
 
 from __future__ import annotations
 
+import json
+import re
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -27,7 +29,7 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchvision import models
 from torchvision.transforms import v2
 
-from nemo_bench.diffusion import file_digest, folder_digest
+from nemo_bench.diffusion import file_digest, folder_digest, hub
 from nemo_bench.errors import ConfigError, ModelError, nearest
 from nemo_bench.metrics.spaces import Pixels, Space, to_tensor
 
@@ -95,10 +97,14 @@ HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors
 """What open_clip takes from a repository of the hub."""
 
 
+_QUICK = "-quickgelu"
+"""What open_clip's names of architectures end with that have QuickGELU where the same without it have GELU."""
+
+
 class _Clip(nn.Module):
-    def __init__(self, model: str, pretrained: str | None) -> None:
+    def __init__(self, model: str, pretrained: str | None, **preparation: Any) -> None:
         super().__init__()
-        self.network, self.preprocess = open_clip.create_model_from_pretrained(model, pretrained)
+        self.network, self.preprocess = open_clip.create_model_from_pretrained(model, pretrained, **preparation)
         self.tokenizer = open_clip.get_tokenizer(model)
 
 
@@ -106,12 +112,18 @@ class _Clip(nn.Module):
 class OpenClip(Network):
     """An open_clip model with its own preprocessing and tokenizer.
 
+    Weights are used with the activation that they were trained with, GELU or QuickGELU: those of OpenAI, MetaCLIP and
+    DFN need an architecture whose name ends with ``-quickgelu``. What disagrees is refused. A file of weights says
+    nothing of its activation; it is recognized if it is one of those that open_clip lists, or else by the
+    ``open_clip_config.json`` or ``config.json`` it was published with, beside it.
+
     Args:
-        model: Architecture, such as ``ViT-B-32``, or ``local-dir:FOLDER`` with ``open_clip_config.json`` and weights.
+        model: Architecture, such as ``ViT-B-32-quickgelu``, or ``local-dir:FOLDER`` with ``open_clip_config.json`` and
+            weights.
         pretrained: Weights tag, such as ``openai``, or file; unused for a local folder.
     """
 
-    model: str = "ViT-B-32"
+    model: str = "ViT-B-32-quickgelu"
     pretrained: str | None = None
 
     @property
@@ -150,9 +162,48 @@ class OpenClip(Network):
             tags = open_clip.list_pretrained_tags_by_model(self.model)
             if self.pretrained not in tags:
                 hint = nearest(self.pretrained, tags) if tags else "There are none; give a file."
+                if self._twin and self.pretrained in open_clip.list_pretrained_tags_by_model(self._twin):
+                    hint = f"They belong to '{self._twin}': name that as the model."
                 raise ModelError(
                     f"no weights for open_clip model '{self.model}', pretrained '{self.pretrained}'. {hint}"
                 )
+        self._check_activation()
+
+    @property
+    def _twin(self) -> str | None:
+        """The architecture that differs in its activation alone, if open_clip has it."""
+        twin = self.model.removesuffix(_QUICK) if self.model.endswith(_QUICK) else self.model + _QUICK
+        return twin if twin in open_clip.list_models() else None
+
+    def _check_activation(self) -> None:
+        """Raises ModelError where the network would have another activation than its weights were trained with."""
+        if self._folder:
+            own = _quick_by_open_clip(self._folder)
+            files = [file for file in self._folder.iterdir() if file.suffix in {".safetensors", ".bin", ".pt", ".pth"}]
+            told = {_quick_by_transformers(self._folder), *map(_quick_by_digest, files)}
+            mend = f"correct quick_gelu in {self._folder / 'open_clip_config.json'}"
+        else:
+            own = bool(open_clip.get_model_config(self.model).get("quick_gelu", False))
+            told = self._told_by_weights(Path(str(self.pretrained)))
+            mend = f"name '{self._twin}' as the model" if self._twin else "name a local-dir:FOLDER as the model"
+        names = {True: "QuickGELU", False: "GELU"}
+        if (not own) in told:
+            raise ModelError(
+                f"open_clip model '{self.model}' has {names[bool(own)]}, but its weights "
+                f"{'' if self._folder else repr(self.pretrained) + ' '}were trained with {names[not own]}; {mend}"
+            )
+        if told <= {None} and not own and not self._folder and self._twin:
+            raise ModelError(
+                f"open_clip model '{self.model}' has GELU, and nothing tells whether its weights '{self.pretrained}' "
+                f"were trained with it. If they were trained with QuickGELU, as those of OpenAI were, {mend}; if not, "
+                f"put the open_clip_config.json that they were published with beside them, or one that holds "
+                '{"model_cfg": {"quick_gelu": false}}'
+            )
+
+    def _told_by_weights(self, file: Path) -> set[bool | None]:
+        if not file.is_file():
+            return {bool(open_clip.get_pretrained_cfg(self.model, str(self.pretrained)).get("quick_gelu", False))}
+        return {_quick_by_digest(file), _quick_by_open_clip(file.parent), _quick_by_transformers(file.parent)}
 
     def content(self) -> Mapping[str, Any]:
         """See :meth:`Space.content`."""
@@ -168,18 +219,30 @@ class OpenClip(Network):
         """See :attr:`Space.is_fetched`."""
         if self._folder or Path(str(self.pretrained)).is_file():
             return True
-        place, _, file = (
-            open_clip.get_pretrained_cfg(self.model, str(self.pretrained)).get("hf_hub", "").rpartition("/")
-        )
-        files = [file] if file else HUB_FILES
-        return any(isinstance(try_to_load_from_cache(place, name), str) for name in files)
+        return self._downloaded is not None
+
+    @property
+    def _listed(self) -> dict[str, Any]:
+        """What open_clip knows of the weights of this tag."""
+        return dict(open_clip.get_pretrained_cfg(self.model, str(self.pretrained)))
+
+    @property
+    def _downloaded(self) -> str | None:
+        """File of the weights of this tag, None before it was downloaded."""
+        place, _, file = self._listed.get("hf_hub", "").rpartition("/")
+        found = [try_to_load_from_cache(place, name) for name in ([file] if file else HUB_FILES)] if place else []
+        return next((path for path in found if isinstance(path, str)), None)
 
     def fetch(self) -> None:
         """See :meth:`Space.fetch`."""
-        if self._folder or Path(str(self.pretrained)).is_file():
+        if self.is_fetched:
             return
         try:
-            open_clip.download_pretrained(open_clip.get_pretrained_cfg(self.model, str(self.pretrained)))
+            if place := self._listed.get("hf_hub", "").rpartition("/")[0]:
+                hub.look(place, or_downloaded=False)  # says at once, and why, where open_clip would try for a minute
+            open_clip.download_pretrained(self._listed)
+        except ModelError as error:
+            raise ModelError(f"weights '{self.pretrained}' of open_clip model '{self.model}': {error}") from error
         except Exception as error:  # of whichever client the hub's library uses
             first = str(error).strip().split("\n")[0]
             raise ModelError(
@@ -189,8 +252,19 @@ class OpenClip(Network):
 
     def load(self) -> nn.Module:
         """See :meth:`Network.load`."""
+        weights, preparation = self.pretrained, {}
+        if not self._folder and (known := self._downloaded):
+            # Given the tag, open_clip would ask the hub again, for a minute where there is no network.
+            keys = {"image_mean": "mean", "image_std": "std", "image_interpolation": "interpolation"}
+            keys["image_resize_mode"] = "resize_mode"
+            preparation = {key: self._listed[name] for key, name in keys.items() if name in self._listed}
+            weights = known
         try:
-            return _Clip(self.model, self.pretrained)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message="QuickGELU mismatch")
+                return _Clip(self.model, weights, **preparation)
+        except UserWarning as error:
+            raise ModelError(f"open_clip model '{self.model}', pretrained '{self.pretrained}': {error}") from error
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             msg = f"no weights for open_clip model '{self.model}', pretrained '{self.pretrained}' ({error})"
             raise ModelError(f"{msg}; give a known pair, a weights file, or local-dir:FOLDER") from error
@@ -220,6 +294,48 @@ class OpenClip(Network):
         longer = network.tokenizer([text], context_length=length + 1)[:, :length]
         vector: Tensor = network.network.encode_text(tokens.to(device))[0]
         return vector.float(), not torch.equal(tokens, longer)
+
+
+def _quick_by_open_clip(folder: Path) -> bool | None:
+    """Whether open_clip's settings in a folder say QuickGELU, None where there are none."""
+    settings = _json(folder / "open_clip_config.json")
+    return None if settings is None else bool(settings.get("model_cfg", {}).get("quick_gelu", False))
+
+
+def _quick_by_transformers(folder: Path) -> bool | None:
+    """Whether transformers' settings of the same weights say QuickGELU, None where they say nothing."""
+    towers = [(_json(folder / "config.json") or {}).get(tower) for tower in ("vision_config", "text_config")]
+    named = {tower["hidden_act"] for tower in towers if isinstance(tower, dict) and "hidden_act" in tower}
+    return "quick_gelu" in named if named else None
+
+
+def _quick_by_digest(file: Path) -> bool | None:
+    """Whether a file of weights that open_clip knows needs QuickGELU, None where it is another one."""
+    found = file_digest(file)
+    return next((quick for beginning, quick in _known_files() if found.startswith(beginning)), None)
+
+
+@cache
+def _known_files() -> list[tuple[str, bool]]:
+    """Beginnings of SHA-256 of files that open_clip lists, as their addresses hold them, and whether QuickGELU."""
+    known = []
+    for model, tag in open_clip.list_pretrained():
+        listed = open_clip.get_pretrained_cfg(model, tag)
+        parts = re.findall(r"/([0-9a-f]{64})/|-([0-9a-f]{8})\.pth?$", listed.get("url", ""))
+        known += [(long or short, bool(listed.get("quick_gelu", False))) for long, short in parts]
+    return known
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ModelError(f"{file} is no JSON ({error}); get it again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} holds no JSON object; get it again")
+    return content
 
 
 def _check_file(kind: str, file: str, sha256: str | None, origin: str) -> None:

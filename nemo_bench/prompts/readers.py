@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from nemo_bench.errors import PromptError, nearest
+from nemo_bench.prompts.datasets import DatasetPlace
 from nemo_bench.prompts.manifest import MANIFEST, read_manifest
 from nemo_bench.types import Kind, Prompt, Record, digest
 
@@ -79,10 +80,11 @@ def read_prompts(
       the reference images is one that ``nemo-bench references`` fetched them to.
 
     Other columns are ignored. ``.txt`` has one prompt a line. Without ids, prompts are numbered as
-    ``<prefix>-0001``, before anything is left out.
+    ``<prefix>-0001``, before anything is left out. Data sets of Hugging Face ``datasets`` have such columns too, see
+    :class:`nemo_bench.prompts.datasets.DatasetPlace` for how they are named.
 
     Args:
-        path: The file.
+        path: The file or data set.
         references: Folder that relative reference files and fetched ones are in; by default the folder of ``path``.
         memorized: Whether prompts without a kind are memorized, in a way that nobody annotated.
         limit: Keeps at most this many prompts (at least 1), the first ones.
@@ -96,14 +98,15 @@ def read_prompts(
         PromptError: The file or a reference file is missing, the file can't be read as a list of prompts, or only some
             of its links were tried; the message names file and line.
     """
-    path = Path(path)
+    dataset, path = DatasetPlace.of(path), Path(path)
     if limit is not None and limit < 1:
         raise PromptError(f"{path}: limit is {limit}; expected 1 or more, or None for all prompts")
-    rows = read_rows(path)
+    rows = _dataset_rows(dataset) if dataset else read_rows(path)
     folder = path.parent if references is None else Path(references)
+    prefix = prefix or (dataset.name if dataset else path.stem)
     prompts = [
         Prompt(id_, _text(row), _kind(row) or ("memorized" if memorized else None), _references(row, folder))
-        for id_, row in zip(_ids(rows, prefix or path.stem), rows, strict=True)
+        for id_, row in zip(_ids(rows, prefix), rows, strict=True)
     ]
     links = {prompt.id: _links(row) for prompt, row in zip(prompts, rows, strict=True)}
     prompts = prompts[:limit]
@@ -128,9 +131,10 @@ def read_links(path: Path | str) -> dict[str, tuple[str, ...]]:
     Raises:
         PromptError: The file can't be read as a list of prompts, or has no links.
     """
-    path = Path(path)
-    rows = read_rows(path)
-    links = {id_: _links(row) for id_, row in zip(_ids(rows, path.stem), rows, strict=True)}
+    dataset, path = DatasetPlace.of(path), Path(path)
+    rows = _dataset_rows(dataset) if dataset else read_rows(path)
+    prefix = dataset.name if dataset else path.stem
+    links = {id_: _links(row) for id_, row in zip(_ids(rows, prefix), rows, strict=True)}
     if not any(links.values()):
         msg = f"{path}: no prompt has a link to an image. Columns found: {', '.join(map(repr, rows[0].cells))}. "
         raise PromptError(f"{msg}Accepted names: {', '.join(LINK_COLUMNS)}")
@@ -230,6 +234,16 @@ def read_rows(path: Path, needed: Sequence[str] = TEXT_COLUMNS, what: str = "pro
     if not rows:
         raise PromptError(f"{path}: holds no prompt; expected at least one")
     return rows
+
+
+def _dataset_rows(dataset: DatasetPlace) -> list[Row]:
+    """Rows of a data set, checked as those of a file are."""
+    found = dataset.rows(TEXT_COLUMNS, (*KIND_COLUMNS, *REFERENCE_COLUMNS, *LINK_COLUMNS, "id", "index"))
+    if not found:
+        raise PromptError(f"prompts of {dataset.source}: holds no prompt; expected at least one")
+    columns = _columns(f"prompts of {dataset.source}", found[0], _Needed(TEXT_COLUMNS, "prompts"))
+    rows = enumerate(found, start=1)
+    return [Row(f"{dataset.source}, row {n}", dict(zip(columns, cells.values(), strict=True))) for n, cells in rows]
 
 
 def _neighbours(path: Path) -> str:

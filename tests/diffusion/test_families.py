@@ -327,6 +327,6 @@ def test_the_models_of_the_configuration(name: str) -> None:
     (choice,) = grid([f"model={name}", "method=none"])
     settings = choice.settings.model
     assert settings.source.count("/") == 1
-    assert (settings.steps, settings.layers, settings.clip) == (50, "down+mid", "ViT-B-32")
+    assert (settings.steps, settings.layers, settings.clip) == (50, "down+mid", "ViT-B-32-quickgelu")
     assert "RAIL" in settings.summary
     assert "@" in settings.citation

@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from nemo_bench import Diffusion
-from nemo_bench.diffusion import Source
-from nemo_bench.errors import ModelError
+from nemo_bench.diffusion import Lora, Source
+from nemo_bench.errors import ConfigError, ModelError
 from tiny import tiny_pipeline, tiny_sdxl, tiny_texts
 
 COMMITS = ("1" * 40, "2" * 40)
@@ -128,11 +134,21 @@ def test_a_single_file_takes_settings_that_were_downloaded_before(hub: Path, sin
 @pytest.mark.usefixtures("no_network")
 def test_missing_settings_are_not_downloaded_where_only_local_files_are_wanted(hub: Path, single_file: Path) -> None:
     shutil.rmtree(hub / "snapshots" / COMMITS[0] / "tokenizer")
-    with pytest.raises(ModelError, match="tokenizer knows 2 of 546 tokens"):
+    with pytest.raises(ModelError, match=r"can't be loaded: tokenizer/merges.txt, tokenizer/vocab.json missing"):
         Source(str(single_file), config="some/model", local_files_only=True).load()
     shutil.rmtree(hub / "snapshots" / COMMITS[0] / "unet")
     with pytest.raises(ModelError, match="can't be loaded"):
         Source(str(single_file), config="some/model", local_files_only=True).load()
+
+
+def test_a_tokenizer_that_lacks_words_is_an_error(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"] = {**content["model"], "vocab": {"!": 0, '"': 1}, "merges": []}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"tokenizer knows \d of 546 tokens"):
+        Source(str(tmp_path / "model")).load()
 
 
 def test_a_single_file_of_another_shape_is_an_error(single_file: Path, tmp_path: Path) -> None:
@@ -212,9 +228,9 @@ def test_what_is_no_pipeline_is_an_error_before_loading(
 
 @pytest.mark.usefixtures("no_network", "hub")
 def test_a_hub_id_that_is_not_there_is_an_error_before_loading() -> None:
-    with pytest.raises(ModelError, match=r"'some/other' can't be found among the downloaded models .*such as"):
+    with pytest.raises(ModelError, match=r"'some/other': it can't be found among the downloaded.*HF_HOME.*such as"):
         Source("some/other", local_files_only=True).digest()
-    with pytest.raises(ModelError, match="'some/model' can't be found"):
+    with pytest.raises(ModelError, match=r"'some/model': it can't be found at '3+'"):
         Source("some/model", "3" * 40, local_files_only=True).digest()
 
 
@@ -231,7 +247,7 @@ def test_other_pipelines_are_refused_before_loading(name: str, folder: Path, tmp
 def test_a_broken_folder_is_an_error(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "model")
     (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ModelError, match="can't be loaded"):
+    with pytest.raises(ModelError, match=r"can't be loaded: unet/diffusion_pytorch_model.safetensors missing"):
         Diffusion.load(str(tmp_path / "model"))
     (tmp_path / "model" / "model_index.json").write_text("{")
     with pytest.raises(ModelError, match="not a valid JSON file"):
@@ -257,3 +273,243 @@ def test_the_family_is_that_of_the_class(folder: Path, tmp_path: Path) -> None:
     tiny_sdxl().save_pretrained(tmp_path / "xl")
     families = [type(Source(str(path)).family).__name__ for path in (folder, tmp_path / "xl")]
     assert families == ["StableDiffusion", "StableDiffusionXL"]
+
+
+def copied(folder: Path, place: Path) -> Path:
+    return Path(shutil.copytree(folder, place))
+
+
+def half(pipeline: StableDiffusionPipeline, place: Path, **options: Any) -> Path:
+    """Saves a pipeline as ``*.fp16.safetensors`` only."""
+    pipeline.to(torch.float16).save_pretrained(place, variant="fp16", **options)
+    return place
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("shard", ["10GB", "20KB"])
+def test_the_only_variant_of_a_folder_is_loaded(tmp_path: Path, shard: str) -> None:
+    place = half(tiny_pipeline(), tmp_path / "half", max_shard_size=shard)
+    assert not list(place.glob("*/model.safetensors"))
+    found, named = Source(str(place)), Source(str(place), variant="fp16")
+    found.check()
+    expected = Diffusion(tiny_pipeline().to(torch.float16).to(torch.float32)).state_digest()
+    assert Diffusion(found.load()).state_digest() == expected
+    assert found.digest() == named.digest()
+    with pytest.raises(ModelError, match=r"model.variant=ema, but the variants of its weights are: fp16"):
+        Source(str(place), variant="ema").check()
+
+
+def test_plain_weights_come_before_a_variant_unless_it_is_named(folder: Path, tmp_path: Path) -> None:
+    place = half(tiny_pipeline(1), copied(folder, tmp_path / "both"))
+    plain, named = Source(str(place)), Source(str(place), variant="fp16")
+    assert Diffusion(plain.load()).state_digest() == Diffusion(tiny_pipeline(0)).state_digest()
+    expected = Diffusion(tiny_pipeline(1).to(torch.float16).to(torch.float32)).state_digest()
+    assert Diffusion(named.load()).state_digest() == expected
+    assert plain.digest() != named.digest()
+
+
+def test_one_of_several_variants_must_be_named(tmp_path: Path) -> None:
+    place = half(tiny_pipeline(), tmp_path / "model")
+    tiny_pipeline().save_pretrained(place, variant="ema")
+    with pytest.raises(ModelError, match=r"as ema and as fp16: choose one, such as model.variant=ema"):
+        Source(str(place)).check()
+
+
+def test_weights_that_can_run_code_are_not_loaded_but_converted_as_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "old"
+    tiny_pipeline().save_pretrained(place, safe_serialization=False)
+    for file in place.glob("text_encoder/*.safetensors"):  # transformers writes nothing else any more
+        torch.save(tiny_pipeline().text_encoder.state_dict(), file.with_name("pytorch_model.bin"))
+        file.unlink()
+    with pytest.raises(ModelError, match=r"weights of its .* as .*\.bin only.*convert it once") as told:
+        Source(str(place)).check()
+    command = str(told.value).partition('python -c "')[2].rstrip('"')
+    monkeypatch.chdir(tmp_path)
+    exec(command, {})
+    converted = Diffusion(Source(str(tmp_path / "converted")).load())
+    assert converted.state_digest() == Diffusion(tiny_pipeline()).state_digest()
+
+
+def test_parts_that_nothing_uses_may_be_absent(folder: Path, tmp_path: Path) -> None:
+    place = copied(folder, tmp_path / "model")
+    index = json.loads((place / "model_index.json").read_text())
+    unused = {
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+    }
+    (place / "model_index.json").write_text(json.dumps({**index, **unused}))
+    assert Diffusion(Source(str(place)).load()).state_digest() == Diffusion(tiny_pipeline()).state_digest()
+
+
+@pytest.mark.parametrize("name", ["unet/config.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"])
+def test_a_file_that_loading_asks_for_is_missed_before_it(folder: Path, tmp_path: Path, name: str) -> None:
+    place = copied(folder, tmp_path / "model")
+    (place / name).unlink()
+    with pytest.raises(ModelError, match=name.replace("tokenizer.json", "vocab.json")):
+        Source(str(place)).check()
+
+
+def test_a_missing_shard_is_missed_before_loading(tmp_path: Path) -> None:
+    place = tmp_path / "model"
+    tiny_pipeline().save_pretrained(place, max_shard_size="20KB")
+    Source(str(place)).check()
+    lost = sorted(place.glob("unet/*-of-*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(ModelError, match=lost.name):
+        Source(str(place)).check()
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of the value and query layers of the tiny pipeline, as peft and diffusers save it."""
+    peft = pytest.importorskip("peft")
+    pipeline = tiny_pipeline()
+    pipeline.unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, target_modules=["attn2.to_v", "attn2.to_q"]))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in pipeline.unet.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    folder = tmp_path_factory.mktemp("lora")
+    layers = peft.get_peft_model_state_dict(pipeline.unet)
+    StableDiffusionPipeline.save_lora_weights(
+        folder, unet_lora_layers=layers, unet_lora_adapter_metadata=pipeline.unet.peft_config["default"].to_dict()
+    )
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_lora_is_added_to_the_weights(folder: Path, lora: Path, scale: float) -> None:
+    changed = Diffusion(Source(str(folder), lora=Lora(str(lora), scale)).load())
+    plain = Diffusion(tiny_pipeline())
+    weights, layer = load_file(lora), "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+    down, up = (weights[f"unet.{layer}.lora_{part}.weight"] for part in "AB")
+    # Hu et al. 2021: W + alpha / r * B A; here alpha is 4 and r is 2.
+    expected = plain.unet.get_submodule(layer).weight + scale * 2 * up @ down
+    torch.testing.assert_close(changed.unet.get_submodule(layer).weight, expected)
+    assert changed.value_layers.keys() == plain.value_layers.keys()
+    assert type(changed.unet.get_submodule(layer)) is torch.nn.Linear
+    assert set(changed.state_dict()) == set(plain.state_dict())
+
+
+def test_a_lora_is_part_of_the_digest(folder: Path, lora: Path, tmp_path: Path) -> None:
+    def of(path: Path | None, scale: float = 1.0) -> str:
+        return Source(str(folder), lora=Lora(str(path), scale) if path else None).digest()
+
+    moved = tmp_path / "moved.safetensors"
+    shutil.copy(lora, moved)
+    assert of(lora) == of(lora.parent) == of(moved)
+    assert len({of(None), of(lora), of(lora, 0.5)}) == 3
+
+
+def test_a_lora_in_place_of_a_model_is_called_one(lora: Path, hub: Path, single_file: Path) -> None:
+    for given in (lora, lora.parent):
+        with pytest.raises(ModelError, match=r"is a LoRA, .* set model.lora=.*, and model.source to the model"):
+            Source(str(given))
+    with pytest.raises(ModelError, match=r"holds no LoRA; the model itself is model.source"):
+        Lora(str(single_file)).check()
+    snapshot = hub.parent / "models--some--lora" / "snapshots" / COMMITS[0]
+    snapshot.mkdir(parents=True)
+    shutil.copy(lora, snapshot)
+    with pytest.raises(ModelError, match="'some/lora' is a LoRA"):
+        Source("some/lora", COMMITS[0], local_files_only=True).check()
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_lora_of_the_hub_is_taken_from_what_was_downloaded(folder: Path, lora: Path, hub: Path) -> None:
+    snapshot = hub.parent / "models--some--lora" / "snapshots" / COMMITS[0]
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(COMMITS[0])
+    shutil.copy(lora, snapshot / "style.safetensors")
+    shutil.copy(lora, snapshot / "other.safetensors")
+    with pytest.raises(ModelError, match=r"name one file of weights in it. .*: other.safetensors, style.safetensors"):
+        Lora("some/lora", local_files_only=True).check()
+    given = Lora("some/lora/style.safetensors", local_files_only=True)
+    given.check()
+    here = Diffusion(Source(str(folder), lora=Lora(str(lora))).load()).state_digest()
+    assert Diffusion(Source(str(folder), lora=given).load()).state_digest() == here
+
+
+def test_a_lora_that_fits_nothing_is_an_error(folder: Path, tmp_path: Path) -> None:
+    layer = "unet.no_such_block.attn2.to_v.lora_{}.weight"
+    save_file(
+        {layer.format("A"): torch.ones(2, 8), layer.format("B"): torch.ones(8, 2)}, tmp_path / "other.safetensors"
+    )
+    with pytest.raises(ModelError, match=r"does not fit the model .*give the model that it was trained on"):
+        Source(str(folder), lora=Lora(str(tmp_path / "other.safetensors"))).load()
+
+
+def test_a_lora_without_peft_says_what_to_install(lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nemo_bench.diffusion.lora.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'nemo-bench\[lora\]'"):
+        Lora(str(lora)).check()
+
+
+class Answers(BaseHTTPRequestHandler):
+    """A hub that says no; what it answers is the repository's name."""
+
+    def do_GET(self) -> None:
+        code = int(re.search(r"status(\d+)", self.path)[1])  # type: ignore[index] # the tests ask for such names
+        self.send_response(code)
+        for word, error in {"gated": "GatedRepo", "404": "RepoNotFound"}.items():
+            if word in self.path:
+                self.send_header("X-Error-Code", error)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def asks(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr("nemo_bench.diffusion.hub.HfApi", lambda: huggingface_hub.HfApi(endpoint=endpoint))
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("some/status404", r"can't be found on the hub; if it is private, log in"),
+        ("some/gated-status403", r"is gated: accept its conditions at .*/some/gated-status403, then log in"),
+        ("some/status403", r"the hub refuses it \(.*403"),
+        ("some/status503", r"the network is unreachable.*503"),
+    ],
+)
+def test_what_the_hub_answers_is_told_apart(
+    place: str, message: str, server: str, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asks(server, monkeypatch)
+    with pytest.raises(ModelError, match=rf"^model '{place}': [^:]*{message}"):
+        Source(place).check()
+
+
+@pytest.mark.parametrize("kind", ["refused", "silent"])
+def test_a_hub_out_of_reach_is_one_message_within_seconds(
+    kind: str, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nemo_bench.diffusion.hub.PATIENCE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        if kind == "refused":
+            silent.close()
+        asks(f"http://127.0.0.1:{port}", monkeypatch)
+        start = time.perf_counter()
+        with pytest.raises(ModelError, match=r"network is unreachable.*HF_HOME.*model.local_files_only=true") as told:
+            Source("some/other").digest()
+        assert "\n" not in str(told.value)
+        # What was downloaded is taken, as ever, but without half a minute of tries.
+        assert Source("some/model").digest() == Source("some/model", COMMITS[0], local_files_only=True).digest()
+        assert time.perf_counter() - start < 10
+        assert Diffusion(Source("some/model").load()).state_digest() == Diffusion(tiny_pipeline()).state_digest()

@@ -101,15 +101,15 @@ def test_two_sets_of_the_same_pictures_are_not_apart_and_one_picture_is_no_set(k
 
 
 def test_titles_name_the_extractor() -> None:
-    clip = OpenClip("ViT-B-32", "openai")
+    clip = OpenClip("ViT-B-32-quickgelu", "openai")
     assert [metric.title for metric in (FID(Inception()), KID(Inception()), MiFID(Inception()), FID(clip))] == [
         "FID",
         "KID",
         "MiFID",
-        "FID (CLIP ViT-B-32)",
+        "FID (CLIP ViT-B-32-quickgelu)",
     ]
     assert "299x299 bilinear" in FID(Inception()).description
-    assert "ViT-B-32, weights openai" in FID(clip).description
+    assert "ViT-B-32-quickgelu, weights openai" in FID(clip).description
 
 
 def save(folder: Path, name: str, seed: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import yaml
 from nemo_bench.cli import main
 from nemo_bench.config import grid
 from nemo_bench.prompts import read_prompts
+from nemo_bench.diffusion import folder_digest
 from nemo_bench.run import export
 from nemo_bench.store import read_records
 from nemo_bench.types import Neurons, Record
@@ -187,12 +189,100 @@ def test_report_and_export_of_a_finished_cell(
     assert main(["export", str(cell), str(tmp_path / "exported")]) == 0
     assert (tmp_path / "exported" / "model_index.json").is_file()
     memorized = [Neurons.load(cell / "neurons" / f"{name}.json") for name in ("vm-01", "tm-26")]
-    assert export(cell, tmp_path / "again") == memorized[0] | memorized[1]
+    together = memorized[0] | memorized[1]
+    assert export(cell, tmp_path / "again") == together
+    assert_card_says(tmp_path / "exported", cell, together)
     assert main(["export", str(cell), str(tmp_path / "exported")]) == 1
     assert "not empty" in capsys.readouterr().err
     assert main(["export", str(cell), str(tmp_path / "other"), "--prompt", "vm-1"]) == 1
     assert "Did you mean 'vm-01'?" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "nothing")]) == 1
+
+
+def assert_card_says(folder: Path, cell: Path, neurons: Neurons) -> None:
+    """What was switched off, from which cell, digests, and code that loads it."""
+    card = (folder / "README.md").read_text()
+    _, front, text = card.split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "diffusers"
+    spec = json.loads((cell / "spec.json").read_text())
+    assert f"# planted with {neurons.count} value neurons switched off" in text
+    for fact in (cell.name, spec["digests"]["model"], spec["title"], folder_digest(folder), "2 prompts together"):
+        assert fact in text
+    counts = dict(re.findall(r"\| `([\w.]+)` \| (\d+) \|", text))
+    assert counts == {name: str(len(ids)) for name, ids in neurons.items()}
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    names: dict[str, Any] = {}
+    exec(code.replace("path/to/this/folder", str(folder)), names)
+    name = next(iter(neurons))
+    weight = names["pipeline"].unet.get_submodule(name).weight
+    assert not weight[list(neurons[name])].any()
+    assert weight.any()
+
+
+def ranks(**given: str) -> dict[str, str]:
+    """The environment of a shell in which a launcher, or its container, has set something."""
+    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NEMO_BENCH_STARTER")
+    return {name: value for name, value in environment().items() if name not in launched} | given
+
+
+@pytest.mark.parametrize(
+    ("given", "devices"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "2"}, []),
+        ({"LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, ["trainer.devices=2"]),
+    ],
+)
+def test_ranks_that_are_left_over_are_named_in_place_of_waiting(
+    given: dict[str, str], devices: list[str], tmp_path: Path, prompt_file: Path
+) -> None:
+    words = command(tmp_path, prompt_file, "method=none", "seeds=1", *devices)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, env=ranks(**given))
+    assert done.returncode == 1
+    named = [name for name in given if name != "MASTER_PORT"]
+    assert all(f"{name}={given[name]}" in done.stderr for name in named)
+    assert f"unset {' '.join(sorted(named, key=['RANK', 'LOCAL_RANK', 'WORLD_SIZE'].index))}" in done.stderr
+    assert not list(tmp_path.glob("default/*/records"))
+
+
+def test_torchrun_without_devices_takes_as_many_as_it_started(tmp_path: Path, prompt_file: Path) -> None:
+    python, *words = command(tmp_path, prompt_file, "seeds=2", "method=none")
+    started = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    execute([*started, *words])
+    (cell,) = (p for p in (tmp_path / "default").iterdir() if p.is_dir())
+    assert json.loads((cell / "env.json").read_text())["starts"][-1]["world_size"] == 2
+    assert len(records(tmp_path, "generate")) == 6
+
+
+def test_a_root_that_cannot_be_written_is_said_before_work(
+    tmp_path: Path, prompt_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "locked").mkdir()
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "locked" and allowed(path, mode))
+    for root, why in (("file/results", "file is no folder"), ("locked/results", "locked can't be written to")):
+        for more in ([], ["--dry-run"]):
+            words = [*SMALL, f"root={tmp_path / root}", f"prompts.files=[{prompt_file}]", *more]
+            assert main(["run", *words]) == 1
+            said = capsys.readouterr().err
+            assert why in said
+            assert "name a folder" in said
+            assert "goes on" not in said
+
+
+@pytest.mark.parametrize(("name", "goes_on"), [("run", True), ("references", True), ("export", False), ("ls", False)])
+def test_the_same_command_goes_on_is_said_only_where_it_does(
+    name: str, goes_on: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = {"run": [], "references": ["list.csv", "folder"], "export": ["cell", "folder"], "ls": []}[name]
+    for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
+
+        def fail(*args: object, error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr(f"nemo_bench.cli._{name}", fail)
+        assert main([name, *words]) in (1, 130)
+        assert ("the same command goes on" in capsys.readouterr().err) == goes_on
 
 
 def test_settings_may_stand_on_both_sides_of_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
 import torch
 from torch import Tensor, nn
@@ -188,10 +188,10 @@ def test_weights_that_cannot_be_downloaded_stop_a_run_before_its_first_image(
     def refuse(*args: object, **options: object) -> None:
         raise OSError("no connection\nmore")
 
-    monkeypatch.setattr(open_clip, "download_pretrained", refuse)
-    clip = ["metrics.alignment.space.model=ViT-B-32", "metrics.alignment.space.pretrained=openai"]
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    clip = ["metrics.alignment.space.model=ViT-B-32-quickgelu", "metrics.alignment.space.pretrained=openai"]
     with pytest.raises(
-        ModelError, match=r"'openai' of open_clip model 'ViT-B-32' can't be downloaded \(no connection\)"
+        ModelError, match=r"'openai' of open_clip model 'ViT-B-32-quickgelu': .* is unreachable, .*\(no connection\)"
     ):
         execute(tmp_path, prompt_file, "method=none", *clip)
     assert not list(tmp_path.glob("**/*.png"))
