@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_bench import __version__
-from nemo_bench.errors import nearest
 from nemo_bench.environment import make_ready
+from nemo_bench.errors import nearest
 
 if TYPE_CHECKING:
     from nemo_bench.config import Choice

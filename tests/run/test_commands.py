@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,8 +20,8 @@ import yaml
 
 from nemo_bench.cli import main
 from nemo_bench.config import grid
-from nemo_bench.prompts import read_prompts
 from nemo_bench.diffusion import folder_digest
+from nemo_bench.prompts import read_prompts
 from nemo_bench.run import export
 from nemo_bench.store import read_records
 from nemo_bench.types import Neurons, Record
