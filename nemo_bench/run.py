@@ -18,6 +18,7 @@ from nemo_bench.localization.published import PublishedRow, by_position, publish
 from nemo_bench.methods import Method
 from nemo_bench.metrics import detection
 from nemo_bench.modules import localization_of
+from nemo_bench.pictures import visible
 from nemo_bench.prompts import dead_references, references_digest
 from nemo_bench.report import write_report
 from nemo_bench.runner import SETS, Runner, by_prompt, is_main, load_model, note_start, open_folder
@@ -286,7 +287,7 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
     Raises:
         NemoBenchError: The cell has no localization, the prompt is unknown, or the folder is not empty.
     """
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(visible(folder.iterdir(), folder)):
         raise StoreError(f"{folder} is not empty; name a new folder to export to")
     found = {name: Neurons(record["neurons"]) for name, record in by_prompt(Store(cell)).items()}
     if not found:

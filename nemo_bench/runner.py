@@ -51,6 +51,7 @@ from nemo_bench.modules import (
     localization_of,
     read_features,
 )
+from nemo_bench.pictures import visible
 from nemo_bench.prompts import PromptDataModule, PromptTask
 from nemo_bench.stopping import stop_at_sigterm
 from nemo_bench.store import SCHEMA, Store, iterate_records, read_json, write_json, write_text
@@ -72,7 +73,7 @@ def open_folder(folder: Path, cells: Sequence[ImageCell]) -> None:
         StoreError: It holds something else.
     """
     path = folder / "run.json"
-    if not path.exists() and folder.exists() and any(p.suffix != ".part" for p in folder.iterdir()):
+    if not path.exists() and folder.exists() and any(p.suffix != ".part" for p in visible(folder.iterdir(), folder)):
         raise StoreError(f"{folder} is not empty and holds no run of nemo_bench; choose another name=... or root=...")
     folder.mkdir(parents=True, exist_ok=True)
     present = read_json(path) if path.exists() else {"cells": [], "token": secrets.token_hex(4)}

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from nemo_bench.diffusion.families import StableDiffusion, family_of
 from nemo_bench.errors import ModelError
+from nemo_bench.pictures import visible
 from nemo_bench.types import digest
 
 _EXAMPLES = (
@@ -226,7 +227,8 @@ def _beginning(error: BaseException) -> str:
 
 def folder_digest(folder: Path) -> str:
     """Content digest of the settings and weights in a folder, 16 hexadecimal digits."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix in {".json", ".safetensors", ".bin", ".txt"})
+    found = sorted(visible(folder.rglob("*"), folder))
+    files = [path for path in found if path.suffix in {".json", ".safetensors", ".bin", ".txt"}]
     return digest([[p.relative_to(folder).as_posix(), file_digest(p)] for p in files])
 
 

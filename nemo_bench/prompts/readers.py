@@ -235,7 +235,7 @@ def read_rows(path: Path, needed: Sequence[str] = TEXT_COLUMNS, what: str = "pro
 def _neighbours(path: Path) -> str:
     if not path.parent.is_dir():
         return f"There is no folder {path.parent} either."
-    names = [file.name for file in path.parent.iterdir() if file.suffix.lower() in READERS]
+    names = [file.name for file in visible(path.parent.iterdir(), path.parent) if file.suffix.lower() in READERS]
     return nearest(path.name, names) if names else f"No file of prompts is in the folder {path.parent.resolve()}."
 
 
