@@ -55,6 +55,7 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
             note_start(cell, command, runner)
             _reopen(cell)
         renew_scores(cells)
+        tell_damaged(cells, say)
     runner.trainer.strategy.barrier()
     for cell in cells:
         runner.make(cell)
@@ -63,6 +64,17 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
             _publish(cell)
     finish(cells, runner, say)
     return folder
+
+
+def tell_damaged(cells: Sequence[ImageCell], say: Callable[[str], None]) -> None:
+    """Says how many training images can't be decoded, and which prompts have no similarity to any for it."""
+    prompts = {prompt.id: prompt for cell in cells for prompt in cell.prompts}.values()
+    files = list(dict.fromkeys(file for prompt in prompts for file in prompt.damaged_references))
+    if files:
+        total = len({file for prompt in prompts for file in (*prompt.references, *prompt.damaged_references)})
+        alone = sum(not prompt.references for prompt in prompts if prompt.damaged_references)
+        what = f"{len(files)} of {total} training images can't be decoded and are left out, such as {files[0]}"
+        say(f"{what}; {alone} prompts have no other, so no similarity to training images")
 
 
 def renew_scores(cells: Sequence[ImageCell]) -> None:
@@ -217,6 +229,7 @@ def _summary(cell: ImageCell) -> dict[str, Any]:
             "truncated": sum(bool(record.get("truncated")) for record in scored),
             "without_reference": sum(bool(p.kind) and not p.references for p in cell.prompts),
             "dead_references": len(dead_references(cell.prompts)),
+            "damaged_references": len({file for p in cell.prompts for file in p.damaged_references}),
         },
         # Nothing is known of the cost of images that were made elsewhere.
         "cost": {

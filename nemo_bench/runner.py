@@ -97,8 +97,10 @@ def note_start(cell: Work, command: str, runner: Runner) -> None:
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
     write_json(path, {"starts": [*starts, start]})
+    files = ("references", "damaged_references")
     lines = [
-        {**p._asdict(), "group": p.group, "references": [str(r.resolve()) for r in p.references]} for p in cell.prompts
+        {**p._asdict(), "group": p.group, **{name: [str(file.resolve()) for file in getattr(p, name)] for name in files}}
+        for p in cell.prompts
     ]
     write_text(cell.store.folder / "prompts.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
