@@ -93,13 +93,13 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float64)
     low, high = values.min(), values.max()
     if image.mode != "F":
-        if not (0 <= low and high <= 65535):
+        if not (low >= 0 and high <= 65535):
             raise ValueError(f"32-bit values from {low:g} to {high:g}; expected 0 to 65535: save it with 8 or 16 bits")
         scaled = values * (255 / 65535)
         transparent = image.info.get("transparency")
         if isinstance(transparent, int):
             scaled[values == transparent] = 255
-    elif not (0 <= low and high <= 255):
+    elif not (low >= 0 and high <= 255):
         raise ValueError(f"float values from {low:g} to {high:g}; expected 0 to 1 or 0 to 255: save it with 8 bits")
     else:
         scaled = values * 255 if high <= 1 else values

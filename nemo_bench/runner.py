@@ -99,7 +99,11 @@ def note_start(cell: Work, command: str, runner: Runner) -> None:
     write_json(path, {"starts": [*starts, start]})
     files = ("references", "damaged_references")
     lines = [
-        {**p._asdict(), "group": p.group, **{name: [str(file.resolve()) for file in getattr(p, name)] for name in files}}
+        {
+            **p._asdict(),
+            "group": p.group,
+            **{name: [str(file.resolve()) for file in getattr(p, name)] for name in files},
+        }
         for p in cell.prompts
     ]
     write_text(cell.store.folder / "prompts.jsonl", "".join(json.dumps(line) + "\n" for line in lines))

@@ -27,8 +27,8 @@ def split_list(value: Any) -> list[str] | None:
     """The texts of a list, or of a list that was written out as text.
 
     Args:
-        value: A list of texts, in which None stands for nothing; None or NaN; one text; or a text that holds such a list as
-            JSON, Python, pandas (``['a', 'b']``) or numpy (``['a' 'b']``, over several lines) write it.
+        value: A list of texts, in which None stands for nothing; None or NaN; one text; or a text that holds such a
+            list as JSON, Python, pandas (``['a', 'b']``) or numpy (``['a' 'b']``, over several lines) write it.
 
     Returns:
         The texts; a text that is no list, by itself. None where there is something else, or a list was cut (``...``).

@@ -62,7 +62,9 @@ def test_what_pandas_writes_is_read(tmp_path: Path) -> None:
     assert list(read_links(tmp_path / "p.parquet").values()) == [(A, C), (A, B, C), (B,), ()]
 
 
-@pytest.mark.parametrize("cell", [None, "", " ", "nan", "None", "[]", "[None]", "[nan]", [], [None], float("nan"), "{}"])
+@pytest.mark.parametrize(
+    "cell", [None, "", " ", "nan", "None", "[]", "[None]", "[nan]", [], [None], float("nan"), "{}"]
+)
 def test_no_link_is_none(cell: Any) -> None:
     assert links(cell) == []
 
@@ -85,7 +87,10 @@ FORMS = {
     "python": str,
     "numpy": lambda urls: str(np.array(urls)),
     "numpy objects": lambda urls: repr(np.array(urls, object)),
-    **{f"by {between!r}": between.join for between in (" ", ",", ", ", ";", "; ", "|", " | ", "\n", "\r\n", ",\n", "\t")},
+    **{
+        f"by {between!r}": between.join
+        for between in (" ", ",", ", ", ";", "; ", "|", " | ", "\n", "\r\n", ",\n", "\t")
+    },
 }
 
 
