@@ -395,9 +395,7 @@ def _links(row: Row) -> tuple[str, ...]:
     """Links of a row, each once, without user names and passwords, which nobody else is to have."""
     written = split_list(row.first(LINK_COLUMNS))
     if written is None:
-        raise PromptError(
-            f"{row.where}: holds no list of links; expected links, or such as ['https://...', ...], not cut"
-        )
+        raise PromptError(f"{row.where}: holds no list of links; expected such as ['https://...', ...], whole")
     links = [without_login(link) for text in written for link in split_links(text)]
     return tuple(dict.fromkeys(links))
 
