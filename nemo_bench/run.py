@@ -18,7 +18,7 @@ from nemo_bench.localization.published import PublishedRow, by_position, publish
 from nemo_bench.methods import Method
 from nemo_bench.metrics import detection
 from nemo_bench.modules import localization_of
-from nemo_bench.pictures import visible
+from nemo_bench.pictures import unreadable, visible
 from nemo_bench.prompts import dead_references, references_digest
 from nemo_bench.report import write_report
 from nemo_bench.runner import SETS, Runner, by_prompt, is_main, load_model, note_start, open_folder
@@ -67,14 +67,16 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
 
 
 def tell_damaged(cells: Sequence[ImageCell], say: Callable[[str], None]) -> None:
-    """Says how many training images can't be decoded, and which prompts have no similarity to any for it."""
+    """Says how many training images can't be decoded, and how many prompts have no similarity to any for it."""
     prompts = {prompt.id: prompt for cell in cells for prompt in cell.prompts}.values()
     files = list(dict.fromkeys(file for prompt in prompts for file in prompt.damaged_references))
     if files:
         total = len({file for prompt in prompts for file in (*prompt.references, *prompt.damaged_references)})
         alone = sum(not prompt.references for prompt in prompts if prompt.damaged_references)
-        what = f"{len(files)} of {total} training images can't be decoded and are left out, such as {files[0]}"
-        say(f"{what}; {alone} prompts have no other, so no similarity to training images")
+        why = unreadable(files[:1], "training images").get(files[0], "mended by now")
+        what = f"{len(files)} of {total} training images can't be decoded and are left out: {files[0]} ({why})"
+        more = ", ..." if len(files) > 1 else ""
+        say(f"{what}{more}. Prompts that have no other, so no similarity to training images: {alone}")
 
 
 def renew_scores(cells: Sequence[ImageCell]) -> None:

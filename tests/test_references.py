@@ -249,7 +249,8 @@ def test_links_that_were_not_tried_are_an_error(tmp_path: Path, server: Server) 
 
 def test_a_killed_fetch_goes_on(tmp_path: Path, server: Server) -> None:
     path = write_list(tmp_path, [server.url(f"slow/{number}.png") for number in range(12)])
-    code = f"from nemo_bench.references import *; fetch([{str(path)!r}], {str(tmp_path / 'images')!r}, Limits(private=True, parallel=1))"
+    limits = "Limits(private=True, parallel=1)"
+    code = f"from nemo_bench.references import *; fetch([{str(path)!r}], {str(tmp_path / 'images')!r}, {limits})"
     process = subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "COLUMNS": "80"}, stdout=subprocess.PIPE
     )
