@@ -34,7 +34,8 @@ from nemo_bench.localization import (
     threshold,
 )
 from nemo_bench.metrics import SSIM, OpenClip, PixelDistance
-from nemo_bench.modules import open_image, to_image
+from nemo_bench.modules import to_image
+from nemo_bench.pictures import open_image
 from nemo_bench.planted.training import heldout_captions
 from nemo_bench.planted.world import general_caption, render
 from nemo_bench.prompts import seeds_of

@@ -25,7 +25,8 @@ from nemo_bench.methods import Batch, Method, NoMitigation
 from nemo_bench.methods.descent import check_precision
 from nemo_bench.methods.embedding_search import RATE, SAMPLES, STEPS, UNCHANGED, random_embeddings, search_embeddings
 from nemo_bench.metrics import BenchMetric, MemorizationRate
-from nemo_bench.modules import UNLOCALIZED, Stage, file_name, open_image, slices, to_image
+from nemo_bench.modules import UNLOCALIZED, Stage, file_name, slices, to_image
+from nemo_bench.pictures import open_image
 from nemo_bench.prompts import seeds_of
 from nemo_bench.report import write_report
 from nemo_bench.runner import Runner, is_main, neurons_by_prompt

@@ -200,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     references.add_argument("folder", type=Path, metavar="DIR", help="where the images go; then prompts.references=DIR")
     for name, kind, text in LIMITS:
         references.add_argument(f"--{name}", type=kind, metavar="N", help=text)
+    references.add_argument("--private", action="store_true", help="fetch from addresses that are not public, too")
     references.add_argument("--json", action="store_true", help="print an object, with every dead link")
     train = add("train", _train, "train the embedded model afresh")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="fields of TrainSpec, such as out=DIR")
@@ -507,7 +508,7 @@ def _references(options: argparse.Namespace) -> None:
     from nemo_bench.references import Limits, fetch
 
     given = {name: getattr(options, name) for name, *_ in LIMITS if getattr(options, name) is not None}
-    summary = fetch(options.lists, options.folder, Limits(**given), progress=not options.json)
+    summary = fetch(options.lists, options.folder, Limits(**given, private=options.private), progress=not options.json)
     if options.json:
         print(json.dumps(summary, indent=2))
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 from collections import Counter
@@ -12,17 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, UnidentifiedImageError
 from rich.progress import Progress
 
 from nemo_bench.errors import PromptError, StoreError
+from nemo_bench.pictures import inspect_picture, list_pictures
 from nemo_bench.prompts import ImageTask, read_rows
 from nemo_bench.prompts.readers import ID_COLUMNS, TEXT_COLUMNS, Row
 from nemo_bench.types import Prompt, Record
 
 NAMING = re.compile(r"img_(\d+)_(\d+)\.(?:jpe?g|png|webp)", re.IGNORECASE)
 """How the public scripts name images: position of the prompt in its list, from 0, and number of the image."""
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 IMAGE_COLUMNS = ("image", "file", "path")
 SEED_COLUMN = "seed"
 EXAMPLES = 3
@@ -58,7 +56,7 @@ def named_images(folder: Path, prompts: Sequence[Prompt]) -> list[FoundImage]:
     """
     if not folder.is_dir():
         raise StoreError(f"{folder} is no folder; give a run, a cell, or a folder of images")
-    names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
+    names = [path.name for path in list_pictures(folder)]
     if not names:
         raise StoreError(f"{folder} holds no run, cell or image; images are named img_0000_00.jpg, or given by --map")
     matches = {name: NAMING.fullmatch(name) for name in names}
@@ -157,7 +155,7 @@ def check_images(source: Path, found: Sequence[FoundImage], *, decode: bool = Tr
         line = bar.add_task("check images", total=len(found))
         for start in range(0, len(found), TOGETHER):
             part = [image.path for image in found[start : start + TOGETHER]]
-            results += pool.map(_decoded if decode else _hashed, part)
+            results += pool.map(inspect_picture if decode else _hashed, part)
             bar.update(line, advance=len(part))
     _refuse(
         source,
@@ -198,19 +196,6 @@ def _hashed(path: str) -> tuple[str, None, str]:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest(), None, ""
     except OSError as error:
         return "", None, str(error.strerror)
-
-
-def _decoded(path: str) -> tuple[str, tuple[int, int] | None, str]:
-    """SHA-256, size, and why it can't be read."""
-    try:
-        content = Path(path).read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-            return hashlib.sha256(content).hexdigest(), image.size, ""
-    except UnidentifiedImageError:
-        return "", None, "no image"
-    except Exception as error:  # Pillow raises many kinds for many kinds of damage
-        return "", None, str(error)
 
 
 def _prompt_of(row: Row, by_id: dict[str, Prompt], by_text: dict[str, list[Prompt]]) -> Prompt:

@@ -222,6 +222,9 @@ class _Survey:
         return f"{len(self._prompts[file]):,} prompts"
 
     def _note_training_images(self, prompts: Sequence[Prompt], files: str) -> None:
+        if damaged := list(dict.fromkeys(file for prompt in prompts for file in prompt.damaged_references)):
+            note = f"{len(damaged)} can't be decoded, such as {damaged[0]}, and are left out; replace them"
+            self.needs["damaged training images", files] = Need("training images", files, "partly", note)
         memorized = [prompt for prompt in prompts if prompt.kind]
         if without := sum(not prompt.references for prompt in memorized):
             note = (

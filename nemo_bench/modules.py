@@ -34,6 +34,7 @@ from nemo_bench.localization import (
 )
 from nemo_bench.methods import Batch, Method
 from nemo_bench.metrics import BenchMetric, Network, OpenClip, SetMetric, Space
+from nemo_bench.pictures import open_image
 from nemo_bench.prompts import ImageTask, PromptTask, seeds_of
 from nemo_bench.signals import require_finite
 from nemo_bench.store import Store
@@ -622,9 +623,13 @@ def localization_of(record: Record) -> Localization:
 
 
 def file_name(prompt: Prompt) -> str:
-    """A file name for a prompt: its id, where that is one, else the id's harmless part and a hash."""
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", prompt.id)[:60]
-    return plain if plain == prompt.id and plain.strip(".") else f"{plain}-{digest([prompt.id], 8)}"
+    """A file name for a prompt: its id, where that is one, else the id's harmless part and a hash.
+
+    Ids with capital letters have a hash too, since some file systems take names that differ in case for the same; no
+    name begins with a dot, which hides a file.
+    """
+    plain = re.sub(r"[^a-z0-9._-]+", "-", prompt.id.lower())[:60].lstrip(".")
+    return plain if plain == prompt.id else f"{plain}-{digest([prompt.id], 8)}"
 
 
 def to_image(image: Tensor) -> Image.Image:
@@ -639,16 +644,3 @@ def strip(differences: Tensor) -> Image.Image:
         differences: (N, channels, H, W) in [0, 1], at least three channels.
     """
     return to_image(torch.cat(list(differences[:, :3]), dim=2))
-
-
-def open_image(path: Path) -> Image.Image:
-    """An RGB picture.
-
-    Raises:
-        StoreError: The file is missing or is no image.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise StoreError(f"{path} can't be read as an image ({error}); delete it and run again") from error

@@ -22,6 +22,7 @@ from nemo_bench.localization.published import PublishedRow, by_position, publish
 from nemo_bench.methods import Method
 from nemo_bench.metrics import detection
 from nemo_bench.modules import localization_of
+from nemo_bench.pictures import unreadable, visible
 from nemo_bench.prompts import dead_references, references_digest
 from nemo_bench.report import write_report
 from nemo_bench.report.detection import write_detection
@@ -83,6 +84,7 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
             note_start(cell, command, runner)
             _reopen(cell)
         renew_scores(cells)
+        tell_damaged(cells, say)
     runner.trainer.strategy.barrier()
     for cell in cells:
         runner.make(cell)
@@ -91,6 +93,19 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
             _publish(cell)
     finish(cells, runner, say)
     return folder
+
+
+def tell_damaged(cells: Sequence[ImageCell], say: Callable[[str], None]) -> None:
+    """Says how many training images can't be decoded, and how many prompts have no similarity to any for it."""
+    prompts = {prompt.id: prompt for cell in cells for prompt in cell.prompts}.values()
+    files = list(dict.fromkeys(file for prompt in prompts for file in prompt.damaged_references))
+    if files:
+        total = len({file for prompt in prompts for file in (*prompt.references, *prompt.damaged_references)})
+        alone = sum(not prompt.references for prompt in prompts if prompt.damaged_references)
+        why = unreadable(files[:1], "training images").get(files[0], "mended by now")
+        what = f"{len(files)} of {total} training images can't be decoded and are left out: {files[0]} ({why})"
+        more = ", ..." if len(files) > 1 else ""
+        say(f"{what}{more}. Prompts that have no other, so no similarity to training images: {alone}")
 
 
 def renew_scores(cells: Sequence[ImageCell]) -> None:
@@ -273,6 +288,7 @@ def _summary(cell: ImageCell) -> dict[str, Any]:
             "truncated": sum(bool(record.get("truncated")) for record in scored),
             "without_reference": sum(bool(p.kind) and not p.references for p in cell.prompts),
             "dead_references": len(dead_references(cell.prompts)),
+            "damaged_references": len({file for p in cell.prompts for file in p.damaged_references}),
         },
         # Nothing is known of the cost of images that were made elsewhere.
         "cost": {
@@ -418,7 +434,7 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
     Raises:
         NemoBenchError: The cell has no localization, the prompt is unknown, or the folder is not empty.
     """
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(visible(folder.iterdir(), folder)):
         raise StoreError(f"{folder} is not empty; name a new folder to export to")
     found = neurons_by_prompt(Store(cell))
     if not found:

@@ -52,6 +52,7 @@ from nemo_bench.modules import (
     localization_of,
     read_features,
 )
+from nemo_bench.pictures import visible
 from nemo_bench.processes import together
 from nemo_bench.prompts import PromptDataModule, PromptTask
 from nemo_bench.stopping import stop_at_sigterm
@@ -74,7 +75,7 @@ def open_folder(folder: Path, cells: Sequence[ImageCell]) -> None:
         StoreError: It holds something else.
     """
     path = folder / "run.json"
-    if not path.exists() and folder.exists() and any(p.suffix != ".part" for p in folder.iterdir()):
+    if not path.exists() and folder.exists() and any(p.suffix != ".part" for p in visible(folder.iterdir(), folder)):
         raise StoreError(f"{folder} is not empty and holds no run of nemo_bench; choose another name=... or root=...")
     folder.mkdir(parents=True, exist_ok=True)
     present = read_json(path) if path.exists() else {"cells": [], "token": secrets.token_hex(4)}
@@ -98,8 +99,14 @@ def note_start(cell: Work, command: str, runner: Runner) -> None:
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
     write_json(path, {"starts": [*starts, start]})
+    files = ("references", "damaged_references")
     lines = [
-        {**p._asdict(), "group": p.group, "references": [str(r.resolve()) for r in p.references]} for p in cell.prompts
+        {
+            **p._asdict(),
+            "group": p.group,
+            **{name: [str(file.resolve()) for file in getattr(p, name)] for name in files},
+        }
+        for p in cell.prompts
     ]
     write_text(cell.store.folder / "prompts.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 

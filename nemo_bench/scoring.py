@@ -14,8 +14,8 @@ from nemo_bench.cells import UNMITIGATED, ImageCell, check_metrics, read_listed
 from nemo_bench.config import Choice, about_method, one, rescore
 from nemo_bench.elsewhere import FoundImage, changed_images, check_images, mapped_images, named_images
 from nemo_bench.errors import ConfigError, StoreError
-from nemo_bench.prompts import prompts_digest
-from nemo_bench.run import finish, renew_scores
+from nemo_bench.prompts import check_references, prompts_digest
+from nemo_bench.run import finish, renew_scores, tell_damaged
 from nemo_bench.runner import Runner, is_main, note_start, open_folder
 from nemo_bench.store import Store, iterate_records, read_json, write_json
 from nemo_bench.types import Prompt, digest
@@ -39,6 +39,7 @@ def score(
     runner.start()
     if is_main():
         renew_scores(cells)
+        tell_damaged(cells, say)
         for cell in cells:
             note_start(cell, command, runner)
     runner.trainer.strategy.barrier()
@@ -158,10 +159,11 @@ def reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> ImageCe
     ]
     if any(str(word).startswith("prompts.references=") for word in overrides):
         prompts = _with_references(folder, prompts, choice)
-    missing = [str(path) for prompt in prompts for path in prompt.references if not path.is_file()]
+    missing = [str(path) for p in prompts for path in (*p.references, *p.damaged_references) if not path.is_file()]
     if missing:
         msg = f"{folder}: {len(missing)} reference images are gone, such as {missing[0]}"
         raise StoreError(f"{msg}; put them back, or name a folder of fetched ones with prompts.references")
+    prompts = check_references(str(folder), prompts)
     images = (record["image"] for record in iterate_records(folder, "generate") if "image" in record)
     lost = [image for image in images if not (folder / image).is_file()]
     if lost:

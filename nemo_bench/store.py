@@ -14,6 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from nemo_bench.errors import StoreError
+from nemo_bench.pictures import to_rgb, visible
 from nemo_bench.types import Record
 
 SCHEMA = 1
@@ -145,19 +146,21 @@ def thumbnail(path: Path, box: tuple[int, int]) -> tuple[Image.Image, bool] | No
         box: Width and height to fit.
 
     Returns:
-        The picture in RGB, and whether it was made smaller; None if there is none to read.
+        The picture as :func:`nemo_bench.pictures.to_rgb` makes it, and whether it was made smaller; None if there is
+        none to read.
     """
     try:
         with Image.open(path) as opened:
-            smaller = opened.width > box[0] or opened.height > box[1]
+            size = opened.size
             preview = dict(getattr(opened, "private_chunks", ())).get(_PREVIEW) if max(box) <= PREVIEW else None
             source = Image.open(io.BytesIO(preview)) if preview else opened
-            source.draft("RGB", (2 * box[0], 2 * box[1]))  # decodes no more of a JPEG than it takes
-            picture = source.convert("RGB")
-    except OSError:
+            source.draft("RGB", (2 * max(box), 2 * max(box)))  # decodes no more of a JPEG than it takes
+            picture = to_rgb(source)
+    except Exception:  # Pillow raises many kinds for many kinds of damage
         return None
+    whole = size if (size[0] > size[1]) == (picture.width > picture.height) else size[::-1]  # EXIF may turn it
     picture.thumbnail(box, Image.Resampling.LANCZOS)
-    return picture, smaller
+    return picture, whole[0] > box[0] or whole[1] > box[1]
 
 
 class Store:
@@ -192,7 +195,7 @@ class Store:
                     "choose another name=... or delete the folder"
                 )
                 raise StoreError(msg)
-        elif self.folder.exists() and any(p.suffix != ".part" for p in self.folder.iterdir()):
+        elif self.folder.exists() and any(p.suffix != ".part" for p in visible(self.folder.iterdir(), self.folder)):
             raise StoreError(f"{self.folder} is not empty and holds no spec.json; choose another name=... or root=...")
         else:
             self.folder.mkdir(parents=True, exist_ok=True)

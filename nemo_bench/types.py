@@ -32,6 +32,7 @@ class Prompt(NamedTuple):
         references: Training images of the prompt, as files.
         tags: Free words for filters.
         dead_references: Links to training images of the prompt that could not be fetched.
+        damaged_references: Files of training images of the prompt that can't be decoded.
     """
 
     id: str
@@ -40,14 +41,14 @@ class Prompt(NamedTuple):
     references: tuple[Path, ...] = ()
     tags: tuple[str, ...] = ()
     dead_references: tuple[str, ...] = ()
+    damaged_references: tuple[Path, ...] = ()
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Prompt:
         """The prompt of a line of ``prompts.jsonl`` in a results folder."""
-        references, dead = (tuple(fields.get(name, ())) for name in ("references", "dead_references"))
-        return cls(
-            fields["id"], fields["text"], fields["kind"], tuple(map(Path, references)), tuple(fields["tags"]), dead
-        )
+        references, damaged = (tuple(map(Path, fields.get(k, ()))) for k in ("references", "damaged_references"))
+        dead = tuple(fields.get("dead_references", ()))
+        return cls(fields["id"], fields["text"], fields["kind"], references, tuple(fields["tags"]), dead, damaged)
 
     @property
     def group(self) -> str:

@@ -13,8 +13,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
 
 from PIL import Image
+
+LOGINS = ("Authorization", "Proxy-Authorization", "Cookie")
 
 
 def picture(color: str = "red", kind: str = "PNG", size: tuple[int, int] = (48, 40)) -> bytes:
@@ -34,7 +37,10 @@ def bomb(width: int = 20_000, height: int = 20_000) -> bytes:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers by path; the server's ``seen`` counts requests, ``at_once`` the most of them open together."""
+    """Answers by path; the server's ``seen`` counts requests, ``at_once`` the most of them open together.
+
+    ``logins`` are those that anybody sent.
+    """
 
     protocol_version = "HTTP/1.1"
     server: Server
@@ -43,8 +49,9 @@ class Handler(BaseHTTPRequestHandler):
         """Tests print nothing."""
 
     def do_GET(self) -> None:
-        path = self.path.split("?")[0]
+        path = urlsplit(self.path).path  # a proxy is asked for whole addresses
         with self.server.lock:
+            self.server.logins += [self.headers[name] for name in LOGINS if name in self.headers]
             self.server.seen[self.path] += 1
             self.server.open += 1
             self.server.at_once = max(self.server.at_once, self.server.open)
@@ -149,7 +156,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def zipped(self, times: int) -> None:
         """A few bytes that unpack to far too much, though nothing packed was asked for."""
-        content = zlib.compress(bytes(2**26))
+        content = zlib.compress(bytes(2**23))
         self.reply(content, Content_Encoding="deflate")
 
     def silent(self, times: int) -> None:
@@ -190,6 +197,10 @@ class Handler(BaseHTTPRequestHandler):
     def moved(self, times: int) -> None:
         self.reply(b"", status=302, Location="/good.png")
 
+    def to(self, times: int) -> None:
+        """Moved to wherever the query says."""
+        self.reply(b"", status=302, Location=unquote(urlsplit(self.path).query))
+
     def loop(self, times: int) -> None:
         self.reply(b"", status=302, Location="/loop.png")
 
@@ -205,8 +216,9 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, host: str, port: int) -> None:
+        super().__init__((host, port), Handler)
+        self.logins: list[str] = []
         self.seen: Counter[str] = Counter()
         self.lock, self.stop = threading.Lock(), threading.Event()
         self.open = self.at_once = self.sent = 0
@@ -216,12 +228,12 @@ class Server(ThreadingHTTPServer):
         """A connection that was cut is what tests are about."""
 
     def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/{path}"
+        return f"http://{self.server_address[0]!s}:{self.server_address[1]}/{path}"
 
 
 @contextmanager
-def serve() -> Iterator[Server]:
-    with Server() as server:
+def serve(host: str = "127.0.0.1", port: int = 0) -> Iterator[Server]:
+    with Server(host, port) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "nemo_bench"
 
 LAYERS = (
-    {"types", "errors", "stopping", "citations", "signals", "environment", "processes", "terminal"},
+    {"types", "errors", "stopping", "citations", "signals", "environment", "pictures", "processes", "terminal"},
     {"store"},
     {"diffusion", "prompts", "aggregate"},
     {"localization", "methods", "detectors", "metrics", "references", "elsewhere"},
@@ -102,7 +102,7 @@ def test_what_stands_aside_imports_little(name: str) -> None:
 
 
 def test_store_and_types_stand_on_plain_data_only() -> None:
-    assert {part(found) for found in ours("nemo_bench.store")} == {"errors", "types"}
+    assert {part(found) for found in ours("nemo_bench.store")} == {"errors", "types", "pictures"}
     assert ours("nemo_bench.types") == {"nemo_bench.errors"}
     assert ours("nemo_bench.errors") == set()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -18,14 +19,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from yarl import URL
 
 from misbehaving import Server, picture, serve
+from nemo_bench import references
 from nemo_bench.cli import main
 from nemo_bench.errors import ConfigError, PromptError
 from nemo_bench.prompts import MANIFEST, dead_references, read_links, read_manifest, read_prompts
-from nemo_bench.references import Limits, _address, _seconds, fetch
+from nemo_bench.references import Limits, _address, _is_public, _moved, _seconds, fetch
 
-QUICK = Limits(retries=2, backoff=0.01, connect=1, read=0.4, total=3, megabytes=1, megapixels=1)
+QUICK = Limits(private=True, retries=2, backoff=0.01, connect=1, read=0.4, total=3, megabytes=1, megapixels=1)
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +111,7 @@ def test_what_will_not_heal_is_asked_for_once(tmp_path: Path, server: Server, pa
 @pytest.mark.parametrize("path", HEALING)
 def test_what_may_heal_is_asked_for_again_and_then_given_up(tmp_path: Path, server: Server, path: str) -> None:
     start = time.monotonic()
-    entry = fetch_one(tmp_path, server.url(path), Limits(retries=1, backoff=0.01, read=0.4, total=0.6))
+    entry = fetch_one(tmp_path, server.url(path), Limits(private=True, retries=1, backoff=0.01, read=0.4, total=0.6))
     assert time.monotonic() - start < 5
     assert (entry["status"], entry["why"], entry["may_heal"]) == ("dead", HEALING[path], True)
     # The library itself asks once more where a connection breaks before the answer.
@@ -171,13 +174,13 @@ def test_addresses_that_no_host_can_have(tmp_path: Path, url: str) -> None:
 
 
 def test_a_host_that_does_not_exist(tmp_path: Path) -> None:
-    entry = fetch_one(tmp_path, "http://nowhere.invalid/a.png", Limits(retries=0))
+    entry = fetch_one(tmp_path, "http://nowhere.invalid/a.png", Limits(private=True, retries=0))
     assert (entry["why"], entry["may_heal"]) == ("host not found", True)
 
 
 def test_links_are_fetched_once_in_parallel_and_politely(tmp_path: Path, server: Server) -> None:
     urls = [server.url(f"slow/{number % 10}.png") for number in range(20)]
-    summary = fetch_all(tmp_path, urls, Limits(parallel=8, per_host=3))
+    summary = fetch_all(tmp_path, urls, Limits(private=True, parallel=8, per_host=3))
     assert len(server.seen) == 10
     assert set(server.seen.values()) == {1}
     assert server.at_once == 3
@@ -208,7 +211,7 @@ def test_the_list_may_lie_beside_its_images(tmp_path: Path, server: Server) -> N
 
 def test_what_is_there_is_kept_and_what_may_heal_is_tried_again(tmp_path: Path, server: Server) -> None:
     urls = [server.url(path) for path in ("good.png", "jpeg.jpg", "missing.png", "broken.png", "later.png")]
-    limits = Limits(retries=0)
+    limits = Limits(private=True, retries=0)
     assert fetch_all(tmp_path, urls, limits)["fetched"] == 2
     images = tmp_path / "images"
     (images / read_manifest(images)[urls[1]]["file"]).write_bytes(b"altered")
@@ -246,9 +249,8 @@ def test_links_that_were_not_tried_are_an_error(tmp_path: Path, server: Server) 
 
 def test_a_killed_fetch_goes_on(tmp_path: Path, server: Server) -> None:
     path = write_list(tmp_path, [server.url(f"slow/{number}.png") for number in range(12)])
-    code = (
-        f"from nemo_bench.references import *; fetch([{str(path)!r}], {str(tmp_path / 'images')!r}, Limits(parallel=1))"
-    )
+    limits = "Limits(private=True, parallel=1)"
+    code = f"from nemo_bench.references import *; fetch([{str(path)!r}], {str(tmp_path / 'images')!r}, {limits})"
     process = subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "COLUMNS": "80"}, stdout=subprocess.PIPE
     )
@@ -317,6 +319,135 @@ def test_lists_of_one_name_and_impossible_limits(tmp_path: Path) -> None:
         Limits(total=0)
 
 
+@pytest.fixture
+def netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "netrc"
+    path.write_text("default login user password secret\n")
+    path.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(path))
+
+
+@pytest.mark.usefixtures("netrc")
+def test_no_login_is_sent_or_kept(tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    login = server.url("").replace("//", "//user:secret@")
+    urls = [server.url("good.png"), f"{login}jpeg.jpg", f"{login}missing.png", server.url(f"to?{login}good.png")]
+    summary = fetch_all(tmp_path, urls)
+    assert (summary["fetched"], len(summary["dead"])) == (3, 1)
+    assert server.seen["/good.png"] == 2
+    assert server.logins == []
+    prompts = read_prompts(tmp_path / "list.jsonl", references=tmp_path / "images")
+    assert [len(prompt.references) for prompt in prompts] == [1, 1, 0, 1]
+    assert prompts[2].dead_references == (server.url("missing.png"),)
+    assert main(["references", str(tmp_path / "list.jsonl"), str(tmp_path / "images"), "--private"]) == 0
+    manifest = (tmp_path / "images" / MANIFEST).read_text()
+    assert "jpeg.jpg" in manifest
+    for text in (manifest, json.dumps(summary), str(prompts), *capsys.readouterr()):
+        # A redirection is part of a link that somebody else wrote; what is in its query is not told apart.
+        assert "secret" not in text.replace(urls[3], "")
+
+
+PUBLIC = ["8.8.8.8", "93.184.215.14", "2606:2800:220:1::1", "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1"]
+PRIVATE = [
+    *("127.0.0.1", "127.1.2.3", "0.0.0.0", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1"),
+    *("224.0.0.1", "240.0.0.1", "255.255.255.255", "198.18.0.1", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1"),
+    *("fec0::1", "ff02::1", "::ffff:127.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1", "64:ff9b:1::1", "2002:7f00:1::1"),
+    *("127.1", "2130706433", "0x7f000001", "0177.0.0.1", "a.example", ""),
+]
+
+
+@pytest.mark.parametrize("address", [*PUBLIC, *PRIVATE])
+def test_public_addresses_are_told_from_others(address: str) -> None:
+    """Of the registries of special addresses of IANA (RFC 6890), and of forms that stand for an IPv4 address."""
+    assert _is_public(address) == (address in PUBLIC)
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "127.0.0.1.", "localhost", "127.1", "2130706433", "0x7f000001", "[::1]", "[::ffff:127.0.0.1]"]
+)
+def test_this_machine_is_not_asked_unless_allowed(tmp_path: Path, server: Server, host: str) -> None:
+    url = server.url("good.png").replace("127.0.0.1", host)
+    entry = fetch_one(tmp_path, url, Limits(backoff=100))
+    assert (entry["status"], entry["why"]) == ("dead", "no public address")
+    assert not server.seen
+    if host in ("127.0.0.1", "localhost"):
+        assert fetch_one(tmp_path, url)["status"] == "ok"
+
+
+@pytest.fixture
+def inner(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server of the network within, on the port of the other one, which counts as a public one now."""
+    monkeypatch.setattr(references, "_is_public", lambda host: host == "127.0.0.1")
+    with serve("127.0.0.2", int(server.server_address[1])) as inner:
+        yield inner
+
+
+def answer_names(monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> None:
+    """Has every name found at these addresses, at the last ones from then on."""
+    left = list(answers)
+
+    def found(host: str, port: int, *_: object, **__: object) -> list[tuple[Any, ...]]:
+        addresses = left.pop(0) if len(left) > 1 else left[0]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the loopback has one address")
+def test_redirections_lead_to_public_addresses_only(
+    tmp_path: Path, server: Server, inner: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fetch_one(tmp_path, server.url("moved.png"), Limits())["status"] == "ok"
+    assert fetch_one(tmp_path, server.url(f"to?{inner.url('good.png')}"), Limits())["why"] == "no public address"
+    answer_names(monkeypatch, ["127.0.0.2"])
+    port = server.server_address[1]
+    assert fetch_one(tmp_path, server.url(f"to?http://a.example:{port}/good.png"), Limits())["status"] == "dead"
+    assert fetch_one(tmp_path, f"http://b.example:{port}/good.png", Limits())["why"] == "no public address"
+    assert not inner.seen
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the loopback has one address")
+def test_the_address_that_was_checked_is_the_one_connected_to(
+    tmp_path: Path, server: Server, inner: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer_names(monkeypatch, ["127.0.0.2", "127.0.0.1"], ["127.0.0.2"])  # another answer to who asks again
+    url = f"http://a.example:{server.server_address[1]}/good.png"
+    assert fetch_one(tmp_path, url, Limits())["status"] == "ok"
+    assert (sum(server.seen.values()), sum(inner.seen.values())) == (1, 0)
+
+
+def test_no_redirection_leaves_encryption() -> None:
+    assert str(_moved(URL("https://a.example/x/y.png"), "../z.png")) == "https://a.example/z.png"
+    assert str(_moved(URL("http://a.example/x"), "https://u:p@b.example/z?q=1%2C2")) == "https://b.example/z?q=1%2C2"
+    with pytest.raises(Exception, match="redirected from https to http"):
+        _moved(URL("https://a.example/x"), "http://a.example/x")
+
+
+@pytest.mark.usefixtures("netrc")
+def test_proxies_of_the_environment_are_used(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", server.url("").replace("//", "//me:own@"))
+    monkeypatch.setenv("no_proxy", "direct.invalid")
+    found = [
+        fetch_one(tmp_path, url, Limits(retries=0))["status" if number < 1 else "why"]
+        for number, url in enumerate(
+            [
+                "http://images.invalid/good.png",
+                "http://10.0.0.1/a.png",
+                "http://localhost/b.png",
+                "http://direct.invalid/c.png",
+            ]
+        )
+    ]
+    assert found == ["ok", "no public address", "no public address", "host not found"]
+    assert dict(server.seen) == {"http://images.invalid/good.png": 1}
+    assert server.logins == ["Basic " + base64.b64encode(b"me:own").decode()]  # the user's own, for the proxy
+
+
+def test_proxies_of_other_kinds_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "socks5://me:secret@proxy.invalid:1080")
+    with pytest.raises(ConfigError, match=r"HTTPS_PROXY=socks5://proxy\.invalid:1080: expected such as http://host"):
+        fetch_all(tmp_path, ["http://a.invalid/a.png"])
+
+
 @given(st.text(min_size=1))
 def test_any_text_has_an_address_or_is_dead(text: str) -> None:
     for url in (text, f"http://a.example/{text}", f"http://{text}/"):
@@ -333,7 +464,7 @@ def test_any_wish_to_wait_is_a_number(text: str) -> None:
 
 def test_command(tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_list(tmp_path, [server.url(name) for name in ("good.png", "slow.png", "missing.png")])
-    words = ["references", str(path), str(tmp_path / "images"), "--retries", "0"]
+    words = ["references", str(path), str(tmp_path / "images"), "--retries", "0", "--private"]
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "3 links: 2 fetched, 0 kept, 1 dead" in out

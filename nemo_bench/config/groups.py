@@ -27,7 +27,7 @@ def options(group: str, conf: Path | None = None) -> list[str]:
     """
     if group not in GROUPS:
         raise ConfigError(f"unknown group '{group}'. {nearest(group, GROUPS)}")
-    return sorted({path.stem for folder in folders(group, conf) for path in folder.glob("*.yaml")})
+    return sorted({path.stem for folder in folders(group, conf) for path in folder.glob("[!.]*.yaml")})
 
 
 def folders(group: str, conf: Path | None) -> list[Path]:

@@ -6,12 +6,14 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
+from nemo_bench.pictures import visible
 from nemo_bench.types import digest
 
 
 def folder_digest(folder: Path) -> str:
     """Content digest of the settings and weights in a folder, 16 hexadecimal digits."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix in {".json", ".safetensors", ".bin", ".txt"})
+    found = sorted(visible(folder.rglob("*"), folder))
+    files = [path for path in found if path.suffix in {".json", ".safetensors", ".bin", ".txt"}]
     return digest([[p.relative_to(folder).as_posix(), file_digest(p)] for p in files])
 
 

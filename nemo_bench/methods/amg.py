@@ -22,6 +22,7 @@ from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.descent import check_precision
 from nemo_bench.metrics import SSCD
 from nemo_bench.metrics.spaces import to_tensor
+from nemo_bench.pictures import open_image
 from nemo_bench.prompts import references_digest
 from nemo_bench.signals import unit
 from nemo_bench.types import Prompt
@@ -281,9 +282,4 @@ class _Guidance:
 
 def _picture(path: Path, size: tuple[int, int]) -> Tensor:
     """A picture as (1, 3, height, width) values in [0, 1]."""
-    try:
-        with Image.open(path) as image:
-            picture = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    except OSError as error:
-        raise ConfigError(f"{path} can't be read as an image ({error}); amg needs every training image") from error
-    return to_tensor([picture])
+    return to_tensor([open_image(path).resize(size, Image.Resampling.BICUBIC)])

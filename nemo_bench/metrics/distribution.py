@@ -18,11 +18,11 @@ from torchmetrics.image.mifid import MemorizationInformedFrechetInceptionDistanc
 from nemo_bench.errors import ConfigError
 from nemo_bench.metrics.base import BenchMetric
 from nemo_bench.metrics.networks import Inception, Network
+from nemo_bench.pictures import list_pictures, unreadable
 from nemo_bench.types import digest
 
 _ALONE: dict[str, Any] = {"sync_on_compute": False}
 """One process has all features and computes alone; others must not be waited for."""
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 class _Features(nn.Module):
@@ -44,7 +44,7 @@ class SetMetric(BenchMetric):
 
     Args:
         space: The network whose features are compared.
-        folder: Real pictures: png, jpg, webp or bmp, in subfolders too.
+        folder: Real pictures (:data:`nemo_bench.pictures.ENDINGS`), in subfolders too.
     """
 
     family = "quality"
@@ -61,16 +61,21 @@ class SetMetric(BenchMetric):
     @property
     def files(self) -> list[Path]:
         """The real pictures, sorted by name."""
-        root = Path(self.folder or "")
-        return sorted(path for path in root.rglob("*") if path.suffix.lower() in ENDINGS) if self.folder else []
+        return list_pictures(Path(self.folder), deep=True) if self.folder else []
 
     def check(self) -> None:
         """See :meth:`BenchMetric.check`."""
         super().check()
-        if len(self.files) < 2:
-            given = f"{self.folder} holds {len(self.files)}" if self.folder else "no folder is given"
+        files = self.files
+        if len(files) < 2:
+            given = f"{self.folder} holds {len(files)}" if self.folder else "no folder is given"
             msg = f"{self.title} compares with at least 2 real pictures, {given}; set real_images=FOLDER"
             raise ConfigError(msg)
+        if bad := unreadable(files, "real pictures"):
+            listed = ", ".join(f"{path} ({why})" for path, why in list(bad.items())[:3])
+            more = ", ..." if len(bad) > 3 else ""
+            msg = f"{self.title}: {len(bad)} of {len(files)} real pictures can't be read: {listed}{more}"
+            raise ConfigError(f"{msg}; replace them, or move them out of {self.folder}")
 
     def content(self) -> Mapping[str, Any]:
         """See :meth:`BenchMetric.content`; pictures by name and size in bytes."""

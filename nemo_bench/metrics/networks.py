@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+import zipfile
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torchmetrics.image.fid import NoTrainInceptionV3
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
@@ -153,6 +154,7 @@ class OpenClip(Network):
         if self._folder:
             if not (self._folder / "open_clip_config.json").is_file():
                 raise ModelError(f"open_clip model '{self.model}': there is no open_clip_config.json in that folder")
+            _check_clip_folder(self._folder)
         elif self.model not in open_clip.list_models():
             known = nearest(self.model, open_clip.list_models())
             raise ModelError(f"unknown open_clip model '{self.model}' (no weights for it). {known}")
@@ -167,6 +169,8 @@ class OpenClip(Network):
                 raise ModelError(
                     f"no weights for open_clip model '{self.model}', pretrained '{self.pretrained}'. {hint}"
                 )
+        else:
+            _check_whole(f"open_clip model '{self.model}'", Path(self.pretrained))
         self._check_activation()
 
     @property
@@ -349,6 +353,58 @@ def _check_file(kind: str, file: str, sha256: str | None, origin: str) -> None:
         )
     if sha256 and not file_digest(path).startswith(sha256.lower()):
         raise ModelError(f"{kind}: {file} has SHA-256 {file_digest(path)}, expected {sha256}; download it again")
+    _check_whole(kind, path)
+
+
+def _check_whole(kind: str, path: Path) -> None:
+    """Raises ModelError where a file of weights was cut off, is damaged, or holds something else."""
+    about = path.stat()
+    if why := _damage(path, about.st_size, about.st_mtime_ns):
+        raise ModelError(f"no weights for {kind}: {path} can't be read ({why}); download it again")
+
+
+@cache
+def _damage(path: Path, size: int, time: int) -> str:
+    """Why a file of weights that was last written at a time can't be read, empty where it can."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                return ""
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                bad = archive.testzip()
+            return f"{bad} in it is damaged" if bad else ""
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many libraries, for many kinds of damage
+        return str(error).strip().split("\n")[0] or type(error).__name__
+    return ""
+
+
+def _check_clip_folder(folder: Path) -> None:
+    """Raises ModelError where a folder of open_clip can't be read; its weights are not loaded."""
+    try:
+        if "model_cfg" not in json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8")):
+            raise ValueError("no 'model_cfg' in it")
+    except (OSError, ValueError, TypeError) as error:
+        msg = f"open_clip model 'local-dir:{folder}': its open_clip_config.json can't be read ({error})"
+        raise ModelError(f"{msg}; copy the folder again") from error
+    for name in HUB_FILES:
+        if (folder / name).is_file():
+            _check_whole(f"open_clip model 'local-dir:{folder}'", folder / name)
+
+
+def _check_loads(space: Network | LPIPS, path: Path) -> None:
+    """Raises ModelError where a file of weights is of another network; each file is loaded once for this."""
+    about = path.stat()
+    _try(space, about.st_size, about.st_mtime_ns)
+
+
+@cache
+@torch.no_grad()
+def _try(space: Network | LPIPS, size: int, time: int) -> None:
+    network = space.load().eval()
+    if isinstance(space, SSCD):  # only its output tells which one it is
+        space.forward(network, torch.zeros(1, 3, 64, 64))
 
 
 @dataclass(frozen=True)
@@ -425,6 +481,7 @@ class SSCD(Network):
         name = f"sscd_{_SSCD[self.protocol].network}.torchscript.pt"
         origin = f"https://dl.fbaipublicfiles.com/sscd-copy-detection/{name}"
         _check_file(f"SSCD {self.protocol}", self.file, self.sha256, origin)
+        _check_loads(self, Path(self.file))
 
     def content(self) -> Mapping[str, Any]:
         """See :meth:`Space.content`."""
@@ -503,6 +560,7 @@ class Inception(Network):
             raise ConfigError("Inception needs torch-fidelity: pip install 'nemo-bench[fid]'")
         release = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
         _check_file("Inception", self.file, self.sha256, f"{release}/weights-inception-2015-12-05-6726825d.pth")
+        _check_loads(self, Path(self.file))
 
     def content(self) -> Mapping[str, Any]:
         """See :meth:`Space.content`."""
@@ -576,6 +634,8 @@ class LPIPS(Pixels):
                 f"no weights for LPIPS {self.net}: {self._file} does not exist. Download {url} once and put it there "
                 "(TORCH_HOME moves that folder), or leave LPIPS out"
             )
+        _check_whole(f"LPIPS {self.net}", self._file)
+        _check_loads(self, self._file)
 
     def content(self) -> Mapping[str, Any]:
         """See :meth:`Space.content`."""

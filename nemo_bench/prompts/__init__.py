@@ -3,6 +3,7 @@
 from nemo_bench.prompts.data import ImageTask, PromptDataModule, PromptTask, seeds_of
 from nemo_bench.prompts.manifest import MANIFEST, read_manifest
 from nemo_bench.prompts.readers import (
+    check_references,
     dead_references,
     prompts_digest,
     read_links,
@@ -16,6 +17,7 @@ __all__ = [
     "ImageTask",
     "PromptDataModule",
     "PromptTask",
+    "check_references",
     "dead_references",
     "prompts_digest",
     "read_links",

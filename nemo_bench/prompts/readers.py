@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import csv
 import hashlib
 import importlib
@@ -12,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from nemo_bench.errors import PromptError, nearest
+from nemo_bench.pictures import unreadable, visible
 from nemo_bench.prompts.datasets import DatasetPlace
+from nemo_bench.prompts.lists import split_links, split_list, without_login
 from nemo_bench.prompts.manifest import MANIFEST, read_manifest
 from nemo_bench.types import Kind, Prompt, Record, digest
 
@@ -76,8 +75,12 @@ def read_prompts(
     - id, if any: ``id``, ``index`` or a first column without a name. An ``id`` must be unique, the others are used
       only if they are;
     - reference images, if any: ``references`` or ``reference``, file names separated by ``|``, or a list;
-    - links to reference images, if any: ``url`` or ``urls``, one link or a list. They are used where the folder of
-      the reference images is one that ``nemo-bench references`` fetched them to.
+    - links to reference images, if any: ``url`` or ``urls``, one link or several
+      (:func:`nemo_bench.prompts.lists.split_links`). They are used where the folder of the reference images is one
+      that ``nemo-bench references`` fetched them to.
+
+    A list may be one of the file's format, or written out as text, as pandas, numpy and JSON do
+    (:func:`nemo_bench.prompts.lists.split_list`).
 
     Other columns are ignored. ``.txt`` has one prompt a line. Without ids, prompts are numbered as
     ``<prefix>-0001``, before anything is left out. Data sets of Hugging Face ``datasets`` have such columns too, see
@@ -91,12 +94,12 @@ def read_prompts(
         prefix: What numbered ids start with; by default the file name without its ending.
 
     Returns:
-        The prompts in the order of the file, at least one. All reference files exist; links that could not be
-        fetched are in ``dead_references``.
+        The prompts in the order of the file, at least one. All reference files exist and can be decoded; those that
+        can't be are in ``damaged_references``, links that could not be fetched in ``dead_references``.
 
     Raises:
-        PromptError: The file or a reference file is missing, the file can't be read as a list of prompts, or only some
-            of its links were tried; the message names file and line.
+        PromptError: The file or a reference file is missing, the file can't be read as a list of prompts, only some
+            of its links were tried, or no reference file can be decoded; the message names file and line.
     """
     dataset, path = DatasetPlace.of(path), Path(path)
     if limit is not None and limit < 1:
@@ -115,8 +118,7 @@ def read_prompts(
     elif references is not None and any(links[p.id] for p in prompts) and not any(p.references for p in prompts):
         msg = f"{path} has links to reference images, but {folder} holds no {MANIFEST} of fetched ones"
         raise PromptError(f"{msg}; fetch them: nemo-bench references {path} {folder}")
-    _check_references(path, prompts)
-    return prompts
+    return check_references(str(path), prompts)
 
 
 def read_links(path: Path | str) -> dict[str, tuple[str, ...]]:
@@ -249,7 +251,7 @@ def _dataset_rows(dataset: DatasetPlace) -> list[Row]:
 def _neighbours(path: Path) -> str:
     if not path.parent.is_dir():
         return f"There is no folder {path.parent} either."
-    names = [file.name for file in path.parent.iterdir() if file.suffix.lower() in READERS]
+    names = [file.name for file in visible(path.parent.iterdir(), path.parent) if file.suffix.lower() in READERS]
     return nearest(path.name, names) if names else f"No file of prompts is in the folder {path.parent.resolve()}."
 
 
@@ -393,45 +395,64 @@ def _kind(row: Row) -> Kind | None:
 
 def _references(row: Row, folder: Path) -> tuple[Path, ...]:
     value = row.first(REFERENCE_COLUMNS)
-    names = value.split("|") if isinstance(value, str) else value or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        msg = f"{row.where}: the references are {value!r}; expected file names, as a list or separated by '|'"
+    written = split_list(value)
+    if written is None and isinstance(value, str):
+        written = [value]  # a name may begin with a bracket
+    if written is None:
+        msg = f"{row.where}: the references are {value!r:.60}; expected file names, as a list or separated by '|'"
         raise PromptError(msg)
-    return tuple(folder / name.strip() for name in names if name.strip())
+    names = [name.strip() for text in written for name in text.split("|")]
+    return tuple(folder / name for name in names if name)
 
 
 def _links(row: Row) -> tuple[str, ...]:
-    """Links of a row, each once; a list may be written out as text, as pandas does."""
-    value = row.first(LINK_COLUMNS)
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError) as error:
-            raise PromptError(
-                f"{row.where}: {value[:80]!r} is no list of links; expected ['https://...', ...]"
-            ) from error
-    links = [value] if isinstance(value, str) else value or []
-    if not isinstance(links, list) or not all(isinstance(link, str) for link in links):
-        raise PromptError(f"{row.where}: the links are {value!r}; expected one link or a list of links")
-    return tuple(dict.fromkeys(link.strip() for link in links if link.strip()))
+    """Links of a row, each once, without user names and passwords, which nobody else is to have."""
+    written = split_list(row.first(LINK_COLUMNS))
+    if written is None:
+        raise PromptError(f"{row.where}: holds no list of links; expected such as ['https://...', ...], whole")
+    links = [without_login(link) for text in written for link in split_links(text)]
+    return tuple(dict.fromkeys(links))
 
 
-def _check_references(path: Path, prompts: Iterable[Prompt]) -> None:
+def check_references(where: str, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Decodes the training images of prompts; see :func:`nemo_bench.pictures.unreadable` for when this is done again.
+
+    Args:
+        where: What the prompts come from, for errors.
+        prompts: The prompts.
+
+    Returns:
+        The prompts, with files that can't be decoded in ``damaged_references``, and no longer in ``references``.
+
+    Raises:
+        PromptError: A file is missing, or there are some and none can be decoded.
+    """
+    prompts = [p._replace(references=(*p.references, *p.damaged_references), damaged_references=()) for p in prompts]
     missing = [(file, prompt.id) for prompt in prompts for file in prompt.references if not file.is_file()]
     if missing:
         listed = ", ".join(f"{file} (prompt {id_!r})" for file, id_ in missing[:3])
         more = ", ..." if len(missing) > 3 else ""
         of = f"{len(missing)} reference files of {len({id_ for _, id_ in missing})} prompts are missing"
-        msg = f"{path}: {of}: {listed}{more}. Add them, or name the folder that relative file names start from"
+        msg = f"{where}: {of}: {listed}{more}. Add them, or name the folder that relative file names start from"
         raise PromptError(msg)
     # Prompts may share references: each file is looked at once.
-    for file, id_ in {file: prompt.id for prompt in prompts for file in prompt.references}.items():
-        try:
-            with Image.open(file) as image:
-                image.verify()
-        except Exception as error:  # Pillow raises many kinds for many kinds of damage
-            msg = f"{path}: reference {file} of prompt {id_!r} is no image ({error}); replace it"
-            raise PromptError(msg) from error
+    owners = {file: prompt.id for prompt in reversed(prompts) for file in prompt.references}
+    damaged = unreadable(owners, "training images")
+    if damaged and len(damaged) == len(owners):
+        listed = ", ".join(f"{file} of prompt {owners[file]!r} ({why})" for file, why in list(damaged.items())[:3])
+        more = ", ..." if len(damaged) > 3 else ""
+        msg = f"{where}: none of the {len(owners)} reference files can be read as an image: {listed}{more}"
+        raise PromptError(f"{msg}; replace them, or take them out of the list")
+    if not damaged:
+        return prompts
+
+    def split(prompt: Prompt) -> Prompt:
+        good = tuple(file for file in prompt.references if file not in damaged)
+        return prompt._replace(
+            references=good, damaged_references=tuple(file for file in prompt.references if file in damaged)
+        )
+
+    return [split(prompt) for prompt in prompts]
 
 
 def _ids(rows: Sequence[Row], prefix: str) -> list[str]:

@@ -49,11 +49,13 @@ _COSTS = {
     "truncated": "Captions truncated",
     "without_reference": "Without training image",
     "dead_references": "Dead links",
+    "damaged_references": "Damaged training images",
 }
 _GAPS = {
     "truncated": "Captions longer than the text encoder takes, and so truncated",
     "without_reference": "Memorized prompts without a training image on disk",
     "dead_references": "Links to training images that are dead",
+    "damaged_references": "Files of training images that can't be decoded, and so left out",
 }
 
 

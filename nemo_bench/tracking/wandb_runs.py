@@ -232,7 +232,7 @@ def _artifact(entry: Entry) -> wandb.Artifact:
     name = re.sub(r"[^A-Za-z0-9._-]", "-", f"records-{entry.cell.name}")
     artifact = wandb.Artifact(name[:128], type="records", metadata={"cell": entry.cell.name})
     folder = entry.folder
-    files = [*folder.glob("records/*.jsonl"), *folder.glob("neurons/*.json")]
+    files = [*folder.glob("records/[!.]*.jsonl"), *folder.glob("neurons/[!.]*.json")]
     names = ("spec.json", "metrics.json", "layers.json", "prompts.jsonl", "neurons.csv")
     for file in sorted([*files, *(folder / name for name in names if (folder / name).is_file())]):
         artifact.add_file(str(file), file.relative_to(folder).as_posix())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -25,7 +27,7 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 from torchvision.models import squeezenet1_1
 
 from nemo_bench.errors import ConfigError, ModelError
-from nemo_bench.metrics import LPIPS, SSCD, Inception, OpenClip, networks
+from nemo_bench.metrics import LPIPS, SSCD, Inception, Network, OpenClip, networks
 from small_networks import CLIP, clip, descriptor, sscd
 
 CPU = torch.device("cpu")
@@ -329,6 +331,75 @@ def test_inception_without_weights_or_library_says_how_to_get_them(
     monkeypatch.setattr(networks, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'nemo-bench\[fid\]'"):
         Inception(str(inception)).check()
+
+
+def test_sscd_of_another_network_is_found_before_anything_runs(tmp_path: Path) -> None:
+    path, _ = descriptor(tmp_path, 1024)
+    with pytest.raises(ModelError, match=r"SSCD disc_mixup: .* gives 1024 values a picture, expected 512"):
+        SSCD(str(path), "disc_mixup").check()
+    SSCD(str(path), "disc_large_wen").check()
+
+
+def damaged(path: Path) -> Iterator[Path]:
+    """A file cut off, altered in the middle, and replaced by a page that says that it is gone."""
+    content = path.read_bytes()
+    middle = len(content) // 2
+    altered = content[:middle] + bytes(255 - byte for byte in content[middle : middle + 64]) + content[middle + 64 :]
+    for number, bad in enumerate((content[:middle], altered, b"<html>not found</html>", b"")):
+        path.write_bytes(bad)
+        os.utime(path, (number, number))
+        yield path
+    path.write_bytes(content)
+
+
+def test_damaged_weights_are_found_before_anything_runs(tmp_path: Path, inception: Path, hub: Path) -> None:
+    kept = shutil.copy(inception, tmp_path / "inception.pth")
+    torch.save(squeezenet1_1(weights=None).state_dict(), hub / "squeezenet1_1-b8a52dc0.pth")
+    descriptor(tmp_path, 512)
+    torch.save({"a": torch.rand(4096)}, tmp_path / "clip.pt")
+    torch.save({"a": torch.rand(4096)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    spaces: list[tuple[Network | LPIPS, Path]] = [
+        (SSCD(str(tmp_path / "descriptor512.pt")), tmp_path / "descriptor512.pt"),
+        (Inception(str(kept)), kept),
+        (LPIPS("squeeze"), hub / "squeezenet1_1-b8a52dc0.pth"),
+        (OpenClip("ViT-B-32", str(tmp_path / "clip.pt")), tmp_path / "clip.pt"),
+    ]
+    for space, file in spaces:
+        space.check()
+        for path in damaged(file):
+            with pytest.raises(
+                ModelError, match=rf"no weights for .*{path.name} can't be read \(.+\); download it again"
+            ):
+                space.check()
+    OpenClip("ViT-B-32", str(tmp_path / "old.pt")).check()
+    cut = tmp_path / "old.pt"
+    cut.write_bytes(cut.read_bytes()[:-64])
+    with pytest.raises(ModelError, match=r"old\.pt can't be read"):
+        OpenClip("ViT-B-32", str(cut)).check()
+
+
+def test_a_damaged_folder_of_open_clip_is_found_before_anything_runs(tmp_path: Path) -> None:
+    space, weights = clip(tmp_path), tmp_path / "open_clip_model.safetensors"
+    space.check()
+    content = weights.read_bytes()
+    for bad in (content[: len(content) // 2], b"", b"<html>"):
+        weights.write_bytes(bad)
+        with pytest.raises(ModelError, match=r"open_clip_model\.safetensors can't be read"):
+            space.check()
+    weights.write_bytes(content)
+    for text in ('{"model_cfg": ', "[]", "3"):
+        (tmp_path / "open_clip_config.json").write_text(text)
+        with pytest.raises(ModelError, match=r"open_clip_config\.json can't be read"):
+            space.check()
+
+
+def test_weights_of_another_network_are_found_before_anything_runs(tmp_path: Path, hub: Path) -> None:
+    torch.save({"a": torch.rand(4)}, hub / "squeezenet1_1-b8a52dc0.pth")
+    with pytest.raises(ModelError, match="has no weights of LPIPS squeeze"):
+        LPIPS("squeeze").check()
+    torch.save({"a": torch.rand(4)}, tmp_path / "other.pth")
+    with pytest.raises(ModelError, match="has no weights of Inception"):
+        Inception(str(tmp_path / "other.pth")).check()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nemo_bench.errors import PromptError
-from nemo_bench.prompts import prompts_digest, read_prompts, references_digest
+from nemo_bench.prompts import check_references, prompts_digest, read_prompts, references_digest
 from nemo_bench.types import Prompt
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data"
@@ -195,12 +195,31 @@ def test_references(write: Write, tmp_path: Path) -> None:
     assert read_prompts(lines)[0].references == (tmp_path / "lists/a.png", absolute)
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", PNG[:-20]])
-def test_references_that_are_no_images_are_found_before_anything_runs(write: Write, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"no picture", PNG[:45]])
+def test_references_that_are_no_images_are_left_out_and_named(write: Write, tmp_path: Path, content: bytes) -> None:
     write("a.png", content)
-    path = write("p.csv", "text,references\nx,a.png\n")
-    with pytest.raises(PromptError, match=r"a\.png of prompt 'p-0001' is no image"):
+    write("b.png", PNG)
+    path = write("p.csv", "text,references\nx,a.png\ny,a.png|b.png\n")
+    bad, good = tmp_path / "a.png", tmp_path / "b.png"
+    prompts = read_prompts(path)
+    assert [(p.references, p.damaged_references) for p in prompts] == [((), (bad,)), ((good,), (bad,))]
+    write("a.png", PNG)
+    assert check_references("p", prompts) == [
+        Prompt("p-0001", "x", None, (bad,)),
+        Prompt("p-0002", "y", None, (good, bad)),
+    ]
+
+
+def test_references_of_which_none_is_an_image_are_an_error(write: Write) -> None:
+    for name, content in (("a.png", PNG[:45]), ("b.png", b"")):
+        write(name, content)
+    path = write("p.csv", "text,references\nx,a.png\ny,a.png|b.png\n")
+    with pytest.raises(PromptError) as caught:
         read_prompts(path)
+    message = str(caught.value)
+    assert "none of the 2 reference files can be read as an image" in message
+    assert "a.png of prompt 'p-0001' (" in message
+    assert "b.png of prompt 'p-0002' (no image); replace them, or take them out of the list" in message
 
 
 def test_references_of_prompts_left_out_may_be_missing(write: Write) -> None:

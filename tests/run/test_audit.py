@@ -24,7 +24,7 @@ from nemo_bench.cli import main
 from nemo_bench.config import build, grid, options
 from nemo_bench.diffusion import Conditioning
 from nemo_bench.metrics import SSIM, PixelDistance
-from nemo_bench.modules import open_image
+from nemo_bench.pictures import open_image
 from nemo_bench.prompts import seeds_of
 from nemo_bench.report.audit import load_audits, terminal_audits
 from nemo_bench.runner import by_prompt
