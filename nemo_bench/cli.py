@@ -290,8 +290,16 @@ def _calibrate(options: argparse.Namespace) -> None:
         return
     for row in rows:
         print(f"{row['model']}: threshold {row['threshold']:.4f}, {row['prompts']} general prompts")
+        if row["general_prompts"]:
+            print(f"general prompts: {row['general_prompts']}")
         if row["mean"] is not None:
             print(f"pairwise scores: {row['mean']:.4f} ± {row['std']:.4f}")
+            for gate, about in (("pairs", row), ("maxima", row["maxima"])):
+                share = about["passed_gate"] / row["prompts"]
+                print(
+                    f"gate={gate}: above {about['threshold']:.4f} are {about['passed_gate']} of these "
+                    f"{row['prompts']} prompts ({share:.0%}), though none is memorized"
+                )
         print(f"statistics: {row['statistics']}")
         if row["folder"]:
             print(f"records: {row['folder']}")

@@ -205,6 +205,8 @@ class LocalizationStage(Stage):
             "initial_score": result.initial_score,
             "refined_score": result.refined_score,
             "threshold": result.threshold,
+            "passed_gate": result.passed_gate,
+            "exhausted": result.exhausted,
             "truncated": self.model.truncated(prompt.text),
             "memorization": float(pairs.mean()),
             "noise": self.store.save_image(f"noise/{name}.png", picture),
@@ -517,6 +519,8 @@ def localization_of(record: Record) -> Localization:
         initial_score=record["initial_score"],
         refined_score=record["refined_score"],
         threshold=record["threshold"],
+        passed_gate=record.get("passed_gate"),
+        exhausted=record.get("exhausted"),
     )
 
 

@@ -33,7 +33,7 @@ from nemo_bench.localization import (
     merge_statistics,
     name_layers,
     read_statistics,
-    threshold,
+    thresholds,
     write_statistics,
 )
 from nemo_bench.metrics import BenchMetric, SetMetric
@@ -217,9 +217,11 @@ class Runner:
         mean, std = name_layers(read_statistics(path), self.model(cell).masks.widths)
         if THRESHOLD in cell.measured:
             self._measure_threshold(cell)
+        about = read_json(store.folder / THRESHOLD) if THRESHOLD in cell.measured else {}
         own = method.threshold
-        tau = read_json(store.folder / THRESHOLD)["threshold"] if own is None else own
-        method.calibration = Calibration(mean, std, tau, len(cell.calibration_prompts))
+        tau = about["threshold"] if own is None else own
+        maxima = about["maxima"]["threshold"] if about else None
+        method.calibration = Calibration(mean, std, tau, len(cell.calibration_prompts), maxima)
 
     def _measure_statistics(self, cell: Cell) -> None:
         store, path = cell.calibration, cell.calibration.folder / STATISTICS
@@ -248,10 +250,8 @@ class Runner:
         self.go_through("calibrate", cell.choice.names["model"], tasks, store, make, max(1, rows // seeds))
         if is_main():
             records = store.records("calibrate")
-            pairs = [value for task in tasks for value in records[task.id]["pairs"]]
-            scores = torch.tensor(pairs, dtype=torch.float64)
-            about = {"mean": float(scores.mean()), "std": float(scores.std()), "prompts": len(tasks)}
-            write_json(path, {"threshold": threshold(pairs), **about, "protocol": cell.method.protocol.name})
+            pairs = [records[task.id]["pairs"] for task in tasks]
+            write_json(path, {**thresholds(pairs), "protocol": cell.method.protocol.name})
         self.trainer.strategy.barrier()
 
     def _localize(self, cell: Cell) -> None:
@@ -265,8 +265,9 @@ class Runner:
             widths = self.model(cell).masks.widths
             if is_main():
                 write_json(cell.store.folder / "layers.json", widths)
-            found = by_prompt(cell.source.store) if cell.source else {}
-            cell.method.fit({name: localization_of(record) for name, record in found.items()}, widths)
+            records = by_prompt(cell.source.store) if cell.source else {}
+            found = {prompt.id: localization_of(records[prompt.id]) for prompt in cell.source_prompts}
+            cell.method.fit(found, widths, cell.source_prompts)
             seeds = cell.choice.settings.localize_seeds
             return LocalizationStage(self.model(cell), cell.method, seeds, cell.store, cell.prompts)
 

@@ -25,7 +25,7 @@ from nemo_bench.config.schema import LoggerSettings, RunSettings, check_values
 from nemo_bench.config.targets import SPELLED, first_line, resolve, spell
 from nemo_bench.errors import ConfigError, nearest
 
-DEFAULT_METHODS = "none,random,nemo"
+DEFAULT_METHODS = "none,random,nemo,other_prompt,one_edit"
 """What is compared where no method is named."""
 DETECTING = ("model", "detector", "prompts", "trainer", "batch_size", "name", "root", "experiment")
 """Settings that detection takes up."""
@@ -280,10 +280,10 @@ def choose(overrides: Sequence[str], conf: Path | None) -> Choice:
     names = {group: str(name) for group, name in config.hydra.runtime.choices.items() if name and group in GROUPS}
     node = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
     if "prompts.files" in keys:
-        files = list(node.prompts.files)
-        names["prompts"] = "+".join(re.sub(r"[^A-Za-z0-9._-]", "-", Path(resolve(file)).stem) for file in files)
-        if "prompts.memorized" not in keys:
-            node.prompts.memorized = [file for file in node.prompts.memorized if file in files]
+        # What else a list of prompts has belongs to its own files; nothing of it holds for others.
+        own = {key.removeprefix("prompts.") for key in keys if key.startswith("prompts.")}
+        node.prompts = {key: node.prompts[key] for key in node.prompts if key in own}
+        names["prompts"] = name_of_files(list(node.prompts.files))
     try:
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), node))
     except OmegaConfBaseException as error:
@@ -293,10 +293,16 @@ def choose(overrides: Sequence[str], conf: Path | None) -> Choice:
     return Choice(names, settings)
 
 
+def name_of_files(files: Sequence[str]) -> str:
+    """What prompts are called that are named by files alone."""
+    return "+".join(re.sub(r"[^A-Za-z0-9._-]", "-", Path(resolve(file)).stem) for file in files)
+
+
 def _word(override: Override) -> str:
     """An override as Hydra takes it; a single file need not be put into brackets."""
     value = override.value()
-    is_file = override.key_or_group in ("prompts.files", "prompts.memorized") and isinstance(value, str | QuotedString)
+    lists = ("prompts.files", "prompts.memorized", "prompts.shared_from")
+    is_file = override.key_or_group in lists and isinstance(value, str | QuotedString)
     return f"{override.key_or_group}=[{_quoted(str(value))}]" if is_file else str(override.input_line)
 
 

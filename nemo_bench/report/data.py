@@ -195,6 +195,8 @@ class Cell:
         aggregates: By group, then by metric.
         presets: By name, as other papers aggregate.
         detection: By detector, where prompts of both sorts were run.
+        localization: By group, where neurons were searched: how many ``prompts`` there are, ``passed_gate``, and in how
+            many the selection was ``exhausted``, ran out without meeting its criterion; None where that is not known.
         counts: Images, prompts, and what is missing.
         cost: Seconds, UNet passes and memory.
         calibration: Folder of the general prompts' scores that its threshold comes from, where it is still there.
@@ -219,6 +221,7 @@ class Cell:
     aggregates: Mapping[str, Mapping[str, Aggregate]]
     presets: Mapping[str, Preset]
     detection: Mapping[str, Detection]
+    localization: Mapping[str, Mapping[str, int | None]]
     counts: Mapping[str, int]
     cost: Mapping[str, float]
     calibration: Path | None
@@ -227,6 +230,14 @@ class Cell:
     def count(self, group: str) -> int:
         """Number of prompts of a group."""
         return sum(group in (prompt.group, "all") for prompt in self.prompts)
+
+    def searches(self, group: str) -> str:
+        """What became of the search in a group, such as ``11 of 16 passed the gate, 11 ran out``; empty without."""
+        found = self.localization.get(group)
+        if not found:
+            return ""
+        words = f"{found['passed_gate']} of {found['prompts']} passed the gate"
+        return words if found["exhausted"] is None else f"{words}, {found['exhausted']} ran out"
 
     def prompt_means(self, metric: str, groups: Iterable[str]) -> dict[str, float]:
         """Mean over images of a metric, by prompt id, for the prompts of some groups that have the metric."""
@@ -426,6 +437,7 @@ def _load_cell(folder: Path) -> Cell:
                 for preset, about in metrics.get("presets", {}).items()
             },
             detection={key: Detection(**values) for key, values in metrics.get("detection", {}).items()},
+            localization=metrics.get("localization", {}),
             counts=metrics.get("counts", {}),
             cost=metrics["cost"],
             calibration=_calibration(folder, spec.get("calibration")),

@@ -16,7 +16,7 @@ from nemo_bench.aggregate import GROUPS
 from nemo_bench.report.data import Aggregate, Cell, GeneratedImage, Results, Statistic, short_layers
 from nemo_bench.report.plots import Plot, plots
 from nemo_bench.report.svg import looks
-from nemo_bench.report.tables import BEST, SIGNIFICANCE, Row, fewer, number
+from nemo_bench.report.tables import BEST, SEARCHES, SIGNIFICANCE, Row, fewer, number
 from nemo_bench.report.templates import FOLDER, render
 from nemo_bench.report.thumbnails import Thumbnail, Thumbnails
 from nemo_bench.types import Prompt
@@ -112,6 +112,7 @@ def page(results: Results, rows: Sequence[Row], audit: str = "") -> str:
         rows=_rows(results, rows),
         tested=any(row.corrected for row in rows),
         significance=SIGNIFICANCE,
+        searched=SEARCHES if any(row.cell.localization for row in rows) else "",
         best=BEST.format(clear="“Best”", unclear="“Best?”") if any(row.best for row in rows) else "",
         models=models,
         presets=presets,
@@ -203,7 +204,9 @@ def _rows(results: Results, rows: Sequence[Row]) -> list[dict[str, Any]]:
                     "width": f"{100 * (high - low) / span:.2f}" if interval else "",
                     "at": f"{100 * (value.mean - left) / span:.2f}",
                 }
-        found.append({"cell": row.cell, "group": row.group, "values": values})
+        found.append({
+            "cell": row.cell, "group": row.group, "values": values, "searches": row.cell.searches(row.group)
+        })  # fmt: skip
     return found
 
 

@@ -53,7 +53,7 @@ class Entry:
         """The row of the leaderboard, such as ``VM/ssim/mean``, ``presets/nemo/VM/ssim/value`` or ``cost/...``."""
         metrics = self.metrics
         presets = {name: preset["rows"] for name, preset in metrics.get("presets", {}).items()}
-        others = {key: metrics.get(key, {}) for key in ("detection", "counts", "cost")}
+        others = {key: metrics.get(key, {}) for key in ("detection", "localization", "counts", "cost")}
         return dict(_numbers({**metrics["aggregates"], "presets": presets, **others}))
 
     @property
