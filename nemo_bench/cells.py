@@ -22,6 +22,12 @@ STATISTICS = "statistics.pt"
 """Activation statistics in a calibration's folder, in the published form."""
 THRESHOLD = "threshold.json"
 """The memorization threshold in a calibration's folder, with the numbers it comes from."""
+GENERAL_PROMPTS = (
+    "a file of prompts that are not memorized, some hundreds or more: for Stable Diffusion additional_laion_prompts.csv "
+    "in the folder prompts/ of https://github.com/ml-research/localizing_memorization_in_diffusion_models, for the "
+    "embedded model package:planted/prompts/calibration.txt"
+)
+"""What a calibration takes, and where it is."""
 UNMITIGATED = {"_target_": "nemo_bench.methods.NoMitigation"}
 """Settings of a method that does nothing."""
 
@@ -244,12 +250,8 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
     measured = to_measure(method, model)
     general = [listed.calibration] if measured and listed.calibration else []
     calibration_prompts = _read(cache, general, listed.calibration_limit)
-    if measured and len(calibration_prompts) < 2:
-        msg = (
-            f"method={choice.names['method']} needs general prompts, at least 2, given {len(calibration_prompts)}: set "
-            "prompts.calibration to a prompt file, or give both model.statistics and the method's threshold"
-        )
-        raise ConfigError(msg)
+    if measured:
+        check_general(choice.names["method"], calibration_prompts)
     commit = {"commit": source.commit} if source not in weights and source.commit else {}
     network = {
         "weights": weights.get(source) or source.digest(),
@@ -264,6 +266,7 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
         "prompts": prompts_digest(calibration_prompts),
         "protocol": next((m.protocol.name for m in _lineage(method) if m.needs_calibration), None),
     }
+    general_prompts = {"file": listed.calibration, "digest": calibration["prompts"]} if measured else None
     uses_calibration = any(m.needs_calibration for m in _lineage(method))
     decisive = {
         "model": {**network, "steps": model.steps, "guidance": model.guidance},
@@ -273,7 +276,7 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
         "seeds": settings.seeds,
         "localize_seeds": settings.localize_seeds,
     }
-    if listed.shared_from and any(m.pools for m in _lineage(method)):
+    if listed.shared_from and is_pooled(method):
         shared = _read(cache, listed.shared_from, listed.limit)
         decisive["shared_from"] = prompts_digest(shared)
     names = [choice.names.get(group, group) for group in ("model", "method", "prompts")]
@@ -290,6 +293,7 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
         "digests": {"model": network["weights"], "prompts": decisive["prompts"], **commit},
         "citations": _citations(method),
         "calibration": f"../../calibration/{calibration_folder}" if THRESHOLD in measured else None,
+        "general_prompts": general_prompts,
     }
     return Cell(
         choice=choice,
@@ -327,6 +331,17 @@ def check_metrics(settings: RunSettings) -> None:
         raise next(kind for kind, _ in lacking)("\n".join([*lines, f"without: {without}"]))
 
 
+def check_general(method: str, prompts: Sequence[Prompt]) -> None:
+    """Makes sure that there are general prompts for a method's calibration.
+
+    Raises:
+        ConfigError: There are fewer than two.
+    """
+    if len(prompts) < 2:
+        msg = f"method={method} needs general prompts, at least 2, given {len(prompts)}: set prompts.calibration"
+        raise ConfigError(f"{msg} to {GENERAL_PROMPTS}; or give both model.statistics and the method's threshold")
+
+
 def source_of(settings: ModelSettings) -> Source:
     """Where the weights are; nothing is read."""
     config = resolve(settings.config) if settings.config else None
@@ -343,6 +358,11 @@ def to_measure(method: Method, model: ModelSettings) -> list[str]:
     calibrated = [m for m in _lineage(method) if m.needs_calibration]
     given = {STATISTICS: model.statistics is not None, THRESHOLD: not any(m.calibrates_threshold for m in calibrated)}
     return [name for name, present in given.items() if calibrated and not present]
+
+
+def is_pooled(method: Method) -> bool:
+    """Whether a method, or a source of it, does the same for all prompts by what was found for memorized ones."""
+    return any(m.pools for m in _lineage(method))
 
 
 def _lineage(method: Method) -> list[Method]:

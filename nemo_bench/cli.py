@@ -150,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     from nemo_bench.cells import plan
     from nemo_bench.config import grid
+    from nemo_bench.forecast import check_needs
     from nemo_bench.run import outlook, run
     from nemo_bench.runner import is_main
 
@@ -157,6 +158,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.dry_run:
         _dry_run(choices, options.json)
         return
+    check_needs(choices)
     cells = plan(choices)
     start = time.perf_counter()
     open_before = sum(sum(row["open"].values()) for row in outlook(cells))

@@ -210,7 +210,8 @@ class Runner:
             return
         store = cell.calibration
         if is_main() and cell.measured:
-            store.open({"settings": {"model": cell.spec["model"], "prompts": len(cell.calibration_prompts)}})
+            settings = {"model": cell.spec["model"], "prompts": len(cell.calibration_prompts)}
+            store.open({"settings": settings, "general_prompts": cell.spec["general_prompts"]})
         if STATISTICS in cell.measured:
             self._measure_statistics(cell)
         path = Path(resolve(given)) if given else store.folder / STATISTICS

@@ -200,6 +200,8 @@ class Cell:
         counts: Images, prompts, and what is missing.
         cost: Seconds, UNet passes and memory.
         calibration: Folder of the general prompts' scores that its threshold comes from, where it is still there.
+        general_prompts: ``file`` of the general prompts that its calibration was measured on and ``digest`` of them,
+            or None.
         unmitigated: Name of the cell of the same images without mitigation, or None.
     """
 
@@ -225,6 +227,7 @@ class Cell:
     counts: Mapping[str, int]
     cost: Mapping[str, float]
     calibration: Path | None
+    general_prompts: Mapping[str, str] | None
     unmitigated: str | None
 
     def count(self, group: str) -> int:
@@ -441,6 +444,7 @@ def _load_cell(folder: Path) -> Cell:
             counts=metrics.get("counts", {}),
             cost=metrics["cost"],
             calibration=_calibration(folder, spec.get("calibration")),
+            general_prompts=spec.get("general_prompts"),
             unmitigated=metrics.get("unmitigated", _EARLIER_RUN),
         )
     except (KeyError, TypeError, ValueError, OSError) as error:
