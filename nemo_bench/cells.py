@@ -23,8 +23,8 @@ STATISTICS = "statistics.pt"
 THRESHOLD = "threshold.json"
 """The memorization threshold in a calibration's folder, with the numbers it comes from."""
 GENERAL_PROMPTS = (
-    "a file of prompts that are not memorized, some hundreds or more: for Stable Diffusion additional_laion_prompts.csv "
-    "in the folder prompts/ of https://github.com/ml-research/localizing_memorization_in_diffusion_models, for the "
+    "a file of prompts that are not memorized, hundreds or more: for Stable Diffusion additional_laion_prompts.csv in "
+    "the folder prompts/ of https://github.com/ml-research/localizing_memorization_in_diffusion_models, for the "
     "embedded model package:planted/prompts/calibration.txt"
 )
 """What a calibration takes, and where it is."""

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_bench.config.groups import GROUPS, options, plugins
-from nemo_bench.config.schema import LoggerSettings, RunSettings, check_values
+from nemo_bench.config.schema import LoggerSettings, PromptSettings, RunSettings, check_values
 from nemo_bench.config.targets import SPELLED, first_line, resolve, spell
 from nemo_bench.errors import ConfigError, nearest
 
@@ -282,7 +282,8 @@ def choose(overrides: Sequence[str], conf: Path | None) -> Choice:
     if "prompts.files" in keys:
         # What else a list of prompts has belongs to its own files; nothing of it holds for others.
         own = {key.removeprefix("prompts.") for key in keys if key.startswith("prompts.")}
-        node.prompts = {key: node.prompts[key] for key in node.prompts if key in own}
+        typed = {key: node.prompts[key] for key in node.prompts if key in own}
+        node.prompts = OmegaConf.merge(OmegaConf.structured(PromptSettings), typed)
         names["prompts"] = name_of_files(list(node.prompts.files))
     try:
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), node))

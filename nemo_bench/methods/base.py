@@ -135,9 +135,7 @@ class Method(ABC):
         """
         return {}
 
-    def fit(
-        self, found: Mapping[str, Localization], widths: Mapping[str, int], prompts: Sequence[Prompt] = ()
-    ) -> None:
+    def fit(self, found: Mapping[str, Localization], widths: Mapping[str, int], prompts: Sequence[Prompt] = ()) -> None:
         """Takes in what :attr:`source` found, before the first prompt is localized.
 
         Args:

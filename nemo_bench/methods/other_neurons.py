@@ -35,9 +35,7 @@ class OtherNeurons(BlockNeurons):
         self.title = f"{source.title}, edit for another prompt"
         self._edits: dict[str, Neurons] = {}
 
-    def fit(
-        self, found: Mapping[str, Localization], widths: Mapping[str, int], prompts: Sequence[Prompt] = ()
-    ) -> None:
+    def fit(self, found: Mapping[str, Localization], widths: Mapping[str, int], prompts: Sequence[Prompt] = ()) -> None:
         """See :meth:`Method.fit`."""
         super().fit(found, widths, prompts)
         memorized = [prompt.id for prompt in prompts if prompt.kind] or [*found]

@@ -94,7 +94,16 @@ def _cell(folder: Path) -> Callable[[Prompt], Record | None]:
     if not records:
         raise StoreError(f"{folder} holds no localization; give results/<name>/<cell> of a run, or a file")
     texts = {row.cells["id"]: row.cells["text"] for row in read_rows(folder / "prompts.jsonl")}
-    keys = ("neurons", "initial", "gate_score", "initial_score", "refined_score", "threshold", "passed_gate", "exhausted")
+    keys = (
+        "neurons",
+        "initial",
+        "gate_score",
+        "initial_score",
+        "refined_score",
+        "threshold",
+        "passed_gate",
+        "exhausted",
+    )
     saved = {(r["prompt"], texts.get(r["prompt"])): {key: r.get(key) for key in keys} for r in records}
     return lambda prompt: saved.get((prompt.id, prompt.text))
 

@@ -60,9 +60,7 @@ class SharedNeurons(BlockNeurons):
             self.title = f"{source.title}, one edit for all prompts"
         self._chosen: Neurons | None = None
 
-    def fit(
-        self, found: Mapping[str, Localization], widths: Mapping[str, int], prompts: Sequence[Prompt] = ()
-    ) -> None:
+    def fit(self, found: Mapping[str, Localization], widths: Mapping[str, int], prompts: Sequence[Prompt] = ()) -> None:
         """See :meth:`Method.fit`."""
         super().fit(found, widths, prompts)
         layers = list(widths)

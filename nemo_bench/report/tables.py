@@ -29,9 +29,9 @@ BEST = (
 )
 """What it says that a value is best."""
 SEARCHES = (
-    "Search: prompts that passed the gate of NeMo and so had neurons searched; of those, how many the selection ran out "
-    "for without meeting its criterion. For general prompts no neurons should be searched: read their rows by an edit "
-    "for memorized prompts."
+    "Search: prompts that passed NeMo's gate, so that neurons were searched; and those of them in which the selection "
+    "ran out without meeting its criterion. An edited model has no neurons of general prompts off: what it makes of "
+    "these is in the rows of edits for other prompts."
 )
 """What the words on the search say."""
 
@@ -177,7 +177,8 @@ def latex(results: Results, rows: Sequence[Row]) -> str:
             f"  \\caption{{{tex(f'{name}. {_legend(rows)}')}}}\n"
             f"  \\label{{tab:{re.sub('[^0-9A-Za-z]+', '-', f'{results.name}-{group}').strip('-')}}}\n"
             "  \\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
-            f"  \\begin{{tabular}}{{l{'r' * len(titles)}{'l' * len(searched)}}}\n    \\toprule\n{head}    \\midrule\n{''.join(body)}"
+            f"  \\begin{{tabular}}{{l{'r' * len(titles)}{'l' * len(searched)}}}\n"
+            f"    \\toprule\n{head}    \\midrule\n{''.join(body)}"
             "    \\bottomrule\n  \\end{tabular}}\n\\end{table}\n"
         )
     return "\n".join(parts)

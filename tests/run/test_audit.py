@@ -31,7 +31,14 @@ from nemo_bench.runner import by_prompt
 from nemo_bench.store import Store, read_json, read_records
 from nemo_bench.types import Prompt
 
-SMALL = ["seeds=1", "localize_seeds=3", "model.steps=3", "prompts.calibration_limit=8", "trainer=cpu"]
+SMALL = [
+    "seeds=1",
+    "localize_seeds=3",
+    "model.steps=3",
+    "prompts.calibration=package:planted/prompts/calibration.txt",
+    "prompts.calibration_limit=8",
+    "trainer=cpu",
+]
 QUICK = ["steps=2", "samples=2", "images=2", "trainer=cpu"]
 CONTROLS = "package:planted/prompts/controls.jsonl"
 
