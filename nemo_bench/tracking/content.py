@@ -75,8 +75,8 @@ class Entry:
             own, before = (fmean(c.prompt_means(aligned, ["all"]).values()) for c in (cell, self.unmitigated))
             excess = before - own - ALIGNMENT_LOSS
         penalty = 1 + excess if excess > 0 else 0.0
-        first = next((key for key, info in infos.items() if info.family == "memorization"), None)
-        found = {key: cell.prompt_means(key, MEMORIZED) for key in (first, "memorization") if key in infos}
+        first = [key for key, info in infos.items() if info.family == "memorization"][:1]
+        found = {key: cell.prompt_means(key, MEMORIZED) for key in (*first, "memorization") if key in infos}
         return {key: {"mean": fmean(values.values()) + penalty} for key, values in found.items() if values}
 
     @property
