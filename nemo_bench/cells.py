@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from nemo_bench.config import Choice, ModelSettings, PromptSettings, RunSettings, build, resolve, rows_at_once
+from nemo_bench.config import (
+    Choice,
+    ModelSettings,
+    PromptSettings,
+    RunSettings,
+    build,
+    name_of_files,
+    resolve,
+    rows_at_once,
+)
 from nemo_bench.diffusion import Lora, Source, check_schedule
 from nemo_bench.errors import ConfigError, NemoBenchError
 from nemo_bench.localization import read_statistics
@@ -22,6 +31,12 @@ STATISTICS = "statistics.pt"
 """Activation statistics in a calibration's folder, in the published form."""
 THRESHOLD = "threshold.json"
 """The memorization threshold in a calibration's folder, with the numbers it comes from."""
+GENERAL_PROMPTS = (
+    "a file of prompts that are not memorized, hundreds or more: for Stable Diffusion additional_laion_prompts.csv in "
+    "the folder prompts/ of https://github.com/ml-research/localizing_memorization_in_diffusion_models, for the "
+    "embedded model package:planted/prompts/calibration.txt"
+)
+"""What a calibration takes, and where it is."""
 UNMITIGATED = {"_target_": "nemo_bench.methods.NoMitigation"}
 """Settings of a method that does nothing."""
 
@@ -79,6 +94,7 @@ class Cell(ImageCell):
         calibration: Folder of the model's calibration.
         measured: Files in it that the method, or its source, can't do without.
         source: The cell whose localization this one starts from; it need not be one that was asked for.
+        source_prompts: Those of its prompts that count.
     """
 
     method: Method
@@ -86,6 +102,14 @@ class Cell(ImageCell):
     calibration: Store
     measured: list[str]
     source: Cell | None = None
+    source_prompts: list[Prompt] = field(default_factory=list)
+
+    @property
+    def localization(self) -> str:
+        """Hash of what decides what is found for a prompt, whatever the other prompts and its images."""
+        settings = self.spec["settings"]
+        model = {key: value for key, value in settings["model"].items() if key not in ("steps", "guidance")}
+        return digest([model, *(settings[key] for key in ("method", "calibration", "localize_seeds"))])
 
     @property
     def is_calibrated(self) -> bool:
@@ -134,16 +158,34 @@ def plan(choices: Sequence[Choice], weights: Mapping[Source, str] | None = None)
     by_settings = {digest(cell.spec["settings"]): cell for cell in asked.values()}
     for cell in asked.values():
         cell.unmitigated = _unmitigated(cell, by_settings, prompts, weights)
-    unlinked = list(asked.values())
-    for cell in unlinked:
+    known = list(asked.values())
+    for cell in known:
         if cell.method.source:
-            settings = replace(cell.choice.settings, method=cell.choice.settings.method["source"])
-            name = type(cell.method.source).__name__.lower()
-            source = _cell(Choice({**cell.choice.names, "method": name}, settings), prompts, weights)
-            cell.source = by_settings.setdefault(digest(source.spec["settings"]), source)
+            source = _source(cell, prompts, weights)
+            cell.source_prompts = source.prompts
+            cell.source = next((other for other in known if _serves(other, source)), source)
             if cell.source is source:
-                unlinked.append(source)
+                known.append(source)
     return list(asked.values())
+
+
+def _source(cell: Cell, cache: dict[str, list[Prompt]], weights: Mapping[Source, str]) -> Cell:
+    """The cell of a method's source, with the prompts whose neurons the method takes."""
+    settings, names = cell.choice.settings, {**cell.choice.names, "method": type(cell.method.source).__name__.lower()}
+    prompts = settings.prompts
+    if cell.method.pools and prompts.shared_from:
+        names["prompts"] = name_of_files(prompts.shared_from)
+        prompts = replace(prompts, files=prompts.shared_from, memorized=prompts.shared_from, shared_from=[])
+    settings = replace(settings, method=settings.method["source"], prompts=prompts)
+    return _cell(Choice(names, settings), cache, weights)
+
+
+def _serves(cell: Cell, source: Cell) -> bool:
+    """Whether a cell localizes the prompts of another one just as that would, though it may have more of them."""
+    if cell.localization != source.localization or (cell.method.source and cell.prompts != source.prompts):
+        return False
+    own = {prompt.id: prompt.text for prompt in cell.prompts}
+    return all(own.get(prompt.id) == prompt.text for prompt in source.prompts)
 
 
 def _unmitigated(
@@ -221,12 +263,8 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
     measured = to_measure(method, model)
     general = [listed.calibration] if measured and listed.calibration else []
     calibration_prompts = _read(cache, general, listed.calibration_limit)
-    if measured and len(calibration_prompts) < 2:
-        msg = (
-            f"method={choice.names['method']} needs general prompts, at least 2, given {len(calibration_prompts)}: set "
-            "prompts.calibration to a prompt file, or give both model.statistics and the method's threshold"
-        )
-        raise ConfigError(msg)
+    if measured:
+        check_general(choice.names["method"], calibration_prompts)
     commit = {"commit": source.commit} if source not in weights and source.commit else {}
     network = {
         "weights": weights.get(source) or source.digest(),
@@ -241,6 +279,7 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
         "prompts": prompts_digest(calibration_prompts),
         "protocol": next((m.protocol.name for m in _lineage(method) if m.needs_calibration), None),
     }
+    general_prompts = {"file": listed.calibration, "digest": calibration["prompts"]} if measured else None
     uses_calibration = any(m.needs_calibration for m in _lineage(method))
     decisive = {
         "model": {**network, "steps": model.steps, "guidance": model.guidance},
@@ -250,6 +289,9 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
         "seeds": settings.seeds,
         "localize_seeds": settings.localize_seeds,
     }
+    if listed.shared_from and is_pooled(method):
+        shared = _read(cache, listed.shared_from, listed.limit)
+        decisive["shared_from"] = prompts_digest(shared)
     names = [choice.names.get(group, group) for group in ("model", "method", "prompts")]
     root = Path(settings.root)
     folder = "__".join([*names, digest(decisive, 8)])
@@ -265,6 +307,7 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
         "digests": {"model": network["weights"], "prompts": decisive["prompts"], **commit},
         "citations": _citations(method),
         "calibration": f"../../calibration/{calibration_folder}" if THRESHOLD in measured else None,
+        "general_prompts": general_prompts,
     }
     return Cell(
         choice=choice,
@@ -302,6 +345,17 @@ def check_metrics(settings: RunSettings) -> None:
         raise next(kind for kind, _ in lacking)("\n".join([*lines, f"without: {without}"]))
 
 
+def check_general(method: str, prompts: Sequence[Prompt]) -> None:
+    """Makes sure that there are general prompts for a method's calibration.
+
+    Raises:
+        ConfigError: There are fewer than two.
+    """
+    if len(prompts) < 2:
+        msg = f"method={method} needs general prompts, at least 2, given {len(prompts)}: set prompts.calibration"
+        raise ConfigError(f"{msg} to {GENERAL_PROMPTS}; or give both model.statistics and the method's threshold")
+
+
 def source_of(settings: ModelSettings) -> Source:
     """Where the weights are; nothing is read."""
     config = resolve(settings.config) if settings.config else None
@@ -329,8 +383,13 @@ def metrics_of(cell: ImageCell) -> dict[str, BenchMetric]:
 def to_measure(method: Method, model: ModelSettings) -> list[str]:
     """What a method and its sources take from general prompts, since nobody gave it."""
     calibrated = [m for m in _lineage(method) if m.needs_calibration]
-    given = {STATISTICS: model.statistics is not None, THRESHOLD: all(m.threshold is not None for m in calibrated)}
+    given = {STATISTICS: model.statistics is not None, THRESHOLD: not any(m.calibrates_threshold for m in calibrated)}
     return [name for name, present in given.items() if calibrated and not present]
+
+
+def is_pooled(method: Method) -> bool:
+    """Whether a method, or a source of it, does the same for all prompts by what was found for memorized ones."""
+    return any(m.pools for m in _lineage(method))
 
 
 def _lineage(method: Method) -> list[Method]:

@@ -218,9 +218,11 @@ def _run(options: argparse.Namespace) -> None:
         _dry_run(choices, options.json)
         return
     from nemo_bench.cells import plan
+    from nemo_bench.forecast import check_needs
     from nemo_bench.run import check_made, outlook, run
     from nemo_bench.runner import is_main
 
+    check_needs(choices)
     cells = plan(choices)
     start = time.perf_counter()
     open_before = sum(sum(row["open"].values()) for row in outlook(cells))
@@ -396,8 +398,16 @@ def _calibrate(options: argparse.Namespace) -> None:
     for row in rows:
         failed = f", {row['failed']} more failed" if row["failed"] else ""
         print(f"{row['model']}: threshold {row['threshold']:.4f}, {row['prompts']} general prompts{failed}")
+        if row["general_prompts"]:
+            print(f"general prompts: {row['general_prompts']}")
         if row["mean"] is not None:
             print(f"pairwise scores: {row['mean']:.4f} ± {row['std']:.4f}")
+            for gate, about in (("pairs", row), ("maxima", row["maxima"])):
+                share = about["passed_gate"] / row["prompts"]
+                print(
+                    f"gate={gate}: above {about['threshold']:.4f} are {about['passed_gate']} of these "
+                    f"{row['prompts']} prompts ({share:.0%}), though none is memorized"
+                )
         print(f"statistics: {row['statistics']}")
         if row["folder"]:
             print(f"records: {row['folder']}")

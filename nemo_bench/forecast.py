@@ -9,7 +9,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from nemo_bench.cells import THRESHOLD, Cell, plan, read_files, source_of, to_measure, with_sources
+from nemo_bench.cells import (
+    THRESHOLD,
+    Cell,
+    check_general,
+    is_pooled,
+    plan,
+    read_files,
+    source_of,
+    to_measure,
+    with_sources,
+)
 from nemo_bench.config import Choice, PromptSettings, build, resolve
 from nemo_bench.diffusion import Source
 from nemo_bench.errors import NemoBenchError
@@ -30,8 +40,8 @@ class Need:
     """Something that a run takes from outside.
 
     Attributes:
-        kind: ``"weights"``, ``"metric"``, ``"statistics"``, ``"prompts"``, ``"general prompts"``, ``"method's
-            file"`` or ``"training images"``.
+        kind: ``"weights"``, ``"metric"``, ``"statistics"``, ``"prompts"``, ``"prompts of edits"``, ``"general
+            prompts"``, ``"method's file"``, ``"method"`` or ``"training images"``.
         what: File, folder, hub id, or name of a metric.
         state: ``"there"``; ``"fetched"``, by its library at the first use; ``"partly"``, the run goes on without the
             rest; ``"missing"``, the run would stop.
@@ -129,8 +139,7 @@ def forecast(choices: Sequence[Choice]) -> dict[str, Any]:
     """
     Runner(choices[0].settings.trainer, progress=False)  # an error where this machine has no such devices
     survey = _Survey()
-    countable = [kept for choice in choices if (kept := survey.take(choice))]
-    cells = plan(countable, survey.unweighed) if countable else []
+    countable, cells = survey.plan(choices)
     rows, paces = _costs(cells)
     seconds = [row["seconds"] for row in rows]
     stages = ("calibrate", "localize", "generate")
@@ -154,6 +163,25 @@ def forecast(choices: Sequence[Choice]) -> dict[str, Any]:
     }
 
 
+def check_needs(choices: Sequence[Choice]) -> None:
+    """Makes sure that everything is there that a run needs, before anything loads.
+
+    Raises:
+        NemoBenchError: Something is missing, all of it named; or settings are wrong.
+    """
+    survey = _Survey()
+    survey.plan(choices)
+    lacking: dict[tuple[str, str], list[str]] = {}
+    for need in survey.needs.values():
+        if need.state == "missing":
+            lacking.setdefault((need.kind, need.note), []).append(need.what)
+    lines = [f"{kind} {', '.join(whats)}: {note}" for (kind, note), whats in lacking.items()]
+    if metrics := [what.split()[0] for (kind, _), whats in lacking.items() if kind == "metric" for what in whats]:
+        lines.append(" ".join(["without these metrics:", *(f"'~metrics.{name}'" for name in metrics)]))
+    if lines:
+        raise NemoBenchError("\n  ".join(["what the run needs is missing, nothing was started", *lines]))
+
+
 class _Survey:
     """What some cells need, each thing looked at once."""
 
@@ -161,6 +189,32 @@ class _Survey:
         self.needs: dict[tuple[str, str], Need] = {}
         self.unweighed: dict[Source, str] = {}
         self._prompts: dict[str, list[Prompt]] = {}
+
+    def plan(self, choices: Sequence[Choice]) -> tuple[list[Choice], list[Cell]]:
+        """Notes what some cells need, and makes those that can be made.
+
+        Returns:
+            The choices whose files can be read, without metrics that lack something, and the cells of these.
+
+        Raises:
+            NemoBenchError: Settings are wrong.
+        """
+        countable = [kept for choice in choices if (kept := self.take(choice))]
+        try:
+            return countable, plan(countable, self.unweighed) if countable else []
+        except NemoBenchError:
+            # One by one, so that all that do not fit are named; what remains is wrong with all of them together.
+            countable = [choice for choice in countable if self._fits(choice)]
+            return countable, plan(countable, self.unweighed) if countable else []
+
+    def _fits(self, choice: Choice) -> bool:
+        try:
+            plan([choice], self.unweighed)
+        except NemoBenchError as error:
+            what = f"{choice.names['method']} on {choice.names['model']}, {choice.names['prompts']}"
+            self.needs["method", what] = Need("method", what, "missing", str(error))
+            return False
+        return True
 
     def take(self, choice: Choice) -> Choice | None:
         """Notes what a cell needs.
@@ -179,7 +233,7 @@ class _Survey:
             metric = build(node, f"metrics.{name}")
             if self._there("metric", what := f"{name} ({metric.title})", partial(_metric, metric, what)):
                 metrics[name] = node
-        found = [self._there("prompts", file, partial(self._read, file, prompts)) for file in prompts.files]
+        found = [self._there("prompts", file, partial(self._listed, file, prompts)) for file in prompts.files]
         if all(found):
             own = [prompt for file in prompts.files for prompt in self._prompts[file][: prompts.limit]]
             self._note_training_images(own, ", ".join(prompts.files))
@@ -188,9 +242,13 @@ class _Survey:
         if model.statistics:
             path = Path(resolve(model.statistics))
             found.append(self._there("statistics", str(path), lambda: read_statistics(path)))
-        general, unlinked = prompts.calibration, replace(prompts, references=None)
-        if general and to_measure(method, model):
-            found.append(self._there("general prompts", general, partial(self._read, general, unlinked)))
+        unlinked = replace(prompts, references=None)
+        for file in prompts.shared_from if is_pooled(method) else ():
+            found.append(self._there("prompts of edits", file, partial(self._listed, file, prompts)))
+        if to_measure(method, model):
+            general = prompts.calibration
+            what = general or f"for method={choice.names['method']}"
+            found.append(self._there("general prompts", what, partial(self._general, choice, unlinked)))
         return replace(choice, settings=replace(settings, metrics=metrics)) if all(found) else None
 
     def first_prompts(self, choices: Sequence[Choice]) -> dict[str, dict[str, Any]]:
@@ -213,12 +271,16 @@ class _Survey:
                 self.needs[key] = Need(kind, what, "missing", str(error))
         return self.needs[key].state != "missing"
 
-    def _read(self, file: str, settings: PromptSettings) -> str:
-        try:
-            self._prompts[file] = read_files([file], None, settings.references, settings.memorized)
-        except NemoBenchError as error:
-            hint = f" {settings.obtain}" if settings.obtain else ""
-            raise type(error)(f"{error}{hint}") from error
+    def _general(self, choice: Choice, settings: PromptSettings) -> str:
+        if not settings.calibration:
+            check_general(choice.names["method"], [])
+        told = f"{len(_read(str(settings.calibration), settings)):,} prompts"
+        if settings.calibration in settings.files:
+            told += ", which are benchmarked too: give prompts.calibration a list of its own for results"
+        return told
+
+    def _listed(self, file: str, settings: PromptSettings) -> str:
+        self._prompts[file] = _read(file, settings)
         return f"{len(self._prompts[file]):,} prompts"
 
     def _note_training_images(self, prompts: Sequence[Prompt], files: str) -> None:
@@ -232,6 +294,15 @@ class _Survey:
                 "them out, or have no value at all. `nemo-bench references` fetches those that the list has links to"
             )
             self.needs["training images", files] = Need("training images", files, "partly", note)
+
+
+def _read(file: str, settings: PromptSettings) -> list[Prompt]:
+    """The prompts of a file, or an error that says where to get it."""
+    try:
+        return read_files([file], None, settings.references, settings.memorized)
+    except NemoBenchError as error:
+        hint = f" {settings.obtain}" if settings.obtain else ""
+        raise type(error)(f"{error}{hint}") from error
 
 
 def _told(answer: object) -> str:

@@ -8,6 +8,7 @@ from nemo_bench.cells import plan, read_files, read_listed
 from nemo_bench.config import grid
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError
+from nemo_bench.forecast import check_needs
 from nemo_bench.prompts.datasets import DatasetPlace
 from nemo_bench.prompts.readers import READERS
 from nemo_bench.report import load_results
@@ -83,8 +84,9 @@ def benchmark(*overrides: str, conf: Path | str | None = None, progress: bool = 
     """
     if not all(isinstance(word, str) for word in overrides):
         raise ConfigError(f"benchmark{overrides}: expected words, each by itself, such as 'seeds=8'")
-    cells = plan(grid(overrides, Path(conf) if conf else None))
-    return run(cells, f"nemo_bench.benchmark({', '.join(map(repr, overrides))})", progress=progress)
+    choices = grid(overrides, Path(conf) if conf else None)
+    check_needs(choices)
+    return run(plan(choices), f"nemo_bench.benchmark({', '.join(map(repr, overrides))})", progress=progress)
 
 
 def read_scores(folder: Path | str) -> list[Record]:

@@ -212,6 +212,8 @@ class LocalizationStage(Stage):
             "initial_score": result.initial_score,
             "refined_score": result.refined_score,
             "threshold": result.threshold,
+            "passed_gate": result.passed_gate,
+            "exhausted": result.exhausted,
         }
         try:
             differences = self._differences(prompt, seeds, result.neurons)
@@ -619,6 +621,8 @@ def localization_of(record: Record) -> Localization:
         initial_score=record["initial_score"],
         refined_score=record["refined_score"],
         threshold=record["threshold"],
+        passed_gate=record.get("passed_gate"),
+        exhausted=record.get("exhausted"),
     )
 
 

@@ -150,9 +150,8 @@ def calibrate(cells: Sequence[Cell], *, progress: bool = True) -> list[dict[str,
         progress: Whether bars are shown.
 
     Returns:
-        One entry a calibration: model; threshold; mean and standard deviation of the pairwise scores it comes from
-        (None where it was given); number of general prompts behind it, and of those that failed; file of the
-        statistics; folder of what was measured.
+        One entry a calibration: model; what :func:`nemo_bench.localization.thresholds` returns (None where the
+        threshold was given); file of the general prompts and of the statistics; folder of what was measured.
 
     Raises:
         NemoBenchError: See :func:`nemo_bench.cells.plan`; also where no method takes a calibration.
@@ -180,12 +179,16 @@ def calibrate(cells: Sequence[Cell], *, progress: bool = True) -> list[dict[str,
 
 def _calibration_of(cell: Cell) -> dict[str, Any]:
     folder, given = cell.calibration.folder, cell.choice.settings.model.statistics
-    prompts = {"prompts": len(cell.calibration_prompts), "failed": 0}
-    scores = {"threshold": cell.method.threshold, "mean": None, "std": None, **prompts}
+    measured = read_json(folder / THRESHOLD) if THRESHOLD in cell.measured else {}
     return {
         "model": cell.spec["model"],
-        **(read_json(folder / THRESHOLD) if cell.method.threshold is None else scores),
+        **dict.fromkeys(("mean", "std", "passed_gate", "maxima")),
+        "failed": 0,
+        "prompts": len(cell.calibration_prompts),
+        **measured,
+        **({} if cell.method.threshold is None else {"threshold": cell.method.threshold}),
         "protocol": cell.method.protocol.name,
+        "general_prompts": cell.choice.settings.prompts.calibration if cell.calibration_prompts else None,
         "statistics": resolve(given) if given else str(folder / STATISTICS),
         "folder": str(folder) if cell.measured else None,
     }
@@ -281,6 +284,7 @@ def _summary(cell: ImageCell) -> dict[str, Any]:
         "presets": measures,
         "failed": failed,
         "detection": _detection(cell, localized),
+        "localization": _searches(cell, localized),
         "counts": {
             "images": sum("image" in record for record in generated),
             "prompts": len(cell.prompts),
@@ -369,6 +373,25 @@ def check_made(cells: Sequence[ImageCell]) -> None:
             "method's settings are at fault. Failed images are recorded, and have no score"
         )
         raise ModelError("\n".join([*lines, hint]))
+
+
+def _searches(cell: ImageCell, localized: Iterable[Record]) -> dict[str, dict[str, int | None]]:
+    """By group, how many prompts passed the gate of a search, and in how many its selection ran out.
+
+    None where that is not known; without a group whose prompts were not searched.
+    """
+    records = {record["prompt"]: record for record in localized}
+
+    def count(members: Sequence[str], key: str) -> int | None:
+        known = [found for name in members if (found := records.get(name, {}).get(key)) is not None]
+        return sum(known) if known else None
+
+    groups = {group: [p.id for p in cell.prompts if group in ("all", p.group)] for group in GROUPS}
+    table = {
+        group: {"prompts": len(members), **{key: count(members, key) for key in ("passed_gate", "exhausted")}}
+        for group, members in groups.items()
+    }
+    return {group: row for group, row in table.items() if row["passed_gate"] is not None}
 
 
 def _scores_without_mitigation(cell: ImageCell) -> Iterable[Record]:

@@ -34,7 +34,7 @@ from nemo_bench.localization import (
     merge_statistics,
     name_layers,
     read_statistics,
-    threshold,
+    thresholds,
     write_statistics,
 )
 from nemo_bench.metrics import BenchMetric, SetMetric
@@ -221,7 +221,8 @@ class Runner:
             return
         store = cell.calibration
         if is_main() and cell.measured:
-            store.open({"settings": {"model": cell.spec["model"], "prompts": len(cell.calibration_prompts)}})
+            settings = {"model": cell.spec["model"], "prompts": len(cell.calibration_prompts)}
+            store.open({"settings": settings, "general_prompts": cell.spec["general_prompts"]})
         if STATISTICS in cell.measured:
             self._measure_statistics(cell)
         path = Path(resolve(given)) if given else store.folder / STATISTICS
@@ -232,9 +233,11 @@ class Runner:
         mean, std = name_layers(read_statistics(path), self.model(cell).masks.widths)
         if THRESHOLD in cell.measured:
             self._measure_threshold(cell)
+        about = read_json(store.folder / THRESHOLD) if THRESHOLD in cell.measured else {}
         own = method.threshold
         tau = measured_threshold(store.folder) if own is None else own
-        method.calibration = Calibration(mean, std, tau, len(cell.calibration_prompts))
+        maxima = about["maxima"]["threshold"] if about else None
+        method.calibration = Calibration(mean, std, tau, len(cell.calibration_prompts), maxima)
 
     def _measure_statistics(self, cell: Cell) -> None:
         store, path = cell.calibration, cell.calibration.folder / STATISTICS
@@ -265,12 +268,9 @@ class Runner:
             records = store.records("calibrate")
             usable = [records[task.id]["pairs"] for task in tasks if "pairs" in records[task.id]]
             failed = len(tasks) - len(usable)
-            pairs = [value for values in usable for value in values]
-            scores = torch.tensor(pairs, dtype=torch.float64)
-            about = {"mean": float(scores.mean()), "std": float(scores.std()), "prompts": len(usable)}
-            tau = None if failed > len(usable) else threshold(pairs)
-            content = {"threshold": tau, **about, "failed": failed, "protocol": cell.method.protocol.name}
-            write_json(path, content)
+            unknown = {"threshold": None, "mean": None, "std": None, "passed_gate": None}
+            found = thresholds(usable) if failed <= len(usable) else {**unknown, "prompts": 0, "maxima": unknown}
+            write_json(path, {**found, "failed": failed, "protocol": cell.method.protocol.name})
         self.trainer.strategy.barrier()
 
     def _localize(self, cell: Cell) -> None:
@@ -284,9 +284,10 @@ class Runner:
             widths = self.model(cell).masks.widths
             if is_main():
                 write_json(cell.store.folder / "layers.json", widths)
-            found = by_prompt(cell.source.store) if cell.source else {}
+            records = by_prompt(cell.source.store) if cell.source else {}
             cell.method.batch_size = self.rows(cell)
-            cell.method.fit({name: localization_of(r) for name, r in found.items() if "neurons" in r}, widths)
+            found = {p.id: localization_of(records[p.id]) for p in cell.source_prompts if "neurons" in records[p.id]}
+            cell.method.fit(found, widths, cell.source_prompts)
             seeds = cell.choice.settings.localize_seeds
             return LocalizationStage(self.model(cell), cell.method, seeds, cell.store, cell.prompts)
 

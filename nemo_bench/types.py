@@ -135,6 +135,9 @@ class Localization:
         refined_score: The same with the refined neurons blocked.
         threshold: The threshold that refinement used.
         row_passes: UNet forward passes of one sample spent.
+        passed_gate: Whether some pair of seeds is more alike than the gate's threshold; None where nothing was asked.
+        exhausted: Whether the selection ran out before the noise differences of all seeds had changed; None where that
+            is not known.
     """
 
     neurons: Neurons = field(default_factory=Neurons)
@@ -144,6 +147,8 @@ class Localization:
     refined_score: float = 0.0
     threshold: float = 0.0
     row_passes: int = 0
+    passed_gate: bool | None = None
+    exhausted: bool | None = None
 
 
 Record = dict[str, Any]

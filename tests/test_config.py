@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from nemo_bench.config import (
     GROUPS,
     Choice,
+    PromptSettings,
     build,
     describe_options,
     detector_grid,
@@ -34,7 +35,7 @@ from nemo_bench.config import (
 from nemo_bench.config.about import said
 from nemo_bench.config.text import read, shell_word
 from nemo_bench.errors import ConfigError
-from nemo_bench.methods import Method, NeMo, NoMitigation, RandomNeurons
+from nemo_bench.methods import Method, NeMo, NoMitigation, OtherNeurons, RandomNeurons, SharedNeurons
 from nemo_bench.metrics import BenchMetric
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -94,10 +95,11 @@ def test_every_group_has_files_and_every_file_a_group() -> None:
     }
 
 
-def test_without_a_method_three_are_compared() -> None:
+def test_without_a_method_nemo_is_compared_with_its_controls_and_its_edits() -> None:
     choices = grid(["seeds=3"])
-    assert [choice.names["method"] for choice in choices] == ["none", "random", "nemo"]
-    assert [type(build(c.settings.method, "method")) for c in choices] == [NoMitigation, RandomNeurons, NeMo]
+    assert [choice.names["method"] for choice in choices] == ["none", "random", "nemo", "other_prompt", "one_edit"]
+    kinds = [NoMitigation, RandomNeurons, NeMo, OtherNeurons, SharedNeurons]
+    assert [type(build(c.settings.method, "method")) for c in choices] == kinds
     assert all(choice.settings.seeds == 3 for choice in choices)
     assert set(choices[0].names) == set(GROUPS) - {"experiment", "detector"}
 
@@ -170,7 +172,17 @@ def test_the_lines_of_an_experiment_are_multiplied_out_one_by_one(study: Path) -
         ("none", None, 2, steps),
         ("nemo", 3, 7, steps),
         ("nemo", 4, 7, steps),
-        *((method, theta, 2, n) for n in (5, 6) for method, theta in (("none", None), ("random", None), ("nemo", 5))),
+        *(
+            (method, theta, 2, n)
+            for n in (5, 6)
+            for method, theta in (
+                ("none", None),
+                ("random", None),
+                ("nemo", 5),
+                ("other_prompt", None),
+                ("one_edit", None),
+            )
+        ),
     ]
     assert cells_of("experiment=null", study) == cells_of("", study)
 
@@ -191,6 +203,8 @@ def test_what_is_typed_wins_over_the_lines_of_an_experiment(study: Path) -> None
         ("nemo", 4),
         ("random", None),
         ("nemo", 5),
+        ("other_prompt", None),
+        ("one_edit", None),
     ]
 
 
@@ -207,6 +221,17 @@ def test_mistakes_in_the_grid_of_an_experiment_are_named(study: Path, grid_: str
     (study / "experiment" / "study.yaml").write_text(f"# @package _global_\ngrid: {grid_}\n")
     with pytest.raises(ConfigError, match=message):
         grid(["experiment=study"], study)
+
+
+def test_prompts_named_by_files_inherit_nothing_of_a_list() -> None:
+    """The embedded model's captions calibrated Stable Diffusion, and nobody said so."""
+    for words in (["prompts.files=mine.csv"], ["prompts=coco", "prompts.files=[a.csv,b.csv]"]):
+        found = one(*words).settings.prompts
+        assert found == PromptSettings(files=found.files)
+    typed = one("prompts.files=a.csv", "prompts.calibration=b.csv", "prompts.limit=3", "prompts.shared_from=c.csv")
+    expected = PromptSettings(files=["a.csv"], calibration="b.csv", limit=3, shared_from=["c.csv"])
+    assert typed.settings.prompts == expected
+    assert one("prompts=coco", "prompts.limit=3").settings.prompts.calibration == "data/additional_laion_prompts.csv"
 
 
 def test_metrics_can_be_added_and_left_out() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from nemo_bench.cells import plan
 from nemo_bench.cli import main
-from nemo_bench.config import grid
+from nemo_bench.config import Choice, grid, options
 from nemo_bench.errors import ModelError
 from nemo_bench.forecast import forecast
 from nemo_bench.metrics import Alignment
@@ -20,7 +21,14 @@ from nemo_bench.run import run
 from nemo_bench.store import read_json, read_records
 from tiny import tiny_pipeline
 
-FEW = ["prompts.calibration_limit=8", "localize_seeds=3", "model.steps=5", "seeds=2", "trainer=cpu"]
+FEW = [
+    "prompts.calibration=package:planted/prompts/calibration.txt",
+    "prompts.calibration_limit=8",
+    "localize_seeds=3",
+    "model.steps=5",
+    "seeds=2",
+    "trainer=cpu",
+]
 
 
 @pytest.fixture
@@ -204,3 +212,106 @@ def test_the_table_is_whole_in_a_narrow_terminal(words: list[str], capsys: pytes
         assert cell.id in out
     assert "UNet passes of one sample: 24 to calibrate, ≥ 27 to localize, 120 to generate" in out
     assert "time: ?" in out
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_run_names_all_that_it_lacks_and_starts_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["prompts.files=[nowhere.csv]", "model.source=no/where", "model.local_files_only=true", "method=amg,nemo"]
+    assert main(["run", *words]) == 1
+    said = capsys.readouterr().err
+    for part in (
+        "weights no/where",
+        "prompts nowhere.csv",
+        "method=nemo needs general prompts",
+        "set prompts.calibration",
+    ):
+        assert part in said
+    assert "additional_laion_prompts.csv" in said
+    (tmp_path / "bare.txt").write_text("a red sun\na hat\n")
+    # Two methods that do not fit these prompts, each for a reason of its own, are both named.
+    assert main(["run", "prompts.files=[bare.txt]", "method=amg,wanda,none"]) == 1
+    said = capsys.readouterr().err
+    for part in ("method amg on planted, bare", "method wanda on planted, bare"):
+        assert part in said
+    assert not (tmp_path / "results").exists()
+
+
+LISTS = {
+    "memorized_laion_prompts.csv": ";Caption;URL;type;Index\n0;a cup;https://a.b/c.jpg;VM;7\n1;a hat;https://a.b/d.jpg;TM;8\n",
+    "additional_laion_prompts.csv": ";Caption;URL;Index\n0;a tree;;1\n1;a sea;;2\n",
+    "unmemorized_laion_prompts.csv": ";Caption;URL;Index\n0;a road;;1\n1;a lake;;2\n",
+    "coco2014_val_10000.csv": ";Caption;URL;Index\n0;a person;;0000\n1;a sheep;;0001\n",
+    "SD1_final.csv": ",prompt,urls\n0,a flag,['https://a.b/e.jpg']\n1,a garden,['https://a.b/f.jpg']\n",
+    "sdv1_500_memorized.jsonl": '{"caption": "a cup", "index": 7, "url": "https://a.b/c.jpg"}\n'
+    '{"caption": "a hat", "index": 8, "url": "https://a.b/d.jpg"}\n',
+}
+"""The published lists in small."""
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_preset_has_a_complete_table_of_needs_on_every_model(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for file, text in LISTS.items():
+        (tmp_path / "data" / file).write_text(text)
+    choices = grid([f"experiment={name}"])
+    for model in options("model"):
+        (other,) = grid([f"model={model}", "method=none"])
+        others = [Choice({**c.names, "model": model}, replace(c.settings, model=other.settings.model)) for c in choices]
+        found = forecast(others)
+        (weights,) = (need for need in found["needs"] if need["kind"] == "weights")
+        assert weights["state"] == ("there" if model == "planted" else "missing")
+        kinds = {need["kind"] for need in found["needs"] if need["state"] == "missing"}
+        assert kinds <= {"weights", "metric"}
+        assert found["uncounted"] == 0
+        assert len(found["cells"]) >= len(choices)
+
+
+def test_general_prompts_that_are_benchmarked_too_are_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for file in ("sdv1_500_memorized.jsonl", "unmemorized_laion_prompts.csv"):
+        (tmp_path / "data" / file).write_text(LISTS[file])
+    (choice,) = grid(["prompts=wen", "method=nemo"])
+    needs = {need["kind"]: need for need in forecast([choice])["needs"]}
+    assert needs["general prompts"]["state"] == "there"
+    assert "benchmarked too" in needs["general prompts"]["note"]
+    (cell,) = plan([choice])
+    assert [p.kind for p in cell.prompts] == ["memorized", "memorized", None, None]
+
+
+def test_captions_of_another_list_take_the_neurons_of_the_cell_that_searched_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memorized prompts are searched once, though their images and those of the captions are of other numbers."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for file, text in LISTS.items():
+        (tmp_path / "data" / file).write_text(text)
+    words = ["experiment=nemo_table", "model=planted", "model.guidance=3", "metrics=default"]
+    cells = plan(grid(words))
+    by_names = {
+        (c.spec["prompts"], c.spec["method"]): c
+        for c in cells
+        if c.spec["settings"]["method"].get("neurons") != "initial"
+    }
+    shared, random = by_names["coco", "shared"], by_names["coco", "random_shared"]
+    assert shared.source is by_names["nemo", "nemo"] is by_names["nemo", "random"].source
+    assert random.source is shared
+    assert [p.text for p in shared.source_prompts] == ["a cup", "a hat"]
+    assert [p.text for p in random.source_prompts] == ["a person", "a sheep"]
+    (tmp_path / "data" / "memorized_laion_prompts.csv").write_text(
+        LISTS["memorized_laion_prompts.csv"].replace("cup", "cap")
+    )
+    changed = {c.spec["method"]: c.id for c in plan(grid(words)) if c.spec["prompts"] == "coco"}
+    assert changed["none"] == by_names["coco", "none"].id
+    assert changed["shared"] != shared.id
+    assert changed["random_shared"] != random.id

@@ -17,7 +17,14 @@ from nemo_bench.run import run
 from nemo_bench.store import read_records
 from tiny import tiny_texts
 
-FEW = ["prompts.calibration_limit=8", "localize_seeds=3", "model.steps=2", "seeds=1", "trainer=cpu"]
+FEW = [
+    "prompts.calibration=package:planted/prompts/calibration.txt",
+    "prompts.calibration_limit=8",
+    "localize_seeds=3",
+    "model.steps=2",
+    "seeds=1",
+    "trainer=cpu",
+]
 
 
 def test_a_model_by_name_has_its_settings() -> None:

@@ -12,6 +12,7 @@ from nemo_bench.config.composition import (
     detector_grid,
     grid,
     logger_settings,
+    name_of_files,
     one,
     rescore,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "explain_option",
     "grid",
     "logger_settings",
+    "name_of_files",
     "one",
     "options",
     "overridden",

@@ -24,12 +24,12 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_bench.config.families import FAMILIES, FamilySettings, settle
 from nemo_bench.config.groups import GROUPS, folders, options, plugins
 from nemo_bench.config.importable import check_found
-from nemo_bench.config.schema import LoggerSettings, RunSettings, check_values
+from nemo_bench.config.schema import LoggerSettings, PromptSettings, RunSettings, check_values
 from nemo_bench.config.targets import SPELLED, first_line, hint_of, resolve, spell
 from nemo_bench.config.text import ConfFolder, hint_in, kept, quoted, read, swept
 from nemo_bench.errors import ConfigError, nearest
 
-DEFAULT_METHODS = "none,random,nemo"
+DEFAULT_METHODS = "none,random,nemo,other_prompt,one_edit"
 """What is compared where no method is named."""
 DETECTING = ("model", "detector", "prompts", "trainer", "batch_size", "name", "root", "experiment")
 """Settings that detection takes up."""
@@ -292,10 +292,11 @@ def _chosen(overrides: Sequence[str], conf: Path | None) -> Choice:
     names = {group: str(name) for group, name in config.hydra.runtime.choices.items() if name and group in GROUPS}
     node = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
     if "prompts.files" in keys:
-        files = list(node.prompts.files)
-        names["prompts"] = "+".join(re.sub(r"[^A-Za-z0-9._-]", "-", Path(resolve(file)).stem) for file in files)
-        if "prompts.memorized" not in keys:
-            node.prompts.memorized = [file for file in node.prompts.memorized if file in files]
+        # What else a list of prompts has belongs to its own files; nothing of it holds for others.
+        own = {key.removeprefix("prompts.") for key in keys if key.startswith("prompts.")}
+        typed = {key: node.prompts[key] for key in node.prompts if key in own}
+        node.prompts = OmegaConf.merge(OmegaConf.structured(PromptSettings), typed)
+        names["prompts"] = name_of_files(list(node.prompts.files))
     try:
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), node))
     except OmegaConfBaseException as error:
@@ -332,7 +333,7 @@ def _keys(node: Any, prefix: str) -> list[str]:
 
 _PATHS = (
     "root", "weights", "real_images", "model.source", "model.config", "model.statistics", "model.clip_pretrained",
-    "prompts.files", "prompts.memorized", "prompts.references", "prompts.calibration", "prompts.controls",
+    "prompts.files", "prompts.memorized", "prompts.shared_from", "prompts.references", "prompts.calibration", "prompts.controls",
 )  # fmt: skip
 
 
@@ -360,6 +361,11 @@ def _word(override: Override, base: DictConfig) -> str:
         node = node.get(parent) if OmegaConf.is_dict(node) else None
     target = node.get("_target_") if OmegaConf.is_dict(node) else None
     return kept(override, hint_of(target, last) if target else hint_in(RunSettings, key))
+
+
+def name_of_files(files: Sequence[str]) -> str:
+    """What prompts are called that are named by files alone."""
+    return "+".join(re.sub(r"[^A-Za-z0-9._-]", "-", Path(resolve(file)).stem) for file in files)
 
 
 def _search_path(conf: Path | None) -> list[str]:

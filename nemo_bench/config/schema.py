@@ -84,8 +84,10 @@ class PromptSettings:
             ``nemo-bench references`` fetched; by default each file's own folder.
         calibration: General prompts for statistics and threshold.
         controls: Prompts with reference images that the model has not been trained on, for audits.
+        shared_from: Prompt files whose neurons methods such as ``shared`` switch off for all prompts; none for the
+            memorized prompts of ``files``.
         obtain: Where to get the files, for who does not have them.
-        limit: Take so many prompts of each file.
+        limit: Take so many prompts of each file, and of each in ``shared_from``.
         calibration_limit: Take so many general prompts.
         summary: One line for ``nemo-bench ls``.
         citation: Source.
@@ -96,6 +98,7 @@ class PromptSettings:
     references: Optional[str] = None  # noqa: UP045
     calibration: Optional[str] = None  # noqa: UP045
     controls: Optional[str] = None  # noqa: UP045
+    shared_from: list[str] = field(default_factory=list)
     limit: Optional[int] = None  # noqa: UP045
     calibration_limit: Optional[int] = None  # noqa: UP045
     obtain: str = ""

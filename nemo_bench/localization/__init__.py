@@ -12,6 +12,7 @@ from nemo_bench.localization.calibration import (
     read_statistics,
     save_moments,
     threshold,
+    thresholds,
     write_statistics,
 )
 from nemo_bench.localization.nemo import NemoSettings, localize
@@ -48,5 +49,6 @@ __all__ = [
     "scaled_difference",
     "similarity",
     "threshold",
+    "thresholds",
     "write_statistics",
 ]

@@ -8,7 +8,9 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,13 +38,31 @@ class Calibration:
         mean: Mean activation of every neuron over general prompts, by layer in network order.
         std: Unbiased standard deviation of the same.
         threshold: Similarity of noise differences above which a prompt counts as memorized.
-        prompts: Number of general prompts behind the threshold measured; 0 where statistics and threshold were given.
+        prompts: Number of general prompts behind what was measured; 0 where statistics and threshold were given.
+        maxima: The same threshold from the most alike pair of seeds of each prompt, None where it was not measured.
     """
 
     mean: dict[str, Tensor]
     std: dict[str, Tensor]
     threshold: float
     prompts: int = 0
+    maxima: float | None = None
+
+    def gate(self, threshold: float, kind: str) -> float:
+        """What the gate compares the most alike pair of seeds of a prompt with.
+
+        Args:
+            threshold: The memorization threshold in use.
+            kind: ``"pairs"`` or ``"maxima"``; see :class:`NemoSettings`.
+
+        Raises:
+            ConfigError: No threshold from maxima was measured.
+        """
+        if kind == "pairs":
+            return threshold
+        if self.maxima is None:
+            raise ConfigError("gate=maxima needs a threshold from maxima, and this calibration was given: measure one")
+        return self.maxima
 
     @classmethod
     def measured(
@@ -78,7 +98,7 @@ class Calibration:
         if 2 * len(usable) < len(pairs):
             msg = f"noise differences of {len(pairs) - len(usable)} of {len(pairs)} general prompts are not finite, so"
             raise NotFiniteError(f"{msg} there is no threshold; try float32 or bfloat16")
-        return cls(mean, std, threshold(score for values in usable for score in values), len(usable))
+        return cls(mean, std, threshold(chain(*usable)), len(usable), threshold(map(max, usable)))
 
     @classmethod
     def published(cls, path: Path, model: Diffusion, threshold: float) -> Calibration:
@@ -337,10 +357,32 @@ def threshold(pair_scores: Iterable[float]) -> float:
     """Mean plus one standard deviation of the pairwise scores over general prompts.
 
     Args:
-        pair_scores: Similarities of the noise differences of all pairs of seeds, all prompts together, at least two.
+        pair_scores: Similarities of the noise differences of all pairs of seeds, all prompts together, at least two; or
+            the largest of each prompt, for a threshold from maxima.
 
     Returns:
         The threshold (published for Stable Diffusion 1.4: 0.428).
     """
     values = torch.tensor(list(pair_scores), dtype=torch.float64)
     return float(values.mean() + values.std())
+
+
+def thresholds(pair_scores: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """The memorization threshold, and what it says of the general prompts that it comes from.
+
+    Args:
+        pair_scores: Similarities of the noise differences of all pairs of seeds, by prompt; at least two prompts.
+
+    Returns:
+        ``threshold``; ``mean`` and ``std`` of the similarities; number of ``prompts``; ``passed_gate``, how many of
+        them have a pair above the threshold, and so pass the gate as if they were memorized; and ``maxima``, the same
+        of the most alike pair of each prompt: ``threshold``, ``mean``, ``std``, ``passed_gate``.
+    """
+    highest = [max(values) for values in pair_scores]
+
+    def describe(values: Sequence[float]) -> dict[str, Any]:
+        scores, limit = torch.tensor(values, dtype=torch.float64), threshold(values)
+        passed = sum(value > limit for value in highest)
+        return {"threshold": limit, "mean": float(scores.mean()), "std": float(scores.std()), "passed_gate": passed}
+
+    return {**describe([*chain(*pair_scores)]), "prompts": len(pair_scores), "maxima": describe(highest)}

@@ -52,6 +52,11 @@ class NemoSettings:
             the similarity that it reached is the threshold, whatever is given here.
         relative: Refine by relative change instead: a neuron is dropped if no seed's similarity differs from the one
             with all candidates blocked by more than this part of it.
+        gate: What the gate compares the most alike pair of seeds of a prompt with: ``"pairs"``, as published, the
+            threshold, which is calibrated from all pairs; or ``"maxima"``, a threshold calibrated from the most alike
+            pair of each general prompt, which far fewer of those pass.
+        when_exhausted: What is blocked where the selection runs out and the noise differences of some seed still look
+            as before: ``"block"``, as published, what refinement keeps of the last candidates; or ``"nothing"``.
         refinement: ``"sequential"``, as published, or ``"bisect"``: drops many neurons at a time and then checks that
             the seeds stay changed and that no neuron that is left can be dropped.
     """
@@ -66,6 +71,8 @@ class NemoSettings:
     refine_threshold: float | None = None
     relative: float | None = None
     refinement: Literal["sequential", "bisect"] = "sequential"
+    gate: Literal["pairs", "maxima"] = "pairs"
+    when_exhausted: Literal["block", "nothing"] = "block"
 
 
 class Trial:
@@ -487,7 +494,7 @@ def localize(
         What was found; empty where no pair of seeds is more alike than the threshold.
 
     Raises:
-        ConfigError: There are fewer than two seeds.
+        ConfigError: There are fewer than two seeds, or the calibration has no threshold from maxima.
         NotFiniteError: The threshold, an activation or a noise difference is not finite.
     """
     if len(latents) < 2:
@@ -498,9 +505,12 @@ def localize(
     trial = Trial(model, text, latents, settings.factor, protocol, batch_size)
     matrix = pair_similarities(trial.original, model.similarity)
     require_finite("noise differences with nothing blocked", pair_values(matrix))
-    gate_score, kept = float(matrix.max()), matrix.amax(1) > tau
+    gate = calibration.gate(tau, settings.gate)
+    gate_score, kept = float(matrix.max()), matrix.amax(1) > gate
     if not kept.any():
-        return Localization(gate_score=gate_score, threshold=tau, row_passes=trial.row_passes)
+        return Localization(
+            gate_score=gate_score, threshold=gate, row_passes=trial.row_passes, passed_gate=False, exhausted=False
+        )
     trial.keep(kept)
     activation = {layer: values[0] for layer, values in activations(model, text).items()}
     for values in activation.values():
@@ -508,6 +518,17 @@ def localize(
     selection = initial_selection(trial, activation, calibration, tau, settings)
     limit = tau if settings.refine_threshold is None else settings.refine_threshold
     initial_score = float(selection.values.max())
+    if not selection.reached and settings.when_exhausted == "nothing":
+        return Localization(
+            initial=as_neurons(selection.candidates),
+            gate_score=gate_score,
+            initial_score=initial_score,
+            refined_score=1.0,  # of noise differences that nothing changes
+            threshold=tau,
+            row_passes=trial.row_passes,
+            passed_gate=True,
+            exhausted=True,
+        )
     if not selection.reached:
         limit = initial_score
     excess = above(limit) if settings.relative is None else away_from(selection.values, settings.relative)
@@ -521,4 +542,6 @@ def localize(
         refined_score=float(refinement.values.max()),
         threshold=limit,
         row_passes=trial.row_passes,
+        passed_gate=True,
+        exhausted=not selection.reached,
     )

@@ -9,6 +9,7 @@ from nemo_bench.methods.embedding_optimization import EmbeddingOptimization
 from nemo_bench.methods.initial_noise import AdjustedNoise, OptimizedNoise
 from nemo_bench.methods.nemo import BlockNeurons, NeMo
 from nemo_bench.methods.no_mitigation import NoMitigation
+from nemo_bench.methods.other_neurons import OtherNeurons
 from nemo_bench.methods.perturbed_prompts import EmbeddingNoise, RandomNumbers, RandomTokens, RepeatedWords
 from nemo_bench.methods.prss import PRSS
 from nemo_bench.methods.random_neurons import RandomNeurons
@@ -35,6 +36,7 @@ __all__ = [
     "NeMo",
     "NoMitigation",
     "OptimizedNoise",
+    "OtherNeurons",
     "RandomNeurons",
     "RandomNumbers",
     "RandomTokens",

@@ -66,6 +66,8 @@ class Method(ABC):
         threshold: A memorization threshold of its own, or None for the calibrated one.
         protocol: How it takes noise differences.
         source: Another method whose localization this one starts from, or None.
+        pools: Whether it does the same for all prompts, by what :attr:`source` found for memorized ones; those may be
+            of another list, ``prompts.shared_from``.
         calibration: Statistics and threshold of the model, set by the run or by :meth:`calibrate`.
         found: What :attr:`source` found, by prompt id, set by :meth:`fit`.
         batch_size: Rows in a UNet pass at most while localizing, set by the run; changes results by rounding only.
@@ -81,6 +83,7 @@ class Method(ABC):
     families: ClassVar[frozenset[str]] = frozenset(FAMILIES)
     needs: ClassVar[frozenset[Need]] = frozenset()
     auditable: ClassVar[bool] = False
+    pools: ClassVar[bool] = False
     threshold: float | None = None
     protocol: Protocol = PAPER
     source: Method | None = None
@@ -112,6 +115,11 @@ class Method(ABC):
             msg = f"{self.title} works inside of the UNet, which can't be reached once it is compiled"
             raise ModelError(f"{msg}; set model.compiled=false, or leave this method out")
 
+    @property
+    def calibrates_threshold(self) -> bool:
+        """Whether it takes a threshold from general prompts, since none of its own takes the place."""
+        return self.threshold is None
+
     def content(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
         """What settings refer to, such as the file behind a path; called before any weights load.
 
@@ -127,12 +135,13 @@ class Method(ABC):
         """
         return {}
 
-    def fit(self, found: Mapping[str, Localization], widths: Mapping[str, int]) -> None:
-        """Takes in what :attr:`source` found for all prompts, before the first is localized.
+    def fit(self, found: Mapping[str, Localization], widths: Mapping[str, int], prompts: Sequence[Prompt] = ()) -> None:
+        """Takes in what :attr:`source` found, before the first prompt is localized.
 
         Args:
             found: Localizations by prompt id.
             widths: Number of neurons of every layer of the model, in network order.
+            prompts: The prompts that were localized.
         """
         self.found = found
 

@@ -55,4 +55,10 @@ class RandomNeurons(BlockNeurons):
         neurons = Neurons({layer: ids.tolist() for layer, ids in drawn.items()})
         for layer, index in (rest[p] for p in picks):
             neurons |= Neurons({layer: [index]})
-        return Localization(neurons, gate_score=found.gate_score, threshold=found.threshold)
+        return Localization(
+            neurons,
+            gate_score=found.gate_score,
+            threshold=found.threshold,
+            passed_gate=found.passed_gate,
+            exhausted=found.exhausted,
+        )

@@ -94,8 +94,17 @@ def _cell(folder: Path) -> Callable[[Prompt], Record | None]:
     if not records:
         raise StoreError(f"{folder} holds no localization; give results/<name>/<cell> of a run, or a file")
     texts = {row.cells["id"]: row.cells["text"] for row in read_rows(folder / "prompts.jsonl")}
-    keys = ("neurons", "initial", "gate_score", "initial_score", "refined_score", "threshold")
-    saved = {(r["prompt"], texts.get(r["prompt"])): {key: r[key] for key in keys} for r in records}
+    keys = (
+        "neurons",
+        "initial",
+        "gate_score",
+        "initial_score",
+        "refined_score",
+        "threshold",
+        "passed_gate",
+        "exhausted",
+    )
+    saved = {(r["prompt"], texts.get(r["prompt"])): {key: r.get(key) for key in keys} for r in records}
     return lambda prompt: saved.get((prompt.id, prompt.text))
 
 
@@ -103,7 +112,8 @@ def _published(path: Path) -> Callable[[Prompt], Record | None]:
     saved: dict[str, Record] = {}
     for row in read_published(path):
         scores = {"initial_score": row.initial_score, "refined_score": row.refined_score}
-        record: Record = {"neurons": row.refined, "initial": row.initial, **scores}
+        # The list of a prompt that did not pass is empty; whether the selection ran out is not published.
+        record: Record = {"neurons": row.refined, "initial": row.initial, **scores, "passed_gate": any(row.initial)}
         if saved.setdefault(row.caption, record) != record:
             raise StoreError(f"{path}: two lines of other neurons for the prompt {row.caption!r}; leave one of them")
     return lambda prompt: saved.get(prompt.text)

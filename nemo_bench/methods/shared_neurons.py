@@ -1,9 +1,9 @@
-"""Shared neurons: what was found most often over all prompts, blocked for every prompt."""
+"""Shared neurons: what was found most often for memorized prompts, blocked for every prompt."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Literal, TypeVar
 
@@ -19,15 +19,18 @@ T = TypeVar("T", tuple[int, int], tuple[tuple[int, int], ...])
 
 
 class SharedNeurons(BlockNeurons):
-    """Blocks the same neurons for all prompts: those that the source found for the most prompts.
+    """Blocks the same neurons for all prompts: those that the source found for the most memorized prompts.
 
-    A sensitivity study of Hintersdorf et al. 2024 (appendix). Ties are settled in network order, not in the order of
+    Counted are the prompts that are marked as memorized; all, where none is. They are those of the run, or of the list
+    ``prompts.shared_from``. A sensitivity study of Hintersdorf et al. 2024 (appendix), and what their scripts generate
+    general captions with, for which they search no neurons. Ties are settled in network order, not in the order of
     the prompts as in the published scripts. There, an empty set counts as a subgroup as well; here it does not, since
     it blocks nothing.
 
     Args:
         source: The method whose neurons are counted; for candidates before refinement, give it ``neurons="initial"``.
-        k: How many are blocked, at least 1; all, where fewer were found.
+        k: How many are blocked, at least 1; all, where fewer were found. None for all: what ``nemo-bench export``
+            switches off for good.
         of: ``"model"``: the k neurons found most often. ``"layer"``: k in every layer. ``"subgroups"``: the k subgroups
             found most often, a subgroup being all neurons of a prompt together.
         factor: What the outputs of blocked neurons are multiplied by.
@@ -37,33 +40,38 @@ class SharedNeurons(BlockNeurons):
     """
 
     title = "Shared neurons"
-    summary = "the neurons that another method found most often, for all prompts at once"
+    summary = "the neurons that another method found most often for memorized prompts, for all prompts at once"
     sourcing = "paper"
     citation = NeMo.citation
+    pools = True
 
     source: Method
 
     def __init__(
         self,
         source: Method,
-        k: int = 10,
+        k: int | None = 10,
         of: Literal["model", "layer", "subgroups"] = "model",
         factor: float = 0.0,
     ) -> None:
         super().__init__(factor)
-        if k < 1:
-            raise ConfigError(f"shared neurons need a k of 1 or more, given {k}")
+        if k is not None and k < 1:
+            raise ConfigError(f"shared neurons need a k of 1 or more, or null for all, given {k}")
         self.source, self.k, self.of = source, k, of
+        if k is None:
+            self.title = f"{source.title}, one edit for all prompts"
         self._chosen: Neurons | None = None
 
-    def fit(self, found: Mapping[str, Localization], widths: Mapping[str, int]) -> None:
+    def fit(self, found: Mapping[str, Localization], widths: Mapping[str, int], prompts: Sequence[Prompt] = ()) -> None:
         """See :meth:`Method.fit`."""
-        super().fit(found, widths)
+        super().fit(found, widths, prompts)
         layers = list(widths)
+        counted = {prompt.id for prompt in prompts if prompt.kind} or found.keys()
         # A neuron is the position of its layer and its index there, so that neurons sort in network order.
         subgroups = [
             tuple((place, index) for place, layer in enumerate(layers) for index in result.neurons.get(layer, ()))
-            for result in found.values()
+            for name, result in found.items()
+            if name in counted
         ]
         neurons = list(chain(*subgroups))
         if self.of == "subgroups":
@@ -90,6 +98,6 @@ class SharedNeurons(BlockNeurons):
         return Localization(self._chosen, gate_score=found.gate_score, threshold=found.threshold)
 
 
-def _most_common(items: Iterable[T], k: int) -> list[T]:
+def _most_common(items: Iterable[T], k: int | None) -> list[T]:
     counts = Counter(items)
     return sorted(counts, key=lambda item: (-counts[item], item))[:k]

@@ -233,9 +233,13 @@ class Cell:
         presets: By name, as other papers aggregate.
         failures: By group that has any.
         detection: By detector, where prompts of both sorts were run.
+        localization: By group, where neurons were searched: how many ``prompts`` there are, ``passed_gate``, and in how
+            many the selection was ``exhausted``, ran out without meeting its criterion; None where that is not known.
         counts: Images, prompts, and what is missing.
         cost: Seconds, UNet passes and memory.
         calibration: Folder of the general prompts' scores that its threshold comes from, where it is still there.
+        general_prompts: ``file`` of the general prompts that its calibration was measured on and ``digest`` of them,
+            or None.
         unmitigated: Name of the cell of the same images without mitigation, or None.
     """
 
@@ -258,9 +262,11 @@ class Cell:
     presets: Mapping[str, Preset]
     failures: Mapping[str, Failures]
     detection: Mapping[str, Detection]
+    localization: Mapping[str, Mapping[str, int | None]]
     counts: Mapping[str, int]
     cost: Mapping[str, float]
     calibration: Path | None
+    general_prompts: Mapping[str, str] | None
     unmitigated: str | None
 
     def count(self, group: str) -> int:
@@ -270,6 +276,14 @@ class Cell:
     def is_complete(self, group: str, metric: str) -> bool:
         """Whether a metric lacks no value of a group because something failed."""
         return not self.failures.get(group, Failures()).metrics.get(metric)
+
+    def searches(self, group: str) -> str:
+        """What became of the search in a group, such as ``11 of 16 passed the gate, 11 ran out``; empty without."""
+        found = self.localization.get(group)
+        if not found:
+            return ""
+        words = f"{found['passed_gate']} of {found['prompts']} passed the gate"
+        return words if found["exhausted"] is None else f"{words}, {found['exhausted']} ran out"
 
     def prompt_means(self, metric: str, groups: Iterable[str]) -> dict[str, float]:
         """Mean over images of a metric, by prompt id, for the prompts of some groups that have the metric."""
@@ -472,9 +486,11 @@ def _load_cell(folder: Path) -> Cell:
             },
             failures={group: Failures(**values) for group, values in metrics.get("failed", {}).items()},
             detection={key: Detection(**values) for key, values in metrics.get("detection", {}).items()},
+            localization=metrics.get("localization", {}),
             counts=metrics.get("counts", {}),
             cost=metrics["cost"],
             calibration=_calibration(folder, spec.get("calibration")),
+            general_prompts=spec.get("general_prompts"),
             unmitigated=metrics.get("unmitigated", _EARLIER_RUN),
         )
     except (KeyError, TypeError, ValueError, OSError) as error:

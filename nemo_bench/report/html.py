@@ -17,7 +17,7 @@ from nemo_bench.aggregate import GROUPS
 from nemo_bench.report.data import Aggregate, Cell, Failures, GeneratedImage, Results, Statistic, short_layers
 from nemo_bench.report.plots import MEMORIZED, Plot, plots
 from nemo_bench.report.svg import looks
-from nemo_bench.report.tables import BEST, FAILED, SIGNIFICANCE, Row, fewer, number
+from nemo_bench.report.tables import BEST, FAILED, SEARCHES, SIGNIFICANCE, Row, fewer, number
 from nemo_bench.report.templates import FOLDER, render
 from nemo_bench.report.thumbnails import Thumbnail, Thumbnails
 from nemo_bench.types import Prompt
@@ -127,6 +127,7 @@ def page(results: Results, rows: Sequence[Row], audit: str = "") -> str:
         significance=SIGNIFICANCE,
         some_failed=any(row.failed for row in rows),
         failed_note=FAILED,
+        searched=SEARCHES if any(row.cell.localization for row in rows) else "",
         best=BEST.format(clear="“Best”", unclear="“Best?”") if any(row.best for row in rows) else "",
         models=models,
         presets=presets,
@@ -291,7 +292,8 @@ def _rows(results: Results, rows: Sequence[Row]) -> list[dict[str, Any]]:
                     "at": f"{100 * (value.mean - left) / span:.2f}",
                 }
         failed = {"failed": row.failed, "failed_count": row.cell.failures.get(row.group, Failures()).total}
-        found.append({"cell": row.cell, "group": row.group, "values": values, **failed})
+        searches = row.cell.searches(row.group)
+        found.append({"cell": row.cell, "group": row.group, "values": values, "searches": searches, **failed})
     return found
 
 

@@ -28,12 +28,19 @@ BEST = (
     "runner-up: the difference is too small, the prompts are too few, or single prompts have no value."
 )
 """What it says that a value is best."""
+SEARCHES = (
+    "Search: prompts that passed NeMo's gate, so that neurons were searched; and those of them in which the selection "
+    "ran out without meeting its criterion. An edited model has no neurons of general prompts off: what it makes of "
+    "these is in the rows of edits for other prompts."
+)
+"""What the words on the search say."""
 
 FAILED = "Failed: what was not finite; it has no value, and where a mean lacks any it is no best one and has no stars."
 """What the column of failures says."""
 
 _LEVELS = (0.05, 0.01, 0.001)
 _NUMBERS = ("mean", "low", "high", "median", "mad", "prompts")
+_SEARCHED = ("passed_gate", "exhausted")
 _DIFFERENCE = ("difference", "low", "high", "p", "prompts")
 _COLUMNS = 6  # metrics that fit 80 characters, and a page
 _ZERO = re.compile(r"\b0\.(?=\d{3})")  # left out of intervals so that the table fits 80 columns
@@ -126,16 +133,23 @@ def markdown(results: Results, rows: Sequence[Row]) -> str:
     titles = [f"{info.title} {info.arrow}".strip() for info in results.metrics.values()] + ["Failed"] * some_failed
     parts = [f"# {results.name}\n"]
     for group in results.own_groups:
-        lines = [["Method", *titles], ["---", *["---:"] * len(titles)]]
+        searched = _searched(results, group)
+        lines = [["Method", *titles, *searched], ["---", *["---:"] * len(titles), *["---"] * len(searched)]]
         for row in (row for row in rows if row.group == group):
             values = [_markdown(results, row, key) for key in results.metrics]
-            lines.append([row.cell.label, *values, *[row.failed or "–"] * some_failed])
+            search = [row.cell.searches(group) or "–" for _ in searched]
+            lines.append([row.cell.label, *values, *[row.failed or "–"] * some_failed, *search])
         table = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
         parts.append(f"## {results.heading(group)} ({results.meaning(group)})\n\n{table}")
     parts.append(f"{_legend(rows)}\n".replace("*", r"\*"))
     if results.unfinished:
         parts.append("Not finished:\n\n" + "".join(f"- {name}: {why}\n" for name, why in results.unfinished.items()))
     return "\n".join(parts)
+
+
+def _searched(results: Results, group: str) -> list[str]:
+    """Title of the column on searches, where any cell made some."""
+    return ["Search"] if any(cell.searches(group) for cell in results.cells) else []
 
 
 def _markdown(results: Results, row: Row, key: str) -> str:
@@ -165,10 +179,12 @@ def latex(results: Results, rows: Sequence[Row]) -> str:
     some_failed = any(row.failed for row in rows)
     titles = [tex(f"{info.title} {info.arrow}".strip()) for info in results.metrics.values()] + ["Failed"] * some_failed
     for group in results.own_groups:
-        lines = [["Method", *titles]]
+        searched = _searched(results, group)
+        lines = [["Method", *titles, *searched]]
         for row in (row for row in rows if row.group == group):
             values = [_latex(results, row, key) for key in results.metrics]
-            lines.append([tex(row.cell.label), *values, *[row.failed or "--"] * some_failed])
+            search = [row.cell.searches(group) or "--" for _ in searched]
+            lines.append([tex(row.cell.label), *values, *[row.failed or "--"] * some_failed, *search])
         head, *body = (f"    {' & '.join(line)} \\\\\n" for line in lines)
         name = f"{results.name}, {results.heading(group)} ({results.meaning(group)})"
         parts.append(
@@ -176,7 +192,8 @@ def latex(results: Results, rows: Sequence[Row]) -> str:
             f"  \\caption{{{tex(f'{name}. {_legend(rows)}')}}}\n"
             f"  \\label{{tab:{re.sub('[^0-9A-Za-z]+', '-', f'{results.name}-{group}').strip('-')}}}\n"
             "  \\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
-            f"  \\begin{{tabular}}{{l{'r' * len(titles)}}}\n    \\toprule\n{head}    \\midrule\n{''.join(body)}"
+            f"  \\begin{{tabular}}{{l{'r' * len(titles)}{'l' * len(searched)}}}\n"
+            f"    \\toprule\n{head}    \\midrule\n{''.join(body)}"
             "    \\bottomrule\n  \\end{tabular}}\n\\end{table}\n"
         )
     return "\n".join(parts)
@@ -218,6 +235,8 @@ def fewer(row: Row, value: Aggregate) -> str:
 def _legend(rows: Sequence[Row]) -> str:
     words = "Mean over prompts with its 95% bootstrap interval. ↓ lower is better, ↑ higher is better."
     legend = f"{words} {BEST.format(clear='Bold', unclear='Italic')}" if any(row.best for row in rows) else words
+    if any(row.cell.searches(row.group) for row in rows):
+        legend = f"{legend} {SEARCHES}"
     legend = f"{legend} {SIGNIFICANCE}" if any(row.corrected for row in rows) else legend
     return f"{legend} {FAILED}" if any(row.failed for row in rows) else legend
 
@@ -225,7 +244,8 @@ def _legend(rows: Sequence[Row]) -> str:
 def csv_text(results: Results, rows: Sequence[Row]) -> str:
     """The leaderboard as CSV: one line per group and cell, every number in full, what is absent empty.
 
-    ``prompts`` is the list of prompts, ``n_prompts`` how many of it are of the group.
+    ``prompts`` is the list of prompts, ``n_prompts`` how many of it are of the group; ``passed_gate`` and ``exhausted``
+    are as in :attr:`nemo_bench.report.data.Cell.localization`.
     """
     costs = list(dict.fromkeys(key for cell in results.cells for key in cell.cost))
     counts = [key for key in dict.fromkeys(k for cell in results.cells for k in cell.counts) if key != "prompts"]
@@ -236,12 +256,13 @@ def csv_text(results: Results, rows: Sequence[Row]) -> str:
     ]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    about = ["cell", "label", "model", "method", "prompts", "group", "n_prompts"]
+    about = ["cell", "label", "model", "method", "prompts", "group", "n_prompts", *_SEARCHED]
     writer.writerow([*about, *names, *costs, *counts])
     for row in rows:
         cell = row.cell
         values: list[object] = [cell.name, cell.label, cell.model, cell.method, cell.prompt_list, row.group]
         values.append(cell.count(row.group))
+        values += [cell.localization.get(row.group, {}).get(key) for key in _SEARCHED]
         for key in results.metrics:
             value = row.values.get(key)
             values += [getattr(value, name, None) for name in _NUMBERS]
@@ -268,6 +289,7 @@ def json_text(results: Results, rows: Sequence[Row]) -> str:
             "prompts": cell.prompt_list,
             "group": row.group,
             "n_prompts": cell.count(row.group),
+            **{key: cell.localization.get(row.group, {}).get(key) for key in _SEARCHED},
             "metrics": metrics,
             "failed": asdict(cell.failures.get(row.group, Failures())),
             "best": list(row.best),
@@ -308,8 +330,9 @@ def terminal_table(results: Results) -> Table:
         table.add_row(f"[bold]{results.heading(group)}[/bold]")
         for row in (row for row in rows if row.group == group):
             values = [_terminal(results, row, key) for key in shown]
-            note = f"\n[yellow]failed: {row.failed}[/yellow]" if row.failed else ""
-            table.add_row(f"{escape(row.cell.label)}{note}", *values)
+            notes = [f"[yellow]failed: {row.failed}[/yellow]"] if row.failed else []
+            notes += [f"[dim]{words}[/dim]"] if (words := row.cell.searches(group)) else []
+            table.add_row("\n".join([escape(row.cell.label), *notes]), *values)
     for name, why in results.unfinished.items():
         table.add_row(f"[yellow]{escape(name)}: {why}[/yellow]")
     return table

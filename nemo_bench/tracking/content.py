@@ -19,6 +19,10 @@ from nemo_bench.types import Prompt, digest
 
 PICTURES = ("training image", "unmitigated", "mitigated", "noise differences")
 """Pictures that show a prompt."""
+MEMORIZED = ("VM", "TM", "memorized")
+"""Groups of memorized prompts."""
+ALIGNMENT_LOSS = 0.05
+"""So much alignment may a mitigation cost, in the trials of a sweep."""
 _BOX = (512, 256)
 
 
@@ -53,8 +57,27 @@ class Entry:
         """The row of the leaderboard, such as ``VM/ssim/mean``, ``presets/nemo/VM/ssim/value`` or ``cost/...``."""
         metrics = self.metrics
         presets = {name: preset["rows"] for name, preset in metrics.get("presets", {}).items()}
-        others = {key: metrics.get(key, {}) for key in ("detection", "counts", "cost")}
-        return dict(_numbers({**metrics["aggregates"], "presets": presets, **others}))
+        others = {key: metrics.get(key, {}) for key in ("detection", "localization", "counts", "cost")}
+        return dict(_numbers({**metrics["aggregates"], "bounded": self.bounded, "presets": presets, **others}))
+
+    @property
+    def bounded(self) -> dict[str, dict[str, float]]:
+        """Memorization under a bound on alignment, for sweeps to minimize: ``mean`` by metric.
+
+        It is the mean over all memorized prompts, in whatever way they are memorized. Where alignment over all prompts
+        is more than :data:`ALIGNMENT_LOSS` below that without mitigation, 1 and what is too much are added, so that no
+        such trial is better than one within the bound. Without a cell without mitigation there is no bound.
+        """
+        cell, infos = self.cell, self.cell.metrics
+        aligned = next((key for key, info in infos.items() if info.family == "alignment"), None)
+        excess = 0.0
+        if aligned and self.unmitigated:
+            own, before = (fmean(c.prompt_means(aligned, ["all"]).values()) for c in (cell, self.unmitigated))
+            excess = before - own - ALIGNMENT_LOSS
+        penalty = 1 + excess if excess > 0 else 0.0
+        first = [key for key, info in infos.items() if info.family == "memorization"][:1]
+        found = {key: cell.prompt_means(key, MEMORIZED) for key in (*first, "memorization") if key in infos}
+        return {key: {"mean": fmean(values.values()) + penalty} for key, values in found.items() if values}
 
     @property
     def means(self) -> dict[str, float]:

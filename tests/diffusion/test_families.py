@@ -165,7 +165,14 @@ def test_nemo_localizes(model: Diffusion) -> None:
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_a_run_through_the_configuration(family: str, tmp_path: Path, prompt_file: Path) -> None:
     PIPELINES[family]().save_pretrained(tmp_path / "model")
-    words = ["seeds=2", "localize_seeds=2", "trainer=cpu", "prompts.calibration_limit=6", "method=nemo"]
+    words = [
+        "seeds=2",
+        "localize_seeds=2",
+        "trainer=cpu",
+        "prompts.calibration=package:planted/prompts/calibration.txt",
+        "prompts.calibration_limit=6",
+        "method=nemo",
+    ]
     words += [f"root={tmp_path / 'results'}", f"prompts.files=[{prompt_file}]", "model.steps=2"]
     (cell,) = plan(grid([*words, f"model.source={tmp_path / 'model'}"]))
     run([cell], "test", say=lambda line: None)

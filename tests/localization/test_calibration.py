@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import reference_nemo
 from nemo_bench import Calibration, Diffusion
-from nemo_bench.errors import ModelError, StoreError
+from nemo_bench.errors import ConfigError, ModelError, StoreError
 from nemo_bench.localization import (
     activation_moments,
     activation_statistics,
@@ -21,6 +21,7 @@ from nemo_bench.localization import (
     read_statistics,
     save_moments,
     threshold,
+    thresholds,
     write_statistics,
 )
 from nemo_bench.localization.calibration import Moments, Statistics
@@ -171,3 +172,20 @@ def test_statistics_of_another_model_are_refused(
     with pytest.raises(ModelError) as error:
         Calibration.published(tmp_path / "statistics.pt", tiny, 0.4)
     assert f"{len(given)} layers with {given} neurons, the model has 7 value layers with {widths}" in str(error.value)
+
+
+def test_thresholds_are_those_of_pairs_and_of_the_most_alike_pair_of_each_prompt() -> None:
+    found = thresholds([[0.1, 0.3], [0.2, 0.6], [0.0, 0.6]])
+    # Pairs: mean 0.3, sum of squared deviations 0.32 over 5. Maxima 0.3, 0.6, 0.6: mean 0.5, 0.06 over 2.
+    assert found["threshold"] == pytest.approx(0.3 + (0.32 / 5) ** 0.5)
+    assert (found["passed_gate"], found["prompts"]) == (2, 3)
+    assert found["maxima"]["threshold"] == pytest.approx(0.5 + 0.03**0.5)
+    assert found["maxima"]["passed_gate"] == 0
+
+
+def test_a_gate_of_maxima_needs_a_measured_calibration() -> None:
+    given = Calibration({}, {}, 0.428)
+    assert given.gate(0.5, "pairs") == 0.5
+    with pytest.raises(ConfigError, match="gate=maxima needs"):
+        given.gate(0.5, "maxima")
+    assert Calibration({}, {}, 0.428, maxima=0.6).gate(0.5, "maxima") == 0.6

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import reference_nemo
-from nemo_bench import Calibration, Diffusion, Neurons, Prompt, read_prompts, resolve
+from nemo_bench import Calibration, Diffusion, Localization, NeMo, Neurons, Prompt, read_prompts, resolve
 from nemo_bench.config import grid
 from nemo_bench.diffusion import Similarity
 from nemo_bench.localization import (
@@ -126,6 +126,35 @@ def test_a_prompt_that_is_not_memorized_has_no_neurons(tiny: Diffusion, tiny_cal
     assert not found.neurons
     assert not found.initial
     assert found.row_passes == 3
+
+
+def test_the_gate_and_a_selection_that_ran_out_are_told_and_named(
+    tiny: Diffusion, tiny_calibration: Calibration
+) -> None:
+    """With a threshold below what any blocking reaches the selection runs out, whoever passed the gate."""
+    text, latents = tiny.encode(tiny_texts(1)), tiny.latents(range(3))
+    calibration = replace(tiny_calibration, threshold=-1.0)
+    highest = localize(tiny, text, latents, calibration, NemoSettings()).gate_score
+
+    def found(maxima: float | None = None, **options: str) -> Localization:
+        settings = NemoSettings(**options)  # type: ignore[arg-type]
+        return localize(tiny, text, latents, replace(calibration, maxima=maxima), settings)
+
+    ran_out = found()
+    assert (ran_out.passed_gate, ran_out.exhausted) == (True, True)
+    assert ran_out.neurons
+    assert ran_out.initial_score == ran_out.threshold > calibration.threshold
+    alone = found(when_exhausted="nothing")
+    assert (alone.passed_gate, alone.exhausted, alone.neurons) == (True, True, Neurons())
+    assert (alone.initial, alone.initial_score) == (ran_out.initial, ran_out.initial_score)
+    assert found(highest - 1e-3, gate="maxima").passed_gate
+    kept_out = found(highest + 1e-3, gate="maxima")
+    assert (kept_out.passed_gate, kept_out.exhausted, kept_out.neurons) == (False, False, Neurons())
+    assert kept_out.threshold == highest + 1e-3
+    for neurons in ("refined", "initial"):
+        method = NeMo(neurons=neurons, when_exhausted="nothing")  # type: ignore[arg-type]
+        method.calibration = calibration
+        assert method.localize(tiny, Prompt("a", tiny_texts(1)[0]), latents).neurons == Neurons()
 
 
 def test_the_model_is_as_it_was(tiny: Diffusion, tiny_calibration: Calibration) -> None:

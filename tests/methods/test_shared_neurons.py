@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nemo_bench import ConfigError, Diffusion, Localization, NeMo, Neurons, Prompt
-from nemo_bench.methods import RandomNeurons, SharedNeurons
+from nemo_bench.methods import OtherNeurons, RandomNeurons, SharedNeurons
 from nemo_bench.methods.base import Method
 
 # In network order, which is not that of the alphabet.
@@ -60,8 +60,35 @@ def test_what_was_not_counted_is_not_blocked_in_silence(tiny: Diffusion) -> None
 
 
 def test_k_must_take_something() -> None:
-    with pytest.raises(ConfigError, match="k of 1 or more, given 0"):
+    with pytest.raises(ConfigError, match="k of 1 or more, or null for all, given 0"):
         SharedNeurons(NeMo(), k=0)
+
+
+PROMPTS = [Prompt(str(i), "x", "VM" if i < 2 else None) for i in range(len(FOUND))]
+
+
+def test_only_memorized_prompts_are_counted_where_any_is_marked(tiny: Diffusion) -> None:
+    found = {str(i): Localization(neurons) for i, neurons in enumerate(FOUND)}
+    for k, of in ((None, "model"), (None, "layer"), (None, "subgroups"), (100, "model")):
+        method = SharedNeurons(NeMo(), k, of)  # type: ignore[arg-type]
+        method.fit(found, WIDTHS, PROMPTS)
+        neurons = method.localize(tiny, PROMPTS[-1], tiny.latents([0, 1])).neurons
+        assert neurons == FOUND[0] | FOUND[1]
+    assert SharedNeurons(NeMo(), k=None).title == "NeMo, one edit for all prompts"
+
+
+def test_another_prompts_neurons_are_those_of_a_memorized_one_and_never_its_own(tiny: Diffusion) -> None:
+    method = OtherNeurons(NeMo())
+    method.fit({str(i): Localization(neurons) for i, neurons in enumerate(FOUND)}, WIDTHS, PROMPTS)
+    latents = tiny.latents([0, 1])
+    drawn = [method.localize(tiny, prompt, latents).neurons for prompt in PROMPTS]
+    assert drawn[:2] == [FOUND[1], FOUND[0]]
+    new = {method.localize(tiny, Prompt(f"new {i}", "x"), latents).neurons for i in range(20)}
+    assert {*drawn[2:]} <= {FOUND[0], FOUND[1]} == new
+    alone = OtherNeurons(NeMo())
+    alone.fit({"0": Localization(FOUND[0])}, WIDTHS, PROMPTS[:1])
+    with pytest.raises(ConfigError, match="another memorized prompt"):
+        alone.localize(tiny, PROMPTS[0], latents)
 
 
 def test_random_neurons_are_drawn_once_for_all_prompts_on_request(tiny: Diffusion) -> None:

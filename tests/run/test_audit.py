@@ -31,7 +31,14 @@ from nemo_bench.runner import by_prompt
 from nemo_bench.store import Store, read_json, read_records
 from nemo_bench.types import Prompt
 
-SMALL = ["seeds=1", "localize_seeds=3", "model.steps=3", "prompts.calibration_limit=8", "trainer=cpu"]
+SMALL = [
+    "seeds=1",
+    "localize_seeds=3",
+    "model.steps=3",
+    "prompts.calibration=package:planted/prompts/calibration.txt",
+    "prompts.calibration_limit=8",
+    "trainer=cpu",
+]
 QUICK = ["steps=2", "samples=2", "images=2", "trainer=cpu"]
 CONTROLS = "package:planted/prompts/controls.jsonl"
 
@@ -254,7 +261,17 @@ def test_which_methods_can_be_audited() -> None:
     """Those that change nothing but neurons or weights; whoever adds a method decides."""
     built = {name: build(grid([f"method={name}"])[0].settings.method, "method") for name in options("method")}
     auditable = sorted(name for name, method in built.items() if method.auditable)
-    assert auditable == ["nemo", "none", "random", "random_shared", "saved", "shared", "wanda"]
+    assert auditable == [
+        "nemo",
+        "none",
+        "one_edit",
+        "other_prompt",
+        "random",
+        "random_shared",
+        "saved",
+        "shared",
+        "wanda",
+    ]
 
 
 def test_what_can_not_be_audited_is_left_out_or_explained(

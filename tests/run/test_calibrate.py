@@ -18,6 +18,7 @@ from nemo_bench.config import grid
 from nemo_bench.errors import ConfigError, ModelError, StoreError
 from nemo_bench.localization import activation_statistics, read_statistics, threshold, write_statistics
 from nemo_bench.modules import CalibrationStage, StatisticsStage
+from nemo_bench.prompts import prompts_digest
 from nemo_bench.runner import Runner, load_model
 from nemo_bench.store import read_json, read_records
 
@@ -226,7 +227,19 @@ def test_the_command_says_what_it_found_to_people_and_machines(
     assert f"{folder}\n" in text
     assert main(["calibrate", "--json", *words]) == 0
     statistics = str(folder / "statistics.pt")
-    expected = {"model": "planted", **about, "statistics": statistics, "folder": str(folder)}
+    general = "package:planted/prompts/calibration.txt"
+    expected = {
+        "model": "planted",
+        **about,
+        "statistics": statistics,
+        "folder": str(folder),
+        "general_prompts": general,
+    }
+    spec = read_json(folder / "spec.json")["general_prompts"]
+    assert spec == {"file": general, "digest": prompts_digest(measured.calibration_prompts)}
+    shares = {"pairs": about, "maxima": about["maxima"]}
+    for gate, found in shares.items():
+        assert f"gate={gate}: above {found['threshold']:.4f} are {found['passed_gate']} of these 10 prompts" in text
     assert json.loads(capsys.readouterr().out) == [expected]
     file = f"model.statistics={statistics}"
     assert main(["calibrate", "--json", *words, file, "method.threshold=0.428"]) == 0

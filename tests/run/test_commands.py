@@ -26,7 +26,15 @@ from nemo_bench.run import export
 from nemo_bench.store import read_records
 from nemo_bench.types import Neurons, Record
 
-SMALL = ["seeds=2", "localize_seeds=3", "model.steps=3", "prompts.calibration_limit=8", "trainer=cpu", "method=nemo"]
+SMALL = [
+    "seeds=2",
+    "localize_seeds=3",
+    "model.steps=3",
+    "prompts.calibration=package:planted/prompts/calibration.txt",
+    "prompts.calibration_limit=8",
+    "trainer=cpu",
+    "method=nemo",
+]
 
 
 def command(root: Path, prompts: Path, *more: str) -> list[str]:
@@ -145,14 +153,15 @@ def test_dry_run_counts_and_writes_nothing(
     tmp_path: Path, prompt_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["seeds=2", "model.steps=5", f"root={tmp_path / 'results'}", f"prompts.files=[{prompt_file}]"]
+    words.append("prompts.calibration=package:planted/prompts/calibration.txt")
     assert main(["run", "--dry-run", "--json", *words]) == 0
     expected = json.loads(capsys.readouterr().out)
     rows = expected["cells"]
     (about,) = expected["prompts"].values()
     assert (about["taken"], about["of"]) == (3, 3)
     assert about["first"][0] == {"id": "vm-01", "text": read_prompts(prompt_file)[0].text}
-    assert [row["open"] for row in rows] == [{"localize": 3, "generate": 6, "score": 3}] * 3
-    assert [row["passes"]["generate"] for row in rows] == [6 * 5 * 2] * 3
+    assert [row["open"] for row in rows] == [{"localize": 3, "generate": 6, "score": 3}] * 5
+    assert [row["passes"]["generate"] for row in rows] == [6 * 5 * 2] * 5
     assert not (tmp_path / "results").exists()
 
 

@@ -33,7 +33,13 @@ SMALL = ["seeds=2", "localize_seeds=2", "model.steps=2", "trainer=cpu", "prompts
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two methods and two prompts with references; not to be changed."""
     root = tmp_path_factory.mktemp("made")
-    words = [*SMALL, f"root={root}", "name=made", "method=none,random"]
+    words = [
+        *SMALL,
+        "prompts.calibration=package:planted/prompts/calibration.txt",
+        f"root={root}",
+        "name=made",
+        "method=none,random",
+    ]
     return run(plan(grid(words)), "test", say=lambda line: None, progress=False)
 
 

@@ -12,10 +12,16 @@ from nemo_bench.forecast import forecast
 
 PRESETS = ("membench", "nemo_table", "wen_detection")
 ON_PLANTED = ["model=planted", "model.guidance=3", "prompts=planted", "metrics=default", "trainer=cpu"]
-SMALL = ["model.steps=3", "seeds=2", "localize_seeds=3", "prompts.calibration_limit=8"]
+SMALL = [
+    "model.steps=3",
+    "seeds=2",
+    "localize_seeds=3",
+    "prompts.calibration=package:planted/prompts/calibration.txt",
+    "prompts.calibration_limit=8",
+]
 METHODS = {
-    "membench": ["nemo", "none", "random"],
-    "nemo_table": ["nemo", "nemo", "none", "random"],
+    "membench": ["nemo", "none", "random", "random_shared", "shared"],
+    "nemo_table": ["nemo", "nemo", "none", "random", "random_shared", "shared"],
     "wen_detection": ["none"],
 }
 
@@ -37,12 +43,16 @@ def cells_of(name: str, *words: str) -> list[tuple[str, str, int]]:
     return [(c.names["prompts"], c.names["method"], c.settings.seeds) for c in choices]
 
 
-def test_quality_is_that_of_general_captions() -> None:
-    methods = ("none", "random", "nemo")
+def test_quality_is_that_of_general_captions_for_which_no_neurons_are_searched() -> None:
+    """As in the authors' scripts: COCO with the neurons of memorized prompts that many share, and with random ones."""
     assert cells_of("nemo_table") == [
-        *(("nemo", method, 10) for method in (*methods, "nemo")),
-        *(("coco", method, 1) for method in methods),
+        *(("nemo", method, 10) for method in ("none", "random", "nemo", "nemo")),
+        *(("coco", method, 1) for method in ("none", "random_shared", "shared")),
     ]
+    for name, prompts in (("nemo_table", "memorized_laion_prompts"), ("membench", "SD1_final")):
+        general = [c for c in grid([f"experiment={name}"]) if c.names["prompts"] == "coco"]
+        assert {c.names["method"] for c in general} == {"none", "random_shared", "shared"}
+        assert all(c.settings.prompts.shared_from == [f"data/{prompts}.csv"] for c in general)
     settings = grid(["experiment=membench"])[0].settings
     assert settings.prompts.memorized == settings.prompts.files
 
@@ -51,7 +61,7 @@ def test_quality_is_that_of_general_captions() -> None:
 def test_other_prompts_are_taken_once(words: list[str]) -> None:
     (name,) = {prompts for prompts, _, _ in cells_of("membench", *words)}
     assert name in ("mine", "planted")
-    assert len(cells_of("membench", *words)) == 3
+    assert len(cells_of("membench", *words)) == 5
 
 
 @pytest.mark.parametrize("name", [name for name in options("experiment") if name.startswith("sensitivity")])

@@ -16,7 +16,15 @@ from nemo_bench.run import outlook, run
 from nemo_bench.runner import by_prompt
 from nemo_bench.store import Store, read_json, read_records
 
-SMALL = ["seeds=1", "localize_seeds=3", "model.steps=2", "prompts.calibration_limit=8", "trainer=cpu", "name=reuse"]
+SMALL = [
+    "seeds=1",
+    "localize_seeds=3",
+    "model.steps=2",
+    "prompts.calibration=package:planted/prompts/calibration.txt",
+    "prompts.calibration_limit=8",
+    "trainer=cpu",
+    "name=reuse",
+]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import socket
 from pathlib import Path
@@ -9,15 +11,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from nemo_bench import Neurons, Prompt, StoreError
 from nemo_bench.cells import plan
 from nemo_bench.config import grid
+from nemo_bench.report import load_results, terminal_table
 from nemo_bench.run import _detection, outlook, run
-from nemo_bench.store import read_records
+from nemo_bench.runner import by_prompt
+from nemo_bench.store import Store, read_records
 from nemo_bench.types import Record
 
-SMALL = ["seeds=2", "localize_seeds=3", "model.steps=3", "prompts.calibration_limit=8", "trainer=cpu"]
+SMALL = [
+    "seeds=2",
+    "localize_seeds=3",
+    "model.steps=3",
+    "prompts.calibration=package:planted/prompts/calibration.txt",
+    "prompts.calibration_limit=8",
+    "trainer=cpu",
+]
 
 
 def words(root: Path, prompts: Path, *more: str) -> list[str]:
@@ -63,7 +75,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_every_cell_is_complete(finished: tuple[Path, Path]) -> None:
     folder, _ = finished
     cells = [p for p in folder.iterdir() if p.is_dir()]
-    assert sorted(p.name.split("__")[1] for p in cells) == ["nemo", "none", "random"]
+    assert sorted(p.name.split("__")[1] for p in cells) == [
+        "nemo", "none", "one_edit", "other_prompt", "random"
+    ]  # fmt: skip
     for cell in cells:
         assert len(read_records(cell, "localize")) == 3
         assert len(read_records(cell, "generate")) == 6
@@ -75,6 +89,63 @@ def test_every_cell_is_complete(finished: tuple[Path, Path]) -> None:
         assert metrics["aggregates"]["VM"]["ssim"]["prompts"] == 1
     for name in ("report.html", "leaderboard.md", "leaderboard.csv", "leaderboard.json"):
         assert (folder / name).stat().st_size > 100
+
+
+def found_by(folder: Path, method: str) -> dict[str, Record]:
+    (cell,) = folder.glob(f"*__{method}__*")
+    return by_prompt(Store(cell))
+
+
+def test_general_prompts_are_reported_with_the_neurons_of_memorized_ones_off(finished: tuple[Path, Path]) -> None:
+    """An edited model has no neurons of general prompts off, only those of the prompts that it was edited for."""
+    folder, _ = finished
+    own = {name: Neurons(record["neurons"]) for name, record in found_by(folder, "nemo").items()}
+    memorized = {name: neurons for name, neurons in own.items() if name != "general-01"}
+    assert len(set(memorized.values())) == len(memorized) == 2
+    everything = {Neurons(record["neurons"]) for record in found_by(folder, "one_edit").values()}
+    assert everything == {memorized["vm-01"] | memorized["tm-26"]}
+    another = {name: Neurons(record["neurons"]) for name, record in found_by(folder, "other_prompt").items()}
+    assert another["vm-01"] == memorized["tm-26"]
+    assert another["tm-26"] == memorized["vm-01"]
+    assert another["general-01"] in memorized.values()
+
+
+def test_every_row_of_a_search_says_who_passed_the_gate_and_where_it_ran_out(finished: tuple[Path, Path]) -> None:
+    folder, _ = finished
+    records = found_by(folder, "nemo")
+    for record in records.values():
+        assert record["passed_gate"] == (record["gate_score"] > 0 and bool(record["initial"]))
+        ran_out = record["passed_gate"] and record["initial_score"] == record["threshold"]
+        assert record["exhausted"] == ran_out
+    of = {"VM": ["vm-01"], "TM": ["tm-26"], "general": ["general-01"], "all": list(records)}
+    expected = {
+        group: {
+            "prompts": len(members),
+            **{key: sum(records[name][key] for name in members) for key in ("passed_gate", "exhausted")},
+        }
+        for group, members in of.items()
+    }
+    lines = json.loads((folder / "leaderboard.json").read_text())["rows"]
+    with (folder / "leaderboard.csv").open(encoding="utf-8") as file:
+        cells = {(row["method"], row["group"]): row for row in csv.DictReader(file)}
+    for method in ("nemo", "random"):
+        (path,) = folder.glob(f"*__{method}__*/metrics.json")
+        assert json.loads(path.read_text())["localization"] == expected
+        for line in (line for line in lines if line["method"] == method):
+            want = expected[line["group"]]
+            assert (line["passed_gate"], line["exhausted"]) == (want["passed_gate"], want["exhausted"])
+            row = cells[method, line["group"]]
+            assert (row["passed_gate"], row["exhausted"]) == (str(want["passed_gate"]), str(want["exhausted"]))
+    for method in ("none", "one_edit", "other_prompt"):
+        (path,) = folder.glob(f"*__{method}__*/metrics.json")
+        assert json.loads(path.read_text())["localization"] == {}
+    general = expected["general"]
+    words = f"{general['passed_gate']} of 1 passed the gate, {general['exhausted']} ran out"
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(terminal_table(load_results(folder)))
+    texts = [(folder / f"leaderboard.{kind}").read_text(encoding="utf-8") for kind in ("md", "tex")]
+    for text in (*texts, (folder / "report.html").read_text(encoding="utf-8"), console.export_text()):
+        assert words in text
 
 
 def test_random_neurons_are_as_many_and_elsewhere(finished: tuple[Path, Path]) -> None:

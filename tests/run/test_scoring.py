@@ -22,7 +22,15 @@ from nemo_bench.errors import ModelError
 from nemo_bench.run import outlook, run
 from nemo_bench.store import read_json, read_records
 
-SMALL = ["seeds=2", "localize_seeds=3", "model.steps=2", "prompts.calibration_limit=8", "trainer=cpu", "name=scoring"]
+SMALL = [
+    "seeds=2",
+    "localize_seeds=3",
+    "model.steps=2",
+    "prompts.calibration=package:planted/prompts/calibration.txt",
+    "prompts.calibration_limit=8",
+    "trainer=cpu",
+    "name=scoring",
+]
 DISTANCES = [
     "+metrics.fid={_target_: nemo_bench.metrics.FID, space: ${metrics.sscd.space}, folder: ${real_images}}",
     "+metrics.kid={_target_: nemo_bench.metrics.KID, space: ${metrics.sscd.space}, folder: ${real_images}}",

@@ -13,7 +13,14 @@ import pytest
 from nemo_bench import read_prompts, resolve
 from nemo_bench.cli import main
 
-SMALL = ["seeds=2", "localize_seeds=3", "model.steps=3", "prompts.calibration_limit=8", "trainer=cpu"]
+SMALL = [
+    "seeds=2",
+    "localize_seeds=3",
+    "model.steps=3",
+    "prompts.calibration=package:planted/prompts/calibration.txt",
+    "prompts.calibration_limit=8",
+    "trainer=cpu",
+]
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 
 from nemo_bench.config import grid
 from nemo_bench.tracking import sweep_trial
-from nemo_bench.tracking.content import load_entries
+from nemo_bench.tracking.content import ALIGNMENT_LOSS, load_entries
 
 FOLDER = Path(__file__).parents[2] / "conf" / "sweeps"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -77,3 +79,22 @@ def test_a_sweep_has_what_wandb_asks_for(file: Path) -> None:
     assert sweep["method"] in ("grid", "random", "bayes")
     kinds = {"values"} if sweep["method"] == "grid" else {"values", "min"}
     assert all(kinds & set(parameter) for parameter in sweep["parameters"].values())
+
+
+def test_what_sweeps_minimize_exists_without_kinds_and_is_bounded_by_alignment(finished: Path) -> None:
+    entries = {entry.cell.method: entry for entry in load_entries(finished)[0]}
+    none, nemo = entries["none"], entries["nemo"]
+    ssim = {name: nemo.cell.outcomes[name].values("ssim") for name in ("vm-01", "tm-26")}
+    mean = fmean(fmean(values) for values in ssim.values())
+    own, before = (fmean(e.cell.prompt_means("alignment", ["all"]).values()) for e in (nemo, none))
+    excess = before - own - ALIGNMENT_LOSS
+    assert nemo.means["bounded/ssim/mean"] == pytest.approx(mean + (1 + excess if excess > 0 else 0))
+    # Within the bound nothing is added: a cell is no worse than itself.
+    alone = replace(nemo, unmitigated=nemo.cell)
+    assert alone.means["bounded/ssim/mean"] == pytest.approx(mean)
+    unkinded = [p._replace(kind="memorized" if p.kind else None) for p in nemo.cell.prompts]
+    assert replace(alone, cell=replace(nemo.cell, prompts=unkinded)).means["bounded/ssim/mean"] == pytest.approx(mean)
+    far = {i: replace(o, images=tuple(replace(g, scores={**g.scores, "alignment": 9.0}) for g in o.images))
+           for i, o in none.cell.outcomes.items()}  # fmt: skip
+    bound = replace(nemo, unmitigated=replace(none.cell, outcomes=far))
+    assert bound.means["bounded/ssim/mean"] == pytest.approx(mean + 1 + 9 - own - ALIGNMENT_LOSS)
