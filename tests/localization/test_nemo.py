@@ -20,6 +20,7 @@ import reference_nemo
 from nemo_bench import Calibration, Diffusion, Localization, NeMo, Neurons, Prompt, read_prompts, resolve
 from nemo_bench.config import grid
 from nemo_bench.diffusion import Similarity
+from nemo_bench.errors import NotFiniteError
 from nemo_bench.localization import (
     PAPER,
     REFERENCE,
@@ -42,6 +43,22 @@ from nemo_bench.localization.nemo import (
 from nemo_bench.localization.noise import noise_differences, pair_similarities, pair_values, similarity
 from nemo_bench.prompts import seeds_of
 from tiny import tiny_pipeline, tiny_sdxl, tiny_texts
+
+
+@pytest.mark.parametrize("where", ["noise", "blocked", "threshold"])
+def test_what_is_not_finite_is_an_error_and_passes_no_test(
+    tiny: Diffusion, tiny_calibration: Calibration, where: str
+) -> None:
+    text, latents, settings_ = tiny.encode(tiny_texts(1)), tiny.latents(range(3)), NemoSettings()
+    if where == "noise":
+        latents[1, 0, 0, 0] = torch.nan
+    elif where == "blocked":
+        settings_ = replace(settings_, factor=float("nan"))
+    else:
+        tiny_calibration = replace(tiny_calibration, threshold=float("nan"))
+    messages = {"noise": "with nothing blocked are not", "blocked": "neurons blocked are not", "threshold": "no memor"}
+    with pytest.raises(NotFiniteError, match=messages[where]):
+        localize(tiny, text, latents, tiny_calibration, settings_)
 
 
 def agree(

@@ -21,11 +21,13 @@ from nemo_bench.metrics import (
     BenchMetric,
     Change,
     Diversity,
+    MemorizationRate,
     MemorizationScore,
     NearestTrainingImage,
     PixelDistance,
     SetMetric,
     TrainingImage,
+    Vendi,
 )
 from nemo_bench.modules import FeatureStage, FolderChunk, SceneReader, ScoringStage, read_features, set_spaces
 from nemo_bench.prompts import PromptTask
@@ -81,6 +83,65 @@ def score(
         stage.predict_step(reader(tasks[start : start + at_once]), 0)
     records = store.records("score")
     return {f"{r['prompt']}{'' if r['seed'] is None else r['seed']}": r for r in records.values()}
+
+
+class Broken(SSCD):
+    """Features of one dark image are nan."""
+
+    def embed(self, pictures: Sequence[Image.Image], size: tuple[int, int], device: torch.device) -> torch.Tensor:
+        vectors = super().embed(pictures, size, device)
+        wrong = [max(picture.getdata()) == (0, 0, 0) for picture in pictures]
+        return vectors.masked_fill(torch.tensor(wrong)[:, None], torch.nan)
+
+
+def test_features_that_are_not_finite_give_no_score_and_are_told(
+    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[Record]
+) -> None:
+    Image.new("RGB", (24, 24)).save(store.folder / images[1]["image"])
+    network = Broken(sscd(tmp_path).file)
+    metrics: dict[str, BenchMetric] = {
+        "sscd": TrainingImage(network),
+        "memorized": MemorizationRate(network, 0.5),
+        "diversity": Diversity(network),
+        "vendi": Vendi(network),
+        "fid": FID(network, "unread"),
+        "ssim": TrainingImage(SSIM()),
+    }
+    found = score(metrics, store, prompts, SceneReader(metrics.values(), store.folder, images))
+    assert set(found["a1"]["scores"]) == {"ssim"}
+    assert found["a1"]["failed"] == {"sscd": "the score is nan", "memorized": "the score is nan"}
+    assert set(found["a0"]["scores"]) == {"sscd", "memorized", "ssim"}
+    assert "failed" not in found["a0"]
+    assert set(found["a"]["scores"]) == {"diversity", "vendi"}
+    assert found["a"]["failed"] == {"fid": "the score is nan"}
+    kept = read_features([store.folder / found["a"]["file"]], *set_spaces(metrics.values()))
+    assert kept.shape == (2, 512)
+    assert float(1 - kept[0] @ kept[1] / kept.norm(dim=1).prod()) == pytest.approx(
+        found["a"]["scores"]["diversity"], abs=1e-5
+    )
+
+
+def test_images_that_failed_are_left_out_and_a_prompt_without_any_has_no_score(
+    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[Record]
+) -> None:
+    network = sscd(tmp_path)
+    for record in (images[0], *images[3:6]):
+        del record["image"]
+        record["failed"] = "pixels are not finite"
+    metrics: dict[str, BenchMetric] = {
+        "ssim": TrainingImage(SSIM()),
+        "sscd": TrainingImage(network),
+        "nearest": NearestTrainingImage(SSIM()),
+        "diversity": Diversity(network),
+        "score": MemorizationScore(),
+        "fid": FID(network, "unread"),
+    }
+    localized = {"b": {"memorization": 0.5}, "a": {"failed": "noise differences are not finite"}}
+    found = score(metrics, store, prompts, SceneReader(metrics.values(), store.folder, images, localized))
+    assert sorted(found) == ["a", "a1", "a2", "b", "c", "c0", "c1", "c2"]
+    assert found["b"]["scores"] == {"score": 0.5}
+    assert "file" not in found["b"]
+    assert set(found["a"]["scores"]) == {"diversity"}
 
 
 @pytest.mark.parametrize("at_once", [1, 3])

@@ -453,7 +453,7 @@ def test_what_may_be_chance_is_called_neither_better_nor_worse(run: Path) -> Non
     for row in leaderboard(results):
         for metric, value in row.values.items():
             if value.paired and results.metrics[metric].higher_is_better is not None:
-                is_said = html._change(results, metric, value).endswith(("better", "worse"))
+                is_said = html._change(results, row, metric, value).endswith(("better", "worse"))
                 assert is_said == (value.paired.p < 0.05)
                 seen.add(is_said)
     assert seen == {True, False}
