@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "nemo_bench"
 
 LAYERS = (
-    {"types", "errors", "stopping", "citations", "signals", "processes"},
+    {"types", "errors", "stopping", "citations", "signals", "processes", "hub"},
     {"store"},
     {"diffusion", "prompts", "aggregate"},
     {"localization", "methods", "detectors", "metrics", "references", "elsewhere"},

@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
-from nemo_bench.diffusion import hub
+from nemo_bench import hub
 from nemo_bench.diffusion.digests import file_digest, folder_digest
 from nemo_bench.diffusion.families import StableDiffusion, family_of
 from nemo_bench.diffusion.lora import Lora, holds_lora, looks_like_lora
