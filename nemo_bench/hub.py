@@ -135,8 +135,8 @@ def check_data_set(place: str) -> None:
         raise PromptError(_refusal(f"datasets/{place}", None, error)) from error
     except Exception as error:  # of whichever client the hub's library uses
         raise PromptError(
-            f"the network is unreachable, {constants.ENDPOINT} gives no answer ({_first_line(error)}); HF_HUB_OFFLINE=1 "
-            "takes what was downloaded before"
+            f"the network is unreachable, {constants.ENDPOINT} gives no answer ({_first_line(error)}); with "
+            "HF_HUB_OFFLINE=1 what was downloaded before is taken"
         ) from error
 
 
