@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "nemo_bench"
 
 LAYERS = (
-    {"types", "errors", "stopping", "citations", "signals", "environment", "pictures", "processes", "terminal"},
+    {"types", "errors", "stopping", "citations", "signals", "environment", "hub", "pictures", "processes", "terminal"},
     {"store"},
     {"diffusion", "prompts", "aggregate"},
     {"localization", "methods", "detectors", "metrics", "references", "elsewhere"},

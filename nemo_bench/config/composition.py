@@ -333,7 +333,8 @@ def _keys(node: Any, prefix: str) -> list[str]:
 
 _PATHS = (
     "root", "weights", "real_images", "model.source", "model.config", "model.statistics", "model.clip_pretrained",
-    "prompts.files", "prompts.memorized", "prompts.shared_from", "prompts.references", "prompts.calibration", "prompts.controls",
+    "prompts.files", "prompts.memorized", "prompts.shared_from", "prompts.references", "prompts.calibration",
+    "prompts.controls",
 )  # fmt: skip
 
 

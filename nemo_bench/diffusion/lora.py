@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from nemo_bench.diffusion import hub
+from nemo_bench import hub
 from nemo_bench.diffusion.digests import file_digest
 from nemo_bench.errors import ConfigError, ModelError
 from nemo_bench.types import digest

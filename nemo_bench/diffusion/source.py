@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
-from nemo_bench.diffusion import hub
+from nemo_bench import hub
 from nemo_bench.diffusion.digests import file_digest, folder_digest
 from nemo_bench.diffusion.families import StableDiffusion, family_of
 from nemo_bench.diffusion.lora import Lora, holds_lora, looks_like_lora
@@ -109,13 +109,13 @@ class Source:
     @cached_property
     def _index(self) -> dict[str, Any]:
         """What ``model_index.json`` holds."""
-        content = json.loads(self._read("model_index.json"))
+        content = self._read("model_index.json")
         if not isinstance(content, dict):
             raise ModelError(f"model '{self.place}': model_index.json holds no object; get it again")
         return content
 
-    def _read(self, name: str) -> str:
-        """A file of settings; of a hub id this may fetch it.
+    def _read(self, name: str) -> Any:
+        """What a file of settings holds; of a hub id this may fetch it.
 
         Raises:
             ModelError: It can't be had or is no JSON.
@@ -123,15 +123,13 @@ class Source:
         repository = self._repository
         try:
             path = repository.get(name) if repository else Path(self.place) / name
-            text = path.read_text(encoding="utf-8")
-            json.loads(text)
+            return json.loads(path.read_text(encoding="utf-8"))
         except ModelError as error:
             raise ModelError(f"model '{self.place}': {error}") from error
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"model '{self.place}': {name} is not a valid JSON file ({error}); get it again"
             ) from error
-        return text
 
     @cached_property
     def _files(self) -> frozenset[str]:
@@ -243,7 +241,7 @@ class Source:
         """The files that an index names; none where it was not downloaded yet."""
         if self._repository and not (self._repository.snapshot / index).is_file():
             return []
-        weights = json.loads(self._read(index)).get("weight_map", {})
+        weights = self._read(index).get("weight_map", {})
         return sorted({f"{index.rpartition('/')[0]}/{name}" for name in weights.values()})
 
     @property

@@ -30,7 +30,8 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchvision import models
 from torchvision.transforms import v2
 
-from nemo_bench.diffusion import file_digest, folder_digest, hub
+from nemo_bench import hub
+from nemo_bench.diffusion import file_digest, folder_digest
 from nemo_bench.errors import ConfigError, ModelError, nearest
 from nemo_bench.metrics.spaces import Pixels, Space, to_tensor
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nemo_bench import hub
 from nemo_bench.errors import PromptError, nearest
 
 HUB = "hf://"
@@ -80,9 +81,12 @@ class DatasetPlace(NamedTuple):
             raise PromptError(msg) from error
         try:
             if self.source.startswith(HUB):
+                hub.check_data_set(self.place)
                 found = library.load_dataset(self.place, self.config)
             else:
                 found = library.load_from_disk(self.place)
+        except PromptError as error:
+            raise PromptError(f"prompts of {self.source}: {error}") from error
         except Exception as error:  # the library raises many kinds, its own and those of whichever client it uses
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise PromptError(f"prompts of {self.source}: the data set can't be loaded ({first})") from error

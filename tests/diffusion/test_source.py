@@ -475,7 +475,7 @@ def server() -> Iterator[str]:
 
 def asks(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr("nemo_bench.diffusion.hub.HfApi", lambda: huggingface_hub.HfApi(endpoint=endpoint))
+    monkeypatch.setattr("nemo_bench.hub.HfApi", lambda: huggingface_hub.HfApi(endpoint=endpoint))
 
 
 @pytest.mark.parametrize(
@@ -499,7 +499,7 @@ def test_what_the_hub_answers_is_told_apart(
 def test_a_hub_out_of_reach_is_one_message_within_seconds(
     kind: str, hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nemo_bench.diffusion.hub.PATIENCE", 0.5)
+    monkeypatch.setattr("nemo_bench.hub.PATIENCE", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         if kind == "refused":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,6 +79,7 @@ def hub(splits: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
         return datasets.load_from_disk(str(splits))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("nemo_bench.hub.check_data_set", lambda place: None)
     return load
 
 
@@ -86,6 +89,17 @@ def test_a_data_set_of_the_hub_is_read_by_its_id() -> None:
     assert [p.text for p in read_prompts("hf://user/name/large:train:other")] == ROWS["other"]
     with pytest.raises(PromptError, match=r"hf://user/gone: the data set can't be loaded \(Couldn't reach .*\)$"):
         read_prompts("hf://user/gone")
+
+
+def test_without_a_network_a_data_set_of_the_hub_is_one_message_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError("no connection")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    start = time.perf_counter()
+    with pytest.raises(PromptError, match=r"^prompts of hf://user/name: the network is unreachable.*HF_HUB_OFFLINE=1"):
+        read_prompts("hf://user/name")
+    assert time.perf_counter() - start < 10
 
 
 @pytest.mark.parametrize("source", ["hf://", "hf://name", "hf://user/name/config/more", "hf://user/name:a:b:c"])

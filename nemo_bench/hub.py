@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 
-from nemo_bench.errors import ModelError
+from nemo_bench.errors import ModelError, PromptError
 
 PATIENCE = 8.0
 """Seconds until a hub that gives no answer counts as out of reach; its own client would try for half a minute."""
@@ -116,6 +116,28 @@ def look(
     repository = Repository(place, commit, frozenset(), offline=True)
     files = frozenset(p.relative_to(repository.snapshot).as_posix() for p in repository.snapshot.rglob("*"))
     return Repository(place, commit, files, offline=True)
+
+
+def check_data_set(place: str) -> None:
+    """Makes sure that a data set of the hub can be had, at once; its own library would try for half a minute.
+
+    Args:
+        place: Its id.
+
+    Raises:
+        PromptError: There is none, access is refused, or the hub is out of reach.
+    """
+    if is_offline_mode():
+        return
+    try:
+        _in_time(lambda: HfApi().dataset_info(place, timeout=PATIENCE))
+    except HfHubHTTPError as error:
+        raise PromptError(_refusal(f"datasets/{place}", None, error)) from error
+    except Exception as error:  # of whichever client the hub's library uses
+        raise PromptError(
+            f"the network is unreachable, {constants.ENDPOINT} gives no answer ({_first_line(error)}); with "
+            "HF_HUB_OFFLINE=1 what was downloaded before is taken"
+        ) from error
 
 
 def _in_time(ask: Callable[[], _T]) -> _T:
