@@ -330,9 +330,10 @@ def _print_forecast(expected: Mapping[str, Any]) -> None:
         needs.add_row("chosen" if found["known"] else "default", "settings", f"{found['method']} {found['text']}")
     console.print(needs, "")
     for file, about in expected["prompts"].items():
-        console.print(f"{file}: {about['taken']:,} of {about['of']:,} prompts, the first of them:")
+        console.print(f"{file}: {about['taken']:,} of {about['of']:,} prompts, the first of them:", soft_wrap=True)
         for prompt in about["first"]:
-            console.print(f"  {prompt['id']}: {textwrap.shorten(prompt['text'], 100, placeholder=' ...')}")
+            text = textwrap.shorten(prompt["text"], 100, placeholder=" ...")
+            console.print(f"  {prompt['id']}: {text}", soft_wrap=True)
     if expected["uncounted"]:
         console.print(f"{expected['uncounted']} cells can't be counted before their files are there")
     if not rows:
