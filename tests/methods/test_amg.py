@@ -10,8 +10,8 @@ from PIL import Image
 
 from batches import batch_of, images_of
 from nemo_bench import ConfigError, Diffusion, ModelError, Prompt, resolve
-from nemo_bench.errors import StoreError
 from nemo_bench.diffusion import Conditioning, Step
+from nemo_bench.errors import StoreError
 from nemo_bench.methods import AMG
 from nemo_bench.methods.amg import Index, _Guidance
 
