@@ -331,8 +331,10 @@ def test_a_missing_folder_of_ones_own_is_an_error(tmp_path: Path) -> None:
 def test_a_folder_of_ones_own_may_have_any_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name / "method").mkdir(parents=True)
     (tmp_path / name / "method" / "mine.yaml").write_text("_target_: nemo_bench.methods.NoMitigation\n")
+    (tmp_path / name / "method" / "._mine.yaml").write_text("left by a system")
     (choice,) = grid(["method=mine"], tmp_path / name)
     assert choice.names["method"] == "mine"
+    assert [option for option in options("method", tmp_path / name) if "mine" in option] == ["mine"]
 
 
 @pytest.mark.parametrize("group", GROUPS)

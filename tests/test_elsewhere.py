@@ -58,6 +58,13 @@ def test_names_of_the_public_scripts(tmp_path: Path) -> None:
     assert found[3].task == ImageTask.of(PROMPTS[1], 1)
 
 
+def test_hidden_files_are_no_images(tmp_path: Path) -> None:
+    named(tmp_path, "img_0000_00.png")
+    for name in ("._img_0000_00.png", ".DS_Store", "Thumbs.db", ".thumbnail.jpg"):
+        (tmp_path / name).write_bytes(b"left by a system")
+    assert [Path(image.path).name for image in named_images(tmp_path, PROMPTS[:1])] == ["img_0000_00.png"]
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

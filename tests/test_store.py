@@ -207,6 +207,7 @@ def test_a_foreign_folder_is_refused_and_an_empty_one_taken(tmp_path: Path) -> N
         Store(tmp_path).open(SPEC)
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.txt"]
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".DS_Store").write_text("left by a system")
     Store(tmp_path / "empty").open(SPEC)
 
 

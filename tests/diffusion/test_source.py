@@ -258,6 +258,9 @@ def test_the_digest_follows_contents_not_places(folder: Path, single_file: Path,
     copy, file = tmp_path / "model", tmp_path / "copy.safetensors"
     shutil.copytree(folder, copy)
     shutil.copy(single_file, file)
+    for name in ("unet/._config.json", ".cache/huggingface/download.json"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_text("left by a system")
     assert Source(str(folder)).digest() == Source(str(copy)).digest()
     first = Source(str(single_file), config=str(folder)).digest()
     assert first == Source(str(file), config=str(copy)).digest()

@@ -11,6 +11,7 @@ from PIL import Image
 from batches import batch_of, images_of
 from nemo_bench import ConfigError, Diffusion, ModelError, Prompt, resolve
 from nemo_bench.diffusion import Conditioning, Step
+from nemo_bench.errors import StoreError
 from nemo_bench.methods import AMG
 from nemo_bench.methods.amg import Index, _Guidance
 
@@ -335,7 +336,7 @@ def test_without_training_images_it_says_what_to_do(tiny: Diffusion, tmp_path: P
     broken = tmp_path / "broken.png"
     Image.new("RGB", (4, 4)).save(broken)
     broken.write_bytes(broken.read_bytes()[:20])
-    with pytest.raises(ConfigError, match="can't be read as an image"):
+    with pytest.raises(StoreError, match="can't be read as an image"):
         AMG().prepare(tiny, [Prompt("a", "a", references=(broken,))])
 
 

@@ -137,6 +137,26 @@ def test_real_pictures_are_needed(tmp_path: Path) -> None:
         FID(SSCD("gone.pt"), str(real)).check()
 
 
+def test_real_pictures_that_are_damaged_are_found_before_anything_runs(tmp_path: Path) -> None:
+    space, real = sscd(tmp_path), tmp_path / "real"
+    for number in range(6):
+        save(real, f"sub/{number}.png", number)
+    for name in ("._0.png", ".DS_Store", "sub/._1.png", "__MACOSX/sub/._1.png"):
+        (real / name).parent.mkdir(exist_ok=True)
+        (real / name).write_bytes(b"left by a system")
+    metric = FID(space, str(real))
+    metric.check()
+    assert [path.name for path in metric.files] == [f"{number}.png" for number in range(6)]
+    for number in range(1, 5):
+        path = real / f"sub/{number}.png"
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ConfigError) as caught:
+        metric.check()
+    assert "4 of 6 real pictures can't be read: " in str(caught.value)
+    assert f"{real / 'sub/1.png'} (image file is truncated" in str(caught.value)
+    assert str(caught.value).endswith(f", ...; replace them, or move them out of {real}")
+
+
 def test_what_real_pictures_are_is_known_by_name_and_size(tmp_path: Path) -> None:
     space = sscd(tmp_path)
     for folder in ("real", "moved"):

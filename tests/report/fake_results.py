@@ -195,7 +195,7 @@ def _write_cell(
         **_detection(lines),
         "counts": {
             "images": len(lines["generate"]), "prompts": len(prompts), "truncated": 1, "without_reference": 0,
-            "dead_references": 0,
+            "dead_references": 0, "damaged_references": 2,
         },
         "cost": {
             "localize_seconds_per_prompt": 3.1, "once_seconds_per_prompt": 2.9,

@@ -18,6 +18,7 @@ from nemo_bench import resolve
 from nemo_bench.cells import plan
 from nemo_bench.config import grid
 from nemo_bench.errors import ConfigError, ModelError, NemoBenchError, StoreError
+from nemo_bench.forecast import forecast
 from nemo_bench.prompts import MANIFEST
 from nemo_bench.report import load_results
 from nemo_bench.run import run
@@ -64,7 +65,8 @@ def cell(folder: Path, method: str) -> Path:
 
 def scored(folder: Path, *words: str, **options: Any) -> Path:
     options = {"progress": False, **options}
-    return score(cells_of(folder, words, **options), "test", say=lambda line: None, progress=False)
+    say = options.get("say", lambda line: None)
+    return score(cells_of(folder, words, **options), "test", say=say, progress=False)
 
 
 def values(path: Path) -> dict[tuple[str, int | None], dict[str, float]]:
@@ -200,6 +202,38 @@ def test_references_may_come_later(tmp_path: Path) -> None:
     assert (counts["dead_references"], counts["without_reference"]) == (1, 1)
     scored(run_folder)
     assert read_json(cell(run_folder, "x") / "metrics.json")["counts"] == counts
+
+
+def test_a_damaged_reference_costs_its_prompt_the_similarity_and_is_counted(tmp_path: Path) -> None:
+    prompts, images = [], tmp_path / "images"
+    images.mkdir()
+    for number, name in enumerate("abc"):
+        for path in (tmp_path / f"{name}.png", images / f"img_000{number}_00.png"):
+            Image.effect_noise((64, 64), 90).convert("RGB").save(path)
+        prompts.append({"id": name, "text": f"a {name}", "kind": "VM", "references": [f"{name}.png"]})
+    prompts[2]["references"].append("b.png")
+    listed, damaged = tmp_path / "list.jsonl", tmp_path / "b.png"
+    listed.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[: len(whole) // 2])
+    said: list[str] = []
+    words = [f"prompts.files=[{listed}]", "model=planted", "trainer=cpu", f"root={tmp_path}", "method=x"]
+    run_folder = scored(images, *words, say=said.append)
+    assert said[0].startswith(f"1 of 3 training images can't be decoded and are left out: {damaged} (image file is tru")
+    assert said[0].endswith("no similarity to training images: 1")
+    having = {name for (name, _), scores in values(cell(run_folder, "x")).items() if "ssim" in scores}
+    assert having == {"a", "c"}
+    counts = read_json(cell(run_folder, "x") / "metrics.json")["counts"]
+    assert (counts["damaged_references"], counts["without_reference"]) == (1, 1)
+    assert "Files of training images that can&#39;t be decoded" in (run_folder / "report.html").read_text()
+    needs = forecast(grid([*words[:-1], "method=none"]))["needs"]
+    (need, *_) = [need for need in needs if need["kind"] == "training images"]
+    assert need["state"] == "partly"
+    assert str(damaged) in need["note"]
+    damaged.write_bytes(whole)  # mended, it counts again
+    scored(run_folder)
+    assert all("ssim" in scores for (_, seed), scores in values(cell(run_folder, "x")).items() if seed is not None)
+    assert read_json(cell(run_folder, "x") / "metrics.json")["counts"]["damaged_references"] == 0
 
 
 def test_images_made_elsewhere_get_the_scores_of_those_made_here(made: Path, tmp_path: Path) -> None:
