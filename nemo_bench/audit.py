@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nemo_bench.aggregate import bootstrap_interval, paired
 from nemo_bench.cells import ImageCell, decisive_settings, metrics_of, read_files, source_of
-from nemo_bench.config import SCORING, build, overridden
+from nemo_bench.config import SCORING, build, check_stored, overridden, targets
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, file_digest
 from nemo_bench.errors import ConfigError, ModelError, StoreError, nearest
 from nemo_bench.methods import Batch, Method, NoMitigation
@@ -189,7 +189,7 @@ def cells_of(
             left_out.setdefault("not all images are there; go on with nemo-bench run", []).append(place.name)
             continue
         cell = reread(place, rest, conf)
-        method = _method(cell)
+        method = _method(cell, conf)
         if isinstance(method, str):
             left_out.setdefault(method, []).append(place.name)
         else:
@@ -239,14 +239,13 @@ def _method_name(place: Path) -> str:
     return str(read_json(place / "spec.json")["method"])
 
 
-def _method(cell: ImageCell) -> Method | str:
+def _method(cell: ImageCell, conf: Path | None) -> Method | str:
     """The method of a cell, or why it can't be audited."""
     node = cell.choice.settings.method
     if "images" in cell.spec["settings"]:
         return "images were made elsewhere, and an audit needs the network that made them"
-    method = build(node, "method")
-    if not isinstance(method, Method):
-        return f"{node['_target_']} is no nemo_bench.methods.Method"
+    check_stored(node, "method", targets(conf))
+    method: Method = build(node, "method")
     method.batch_size = cell.choice.settings.batch_size
     if not method.auditable:
         return UNCHANGED

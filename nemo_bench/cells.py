@@ -203,9 +203,7 @@ def _read(cache: dict[str, list[Prompt]], *arguments: Any) -> list[Prompt]:
 def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Source, str]) -> Cell:
     settings = choice.settings
     model = settings.model
-    method = build(settings.method, "method")
-    if not isinstance(method, Method):
-        raise ConfigError(f"method._target_={settings.method['_target_']}: expected a nemo_bench.methods.Method")
+    method: Method = build(settings.method, "method")
     method.batch_size = settings.batch_size
     source = source_of(model)
     if source not in weights:
@@ -281,12 +279,10 @@ def check_metrics(settings: RunSettings) -> None:
     """
     lacking: dict[tuple[type[NemoBenchError], str], list[str]] = {}
     for name, node in settings.metrics.items():
-        metric = build(node, f"metrics.{name}")
-        if not isinstance(metric, BenchMetric) or not metric.needs <= FIELDS:
-            msg = (
-                f"metrics.{name}: expected a BenchMetric that needs some of {', '.join(sorted(FIELDS))}, given {metric}"
-            )
-            raise ConfigError(msg)
+        metric: BenchMetric = build(node, f"metrics.{name}")
+        if not metric.needs <= FIELDS:
+            needed, known = (", ".join(sorted(those)) for those in (metric.needs, FIELDS))
+            raise ConfigError(f"metrics.{name}: it needs {needed}; expected some of {known}")
         try:
             metric.check()
         except NemoBenchError as error:

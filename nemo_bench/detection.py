@@ -86,10 +86,8 @@ def plan(choices: Sequence[Choice]) -> list[DetectionCell]:
 
 def _cell(choice: Choice, prompts: list[Prompt]) -> DetectionCell:
     settings = choice.settings
-    model, detector = settings.model, build(settings.detector, "detector")
-    if not isinstance(detector, Detector):
-        msg = f"detector._target_={settings.detector['_target_']}: expected a nemo_bench.detectors.Detector"
-        raise ConfigError(msg)
+    model = settings.model
+    detector: Detector = build(settings.detector, "detector")
     source = source_of(model)
     detector.check(source.family.pipeline.__name__, model.guidance, compiled=model.compiled)
     if detector.steps is not None and detector.steps > model.steps:

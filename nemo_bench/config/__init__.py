@@ -15,7 +15,7 @@ from nemo_bench.config.composition import (
     one,
     rescore,
 )
-from nemo_bench.config.groups import GROUPS, options
+from nemo_bench.config.groups import GROUPS, options, targets
 from nemo_bench.config.listing import about_method, describe_options, explain_option
 from nemo_bench.config.schema import (
     LoggerSettings,
@@ -26,7 +26,7 @@ from nemo_bench.config.schema import (
     TrainerSettings,
     overridden,
 )
-from nemo_bench.config.targets import build, resolve
+from nemo_bench.config.targets import build, check_stored, resolve
 
 __all__ = [
     "DEFAULT_METHODS",
@@ -43,6 +43,7 @@ __all__ = [
     "TrainerSettings",
     "about_method",
     "build",
+    "check_stored",
     "describe_options",
     "detector_grid",
     "explain_option",
@@ -53,4 +54,5 @@ __all__ = [
     "overridden",
     "rescore",
     "resolve",
+    "targets",
 ]

@@ -20,9 +20,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_bench.config.groups import GROUPS, options, plugins
+from nemo_bench.config.groups import GROUPS, options, plugins, targets
 from nemo_bench.config.schema import LoggerSettings, RunSettings, check_values
-from nemo_bench.config.targets import SPELLED, first_line, resolve, spell
+from nemo_bench.config.targets import SPELLED, check_stored, first_line, resolve, spell
 from nemo_bench.errors import ConfigError, nearest
 
 DEFAULT_METHODS = "none,random,nemo"
@@ -132,30 +132,45 @@ def rescore(overrides: Sequence[str], names: Mapping[str, str], stored: Mapping[
             raise ConfigError(f"{key} can't be changed for images that are there; settings of scoring: {known}")
     if typed & {"weights", "real_images"} and "metrics" not in typed:
         raise ConfigError("weights and real_images are taken up by metrics: name those too, such as metrics=default")
-    model = stored["model"]
+    settings = _read_stored(stored, conf)
     kept = {
-        "model.clip": model["clip"],
-        "model.clip_pretrained": model["clip_pretrained"],
-        "weights": stored.get("weights"),
-        "real_images": stored.get("real_images"),
+        "model.clip": settings.model.clip,
+        "model.clip_pretrained": settings.model.clip_pretrained,
+        "weights": settings.weights,
+        "real_images": settings.real_images,
     }
     # What metrics may refer to.
     words = [f"{key}={_quoted(value)}" for key, value in kept.items() if key not in typed and value is not None]
     if "metrics" not in typed:
         # Changes of single metrics are changes of those that the images were scored with.
-        ConfigStore.instance().store(group="metrics", name=OWN_METRICS, node=stored["metrics"])
+        ConfigStore.instance().store(group="metrics", name=OWN_METRICS, node=settings.metrics)
         words.append(f"metrics={OWN_METRICS}")
     chosen = one([*overrides, *words, "method=none"], conf).settings
-    try:
-        node = OmegaConf.create(dict(stored))
-        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), node))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"another version wrote these settings ({first_line(error)}); run again") from error
-    assert isinstance(settings, RunSettings)
     for part in {"trainer", *(key.split(".")[0] for key in typed)} - {"prompts"}:
         setattr(settings, part, getattr(chosen, part))
     settings.prompts.references = chosen.prompts.references or settings.prompts.references
     return Choice(names, settings)
+
+
+def _read_stored(stored: Mapping[str, Any], conf: Path | None) -> RunSettings:
+    """Settings of a results folder, as data: nothing that they name is imported but what the user has.
+
+    Raises:
+        ConfigError: Another version wrote them, or they name or hold what no run writes down.
+    """
+    classes = targets(conf)
+    for key, value in stored.items():
+        if key != "method":  # is not made where images are scored; an audit looks at it
+            check_stored(value, str(key), classes)
+    try:
+        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), OmegaConf.create(stored)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"another version wrote these settings ({first_line(error)}); run again") from error
+    assert isinstance(settings, RunSettings)
+    for name, node in settings.metrics.items():
+        if not isinstance(node, Mapping) or "_target_" not in node:
+            raise ConfigError(f"metrics.{name}: expected _target_ with the path of a class, given {node}")
+    return settings
 
 
 def one(overrides: Sequence[str], conf: Path | None) -> Choice:
