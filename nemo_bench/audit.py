@@ -28,7 +28,7 @@ from nemo_bench.prompts import seeds_of
 from nemo_bench.report import write_report
 from nemo_bench.runner import Runner, by_prompt, is_main
 from nemo_bench.scoring import reread
-from nemo_bench.store import SCHEMA, Store, read_json, write_json
+from nemo_bench.store import SCHEMA, Store, damaged, read_object, read_run, read_spec, write_json
 from nemo_bench.types import Kind, Neurons, Prompt, Record, digest
 
 STAGE, SCORES = "audit", "audit_scores"
@@ -225,9 +225,9 @@ def _asked_for(folder: Path, names: Sequence[str]) -> list[Path]:
     if not (folder / "run.json").is_file():
         if names:
             raise ConfigError(f"{folder} is no run, so it has no cells to choose from; leave out --cell")
-        read_json(folder / "spec.json")
+        read_spec(folder)
         return [folder]
-    places = [folder / name for name in read_json(folder / "run.json")["cells"]]
+    places = [folder / name for name in read_run(folder)["cells"] if (folder / name).is_dir()]
     for name in names:
         if all(name not in (place.name, _method_name(place)) for place in places):
             known = {n for place in places for n in (place.name, _method_name(place))}
@@ -236,7 +236,7 @@ def _asked_for(folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def _method_name(place: Path) -> str:
-    return str(read_json(place / "spec.json")["method"])
+    return str(read_object(place / "spec.json", "method")["method"])
 
 
 def _method(cell: ImageCell, conf: Path | None) -> Method | str:
@@ -258,6 +258,7 @@ def _method(cell: ImageCell, conf: Path | None) -> Method | str:
 
 def _audit_cell(cell: ImageCell, method: Method, settings: AuditSettings) -> AuditCell:
     store, model = cell.store, cell.choice.settings.model
+    _entries(store.folder)
     if source_of(model).digest() != cell.spec["settings"]["model"]["weights"]:
         raise StoreError(f"{store.folder} was made with other weights than {model.source} holds now; put those back")
     if decisive_settings(cell.choice.settings.method, method, cell.prompts) != cell.spec["settings"]["method"]:
@@ -279,6 +280,15 @@ def _audit_cell(cell: ImageCell, method: Method, settings: AuditSettings) -> Aud
         if controls:
             tasks.append(AuditTask.of(prompt, controls[number % len(controls)], settings))
     return AuditCell(cell, method, compared, settings, tasks)
+
+
+def _entries(folder: Path) -> list[dict[str, Any]]:
+    """The audits of a cell that are there."""
+    path = folder / "audit.json"
+    entries = read_object(path, "audits")["audits"] if path.exists() else []
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
+        raise damaged(path, "no list of audits")
+    return entries
 
 
 def _first(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
@@ -463,10 +473,11 @@ def audit(cells: Sequence[AuditCell], command: str, *, progress: bool = True) ->
     for cell in cells:
         _search(cell, runner)
         if is_main():
-            path = cell.store.folder / "audit.json"
-            known = read_json(path)["audits"] if path.exists() else []
-            others = [entry for entry in known if entry["id"] != cell.id]
-            write_json(path, {"schema": SCHEMA, "audits": [*others, {**summary(cell), "command": command}]})
+            others = [entry for entry in _entries(cell.store.folder) if entry["id"] != cell.id]
+            write_json(
+                cell.store.folder / "audit.json",
+                {"schema": SCHEMA, "audits": [*others, {**summary(cell), "command": command}]},
+            )
     if is_main():
         write_report(folder)
     return folder
@@ -474,24 +485,12 @@ def audit(cells: Sequence[AuditCell], command: str, *, progress: bool = True) ->
 
 def _search(cell: AuditCell, runner: Runner) -> None:
     store, run = cell.store, cell.cell.choice.settings
-    if is_main():
-        _reopen(store, STAGE, [task.id for task in cell.tasks])
-    runner.trainer.strategy.barrier()
     size = max(1, run.batch_size // GRADIENT_MEMORY // cell.settings.samples)
     label = cell.cell.spec["method"]
     runner.go_through(STAGE, label, cell.tasks, store, lambda: AuditStage(runner.model(cell.cell), cell), size)
     records = store.records(STAGE)
     tasks = [ScoreTask(cell.score_id(task), task, records[task.id]) for task in cell.tasks]
-    if is_main():
-        _reopen(store, SCORES, [task.id for task in tasks])
-    runner.trainer.strategy.barrier()
     runner.go_through(SCORES, label, tasks, store, lambda: AuditScoringStage(cell), run.batch_size)
-
-
-def _reopen(store: Store, stage: str, ids: Sequence[str]) -> None:
-    """Opens a stage again that was done with other settings, or misses something now."""
-    if store.is_done(stage) and store.open_ids(stage, ids):
-        store.reopen(stage)
 
 
 def summary(cell: AuditCell) -> dict[str, Any]:

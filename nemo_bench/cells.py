@@ -10,11 +10,11 @@ from typing import Any, Protocol
 from nemo_bench.config import Choice, ModelSettings, PromptSettings, RunSettings, build, resolve
 from nemo_bench.diffusion import Source
 from nemo_bench.errors import ConfigError, NemoBenchError
-from nemo_bench.localization import read_statistics
+from nemo_bench.localization import is_readable, read_statistics
 from nemo_bench.methods import Method
 from nemo_bench.metrics import FIELDS, BenchMetric
 from nemo_bench.prompts import ImageTask, PromptTask, prompts_digest, read_prompts
-from nemo_bench.store import Store
+from nemo_bench.store import Store, is_whole
 from nemo_bench.types import Prompt, digest
 
 STAGES = ("localize", "generate", "score")
@@ -90,7 +90,8 @@ class Cell(ImageCell):
     @property
     def is_calibrated(self) -> bool:
         """Whether nothing is left to be measured on general prompts."""
-        return all((self.calibration.folder / name).exists() for name in self.measured)
+        is_there = {STATISTICS: is_readable, THRESHOLD: is_whole}
+        return all(is_there[name](self.calibration.folder / name) for name in self.measured)
 
     @property
     def image_tasks(self) -> list[ImageTask]:

@@ -233,8 +233,7 @@ def detect(cells: Sequence[DetectionCell], command: str, *, progress: bool = Tru
         for cell in cells:
             cell.store.open(cell.spec)
             note_start(cell, command, runner)
-            if cell.store.is_done(STAGE) and cell.store.open_ids(STAGE, [task.id for task in cell.tasks]):
-                cell.store.reopen(STAGE)
+            cell.store.recount(STAGE, [task.id for task in cell.tasks])
     runner.trainer.strategy.barrier()
     groups: dict[str, list[DetectionCell]] = {}
     for cell in cells:

@@ -179,7 +179,8 @@ def changed_images(folder: Path, records: Iterable[Record]) -> list[str]:
 
     Args:
         folder: A cell's folder.
-        records: Of its images; those of images made here say nothing of their content.
+        records: Of its images; those of images made here do not say when they were written, and are looked at where
+            they are scored.
 
     Returns:
         Their files. Only files that were written since are read.
@@ -187,7 +188,7 @@ def changed_images(folder: Path, records: Iterable[Record]) -> list[str]:
     return [
         record["image"]
         for record in records
-        if "sha256" in record
+        if "written" in record
         and (path := folder / record["image"]).stat().st_mtime_ns != record["written"]
         and _hashed(str(path))[0] != record["sha256"]
     ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import resource
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -315,6 +316,7 @@ class SceneReader:
         images: Generation records, with ``image`` a path in the folder or an absolute one.
         localizations: Localization records by prompt id.
         unmitigated: Files of the images without mitigation by id of the image's record.
+        digests: SHA-256 that an image may have, by its path in the records; of others nothing is known.
     """
 
     def __init__(
@@ -324,9 +326,11 @@ class SceneReader:
         images: Iterable[Record],
         localizations: Mapping[str, Record] | None = None,
         unmitigated: Mapping[str, Path] | None = None,
+        digests: Mapping[str, Collection[str]] | None = None,
     ) -> None:
         self.folder, self.localizations, self.unmitigated = folder, localizations or {}, unmitigated or {}
         self.needed = {field for metric in metrics for field in metric.needs}
+        self.digests = digests or {}
         # No more than this is kept of the records: there may be very many.
         self.images: dict[str, list[tuple[int, str, str]]] = {}
         for record in images:
@@ -344,6 +348,8 @@ class SceneReader:
 
     def _scene(self, task: PromptTask) -> Scene:
         images = sorted(self.images[task.prompt.id])
+        for _, _, image in images:
+            self._check(image)
         files: dict[str, Sequence[Path]] = {"images": [self.folder / image for _, _, image in images]}
         if "references" in self.needed:
             files["references"] = task.prompt.references
@@ -351,6 +357,23 @@ class SceneReader:
             files["unmitigated"] = [self.unmitigated[name] for _, name, _ in images]
         records = [{"id": name, "seed": seed} for seed, name, _ in images]
         return Scene(task, records, files, self.localizations.get(task.prompt.id))
+
+    def _check(self, image: str) -> None:
+        """Makes sure that an image is the one that was recorded: read before it is decoded, it costs next to nothing.
+
+        Raises:
+            StoreError: It is another one.
+        """
+        known, path = self.digests.get(image), self.folder / image
+        try:
+            is_other = known is not None and hashlib.sha256(path.read_bytes()).hexdigest() not in known
+        except OSError as error:
+            raise StoreError(
+                f"{path} can't be read ({error.strerror}); the command that made it makes it again"
+            ) from error
+        if is_other:
+            msg = f"{path} is not the image that was recorded"
+            raise StoreError(f"{msg}; delete it, and the command that made it makes it again")
 
 
 class ScoringStage(Stage):

@@ -21,7 +21,19 @@ from nemo_bench.modules import localization_of
 from nemo_bench.prompts import dead_references, references_digest
 from nemo_bench.report import write_report
 from nemo_bench.runner import SETS, Runner, by_prompt, is_main, load_model, note_start, open_folder
-from nemo_bench.store import SCHEMA, Store, read_json, write_json, write_text
+from nemo_bench.store import (
+    SCHEMA,
+    Store,
+    is_whole,
+    iterate_records,
+    read_cell_prompts,
+    read_json,
+    read_object,
+    read_spec,
+    read_starts,
+    write_json,
+    write_text,
+)
 from nemo_bench.tracking import sweep_trial, track
 from nemo_bench.types import Neurons, Record
 
@@ -48,7 +60,7 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
     runner = Runner(settings.trainer, progress=progress)
     runner.start()
     if is_main():
-        open_folder(folder, cells)
+        open_folder(folder, cells, instead=True)
         for cell in with_sources(cells):
             cell.store.open(cell.spec)
             note_start(cell, command, runner)
@@ -65,8 +77,10 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
 
 
 def renew_scores(cells: Sequence[ImageCell]) -> None:
-    """Downloads what open metrics are to download; forgets scores of other metrics or other reference images."""
+    """Downloads what open metrics are to download; forgets scores that can't stay."""
     stale = [cell for cell in cells if _scores_are_stale(cell)]
+    for cell in cells:
+        cell.store.recount("score", [task.id for task in cell.prompt_tasks])
     for cell in cells:
         for metric in metrics_of(cell).values() if cell in stale or not cell.store.is_done("score") else ():
             metric.space.fetch()
@@ -89,6 +103,8 @@ def finish(cells: Sequence[ImageCell], runner: Runner, say: Callable[[str], None
         folder, logger = cells[0].store.folder.parent, cells[0].choice.settings.logger
         for cell in cells:
             write_json(cell.store.folder / "metrics.json", _summary(cell))
+        # Another command of this name may have taken them off the list while they were not finished.
+        open_folder(folder, cells)
         write_report(folder)
         try:
             track(folder, logger, cells=[cell.id for cell in cells], say=say)
@@ -135,9 +151,9 @@ def _calibration_of(cell: Cell) -> dict[str, Any]:
 
 
 def _reopen(cell: Cell) -> None:
-    """Opens stages again that were done once and miss something now."""
+    """Opens stages again that were done once and miss something now; what is made again is scored again."""
     store = cell.store
-    for stage in STAGES:
+    for stage in STAGES[:-1]:
         if store.is_done(stage) and store.open_ids(stage, cell.ids(stage)):
             store.reopen(stage)
             _forget_scores(store)
@@ -161,8 +177,16 @@ def _scoring(cell: ImageCell) -> dict[str, Any]:
 
 
 def _scores_are_stale(cell: ImageCell) -> bool:
+    """Whether scores are of other metrics or reference images, or some of them were lost.
+
+    The scores of a prompt are written after those of its images, so no kill leaves the first without the others.
+    """
     path = cell.store.folder / "scoring.json"
-    return not path.exists() or read_json(path) != _scoring(cell)
+    if not is_whole(path) or read_json(path) != _scoring(cell):
+        return True
+    scored = {(record["prompt"], record["seed"]) for record in iterate_records(cell.store.folder, "score")}
+    images = [(r["prompt"], r["seed"]) for r in iterate_records(cell.store.folder, "generate") if "image" in r]
+    return any((prompt, None) in scored and (prompt, seed) not in scored for prompt, seed in images)
 
 
 def _publish(cell: Cell) -> None:
@@ -231,8 +255,9 @@ def _scores_without_mitigation(cell: ImageCell) -> Iterable[Record]:
     none = cell.unmitigated
     if none is None or not none.store.is_done("score"):
         return ()
-    own, other = (read_json(store.folder / "scoring.json") for store in (cell.store, none.store))
-    same = all(own[key] == other[key] for key in ("metrics", "references"))
+    keys = ("metrics", "references")
+    own, other = (read_object(store.folder / "scoring.json", *keys) for store in (cell.store, none.store))
+    same = all(own[key] == other[key] for key in keys)
     return none.store.records("score").values() if same else ()
 
 
@@ -293,12 +318,11 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
         raise StoreError(f"{cell} holds no localization; give results/<name>/<cell> of a finished run")
     if prompt is not None and prompt not in found:
         raise ConfigError(f"no prompt '{prompt}' in {cell}. {nearest(prompt, found)}")
-    lines = (cell / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    memorized = [found[p["id"]] for p in map(json.loads, lines) if p["kind"] and p["id"] in found]
+    memorized = [found[p.id] for p in read_cell_prompts(cell, read_spec(cell)) if p.kind and p.id in found]
     neurons = found[prompt] if prompt is not None else reduce(or_, memorized or found.values())
     if not neurons:
         raise StoreError(f"{cell} switches nothing off; name the cell of a method that localizes, such as nemo")
-    settings = read_json(cell / "env.json")["starts"][-1]["settings"]
+    settings = read_starts(cell)[-1]["settings"]
     model = settings["model"]
     loaded = load_model(ModelSettings(**{**model, "similarity": SimilaritySettings(**model["similarity"])}))
     loaded.export(folder, neurons, settings["method"].get("factor", 0.0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,7 +16,18 @@ from nemo_bench.errors import ConfigError, StoreError
 from nemo_bench.prompts import prompts_digest
 from nemo_bench.run import finish, renew_scores
 from nemo_bench.runner import Runner, is_main, note_start, open_folder
-from nemo_bench.store import Store, iterate_records, read_json, write_json
+from nemo_bench.store import (
+    Store,
+    damaged,
+    iterate_records,
+    lack,
+    made_again,
+    read_cell_prompts,
+    read_run,
+    read_spec,
+    read_starts,
+    write_json,
+)
 from nemo_bench.types import Prompt, digest
 
 
@@ -87,11 +97,12 @@ def cells_of(
 
 
 def _of_run(folder: Path, overrides: Sequence[str], conf: Path | None, say: Callable[[str], None]) -> list[ImageCell]:
-    names = read_json(folder / "run.json")["cells"]
+    names = [name for name in read_run(folder)["cells"] if (folder / name).is_dir()]
     lacking = {name: reason for name in names if (reason := _lack(folder / name))}
     finished = [name for name in names if name not in lacking]
     if not finished:
-        raise StoreError(f"{folder}: no cell has all its images; give the command of the run again to go on")
+        listed = "; ".join(f"{name}: {reason}" for name, reason in lacking.items()) or "run.json lists none"
+        raise StoreError(f"{folder}: no cell has all its images; give the command of the run again to go on ({listed})")
     for name, reason in lacking.items() if is_main() else ():
         say(f"{name}: left out, {reason}")
     cells = [reread(folder / name, overrides, conf) for name in finished]
@@ -105,6 +116,9 @@ def _lack(cell: Path) -> str:
     """Why a cell can't be scored again, if so."""
     if not (cell / "generate.done").is_file():
         return "not all of its images are there"
+    spec = read_spec(cell)
+    if reason := lack(cell, spec, read_cell_prompts(cell, spec), ("localize", "generate")):
+        return reason
     with suppress(FileNotFoundError):  # said of each cell where it is read
         if changed_images(cell, iterate_records(cell, "generate")):
             return "its images are not those that were scored; score their folder again, for a cell of its own"
@@ -115,8 +129,8 @@ def _with_unmitigated(cell: ImageCell, conf: Path | None) -> list[ImageCell]:
     """The cell, and before it the latest one of its run without mitigation, to be scored alike, if there is one."""
     done = cell.store.folder.parent.glob("*/generate.done") if cell.is_mitigated else ()
     for path in sorted(done, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        spec = read_json(path.parent / "spec.json")
-        if spec["settings"]["method"] == UNMITIGATED and _basis(spec) == _basis(cell.spec):
+        spec = read_spec(path.parent)
+        if spec["settings"].get("method") == UNMITIGATED and _basis(spec) == _basis(cell.spec):
             other = cell.unmitigated = reread(path.parent, (), conf)
             other.choice.settings.metrics = cell.choice.settings.metrics
             return [other, cell]
@@ -144,33 +158,45 @@ def reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> ImageCe
     Raises:
         NemoBenchError: Its images are not all there, or an override is wrong.
     """
-    spec, store = read_json(folder / "spec.json"), Store(folder)
+    spec, store = read_spec(folder), Store(folder)
     if "detector" in spec:
         raise StoreError(f"{folder} was made by a detector and holds no images; name the cell of a method")
     if not store.is_done("generate"):
         raise StoreError(f"{folder}: not all images are there; give the command of the run again to go on")
+    prompts = read_cell_prompts(folder, spec)
+    if reason := lack(folder, spec, prompts, ("localize", "generate")):
+        raise StoreError(f"{folder}: {reason}")
     names = {group: spec[group] for group in ("model", "method", "prompts")}
-    choice = rescore(overrides, names, read_json(folder / "env.json")["starts"][-1]["settings"], conf)
+    choice = rescore(overrides, names, _settings(folder), conf)
     settings = choice.settings
     settings.root, settings.name = str(folder.parent.parent), folder.parent.name
-    prompts = [
-        Prompt.of(json.loads(line)) for line in (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
     if any(str(word).startswith("prompts.references=") for word in overrides):
         prompts = _with_references(folder, prompts, choice)
     missing = [str(path) for prompt in prompts for path in prompt.references if not path.is_file()]
     if missing:
         msg = f"{folder}: {len(missing)} reference images are gone, such as {missing[0]}"
         raise StoreError(f"{msg}; put them back, or name a folder of fetched ones with prompts.references")
-    images = (record["image"] for record in iterate_records(folder, "generate"))
-    lost = [image for image in images if not (folder / image).is_file()]
+    records = [record for record in iterate_records(folder, "generate") if "image" in record]
+    lost = [record["image"] for record in records if not (folder / record["image"]).is_file()]
     if lost:
         msg = f"{folder}: {len(lost)} images are gone, such as {lost[0]}"
-        raise StoreError(f"{msg}; give the command that made them again")
-    if changed := changed_images(folder, iterate_records(folder, "generate")):
+        raise StoreError(f"{msg}; give the command that made them again ({made_again(folder)})")
+    if changed := changed_images(folder, records):
         msg = f"{folder}: {len(changed)} images are not those that were scored, such as {changed[0]}"
         raise StoreError(f"{msg}; score their folder again, for a cell of its own, or put the former images back")
+    ids = {record["id"]: record["image"] for record in records}
+    if cut := store.open_ids("generate", ids):
+        msg = f"{folder}: {len(cut)} images are cut or others than were recorded, such as {ids[cut[0]]}"
+        raise StoreError(f"{msg}; {made_again(folder)}")
     return ImageCell(choice=choice, prompts=prompts, spec=spec, store=store)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The settings that a cell was gone on with last."""
+    settings = read_starts(folder)[-1].get("settings")
+    if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):
+        raise damaged(folder / "env.json", "a start without settings")
+    return settings
 
 
 def _with_references(folder: Path, prompts: Sequence[Prompt], choice: Choice) -> list[Prompt]:

@@ -13,7 +13,6 @@ from hydra.utils import get_object
 
 from nemo_bench.errors import ConfigError, nearest
 
-
 BASES = {
     "method": "nemo_bench.methods.Method",
     "detector": "nemo_bench.detectors.Detector",
@@ -124,10 +123,10 @@ def _check_known(node: Mapping[str, Any], key: str, known: Collection[str]) -> N
     if name in known:
         return
     first, *parts = str(name).split(".")
-    if first == _PACKAGE and not any(part.startswith("_") for part in parts):
-        # What a module of the package has imported, such as subprocess.Popen, can be reached by its name as well.
-        if _class_of(node, key, (object,)).__module__.split(".")[0] == _PACKAGE:
-            return
+    is_ours = first == _PACKAGE and not any(part.startswith("_") for part in parts)
+    # What a module of the package has imported, such as subprocess.Popen, can be reached by its name as well.
+    if is_ours and _class_of(node, key, (object,)).__module__.split(".")[0] == _PACKAGE:
+        return
     msg = f"{key}._target_={name}: a results folder names this, and it is no class of {_PACKAGE} nor of a YAML file of "
     raise ConfigError(f"{msg}yours; if you trust it, give --conf DIR with the file that names it")
 

@@ -164,18 +164,6 @@ def _with_fetched(
     return [completed(prompt) for prompt in prompts]
 
 
-def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """Hash of what the prompts are, in their order: id, text and kind.
-
-    Args:
-        prompts: The prompts.
-
-    Returns:
-        16 hexadecimal digits.
-    """
-    return digest([[p.id, p.text, p.kind] for p in prompts])
-
-
 def references_digest(prompts: Sequence[Prompt]) -> str:
     """Hash of the contents of the prompts' reference images, in their order; folders and names do not matter.
 
