@@ -259,6 +259,9 @@ def _method(cell: ImageCell, conf: Path | None) -> Method | str:
 def _audit_cell(cell: ImageCell, method: Method, settings: AuditSettings) -> AuditCell:
     store, model = cell.store, cell.choice.settings.model
     _entries(store.folder)
+    for path in (store.folder / "layers.json", store.folder / "metrics.json"):
+        if path.exists():  # the report that follows can't do without them
+            read_object(path)
     if source_of(model).digest() != cell.spec["settings"]["model"]["weights"]:
         raise StoreError(f"{store.folder} was made with other weights than {model.source} holds now; put those back")
     if decisive_settings(cell.choice.settings.method, method, cell.prompts) != cell.spec["settings"]["method"]:

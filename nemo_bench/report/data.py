@@ -23,7 +23,6 @@ from nemo_bench.store import (
     lack,
     read_cell_prompts,
     read_checked,
-    read_json,
     read_object,
     read_records,
     read_run,
@@ -278,6 +277,14 @@ class Results:
     cells: tuple[Cell, ...]
     unfinished: Mapping[str, str]
 
+    @property
+    def advice(self) -> str:
+        """What can be done about cells that are not finished."""
+        return (
+            "The command of the run goes on with a cell. To drop one, delete its folder; a run that does not ask for "
+            "it takes it off the list."
+        )
+
     @cached_property
     def metrics(self) -> dict[str, MetricInfo]:
         """Metrics of all cells, in the order of display."""
@@ -400,8 +407,8 @@ def short_layers(layers: Iterable[str]) -> dict[str, str]:
 
 
 def _read(path: Path) -> Any:
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("schema", SCHEMA) != SCHEMA:
+    content = read_object(path)
+    if content.get("schema", SCHEMA) != SCHEMA:
         msg = f"{path}: expected an object of schema {SCHEMA}; read it with the version of nemo_bench that wrote it"
         raise StoreError(msg)
     return content
