@@ -233,7 +233,7 @@ def _seed_of(row: Row, counted: int) -> int:
     value = row.cells.get(SEED_COLUMN)
     if value is None or value == "":
         return counted
-    if isinstance(value, bool) or not re.fullmatch(r"\d+", str(value).strip()):
+    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,9}", str(value).strip()):
         raise PromptError(f"{row.where}: the seed is {value!r}; expected a whole number from 0, or no column of seeds")
     return int(value)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,8 @@ DETECTING = ("model", "detector", "prompts", "trainer", "batch_size", "name", "r
 """Settings that detection takes up."""
 SCORING = ("metrics", "weights", "real_images", "batch_size", "workers", "trainer", "logger", "prompts.references")
 """Settings that can be others when images that are there are scored again."""
+MOST_CELLS = 10_000
+"""Cells that one command may ask for."""
 OWN_METRICS = "own"
 """Stands for the metrics of a run in the group of metrics."""
 
@@ -235,10 +238,27 @@ def _product(overrides: Sequence[str]) -> list[list[str]]:
     axes = []
     for override in sorted(_parse(overrides), key=lambda o: o.key_or_group in ("method", "detector")):
         if override.is_sweep_override():
-            axes.append([f"{override.get_key_element()}={v}" for v in override.sweep_string_iterator()])
+            axes.append([f"{override.get_key_element()}={v}" for v in _swept(override)])
         else:
             axes.append([str(override.input_line)])
+    if math.prod(map(len, axes)) > MOST_CELLS:
+        raise ConfigError(
+            f"{math.prod(map(len, axes)):,} cells are asked for, more than {MOST_CELLS:,}; give fewer values"
+        )
     return [list(words) for words in itertools.product(*axes)]
+
+
+def _swept(override: Override) -> list[str]:
+    """The values of a sweep, no more than can be meant."""
+    try:
+        values = list(itertools.islice(override.sweep_string_iterator(), MOST_CELLS + 1))
+    except Exception as error:  # Hydra raises what comes for ranges without end, choices of nothing and patterns
+        msg = f"{override.input_line}: can't be multiplied out ({first_line(error) or type(error).__name__})"
+        raise ConfigError(f"{msg}; give the values themselves, separated by commas") from error
+    if not values or len(values) > MOST_CELLS:
+        count = f"more than {MOST_CELLS:,}" if values else "no"
+        raise ConfigError(f"{override.input_line}: stands for {count} values; give those that are meant")
+    return values
 
 
 def _with_experiment(typed: list[str], conf: Path | None) -> list[list[str]]:
@@ -270,10 +290,15 @@ def _split(line: str) -> list[str]:
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
     try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        text = str(error).split("\n")[0]
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except (HydraException, RecursionError, ValueError) as error:
+        text = first_line(error) if not isinstance(error, RecursionError) else "nested too deeply"
         raise ConfigError(f"can't read an override ({text}); write key=value, such as seeds=8 method=nemo") from error
+    for override in parsed:
+        # Nothing of Hydra's own matters here but where it looks for files, which --conf says.
+        if override.key_or_group.split(".")[0].split("/")[0] == "hydra" and override.key_or_group != "hydra.searchpath":
+            raise ConfigError(f"unknown key '{override.key_or_group}': Hydra's own settings are not taken")
+    return parsed
 
 
 def choose(overrides: Sequence[str], conf: Path | None) -> Choice:

