@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         # argparse takes all settings from one place; those after an option are settings as well.
         options.overrides += rest
-    from nemo_bench.errors import NemoBenchError
+    from nemo_bench.errors import NemoBenchError, shortened
     from nemo_bench.stopping import stop_at_sigterm
 
     stop_at_sigterm()
@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Who reads the output, such as `head`, has enough; Python would complain of it once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(f"nemo-bench: {error}; all finished records are kept, the same command goes on", file=sys.stderr)
+        why = shortened(str(error))
+        print(f"nemo-bench: {why}; all finished records are kept, the same command goes on", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, SystemExit):
         print("\nnemo-bench: stopped; all finished records are kept, the same command goes on", file=sys.stderr)

@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -282,11 +283,8 @@ class Scene:
         self.pictures = {name: [open_image(path) for path in paths] for name, paths in files.items() if paths}
         self.seen: dict[tuple[str, Hashable], Tensor] = {}
         self.truncated = False
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height of the images."""
-        return self.pictures["images"][0].size
+        self.size = self.pictures["images"][0].size
+        """Width and height that pictures are compared in: of the images, or of most of them where they differ."""
 
     def has(self, field: str) -> bool:
         """Whether there is anything of the kind."""
@@ -331,10 +329,13 @@ class SceneReader:
         self.folder, self.localizations, self.unmitigated = folder, localizations or {}, unmitigated or {}
         self.needed = {field for metric in metrics for field in metric.needs}
         self.digests = digests or {}
+        self.sizes: Counter[tuple[int, int]] = Counter()
         # No more than this is kept of the records: there may be very many.
         self.images: dict[str, list[tuple[int, str, str]]] = {}
         for record in images:
             self.images.setdefault(record["prompt"], []).append((record["seed"], record["id"], record["image"]))
+            if "size" in record:
+                self.sizes[tuple(record["size"])] += 1
 
     def __call__(self, tasks: Sequence[PromptTask]) -> list[Scene] | StoreError:
         """The scenes of some prompts that have images, or why a picture can't be read.
@@ -356,7 +357,10 @@ class SceneReader:
         if "unmitigated" in self.needed and all(name in self.unmitigated for _, name, _ in images):
             files["unmitigated"] = [self.unmitigated[name] for _, name, _ in images]
         records = [{"id": name, "seed": seed} for seed, name, _ in images]
-        return Scene(task, records, files, self.localizations.get(task.prompt.id))
+        scene = Scene(task, records, files, self.localizations.get(task.prompt.id))
+        if self.sizes:
+            scene.size = self.sizes.most_common(1)[0][0]
+        return scene
 
     def _check(self, image: str) -> None:
         """Makes sure that an image is the one that was recorded: read before it is decoded, it costs next to nothing.

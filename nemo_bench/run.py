@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from operator import or_
@@ -20,7 +21,7 @@ from nemo_bench.metrics import detection
 from nemo_bench.modules import localization_of
 from nemo_bench.prompts import dead_references, references_digest
 from nemo_bench.report import write_report
-from nemo_bench.runner import SETS, Runner, by_prompt, is_main, load_model, note_start, open_folder
+from nemo_bench.runner import SETS, Runner, by_prompt, is_main, load_model, note_start, open_folder, scored_tasks
 from nemo_bench.store import (
     SCHEMA,
     Store,
@@ -80,7 +81,7 @@ def renew_scores(cells: Sequence[ImageCell]) -> None:
     """Downloads what open metrics are to download; forgets scores that can't stay."""
     stale = [cell for cell in cells if _scores_are_stale(cell)]
     for cell in cells:
-        cell.store.recount("score", [task.id for task in cell.prompt_tasks])
+        cell.store.recount("score", [task.id for task in scored_tasks(cell)])
     for cell in cells:
         for metric in metrics_of(cell).values() if cell in stale or not cell.store.is_done("score") else ():
             metric.space.fetch()
@@ -237,6 +238,7 @@ def _summary(cell: ImageCell) -> dict[str, Any]:
         "counts": {
             "images": len(generated),
             "prompts": len(cell.prompts),
+            **_apart(cell, generated),
             "truncated": sum(bool(record.get("truncated")) for record in scored),
             "without_reference": sum(bool(p.kind) and not p.references for p in cell.prompts),
             "dead_references": len(dead_references(cell.prompts)),
@@ -248,6 +250,13 @@ def _summary(cell: ImageCell) -> dict[str, Any]:
         },
         "peak_memory_of": "process" if peak.get("device", "cpu") == "cpu" else "GPU",
     }
+
+
+def _apart(cell: ImageCell, generated: Iterable[Record]) -> dict[str, int]:
+    """Of images made elsewhere: prompts that have none, and images of another size than most."""
+    sizes = Counter(tuple(record["size"]) for record in generated if "size" in record)
+    without = len(cell.prompts) - len({record["prompt"] for record in generated})
+    return {"without_images": without, "resized": sizes.total() - max(sizes.values())} if sizes else {}
 
 
 def _scores_without_mitigation(cell: ImageCell) -> Iterable[Record]:

@@ -331,7 +331,8 @@ class Runner:
             metrics.values(), store.folder, images, by_prompt(store), unmitigated_images(cell), digests=digests
         )
         size = max(1, settings.batch_size // settings.seeds)
-        self.go_through("score", cell.spec["method"], cell.prompt_tasks, store, make, size, reader, settings.workers)
+        tasks = scored_tasks(cell)
+        self.go_through("score", cell.spec["method"], tasks, store, make, size, reader, settings.workers)
         if is_main() and not is_whole(store.folder / SETS):
             write_json(store.folder / SETS, score_sets(cell, metrics))
 
@@ -416,6 +417,12 @@ def by_prompt(store: Store) -> dict[str, Record]:
     return {record["prompt"]: record for record in store.records("localize").values()}
 
 
+def scored_tasks(cell: ImageCell) -> list[PromptTask]:
+    """The prompts of a cell that have images."""
+    having = {record["prompt"] for record in iterate_records(cell.store.folder, "generate")}
+    return [task for task in cell.prompt_tasks if task.prompt.id in having]
+
+
 def unmitigated_images(cell: ImageCell) -> dict[str, Path]:
     """Files of the images without mitigation by record id, none where no cell has them."""
     if cell.unmitigated is None:
@@ -442,7 +449,7 @@ def score_sets(cell: ImageCell, metrics: Mapping[str, BenchMetric]) -> dict[str,
     known: dict[tuple[str, ...], dict[str, float]] = {}
     table = {}
     for group in GROUPS:
-        members = tuple(p.id for p in cell.prompts if group in ("all", p.group))
+        members = tuple(p.id for p in cell.prompts if group in ("all", p.group) and p.id in files)
         if members and members not in known:
             known[members] = {}
             for name, metric in wholes.items():

@@ -11,7 +11,15 @@ from typing import Any
 
 from nemo_bench.cells import UNMITIGATED, ImageCell, check_metrics, read_listed
 from nemo_bench.config import Choice, about_method, one, rescore
-from nemo_bench.elsewhere import FoundImage, changed_images, check_images, mapped_images, named_images
+from nemo_bench.elsewhere import (
+    Content,
+    FoundImage,
+    changed_images,
+    check_images,
+    mapped_images,
+    named_images,
+    no_folder,
+)
 from nemo_bench.errors import ConfigError, StoreError
 from nemo_bench.prompts import prompts_digest
 from nemo_bench.run import finish, renew_scores
@@ -29,6 +37,9 @@ from nemo_bench.store import (
     write_json,
 )
 from nemo_bench.types import Prompt, digest
+
+OTHER_MODEL = "unnamed"
+"""Name of the model of images made elsewhere that is none of conf/model."""
 
 
 def score(
@@ -85,12 +96,14 @@ def cells_of(
     Raises:
         NemoBenchError: Anything is wrong with settings, images or prompts.
     """
+    if not folder.is_dir():
+        raise StoreError(no_folder(folder))
     if mapping is None and (folder / "run.json").is_file():
         cells = _of_run(folder, overrides, conf, say)
     elif mapping is None and (folder / "spec.json").is_file():
         cells = _with_unmitigated(reread(folder, overrides, conf), conf)
     else:
-        cells = _with_unmitigated(_of_images(folder, mapping, overrides, conf, progress=progress), conf)
+        cells = _with_unmitigated(_of_images(folder, mapping, overrides, conf, say, progress=progress), conf)
     for cell in cells:
         check_metrics(cell.choice.settings)
     return cells
@@ -209,18 +222,28 @@ def _with_references(folder: Path, prompts: Sequence[Prompt], choice: Choice) ->
 
 
 def _of_images(
-    folder: Path, mapping: Path | None, overrides: Sequence[str], conf: Path | None, *, progress: bool
+    folder: Path,
+    mapping: Path | None,
+    overrides: Sequence[str],
+    conf: Path | None,
+    say: Callable[[str], None],
+    *,
+    progress: bool,
 ) -> ImageCell:
     """A cell of images that were made elsewhere; its records point to them."""
     method = next((word.partition("=")[2] for word in overrides if word.startswith("method=")), folder.resolve().name)
     if not re.fullmatch(r"[A-Za-z0-9._-]+", method):
         raise ConfigError(f"method={method}: expected letters, digits, '.', '_' and '-' only; give method=NAME")
     keys = {word.partition("=")[0] for word in overrides}
-    if "model" not in keys or not keys & {"prompts", "prompts.files"}:
+    is_named = "model" in keys
+    if not (is_named or {"model.clip", "model.clip_pretrained"} <= keys) or not keys & {"prompts", "prompts.files"}:
         msg = (
             f"{folder} holds no run, so its images were made elsewhere: name their model, which decides the CLIP model"
         )
-        raise ConfigError(f"{msg} they are judged by, and their prompts: model=sd14 prompts.files=[list.csv]")
+        raise ConfigError(
+            f"{msg} they are judged by, and their prompts: model=sd14 prompts.files=[list.csv]. Of another model name "
+            "CLIP alone: model.clip=ViT-L-14 model.clip_pretrained=FILE"
+        )
     choice = one([*(word for word in overrides if not word.startswith("method=")), "method=none"], conf)
     settings = choice.settings
     check_metrics(settings)
@@ -228,18 +251,21 @@ def _of_images(
     found = mapped_images(mapping, folder, prompts) if mapping else named_images(folder, prompts)
     contents = check_images(folder, found, decode=is_main(), progress=progress and is_main())
     settings.method, title, citation = about_method(method, conf)
-    settings.seeds = max(Counter(image.task.prompt.id for image in found).values())
+    counts = Counter(image.task.prompt.id for image in found)
+    settings.seeds = max(counts.values())
+    _tell(found, contents, len(prompts) - len(counts), say)
+    model = choice.names["model"] if is_named else OTHER_MODEL
     decisive = {
-        "model": {"name": choice.names["model"]},
+        "model": {"name": model},
         "method": settings.method,
         "prompts": prompts_digest(prompts),
-        "images": digest(sorted([image.task.id, content] for image, content in zip(found, contents, strict=True))),
+        "images": digest(sorted([image.task.id, has.sha256] for image, has in zip(found, contents, strict=True))),
     }
     listed = choice.names["prompts"] if "prompts" in keys else Path(settings.prompts.files[0]).stem
-    name = "__".join([choice.names["model"], method, listed, digest(decisive, 8)])
+    name = "__".join([model, method, listed, digest(decisive, 8)])
     spec = {
         "cell": name,
-        "model": choice.names["model"],
+        "model": model,
         "method": method,
         "prompts": listed,
         "title": title,
@@ -257,9 +283,22 @@ def _of_images(
     return cell
 
 
-def _point_to(store: Store, found: Sequence[FoundImage], contents: Sequence[str]) -> None:
+def _tell(found: Sequence[FoundImage], contents: Sequence[Content], without: int, say: Callable[[str], None]) -> None:
+    """Says what is scored in another way than may be expected."""
+    if not is_main():
+        return
+    if without:
+        say(f"{without} prompts have no image: they are counted, and have no part in any number")
+    sizes = Counter(content.size for content in contents if content.size).most_common()
+    if len(sizes) > 1:
+        shown = ", ".join(f"{count} of {size[0]}x{size[1]}" for size, count in sizes[:3])
+        say(f"images of {len(sizes)} sizes ({shown}): metrics of pixels bring all to the first; they are counted")
+
+
+def _point_to(store: Store, found: Sequence[FoundImage], contents: Sequence[Content]) -> None:
     """Records of images where they are, as generating them would have written, and of what is in them."""
     ids = [image.task.id for image in found]
+    write_json(store.folder / "layers.json", {})
     if store.is_done("generate") and not store.open_ids("generate", ids):
         return
     store.forget("generate")
@@ -269,12 +308,12 @@ def _point_to(store: Store, found: Sequence[FoundImage], contents: Sequence[str]
             "prompt": task.prompt.id,
             "seed": task.seed,
             "image": str(Path(path).resolve()),
-            "sha256": content,
+            "sha256": content.sha256,
+            "size": content.size,
             "written": Path(path).stat().st_mtime_ns,
         }
         for (task, path), content in zip(found, contents, strict=True)
     )
     store.writer("generate")(lines)
-    write_json(store.folder / "layers.json", {})
     store.finish("localize", [])
     store.finish("generate", ids)

@@ -241,10 +241,8 @@ def _product(overrides: Sequence[str]) -> list[list[str]]:
             axes.append([f"{override.get_key_element()}={v}" for v in _swept(override)])
         else:
             axes.append([str(override.input_line)])
-    if math.prod(map(len, axes)) > MOST_CELLS:
-        raise ConfigError(
-            f"{math.prod(map(len, axes)):,} cells are asked for, more than {MOST_CELLS:,}; give fewer values"
-        )
+    if (count := math.prod(map(len, axes))) > MOST_CELLS:
+        raise ConfigError(f"{count:,} cells are asked for, more than {MOST_CELLS:,}; give fewer values")
     return [list(words) for words in itertools.product(*axes)]
 
 

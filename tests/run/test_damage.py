@@ -77,9 +77,7 @@ def test_whatever_a_file_holds_the_report_goes_on_or_names_it(folder: Path, name
     path = folder / name if name == "run.json" else cell(folder) / name
     path.write_text(DAMAGES[damage](path.read_text()))
     if name == "run.json":
-        with pytest.raises(
-            StoreError, match=r"run\.json does not hold what it should .*delete this one file: the comm"
-        ):
+        with pytest.raises(StoreError, match=r"run\.json does not hold what it should .*delete this one file: the"):
             load_results(folder)
     else:
         results = load_results(folder)
