@@ -277,7 +277,7 @@ def lack(folder: Path, spec: Mapping[str, Any], prompts: Sequence[Prompt], stage
         counted: dict[str, list[Any]] = {"localize": names, "generate": images}
     else:  # made elsewhere; their settings have a digest of what is in them
         images = [(record["prompt"], record["seed"]) for record in generated]
-        if settings.get("images") != digest(sorted([r["id"], r.get("sha256")] for r in generated)):
+        if "images" in settings and settings["images"] != digest(sorted([r["id"], r.get("sha256")] for r in generated)):
             return "records of images are missing; score their folder again, with the same words"
         counted = {}
     whole = [(prompt, None) for prompt in dict.fromkeys(prompt for prompt, _ in images)]
