@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nemo_bench.aggregate import bootstrap_interval, paired
 from nemo_bench.cells import ImageCell, decisive_settings, metrics_of, read_files, source_of
-from nemo_bench.config import SCORING, build, overridden, rows_at_once
+from nemo_bench.config import SCORING, build, check_stored, overridden, rows_at_once, targets
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, file_digest
 from nemo_bench.errors import ConfigError, ModelError, StoreError, nearest
 from nemo_bench.methods import Batch, Method, NoMitigation
@@ -31,7 +31,7 @@ from nemo_bench.prompts import seeds_of
 from nemo_bench.report import write_report
 from nemo_bench.runner import Runner, is_main, neurons_by_prompt
 from nemo_bench.scoring import reread
-from nemo_bench.store import SCHEMA, Store, read_json, write_json
+from nemo_bench.store import SCHEMA, Store, damaged, read_object, read_run, read_spec, write_json
 from nemo_bench.types import Kind, Prompt, Record, digest
 
 STAGE, SCORES = "audit", "audit_scores"
@@ -192,7 +192,7 @@ def cells_of(
             left_out.setdefault("not all images are there; go on with nemo-bench run", []).append(place.name)
             continue
         cell = reread(place, rest, conf)
-        method = _method(cell)
+        method = _method(cell, conf)
         if isinstance(method, str):
             left_out.setdefault(method, []).append(place.name)
         else:
@@ -228,9 +228,9 @@ def _asked_for(folder: Path, names: Sequence[str]) -> list[Path]:
     if not (folder / "run.json").is_file():
         if names:
             raise ConfigError(f"{folder} is no run, so it has no cells to choose from; leave out --cell")
-        read_json(folder / "spec.json")
+        read_spec(folder)
         return [folder]
-    places = [folder / name for name in read_json(folder / "run.json")["cells"]]
+    places = [folder / name for name in read_run(folder)["cells"] if (folder / name).is_dir()]
     for name in names:
         if all(name not in (place.name, _method_name(place)) for place in places):
             known = {n for place in places for n in (place.name, _method_name(place))}
@@ -239,17 +239,16 @@ def _asked_for(folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def _method_name(place: Path) -> str:
-    return str(read_json(place / "spec.json")["method"])
+    return str(read_object(place / "spec.json", "method")["method"])
 
 
-def _method(cell: ImageCell) -> Method | str:
+def _method(cell: ImageCell, conf: Path | None) -> Method | str:
     """The method of a cell, or why it can't be audited."""
     node = cell.choice.settings.method
     if "images" in cell.spec["settings"]:
         return "images were made elsewhere, and an audit needs the network that made them"
-    method = build(node, "method")
-    if not isinstance(method, Method):
-        return f"{node['_target_']} is no nemo_bench.methods.Method"
+    check_stored(node, "method", targets(conf))
+    method: Method = build(node, "method")
     method.batch_size = rows_at_once(cell.choice.settings)
     if not method.auditable:
         return UNCHANGED
@@ -262,6 +261,10 @@ def _method(cell: ImageCell) -> Method | str:
 
 def _audit_cell(cell: ImageCell, method: Method, settings: AuditSettings) -> AuditCell:
     store, model = cell.store, cell.choice.settings.model
+    _entries(store.folder)
+    for path in (store.folder / "layers.json", store.folder / "metrics.json"):
+        if path.exists():  # the report that follows can't do without them
+            read_object(path)
     if source_of(model).digest() != cell.spec["settings"]["model"]["weights"]:
         raise StoreError(f"{store.folder} was made with other weights than {model.source} holds now; put those back")
     if decisive_settings(cell.choice.settings.method, method, cell.prompts) != cell.spec["settings"]["method"]:
@@ -283,6 +286,15 @@ def _audit_cell(cell: ImageCell, method: Method, settings: AuditSettings) -> Aud
         if controls:
             tasks.append(AuditTask.of(prompt, controls[number % len(controls)], settings))
     return AuditCell(cell, method, compared, settings, tasks)
+
+
+def _entries(folder: Path) -> list[dict[str, Any]]:
+    """The audits of a cell that are there."""
+    path = folder / "audit.json"
+    entries = read_object(path, "audits")["audits"] if path.exists() else []
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
+        raise damaged(path, "no list of audits")
+    return entries
 
 
 def _first(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
@@ -494,10 +506,11 @@ def audit(cells: Sequence[AuditCell], command: str, *, progress: bool = True) ->
     for cell in cells:
         _search(cell, runner)
         if is_main():
-            path = cell.store.folder / "audit.json"
-            known = read_json(path)["audits"] if path.exists() else []
-            others = [entry for entry in known if entry["id"] != cell.id]
-            write_json(path, {"schema": SCHEMA, "audits": [*others, {**summary(cell), "command": command}]})
+            others = [entry for entry in _entries(cell.store.folder) if entry["id"] != cell.id]
+            write_json(
+                cell.store.folder / "audit.json",
+                {"schema": SCHEMA, "audits": [*others, {**summary(cell), "command": command}]},
+            )
     if is_main():
         write_report(folder)
     return folder
@@ -505,25 +518,13 @@ def audit(cells: Sequence[AuditCell], command: str, *, progress: bool = True) ->
 
 def _search(cell: AuditCell, runner: Runner) -> None:
     store, rows = cell.store, rows_at_once(cell.cell.choice.settings)
-    if is_main():
-        _reopen(store, STAGE, [task.id for task in cell.tasks])
-    runner.trainer.strategy.barrier()
     size = max(1, rows // GRADIENT_MEMORY // cell.settings.samples)
     label = cell.cell.spec["method"]
     runner.go_through(STAGE, label, cell.tasks, store, lambda: AuditStage(runner.model(cell.cell), cell), size)
     records = store.records(STAGE)
     searched = [task for task in cell.tasks if "failed" not in records[task.id]]
     tasks = [ScoreTask(cell.score_id(task), task, records[task.id]) for task in searched]
-    if is_main():
-        _reopen(store, SCORES, [task.id for task in tasks])
-    runner.trainer.strategy.barrier()
     runner.go_through(SCORES, label, tasks, store, lambda: AuditScoringStage(cell), rows)
-
-
-def _reopen(store: Store, stage: str, ids: Sequence[str]) -> None:
-    """Opens a stage again that was done with other settings, or misses something now."""
-    if store.is_done(stage) and store.open_ids(stage, ids):
-        store.reopen(stage)
 
 
 def summary(cell: AuditCell) -> dict[str, Any]:

@@ -19,11 +19,11 @@ from nemo_bench.config import (
 )
 from nemo_bench.diffusion import Lora, Source, check_schedule
 from nemo_bench.errors import ConfigError, NemoBenchError
-from nemo_bench.localization import read_statistics
+from nemo_bench.localization import is_readable, read_statistics
 from nemo_bench.methods import Method
 from nemo_bench.metrics import FIELDS, BenchMetric
 from nemo_bench.prompts import ImageTask, PromptTask, prompts_digest, read_prompts
-from nemo_bench.store import Store, check_writable
+from nemo_bench.store import Store, check_writable, is_whole
 from nemo_bench.types import Prompt, digest
 
 STAGES = ("localize", "generate", "score")
@@ -114,7 +114,8 @@ class Cell(ImageCell):
     @property
     def is_calibrated(self) -> bool:
         """Whether nothing is left to be measured on general prompts."""
-        return all((self.calibration.folder / name).exists() for name in self.measured)
+        is_there = {STATISTICS: is_readable, THRESHOLD: is_whole}
+        return all(is_there[name](self.calibration.folder / name) for name in self.measured)
 
     @property
     def image_tasks(self) -> list[ImageTask]:
@@ -246,9 +247,7 @@ def _read(cache: dict[str, list[Prompt]], *arguments: Any) -> list[Prompt]:
 def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Source, str]) -> Cell:
     settings = choice.settings
     model = settings.model
-    method = build(settings.method, "method")
-    if not isinstance(method, Method):
-        raise ConfigError(f"method._target_={settings.method['_target_']}: expected a nemo_bench.methods.Method")
+    method: Method = build(settings.method, "method")
     method.batch_size = rows_at_once(settings)
     source = source_of(model)
     if source not in weights:
@@ -329,12 +328,10 @@ def check_metrics(settings: RunSettings) -> None:
     """
     lacking: dict[tuple[type[NemoBenchError], str], list[str]] = {}
     for name, node in settings.metrics.items():
-        metric = build(node, f"metrics.{name}")
-        if not isinstance(metric, BenchMetric) or not metric.needs <= FIELDS:
-            msg = (
-                f"metrics.{name}: expected a BenchMetric that needs some of {', '.join(sorted(FIELDS))}, given {metric}"
-            )
-            raise ConfigError(msg)
+        metric: BenchMetric = build(node, f"metrics.{name}")
+        if not metric.needs <= FIELDS:
+            needed, known = (", ".join(sorted(those)) for those in (metric.needs, FIELDS))
+            raise ConfigError(f"metrics.{name}: it needs {needed}; expected some of {known}")
         try:
             metric.check()
         except NemoBenchError as error:

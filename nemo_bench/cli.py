@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         make_ready()
         arguments = sys.argv[1:]
     options = _options(arguments)
-    from nemo_bench.errors import NemoBenchError
+    from nemo_bench.errors import NemoBenchError, shortened
     from nemo_bench.stopping import stop_at_sigterm
 
     stop_at_sigterm()
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         kept = "; all finished records are kept; once this is mended, the same command goes on"
-        print(f"nemo-bench: {error}{kept if options.goes_on else ''}", file=sys.stderr)
+        print(f"nemo-bench: {shortened(str(error))}{kept if options.goes_on else ''}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, SystemExit):
         kept = "; all finished records are kept, the same command goes on" if options.goes_on else ""
@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
             words = sub.add_argument(
                 "overrides", nargs="*", metavar="key=value", help="settings; see nemo-bench --help"
             )
-            words.completer = _settings_so_far  # type: ignore[attr-defined] - read by argcomplete
+            words.completer = _settings_so_far  # type: ignore[attr-defined] # read by argcomplete
             sub.add_argument(
                 "--conf", type=Path, metavar="DIR", help="folder with more YAML files, in group subfolders"
             )
@@ -338,8 +338,8 @@ def _print_forecast(expected: Mapping[str, Any]) -> None:
         console.print(f"{expected['uncounted']} cells can't be counted before their files are there")
     if not rows:
         return
-    counts = (Column(name, no_wrap=True) for name in ("localize", "generate", "score", "UNet passes", "time"))
-    table = Table(Column("open records", overflow="fold"), *counts)
+    columns = (Column(name, no_wrap=True) for name in ("localize", "generate", "score", "UNet passes", "time"))
+    table = Table(Column("open records", overflow="fold"), *columns)
     for row in rows:
         counts = [str(row["open"].get(stage, "-")) for stage in ("localize", "generate", "score")]
         least = "≥ " if row["at_least"] else ""

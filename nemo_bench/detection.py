@@ -88,10 +88,8 @@ def plan(choices: Sequence[Choice]) -> list[DetectionCell]:
 
 def _cell(choice: Choice, prompts: list[Prompt]) -> DetectionCell:
     settings = choice.settings
-    model, detector = settings.model, build(settings.detector, "detector")
-    if not isinstance(detector, Detector):
-        msg = f"detector._target_={settings.detector['_target_']}: expected a nemo_bench.detectors.Detector"
-        raise ConfigError(msg)
+    model = settings.model
+    detector: Detector = build(settings.detector, "detector")
     source = source_of(model)
     detector.check(source.family.pipeline.__name__, model.guidance, compiled=model.compiled)
     check_scheduler(source, model, predicts=True)
@@ -240,8 +238,7 @@ def detect(cells: Sequence[DetectionCell], command: str, *, progress: bool = Tru
         for cell in cells:
             cell.store.open(cell.spec)
             note_start(cell, command, runner)
-            if cell.store.is_done(STAGE) and cell.store.open_ids(STAGE, [task.id for task in cell.tasks]):
-                cell.store.reopen(STAGE)
+            cell.store.recount(STAGE, [task.id for task in cell.tasks])
     runner.trainer.strategy.barrier()
     groups: dict[str, list[DetectionCell]] = {}
     for cell in cells:

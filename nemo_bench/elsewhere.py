@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from rich.progress import Progress
 
-from nemo_bench.errors import PromptError, StoreError
+from nemo_bench.errors import PromptError, StoreError, nearest
 from nemo_bench.pictures import inspect_picture, list_pictures
 from nemo_bench.prompts import ImageTask, read_rows
 from nemo_bench.prompts.readers import ID_COLUMNS, TEXT_COLUMNS, Row
@@ -49,13 +49,13 @@ def named_images(folder: Path, prompts: Sequence[Prompt]) -> list[FoundImage]:
         prompts: The prompts, in the order that the images are numbered by.
 
     Returns:
-        Images by prompt and number; every prompt has the same numbers.
+        Images by prompt and number; every prompt that has any has the same numbers.
 
     Raises:
         StoreError: An image is named otherwise, numbered beyond the prompts, there twice, or missing.
     """
     if not folder.is_dir():
-        raise StoreError(f"{folder} is no folder; give a run, a cell, or a folder of images")
+        raise StoreError(no_folder(folder))
     names = [path.name for path in list_pictures(folder)]
     if not names:
         raise StoreError(f"{folder} holds no run, cell or image; images are named img_0000_00.jpg, or given by --map")
@@ -77,13 +77,23 @@ def named_images(folder: Path, prompts: Sequence[Prompt]) -> list[FoundImage]:
     _refuse_twice(folder, found, [image.path for image in found])
     seeds = sorted({image.task.seed for image in found})
     present = {(position, seed) for position, seed, _ in numbered}
+    having = sorted({position for position, _ in present})
     _refuse(
         folder,
-        [f"img_{n:04d}_{seed:02d}" for n in range(len(prompts)) for seed in seeds if (n, seed) not in present],
-        f"of {len(prompts) * len(seeds)} images are missing",
-        "make them, or take fewer prompts with prompts.limit",
+        [f"img_{n:04d}_{seed:02d}" for n in having for seed in seeds if (n, seed) not in present],
+        f"of {len(having) * len(seeds)} images are missing",
+        "make them, or take out all images of these prompts",
     )
     return found
+
+
+def no_folder(folder: Path) -> str:
+    """What to say of a path that is no folder."""
+    if folder.exists():
+        return f"{folder} is no folder; give a run, a cell, or a folder of images"
+    parent = folder.parent
+    names = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+    return f"{folder} does not exist; give a run, a cell, or a folder of images. {nearest(folder.name, names)}"
 
 
 def mapped_images(mapping: Path, folder: Path, prompts: Sequence[Prompt]) -> list[FoundImage]:
@@ -99,11 +109,11 @@ def mapped_images(mapping: Path, folder: Path, prompts: Sequence[Prompt]) -> lis
         prompts: The prompts.
 
     Returns:
-        Images in the order of the list, at least one of every prompt.
+        Images in the order of the list; a prompt may have none.
 
     Raises:
         PromptError: A row names no image, no whole number as seed, or not one prompt.
-        StoreError: A file is missing, an image or seed is there twice, or a prompt has no image.
+        StoreError: A file is missing, or an image or seed is there twice.
     """
     rows = read_rows(mapping, IMAGE_COLUMNS, "images")
     by_id = {prompt.id: prompt for prompt in prompts}
@@ -126,16 +136,24 @@ def mapped_images(mapping: Path, folder: Path, prompts: Sequence[Prompt]) -> lis
         "make them, take their lines out, or name the folder that they are in",
     )
     _refuse_twice(mapping, found, [row.where for row in rows])
-    _refuse(
-        mapping,
-        [f"'{prompt.id}'" for prompt in prompts if prompt.id not in counts],
-        f"of {len(prompts)} prompts have no image",
-        "add them, or give a list of those prompts that have some",
-    )
     return found
 
 
-def check_images(source: Path, found: Sequence[FoundImage], *, decode: bool = True, progress: bool = True) -> list[str]:
+class Content(NamedTuple):
+    """What is in an image file.
+
+    Attributes:
+        sha256: Of the file.
+        size: Width and height, None where it was not decoded.
+    """
+
+    sha256: str
+    size: tuple[int, int] | None
+
+
+def check_images(
+    source: Path, found: Sequence[FoundImage], *, decode: bool = True, progress: bool = True
+) -> list[Content]:
     """Reads all images, several at a time and none for long.
 
     Args:
@@ -145,10 +163,10 @@ def check_images(source: Path, found: Sequence[FoundImage], *, decode: bool = Tr
         progress: Whether a bar is shown.
 
     Returns:
-        SHA-256 of each.
+        What is in each.
 
     Raises:
-        StoreError: Some can't be decoded to their end, or not all are of one size.
+        StoreError: Some can't be decoded to their end.
     """
     results: list[tuple[str, tuple[int, int] | None, str]] = []
     with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 2)) as pool, Progress(disable=not progress) as bar:
@@ -163,13 +181,7 @@ def check_images(source: Path, found: Sequence[FoundImage], *, decode: bool = Tr
         f"of {len(found)} images can't be read",
         "make them again",
     )
-    by_size = {size: image.path for image, (_, size, _) in zip(found, results, strict=True) if size}
-    if len(by_size) > 1:
-        listed = ", ".join(f"{width}x{height} ({path})" for (width, height), path in by_size.items())
-        raise StoreError(
-            f"{source}: the images are of {len(by_size)} sizes: {listed}; bring them to one, or score them apart"
-        )
-    return [content for content, _, _ in results]
+    return [Content(sha256, size) for sha256, size, _ in results]
 
 
 def changed_images(folder: Path, records: Iterable[Record]) -> list[str]:
@@ -177,7 +189,8 @@ def changed_images(folder: Path, records: Iterable[Record]) -> list[str]:
 
     Args:
         folder: A cell's folder.
-        records: Of its images; those of images made here say nothing of their content.
+        records: Of its images; those of images made here do not say when they were written, and are looked at where
+            they are scored.
 
     Returns:
         Their files. Only files that were written since are read.
@@ -185,7 +198,7 @@ def changed_images(folder: Path, records: Iterable[Record]) -> list[str]:
     return [
         record["image"]
         for record in records
-        if "sha256" in record
+        if "written" in record
         and (path := folder / record["image"]).stat().st_mtime_ns != record["written"]
         and _hashed(str(path))[0] != record["sha256"]
     ]
@@ -217,7 +230,7 @@ def _seed_of(row: Row, counted: int) -> int:
     value = row.cells.get(SEED_COLUMN)
     if value is None or value == "":
         return counted
-    if isinstance(value, bool) or not re.fullmatch(r"\d+", str(value).strip()):
+    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,9}", str(value).strip()):
         raise PromptError(f"{row.where}: the seed is {value!r}; expected a whole number from 0, or no column of seeds")
     return int(value)
 

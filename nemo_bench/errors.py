@@ -5,9 +5,28 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 2000
+"""Characters of a line of a message that are shown: what it quotes may be of any length."""
+
+
+def shortened(text: str, most: int = LONGEST) -> str:
+    """A text with its middle left out where it has more than so many characters."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]} ... [{len(text) - 2 * half:,} characters] ... {text[-half:]}"
+
 
 class NemoBenchError(Exception):
-    """Base of every error a user can cause and mend."""
+    """Base of every error a user can cause and mend.
+
+    Args:
+        message: What was given, what was expected and what to do; long lines are shown without their middle.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        lines = "\n".join(shortened(line) for line in message.split("\n"))
+        super().__init__(shortened(lines, 5 * LONGEST))
 
 
 class ConfigError(NemoBenchError):
@@ -45,6 +64,7 @@ def nearest(word: str, choices: Iterable[str]) -> str:
         Text such as ``Did you mean 'nemo'? Choices: nemo, none, random.``
     """
     choices = sorted(choices)
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    # What is very long is no slip of the pen, and comparing it takes long.
+    close = difflib.get_close_matches(word[:LONGEST], choices, n=1, cutoff=0.5)
     hint = f"Did you mean '{close[0]}'? " if close else ""
     return f"{hint}Choices: {', '.join(choices)}."

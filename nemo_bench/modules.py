@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -9,7 +10,8 @@ import resource
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -333,6 +335,7 @@ class Scene:
             needed and there are images.
         localization: Its localization record, or None.
         paired: Which of its images there are unmitigated ones of, in the order of those.
+        size: Width and height that pictures are compared in; None for those of the first image.
     """
 
     def __init__(
@@ -342,16 +345,18 @@ class Scene:
         files: Mapping[str, Sequence[Path]],
         localization: Record | None = None,
         paired: Sequence[int] = (),
+        size: tuple[int, int] | None = None,
     ) -> None:
         self.task, self.records, self.localization, self.paired = task, records, localization, list(paired)
         self.pictures = {name: [open_image(path) for path in paths] for name, paths in files.items() if paths}
         self.seen: dict[tuple[str, Hashable], Tensor] = {}
         self.truncated = False
+        self._size = size
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the images."""
-        return self.pictures["images"][0].size
+        """Width and height that pictures are compared in."""
+        return self._size or self.pictures["images"][0].size
 
     def has(self, field: str) -> bool:
         """Whether there is anything of the kind."""
@@ -381,6 +386,7 @@ class SceneReader:
         images: Generation records, with ``image`` a path in the folder or an absolute one.
         localizations: Localization records by prompt id.
         unmitigated: Files of the images without mitigation by id of the image's record.
+        digests: SHA-256 that an image may have, by its path in the records; of others nothing is known.
     """
 
     def __init__(
@@ -390,15 +396,20 @@ class SceneReader:
         images: Iterable[Record],
         localizations: Mapping[str, Record] | None = None,
         unmitigated: Mapping[str, Path] | None = None,
+        digests: Mapping[str, Collection[str]] | None = None,
     ) -> None:
         self.folder, self.localizations, self.unmitigated = folder, localizations or {}, unmitigated or {}
         self.needed = {field for metric in metrics for field in metric.needs}
+        self.digests = digests or {}
+        self.sizes: Counter[tuple[int, int]] = Counter()
         # No more than this is kept of the records: there may be very many.
         self.images: dict[str, list[tuple[int, str, str]]] = {}
         for record in images:
             if "image" in record:
                 found = self.images.setdefault(record["prompt"], [])
                 found.append((record["seed"], record["id"], record["image"]))
+            if "size" in record:
+                self.sizes[tuple(record["size"])] += 1
 
     def __call__(self, tasks: Sequence[PromptTask]) -> list[Scene] | StoreError:
         """The scenes of some prompts, or why a picture can't be read.
@@ -412,6 +423,8 @@ class SceneReader:
 
     def _scene(self, task: PromptTask) -> Scene:
         images = sorted(self.images.get(task.prompt.id, ()))
+        for _, _, image in images:
+            self._check(image)
         files: dict[str, Sequence[Path]] = {"images": [self.folder / image for _, _, image in images]}
         paired = [row for row, (_, name, _) in enumerate(images) if name in self.unmitigated]
         if "references" in self.needed and images:
@@ -419,7 +432,25 @@ class SceneReader:
         if "unmitigated" in self.needed:
             files["unmitigated"] = [self.unmitigated[images[row][1]] for row in paired]
         records = [{"id": name, "seed": seed} for seed, name, _ in images]
-        return Scene(task, records, files, self.localizations.get(task.prompt.id), paired)
+        size = self.sizes.most_common(1)[0][0] if self.sizes else None
+        return Scene(task, records, files, self.localizations.get(task.prompt.id), paired, size)
+
+    def _check(self, image: str) -> None:
+        """Makes sure that an image is the one that was recorded: read before it is decoded, it costs next to nothing.
+
+        Raises:
+            StoreError: It is another one.
+        """
+        known, path = self.digests.get(image), self.folder / image
+        try:
+            is_other = known is not None and hashlib.sha256(path.read_bytes()).hexdigest() not in known
+        except OSError as error:
+            raise StoreError(
+                f"{path} can't be read ({error.strerror}); the command that made it makes it again"
+            ) from error
+        if is_other:
+            msg = f"{path} is not the image that was recorded"
+            raise StoreError(f"{msg}; delete it, and the command that made it makes it again")
 
 
 class ScoringStage(Stage):
@@ -516,7 +547,7 @@ class ScoringStage(Stage):
 
 def _finite_rows(embedded: Tensor) -> list[bool]:
     """Whether all numbers of each embedded picture are finite."""
-    return embedded.isfinite().flatten(1).all(1).tolist()  # type: ignore[no-any-return]
+    return embedded.isfinite().flatten(1).all(1).tolist()
 
 
 def _finite_scores(scores: Mapping[str, float]) -> Record:

@@ -35,9 +35,23 @@ from nemo_bench.runner import (
     neurons_by_prompt,
     note_start,
     open_folder,
+    scored_tasks,
     unmitigated_images,
 )
-from nemo_bench.store import SCHEMA, Store, as_json, read_json, write_json, write_text
+from nemo_bench.store import (
+    SCHEMA,
+    Store,
+    as_json,
+    is_whole,
+    iterate_records,
+    read_cell_prompts,
+    read_json,
+    read_object,
+    read_spec,
+    read_starts,
+    write_json,
+    write_text,
+)
 from nemo_bench.tracking import sweep_trial, track
 from nemo_bench.types import Neurons, Record, digest
 
@@ -78,7 +92,7 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
     runner = Runner(settings.trainer, progress=progress)
     runner.start()
     if is_main():
-        open_folder(folder, cells)
+        open_folder(folder, cells, instead=True)
         for cell in with_sources(cells):
             cell.store.open(cell.spec)
             note_start(cell, command, runner)
@@ -109,8 +123,10 @@ def tell_damaged(cells: Sequence[ImageCell], say: Callable[[str], None]) -> None
 
 
 def renew_scores(cells: Sequence[ImageCell]) -> None:
-    """Downloads what open metrics are to download; forgets scores of other metrics or other reference images."""
+    """Downloads what open metrics are to download; forgets scores that can't stay."""
     stale = [cell for cell in cells if _scores_are_stale(cell)]
+    for cell in cells:
+        cell.store.recount("score", [task.id for task in scored_tasks(cell)])
     for cell in cells:
         for metric in metrics_of(cell).values() if cell in stale or not cell.store.is_done("score") else ():
             metric.space.fetch()
@@ -133,6 +149,8 @@ def finish(cells: Sequence[ImageCell], runner: Runner, say: Callable[[str], None
         folder, logger = cells[0].store.folder.parent, cells[0].choice.settings.logger
         for cell in cells:
             write_json(cell.store.folder / "metrics.json", _summary(cell))
+        # Another command of this name may have taken them off the list while they were not finished.
+        open_folder(folder, cells)
         write_report(folder)
         if (folder / "detection.html").is_file():
             write_detection(folder)  # the pages link to one another
@@ -195,9 +213,9 @@ def _calibration_of(cell: Cell) -> dict[str, Any]:
 
 
 def _reopen(cell: Cell) -> None:
-    """Opens stages again that were done once and miss something now."""
+    """Opens stages again that were done once and miss something now; what is made again is scored again."""
     store = cell.store
-    for stage in STAGES:
+    for stage in STAGES[:-1]:
         if store.is_done(stage) and store.open_ids(stage, cell.ids(stage)):
             store.reopen(stage)
             _forget_scores(store)
@@ -221,8 +239,16 @@ def _scoring(cell: ImageCell) -> dict[str, Any]:
 
 
 def _scores_are_stale(cell: ImageCell) -> bool:
+    """Whether scores are of other metrics or reference images, or some of them were lost.
+
+    The scores of a prompt are written after those of its images, so no kill leaves the first without the others.
+    """
     path = cell.store.folder / "scoring.json"
-    return not path.exists() or read_json(path) != _scoring(cell)
+    if not is_whole(path) or read_json(path) != _scoring(cell):
+        return True
+    scored = {(record["prompt"], record["seed"]) for record in iterate_records(cell.store.folder, "score")}
+    images = [(r["prompt"], r["seed"]) for r in iterate_records(cell.store.folder, "generate") if "image" in r]
+    return any((prompt, None) in scored and (prompt, seed) not in scored for prompt, seed in images)
 
 
 def _publish(cell: Cell) -> None:
@@ -289,6 +315,7 @@ def _summary(cell: ImageCell) -> dict[str, Any]:
             "images": sum("image" in record for record in generated),
             "prompts": len(cell.prompts),
             **{f"failed_{kind}": total[kind] for kind in ("images", "localizations", "scores")},
+            **_apart(cell, generated),
             "truncated": sum(bool(record.get("truncated")) for record in scored),
             "without_reference": sum(bool(p.kind) and not p.references for p in cell.prompts),
             "dead_references": len(dead_references(cell.prompts)),
@@ -394,13 +421,21 @@ def _searches(cell: ImageCell, localized: Iterable[Record]) -> dict[str, dict[st
     return {group: row for group, row in table.items() if row["passed_gate"] is not None}
 
 
+def _apart(cell: ImageCell, generated: Iterable[Record]) -> dict[str, int]:
+    """Of images made elsewhere: prompts that have none, and images of another size than most."""
+    sizes = Counter(tuple(record["size"]) for record in generated if "size" in record)
+    without = len(cell.prompts) - len({record["prompt"] for record in generated})
+    return {"without_images": without, "resized": sizes.total() - max(sizes.values())} if sizes else {}
+
+
 def _scores_without_mitigation(cell: ImageCell) -> Iterable[Record]:
     """Scores to pair with those of a cell; none where other metrics or reference images made them."""
     none = cell.unmitigated
     if none is None or not none.store.is_done("score"):
         return ()
-    own, other = (read_json(store.folder / "scoring.json") for store in (cell.store, none.store))
-    same = all(own[key] == other[key] for key in ("metrics", "references"))
+    keys = ("metrics", "references")
+    own, other = (read_object(store.folder / "scoring.json", *keys) for store in (cell.store, none.store))
+    same = all(own[key] == other[key] for key in keys)
     return none.store.records("score").values() if same else ()
 
 
@@ -464,12 +499,11 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
         raise StoreError(f"{cell} holds no localization; give results/<name>/<cell> of a finished run")
     if prompt is not None and prompt not in found:
         raise ConfigError(f"no prompt '{prompt}' in {cell}. {nearest(prompt, found)}")
-    lines = (cell / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    memorized = [found[p["id"]] for p in map(json.loads, lines) if p["kind"] and p["id"] in found]
+    memorized = [found[p.id] for p in read_cell_prompts(cell, read_spec(cell)) if p.kind and p.id in found]
     neurons = found[prompt] if prompt is not None else reduce(or_, memorized or found.values())
     if not neurons:
         raise StoreError(f"{cell} switches nothing off; name the cell of a method that localizes, such as nemo")
-    settings = read_json(cell / "env.json")["starts"][-1]["settings"]
+    settings = read_starts(cell)[-1]["settings"]
     model = settings["model"]
     loaded = load_model(ModelSettings(**{**model, "similarity": SimilaritySettings(**model["similarity"])}))
     factor = settings["method"].get("factor", 0.0)
@@ -481,7 +515,7 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
 
 def _card(cell: Path, folder: Path, model: Diffusion, neurons: Neurons, factor: float, whose: str) -> str:
     """The model card of an exported pipeline."""
-    spec, settings = read_json(cell / "spec.json"), read_json(cell / "env.json")["starts"][-1]["settings"]["model"]
+    spec, settings = read_spec(cell), read_starts(cell)[-1]["settings"]["model"]
     kind, digests = type(model.pipeline).__name__, spec["digests"]
     on_hub = "commit" in digests
     about = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["memorization", "nemo-bench"]}

@@ -31,6 +31,7 @@ from nemo_bench.diffusion import Diffusion, Similarity
 from nemo_bench.errors import ConfigError, StoreError
 from nemo_bench.localization import (
     Calibration,
+    is_readable,
     merge_statistics,
     name_layers,
     read_statistics,
@@ -56,7 +57,17 @@ from nemo_bench.pictures import visible
 from nemo_bench.processes import together
 from nemo_bench.prompts import PromptDataModule, PromptTask
 from nemo_bench.stopping import stop_at_sigterm
-from nemo_bench.store import SCHEMA, Store, iterate_records, read_json, write_json, write_text
+from nemo_bench.store import (
+    SCHEMA,
+    Store,
+    image_digests,
+    is_whole,
+    iterate_records,
+    read_object,
+    read_run,
+    write_json,
+    write_text,
+)
 from nemo_bench.types import Neurons, Record, digest
 
 SETS = "sets.json"
@@ -68,25 +79,45 @@ def is_main() -> bool:
     return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
-def open_folder(folder: Path, cells: Sequence[ImageCell]) -> None:
-    """Makes the folder of a run, or adds cells to it.
+def open_folder(folder: Path, cells: Sequence[ImageCell], *, instead: bool = False) -> None:
+    """Makes the folder of a run, or adds cells to it; a list of cells that was lost is made again from what is there.
+
+    Args:
+        folder: The folder.
+        cells: The cells that are asked for.
+        instead: Take those off the list that are neither asked for nor finished; their folders stay.
 
     Raises:
         StoreError: It holds something else.
     """
     path = folder / "run.json"
-    if not path.exists() and folder.exists() and any(p.suffix != ".part" for p in visible(folder.iterdir(), folder)):
+    is_foreign = not path.exists() and not _cells_in(folder) and folder.exists()
+    if is_foreign and any(p.suffix != ".part" for p in visible(folder.iterdir(), folder)):
         raise StoreError(f"{folder} is not empty and holds no run of nemo_bench; choose another name=... or root=...")
     folder.mkdir(parents=True, exist_ok=True)
-    present = read_json(path) if path.exists() else {"cells": [], "token": secrets.token_hex(4)}
-    listed = [*present["cells"], *(c.id for c in cells if c.id not in present["cells"])]
-    write_json(path, {"schema": SCHEMA, "name": folder.name, "token": present["token"], "cells": listed})
+    present = read_run(folder) if is_whole(path, "cells") else {"cells": _cells_in(folder)}
+    token = present.get("token") or secrets.token_hex(4)
+    names = [cell.id for cell in cells]
+    listed = [name for name in present["cells"] if name in names or not instead or is_finished(folder / name)]
+    listed += [name for name in names if name not in listed]
+    write_json(path, {"schema": SCHEMA, "name": folder.name, "token": token, "cells": listed})
+
+
+def _cells_in(folder: Path) -> list[str]:
+    """Cells with images, or begun ones, that lie in the folder of a run, in the order of their names."""
+    found = {path.parent.name: path for path in sorted(folder.glob("*/spec.json"))}
+    return [name for name, path in found.items() if is_whole(path, "cell", "method")]
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a cell was taken to its scores."""
+    return Store(folder).is_done("score") and (folder / "metrics.json").is_file()
 
 
 def note_start(cell: Work, command: str, runner: Runner) -> None:
     """Writes down how a cell is gone on with, and its prompts."""
     path = cell.store.folder / "env.json"
-    starts = read_json(path)["starts"] if path.exists() else []
+    starts = read_object(path, "starts")["starts"] if is_whole(path, "starts") else []
     packages = ("nemo-bench", "torch", "diffusers", "transformers", "lightning", "torchmetrics", "open_clip_torch")
     start = {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -233,7 +264,7 @@ class Runner:
         mean, std = name_layers(read_statistics(path), self.model(cell).masks.widths)
         if THRESHOLD in cell.measured:
             self._measure_threshold(cell)
-        about = read_json(store.folder / THRESHOLD) if THRESHOLD in cell.measured else {}
+        about = read_object(store.folder / THRESHOLD) if THRESHOLD in cell.measured else {}
         own = method.threshold
         tau = measured_threshold(store.folder) if own is None else own
         maxima = about["maxima"]["threshold"] if about else None
@@ -241,12 +272,9 @@ class Runner:
 
     def _measure_statistics(self, cell: Cell) -> None:
         store, path = cell.calibration, cell.calibration.folder / STATISTICS
-        if path.exists():
+        if is_readable(path):
             return
         chunks = PromptChunk.split(cell.calibration_prompts)
-        if is_main() and store.is_done("statistics") and store.open_ids("statistics", [c.id for c in chunks]):
-            store.reopen("statistics")
-        self.trainer.strategy.barrier()
         label = cell.choice.names["model"]
         self.go_through("statistics", label, chunks, store, lambda: StatisticsStage(self.model(cell), store), 1)
         if is_main() and (merged := merge_statistics(store.folder / chunk.file for chunk in chunks)):
@@ -255,7 +283,7 @@ class Runner:
 
     def _measure_threshold(self, cell: Cell) -> None:
         store, path = cell.calibration, cell.calibration.folder / THRESHOLD
-        if path.exists():
+        if is_whole(path, "threshold", "mean", "std"):
             return
         rows = self.rows(cell)
         tasks, seeds = [PromptTask.of(p) for p in cell.calibration_prompts], cell.choice.settings.localize_seeds
@@ -275,15 +303,15 @@ class Runner:
 
     def _localize(self, cell: Cell) -> None:
         if cell.store.is_done("localize"):
+            self._write_layers(cell)
             return
         if cell.source:
             self._localize(cell.source)
         self.calibrate(cell)
 
         def make() -> Stage:
+            self._write_layers(cell)
             widths = self.model(cell).masks.widths
-            if is_main():
-                write_json(cell.store.folder / "layers.json", widths)
             records = by_prompt(cell.source.store) if cell.source else {}
             cell.method.batch_size = self.rows(cell)
             found = {p.id: localization_of(records[p.id]) for p in cell.source_prompts if "neurons" in records[p.id]}
@@ -292,6 +320,11 @@ class Runner:
             return LocalizationStage(self.model(cell), cell.method, seeds, cell.store, cell.prompts)
 
         self.go_through("localize", cell.spec["method"], cell.prompt_tasks, cell.store, make, 1)
+
+    def _write_layers(self, cell: Cell) -> None:
+        path = cell.store.folder / "layers.json"
+        if is_main() and not is_whole(path):
+            write_json(path, self.model(cell).masks.widths)
 
     def _generate(self, cell: Cell) -> None:
         def make() -> Stage:
@@ -316,10 +349,14 @@ class Runner:
             )
 
         settings, images = cell.choice.settings, iterate_records(store.folder, "generate")
-        reader = SceneReader(metrics.values(), store.folder, images, by_prompt(store), unmitigated_images(cell))
+        digests = image_digests(store.folder)
+        reader = SceneReader(
+            metrics.values(), store.folder, images, by_prompt(store), unmitigated_images(cell), digests=digests
+        )
         size = max(1, rows_at_once(settings) // settings.seeds)
-        self.go_through("score", cell.spec["method"], cell.prompt_tasks, store, make, size, reader, settings.workers)
-        if is_main() and not (store.folder / SETS).exists():
+        tasks = scored_tasks(cell)
+        self.go_through("score", cell.spec["method"], tasks, store, make, size, reader, settings.workers)
+        if is_main() and not is_whole(store.folder / SETS):
             write_json(store.folder / SETS, score_sets(cell, metrics))
 
     def _embed_real(self, metric: SetMetric, cell: ImageCell) -> None:
@@ -327,8 +364,6 @@ class Runner:
         chunks, store = FolderChunk.split(metric.files), real_store(metric, cell)
         if is_main():
             store.open({"settings": dict(metric.space.content())})
-            if store.is_done("features") and store.open_ids("features", [chunk.id for chunk in chunks]):
-                store.reopen("features")
         self.trainer.strategy.barrier()
         self.go_through("features", metric.title, chunks, store, lambda: FeatureStage(metric.space, store), 1)
 
@@ -343,7 +378,7 @@ class Runner:
         read: Callable[[list[Any]], Any] = list,
         workers: int = 0,
     ) -> None:
-        """Runs a stage over those of its tasks that have no record, unless it is done.
+        """Runs a stage over those of its tasks that have no record; what was done before is counted again.
 
         Args:
             stage: Its name.
@@ -355,6 +390,9 @@ class Runner:
             read: Makes a batch of tasks into what the stage takes.
             workers: Processes that read ahead.
         """
+        if is_main():
+            store.recount(stage, [task.id for task in tasks])
+        self.trainer.strategy.barrier()
         if store.is_done(stage):
             return
         self.describe(stage, label)
@@ -451,8 +489,14 @@ def neurons_by_prompt(store: Store) -> dict[str, Neurons]:
 
 def measured_threshold(calibration: Path) -> float:
     """The memorization threshold in a calibration's folder; nan where most prompts of the calibration failed."""
-    found = read_json(calibration / THRESHOLD)["threshold"]
+    found = read_object(calibration / THRESHOLD, "threshold")["threshold"]
     return math.nan if found is None else float(found)
+
+
+def scored_tasks(cell: ImageCell) -> list[PromptTask]:
+    """The prompts of a cell that have images."""
+    having = {record["prompt"] for record in iterate_records(cell.store.folder, "generate")}
+    return [task for task in cell.prompt_tasks if task.prompt.id in having]
 
 
 def unmitigated_images(cell: ImageCell) -> dict[str, Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,13 +11,35 @@ from typing import Any
 
 from nemo_bench.cells import UNMITIGATED, ImageCell, check_metrics, read_listed
 from nemo_bench.config import Choice, about_method, one, rescore
-from nemo_bench.elsewhere import FoundImage, changed_images, check_images, mapped_images, named_images
+from nemo_bench.elsewhere import (
+    Content,
+    FoundImage,
+    changed_images,
+    check_images,
+    mapped_images,
+    named_images,
+    no_folder,
+)
 from nemo_bench.errors import ConfigError, StoreError
 from nemo_bench.prompts import check_references, prompts_digest
 from nemo_bench.run import finish, renew_scores, tell_damaged
 from nemo_bench.runner import Runner, is_main, note_start, open_folder
-from nemo_bench.store import Store, iterate_records, read_json, write_json
+from nemo_bench.store import (
+    Store,
+    damaged,
+    iterate_records,
+    lack,
+    made_again,
+    read_cell_prompts,
+    read_run,
+    read_spec,
+    read_starts,
+    write_json,
+)
 from nemo_bench.types import Prompt, digest
+
+OTHER_MODEL = "unnamed"
+"""Name of the model of images made elsewhere that is none of conf/model."""
 
 
 def score(
@@ -76,23 +97,26 @@ def cells_of(
     Raises:
         NemoBenchError: Anything is wrong with settings, images or prompts.
     """
+    if not folder.is_dir():
+        raise StoreError(no_folder(folder))
     if mapping is None and (folder / "run.json").is_file():
         cells = _of_run(folder, overrides, conf, say)
     elif mapping is None and (folder / "spec.json").is_file():
         cells = _with_unmitigated(reread(folder, overrides, conf), conf)
     else:
-        cells = _with_unmitigated(_of_images(folder, mapping, overrides, conf, progress=progress), conf)
+        cells = _with_unmitigated(_of_images(folder, mapping, overrides, conf, say, progress=progress), conf)
     for cell in cells:
         check_metrics(cell.choice.settings)
     return cells
 
 
 def _of_run(folder: Path, overrides: Sequence[str], conf: Path | None, say: Callable[[str], None]) -> list[ImageCell]:
-    names = read_json(folder / "run.json")["cells"]
+    names = [name for name in read_run(folder)["cells"] if (folder / name).is_dir()]
     lacking = {name: reason for name in names if (reason := _lack(folder / name))}
     finished = [name for name in names if name not in lacking]
     if not finished:
-        raise StoreError(f"{folder}: no cell has all its images; give the command of the run again to go on")
+        listed = "; ".join(f"{name}: {reason}" for name, reason in lacking.items()) or "run.json lists none"
+        raise StoreError(f"{folder}: no cell has all its images; give the command of the run again to go on ({listed})")
     for name, reason in lacking.items() if is_main() else ():
         say(f"{name}: left out, {reason}")
     cells = [reread(folder / name, overrides, conf) for name in finished]
@@ -106,6 +130,9 @@ def _lack(cell: Path) -> str:
     """Why a cell can't be scored again, if so."""
     if not (cell / "generate.done").is_file():
         return "not all of its images are there"
+    spec = read_spec(cell)
+    if reason := lack(cell, spec, read_cell_prompts(cell, spec), ("localize", "generate")):
+        return reason
     with suppress(FileNotFoundError):  # said of each cell where it is read
         if changed_images(cell, iterate_records(cell, "generate")):
             return "its images are not those that were scored; score their folder again, for a cell of its own"
@@ -116,8 +143,8 @@ def _with_unmitigated(cell: ImageCell, conf: Path | None) -> list[ImageCell]:
     """The cell, and before it the latest one of its run without mitigation, to be scored alike, if there is one."""
     done = cell.store.folder.parent.glob("*/generate.done") if cell.is_mitigated else ()
     for path in sorted(done, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        spec = read_json(path.parent / "spec.json")
-        if spec["settings"]["method"] == UNMITIGATED and _basis(spec) == _basis(cell.spec):
+        spec = read_spec(path.parent)
+        if spec["settings"].get("method") == UNMITIGATED and _basis(spec) == _basis(cell.spec):
             other = cell.unmitigated = reread(path.parent, (), conf)
             other.choice.settings.metrics = cell.choice.settings.metrics
             return [other, cell]
@@ -145,18 +172,18 @@ def reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> ImageCe
     Raises:
         NemoBenchError: Its images are not all there, or an override is wrong.
     """
-    spec, store = read_json(folder / "spec.json"), Store(folder)
+    spec, store = read_spec(folder), Store(folder)
     if "detector" in spec:
         raise StoreError(f"{folder} was made by a detector and holds no images; name the cell of a method")
     if not store.is_done("generate"):
         raise StoreError(f"{folder}: not all images are there; give the command of the run again to go on")
+    prompts = read_cell_prompts(folder, spec)
+    if reason := lack(folder, spec, prompts, ("localize", "generate")):
+        raise StoreError(f"{folder}: {reason}")
     names = {group: spec[group] for group in ("model", "method", "prompts")}
-    choice = rescore(overrides, names, read_json(folder / "env.json")["starts"][-1]["settings"], conf)
+    choice = rescore(overrides, names, _settings(folder), conf)
     settings = choice.settings
     settings.root, settings.name = str(folder.parent.parent), folder.parent.name
-    prompts = [
-        Prompt.of(json.loads(line)) for line in (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
     if any(str(word).startswith("prompts.references=") for word in overrides):
         prompts = _with_references(folder, prompts, choice)
     missing = [str(path) for p in prompts for path in (*p.references, *p.damaged_references) if not path.is_file()]
@@ -164,15 +191,27 @@ def reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> ImageCe
         msg = f"{folder}: {len(missing)} reference images are gone, such as {missing[0]}"
         raise StoreError(f"{msg}; put them back, or name a folder of fetched ones with prompts.references")
     prompts = check_references(str(folder), prompts)
-    images = (record["image"] for record in iterate_records(folder, "generate") if "image" in record)
-    lost = [image for image in images if not (folder / image).is_file()]
+    records = [record for record in iterate_records(folder, "generate") if "image" in record]
+    lost = [record["image"] for record in records if not (folder / record["image"]).is_file()]
     if lost:
         msg = f"{folder}: {len(lost)} images are gone, such as {lost[0]}"
-        raise StoreError(f"{msg}; give the command that made them again")
-    if changed := changed_images(folder, iterate_records(folder, "generate")):
+        raise StoreError(f"{msg}; give the command that made them again ({made_again(folder)})")
+    if changed := changed_images(folder, records):
         msg = f"{folder}: {len(changed)} images are not those that were scored, such as {changed[0]}"
         raise StoreError(f"{msg}; score their folder again, for a cell of its own, or put the former images back")
+    ids = {record["id"]: record["image"] for record in records}
+    if cut := store.open_ids("generate", ids):
+        msg = f"{folder}: {len(cut)} images are cut or others than were recorded, such as {ids[cut[0]]}"
+        raise StoreError(f"{msg}; {made_again(folder)}")
     return ImageCell(choice=choice, prompts=prompts, spec=spec, store=store)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The settings that a cell was gone on with last."""
+    settings = read_starts(folder)[-1].get("settings")
+    if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):
+        raise damaged(folder / "env.json", "a start without settings")
+    return settings
 
 
 def _with_references(folder: Path, prompts: Sequence[Prompt], choice: Choice) -> list[Prompt]:
@@ -185,18 +224,28 @@ def _with_references(folder: Path, prompts: Sequence[Prompt], choice: Choice) ->
 
 
 def _of_images(
-    folder: Path, mapping: Path | None, overrides: Sequence[str], conf: Path | None, *, progress: bool
+    folder: Path,
+    mapping: Path | None,
+    overrides: Sequence[str],
+    conf: Path | None,
+    say: Callable[[str], None],
+    *,
+    progress: bool,
 ) -> ImageCell:
     """A cell of images that were made elsewhere; its records point to them."""
     method = next((word.partition("=")[2] for word in overrides if word.startswith("method=")), folder.resolve().name)
     if not re.fullmatch(r"[A-Za-z0-9._-]+", method):
         raise ConfigError(f"method={method}: expected letters, digits, '.', '_' and '-' only; give method=NAME")
     keys = {word.partition("=")[0] for word in overrides}
-    if "model" not in keys or not keys & {"prompts", "prompts.files"}:
+    is_named = "model" in keys
+    if not (is_named or {"model.clip", "model.clip_pretrained"} <= keys) or not keys & {"prompts", "prompts.files"}:
         msg = (
             f"{folder} holds no run, so its images were made elsewhere: name their model, which decides the CLIP model"
         )
-        raise ConfigError(f"{msg} they are judged by, and their prompts: model=sd14 prompts.files=[list.csv]")
+        raise ConfigError(
+            f"{msg} they are judged by, and their prompts: model=sd14 prompts.files=[list.csv]. Of another model name "
+            "CLIP alone: model.clip=ViT-L-14 model.clip_pretrained=FILE"
+        )
     choice = one([*(word for word in overrides if not word.startswith("method=")), "method=none"], conf)
     settings = choice.settings
     check_metrics(settings)
@@ -204,18 +253,21 @@ def _of_images(
     found = mapped_images(mapping, folder, prompts) if mapping else named_images(folder, prompts)
     contents = check_images(folder, found, decode=is_main(), progress=progress and is_main())
     settings.method, title, citation = about_method(method, conf)
-    settings.seeds = max(Counter(image.task.prompt.id for image in found).values())
+    counts = Counter(image.task.prompt.id for image in found)
+    settings.seeds = max(counts.values())
+    _tell(found, contents, len(prompts) - len(counts), say)
+    model = choice.names["model"] if is_named else OTHER_MODEL
     decisive = {
-        "model": {"name": choice.names["model"]},
+        "model": {"name": model},
         "method": settings.method,
         "prompts": prompts_digest(prompts),
-        "images": digest(sorted([image.task.id, content] for image, content in zip(found, contents, strict=True))),
+        "images": digest(sorted([image.task.id, has.sha256] for image, has in zip(found, contents, strict=True))),
     }
     listed = choice.names["prompts"] if "prompts" in keys else Path(settings.prompts.files[0]).stem
-    name = "__".join([choice.names["model"], method, listed, digest(decisive, 8)])
+    name = "__".join([model, method, listed, digest(decisive, 8)])
     spec = {
         "cell": name,
-        "model": choice.names["model"],
+        "model": model,
         "method": method,
         "prompts": listed,
         "title": title,
@@ -233,9 +285,22 @@ def _of_images(
     return cell
 
 
-def _point_to(store: Store, found: Sequence[FoundImage], contents: Sequence[str]) -> None:
+def _tell(found: Sequence[FoundImage], contents: Sequence[Content], without: int, say: Callable[[str], None]) -> None:
+    """Says what is scored in another way than may be expected."""
+    if not is_main():
+        return
+    if without:
+        say(f"{without} prompts have no image: they are counted, and have no part in any number")
+    sizes = Counter(content.size for content in contents if content.size).most_common()
+    if len(sizes) > 1:
+        shown = ", ".join(f"{count} of {size[0]}x{size[1]}" for size, count in sizes[:3])
+        say(f"images of {len(sizes)} sizes ({shown}): metrics of pixels bring all to the first; they are counted")
+
+
+def _point_to(store: Store, found: Sequence[FoundImage], contents: Sequence[Content]) -> None:
     """Records of images where they are, as generating them would have written, and of what is in them."""
     ids = [image.task.id for image in found]
+    write_json(store.folder / "layers.json", {})
     if store.is_done("generate") and not store.open_ids("generate", ids):
         return
     store.forget("generate")
@@ -245,12 +310,12 @@ def _point_to(store: Store, found: Sequence[FoundImage], contents: Sequence[str]
             "prompt": task.prompt.id,
             "seed": task.seed,
             "image": str(Path(path).resolve()),
-            "sha256": content,
+            "sha256": content.sha256,
+            "size": content.size,
             "written": Path(path).stat().st_mtime_ns,
         }
         for (task, path), content in zip(found, contents, strict=True)
     )
     store.writer("generate")(lines)
-    write_json(store.folder / "layers.json", {})
     store.finish("localize", [])
     store.finish("generate", ids)

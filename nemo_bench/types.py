@@ -151,6 +151,30 @@ class Localization:
     exhausted: bool | None = None
 
 
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """Hash of what the prompts are, in their order: id, text and kind.
+
+    Args:
+        prompts: The prompts.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    return digest([[p.id, p.text, p.kind] for p in prompts])
+
+
+def parse_json(text: str) -> Any:
+    """Reads JSON of any origin.
+
+    Raises:
+        ValueError: It is none, or is nested too deeply to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 Record = dict[str, Any]
 """One line of a records file: ``id`` names it; ``cost`` (time, passes) is all that may differ between runs."""
 

@@ -83,7 +83,7 @@ def test_every_file_composes_and_builds(group: str, name: str) -> None:
     method = build(choice.settings.method, "method")
     assert isinstance(method, Method)
     assert isinstance(method.source, Method | None)
-    metrics = [build(node, key) for key, node in choice.settings.metrics.items()]
+    metrics = [build(node, f"metrics.{key}") for key, node in choice.settings.metrics.items()]
     assert metrics
     assert all(isinstance(metric, BenchMetric) for metric in metrics)
 

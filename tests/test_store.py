@@ -260,5 +260,5 @@ def test_json_that_is_missing_or_torn_is_an_error_that_names_the_file(tmp_path: 
     with pytest.raises(StoreError, match=r"gone\.json is missing"):
         read_json(tmp_path / "gone.json")
     (tmp_path / "torn.json").write_bytes(b'{"a": "\xff')
-    with pytest.raises(StoreError, match=r"torn\.json is no JSON"):
+    with pytest.raises(StoreError, match=r"torn\.json does not hold what it should \(no JSON"):
         read_json(tmp_path / "torn.json")

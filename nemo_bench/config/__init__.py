@@ -17,7 +17,7 @@ from nemo_bench.config.composition import (
     rescore,
 )
 from nemo_bench.config.families import FamilySettings
-from nemo_bench.config.groups import GROUPS, options
+from nemo_bench.config.groups import GROUPS, options, targets
 from nemo_bench.config.listing import about_method, describe_options, explain_option, overview, short
 from nemo_bench.config.schema import (
     LoggerSettings,
@@ -29,7 +29,7 @@ from nemo_bench.config.schema import (
     overridden,
     rows_at_once,
 )
-from nemo_bench.config.targets import build, resolve
+from nemo_bench.config.targets import build, check_stored, resolve
 from nemo_bench.config.text import quoted, shell_word
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "TrainerSettings",
     "about_method",
     "build",
+    "check_stored",
     "describe_options",
     "detector_grid",
     "explain_option",
@@ -64,4 +65,5 @@ __all__ = [
     "rows_at_once",
     "shell_word",
     "short",
+    "targets",
 ]

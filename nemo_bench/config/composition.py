@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 import os
 import re
 import shlex
@@ -22,10 +23,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_bench.config.families import FAMILIES, FamilySettings, settle
-from nemo_bench.config.groups import GROUPS, folders, options, plugins
+from nemo_bench.config.groups import GROUPS, folders, options, plugins, targets
 from nemo_bench.config.importable import check_found
 from nemo_bench.config.schema import LoggerSettings, PromptSettings, RunSettings, check_values
-from nemo_bench.config.targets import SPELLED, first_line, hint_of, resolve, spell
+from nemo_bench.config.targets import SPELLED, check_stored, first_line, hint_of, resolve, spell
 from nemo_bench.config.text import ConfFolder, hint_in, kept, quoted, read, swept
 from nemo_bench.errors import ConfigError, nearest
 
@@ -35,6 +36,8 @@ DETECTING = ("model", "detector", "prompts", "trainer", "batch_size", "name", "r
 """Settings that detection takes up."""
 SCORING = ("metrics", "weights", "real_images", "batch_size", "workers", "trainer", "logger", "prompts.references")
 """Settings that can be others when images that are there are scored again."""
+MOST_CELLS = 10_000
+"""Cells that one command may ask for."""
 OWN_METRICS = "own"
 """Stands for the metrics of a run in the group of metrics."""
 
@@ -138,30 +141,47 @@ def rescore(overrides: Sequence[str], names: Mapping[str, str], stored: Mapping[
             raise ConfigError(f"{key} can't be changed for images that are there; settings of scoring: {known}")
     if typed & {"weights", "real_images"} and "metrics" not in typed:
         raise ConfigError("weights and real_images are taken up by metrics: name those too, such as metrics=default")
-    model = stored["model"]
+    settings = _read_stored(stored, conf)
     kept = {
-        "model.clip": model["clip"],
-        "model.clip_pretrained": model["clip_pretrained"],
-        "weights": stored.get("weights"),
-        "real_images": stored.get("real_images"),
+        "model.clip": settings.model.clip,
+        "model.clip_pretrained": settings.model.clip_pretrained,
+        "weights": settings.weights,
+        "real_images": settings.real_images,
     }
     # What metrics may refer to.
     words = [f"{key}={quoted(value)}" for key, value in kept.items() if key not in typed and value is not None]
     if "metrics" not in typed:
         # Changes of single metrics are changes of those that the images were scored with.
-        ConfigStore.instance().store(group="metrics", name=OWN_METRICS, node=stored["metrics"])
+        ConfigStore.instance().store(group="metrics", name=OWN_METRICS, node=settings.metrics)
         words.append(f"metrics={OWN_METRICS}")
     chosen = one([*overrides, *words, "method=none"], conf).settings
-    try:
-        node = OmegaConf.create(dict(stored))
-        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), node))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"another version wrote these settings ({first_line(error)}); run again") from error
-    assert isinstance(settings, RunSettings)
     for part in {"trainer", *(key.split(".")[0] for key in typed)} - {"prompts"}:
         setattr(settings, part, getattr(chosen, part))
     settings.prompts.references = chosen.prompts.references or settings.prompts.references
     return Choice(names, settings)
+
+
+def _read_stored(stored: Mapping[str, Any], conf: Path | None) -> RunSettings:
+    """Settings of a results folder, as data: nothing that they name is imported but what the user has.
+
+    Raises:
+        ConfigError: Another version wrote them, or they name or hold what no run writes down.
+    """
+    classes = targets(conf)
+    for key, value in stored.items():
+        if key != "method":  # is not made where images are scored; an audit looks at it
+            check_stored(value, str(key), classes)
+    try:
+        settings = OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(RunSettings), OmegaConf.create(dict(stored)))
+        )
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"another version wrote these settings ({first_line(error)}); run again") from error
+    assert isinstance(settings, RunSettings)
+    for name, node in settings.metrics.items():
+        if not isinstance(node, Mapping) or "_target_" not in node:
+            raise ConfigError(f"metrics.{name}: expected _target_ with the path of a class, given {node}")
+    return settings
 
 
 def one(overrides: Sequence[str], conf: Path | None) -> Choice:
@@ -221,10 +241,25 @@ def _product(overrides: Sequence[str]) -> list[list[str]]:
     axes = []
     for override in sorted(_parse(overrides), key=lambda o: o.key_or_group in ("method", "detector")):
         if override.is_sweep_override():
-            axes.append([f"{override.get_key_element()}={v}" for v in swept(override)])
+            axes.append([f"{override.get_key_element()}={v}" for v in _swept(override)])
         else:
             axes.append([str(override.input_line)])
+    if (count := math.prod(map(len, axes))) > MOST_CELLS:
+        raise ConfigError(f"{count:,} cells are asked for, more than {MOST_CELLS:,}; give fewer values")
     return [list(words) for words in itertools.product(*axes)]
+
+
+def _swept(override: Override) -> list[str]:
+    """The values of a sweep, no more than can be meant."""
+    try:
+        values = list(itertools.islice(swept(override), MOST_CELLS + 1))
+    except Exception as error:  # Hydra raises what comes for ranges without end, choices of nothing and patterns
+        msg = f"{override.input_line}: can't be multiplied out ({first_line(error) or type(error).__name__})"
+        raise ConfigError(f"{msg}; give the values themselves, separated by commas") from error
+    if not values or len(values) > MOST_CELLS:
+        count = f"more than {MOST_CELLS:,}" if values else "no"
+        raise ConfigError(f"{override.input_line}: stands for {count} values; give those that are meant")
+    return values
 
 
 def _with_experiment(typed: list[str], conf: Path | None) -> list[list[str]]:
@@ -255,7 +290,12 @@ def _split(line: str) -> list[str]:
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
-    return [read(word) for word in overrides]
+    parsed = [read(word) for word in overrides]
+    for override in parsed:
+        # Nothing of Hydra's own matters here but where it looks for files, which --conf says.
+        if override.key_or_group.split(".")[0].split("/")[0] == "hydra" and override.key_or_group != "hydra.searchpath":
+            raise ConfigError(f"unknown key '{override.key_or_group}': Hydra's own settings are not taken")
+    return parsed
 
 
 def choose(overrides: Sequence[str], conf: Path | None) -> Choice:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+from contextlib import suppress
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from nemo_bench.errors import ConfigError, nearest
 
@@ -34,6 +38,23 @@ def folders(group: str, conf: Path | None) -> list[Path]:
     """Where the files of a group are, the package's own first: of two files of one name Hydra takes that one."""
     packages = ["nemo_bench.conf", *plugins()]
     return [*(Path(str(resources.files(name))) / group for name in packages), *([conf / group] if conf else [])]
+
+
+def targets(conf: Path | None) -> set[str]:
+    """Classes that YAML files of the user's own folder and of installed plugins name as ``_target_``, at any depth."""
+    places = [*(Path(str(resources.files(name))) for name in plugins()), *([conf] if conf else [])]
+    found: set[str] = set()
+    for path in (path for place in places for path in sorted(place.rglob("*.yaml"))):
+        with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # told of where it is chosen
+            found |= _targets_in(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return found
+
+
+def _targets_in(node: Any) -> set[str]:
+    if isinstance(node, dict):
+        own = {node["_target_"]} if isinstance(node.get("_target_"), str) else set()
+        return own.union(*map(_targets_in, node.values()))
+    return set().union(*map(_targets_in, node)) if isinstance(node, list) else set()
 
 
 @cache

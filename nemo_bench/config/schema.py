@@ -14,7 +14,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_bench.config.targets import build, first_line
-from nemo_bench.errors import ConfigError, nearest
+from nemo_bench.errors import ConfigError, nearest, shortened
 
 
 @dataclass
@@ -223,6 +223,11 @@ _LEAST: dict[str, float] = {
 }
 
 
+MOST = 2**31 - 1
+"""Largest number that a setting may be: what counts steps, seeds or processes is handed to libraries as 32 bits."""
+LONGEST_NAME = 200
+
+
 def check_values(settings: RunSettings) -> None:
     """Checks values against one another and their ranges, and that what they describe can be made.
 
@@ -247,6 +252,10 @@ def check_values(settings: RunSettings) -> None:
     size = settings.batch_size
     if size != "auto" and (not isinstance(size, int) or size < 1):
         raise ConfigError(f"batch_size={size}: expected a whole number of at least 1, or auto")
+        if value is not None and value > MOST:
+            raise ConfigError(f"{key}: expected at most {MOST:,}, given {shortened(str(value), 40)}")
+    if len(settings.name) > LONGEST_NAME:
+        raise ConfigError(f"name: {len(settings.name):,} characters; it names a folder, so at most {LONGEST_NAME}")
     if not re.fullmatch(r"[A-Za-z0-9._-]+", settings.name) or not settings.name.strip("."):
         raise ConfigError(f"name={settings.name}: expected letters, digits, '.', '_' and '-' only; it names a folder")
     if unlisted := [file for file in settings.prompts.memorized if file not in settings.prompts.files]:

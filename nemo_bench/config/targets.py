@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -13,30 +14,41 @@ from hydra.utils import get_object
 
 from nemo_bench.errors import ConfigError, nearest
 
+BASES = {
+    "method": "nemo_bench.methods.Method",
+    "detector": "nemo_bench.detectors.Detector",
+    "metrics": "nemo_bench.metrics.BenchMetric",
+}
+"""What the nodes of a group must describe, by the first part of their key."""
+_PACKAGE = "nemo_bench"
+
 
 def build(node: Mapping[str, Any], key: str) -> Any:
     """Makes the object that a node describes, its arguments checked against the signature.
 
+    Nothing is called before it is known to be a class of what is expected: of :data:`BASES`, and in an argument of the
+    type that the argument is annotated with.
+
     Args:
         node: ``_target_`` with the class, other keys its arguments; arguments may be such nodes themselves.
-        key: Where the node is, for messages.
+        key: Where the node is, for messages; its first part is one of :data:`BASES`.
 
     Returns:
         The object.
 
     Raises:
-        ConfigError: The class can't be imported, or an argument is unknown, missing or of the wrong type.
+        ConfigError: The class can't be imported or is none of what is expected, or an argument is unknown, missing or
+            of the wrong type.
     """
-    if not isinstance(node, Mapping) or "_target_" not in node:
-        raise ConfigError(f"{key}: expected _target_ with the path of a class, given {node}")
-    try:
-        target = get_object(node["_target_"])
-    except Exception as error:
-        raise ConfigError(f"{key}._target_={node['_target_']}: can't be imported ({first_line(error)})") from error
+    return _build(node, key, (get_object(BASES[key.split(".")[0]]),))
+
+
+def _build(node: Mapping[str, Any], key: str, expected: tuple[type, ...]) -> Any:
+    target: Any = _class_of(node, key, expected)
     arguments = {k: v for k, v in node.items() if k != "_target_"}
     try:
         parameters = inspect.signature(target).parameters
-        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+        hints = get_type_hints(target.__init__)
     except (TypeError, ValueError, NameError) as error:
         raise ConfigError(f"{key}._target_={node['_target_']}: is no class that can be made here ({error})") from error
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -44,7 +56,7 @@ def build(node: Mapping[str, Any], key: str) -> Any:
         if name not in parameters and not open_ended:
             raise ConfigError(f"unknown key '{key}.{name}'. {nearest(name, parameters)}")
         if isinstance(value, Mapping) and "_target_" in value:
-            value = arguments[name] = build(value, f"{key}.{name}")
+            value = arguments[name] = _build(value, f"{key}.{name}", _classes(hints.get(name)))
         elif isinstance(value, str):
             arguments[name] = resolve(value)
         if name in hints and not _fits(value, hints[name]):
@@ -65,6 +77,68 @@ def hint_of(path: str, argument: str) -> Any:
         return get_type_hints(target.__init__ if inspect.isclass(target) else target).get(argument, Any)
     except Exception:
         return Any
+
+
+def _class_of(node: Mapping[str, Any], key: str, expected: tuple[type, ...]) -> type:
+    """The class that a node names, not called yet."""
+    if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
+        raise ConfigError(f"{key}: expected _target_ with the path of a class, given {node}")
+    try:
+        target: Any = get_object(node["_target_"])
+    except Exception as error:
+        raise ConfigError(f"{key}._target_={node['_target_']}: can't be imported ({first_line(error)})") from error
+    if not inspect.isclass(target) or not issubclass(target, expected):
+        names = " or ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in expected)
+        what = "a class" if expected == (object,) else f"a class of {names}"
+        raise ConfigError(f"{key}._target_={node['_target_']}: expected {what}")
+    return target
+
+
+def _classes(hint: Any) -> tuple[type, ...]:
+    """The classes that an annotation allows; any where there is none."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    found = [get_origin(option) or option for option in options]
+    return tuple(kind for kind in found if inspect.isclass(kind) and kind not in (type(None), Any)) or (object,)
+
+
+def check_stored(node: Any, key: str, known: Collection[str]) -> None:
+    """Makes sure that a node of a results folder, which anybody may have written, names no code but what the user has.
+
+    A class of the package or of ``known`` may be named; nothing else is imported.
+
+    Args:
+        node: The node.
+        key: Where it is, for messages.
+        known: Classes that the user named; see :func:`nemo_bench.config.groups.targets`.
+
+    Raises:
+        ConfigError: It names something else, or asks Hydra to do more than naming.
+    """
+    if isinstance(node, str) and "${" in node:
+        raise ConfigError(f"{key}={node}: settings of a results folder are resolved, this one was put in; take it out")
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            if name != "_target_" and not re.fullmatch(r"[A-Za-z]\w*", str(name)):
+                raise ConfigError(f"{key}.{name}: no such setting is written to a results folder; take it out")
+            check_stored(value, f"{key}.{name}", known)
+        if "_target_" in node:
+            _check_known(node, key, known)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            check_stored(value, key, known)
+
+
+def _check_known(node: Mapping[str, Any], key: str, known: Collection[str]) -> None:
+    name = str(node["_target_"])
+    if name in known:
+        return
+    first, *parts = name.split(".")
+    is_ours = first == _PACKAGE and not any(part.startswith("_") for part in parts)
+    # What a module of the package has imported, such as subprocess.Popen, can be reached by its name as well.
+    if is_ours and _class_of(node, key, (object,)).__module__.split(".")[0] == _PACKAGE:
+        return
+    msg = f"{key}._target_={name}: a results folder names this, and it is no class of {_PACKAGE} nor of a YAML file of "
+    raise ConfigError(f"{msg}yours; if you trust it, give --conf DIR with the file that names it")
 
 
 def resolve(path: str) -> str:

@@ -75,7 +75,7 @@ def read(word: str) -> Override:
     key, separator, value = word.partition("=")
     try:
         return _parse(f"{key}={_with_quotes(value)}" if separator else word)
-    except HydraException as error:
+    except (HydraException, RecursionError, ValueError) as error:
         hint = hint_in(RunSettings, key)
         if separator and is_text(hint):
             return _parse(f"{key}={quoted(value)}")
@@ -131,7 +131,7 @@ def _in_quotes(part: str) -> str:
 
 
 @dataclass(frozen=True)
-class _AsTyped(QuotedString):
+class _AsTyped(QuotedString):  # type: ignore[misc]
     """What looks like a number, a truth value or null, as it was typed."""
 
     def with_quotes(self) -> str:

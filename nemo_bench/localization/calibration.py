@@ -149,6 +149,15 @@ def read_statistics(path: Path) -> Statistics:
     return mean, std
 
 
+def is_readable(path: Path) -> bool:
+    """Whether a file of activation statistics is there and can be read."""
+    try:
+        read_statistics(path)
+    except ModelError:
+        return False
+    return True
+
+
 def write_statistics(path: Path, statistics: Statistics) -> None:
     """Writes what :func:`read_statistics` and the public scripts read, under another name first.
 

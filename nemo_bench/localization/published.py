@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 from nemo_bench.errors import NemoBenchError
 from nemo_bench.prompts import read_rows
-from nemo_bench.types import Neurons
+from nemo_bench.types import Neurons, parse_json
 
 COLUMNS = ("Caption", "URL", "Initial Neurons", "Initial SSIM", "Refined Neurons", "Refined SSIM")
 
@@ -133,7 +132,7 @@ def by_name(layers: Sequence[Sequence[int]], widths: Mapping[str, int]) -> Neuro
 def _layers(where: str, column: str, cells: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
     text = cells[column.lower()]
     try:
-        layers = json.loads(text)
+        layers = parse_json(text)
     except (TypeError, ValueError):
         layers = None
     if not (

@@ -5,12 +5,12 @@ from nemo_bench.prompts.manifest import MANIFEST, read_manifest
 from nemo_bench.prompts.readers import (
     check_references,
     dead_references,
-    prompts_digest,
     read_links,
     read_prompts,
     read_rows,
     references_digest,
 )
+from nemo_bench.types import prompts_digest
 
 __all__ = [
     "MANIFEST",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from nemo_bench.errors import PromptError
-from nemo_bench.types import Record
+from nemo_bench.types import Record, parse_json
 
 MANIFEST = "manifest.jsonl"
 """Name of the file in a folder of fetched images."""
@@ -36,7 +35,7 @@ def read_manifest(folder: Path) -> dict[str, Record]:
     entries: dict[str, Record] = {}
     for number, line in enumerate(lines, 1):
         try:
-            entry: Record = json.loads(line)
+            entry: Record = parse_json(line)
             entries[entry["url"]] = {**entry, "status": entry["status"], "prompts": entry.get("prompts", {})}
         except (ValueError, KeyError, TypeError):
             if number == len(lines):

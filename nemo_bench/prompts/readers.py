@@ -6,7 +6,7 @@ import csv
 import hashlib
 import importlib
 import io
-import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from nemo_bench.pictures import unreadable, visible
 from nemo_bench.prompts.datasets import DatasetPlace
 from nemo_bench.prompts.lists import split_links, split_list, without_login
 from nemo_bench.prompts.manifest import MANIFEST, read_manifest
-from nemo_bench.types import Kind, Prompt, Record, digest
+from nemo_bench.types import Kind, Prompt, Record, digest, parse_json
 
 # Accepted column names in lower case; where a file has several of a group, the first one counts.
 TEXT_COLUMNS = ("caption", "prompt", "text")
@@ -170,18 +170,6 @@ def _with_fetched(
     return [completed(prompt) for prompt in prompts]
 
 
-def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """Hash of what the prompts are, in their order: id, text and kind.
-
-    Args:
-        prompts: The prompts.
-
-    Returns:
-        16 hexadecimal digits.
-    """
-    return digest([[p.id, p.text, p.kind] for p in prompts])
-
-
 def references_digest(prompts: Sequence[Prompt]) -> str:
     """Hash of the contents of the prompts' reference images, in their order; folders and names do not matter.
 
@@ -274,7 +262,7 @@ def _columns(where: str, names: Iterable[str], needed: _Needed) -> list[str]:
     """Column names in lower case, those without a name by position; checks that each is there once."""
     names = list(names)
     columns = [name.strip().lower() or f"#{position}" for position, name in enumerate(names)]
-    twice = next((name for name in columns if columns.count(name) > 1), None)
+    twice = next((name for name, count in Counter(columns).items() if count > 1), None)
     if twice is not None:
         raise PromptError(f"{where}: two columns are called {twice!r} (case does not matter); rename one")
     if not set(columns) & set(needed.names):
@@ -285,6 +273,7 @@ def _columns(where: str, names: Iterable[str], needed: _Needed) -> list[str]:
 
 def _read_csv(path: Path, content: bytes, needed: _Needed) -> Iterator[Row]:
     text = _decode(path, content)
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))  # a list of neurons may be longer than Python expects
     delimiter = _delimiter(text, needed)
     # Strict, since a quotation mark that is never closed would swallow the rest of the file.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -323,7 +312,7 @@ def _delimiter(text: str, needed: _Needed) -> str:
 def _read_jsonl(path: Path, content: bytes, needed: _Needed) -> Iterator[Row]:
     for where, line in _lines(path, content):
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
             raise PromptError(f"{where}: not valid JSON ({error}); expected one object a line") from error
         if not isinstance(value, dict):

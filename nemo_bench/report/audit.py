@@ -15,7 +15,7 @@ from nemo_bench.citations import KOWALCZUK
 from nemo_bench.report.data import Results, load_results
 from nemo_bench.report.templates import render
 from nemo_bench.report.thumbnails import Thumbnails
-from nemo_bench.store import read_json
+from nemo_bench.store import damaged, read_object
 
 _GROUPS = {"memorized": "Memorized", "control": "Controls"}
 _MEANING = {
@@ -115,7 +115,13 @@ def audits_of(results: Results) -> list[Audit]:
     found = []
     for cell in results.cells:
         place = results.folder / cell.name
-        entries = read_json(place / "audit.json")["audits"] if (place / "audit.json").is_file() else []
+        file = place / "audit.json"
+        entries = read_object(file, "audits")["audits"] if file.is_file() else []
+        keys = {"settings", "states", "metrics", "groups", "compared", "verdict", "searches"}
+        if not isinstance(entries, list) or not all(
+            isinstance(entry, dict) and keys <= entry.keys() for entry in entries
+        ):
+            raise damaged(file, "no list of audits")
         found += [Audit(cell.name, cell.label, place, entry) for entry in entries]
     return found
 

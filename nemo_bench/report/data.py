@@ -5,10 +5,10 @@ Tables, plots and the page are made from :class:`Results` alone.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from math import isfinite
@@ -18,7 +18,18 @@ from typing import Any, TypeVar
 
 from nemo_bench.aggregate import GROUPS
 from nemo_bench.errors import StoreError
-from nemo_bench.store import SCHEMA, read_json, read_records
+from nemo_bench.store import (
+    SCHEMA,
+    damaged,
+    lack,
+    read_cell_prompts,
+    read_checked,
+    read_object,
+    read_records,
+    read_run,
+    read_spec,
+    read_starts,
+)
 from nemo_bench.types import Neurons, Prompt
 
 FAMILIES = ("memorization", "change", "alignment", "diversity", "quality", "localization")
@@ -325,6 +336,14 @@ class Results:
     cells: tuple[Cell, ...]
     unfinished: Mapping[str, str]
 
+    @property
+    def advice(self) -> str:
+        """What can be done about cells that are not finished."""
+        return (
+            "The command of the run goes on with a cell. To drop one, delete its folder; a run that does not ask for "
+            "it takes it off the list."
+        )
+
     @cached_property
     def metrics(self) -> dict[str, MetricInfo]:
         """Metrics of all cells, in the order of display."""
@@ -396,14 +415,21 @@ def load_results(folder: Path | str) -> Results:
         runs = sorted(path.parent.name for path in folder.glob("*/run.json"))
         hint = f"Runs found inside: {', '.join(runs)}." if runs else "Start a run with `nemo-bench run`."
         raise StoreError(f"{folder} holds no run: it has no run.json. Give the folder of a run. {hint}")
-    run = _read(folder / "run.json")
+    _read(folder / "run.json")
+    run = read_run(folder)
     cells, unfinished = [], {}
-    for name in run.get("cells", []):
+    for name in run["cells"]:
+        if not (folder / name).is_dir():
+            continue  # who deletes the folder of a cell wants to see it no more
         missing = _missing(folder / name)
-        if missing:
-            unfinished[name] = missing
+        try:
+            found = missing or _load_cell(folder / name)
+        except StoreError as error:
+            found = str(error)
+        if isinstance(found, str):
+            unfinished[name] = found
         else:
-            cells.append(_load_cell(folder / name))
+            cells.append(found)
     if not cells:
         if (folder / "detection.html").is_file() and not unfinished:
             raise StoreError(f"{folder} holds detectors and no run of methods; see {folder / 'detection.html'}")
@@ -440,8 +466,8 @@ def short_layers(layers: Iterable[str]) -> dict[str, str]:
 
 
 def _read(path: Path) -> Any:
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("schema", SCHEMA) != SCHEMA:
+    content = read_object(path)
+    if content.get("schema", SCHEMA) != SCHEMA:
         msg = f"{path}: expected an object of schema {SCHEMA}; read it with the version of nemo_bench that wrote it"
         raise StoreError(msg)
     return content
@@ -456,13 +482,35 @@ def _missing(folder: Path) -> str:
     return "" if (folder / "metrics.json").is_file() else "not scored"
 
 
-def _load_cell(folder: Path) -> Cell:
-    try:
-        names = ("spec", "env", "metrics", "layers")
-        spec, env, metrics, layers = (_read(folder / f"{name}.json") for name in names)
-        lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-        prompts = [Prompt.of(json.loads(line)) for line in lines]
-        outcomes = _outcomes(folder, prompts)
+def _load_cell(folder: Path) -> Cell | str:
+    """A finished cell; or what is missing of it, whatever its markers say."""
+    for name in ("spec", "metrics"):
+        _read(folder / f"{name}.json")
+    spec, starts = read_spec(folder), read_starts(folder)
+    prompts = read_cell_prompts(folder, spec)
+    if missing := lack(folder, spec, prompts, _STAGES):
+        return missing
+    layers, metrics = (read_object(folder / f"{name}.json") for name in ("layers", "metrics"))
+    with _holding(folder / "layers.json"):
+        short_layers(layers)
+        if not all(isinstance(width, int) for width in layers.values()):
+            raise TypeError("a width is no whole number")
+    with _holding(folder / "metrics.json"):
+        found = {
+            "metrics": {key: _metric(key, info) for key, info in metrics["metrics"].items()},
+            "aggregates": _table(metrics["aggregates"], _aggregate),
+            "presets": {
+                preset: Preset(**{**about, "rows": _table(about["rows"], lambda values: _made(Statistic, values))})
+                for preset, about in metrics.get("presets", {}).items()
+            },
+            "failures": {group: Failures(**values) for group, values in metrics.get("failed", {}).items()},
+            "detection": {key: _made(Detection, values) for key, values in metrics.get("detection", {}).items()},
+            "localization": metrics.get("localization", {}),
+            "counts": _numbers(metrics.get("counts", {})),
+            "cost": _numbers(metrics["cost"]),
+        }
+    with _holding(folder / "spec.json"):
+        about = {"digests": dict(spec["digests"]), "citations": dict(spec["citations"])}
         return Cell(
             name=folder.name,
             label=spec["title"],
@@ -472,34 +520,45 @@ def _load_cell(folder: Path) -> Cell:
             title=spec["title"],
             prompt_list=spec["prompts"],
             settings=spec["settings"],
-            digests=spec["digests"],
-            citations=spec["citations"],
             layers=list(layers),
-            starts=env["starts"],
+            starts=starts,
             prompts=prompts,
-            outcomes=outcomes,
-            metrics={key: _metric(key, info) for key, info in metrics["metrics"].items()},
-            aggregates=_table(metrics["aggregates"], _aggregate),
-            presets={
-                preset: Preset(**{**about, "rows": _table(about["rows"], lambda values: Statistic(**values))})
-                for preset, about in metrics.get("presets", {}).items()
-            },
-            failures={group: Failures(**values) for group, values in metrics.get("failed", {}).items()},
-            detection={key: Detection(**values) for key, values in metrics.get("detection", {}).items()},
-            localization=metrics.get("localization", {}),
-            counts=metrics.get("counts", {}),
-            cost=metrics["cost"],
+            outcomes=_outcomes(folder, prompts),
             calibration=_calibration(folder, spec.get("calibration")),
             general_prompts=spec.get("general_prompts"),
             unmitigated=metrics.get("unmitigated", _EARLIER_RUN),
+            **about,
+            **found,
         )
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        msg = f"{folder} does not hold what a cell should ({type(error).__name__}: {error}); remove it and run again"
-        raise StoreError(msg) from error
+
+
+@contextmanager
+def _holding(path: Path) -> Iterator[None]:
+    """Says of what a file holds in place of what it should that it does."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def _numbers(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    if wrong := [key for key, value in values.items() if not isinstance(value, int | float)]:
+        raise TypeError(f"{wrong[0]} is no number")
+    return values
+
+
+def _made(kind: type[_T], values: Mapping[str, Any]) -> _T:
+    """A dataclass of numbers and texts from what a file holds."""
+    for key, value in values.items():
+        if not isinstance(value, int | float | None) and key not in ("title", "curve", "paired"):
+            raise TypeError(f"{key} is no number")
+    return kind(**values)
 
 
 def _metric(key: str, info: Mapping[str, Any]) -> MetricInfo:
     known = {f.name: info[f.name] for f in fields(MetricInfo) if f.name in info}
+    if not isinstance(info["title"], str):
+        raise TypeError(f"the title of {key} is no text")
     return MetricInfo(**{"key": key, "family": _EARLIER.get(key, ""), **known})
 
 
@@ -509,7 +568,7 @@ def _table(content: Mapping[str, Any], make: Callable[[Any], _T]) -> dict[str, d
 
 def _aggregate(values: Mapping[str, Any]) -> Aggregate:
     paired = values.get("paired")
-    return Aggregate(**{**values, "paired": Paired(**paired) if paired else None})
+    return _made(Aggregate, {**values, "paired": _made(Paired, paired) if paired else None})
 
 
 def _calibration(cell: Path, place: str | None) -> Path | None:
@@ -524,19 +583,18 @@ def load_calibration(folder: Path) -> Calibration:
         StoreError: A file does not hold what it should.
     """
     try:
-        about = read_json(folder / "threshold.json")
+        about = read_object(folder / "threshold.json", "threshold", "protocol")
         records = read_records(folder, "calibrate").values()
         pairs = [value for record in records for value in _finite(record.get("pairs", ()))]
         tau = about["threshold"]
         return Calibration(None if tau is None else float(tau), about["protocol"], pairs, about.get("failed", 0))
     except (KeyError, TypeError, ValueError) as error:
-        msg = f"{folder} does not hold a calibration ({type(error).__name__}: {error}); remove it and run again"
-        raise StoreError(msg) from error
+        raise damaged(folder / "threshold.json", f"{type(error).__name__}: {error}") from error
 
 
 def _outcomes(folder: Path, prompts: Iterable[Prompt]) -> dict[str, Outcome]:
-    localized = {record["prompt"]: record for record in read_records(folder, "localize").values()}
-    scored = read_records(folder, "score").values()
+    localized = {record["prompt"]: record for record in read_checked(folder, "localize")}
+    scored = read_checked(folder, "score")
     scores = {(r["prompt"], r["seed"]): {k: v for k, v in r["scores"].items() if _finite([v])} for r in scored}
     images: dict[str, list[GeneratedImage]] = {}
     failed: dict[str, dict[int, str]] = {}

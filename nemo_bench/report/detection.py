@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,8 +18,17 @@ from nemo_bench.errors import StoreError
 from nemo_bench.report.svg import INK, nth_look, style, svg
 from nemo_bench.report.templates import render
 from nemo_bench.report.thumbnails import Thumbnails
-from nemo_bench.store import SCHEMA, read_json, read_records, write_json, write_text
-from nemo_bench.types import digest
+from nemo_bench.store import (
+    SCHEMA,
+    damaged,
+    read_cell_prompts,
+    read_checked,
+    read_object,
+    read_spec,
+    write_json,
+    write_text,
+)
+from nemo_bench.types import Prompt, digest
 
 _PIXELS = 640
 _COLUMNS = {
@@ -54,7 +62,7 @@ class Detection:
         folder: Its results.
         spec: ``spec.json``.
         summary: ``metrics.json``.
-        prompts: Lines of ``prompts.jsonl``.
+        prompts: The prompts.
         records: By prompt id.
         label: Title, and the settings by which it differs from others of this title.
     """
@@ -62,7 +70,7 @@ class Detection:
     folder: Path
     spec: Mapping[str, Any]
     summary: Mapping[str, Any]
-    prompts: Sequence[Mapping[str, Any]]
+    prompts: Sequence[Prompt]
     records: Mapping[str, Mapping[str, Any]]
     label: str
 
@@ -88,7 +96,7 @@ class Detection:
 
     def scores(self, *, memorized: bool) -> list[float]:
         """Finite scores of prompts of one sort, in their order."""
-        own = (self.records[p["id"]] for p in self.prompts if bool(p["kind"]) == memorized)
+        own = (self.records[p.id] for p in self.prompts if bool(p.kind) == memorized)
         return [record["score"] for record in own if "score" in record]
 
     @property
@@ -111,12 +119,18 @@ def load_detections(folder: Path | str) -> list[Detection]:
     """
     found = []
     for path in sorted(Path(folder).glob("*/spec.json")):
-        cell, spec = path.parent, read_json(path)
-        if "detector" in spec and (cell / "metrics.json").is_file():
-            records = {record["prompt"]: record for record in read_records(cell, "detect").values()}
-            lines = (cell / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-            summary = read_json(cell / "metrics.json")
-            found.append(Detection(cell, spec, summary, [json.loads(line) for line in lines], records, ""))
+        cell = path.parent
+        if "detector" in read_object(path) and (cell / "metrics.json").is_file():
+            spec = read_spec(cell)
+            prompts = read_cell_prompts(cell, spec)
+            records = {record["prompt"]: record for record in read_checked(cell, "detect")}
+            if missing := sum(prompt.id not in records for prompt in prompts):
+                msg = f"{cell}: {missing} of {len(prompts)} records are missing"
+                raise StoreError(f"{msg}; the same nemo-bench detect makes them again, and nothing else")
+            summary = read_object(cell / "metrics.json", "detection", "cost")
+            if not all(isinstance(summary[key], dict) for key in ("detection", "cost")):
+                raise damaged(cell / "metrics.json", "no measures")
+            found.append(Detection(cell, spec, summary, prompts, records, ""))
     if not found:
         raise StoreError(f"{folder} holds no finished detector; run nemo-bench detect")
     named = [Detection(**{**vars(d), "label": _label(d, found)}) for d in found]
@@ -220,7 +234,7 @@ def markdown(found: Sequence[Detection]) -> str:
 
 
 def _count(found: Detection) -> str:
-    memorized = sum(bool(p["kind"]) for p in found.prompts)
+    memorized = sum(bool(p.kind) for p in found.prompts)
     return f"{memorized} memorized and {len(found.prompts) - memorized} other prompts"
 
 
@@ -292,17 +306,17 @@ def _page(name: str, found: Sequence[Detection], *, has_report: bool) -> str:
     )
 
 
-def _prompt(group: Sequence[Detection], prompt: Mapping[str, Any], makers: Mapping[Path, Thumbnails]) -> dict[str, Any]:
+def _prompt(group: Sequence[Detection], prompt: Prompt, makers: Mapping[Path, Thumbnails]) -> dict[str, Any]:
     """A line of the page: scores, tokens as far as a detector explains them, pictures."""
-    records = [d.records[prompt["id"]] for d in group]
+    records = [d.records[prompt.id] for d in group]
     tokens: Sequence[tuple[str, float]] = next(
         (r["details"]["tokens"] for r in records if "tokens" in r.get("details", {})), []
     )
     largest = max((value for _, value in tokens), default=0.0) or 1.0
     return {
-        "id": prompt["id"],
-        "text": prompt["text"],
-        "group": prompt["group"],
+        "id": prompt.id,
+        "text": prompt.text,
+        "group": prompt.group,
         "tokens": [(word.replace("</w>", " "), value, value / largest) for word, value in tokens],
         "scores": [
             (r["score"], _beaten(d, r["score"]), "") if "score" in r else (None, 0.0, r["failed"])

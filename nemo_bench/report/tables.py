@@ -143,7 +143,8 @@ def markdown(results: Results, rows: Sequence[Row]) -> str:
         parts.append(f"## {results.heading(group)} ({results.meaning(group)})\n\n{table}")
     parts.append(f"{_legend(rows)}\n".replace("*", r"\*"))
     if results.unfinished:
-        parts.append("Not finished:\n\n" + "".join(f"- {name}: {why}\n" for name, why in results.unfinished.items()))
+        listed = "".join(f"- {name}: {why}\n" for name, why in results.unfinished.items())
+        parts.append(f"Not finished:\n\n{listed}\n{results.advice}\n")
     return "\n".join(parts)
 
 
@@ -318,6 +319,10 @@ def terminal_table(results: Results) -> Table:
     if len(shown) > _COLUMNS:
         shown = {key: results.metrics[key] for key in results.leading.values()}
         caption += f"\n{len(results.metrics) - len(shown)} more metrics in leaderboard.md"
+    for name, why in results.unfinished.items():
+        caption += f"\n[yellow]not finished: {escape(f'{name}: {why}')}[/yellow]"
+    if results.unfinished:
+        caption += f"\n{results.advice}"
     table = Table(title=escape(results.name), caption=caption, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("method")
     for key, info in shown.items():
@@ -333,8 +338,6 @@ def terminal_table(results: Results) -> Table:
             notes = [f"[yellow]failed: {row.failed}[/yellow]"] if row.failed else []
             notes += [f"[dim]{words}[/dim]"] if (words := row.cell.searches(group)) else []
             table.add_row("\n".join([escape(row.cell.label), *notes]), *values)
-    for name, why in results.unfinished.items():
-        table.add_row(f"[yellow]{escape(name)}: {why}[/yellow]")
     return table
 
 

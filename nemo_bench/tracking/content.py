@@ -14,7 +14,7 @@ from PIL import Image
 
 from nemo_bench.report import load_results
 from nemo_bench.report.data import Cell, short_layers
-from nemo_bench.store import read_json, read_records, thumbnail
+from nemo_bench.store import read_json, read_records, read_run, thumbnail
 from nemo_bench.types import Prompt, digest
 
 PICTURES = ("training image", "unmitigated", "mitigated", "noise differences")
@@ -155,7 +155,7 @@ def load_entries(folder: Path) -> tuple[list[Entry], Mapping[str, str]]:
         StoreError: The folder holds no run, or no cell of it is finished.
     """
     results = load_results(folder)
-    token = read_json(folder / "run.json").get("token", "")
+    token = read_run(folder).get("token", "")
 
     by_name = {cell.name: cell for cell in results.cells}
     entries = [

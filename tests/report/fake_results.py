@@ -173,7 +173,7 @@ def _write_cell(
         _write_jsonl(cell / "records" / f"{stage}.0.jsonl", lines[stage])
         (cell / f"{stage}.done").touch()
     _dump(cell / "spec.json", {
-        "schema": 1, "cell": name, "model": model, "method": method, "prompts": "planted", "title": title,
+        "schema": 1, "model": model, "method": method, "prompts": "planted", "title": title,
         "settings": {"seeds": SEEDS, "steps": 20, "method": {"name": method, "theta_min": 0.12}},
         "digests": {"model": f"{zlib.crc32(model.encode()):016x}", "prompts": "5f3a9be1c0d24786"},
         "citations": {"NeMo": CITATION} if method == "nemo" else {},

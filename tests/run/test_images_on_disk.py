@@ -371,7 +371,11 @@ def test_an_unfinished_cell_is_left_out_and_named(finished: Path) -> None:
         (["model=planted"], "and their prompts"),
         (["model=fool", "prompts=planted"], "unknown model 'fool'"),
         (["model=planted", "prompts=planted", "method=a/b"], "method=a/b: expected letters"),
-        (["model=planted", "prompts=planted"], r"images are missing: img_0000_01.*prompts\.limit"),
+        (["model=planted", "prompts=planted"], r"2 of 4 images are missing: img_0000_01, img_0001_00"),
+        (
+            ["model.clip=ViT-B-32", "prompts=planted"],
+            r"Of another model name CLIP alone: model\.clip=",
+        ),
         (["model=planted,sd14", "prompts=planted"], "2 sets of settings"),
         (["model=planted", "prompts=planted", "metrics=full"], "no weights"),
     ],
@@ -408,4 +412,37 @@ def test_two_processes_find_the_same_for_images_made_elsewhere(made: Path, tmp_p
 def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
     done = command(tmp_path / "nothing", "model=planted", f"prompts.files=[{resolve(LIST)}]")
     assert done.returncode == 1
-    assert done.stderr.strip().endswith("is no folder; give a run, a cell, or a folder of images")
+    assert "nothing does not exist; give a run, a cell, or a folder of images" in done.stderr
+    (tmp_path / "nothings").mkdir()
+    done = command(tmp_path / "nothing")
+    assert "Did you mean 'nothings'?" in done.stderr
+
+
+def test_a_part_of_the_prompts_and_images_of_any_size_are_scored_and_counted(made: Path, tmp_path: Path) -> None:
+    """CLIP is named by itself: no diffusion model of conf/ made these."""
+    native = values(cell(made, "random"))
+    images = export(cell(made, "random"), tmp_path / "images")
+    for path in images.glob("img_0001_*"):
+        path.unlink()
+    with Image.open(images / "img_0000_01.png") as image:
+        double = image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST)
+    Image.new("RGB", double.size).save(images / "img_0000_01.png")
+    made_with = read_json(cell(made, "random") / "env.json")["starts"][-1]["settings"]["model"]
+    clip = [f"model.clip={made_with['clip']}", f"model.clip_pretrained={made_with['clip_pretrained']}"]
+    words = [word for word in elsewhere(tmp_path / "results", "x", *clip) if not word.startswith("model=")]
+    said: list[str] = []
+    cells = cells_of(images, words, say=said.append, progress=False)
+    folder = score(cells, "test", said.append, progress=False)
+    assert said[0] == "1 prompts have no image: they are counted, and have no part in any number"
+    assert said[1].startswith("images of 2 sizes (1 of ")
+    path = cell(folder, "x")
+    assert path.name.startswith("unnamed__x__")
+    counts = read_json(path / "metrics.json")["counts"]
+    assert (counts["images"], counts["prompts"], counts["without_images"], counts["resized"]) == (2, 2, 1, 1)
+    found = values(path)
+    first = next(iter(found))[0]
+    assert {prompt for prompt, _ in found} == {first}
+    assert found[first, 0]["ssim"] == pytest.approx(native[first, 0]["ssim"], abs=1e-5)
+    assert found[first, 0]["alignment"] == pytest.approx(native[first, 0]["alignment"], abs=1e-5)
+    (shown,) = load_results(folder).cells
+    assert shown.aggregates["VM"]["ssim"].prompts == 1

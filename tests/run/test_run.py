@@ -226,7 +226,7 @@ def test_a_cell_written_by_another_configuration_is_refused(finished: tuple[Path
     path = folder / cells[0].id / "spec.json"
     path.write_text(path.read_text().replace('"seeds": 2', '"seeds": 5'))
     before = results(folder)
-    with pytest.raises(StoreError, match=r"another configuration \(differing: settings.seeds\)"):
+    with pytest.raises(StoreError, match=r"spec\.json .*not what its folder is named by: settings.seeds"):
         run(plan(grid(words(tmp_path, prompts, "method=none"))), "test")
     assert results(folder) == before
 

@@ -1,0 +1,31 @@
+"""A small finished folder of each sort, made once, for tests that damage it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nemo_bench.cli import main
+
+LIST = "package:planted/prompts/planted.jsonl"
+SMALL = ["model.steps=1", "trainer=cpu", f"prompts.files=[{LIST}]", "prompts.limit=2"]
+RUN = [*SMALL, "seeds=2", "localize_seeds=2", "name=whole", "method=none,embedding_noise"]
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two methods and a detector, with the audit of a cell; not to be changed."""
+    root = tmp_path_factory.mktemp("whole") / "results"
+    assert main(["run", *RUN, f"root={root}"]) == 0
+    assert main(["detect", *SMALL, "detector=magnitude", "name=whole", f"root={root}"]) == 0
+    audit = ["--cell", "none", "steps=1", "samples=1", "images=1", "limit=1", "trainer=cpu"]
+    assert main(["audit", str(root / "whole"), *audit]) == 0
+    return root / "whole"
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    """A copy that may be changed."""
+    return Path(shutil.copytree(whole.parent, tmp_path / "results")) / "whole"
