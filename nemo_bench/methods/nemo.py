@@ -42,9 +42,9 @@ class BlockNeurons(Method):
 class NeMo(BlockNeurons):
     """Localizes by outlier activations and refinement on noise differences, then blocks what was found.
 
-    It is for prompts that are known to be memorized. Its gate tells them badly from others: as published, 226 of the 320
-    general prompts of the embedded model's calibration pass (71%, ``nemo-bench calibrate``), the selection then runs out,
-    and what is blocked harms them; with ``gate="maxima"`` 43 pass.
+    It is for prompts that are known to be memorized. Its gate tells them badly from others: as published, 226 of the
+    320 general prompts of the embedded model's calibration pass (71%, ``nemo-bench calibrate``), the selection then
+    runs out, and what is blocked harms them; with ``gate="maxima"`` 43 pass.
 
     Args:
         protocol: ``"paper"`` or ``"reference"``, what the public scripts do; see :class:`Protocol`.
