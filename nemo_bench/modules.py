@@ -513,7 +513,7 @@ class ScoringStage(Stage):
 
 def _finite_rows(embedded: Tensor) -> list[bool]:
     """Whether all numbers of each embedded picture are finite."""
-    return embedded.isfinite().flatten(1).all(1).tolist()  # type: ignore[no-any-return]
+    return embedded.isfinite().flatten(1).all(1).tolist()
 
 
 def _finite_scores(scores: Mapping[str, float]) -> Record:
