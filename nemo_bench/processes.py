@@ -7,7 +7,9 @@ import socket
 import time
 from collections.abc import Mapping
 
-from lightning.fabric.plugins.environments import LSFEnvironment, MPIEnvironment, SLURMEnvironment
+from lightning.fabric.plugins.environments.lsf import LSFEnvironment
+from lightning.fabric.plugins.environments.mpi import MPIEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch.distributed import is_torchelastic_launched
 
 from nemo_bench.errors import ConfigError
