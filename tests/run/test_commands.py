@@ -228,12 +228,6 @@ def assert_card_says(folder: Path, cell: Path, neurons: Neurons) -> None:
     assert weight.any()
 
 
-def ranks(**given: str) -> dict[str, str]:
-    """The environment of a shell in which a launcher, or its container, has set something."""
-    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NEMO_BENCH_STARTER")
-    return {name: value for name, value in environment().items() if name not in launched} | given
-
-
 @pytest.mark.parametrize(
     ("given", "devices"),
     [
@@ -242,14 +236,22 @@ def ranks(**given: str) -> dict[str, str]:
     ],
 )
 def test_ranks_that_are_left_over_are_named_in_place_of_waiting(
-    given: dict[str, str], devices: list[str], tmp_path: Path, prompt_file: Path
+    given: dict[str, str],
+    devices: list[str],
+    tmp_path: Path,
+    prompt_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = command(tmp_path, prompt_file, "method=none", "seeds=1", *devices)
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, env=ranks(**given))
-    assert done.returncode == 1
-    named = [name for name in given if name != "MASTER_PORT"]
-    assert all(f"{name}={given[name]}" in done.stderr for name in named)
-    assert f"unset {' '.join(sorted(named, key=['RANK', 'LOCAL_RANK', 'WORLD_SIZE'].index))}" in done.stderr
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NEMO_BENCH_STARTER"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    words = [*SMALL, f"root={tmp_path}", f"prompts.files=[{prompt_file}]", "method=none", *devices]
+    assert main(["run", *words]) == 1
+    said = capsys.readouterr().err
+    assert all(f"{name}={value}" in said for name, value in given.items() if name != "MASTER_PORT")
+    assert f"unset {' '.join(name for name in given if name != 'MASTER_PORT')}" in said
     assert not list(tmp_path.glob("default/*/records"))
 
 
