@@ -324,8 +324,8 @@ def _print_forecast(expected: Mapping[str, Any]) -> None:
         console.print(f"{expected['uncounted']} cells can't be counted before their files are there")
     if not rows:
         return
-    counts = (Column(name, no_wrap=True) for name in ("localize", "generate", "score", "UNet passes", "time"))
-    table = Table(Column("open records", overflow="fold"), *counts)
+    heads = (Column(name, no_wrap=True) for name in ("localize", "generate", "score", "UNet passes", "time"))
+    table = Table(Column("open records", overflow="fold"), *heads)
     for row in rows:
         counts = [str(row["open"].get(stage, "-")) for stage in ("localize", "generate", "score")]
         least = "≥ " if row["at_least"] else ""

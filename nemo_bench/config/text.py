@@ -131,7 +131,7 @@ def _in_quotes(part: str) -> str:
 
 
 @dataclass(frozen=True)
-class _AsTyped(QuotedString):
+class _AsTyped(QuotedString):  # type: ignore[misc]
     """What looks like a number, a truth value or null, as it was typed."""
 
     def with_quotes(self) -> str:
