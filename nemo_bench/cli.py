@@ -13,10 +13,10 @@ import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_bench import __version__
 from nemo_bench.environment import make_ready
 from nemo_bench.errors import nearest
 
@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"nemo-bench {__version__}")
+    parser.add_argument("--version", action="version", version=f"nemo-bench {version('nemo-bench')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name_of_command")
 
     def add(name: str, command: Any, text: str, *, settings: bool = False) -> argparse.ArgumentParser:
