@@ -532,7 +532,7 @@ def test_a_setting_of_ones_own_wins_over_that_of_the_family(study: Path) -> None
 
 def test_it_is_said_that_nothing_is_published_for_a_family() -> None:
     (sdxl,) = grid(["method=adjusted_noise", "model=sdxl"])
-    values = "rounds=2, radius=50.0, timestep=900.0, of=noise"
+    values = "rounds=2, radius=50.0, timestep=900.0, of=noise, rate=0.7"
     assert str(*sdxl.families) == f"none published for sdxl, so the defaults: {values}"
     (unknown,) = grid(["method=wanda", "model=sdxl", "model.family=null"])
     assert str(*unknown.families).startswith("none published for a model without model.family, so the defaults: ratio")

@@ -317,10 +317,7 @@ def test_the_angle_is_one_of_noise_or_of_what_the_network_predicts(prediction_ty
             for u, c in zip(unconditional[row].flatten(1).T, conditional[row].flatten(1).T, strict=True)
         ]
         assert float(found["prediction"][row]) == pytest.approx(sum(cosines) / len(cosines), abs=1e-4)
-    if prediction_type == "epsilon":
-        assert torch.equal(found["noise"], found["prediction"])
-    else:
-        assert (found["noise"] - found["prediction"]).abs().max() > 1e-2
+    assert torch.equal(found["noise"], found["prediction"]) == (prediction_type == "epsilon")
 
 
 def test_the_angle_of_velocities_can_have_the_other_sign(monkeypatch: pytest.MonkeyPatch) -> None:

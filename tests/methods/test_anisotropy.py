@@ -41,10 +41,6 @@ def test_the_angle_can_be_that_of_velocities_and_gradients_go_through_it() -> No
     assert float(found.detach()) == pytest.approx(float(expected.detach()), abs=1e-4)
     gradients = [torch.autograd.grad(value, one)[0] for value, one in ((found.sum(), leaf), (expected, own))]
     assert torch.cosine_similarity(*(one.flatten() for one in gradients), dim=0) > 0.999
-    noise = AnisotropyOptimization(norm_weight=0.0, angle_weight=1.0)
-    assert float(noise.measure(model, batch.prompts, batch.text, batch.latents)([0], leaf).detach()) != pytest.approx(
-        float(expected.detach()), abs=1e-3
-    )
 
 
 @pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 0.0), (1.0, 2.0)])
