@@ -266,7 +266,7 @@ class Source:
     def scheduler(self) -> dict[str, Any] | None:
         """Configuration of the scheduler that the pipeline is shipped with, None where there is none."""
         name = "scheduler/scheduler_config.json"
-        return json.loads(self._read(name)) if name in self._files else None
+        return self._read(name) if name in self._files else None
 
     def digest(self) -> str:
         """Digest of weights and settings, 16 hexadecimal digits; of a folder or file its contents, else id and commit.
