@@ -132,7 +132,7 @@ class AMG(Method):
         known = {"references": references_digest(prompts)}
         if not self.sscd:
             return known
-        SSCD(self.sscd).check()
+        SSCD(self.sscd).check_file()
         return {**known, "sscd": file_digest(Path(self.sscd))}
 
     def prepare(self, model: Diffusion, prompts: Sequence[Prompt]) -> None:

@@ -477,11 +477,19 @@ class SSCD(Network):
         """See :attr:`Space.citation`."""
         return "Pizzi et al. 2022"
 
-    def check(self) -> None:
-        """See :meth:`Space.check`."""
+    def check_file(self) -> None:
+        """Makes sure that the file is there and whole; of which network it is, :meth:`check` tells too.
+
+        Raises:
+            ModelError: It is not; the message says how to get it.
+        """
         name = f"sscd_{_SSCD[self.protocol].network}.torchscript.pt"
         origin = f"https://dl.fbaipublicfiles.com/sscd-copy-detection/{name}"
         _check_file(f"SSCD {self.protocol}", self.file, self.sha256, origin)
+
+    def check(self) -> None:
+        """See :meth:`Space.check`."""
+        self.check_file()
         _check_loads(self, Path(self.file))
 
     def content(self) -> Mapping[str, Any]:

@@ -142,7 +142,7 @@ def test_real_pictures_that_are_damaged_are_found_before_anything_runs(tmp_path:
     for number in range(6):
         save(real, f"sub/{number}.png", number)
     for name in ("._0.png", ".DS_Store", "sub/._1.png", "__MACOSX/sub/._1.png"):
-        (real / name).parent.mkdir(exist_ok=True)
+        (real / name).parent.mkdir(parents=True, exist_ok=True)
         (real / name).write_bytes(b"left by a system")
     metric = FID(space, str(real))
     metric.check()
