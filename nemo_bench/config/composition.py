@@ -166,7 +166,9 @@ def _read_stored(stored: Mapping[str, Any], conf: Path | None) -> RunSettings:
         if key != "method":  # is not made where images are scored; an audit looks at it
             check_stored(value, str(key), classes)
     try:
-        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunSettings), OmegaConf.create(stored)))
+        settings = OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(RunSettings), OmegaConf.create(dict(stored)))
+        )
     except OmegaConfBaseException as error:
         raise ConfigError(f"another version wrote these settings ({first_line(error)}); run again") from error
     assert isinstance(settings, RunSettings)
