@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -114,7 +114,7 @@ class Cell(ImageCell):
     @property
     def is_calibrated(self) -> bool:
         """Whether nothing is left to be measured on general prompts."""
-        is_there = {STATISTICS: is_readable, THRESHOLD: is_whole}
+        is_there: dict[str, Callable[[Path], bool]] = {STATISTICS: is_readable, THRESHOLD: is_whole}
         return all(is_there[name](self.calibration.folder / name) for name in self.measured)
 
     @property

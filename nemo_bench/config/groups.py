@@ -51,10 +51,12 @@ def targets(conf: Path | None) -> set[str]:
 
 
 def _targets_in(node: Any) -> set[str]:
+    found: set[str] = set()
     if isinstance(node, dict):
-        own = {node["_target_"]} if isinstance(node.get("_target_"), str) else set()
-        return own.union(*map(_targets_in, node.values()))
-    return set().union(*map(_targets_in, node)) if isinstance(node, list) else set()
+        if isinstance(node.get("_target_"), str):
+            found.add(node["_target_"])
+        node = list(node.values())
+    return found.union(*map(_targets_in, node)) if isinstance(node, list) else found
 
 
 @cache

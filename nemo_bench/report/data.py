@@ -496,7 +496,7 @@ def _load_cell(folder: Path) -> Cell | str:
         if not all(isinstance(width, int) for width in layers.values()):
             raise TypeError("a width is no whole number")
     with _holding(folder / "metrics.json"):
-        found = {
+        found: dict[str, Any] = {
             "metrics": {key: _metric(key, info) for key, info in metrics["metrics"].items()},
             "aggregates": _table(metrics["aggregates"], _aggregate),
             "presets": {
@@ -510,7 +510,7 @@ def _load_cell(folder: Path) -> Cell | str:
             "cost": _numbers(metrics["cost"]),
         }
     with _holding(folder / "spec.json"):
-        about = {"digests": dict(spec["digests"]), "citations": dict(spec["citations"])}
+        about: dict[str, Any] = {"digests": dict(spec["digests"]), "citations": dict(spec["citations"])}
         return Cell(
             name=folder.name,
             label=spec["title"],

@@ -6,12 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from whole_folder import RUN, SMALL
 
 from nemo_bench.cli import main
-
-LIST = "package:planted/prompts/planted.jsonl"
-SMALL = ["model.steps=1", "trainer=cpu", f"prompts.files=[{LIST}]", "prompts.limit=2"]
-RUN = [*SMALL, "seeds=2", "localize_seeds=2", "name=whole", "method=none,embedding_noise"]
 
 
 @pytest.fixture(scope="session")

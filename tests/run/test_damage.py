@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import RUN
+from whole_folder import RUN
 
 from nemo_bench import StoreError
 from nemo_bench.cli import main
