@@ -235,7 +235,7 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
         "statistics": digest([[v.tolist() for v in side] for side in published]) if published else None,
         "seeds": settings.localize_seeds,
         "prompts": prompts_digest(calibration_prompts),
-        "protocol": next((m.protocol.name for m in _lineage(method) if m.needs_calibration), None),
+        "protocol": next((m.protocol.of_threshold for m in _lineage(method) if m.needs_calibration), None),
     }
     uses_calibration = any(m.needs_calibration for m in _lineage(method))
     decisive = {

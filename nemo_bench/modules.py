@@ -205,6 +205,8 @@ class LocalizationStage(Stage):
             "initial_score": result.initial_score,
             "refined_score": result.refined_score,
             "threshold": result.threshold,
+            **({"listed": dict(result.listed)} if result.listed else {}),
+            **({"listed_initial": dict(result.listed_initial)} if result.listed_initial else {}),
             "truncated": self.model.truncated(prompt.text),
             "memorization": float(pairs.mean()),
             "noise": self.store.save_image(f"noise/{name}.png", picture),
@@ -517,6 +519,9 @@ def localization_of(record: Record) -> Localization:
         initial_score=record["initial_score"],
         refined_score=record["refined_score"],
         threshold=record["threshold"],
+        **{
+            key: {layer: tuple(ids) for layer, ids in record.get(key, {}).items()} for key in ("listed", "listed_initial")
+        },
     )
 
 

@@ -128,7 +128,7 @@ def _calibration_of(cell: Cell) -> dict[str, Any]:
     return {
         "model": cell.spec["model"],
         **(read_json(folder / THRESHOLD) if cell.method.threshold is None else scores),
-        "protocol": cell.method.protocol.name,
+        **cell.method.protocol.of_threshold,
         "statistics": resolve(given) if given else str(folder / STATISTICS),
         "folder": str(folder) if cell.measured else None,
     }

@@ -251,7 +251,7 @@ class Runner:
             pairs = [value for task in tasks for value in records[task.id]["pairs"]]
             scores = torch.tensor(pairs, dtype=torch.float64)
             about = {"mean": float(scores.mean()), "std": float(scores.std()), "prompts": len(tasks)}
-            write_json(path, {"threshold": threshold(pairs), **about, "protocol": cell.method.protocol.name})
+            write_json(path, {"threshold": threshold(pairs), **about, **cell.method.protocol.of_threshold})
         self.trainer.strategy.barrier()
 
     def _localize(self, cell: Cell) -> None:

@@ -134,6 +134,9 @@ class Localization:
         refined_score: The same with the refined neurons blocked.
         threshold: The threshold that refinement used.
         row_passes: UNet forward passes of one sample spent.
+        listed: The memorization neurons by layer as the public scripts list them: in the order of selection, a neuron
+            possibly twice. Empty where the protocol lists each once.
+        listed_initial: The candidates likewise.
     """
 
     neurons: Neurons = field(default_factory=Neurons)
@@ -143,6 +146,8 @@ class Localization:
     refined_score: float = 0.0
     threshold: float = 0.0
     row_passes: int = 0
+    listed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    listed_initial: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 Record = dict[str, Any]

@@ -14,7 +14,7 @@ from nemo_bench.localization.calibration import (
     threshold,
     write_statistics,
 )
-from nemo_bench.localization.nemo import NemoSettings, localize
+from nemo_bench.localization.nemo import LAST_K, NemoSettings, localize
 from nemo_bench.localization.noise import (
     noise_differences,
     pair_similarities,
@@ -22,10 +22,11 @@ from nemo_bench.localization.noise import (
     scaled_difference,
     similarity,
 )
-from nemo_bench.localization.protocol import PAPER, PROTOCOLS, REFERENCE, SEEDS, Protocol
+from nemo_bench.localization.protocol import PAPER, PROTOCOLS, REFERENCE, SEEDS, Protocol, Velocity
 
 __all__ = [
     "ENCODED",
+    "LAST_K",
     "PAPER",
     "PROTOCOLS",
     "REFERENCE",
@@ -33,6 +34,7 @@ __all__ = [
     "Calibration",
     "NemoSettings",
     "Protocol",
+    "Velocity",
     "activation_moments",
     "activation_statistics",
     "activations",

@@ -11,9 +11,9 @@ from typing import Literal
 from torch import Tensor
 
 from nemo_bench.citations import HINTERSDORF
-from nemo_bench.diffusion import Diffusion
+from nemo_bench.diffusion import Diffusion, Measure
 from nemo_bench.errors import ConfigError
-from nemo_bench.localization import PROTOCOLS, SEEDS, NemoSettings, localize
+from nemo_bench.localization import LAST_K, PROTOCOLS, SEEDS, NemoSettings, Velocity, localize
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.prompts import seeds_of
 from nemo_bench.types import Localization, Prompt
@@ -56,6 +56,15 @@ class NeMo(BlockNeurons):
         refine_threshold: Threshold of the refinement in [-1, 1]; None takes that of the selection.
         relative: Refine by relative change of the similarity, at most this part, instead of by threshold.
         factor: What the outputs of blocked neurons are multiplied by.
+        gate_threshold: Similarity of two seeds above which a prompt counts as memorized, in [-1, 1]; None takes the
+            threshold of the selection.
+        initial_k: Most active neurons of each layer in the first round, 0 to 1279; each round takes one more.
+        similarity: How noise differences are compared: ``"published"``, ``"current"`` or ``"fixed"``, see
+            :data:`nemo_bench.diffusion.Measure`; None takes the protocol's.
+        velocity: What noise differences of a model that predicts velocity are taken from, ``"converted"`` noise or
+            ``"raw"`` velocity; None takes the protocol's.
+        guidance: Scale of guidance while localizing, with the two halves swapped as in the public scripts:
+            conditional + scale (unconditional - conditional). None takes the conditional prediction.
 
     Raises:
         ConfigError: A number is out of range.
@@ -81,21 +90,43 @@ class NeMo(BlockNeurons):
         refine_threshold: float | None = None,
         relative: float | None = None,
         factor: float = 0.0,
+        gate_threshold: float | None = None,
+        initial_k: int = 0,
+        similarity: Measure | None = None,
+        velocity: Velocity | None = None,
+        guidance: float | None = None,
     ) -> None:
         super().__init__(factor)
         if not (math.inf > theta > theta_min >= 0 and theta_step > 0):
             msg = f"nemo needs theta > theta_min >= 0 and theta_step > 0, given {theta}, {theta_min}, {theta_step}"
             raise ConfigError(msg)
-        for name, value in {"threshold": threshold, "refine_threshold": refine_threshold}.items():
+        thresholds = {"threshold": threshold, "refine_threshold": refine_threshold, "gate_threshold": gate_threshold}
+        for name, value in thresholds.items():
             if value is not None and not -1 <= value <= 1:
                 raise ConfigError(f"nemo needs a {name} from -1 to 1, a similarity, given {value}")
         if relative is not None and not 0 < relative < math.inf:
             raise ConfigError(f"nemo needs relative above 0, a part of a similarity, given {relative}")
         if not (outliers or top_k):
             raise ConfigError("nemo needs candidates: set outliers=true, top_k=true or both")
-        self.protocol, self.neurons, self.threshold = PROTOCOLS[protocol], neurons, threshold
+        if not 0 <= initial_k < LAST_K:
+            raise ConfigError(f"nemo needs initial_k from 0 to {LAST_K - 1}, given {initial_k}")
+        if guidance is not None and not 0 < guidance < math.inf:
+            raise ConfigError(f"nemo needs guidance above 0, or null for none, given {guidance}")
+        self.protocol = PROTOCOLS[protocol].changed(similarity, velocity, guidance)
+        self.neurons, self.threshold = neurons, threshold
         self.settings = NemoSettings(
-            theta, theta_step, theta_min, factor, threshold, outliers, top_k, refine_threshold, relative, refinement
+            theta=theta,
+            theta_step=theta_step,
+            theta_min=theta_min,
+            factor=factor,
+            threshold=threshold,
+            outliers=outliers,
+            top_k=top_k,
+            refine_threshold=refine_threshold,
+            relative=relative,
+            refinement=refinement,
+            gate_threshold=gate_threshold,
+            initial_k=initial_k,
         )
 
     def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor | None = None) -> Localization:
@@ -111,5 +142,10 @@ class NeMo(BlockNeurons):
         text = model.encode([prompt.text])
         result = localize(model, text, latents, self.calibration, self.settings, self.protocol, self.batch_size)
         if self.neurons == "initial":
-            return replace(result, neurons=result.initial, refined_score=result.initial_score)
+            return replace(
+                result,
+                neurons=result.initial,
+                listed=result.listed_initial,
+                refined_score=result.initial_score,
+            )
         return result
