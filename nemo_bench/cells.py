@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_bench.config import Choice, ModelSettings, PromptSettings, RunSettings, build, resolve
-from nemo_bench.diffusion import Source
+from nemo_bench.diffusion import Similarity, Source
 from nemo_bench.errors import ConfigError, NemoBenchError
 from nemo_bench.localization import read_statistics
 from nemo_bench.methods import Method
@@ -210,6 +210,8 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
     source = source_of(model)
     if source not in weights:
         method.check(source.family.pipeline.__name__, model.guidance, model.dtype, compiled=model.compiled)
+        if size := source.latent_size:
+            check_similarity(size, model, method)
     check_metrics(settings)
     listed = settings.prompts
     prompts = _read(cache, listed.files, listed.limit, listed.references, listed.memorized)
@@ -297,10 +299,31 @@ def check_metrics(settings: RunSettings) -> None:
         raise next(kind for kind, _ in lacking)("\n".join([*lines, f"without: {without}"]))
 
 
+def check_similarity(size: Sequence[int], model: ModelSettings, method: Method) -> None:
+    """Makes sure that noise differences can be compared: for a method, and for the memorization score of every cell.
+
+    Args:
+        size: Height and width of a latent.
+        model: Settings of the model.
+        method: The mitigation.
+
+    Raises:
+        ConfigError: Its latents are too small for ``model.similarity``; the message has the values that fit.
+    """
+    searches = [each.protocol.similarity for each in _lineage(method) if each.needs_calibration]
+    for measure in ("fixed", *searches):
+        similarity_of(model).check(size, measure)
+
+
 def source_of(settings: ModelSettings) -> Source:
     """Where the weights are; nothing is read."""
     config = resolve(settings.config) if settings.config else None
     return Source(resolve(settings.source), settings.revision, config, settings.local_files_only)
+
+
+def similarity_of(settings: ModelSettings) -> Similarity:
+    """Window and scales with which noise differences are compared."""
+    return Similarity(settings.similarity.sigma, tuple(settings.similarity.betas))
 
 
 def metrics_of(cell: ImageCell) -> dict[str, BenchMetric]:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import lightning as L
 from torch.utils.data import DataLoader
 
-from nemo_bench.cells import read_listed, source_of
+from nemo_bench.cells import read_listed, similarity_of, source_of
 from nemo_bench.config import Choice, build
-from nemo_bench.detectors import Detector, watch
+from nemo_bench.detectors import Detector, NoiseDifference, watch
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError
 from nemo_bench.metrics import detection
@@ -92,6 +92,8 @@ def _cell(choice: Choice, prompts: list[Prompt]) -> DetectionCell:
         raise ConfigError(msg)
     source = source_of(model)
     detector.check(source.family.pipeline.__name__, model.guidance, compiled=model.compiled)
+    if isinstance(detector, NoiseDifference) and (size := source.latent_size):
+        similarity_of(model).check(size, detector.protocol.similarity)
     if detector.steps is not None and detector.steps > model.steps:
         msg = f"{detector.title} is to watch {detector.steps} steps, and this model makes model.steps={model.steps}"
         raise ConfigError(f"{msg}; give detector.steps at most that, or null for all")

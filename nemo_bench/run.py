@@ -173,8 +173,10 @@ def _publish(cell: Cell) -> None:
     rows = []
     for prompt in cell.prompts:
         result = localization_of(found[prompt.id])
-        initial, refined = by_position(result.initial, widths), by_position(result.neurons, widths)
-        rows.append(PublishedRow(prompt.text, "", initial, result.initial_score, refined, result.refined_score))
+        initial = by_position(result.listed_initial or result.initial, widths)
+        refined = by_position(result.listed or result.neurons, widths)
+        url = next(iter(prompt.links), "")
+        rows.append(PublishedRow(prompt.text, url, initial, result.initial_score, refined, result.refined_score))
     write_text(cell.store.folder / "neurons.csv", published_text(rows))
 
 

@@ -24,9 +24,9 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch.utils.data import DataLoader
 
 from nemo_bench.aggregate import GROUPS
-from nemo_bench.cells import STATISTICS, THRESHOLD, Cell, ImageCell, Work, metrics_of, source_of
+from nemo_bench.cells import STATISTICS, THRESHOLD, Cell, ImageCell, Work, check_similarity, metrics_of, similarity_of, source_of
 from nemo_bench.config import ModelSettings, TrainerSettings, resolve
-from nemo_bench.diffusion import Diffusion, Similarity
+from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, StoreError
 from nemo_bench.localization import (
     Calibration,
@@ -352,24 +352,29 @@ class Runner:
         self.trainer.strategy.barrier()
 
     def model(self, cell: Work) -> Diffusion:
-        """The cell's model, loaded at the first need."""
+        """The cell's model, loaded at the first need.
+
+        Raises:
+            NemoBenchError: It can't be loaded, or its noise differences can't be compared.
+        """
         settings = cell.choice.settings.model
         key = digest(cell.spec["settings"]["model"])
         if key not in self._models:
             self._models.clear()
             self._models[key] = load_model(settings)
+        if isinstance(cell, Cell):
+            check_similarity(self._models[key].latent_shape[1:], settings, cell.method)
         return self._models[key].to(self.trainer.strategy.root_device)
 
 
 def load_model(settings: ModelSettings) -> Diffusion:
     """Loads the model that settings describe, on the CPU."""
-    kind = settings.similarity
     return Diffusion(
         source_of(settings).load(settings.dtype),
         layers=settings.layers,  # type: ignore[arg-type] # checked with the settings
         steps=settings.steps,
         guidance=settings.guidance,
-        similarity=Similarity(kind.sigma, tuple(kind.betas)),
+        similarity=similarity_of(settings),
         compiled=settings.compiled,
     )
 

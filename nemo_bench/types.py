@@ -32,6 +32,7 @@ class Prompt(NamedTuple):
         references: Training images of the prompt, as files.
         tags: Free words for filters.
         dead_references: Links to training images of the prompt that could not be fetched.
+        links: All links to training images that its list has, without user names and passwords.
     """
 
     id: str
@@ -40,13 +41,16 @@ class Prompt(NamedTuple):
     references: tuple[Path, ...] = ()
     tags: tuple[str, ...] = ()
     dead_references: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Prompt:
         """The prompt of a line of ``prompts.jsonl`` in a results folder."""
-        references, dead = (tuple(fields.get(name, ())) for name in ("references", "dead_references"))
+        references, dead, links = (
+            tuple(fields.get(name, ())) for name in ("references", "dead_references", "links")
+        )
         return cls(
-            fields["id"], fields["text"], fields["kind"], tuple(map(Path, references)), tuple(fields["tags"]), dead
+            fields["id"], fields["text"], fields["kind"], tuple(map(Path, references)), tuple(fields["tags"]), dead, links
         )
 
     @property

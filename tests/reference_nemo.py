@@ -207,12 +207,12 @@ def noise_differences(
     x = latents.to(pipe.unet.device, pipe.unet.dtype)
     embedding = encode(pipe, [text] * len(x))
     with blocking(pipe.unet, blocked or {}):
-        # The latent stays the initial one: what the steps before the last predict is thrown away.
-        for step in scheduler.timesteps[: number + 1]:
-            output = pipe.unet(x, step, encoder_hidden_states=embedding).sample
-            if guidance is not None:
-                empty = pipe.unet(x, step, encoder_hidden_states=encode(pipe, [""] * len(x))).sample
-                output = output + guidance * (empty - output)
+        # The latent stays the initial one: what the scripts predict at the steps before, they throw away.
+        step = scheduler.timesteps[number]
+        output = pipe.unet(x, step, encoder_hidden_states=embedding).sample
+        if guidance is not None:
+            empty = pipe.unet(x, step, encoder_hidden_states=encode(pipe, [""] * len(x))).sample
+            output = output + guidance * (empty - output)
     x, output = x.float(), output.float()
 
     prediction_type = pipe.scheduler.config.prediction_type

@@ -187,7 +187,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _LEAST: dict[str, float] = {
     "model.steps": 1,
     "model.guidance": 0,
-    "model.similarity.sigma": 1e-6,
+    "model.similarity.sigma": 0.15,
     "prompts.limit": 1,
     "prompts.calibration_limit": 2,
     "seeds": 1,

@@ -71,7 +71,7 @@ class Similarity:
         sides = [side // 2**scale for scale in range(scales)]
         # Contrast leaves the border out, the last scale only as published; what is mirrored there must be inside.
         cropped = sides if measure == "published" else sides[:-1]
-        if sides[-1] <= border or any(each <= 2 * border for each in cropped):
+        if not border or sides[-1] <= border or any(each <= 2 * border for each in cropped):
             return False
         # torchmetrics asks for more than there must be.
         return not self.betas or (side >= 2**scales and side // max(1, scales - 1) ** 2 >= self.kernel)
@@ -89,6 +89,9 @@ class Similarity:
         side = min(size)
         if self.fits(side, measure):
             return
+        if self.kernel == 1:
+            msg = f"model.similarity.sigma={self.sigma:g}: a window of one pixel compares nothing; expected 0.15 or more"
+            raise ConfigError(msg)
         fewer = [replace(self, betas=self.betas[:scales]) for scales in range(len(self.betas) - 1, -1, -1)]
         narrower = [replace(self, sigma=tenths / 10) for tenths in range(int(self.sigma * 10), 0, -1)]
         values = [f"betas={list(kind.betas)}" for kind in fewer if kind.fits(side, measure)][:1]

