@@ -18,7 +18,7 @@ from nemo_bench.errors import ConfigError, nearest
 
 @dataclass
 class SimilaritySettings:
-    """See :class:`nemo_bench.diffusion.Similarity`."""
+    """Window and scales, see :class:`nemo_bench.diffusion.Similarity`; the measure is a setting of the method."""
 
     sigma: float = 1.5
     betas: list[float] = field(default_factory=lambda: [0.33, 0.33, 0.33])

@@ -168,8 +168,8 @@ SEEDS = 4
 
 
 @cache
-def scripts_model(prediction_type: str, weights: int, side: int) -> tuple[Diffusion, Calibration]:
-    pipeline = tiny_pipeline(weights, prediction_type, sample_size=side)
+def scripts_model(prediction_type: str, side: int) -> tuple[Diffusion, Calibration]:
+    pipeline = tiny_pipeline(prediction_type=prediction_type, sample_size=side)
     model = Diffusion(pipeline, similarity=Similarity() if side == 48 else Similarity(1.0, ()))
     mean, std = activation_statistics(model, [tiny_texts(24)[8:]])
     # Narrow, so that outliers are found beside the most active neurons, and some neurons are both.
@@ -180,23 +180,23 @@ def as_the_scripts(
     text: str,
     tau: float,
     prediction_type: str = "epsilon",
-    weights: int = 0,
     side: int = 16,
+    seeds: int = SEEDS,
     method: NeMo | None = None,
     **changed: Any,
 ) -> reference_nemo.Result:
     """Asserts that `protocol=reference` gives the neurons of the scripts: all of them, in their order, as often."""
-    model, calibration = scripts_model(prediction_type, weights, side)
+    model, calibration = scripts_model(prediction_type, side)
     method = method or NeMo(protocol="reference")
     method.calibration = replace(calibration, threshold=tau)
-    latents = method.protocol.latents(model, range(SEEDS))
+    latents = method.protocol.latents(model, range(seeds))
     found = method.localize(model, Prompt("p", text), latents)
     measure = method.protocol.similarity
     similarity = partial(reference_nemo.ms_ssim if side == 48 else reference_nemo.ssim, measure=measure)
     plain = reference_nemo.localize(
         model.pipeline,
         text,
-        reference_nemo.scripts_latents(model.pipeline, SEEDS),
+        reference_nemo.scripts_latents(model.pipeline, seeds),
         calibration.mean,
         calibration.std,
         tau,
@@ -213,57 +213,57 @@ def count(neurons: Mapping[str, Sequence[int]]) -> int:
     return sum(map(len, neurons.values()))
 
 
-@pytest.mark.parametrize("weights", [0, 1])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_reference_protocol_finds_the_neurons_of_the_scripts(prediction_type: str, weights: int) -> None:
-    results = [as_the_scripts(text, 0.45, prediction_type, weights) for text in tiny_texts(3)]
-    assert any(count(plain.refined) > 3 for plain in results)
-    if weights == 0:
-        assert any(count(plain.initial) > Neurons(plain.initial).count for plain in results), "nothing is listed twice"
+@cache
+def plainly() -> reference_nemo.Result:
+    return as_the_scripts(tiny_texts(2)[1], 0.45)
+
+
+def test_reference_protocol_finds_the_neurons_of_the_scripts() -> None:
+    results = [plainly(), *(as_the_scripts(text, 0.45) for text in tiny_texts(3)[::2])]
+    assert all(count(plain.refined) > 3 for plain in results)
+    assert any(count(plain.initial) > Neurons(plain.initial).count for plain in results), "nothing is listed twice"
 
 
 def test_reference_protocol_finds_the_neurons_of_the_scripts_with_three_scales() -> None:
-    plain = as_the_scripts(tiny_texts(2)[1], 0.6, side=48)
+    plain = as_the_scripts(tiny_texts(2)[1], 0.45, side=48, seeds=2)
     assert count(plain.refined) > 0
 
 
-def test_reference_protocol_where_the_selection_of_the_scripts_runs_out() -> None:
-    """Neurons listed twice stay so: without one of the two the score is what it was, which is not below it."""
-    plain = as_the_scripts(tiny_texts(2)[1], 0.05, weights=3)
-    assert (plain.theta, plain.k) == (1.25, 15)
+def test_reference_protocol_where_the_selection_of_the_scripts_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one entry of two a score is what it was, which is not below the one that the selection ended with."""
+    monkeypatch.setattr(reference_nemo, "THETA_STEP", 1.5)
+    plain = as_the_scripts(tiny_texts(2)[1], 0.05, method=NeMo(protocol="reference", theta_step=1.5))
+    assert (plain.theta, plain.k) == (2.0, 2)
     assert plain.tau_refine == plain.initial_score > 0.05
     assert count(plain.refined) > 0
 
 
 @pytest.mark.parametrize(
-    ("options", "plainly"),
+    ("options", "same"),
     [
         ({"similarity": "current"}, {}),
         ({"guidance": 3.0}, {"guidance": 3.0}),
-        ({"initial_k": 3}, {"initial_k": 3}),
+        ({"initial_k": 6}, {"initial_k": 6}),
         ({"gate_threshold": 0.8}, {"gate_tau": 0.8}),
         ({"refine_threshold": 0.7}, {"refine_tau": 0.7}),
         ({"outliers": False}, {"with_outliers": False}),
     ],
 )
-def test_reference_protocol_with_the_flags_of_the_scripts(
-    options: dict[str, Any], plainly: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reference_nemo, "K_END", 20)  # all neurons of the widest layer, and a few times more
-    changed = as_the_scripts(tiny_texts(2)[1], 0.45, method=NeMo(protocol="reference", **options), **plainly)
-    plain = as_the_scripts(tiny_texts(2)[1], 0.45)
-    assert changed != plain
+def test_reference_protocol_with_the_flags_of_the_scripts(options: dict[str, Any], same: dict[str, Any]) -> None:
+    changed = as_the_scripts(tiny_texts(2)[1], 0.45, method=NeMo(protocol="reference", **options), **same)
+    assert changed != plainly()
 
 
-def test_raw_velocity_gives_other_neurons_than_converted_noise() -> None:
+def test_reference_protocol_takes_velocity_for_noise_as_the_scripts_do() -> None:
     raw = as_the_scripts(tiny_texts(2)[1], 0.45, "v_prediction")
+    assert raw == plainly(), "the same network, whatever it is said to predict"
     converted = NeMo(protocol="reference", velocity="converted")
-    assert as_the_scripts(tiny_texts(2)[1], 0.45, "v_prediction", method=converted, raw=False).refined != raw.refined
+    assert as_the_scripts(tiny_texts(2)[1], 0.45, "v_prediction", method=converted, raw=False) != raw
 
 
 def test_similarity_is_of_all_seeds_compared_at_once_whatever_the_batch_size() -> None:
     """With an inferred range a test decided on its first seed would have another similarity."""
-    model, calibration = scripts_model("epsilon", 0, 16)
+    model, calibration = scripts_model("epsilon", 16)
     latents, text = REFERENCE.latents(model, range(SEEDS)), model.encode(tiny_texts(1))
     trial, small = (Trial(model, text, latents, protocol=REFERENCE, batch_size=size) for size in (32, 3))
     candidates = [(layer, index) for layer in model.value_layers for index in (0, 3)]
@@ -283,7 +283,7 @@ def test_similarity_is_of_all_seeds_compared_at_once_whatever_the_batch_size() -
 
 def test_a_replayed_test_is_that_of_the_scripts_to_the_last_bit() -> None:
     """Strict comparison with a similarity that a selection ended with: nothing may be rounded otherwise."""
-    model, _ = scripts_model("epsilon", 0, 16)
+    model, _ = scripts_model("epsilon", 16)
     trial, plain = (
         Trial(model, model.encode(tiny_texts(1)), REFERENCE.latents(model, range(SEEDS)), protocol=REFERENCE)
         for _ in range(2)
