@@ -1,9 +1,10 @@
 """Compares NeMo's search with the plain schedule of the public scripts: UNet row passes, time, and the neurons found.
 
 Run: python benchmarks/localize.py [--prompts 20] [--seeds 10] [--similarity fixed] [--json] [key=value ...]
-The words key=value are settings of `nemo-bench run`, such as model=sd14. Both sides follow the protocol `reference`, with
-the similarity of --similarity, so the plain side makes the passes of the public scripts: for every tested set of neurons
-the text is encoded again and two UNet steps run on all seeds, one prompt at a time; statistics are collected in UNet passes, one prompt at a time. It is the
+The words key=value are settings of `nemo-bench run`, such as model=sd14. Both sides follow the protocol `reference` with
+the similarity of --similarity, so the plain side makes the passes of the public scripts: for every tested set of
+neurons the text is encoded again and two UNet steps run on all seeds, one prompt at a time; statistics are collected in
+UNet passes, one prompt at a time. It is the
 slow implementation that the tests compare with. A row pass is one sample through the UNet. Passes that start at a
 replayed prefix do less, and the gradients of bisect more: `pass` counts what convolutions and linear layers multiply
 (twice where gradients flow back), in full passes; `row` counts samples, however much of the UNet they went through.

@@ -520,7 +520,8 @@ def localization_of(record: Record) -> Localization:
         refined_score=record["refined_score"],
         threshold=record["threshold"],
         **{
-            key: {layer: tuple(ids) for layer, ids in record.get(key, {}).items()} for key in ("listed", "listed_initial")
+            key: {layer: tuple(ids) for layer, ids in record.get(key, {}).items()}
+            for key in ("listed", "listed_initial")
         },
     )
 

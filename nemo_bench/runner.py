@@ -24,7 +24,17 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch.utils.data import DataLoader
 
 from nemo_bench.aggregate import GROUPS
-from nemo_bench.cells import STATISTICS, THRESHOLD, Cell, ImageCell, Work, check_similarity, metrics_of, similarity_of, source_of
+from nemo_bench.cells import (
+    STATISTICS,
+    THRESHOLD,
+    Cell,
+    ImageCell,
+    Work,
+    check_similarity,
+    metrics_of,
+    similarity_of,
+    source_of,
+)
 from nemo_bench.config import ModelSettings, TrainerSettings, resolve
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, StoreError

@@ -46,11 +46,15 @@ class Prompt(NamedTuple):
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Prompt:
         """The prompt of a line of ``prompts.jsonl`` in a results folder."""
-        references, dead, links = (
-            tuple(fields.get(name, ())) for name in ("references", "dead_references", "links")
-        )
+        references, dead, links = (tuple(fields.get(name, ())) for name in ("references", "dead_references", "links"))
         return cls(
-            fields["id"], fields["text"], fields["kind"], tuple(map(Path, references)), tuple(fields["tags"]), dead, links
+            fields["id"],
+            fields["text"],
+            fields["kind"],
+            tuple(map(Path, references)),
+            tuple(fields["tags"]),
+            dead,
+            links,
         )
 
     @property

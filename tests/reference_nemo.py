@@ -5,9 +5,9 @@ Tests compare the package with this file, so it imports nothing from the package
 drew with one generator a seed, candidates are listed once, and similarity has a data range of 1. With ``SCRIPTS`` it
 follows the public scripts (protocol ``reference``): the second step, neurons listed twice, velocities that are not
 converted, and the similarity of the version of torchmetrics that they pin, whose data range comes from all that is
-compared at once. What is compared at once: all pairs of seeds in the gate, all kept seeds in a test. Every tested set of
-neurons encodes the text again and runs all seeds through the UNet, in the pipeline's own precision; scores are computed
-in float32.
+compared at once. What is compared at once: all pairs of seeds in the gate, all kept seeds in a test. Every tested set
+of neurons encodes the text again and runs all seeds through the UNet, in the pipeline's own precision; scores are
+computed in float32.
 
 Where the method leaves a choice:
 

@@ -90,7 +90,9 @@ class Similarity:
         if self.fits(side, measure):
             return
         if self.kernel == 1:
-            msg = f"model.similarity.sigma={self.sigma:g}: a window of one pixel compares nothing; expected 0.15 or more"
+            msg = (
+                f"model.similarity.sigma={self.sigma:g}: a window of one pixel compares nothing; expected 0.15 or more"
+            )
             raise ConfigError(msg)
         fewer = [replace(self, betas=self.betas[:scales]) for scales in range(len(self.betas) - 1, -1, -1)]
         narrower = [replace(self, sigma=tenths / 10) for tenths in range(int(self.sigma * 10), 0, -1)]

@@ -26,9 +26,9 @@ from nemo_bench.localization import (
     NemoSettings,
     activation_statistics,
     localize,
+    nemo,
     threshold,
 )
-from nemo_bench.localization import nemo
 from nemo_bench.localization.nemo import (
     Candidates,
     Refinement,
@@ -52,10 +52,9 @@ def agree(
     text: str,
     latents: Tensor,
     calibration: Calibration,
-    options: NemoSettings = NemoSettings(),
 ) -> reference_nemo.Result:
     """Asserts that both implementations find the same by the protocol of the paper, as far as rounding can tell."""
-    found = localize(model, model.encode([text]), latents, calibration, options, PAPER, batch_size=7)
+    found = localize(model, model.encode([text]), latents, calibration, NemoSettings(), PAPER, batch_size=7)
     plain = reference_nemo.localize(
         model.pipeline,
         text,
@@ -64,10 +63,6 @@ def agree(
         calibration.std,
         calibration.threshold,
         reference_nemo.ms_ssim if model.similarity.betas else reference_nemo.ssim,
-        gate_tau=options.gate_threshold,
-        refine_tau=options.refine_threshold,
-        with_outliers=options.outliers,
-        initial_k=options.initial_k,
     )
     assert_same(found, plain, near=1e-5)
     assert found.listed == found.listed_initial == {}
@@ -263,7 +258,7 @@ def test_reference_protocol_takes_velocity_for_noise_as_the_scripts_do() -> None
 
 def test_similarity_is_of_all_seeds_compared_at_once_whatever_the_batch_size() -> None:
     """With an inferred range a test decided on its first seed would have another similarity."""
-    model, calibration = scripts_model("epsilon", 16)
+    model, _ = scripts_model("epsilon", 16)
     latents, text = REFERENCE.latents(model, range(SEEDS)), model.encode(tiny_texts(1))
     trial, small = (Trial(model, text, latents, protocol=REFERENCE, batch_size=size) for size in (32, 3))
     candidates = [(layer, index) for layer in model.value_layers for index in (0, 3)]
