@@ -1,7 +1,7 @@
 """Compares NeMo's search with the plain schedule of the public scripts: UNet row passes, time, and the neurons found.
 
 Run: python benchmarks/localize.py [--prompts 20] [--seeds 10] [--similarity fixed] [--json] [key=value ...]
-The words key=value are settings of `nemo-bench run`, such as model=sd14. Both sides follow the protocol `reference` with
+The words key=value are settings of `nemo-bench run`, such as model=sd14. Both sides follow protocol `reference` with
 the similarity of --similarity, so the plain side makes the passes of the public scripts: for every tested set of
 neurons the text is encoded again and two UNet steps run on all seeds, one prompt at a time; statistics are collected in
 UNet passes, one prompt at a time. It is the

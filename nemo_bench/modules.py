@@ -519,11 +519,13 @@ def localization_of(record: Record) -> Localization:
         initial_score=record["initial_score"],
         refined_score=record["refined_score"],
         threshold=record["threshold"],
-        **{
-            key: {layer: tuple(ids) for layer, ids in record.get(key, {}).items()}
-            for key in ("listed", "listed_initial")
-        },
+        listed=_listed(record.get("listed", {})),
+        listed_initial=_listed(record.get("listed_initial", {})),
     )
+
+
+def _listed(layers: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    return {layer: tuple(ids) for layer, ids in layers.items()}
 
 
 def file_name(prompt: Prompt) -> str:

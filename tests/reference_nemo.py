@@ -55,7 +55,7 @@ def ms_ssim(a: Tensor, b: Tensor, measure: str = "fixed") -> Tensor:
         b: Pictures to compare with, row by row.
         measure: ``published``, ``current`` or ``fixed``.
     """
-    return _product_of_scales(a, b, measure, sigma=1.5, betas=(0.33, 0.33, 0.33))
+    return product_of_scales(a, b, measure, sigma=1.5, betas=(0.33, 0.33, 0.33))
 
 
 def ssim(a: Tensor, b: Tensor, measure: str = "fixed") -> Tensor:
@@ -63,7 +63,8 @@ def ssim(a: Tensor, b: Tensor, measure: str = "fixed") -> Tensor:
     return _mean_terms(a, b, measure, sigma=1.0)[0]
 
 
-def _product_of_scales(a: Tensor, b: Tensor, measure: str, sigma: float, betas: Sequence[float]) -> Tensor:
+def product_of_scales(a: Tensor, b: Tensor, measure: str, sigma: float, betas: Sequence[float]) -> Tensor:
+    """Multi-scale SSIM: contrast at every scale but the last, the whole index there."""
     product = torch.ones(len(a), device=a.device)
     for scale, beta in enumerate(betas):
         index, contrast = _mean_terms(a, b, measure, sigma)

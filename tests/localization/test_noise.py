@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-import torchmetrics_132
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,6 +13,7 @@ from torchmetrics.functional.image import (
 )
 
 import reference_nemo
+import torchmetrics_132
 from nemo_bench import Diffusion
 from nemo_bench.diffusion import MEASURES, Measure, Similarity
 from nemo_bench.errors import ConfigError

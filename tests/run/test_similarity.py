@@ -42,7 +42,7 @@ def test_each_measure_is_checked_for_what_it_needs(measure: str, fits: bool, tmp
     if fits:
         plan(grid(["method=nemo", *words]))
         return
-    with pytest.raises(ConfigError, match="compared as 'published'.* set model.similarity.sigma=2.1, which fit"):
+    with pytest.raises(ConfigError, match=r"compared as 'published'.* set model\.similarity\.sigma=2\.1, which fit"):
         plan(grid(["method=nemo", *words]))
     with pytest.raises(ConfigError, match="compared as 'published'"):
         plan(grid(["method=shared", f"root={tmp_path}", BORDERLINE, "method.source.protocol=reference"]))
