@@ -1,9 +1,10 @@
 """Compares NeMo's search with the plain schedule of the public scripts: UNet row passes, time, and the neurons found.
 
-Run: python benchmarks/localize.py [--prompts 20] [--seeds 10] [--json] [key=value ...]
-The words key=value are settings of `nemo-bench run`, such as model=sd14. Both sides follow the protocol `reference`, so
-the plain side is what the public scripts do: for every tested set of neurons the text is encoded again and two UNet
-steps run on all seeds, one prompt at a time; statistics are collected in UNet passes, one prompt at a time. It is the
+Run: python benchmarks/localize.py [--prompts 20] [--seeds 10] [--similarity fixed] [--json] [key=value ...]
+The words key=value are settings of `nemo-bench run`, such as model=sd14. Both sides follow protocol `reference` with
+the similarity of --similarity, so the plain side makes the passes of the public scripts: for every tested set of
+neurons the text is encoded again and two UNet steps run on all seeds, one prompt at a time; statistics are collected in
+UNet passes, one prompt at a time. It is the
 slow implementation that the tests compare with. A row pass is one sample through the UNet. Passes that start at a
 replayed prefix do less, and the gradients of bisect more: `pass` counts what convolutions and linear layers multiply
 (twice where gradients flow back), in full passes; `row` counts samples, however much of the UNet they went through.
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,11 @@ from tqdm import tqdm
 
 from nemo_bench import Calibration, Diffusion, Neurons, read_prompts, resolve
 from nemo_bench.config import grid
+from nemo_bench.diffusion import MEASURES
 from nemo_bench.localization import (
     REFERENCE,
     NemoSettings,
+    Protocol,
     activation_statistics,
     localize,
     noise_differences,
@@ -79,6 +83,19 @@ def measured(model: Diffusion, meter: Meter) -> Iterator[None]:
             hook.remove()
 
 
+_one_step = plain.noise_differences
+
+
+def both_steps(pipe: Any, text: str, latents: Tensor, blocked: Any = None, number: int = 0, *options: Any) -> Tensor:
+    """What the scripts compute: what they predict at the first step as well, and throw away."""
+    for step in range(number):
+        _one_step(pipe, text, latents, blocked, step, *options)
+    return _one_step(pipe, text, latents, blocked, number, *options)
+
+
+plain.noise_differences = both_steps
+
+
 def plain_statistics(model: Diffusion, texts: list[str], latent: Tensor) -> None:
     seen: dict[str, Tensor] = {}
     hooks = [
@@ -95,24 +112,24 @@ def plain_statistics(model: Diffusion, texts: list[str], latent: Tensor) -> None
         torch.std_mean(torch.cat([row[name] for row in rows]), dim=0)
 
 
-def plain_threshold(model: Diffusion, texts: list[str], latents: Tensor) -> None:
+def plain_threshold(model: Diffusion, texts: list[str], latents: Tensor, protocol: Protocol) -> None:
     for text in texts:
         differences = plain.noise_differences(model.pipeline, text, latents, number=1)
         plain.noise_differences(model.pipeline, "", latents, number=1)
-        plain.pair_scores(differences, similarity_of(model))
+        plain.pair_scores(differences, similarity_of(model, protocol))
 
 
-def our_threshold(model: Diffusion, texts: list[str], latents: Tensor) -> float:
+def our_threshold(model: Diffusion, texts: list[str], latents: Tensor, protocol: Protocol) -> float:
     pairs: list[float] = []
     for text in texts:
         rows = model.encode([text]).rows([0] * len(latents))
-        differences = noise_differences(model, rows, latents, REFERENCE, calibrating=True)
-        pairs += pair_values(pair_similarities(differences, model.similarity)).tolist()
+        differences = noise_differences(model, rows, latents, protocol, calibrating=True)
+        pairs += pair_values(pair_similarities(differences, model.similarity, protocol.similarity)).tolist()
     return threshold(pairs)
 
 
-def similarity_of(model: Diffusion) -> Callable[[Tensor, Tensor], Tensor]:
-    return plain.ms_ssim if model.similarity.betas else plain.ssim
+def similarity_of(model: Diffusion, protocol: Protocol) -> Callable[[Tensor, Tensor], Tensor]:
+    return partial(plain.ms_ssim if model.similarity.betas else plain.ssim, measure=protocol.similarity)
 
 
 def per_prompt(model: Diffusion, run: Callable[[list[str]], Any], texts: list[str]) -> tuple[Any, Meter]:
@@ -129,6 +146,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20, help="prompts with enough candidates to compare")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--threshold", type=float, default=None, help="memorization threshold; default: calibrated")
+    parser.add_argument("--similarity", choices=MEASURES, default="fixed", help="how noise differences are compared")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
@@ -136,13 +154,14 @@ def main() -> None:
     model = load_model(settings.model).to("cuda" if torch.cuda.is_available() else "cpu")
     general = [p.text for p in read_prompts(resolve(str(settings.prompts.calibration)))]
     prompts = [p for file in settings.prompts.files for p in read_prompts(resolve(file))]
+    protocol = REFERENCE.changed(similarity=arguments.similarity)
     latents = REFERENCE.latents(model, range(arguments.seeds))
 
     with torch.no_grad():
         _, slow_statistics = per_prompt(model, lambda t: plain_statistics(model, t, latents[:1]), general[:64])
         (mean, std), fast_statistics = per_prompt(model, lambda t: activation_statistics(model, batches(t)), general)
-        _, slow_threshold = per_prompt(model, lambda t: plain_threshold(model, t, latents), general[:16])
-        tau, fast_threshold = per_prompt(model, lambda t: our_threshold(model, t, latents), general[:64])
+        _, slow_threshold = per_prompt(model, lambda t: plain_threshold(model, t, latents, protocol), general[:16])
+        tau, fast_threshold = per_prompt(model, lambda t: our_threshold(model, t, latents, protocol), general[:64])
     tau = tau if arguments.threshold is None else arguments.threshold
     calibration = Calibration(mean, std, tau, len(general))
 
@@ -156,12 +175,21 @@ def main() -> None:
             with measured(model, spent[name]):
                 text = model.encode([prompt.text])
                 options = NemoSettings(refinement=kind)  # type: ignore[arg-type]
-                found[name] = localize(model, text, latents, calibration, options, REFERENCE)
+                found[name] = localize(model, text, latents, calibration, options, protocol)
         if found["exact"].initial.count < LEAST_CANDIDATES:
             continue
         with measured(model, spent["plain"]), REFERENCE.precision(model):
             expected = plain.localize(
-                model.pipeline, prompt.text, latents, mean, std, tau, similarity_of(model), step=1, duplicates=True
+                model.pipeline,
+                prompt.text,
+                latents,
+                mean,
+                std,
+                tau,
+                similarity_of(model, protocol),
+                step=1,
+                duplicates=True,
+                raw=True,
             )
         for name, meter in meters.items():
             meter.add(spent[name])

@@ -17,7 +17,7 @@ from nemo_bench.config import (
     resolve,
     rows_at_once,
 )
-from nemo_bench.diffusion import Lora, Source, check_schedule
+from nemo_bench.diffusion import Lora, Similarity, Source, check_schedule
 from nemo_bench.errors import ConfigError, NemoBenchError
 from nemo_bench.localization import is_readable, read_statistics
 from nemo_bench.methods import Method
@@ -255,6 +255,8 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
         method.check(source.family.pipeline.__name__, model.guidance, model.dtype, compiled=model.compiled)
         predicts = any("guidance" in m.needs or m.makes_passes or m.needs_calibration for m in _lineage(method))
         check_scheduler(source, model, predicts=predicts)
+        if size := source.latent_size:
+            check_similarity(size, model, method)
     check_metrics(settings)
     listed = settings.prompts
     prompts = _read(cache, listed.files, listed.limit, listed.references, listed.memorized)
@@ -276,7 +278,7 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
         "statistics": digest([[v.tolist() for v in side] for side in published]) if published else None,
         "seeds": settings.localize_seeds,
         "prompts": prompts_digest(calibration_prompts),
-        "protocol": next((m.protocol.name for m in _lineage(method) if m.needs_calibration), None),
+        "protocol": next((m.protocol.of_threshold for m in _lineage(method) if m.needs_calibration), None),
     }
     general_prompts = {"file": listed.calibration, "digest": calibration["prompts"]} if measured else None
     uses_calibration = any(m.needs_calibration for m in _lineage(method))
@@ -353,6 +355,22 @@ def check_general(method: str, prompts: Sequence[Prompt]) -> None:
         raise ConfigError(f"{msg} to {GENERAL_PROMPTS}; or give both model.statistics and the method's threshold")
 
 
+def check_similarity(size: Sequence[int], model: ModelSettings, method: Method) -> None:
+    """Makes sure that noise differences can be compared: for a method, and for the memorization score of every cell.
+
+    Args:
+        size: Height and width of a latent.
+        model: Settings of the model.
+        method: The mitigation.
+
+    Raises:
+        ConfigError: Its latents are too small for ``model.similarity``; the message has the values that fit.
+    """
+    searches = [each.protocol.similarity for each in _lineage(method) if each.needs_calibration]
+    for measure in ("fixed", *searches):
+        similarity_of(model).check(size, measure)
+
+
 def source_of(settings: ModelSettings) -> Source:
     """Where the weights are; nothing is read."""
     config = resolve(settings.config) if settings.config else None
@@ -370,6 +388,11 @@ def check_scheduler(source: Source, model: ModelSettings, *, predicts: bool) -> 
     """
     if shipped := source.scheduler:
         check_schedule(shipped, model.steps, predicts=predicts, where=source.place)
+
+
+def similarity_of(settings: ModelSettings) -> Similarity:
+    """Window and scales with which noise differences are compared."""
+    return Similarity(settings.similarity.sigma, tuple(settings.similarity.betas))
 
 
 def metrics_of(cell: ImageCell) -> dict[str, BenchMetric]:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import lightning as L
 from torch.utils.data import DataLoader
 
-from nemo_bench.cells import check_scheduler, read_listed, source_of
+from nemo_bench.cells import check_scheduler, read_listed, similarity_of, source_of
 from nemo_bench.config import Choice, build
-from nemo_bench.detectors import Detector, watch
+from nemo_bench.detectors import Detector, NoiseDifference, watch
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, ModelError
 from nemo_bench.metrics import detection
@@ -93,6 +93,8 @@ def _cell(choice: Choice, prompts: list[Prompt]) -> DetectionCell:
     source = source_of(model)
     detector.check(source.family.pipeline.__name__, model.guidance, compiled=model.compiled)
     check_scheduler(source, model, predicts=True)
+    if isinstance(detector, NoiseDifference) and (size := source.latent_size):
+        similarity_of(model).check(size, detector.protocol.similarity)
     if detector.steps is not None and detector.steps > model.steps:
         msg = f"{detector.title} is to watch {detector.steps} steps, and this model makes model.steps={model.steps}"
         raise ConfigError(f"{msg}; give detector.steps at most that, or null for all")

@@ -216,6 +216,8 @@ class LocalizationStage(Stage):
             "threshold": result.threshold,
             "passed_gate": result.passed_gate,
             "exhausted": result.exhausted,
+            **({"listed": dict(result.listed)} if result.listed else {}),
+            **({"listed_initial": dict(result.listed_initial)} if result.listed_initial else {}),
         }
         try:
             differences = self._differences(prompt, seeds, result.neurons)
@@ -654,7 +656,13 @@ def localization_of(record: Record) -> Localization:
         threshold=record["threshold"],
         passed_gate=record.get("passed_gate"),
         exhausted=record.get("exhausted"),
+        listed=_listed(record.get("listed", {})),
+        listed_initial=_listed(record.get("listed_initial", {})),
     )
+
+
+def _listed(layers: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    return {layer: tuple(ids) for layer, ids in layers.items()}
 
 
 def file_name(prompt: Prompt) -> str:

@@ -205,7 +205,7 @@ def _calibration_of(cell: Cell) -> dict[str, Any]:
         "prompts": len(cell.calibration_prompts),
         **measured,
         **({} if cell.method.threshold is None else {"threshold": cell.method.threshold}),
-        "protocol": cell.method.protocol.name,
+        **cell.method.protocol.of_threshold,
         "general_prompts": cell.choice.settings.prompts.calibration if cell.calibration_prompts else None,
         "statistics": resolve(given) if given else str(folder / STATISTICS),
         "folder": str(folder) if cell.measured else None,
@@ -261,8 +261,10 @@ def _publish(cell: Cell) -> None:
         if "neurons" not in found[prompt.id]:
             continue
         result = localization_of(found[prompt.id])
-        initial, refined = by_position(result.initial, widths), by_position(result.neurons, widths)
-        rows.append(PublishedRow(prompt.text, "", initial, result.initial_score, refined, result.refined_score))
+        initial = by_position(result.listed_initial or result.initial, widths)
+        refined = by_position(result.listed or result.neurons, widths)
+        url = next(iter(prompt.links), "")
+        rows.append(PublishedRow(prompt.text, url, initial, result.initial_score, refined, result.refined_score))
     write_text(cell.store.folder / "neurons.csv", published_text(rows))
 
 

@@ -25,9 +25,19 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch.utils.data import DataLoader
 
 from nemo_bench.aggregate import GROUPS
-from nemo_bench.cells import STATISTICS, THRESHOLD, Cell, ImageCell, Work, metrics_of, source_of
+from nemo_bench.cells import (
+    STATISTICS,
+    THRESHOLD,
+    Cell,
+    ImageCell,
+    Work,
+    check_similarity,
+    metrics_of,
+    similarity_of,
+    source_of,
+)
 from nemo_bench.config import ModelSettings, TrainerSettings, resolve, rows_at_once
-from nemo_bench.diffusion import Diffusion, Similarity
+from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, StoreError
 from nemo_bench.localization import (
     Calibration,
@@ -298,7 +308,7 @@ class Runner:
             failed = len(tasks) - len(usable)
             unknown = {"threshold": None, "mean": None, "std": None, "passed_gate": None}
             found = thresholds(usable) if failed <= len(usable) else {**unknown, "prompts": 0, "maxima": unknown}
-            write_json(path, {**found, "failed": failed, "protocol": cell.method.protocol.name})
+            write_json(path, {**found, "failed": failed, **cell.method.protocol.of_threshold})
         self.trainer.strategy.barrier()
 
     def _localize(self, cell: Cell) -> None:
@@ -413,12 +423,18 @@ class Runner:
         self.trainer.strategy.barrier()
 
     def model(self, cell: Work) -> Diffusion:
-        """The cell's model, loaded at the first need."""
+        """The cell's model, loaded at the first need.
+
+        Raises:
+            NemoBenchError: It can't be loaded, or its noise differences can't be compared.
+        """
         settings = cell.choice.settings.model
         key = digest(cell.spec["settings"]["model"])
         if key not in self._models:
             self._models.clear()
             self._models[key] = load_model(settings)
+        if isinstance(cell, Cell):
+            check_similarity(self._models[key].latent_shape[1:], settings, cell.method)
         return self._models[key].to(self.trainer.strategy.root_device)
 
     def rows(self, cell: Work) -> int:
@@ -466,13 +482,12 @@ def try_batch(model: Diffusion, rows: int) -> None:
 
 def load_model(settings: ModelSettings) -> Diffusion:
     """Loads the model that settings describe, on the CPU."""
-    kind = settings.similarity
     return Diffusion(
         source_of(settings).load(settings.dtype),
         layers=settings.layers,  # type: ignore[arg-type] # checked with the settings
         steps=settings.steps,
         guidance=settings.guidance,
-        similarity=Similarity(kind.sigma, tuple(kind.betas)),
+        similarity=similarity_of(settings),
         compiled=settings.compiled,
     )
 

@@ -33,6 +33,7 @@ class Prompt(NamedTuple):
         tags: Free words for filters.
         dead_references: Links to training images of the prompt that could not be fetched.
         damaged_references: Files of training images of the prompt that can't be decoded.
+        links: All links to training images that its list has, without user names and passwords.
     """
 
     id: str
@@ -42,13 +43,15 @@ class Prompt(NamedTuple):
     tags: tuple[str, ...] = ()
     dead_references: tuple[str, ...] = ()
     damaged_references: tuple[Path, ...] = ()
+    links: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Prompt:
         """The prompt of a line of ``prompts.jsonl`` in a results folder."""
         references, damaged = (tuple(map(Path, fields.get(k, ()))) for k in ("references", "damaged_references"))
-        dead = tuple(fields.get("dead_references", ()))
-        return cls(fields["id"], fields["text"], fields["kind"], references, tuple(fields["tags"]), dead, damaged)
+        dead, links = (tuple(fields.get(k, ())) for k in ("dead_references", "links"))
+        tags = tuple(fields["tags"])
+        return cls(fields["id"], fields["text"], fields["kind"], references, tags, dead, damaged, links)
 
     @property
     def group(self) -> str:
@@ -138,6 +141,9 @@ class Localization:
         passed_gate: Whether some pair of seeds is more alike than the gate's threshold; None where nothing was asked.
         exhausted: Whether the selection ran out before the noise differences of all seeds had changed; None where that
             is not known.
+        listed: The memorization neurons by layer as the public scripts list them: in the order of selection, a neuron
+            possibly twice. Empty where the protocol lists each once.
+        listed_initial: The candidates likewise.
     """
 
     neurons: Neurons = field(default_factory=Neurons)
@@ -149,6 +155,8 @@ class Localization:
     row_passes: int = 0
     passed_gate: bool | None = None
     exhausted: bool | None = None
+    listed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    listed_initial: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:

@@ -2,9 +2,12 @@
 
 Tests compare the package with this file, so it imports nothing from the package. It follows the method as published
 (protocol ``paper``): noise is predicted at the first of 50 DDIM steps, without guidance, on latents that the caller
-drew with one generator a seed, and candidates are listed once. With ``step=1`` and ``duplicates=True`` it follows the
-public scripts (protocol ``reference``). Every tested set of neurons encodes the text again and
-runs all seeds through the UNet, in the pipeline's own precision; scores are computed in float32.
+drew with one generator a seed, candidates are listed once, and similarity has a data range of 1. With ``SCRIPTS`` it
+follows the public scripts (protocol ``reference``): the second step, neurons listed twice, velocities that are not
+converted, and the similarity of the version of torchmetrics that they pin, whose data range comes from all that is
+compared at once. What is compared at once: all pairs of seeds in the gate, all kept seeds in a test. Every tested set
+of neurons encodes the text again and runs all seeds through the UNet, in the pipeline's own precision; scores are
+computed in float32.
 
 Where the method leaves a choice:
 
@@ -23,15 +26,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
-    structural_similarity_index_measure,
-)
 
 Neurons = Mapping[str, Sequence[int]]
 """Name of a value layer, as in the UNet's `named_modules`, to indices of its neurons; layers in network order."""
@@ -45,21 +47,85 @@ Score = Callable[[Neurons], float]
 THETA_START, THETA_STEP, THETA_END, K_END = 5.0, 0.25, 1.0, 1280
 
 
-def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Multi-scale SSIM as published, for latents with sides of 44 and more."""
-    return multiscale_structural_similarity_index_measure(
-        a, b, sigma=1.5, kernel_size=11, betas=(0.33, 0.33, 0.33), normalize="relu", data_range=1.0, reduction="none"
-    )
+def ms_ssim(a: Tensor, b: Tensor, measure: str = "fixed") -> Tensor:
+    """Multi-scale SSIM with the published window and scales, for latents with sides of 44 and more.
 
-
-def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """SSIM of one scale, for smaller latents with sides of 5 and more.
-
-    With a Gaussian window torchmetrics takes the window's size (9) from sigma; ``kernel_size`` has no effect.
+    Args:
+        a: Pictures (N, C, h, w).
+        b: Pictures to compare with, row by row.
+        measure: ``published``, ``current`` or ``fixed``.
     """
-    score = structural_similarity_index_measure(a, b, sigma=1.0, kernel_size=7, data_range=1.0, reduction="none")
-    assert isinstance(score, Tensor)
-    return score
+    return product_of_scales(a, b, measure, sigma=1.5, betas=(0.33, 0.33, 0.33))
+
+
+def ssim(a: Tensor, b: Tensor, measure: str = "fixed") -> Tensor:
+    """SSIM of one scale with a window of 9, for smaller latents with sides of 5 (``published``: 9) and more."""
+    return _mean_terms(a, b, measure, sigma=1.0)[0]
+
+
+def product_of_scales(a: Tensor, b: Tensor, measure: str, sigma: float, betas: Sequence[float]) -> Tensor:
+    """Multi-scale SSIM: contrast at every scale but the last, the whole index there."""
+    product = torch.ones(len(a), device=a.device)
+    for scale, beta in enumerate(betas):
+        index, contrast = _mean_terms(a, b, measure, sigma)
+        term = index if scale == len(betas) - 1 else contrast
+        product = product * term.clamp(min=0) ** beta
+        a, b = _halved(a), _halved(b)
+    return product
+
+
+def _mean_terms(a: Tensor, b: Tensor, measure: str, sigma: float) -> tuple[Tensor, Tensor]:
+    """SSIM index and contrast term, the mean over each row; contrast, and the published index, without the border."""
+    data_range = max((x.max() - x.min()).item() for x in (a, b)) if measure != "fixed" else 1.0
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    mean_a, mean_b = _blurred(a, sigma), _blurred(b, sigma)
+    variance_a = (_blurred(a * a, sigma) - mean_a**2).clamp(min=0)
+    variance_b = (_blurred(b * b, sigma) - mean_b**2).clamp(min=0)
+    covariance = _blurred(a * b, sigma) - mean_a * mean_b
+    contrast = (2 * covariance + c2) / (variance_a + variance_b + c2)
+    index = contrast * (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    border = _radius(sigma)
+    inner = index[:, :, border:-border, border:-border]
+    whole_or_inner = inner if measure == "published" else index
+    return whole_or_inner.mean(dim=(1, 2, 3)), contrast[:, :, border:-border, border:-border].mean(dim=(1, 2, 3))
+
+
+def _radius(sigma: float) -> int:
+    """torchmetrics takes the window's size from sigma; ``kernel_size`` has no effect with a Gaussian window."""
+    return int(3.5 * sigma + 0.5)
+
+
+def _blurred(x: Tensor, sigma: float) -> Tensor:
+    """Gaussian means around every pixel, the border mirrored; first along rows, then along columns."""
+    radius = _radius(sigma)
+    offsets = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
+    weights = torch.exp(-((offsets / sigma) ** 2) / 2)
+    weights = weights / weights.sum()
+    planes = F.pad(x, (radius,) * 4, mode="reflect").flatten(0, 1)[:, None]
+    means = F.conv2d(F.conv2d(planes, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1))
+    return means.view(x.shape)
+
+
+def _halved(x: Tensor) -> Tensor:
+    """Means of two by two pixels; an odd last row or column is left out."""
+    height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
+    x = x[:, :, :height, :width]
+    return (x[:, :, ::2, ::2] + x[:, :, 1::2, ::2] + x[:, :, ::2, 1::2] + x[:, :, 1::2, 1::2]) / 4
+
+
+SCRIPTS: dict[str, Any] = {
+    "similarity": partial(ms_ssim, measure="published"),
+    "step": 1,
+    "duplicates": True,
+    "raw": True,
+}
+"""What the public scripts do, as arguments of `localize`."""
+
+
+def scripts_latents(pipe: StableDiffusionPipeline, seeds: int) -> Tensor:
+    """Initial noise as the scripts draw it: the whole batch from one generator on the CPU that starts from 1."""
+    size = pipe.unet.config.sample_size
+    return torch.randn(seeds, pipe.unet.config.in_channels, size, size, generator=torch.Generator("cpu").manual_seed(1))
 
 
 def value_layers(unet: nn.Module) -> dict[str, nn.Module]:
@@ -112,7 +178,13 @@ def encode(pipe: StableDiffusionPipeline, texts: Sequence[str]) -> Tensor:
 
 @torch.no_grad()
 def noise_differences(
-    pipe: StableDiffusionPipeline, text: str, latents: Tensor, blocked: Neurons | None = None, number: int = 0
+    pipe: StableDiffusionPipeline,
+    text: str,
+    latents: Tensor,
+    blocked: Neurons | None = None,
+    number: int = 0,
+    raw: bool = False,
+    guidance: float | None = None,
 ) -> Tensor:
     """Predicts the noise of every latent once and returns what differs from the latent, each channel scaled to [0, 1].
 
@@ -122,6 +194,8 @@ def noise_differences(
         latents: Initial noise x_T (S, C, h, w), one row a seed.
         blocked: Neurons that are off.
         number: Which of 50 DDIM steps gives the timestep.
+        raw: Whether a velocity is taken for noise as it is.
+        guidance: Scale of guidance whose two halves are read in the wrong order.
 
     Returns:
         Float32 (S, C, h, w).
@@ -134,13 +208,16 @@ def noise_differences(
     x = latents.to(pipe.unet.device, pipe.unet.dtype)
     embedding = encode(pipe, [text] * len(x))
     with blocking(pipe.unet, blocked or {}):
-        # The latent stays the initial one: what the steps before the last predict is thrown away.
-        for step in scheduler.timesteps[: number + 1]:
-            output = pipe.unet(x, step, encoder_hidden_states=embedding).sample
+        # The latent stays the initial one: what the scripts predict at the steps before, they throw away.
+        step = scheduler.timesteps[number]
+        output = pipe.unet(x, step, encoder_hidden_states=embedding).sample
+        if guidance is not None:
+            empty = pipe.unet(x, step, encoder_hidden_states=encode(pipe, [""] * len(x))).sample
+            output = output + guidance * (empty - output)
     x, output = x.float(), output.float()
 
     prediction_type = pipe.scheduler.config.prediction_type
-    if prediction_type == "epsilon":
+    if prediction_type == "epsilon" or raw:
         noise = output
     elif prediction_type == "v_prediction":
         abar = scheduler.alphas_cumprod[step].to(x.device)
@@ -158,9 +235,10 @@ def noise_differences(
 
 
 def pair_scores(differences: Tensor, similarity: Similarity) -> dict[tuple[int, int], float]:
-    """Returns the similarity of every pair of seeds i < j, one pair at a time."""
-    pairs = combinations(range(len(differences)), 2)
-    return {(i, j): similarity(differences[i : i + 1], differences[j : j + 1]).item() for i, j in pairs}
+    """Returns the similarity of every pair of seeds i < j, all compared at once."""
+    pairs = list(combinations(range(len(differences)), 2))
+    scores = similarity(differences[[i for i, _ in pairs]], differences[[j for _, j in pairs]])
+    return dict(zip(pairs, scores.tolist(), strict=True))
 
 
 # Section 2: activation statistics
@@ -213,12 +291,13 @@ def candidates(
     theta: float,
     k: int,
     duplicates: bool = False,
+    with_outliers: bool = True,
 ) -> dict[str, list[int]]:
-    """Returns each layer's outliers beyond ``theta`` in index order, then its ``k`` most active."""
+    """Returns each layer's outliers beyond ``theta``, if wanted, in index order, then its ``k`` most active."""
     chosen = {}
     for layer, a in activation.items():
         deviation = ((a - means[layer]).abs() / stds[layer]).tolist()
-        outliers = [neuron for neuron in range(len(a)) if deviation[neuron] > theta]
+        outliers = [neuron for neuron in range(len(a)) if with_outliers and deviation[neuron] > theta]
         ranked = sorted(range(len(a)), key=lambda neuron: (-a[neuron].item(), neuron))
         chosen[layer] = outliers + [neuron for neuron in ranked[:k] if duplicates or neuron not in outliers]
     return chosen
@@ -252,17 +331,22 @@ def initial_selection(
     score: Score,
     tau: float,
     duplicates: bool = False,
+    with_outliers: bool = True,
+    initial_k: int = 0,
 ) -> Selection:
-    """Widens the candidates until blocking them takes the score to ``tau`` or below, or theta or k reaches its end."""
-    theta, k = THETA_START, 0
+    """Widens the candidates until blocking them takes the score to ``tau`` or below, or theta or k reaches its end.
+
+    Without outliers theta stays where it starts, so that k alone ends the search.
+    """
+    theta, k = THETA_START, initial_k
     decisions = []
     while True:
-        neurons = candidates(activation, means, stds, theta, k, duplicates)
+        neurons = candidates(activation, means, stds, theta, k, duplicates, with_outliers)
         s = score(neurons)
         decisions.append((s, tau))
         if s <= tau:
             return Selection(neurons, s, tau, theta, k, decisions)
-        next_theta, next_k = theta - THETA_STEP, k + 1
+        next_theta, next_k = (theta - THETA_STEP if with_outliers else theta), k + 1
         if next_theta <= THETA_END or next_k >= K_END:
             return Selection(neurons, s, s, theta, k, decisions)
         theta, k = next_theta, next_k
@@ -308,7 +392,8 @@ class Result:
     """What NeMo finds for one prompt.
 
     Attributes:
-        tau: Threshold given.
+        gate_tau: Threshold of the gate.
+        tau: Threshold of the selection.
         gate_scores: Each seed's highest score with another seed.
         kept: Seeds whose gate score is above tau; none: not memorized, and all below is as in its default.
         initial: Neurons of the initial selection, in list order, for every value layer in network order.
@@ -321,6 +406,7 @@ class Result:
         decisions: Score and threshold of each tested set of neurons, selection first, then refinement.
     """
 
+    gate_tau: float
     tau: float
     gate_scores: list[float]
     kept: list[int]
@@ -340,13 +426,14 @@ class Result:
 
     @property
     def margin(self) -> float:
-        """The smallest distance of any score from the threshold it was compared with.
+        """The smallest distance of any score from the threshold it was compared with, the same number left out.
 
+        Where a neuron is listed twice, the same set is tested twice, and has the same score to the last bit.
         Another implementation that starts from the same candidates must find the same neurons if its scores differ from
         these by less than half of this (half, because the threshold is itself a score where the selection ran out).
         """
-        compared = [(score, self.tau) for score in self.gate_scores] + self.decisions
-        return min(abs(score - threshold) for score, threshold in compared)
+        compared = [(score, self.gate_tau) for score in self.gate_scores] + self.decisions
+        return min((abs(score - threshold) for score, threshold in compared if score != threshold), default=1.0)
 
 
 def localize(
@@ -359,6 +446,12 @@ def localize(
     similarity: Similarity = ssim,
     step: int = 0,
     duplicates: bool = False,
+    raw: bool = False,
+    guidance: float | None = None,
+    gate_tau: float | None = None,
+    refine_tau: float | None = None,
+    with_outliers: bool = True,
+    initial_k: int = 0,
 ) -> Result:
     """Finds the memorization neurons of one prompt.
 
@@ -372,23 +465,37 @@ def localize(
         similarity: `ssim`, `ms_ssim`, or another function of two batches.
         step: Which of 50 DDIM steps gives the timestep.
         duplicates: Whether a neuron that is both outlier and most active is listed twice.
+        raw: Whether a velocity is taken for noise as it is.
+        guidance: Scale of guidance whose two halves are read in the wrong order.
+        gate_tau: Threshold of the gate, if another one.
+        refine_tau: Threshold of the refinement, if another one and the selection does not run out.
+        with_outliers: Whether outliers are candidates.
+        initial_k: Most active neurons in the first round.
 
     Raises:
         ValueError: For one seed, a flat noise difference, or a pipeline that predicts neither noise nor velocity.
     """
-    before = noise_differences(pipe, text, latents, number=step)
-    gate_scores, kept = keep_seeds(pair_scores(before, similarity), tau)
+    gate_tau = tau if gate_tau is None else gate_tau
+    before = noise_differences(pipe, text, latents, None, step, raw, guidance)
+    gate_scores, kept = keep_seeds(pair_scores(before, similarity), gate_tau)
     if not kept:
         layers = value_layers(pipe.unet)
-        return Result(tau, gate_scores, kept, initial={n: [] for n in layers}, refined={n: [] for n in layers})
+        return Result(
+            gate_tau, tau, gate_scores, kept, initial={n: [] for n in layers}, refined={n: [] for n in layers}
+        )
 
     def score(blocked: Neurons) -> float:
-        after = noise_differences(pipe, text, latents, blocked, step)
-        return max(similarity(before[i : i + 1], after[i : i + 1]).item() for i in kept)
+        after = noise_differences(pipe, text, latents, blocked, step, raw, guidance)
+        return similarity(before[kept], after[kept]).max().item()
 
-    selection = initial_selection(activations(pipe, text), means, stds, score, tau, duplicates)
-    refined, decisions = refinement(selection.neurons, score, selection.tau_refine)
+    selection = initial_selection(
+        activations(pipe, text), means, stds, score, tau, duplicates, with_outliers, initial_k
+    )
+    ran_out = selection.score > tau
+    tau_refine = selection.tau_refine if ran_out or refine_tau is None else refine_tau
+    refined, decisions = refinement(selection.neurons, score, tau_refine)
     return Result(
+        gate_tau=gate_tau,
         tau=tau,
         gate_scores=gate_scores,
         kept=kept,
@@ -396,7 +503,7 @@ def localize(
         refined=refined,
         initial_score=selection.score,
         refined_score=score(refined),
-        tau_refine=selection.tau_refine,
+        tau_refine=tau_refine,
         theta=selection.theta,
         k=selection.k,
         decisions=selection.decisions + decisions,

@@ -19,7 +19,7 @@ from nemo_bench.errors import ConfigError, nearest, shortened
 
 @dataclass
 class SimilaritySettings:
-    """See :class:`nemo_bench.diffusion.Similarity`."""
+    """Window and scales, see :class:`nemo_bench.diffusion.Similarity`; the measure is a setting of the method."""
 
     sigma: float = 1.5
     betas: list[float] = field(default_factory=lambda: [0.33, 0.33, 0.33])
@@ -210,7 +210,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _LEAST: dict[str, float] = {
     "model.steps": 1,
     "model.guidance": 0,
-    "model.similarity.sigma": 1e-6,
+    "model.similarity.sigma": 0.15,
     "prompts.limit": 1,
     "prompts.calibration_limit": 2,
     "seeds": 1,

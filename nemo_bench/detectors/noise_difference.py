@@ -28,12 +28,13 @@ class NoiseDifference(Detector):
     went in, scaled to [0, 1] by channel. Where a prompt is memorized, every noise is led to the same image. How
     differences are compared is a setting of the model, ``model.similarity``. One pass an image. Noises are those of
     generated images; a run's memorization score has others. The public scripts predict at the second of the 50
-    timesteps, from one batch of noise for all prompts and, on a GPU, under float16 autocast.
+    timesteps, from one batch of noise for all prompts and, on a GPU, under float16 autocast; they compare velocities as
+    they are, and all pairs of a prompt with one data range.
 
     Args:
         seeds: Starting noises a prompt, at least 2.
         pairs: ``"mean"`` over pairs, the memorization score, or ``"max"``, which gates NeMo's localization.
-        protocol: ``"paper"``, or ``"reference"`` for step, noise and precision of the public scripts; see
+        protocol: ``"paper"``, or ``"reference"`` for step, noise, precision and similarity of the public scripts; see
             :class:`nemo_bench.localization.Protocol`.
 
     Raises:
@@ -67,5 +68,5 @@ class NoiseDifference(Detector):
         self, model: Diffusion, prompt: Prompt, seen: Sequence[Mapping[str, Tensor]], images: Tensor | None
     ) -> Finding:
         """See :meth:`Detector.judge`."""
-        pairs = pair_values(pair_similarities(seen[0]["difference"], model.similarity))
+        pairs = pair_values(pair_similarities(seen[0]["difference"], model.similarity, self.protocol.similarity))
         return Finding(float(pairs.mean() if self.pairs == "mean" else pairs.max()))

@@ -5,7 +5,15 @@ from nemo_bench.diffusion.digests import file_digest, folder_digest
 from nemo_bench.diffusion.families import FAMILIES, Conditioning
 from nemo_bench.diffusion.guidance import Rule, Step, guided_from
 from nemo_bench.diffusion.lora import Lora
-from nemo_bench.diffusion.model import GRADIENT_MEMORY, Diffusion, Generated, Similarity, value_layers
+from nemo_bench.diffusion.model import (
+    GRADIENT_MEMORY,
+    MEASURES,
+    Diffusion,
+    Generated,
+    Measure,
+    Similarity,
+    value_layers,
+)
 from nemo_bench.diffusion.prefix import Prefix
 from nemo_bench.diffusion.schedule import check_schedule
 from nemo_bench.diffusion.source import Source
@@ -13,11 +21,13 @@ from nemo_bench.diffusion.source import Source
 __all__ = [
     "FAMILIES",
     "GRADIENT_MEMORY",
+    "MEASURES",
     "Conditioning",
     "Diffusion",
     "Edit",
     "Generated",
     "Lora",
+    "Measure",
     "Prefix",
     "Rule",
     "Similarity",

@@ -12,9 +12,10 @@ import copy
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -27,10 +28,16 @@ from nemo_bench.diffusion.guidance import Rule, Step
 from nemo_bench.diffusion.lora import Lora
 from nemo_bench.diffusion.masks import NeuronMasks
 from nemo_bench.diffusion.source import Source, without_advice, without_bars
-from nemo_bench.errors import ModelError, NotFiniteError
+from nemo_bench.errors import ConfigError, ModelError, NotFiniteError
 from nemo_bench.types import Neurons
 
 Layers = Literal["down+mid", "all"]
+Measure = Literal["published", "current", "fixed"]
+"""How noise differences are compared, all of SSIM or MS-SSIM. ``fixed``: data range 1, so a value depends on its pair
+alone. ``current``: no range is given and torchmetrics takes it, at every scale, from all pairs compared at once, as the
+public scripts of NeMo have it (Hintersdorf et al. 2024). ``published``: the same with the last scale averaged without
+its border, as in torchmetrics 1.3.2, which those scripts pin."""
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 GRADIENT_MEMORY = 4
 """A pass with gradients takes the memory of about so many plain ones."""
 NO_SIGNAL = 1e-6
@@ -58,6 +65,48 @@ class Similarity:
     def kernel(self) -> int:
         """Side of the window that torchmetrics takes for this sigma, in latent pixels."""
         return 2 * int(3.5 * self.sigma + 0.5) + 1
+
+    def fits(self, side: int, measure: Measure = "fixed") -> bool:
+        """Whether latents with this shorter side can be compared."""
+        border, scales = self.kernel // 2, max(1, len(self.betas))
+        sides = [side // 2**scale for scale in range(scales)]
+        # Contrast leaves the border out, the last scale only as published; what is mirrored there must be inside.
+        cropped = sides if measure == "published" else sides[:-1]
+        if not border or sides[-1] <= border or any(each <= 2 * border for each in cropped):
+            return False
+        # torchmetrics asks for more than there must be.
+        return not self.betas or (side >= 2**scales and side // max(1, scales - 1) ** 2 >= self.kernel)
+
+    def check(self, size: Sequence[int], measure: Measure = "fixed") -> None:
+        """Looks whether latents of a size can be compared.
+
+        Args:
+            size: Height and width of a latent.
+            measure: How they are compared.
+
+        Raises:
+            ConfigError: They are too small; the message has the values that fit.
+        """
+        side = min(size)
+        if self.fits(side, measure):
+            return
+        if self.kernel == 1:
+            msg = (
+                f"model.similarity.sigma={self.sigma:g}: a window of one pixel compares nothing; expected 0.15 or more"
+            )
+            raise ConfigError(msg)
+        fewer = [replace(self, betas=self.betas[:scales]) for scales in range(len(self.betas) - 1, -1, -1)]
+        narrower = [replace(self, sigma=tenths / 10) for tenths in range(int(self.sigma * 10), 0, -1)]
+        values = [f"betas={list(kind.betas)}" for kind in fewer if kind.fits(side, measure)][:1]
+        values += [f"sigma={kind.sigma}" for kind in narrower if kind.fits(side, measure)][:1]
+        least = next(each for each in count(1) if self.fits(each, measure))
+        scales = f"{len(self.betas)} scales of MS-SSIM" if self.betas else "SSIM"
+        settings = " or ".join(f"model.similarity.{value}".replace(" ", "") for value in values)
+        raise ConfigError(
+            f"latents of {size[0]}x{size[1]} are too small for model.similarity: {scales} with sigma={self.sigma:g} (a "
+            f"window of {self.kernel}), compared as '{measure}', need sides of {least} or more; "
+            + (f"set {settings}, which fit" if settings else "no window fits; take a model with larger latents")
+        )
 
 
 class Generated(NamedTuple):
@@ -266,6 +315,14 @@ class Diffusion(nn.Module):
         output = self._pass(latents, timestep, text)
         own, of_latents = self._noise_weights(timestep)
         return own * output + of_latents * latents.float()
+
+    def predict_output(self, latents: Tensor, timestep: int, text: Conditioning) -> Tensor:
+        """One UNet pass as the network gives it, noise or velocity; see :meth:`predict_noise` for the arguments.
+
+        Returns:
+            Predicted noise or velocity in float32, shaped as the latents.
+        """
+        return self._pass(latents, timestep, text)
 
     def _pass(self, latents: Tensor, timestep: int | Tensor, text: Conditioning) -> Tensor:
         """What the UNet gives in one pass, in float32; the pass is counted."""

@@ -34,6 +34,8 @@ _LOCAL = "with model.local_files_only=true what was downloaded is taken, and no 
 _STEMS = {"text": "model"}
 """What files of weights are called, by the first word of the network's name, where not as diffusers has it."""
 
+UNET_SETTINGS = "unet/config.json"
+
 
 @dataclass(frozen=True)
 class Source:
@@ -267,6 +269,15 @@ class Source:
         """Configuration of the scheduler that the pipeline is shipped with, None where there is none."""
         name = "scheduler/scheduler_config.json"
         return self._read(name) if name in self._files else None
+
+    @property
+    def latent_size(self) -> tuple[int, int] | None:
+        """Height and width of a latent by the settings of the UNet; None where there are none of it."""
+        size = self._read(UNET_SETTINGS).get("sample_size") if UNET_SETTINGS in self._files else None
+        if size is None:
+            return None  # loading says what is wrong with it
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(height), int(width)
 
     def digest(self) -> str:
         """Digest of weights and settings, 16 hexadecimal digits; of a folder or file its contents, else id and commit.

@@ -16,7 +16,7 @@ from nemo_bench.localization.calibration import (
     thresholds,
     write_statistics,
 )
-from nemo_bench.localization.nemo import NemoSettings, localize
+from nemo_bench.localization.nemo import LAST_K, NemoSettings, localize
 from nemo_bench.localization.noise import (
     noise_differences,
     pair_similarities,
@@ -24,10 +24,11 @@ from nemo_bench.localization.noise import (
     scaled_difference,
     similarity,
 )
-from nemo_bench.localization.protocol import PAPER, PROTOCOLS, REFERENCE, SEEDS, Protocol
+from nemo_bench.localization.protocol import PAPER, PROTOCOLS, REFERENCE, SEEDS, Protocol, Velocity
 
 __all__ = [
     "ENCODED",
+    "LAST_K",
     "PAPER",
     "PROTOCOLS",
     "REFERENCE",
@@ -35,6 +36,7 @@ __all__ = [
     "Calibration",
     "NemoSettings",
     "Protocol",
+    "Velocity",
     "activation_moments",
     "activation_statistics",
     "activations",

@@ -359,7 +359,8 @@ def pair_scores(
             for i in range(0, len(rows), batch_size)
         ]
     )
-    return [pair_values(pair_similarities(own, model.similarity)).tolist() for own in differences.split(seeds)]
+    matrices = (pair_similarities(own, model.similarity, protocol.similarity) for own in differences.split(seeds))
+    return [pair_values(matrix).tolist() for matrix in matrices]
 
 
 def threshold(pair_scores: Iterable[float]) -> float:

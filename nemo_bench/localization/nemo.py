@@ -3,15 +3,17 @@
 The outcome is that of the published sequence of tests, each of which asks whether a set of blocked neurons keeps the
 noise differences of all seeds changed. Fewer passes lead there: a test is lost with its first seed, what comes before
 the layer under test is replayed, and tests are run together on guesses about the ones before them; a test counts only
-if the guesses it was built on came true.
+if the guesses it was built on came true. Where similarities depend on which seeds are compared at once (see
+:data:`nemo_bench.diffusion.Measure`), every test takes all seeds, alone in its batch, and only replaying is left.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -32,8 +34,10 @@ Candidates = list[Neuron]
 SLOPE_SEEDS, POINTS = 3, 8
 """Of the hardest seeds so many say which neurons matter least; so many counts of neurons are tried together."""
 ROUNDING, HALF_ROUNDING = 1e-5, 1e-3
-"""A score closer than this below its threshold is taken to equal it, in single and in half precision: another batch may
-round it to the other side."""
+"""A score closer than this below another one is taken to equal it, in single and in half precision, where batches of
+different sizes gave the two."""
+LAST_K = 1280
+"""The selection ends before so many most active neurons of a layer are tried."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class NemoSettings:
         theta_min: Where the search ends; never tested itself.
         factor: What blocked outputs are multiplied by.
         threshold: Memorization threshold, or None for the calibrated one.
-        outliers: Whether outliers are candidates.
+        outliers: Whether outliers are candidates; without them the search ends with k alone, before 1280.
         top_k: Whether the most active neurons of each layer are candidates.
         refine_threshold: Threshold of the refinement, or None for that of the selection. Where the selection runs out,
             the similarity that it reached is the threshold, whatever is given here.
@@ -59,6 +63,8 @@ class NemoSettings:
             as before: ``"block"``, as published, what refinement keeps of the last candidates; or ``"nothing"``.
         refinement: ``"sequential"``, as published, or ``"bisect"``: drops many neurons at a time and then checks that
             the seeds stay changed and that no neuron that is left can be dropped.
+        gate_threshold: Similarity of two seeds above which they are kept, or None for the threshold of the selection.
+        initial_k: Most active neurons of each layer in the first round; each round takes one more.
     """
 
     theta: float = 5.0
@@ -73,6 +79,8 @@ class NemoSettings:
     refinement: Literal["sequential", "bisect"] = "sequential"
     gate: Literal["pairs", "maxima"] = "pairs"
     when_exhausted: Literal["block", "nothing"] = "block"
+    gate_threshold: float | None = None
+    initial_k: int = 0
 
 
 class Trial:
@@ -88,6 +96,8 @@ class Trial:
 
     Attributes:
         original: Noise differences with nothing blocked, of the seeds kept.
+        whole: Whether similarities depend on which seeds are compared at once. Every test then takes all seeds
+            through the UNet in a batch of its own, as the public scripts do, and compares all kept ones at once.
         row_passes: UNet passes of one sample spent so far, those that start at a replayed prefix included.
     """
 
@@ -102,20 +112,25 @@ class Trial:
     ) -> None:
         self.model, self.text, self.latents, self.factor = model, text, latents, factor
         self.protocol, self.batch_size = protocol, batch_size
+        self.whole = protocol.similarity != "fixed"
         self.row_passes = 0
         self._prefix: Prefix | None = None
+        self._kept = list(range(len(latents)))
+        self._known: dict[Neurons, Tensor] = {}
         self.original = torch.cat([self._differences(rows) for rows in self._batches(range(len(latents)))])
 
     @property
     def rounding(self) -> float:
-        """By how much another batch can change a similarity."""
+        """By how much another batch of the tests can change a similarity."""
+        if self.whole:
+            return 0.0
         half = self.protocol.autocast and self.model.device.type == "cuda"
         return HALF_ROUNDING if half or self.model.dtype != torch.float32 else ROUNDING
 
     @property
     def seeds(self) -> int:
         """Number of seeds kept."""
-        return len(self.latents)
+        return len(self.original)
 
     def keep(self, seeds: Tensor) -> None:
         """Goes on with some of the seeds only.
@@ -123,10 +138,15 @@ class Trial:
         Args:
             seeds: Boolean mask of S entries.
         """
-        self.latents, self.original = self.latents[seeds], self.original[seeds]
+        self.original = self.original[seeds]
+        if self.whole:
+            self._kept = [row for row, kept in zip(self._kept, seeds.tolist(), strict=True) if kept]
+        else:
+            self.latents = self.latents[seeds]
+            self._kept = list(range(self.seeds))
 
     def similarities(self, tests: Sequence[tuple[Candidates, Sequence[int]]], layer: str | None = None) -> list[Tensor]:
-        """Similarities of the noise differences with and without blocking, several tests in one batch.
+        """Similarities of the noise differences with and without blocking, several tests in one batch where they may.
 
         Args:
             tests: What is blocked, and the seeds it is tested on.
@@ -135,28 +155,28 @@ class Trial:
         Returns:
             One similarity per seed for each test, on the CPU.
         """
+        if self.whole:
+            return [self._of_all(as_neurons(candidates), layer)[list(chosen)] for candidates, chosen in tests]
         seeds = [seed for _, chosen in tests for seed in chosen]
         blocked = [as_neurons(candidates) for candidates, _ in tests]
         rows = [neurons for neurons, (_, chosen) in zip(blocked, tests, strict=True) for _ in chosen]
         values = []
         for part in self._batches(range(len(rows))):
             changed = self._differences([seeds[i] for i in part], [rows[i] for i in part], layer)
-            values.append(similarity(self.original[[seeds[i] for i in part]], changed, self.model.similarity).cpu())
-        for value in values:
-            # As a comparison that is never true it would pass every test.
-            require_finite("noise differences with neurons blocked", value)
+            values.append(self._similarity([seeds[i] for i in part], changed).cpu())
         return list(torch.cat(values).split([len(chosen) for _, chosen in tests])) if values else []
 
     def record(self, candidates: Candidates) -> Tensor:
         """Blocks some candidates for all seeds and keeps what the passes compute before each layer.
 
-        A compiled network has no parts that could be replayed; nothing is kept then.
+        A compiled network has no parts that could be replayed, and guidance takes two passes; nothing is kept then.
 
         Returns:
             One similarity per seed.
         """
-        if self.model.compiled:
+        if self.model.compiled or self.protocol.guidance is not None:
             return self.similarities([(candidates, range(self.seeds))])[0]
+        self._known.clear()
         self._prefix = Prefix(self.model.unet, self.model.value_layers)
         with self._prefix.recording():
             return self.similarities([(candidates, range(self.seeds))])[0]
@@ -175,17 +195,37 @@ class Trial:
         columns = []
         with torch.inference_mode(False), torch.enable_grad():
             for part in self._batches(seeds, max(1, self.batch_size // GRADIENT_MEMORY)):
-                self.row_passes += 2 * len(part)
+                self.row_passes += 2 * self._passes * len(part)
                 factors = self.model.masks.factors([as_neurons(candidates)] * len(part), self.factor)
                 for values in factors.values():
                     values.requires_grad_()
                 text = self.text.rows([0] * len(part)).clone()
                 with self.model.masks.scale(factors):
-                    changed = noise_differences(self.model, text, self.latents[list(part)].clone(), self.protocol)
-                values = similarity(self.original[list(part)].clone(), changed, self.model.similarity)
+                    latents = self.latents[[self._kept[seed] for seed in part]].clone()
+                    changed = noise_differences(self.model, text, latents, self.protocol)
+                values = self._similarity(part, changed)
                 slopes = dict(zip(layers, torch.autograd.grad(values.sum(), list(factors.values())), strict=True))
                 columns.append(torch.stack([slopes[layer][:, index] for layer, index in candidates]).cpu())
         return torch.cat(columns, 1) * (1 - self.factor)
+
+    @property
+    def _passes(self) -> int:
+        return 1 if self.protocol.guidance is None else 2
+
+    def _similarity(self, seeds: Sequence[int], changed: Tensor) -> Tensor:
+        original = self.original[list(seeds)].clone()
+        values = similarity(original, changed, self.model.similarity, self.protocol.similarity)
+        # As a comparison that is never true it would pass every test.
+        require_finite("noise differences with neurons blocked", values)
+        return values
+
+    def _of_all(self, blocked: Neurons, layer: str | None) -> Tensor:
+        """Similarities of all kept seeds; equal neurons have equal ones, so they are computed once."""
+        if blocked not in self._known:
+            rows = self._batches(range(len(self.latents)))
+            changed = torch.cat([self._differences(part, [blocked] * len(part), layer) for part in rows])
+            self._known[blocked] = self._similarity(range(self.seeds), changed[self._kept]).cpu()
+        return self._known[blocked]
 
     def _batches(self, rows: Sequence[int], size: int | None = None) -> list[Sequence[int]]:
         size = size or self.batch_size
@@ -194,7 +234,7 @@ class Trial:
     def _differences(
         self, seeds: Sequence[int], blocked: Sequence[Neurons] | None = None, layer: str | None = None
     ) -> Tensor:
-        self.row_passes += len(seeds)
+        self.row_passes += self._passes * len(seeds)
         text, latents = self.text.rows([0] * len(seeds)), self.latents[list(seeds)]
         if not blocked:
             return noise_differences(self.model, text, latents, self.protocol)
@@ -206,12 +246,17 @@ class Trial:
             return noise_differences(self.model, text, latents, self.protocol)
 
 
-def as_neurons(candidates: Iterable[Neuron]) -> Neurons:
-    """The same neurons without their order."""
+def as_listed(candidates: Iterable[Neuron]) -> dict[str, tuple[int, ...]]:
+    """The same neurons by layer, in their order and as often as they are there."""
     layers: dict[str, list[int]] = {}
     for layer, index in candidates:
         layers.setdefault(layer, []).append(index)
-    return Neurons(layers)
+    return {layer: tuple(ids) for layer, ids in layers.items()}
+
+
+def as_neurons(candidates: Iterable[Neuron]) -> Neurons:
+    """The same neurons without their order."""
+    return Neurons(as_listed(candidates))
 
 
 def select(
@@ -239,8 +284,8 @@ def select(
     chosen: Candidates = []
     for layer, values in activation.items():
         values = values.cpu()
-        deviation = (values - calibration.mean[layer]).abs()
-        outliers = (deviation > theta * calibration.std[layer]).nonzero()[:, 0].tolist() if settings.outliers else []
+        deviation = (values - calibration.mean[layer]).abs() / calibration.std[layer]
+        outliers = (deviation > theta).nonzero()[:, 0].tolist() if settings.outliers else []
         most_active = values.topk(min(k, len(values))).indices.tolist() if settings.top_k else []
         found = [*outliers, *most_active]
         chosen += [(layer, index) for index in (found if duplicates else dict.fromkeys(found))]
@@ -267,45 +312,52 @@ def initial_selection(
 ) -> Selection:
     """Widens the candidates until blocking them changes the noise differences of every kept seed.
 
-    The rounds do not depend on one another, so all are tried on one seed together; a round that is lost there is lost.
+    The rounds do not depend on one another, so some are tried on one seed together; a round that is lost there is lost.
 
     Args:
         trial: The prompt, with its kept seeds.
         activation: Activation of the prompt by layer.
         calibration: Statistics over general prompts.
-        tau: Memorization threshold.
-        settings: Where theta starts, falls and ends.
+        tau: Threshold of the selection.
+        settings: Where theta and k start, theta falls and ends.
 
     Returns:
         The first round that keeps all seeds at most at ``tau``, or the last one.
     """
-    widest = max(len(values) for values in activation.values())
-    # Steps such as 0.1 add up to the end of the search by rounding only; the end itself is never tested.
-    last = math.ceil((settings.theta - settings.theta_min) / settings.theta_step - 1e-9)
-    rounds = [
-        select(
-            activation,
-            calibration,
-            settings.theta - k * settings.theta_step,
-            k,
-            settings,
-            duplicates=trial.protocol.duplicates,
-        )
-        for k in range(min(last, widest))
-    ]
-    # A round without candidates changes nothing, and seeds that are kept are not changed enough by nothing.
-    rounds = [candidates for candidates in rounds if candidates] or rounds[-1:]
-    order, start = list(range(trial.seeds)), 0
+    rounds = _rounds(activation, calibration, settings, duplicates=trial.protocol.duplicates)
+    together = 1 if trial.whole else trial.batch_size
+    order, open_rounds, latest = list(range(trial.seeds)), list[Candidates](), Candidates()
     while True:
-        tried = trial.similarities([(candidates, order[:1]) for candidates in rounds[start:]])
-        passed = (i for i, value in enumerate(tried, start) if float(value) <= tau)
-        chosen = next(passed, len(rounds) - 1)
+        open_rounds += islice(rounds, together - len(open_rounds))
+        if not open_rounds:
+            return Selection(latest, trial.similarities([(latest, range(trial.seeds))])[0], False)
+        tried = trial.similarities([(candidates, order[:1]) for candidates in open_rounds])
+        chosen = next((place for place, value in enumerate(tried) if float(value) <= tau), None)
+        if chosen is None:
+            latest, open_rounds = open_rounds[-1], []
+            continue
+        latest = open_rounds[chosen]
         values = tried[0].new_empty(trial.seeds)
-        values[order] = torch.cat([tried[chosen - start], *trial.similarities([(rounds[chosen], order[1:])])])
-        highest, start = float(values.max()), chosen + 1
-        if highest <= tau or start == len(rounds):
-            return Selection(rounds[chosen], values, highest <= tau)
-        order = values.argsort(descending=True).tolist()
+        values[order] = torch.cat([tried[chosen], *trial.similarities([(latest, order[1:])])])
+        if float(values.max()) <= tau:
+            return Selection(latest, values, True)
+        order, open_rounds = values.argsort(descending=True).tolist(), open_rounds[chosen + 1 :]
+
+
+def _rounds(
+    activation: dict[str, Tensor], calibration: Calibration, settings: NemoSettings, *, duplicates: bool
+) -> Iterator[Candidates]:
+    """Candidates of each round; one that is the same as the round before is left out, since it changes nothing."""
+    # Steps such as 0.1 add up to the end of the search by rounding only; the end itself is never tested.
+    steps = math.ceil((settings.theta - settings.theta_min) / settings.theta_step - 1e-9)
+    rounds = LAST_K - settings.initial_k
+    before: Candidates | None = None
+    for number in range(min(steps, rounds) if settings.outliers else rounds):
+        theta, k = settings.theta - number * settings.theta_step, settings.initial_k + number
+        candidates = select(activation, calibration, theta, k, settings, duplicates=duplicates)
+        if candidates != before:
+            yield candidates
+        before = candidates
 
 
 Excess = Callable[[Tensor, Sequence[int]], Tensor]
@@ -399,7 +451,7 @@ class Refinement:
                 likely = not self._lost(torch.tensor([guess]), order[:1])
                 seeds = order if likely else order[:1]
                 rows += len(seeds)
-                if plan and rows > self.trial.batch_size:
+                if plan and (rows > self.trial.batch_size or self.trial.whole):
                     break
                 plan.append((neuron, _without(state, neuron), seeds, likely))
                 if likely:
@@ -445,7 +497,7 @@ class Refinement:
         return order
 
     def _lost(self, values: Tensor, seeds: Sequence[int]) -> bool:
-        return bool((self._excess(values, seeds) > -self.trial.rounding).any())
+        return bool((self._excess(values, seeds) >= 0).any())
 
 
 def _without(candidates: Candidates, neuron: Neuron) -> Candidates:
@@ -503,9 +555,9 @@ def localize(
     if not math.isfinite(tau):
         raise NotFiniteError("there is no memorization threshold: too many prompts of the calibration failed")
     trial = Trial(model, text, latents, settings.factor, protocol, batch_size)
-    matrix = pair_similarities(trial.original, model.similarity)
+    matrix = pair_similarities(trial.original, model.similarity, protocol.similarity)
     require_finite("noise differences with nothing blocked", pair_values(matrix))
-    gate = calibration.gate(tau, settings.gate)
+    gate = calibration.gate(tau, settings.gate) if settings.gate_threshold is None else settings.gate_threshold
     gate_score, kept = float(matrix.max()), matrix.amax(1) > gate
     if not kept.any():
         return Localization(
@@ -531,12 +583,16 @@ def localize(
         )
     if not selection.reached:
         limit = initial_score
-    excess = above(limit) if settings.relative is None else away_from(selection.values, settings.relative)
+    # The rest of the tests is compared with a similarity then, which another batch may have rounded.
+    least = limit if selection.reached else limit - trial.rounding
+    excess = above(least) if settings.relative is None else away_from(selection.values, settings.relative)
     refinement = Refinement(trial, selection.candidates, selection.values, excess)
     refinement.sequential() if settings.refinement == "sequential" else refinement.bisect()
     return Localization(
         neurons=as_neurons(refinement.kept),
         initial=as_neurons(selection.candidates),
+        listed=as_listed(refinement.kept) if protocol.duplicates else {},
+        listed_initial=as_listed(selection.candidates) if protocol.duplicates else {},
         gate_score=gate_score,
         initial_score=initial_score,
         refined_score=float(refinement.values.max()),

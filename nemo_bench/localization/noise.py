@@ -7,12 +7,10 @@ from itertools import combinations
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
-    structural_similarity_index_measure,
-)
+from torch.nn.functional import avg_pool2d
+from torchmetrics.functional.image import structural_similarity_index_measure
 
-from nemo_bench.diffusion import Conditioning, Diffusion, Similarity
+from nemo_bench.diffusion import Conditioning, Diffusion, Measure, Similarity
 from nemo_bench.localization.protocol import PAPER, Protocol
 
 
@@ -25,18 +23,20 @@ def noise_differences(
         model: The model; blocked neurons count.
         text: Conditioning of N rows.
         latents: Starting noise, (N, channels, height, width).
-        protocol: Which timestep and precision.
+        protocol: Which timestep, precision and guidance, and what a predicted velocity counts as.
         calibrating: Take the prediction from which the protocol calibrates its threshold.
 
     Returns:
         Differences in [0, 1], float32, shaped as the latents; a constant channel becomes 0.
     """
     timestep = model.timestep(protocol.step)
+    predict = model.predict_output if protocol.velocity == "raw" else model.predict_noise
+    guidance = protocol.calibration_guidance if calibrating else protocol.guidance
     with protocol.precision(model):
-        noise = model.predict_noise(latents, timestep, text)
-        if calibrating and protocol.calibration_guidance is not None:
-            unconditional = model.predict_noise(latents, timestep, model.unconditional(len(text)))
-            noise = noise + protocol.calibration_guidance * (unconditional - noise)
+        noise = predict(latents, timestep, text)
+        if guidance is not None:
+            unconditional = predict(latents, timestep, model.unconditional(len(text)))
+            noise = noise + guidance * (unconditional - noise)
     return scaled_difference(noise, latents)
 
 
@@ -55,45 +55,62 @@ def scaled_difference(noise: Tensor, latents: Tensor) -> Tensor:
     return (difference - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def similarity(a: Tensor, b: Tensor, settings: Similarity) -> Tensor:
+def similarity(a: Tensor, b: Tensor, settings: Similarity, measure: Measure = "fixed") -> Tensor:
     """SSIM or MS-SSIM of noise differences, row by row.
+
+    MS-SSIM is the product of the contrast terms of all scales but the last and of the whole index of the last, each
+    raised to its beta and 0 where it is negative (Wang et al. 2003).
 
     Args:
         a: Differences in [0, 1], (N, channels, height, width).
         b: The same shape.
         settings: Window and scales.
+        measure: Whose data range and average; with any but ``"fixed"`` a row's value depends on the other rows.
 
     Returns:
         N similarities in [-1, 1] (MS-SSIM: [0, 1]); 1 for equal rows.
+
+    Raises:
+        ConfigError: The differences are too small for window and scales.
     """
-    if settings.betas:
-        return multiscale_structural_similarity_index_measure(
-            a,
-            b,
-            kernel_size=settings.kernel,
-            sigma=settings.sigma,
-            betas=settings.betas,
-            data_range=1.0,
-            reduction="none",
-        ).reshape(len(a))
-    values: Tensor = structural_similarity_index_measure(
-        a, b, kernel_size=settings.kernel, sigma=settings.sigma, data_range=1.0, reduction="none"
-    )  # type: ignore[assignment]
-    return values.reshape(len(a))
+    settings.check(a.shape[2:], measure)
+    border = settings.kernel // 2 if measure == "published" else 0
+    terms = []
+    for _ in settings.betas[1:]:
+        terms.append(_ssim(a, b, settings, measure, return_contrast_sensitivity=True))
+        a, b = avg_pool2d(a, 2), avg_pool2d(b, 2)
+    index = _ssim(a, b, settings, measure, return_full_image=True)
+    height, width = index.shape[2:]
+    terms.append(index[..., border : height - border, border : width - border].flatten(1).mean(1))
+    if not settings.betas:
+        return terms[0]
+    betas = torch.tensor(settings.betas, device=a.device)[:, None]
+    return (torch.stack(terms).relu() ** betas).prod(0)
 
 
-def pair_similarities(differences: Tensor, settings: Similarity) -> Tensor:
-    """Similarity of every pair of seeds of one prompt.
+def _ssim(a: Tensor, b: Tensor, settings: Similarity, measure: Measure, **wanted: bool) -> Tensor:
+    """The index of every pixel, (N, channels, height, width), or the mean contrast term of every row, (N,)."""
+    given = 1.0 if measure == "fixed" else None
+    found = structural_similarity_index_measure(
+        a, b, sigma=settings.sigma, data_range=given, reduction="none", **wanted
+    )
+    image_or_contrast: Tensor = found[1]
+    return image_or_contrast
+
+
+def pair_similarities(differences: Tensor, settings: Similarity, measure: Measure = "fixed") -> Tensor:
+    """Similarity of every pair of seeds of one prompt, all compared at once.
 
     Args:
         differences: Noise differences of S seeds, (S, channels, height, width), S at least 2.
         settings: Window and scales.
+        measure: See :func:`similarity`.
 
     Returns:
         Symmetric matrix (S, S); the diagonal, a seed with itself, is -inf so that it wins no maximum.
     """
     pairs = torch.tensor(list(combinations(range(len(differences)), 2)), device=differences.device)
-    values = similarity(differences[pairs[:, 0]], differences[pairs[:, 1]], settings)
+    values = similarity(differences[pairs[:, 0]], differences[pairs[:, 1]], settings, measure)
     matrix = differences.new_full((len(differences), len(differences)), float("-inf"))
     matrix[pairs[:, 0], pairs[:, 1]] = matrix[pairs[:, 1], pairs[:, 0]] = values
     return matrix

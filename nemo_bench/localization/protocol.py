@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from nemo_bench.diffusion import Diffusion
+from nemo_bench.diffusion import Diffusion, Measure
 
 SEEDS = 10
 """Seeds a prompt for noise differences, as published."""
+Velocity = Literal["converted", "raw"]
+"""What a model that predicts velocity counts with: the noise that follows from it, or the velocity as it is."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class Protocol:
         autocast: On a GPU the UNet runs under float16 autocast.
         calibration_guidance: Scale of the guided prediction from which the threshold is calibrated, with the two halves
             swapped: conditional + scale (unconditional - conditional). None for the conditional prediction.
+        guidance: The same while localizing.
+        similarity: How noise differences are compared, see :data:`nemo_bench.diffusion.Measure`.
+        velocity: What noise differences of a model that predicts velocity are taken from: the ``"converted"`` noise,
+            or the ``"raw"`` velocity.
     """
 
     name: str
@@ -38,6 +45,25 @@ class Protocol:
     duplicates: bool = False
     autocast: bool = False
     calibration_guidance: float | None = None
+    guidance: float | None = None
+    similarity: Measure = "fixed"
+    velocity: Velocity = "converted"
+
+    def changed(
+        self, similarity: Measure | None = None, velocity: Velocity | None = None, guidance: float | None = None
+    ) -> Protocol:
+        """The same protocol but for what is given."""
+        return replace(
+            self,
+            similarity=similarity or self.similarity,
+            velocity=velocity or self.velocity,
+            guidance=self.guidance if guidance is None else guidance,
+        )
+
+    @property
+    def of_threshold(self) -> dict[str, Any]:
+        """What of the protocol decides the calibrated threshold."""
+        return {"protocol": self.name, "similarity": self.similarity, "velocity": self.velocity}
 
     def latents(self, model: Diffusion, seeds: Sequence[int]) -> Tensor:
         """Starting noise of one prompt.
@@ -63,5 +89,14 @@ class Protocol:
 
 
 PAPER = Protocol("paper")
-REFERENCE = Protocol("reference", step=1, shared_noise=True, duplicates=True, autocast=True, calibration_guidance=7.0)
+REFERENCE = Protocol(
+    "reference",
+    step=1,
+    shared_noise=True,
+    duplicates=True,
+    autocast=True,
+    calibration_guidance=7.0,
+    similarity="published",
+    velocity="raw",
+)
 PROTOCOLS = {protocol.name: protocol for protocol in (PAPER, REFERENCE)}

@@ -11,9 +11,9 @@ from typing import Literal
 from torch import Tensor
 
 from nemo_bench.citations import HINTERSDORF
-from nemo_bench.diffusion import Diffusion
+from nemo_bench.diffusion import Diffusion, Measure
 from nemo_bench.errors import ConfigError
-from nemo_bench.localization import PROTOCOLS, SEEDS, NemoSettings, localize
+from nemo_bench.localization import LAST_K, PROTOCOLS, SEEDS, NemoSettings, Velocity, localize
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.prompts import seeds_of
 from nemo_bench.types import Localization, Prompt
@@ -64,6 +64,15 @@ class NeMo(BlockNeurons):
         when_exhausted: What is blocked where the selection runs out without meeting its criterion: ``"block"``, as
             published, what refinement keeps of the last candidates; or ``"nothing"``.
         factor: What the outputs of blocked neurons are multiplied by.
+        gate_threshold: Similarity of two seeds above which a prompt counts as memorized, in [-1, 1]; None takes the
+            threshold of the selection.
+        initial_k: Most active neurons of each layer in the first round, 0 to 1279; each round takes one more.
+        similarity: How noise differences are compared: ``"published"``, ``"current"`` or ``"fixed"``, see
+            :data:`nemo_bench.diffusion.Measure`; None takes the protocol's.
+        velocity: What noise differences of a model that predicts velocity are taken from, ``"converted"`` noise or
+            ``"raw"`` velocity; None takes the protocol's.
+        guidance: Scale of guidance while localizing, with the two halves swapped as in the public scripts:
+            conditional + scale (unconditional - conditional). None takes the conditional prediction.
 
     Raises:
         ConfigError: A number is out of range.
@@ -91,28 +100,52 @@ class NeMo(BlockNeurons):
         gate: Literal["pairs", "maxima"] = "pairs",
         when_exhausted: Literal["block", "nothing"] = "block",
         factor: float = 0.0,
+        gate_threshold: float | None = None,
+        initial_k: int = 0,
+        similarity: Measure | None = None,
+        velocity: Velocity | None = None,
+        guidance: float | None = None,
     ) -> None:
         super().__init__(factor)
         if not (math.inf > theta > theta_min >= 0 and theta_step > 0):
             msg = f"nemo needs theta > theta_min >= 0 and theta_step > 0, given {theta}, {theta_min}, {theta_step}"
             raise ConfigError(msg)
-        for name, value in {"threshold": threshold, "refine_threshold": refine_threshold}.items():
+        thresholds = {"threshold": threshold, "refine_threshold": refine_threshold, "gate_threshold": gate_threshold}
+        for name, value in thresholds.items():
             if value is not None and not -1 <= value <= 1:
                 raise ConfigError(f"nemo needs a {name} from -1 to 1, a similarity, given {value}")
         if relative is not None and not 0 < relative < math.inf:
             raise ConfigError(f"nemo needs relative above 0, a part of a similarity, given {relative}")
         if not (outliers or top_k):
             raise ConfigError("nemo needs candidates: set outliers=true, top_k=true or both")
-        self.protocol, self.neurons, self.threshold = PROTOCOLS[protocol], neurons, threshold
+        if not 0 <= initial_k < LAST_K:
+            raise ConfigError(f"nemo needs initial_k from 0 to {LAST_K - 1}, given {initial_k}")
+        if guidance is not None and not 0 < guidance < math.inf:
+            raise ConfigError(f"nemo needs guidance above 0, or null for none, given {guidance}")
+        self.protocol = PROTOCOLS[protocol].changed(similarity, velocity, guidance)
+        self.neurons, self.threshold = neurons, threshold
         self.settings = NemoSettings(
-            theta, theta_step, theta_min, factor, threshold, outliers, top_k, refine_threshold, relative, refinement,
-            gate, when_exhausted,
-        )  # fmt: skip
+            theta=theta,
+            theta_step=theta_step,
+            theta_min=theta_min,
+            factor=factor,
+            threshold=threshold,
+            outliers=outliers,
+            top_k=top_k,
+            refine_threshold=refine_threshold,
+            relative=relative,
+            refinement=refinement,
+            gate=gate,
+            when_exhausted=when_exhausted,
+            gate_threshold=gate_threshold,
+            initial_k=initial_k,
+        )
 
     @property
     def calibrates_threshold(self) -> bool:
         """See :attr:`Method.calibrates_threshold`."""
-        return self.threshold is None or self.settings.gate == "maxima"
+        own_gate = self.settings.gate_threshold is not None
+        return self.threshold is None or (self.settings.gate == "maxima" and not own_gate)
 
     def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor | None = None) -> Localization:
         """See :meth:`Method.localize`.
@@ -128,5 +161,10 @@ class NeMo(BlockNeurons):
         result = localize(model, text, latents, self.calibration, self.settings, self.protocol, self.batch_size)
         is_left_alone = bool(result.exhausted) and self.settings.when_exhausted == "nothing"
         if self.neurons == "initial" and not is_left_alone:
-            return replace(result, neurons=result.initial, refined_score=result.initial_score)
+            return replace(
+                result,
+                neurons=result.initial,
+                listed=result.listed_initial,
+                refined_score=result.initial_score,
+            )
         return result

@@ -112,7 +112,7 @@ def read_prompts(
         for id_, row in zip(_ids(rows, prefix), rows, strict=True)
     ]
     links = {prompt.id: _links(row) for prompt, row in zip(prompts, rows, strict=True)}
-    prompts = prompts[:limit]
+    prompts = [p._replace(links=links[p.id]) for p in prompts[:limit]]
     if (folder / MANIFEST).is_file():
         prompts = _with_fetched(path, folder, prompts, links)
     elif references is not None and any(links[p.id] for p in prompts) and not any(p.references for p in prompts):

@@ -310,12 +310,14 @@ class Calibration:
     Attributes:
         threshold: Similarity above which a prompt counts as memorized; None where most general prompts failed.
         protocol: How noise differences were taken.
+        similarity: How they were compared.
         pairs: Similarities of all pairs of seeds of general prompts.
         failed: Number of general prompts whose noise differences were not finite.
     """
 
     threshold: float | None
     protocol: str
+    similarity: str
     pairs: Sequence[float]
     failed: int = 0
 
@@ -586,8 +588,8 @@ def load_calibration(folder: Path) -> Calibration:
         about = read_object(folder / "threshold.json", "threshold", "protocol")
         records = read_records(folder, "calibrate").values()
         pairs = [value for record in records for value in _finite(record.get("pairs", ()))]
-        tau = about["threshold"]
-        return Calibration(None if tau is None else float(tau), about["protocol"], pairs, about.get("failed", 0))
+        tau = None if about["threshold"] is None else float(about["threshold"])
+        return Calibration(tau, about["protocol"], about["similarity"], pairs, about.get("failed", 0))
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(folder / "threshold.json", f"{type(error).__name__}: {error}") from error
 

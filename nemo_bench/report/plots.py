@@ -377,7 +377,8 @@ def _calibration(results: Results, calibrated: Cell, folder: Path) -> Plot | Non
     if found.threshold is None or not found.pairs:
         return None
     # Without mitigation prompts are scored by the protocol of the paper.
-    comparable = [cell for cell in results.cells if found.protocol == "paper" and _shares_scores(cell, calibrated)]
+    same = (found.protocol, found.similarity) == ("paper", "fixed")
+    comparable = [cell for cell in results.cells if same and _shares_scores(cell, calibrated)]
     plain = [cell for cell in comparable if cell.method == "none"]
     rows: dict[str, dict[tuple[str, str], float]] = {group: {} for group in MEMORIZED}
     for cell, group in product(plain, MEMORIZED):

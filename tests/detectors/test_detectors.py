@@ -75,7 +75,8 @@ def test_noise_difference_as_the_public_scripts_take_it(tiny: Diffusion) -> None
     noise = torch.randn((3, *tiny.latent_shape), generator=torch.Generator().manual_seed(1))
     for prompt, finding in zip(prompts, found["it"], strict=True):
         predicted = tiny.predict_noise(noise, 961, tiny.encode([prompt.text]).rows([0] * 3))
-        pairs = pair_values(pair_similarities(scaled_difference(predicted, noise), tiny.similarity))
+        differences = scaled_difference(predicted, noise)
+        pairs = pair_values(pair_similarities(differences, tiny.similarity, "published"))
         assert finding.score == pytest.approx(float(pairs.mean()), rel=1e-4)
     assert found["it"][0].score != pytest.approx(look(tiny, NoiseDifference(seeds=3)).score, rel=1e-3)
 

@@ -1,14 +1,31 @@
 from __future__ import annotations
 
+import json
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torchmetrics.functional.image import (
+    multiscale_structural_similarity_index_measure,
+    structural_similarity_index_measure,
+)
 
+import reference_nemo
+import torchmetrics_132
 from nemo_bench import Diffusion
-from nemo_bench.diffusion import Similarity
-from nemo_bench.localization import REFERENCE, noise_differences, pair_similarities, pair_values, similarity
-from tiny import tiny_texts
+from nemo_bench.diffusion import MEASURES, Measure, Similarity
+from nemo_bench.errors import ConfigError
+from nemo_bench.localization import (
+    PAPER,
+    REFERENCE,
+    noise_differences,
+    pair_similarities,
+    pair_values,
+    similarity,
+)
+from tiny import tiny_pipeline, tiny_texts
 
 
 def test_differences_are_scaled_per_row_and_channel(tiny: Diffusion) -> None:
@@ -30,6 +47,86 @@ def test_similarity_of_equal_rows_is_one_and_rows_are_independent() -> None:
         values = similarity(a, b, settings)
         assert values[0] > 0.999 > values[1:].max()
         torch.testing.assert_close(similarity(a[1:2], b[1:2], settings), values[1:2])
+
+
+@pytest.mark.parametrize("side", torchmetrics_132.SIDES)
+def test_published_similarity_is_that_of_torchmetrics_1_3_2(side: int) -> None:
+    """Numbers of that version itself, which the public scripts pin; torchmetrics_132.py wrote them."""
+    expected = json.loads(torchmetrics_132.FILE.read_text())[str(side)]
+    a, b = torchmetrics_132.pictures(side)
+    ours = {
+        "ms_ssim": similarity(a, b, Similarity(), "published"),
+        "ssim": similarity(a, b, Similarity(1.0, ()), "published"),
+    }
+    plain = {"ms_ssim": reference_nemo.ms_ssim(a, b, "published"), "ssim": reference_nemo.ssim(a, b, "published")}
+    for name, values in expected.items():
+        assert ours[name].tolist() == pytest.approx(values, abs=2e-6)
+        assert plain[name].tolist() == pytest.approx(values, abs=1e-5)
+    assert (similarity(a, b, Similarity()) - ours["ms_ssim"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("measure", ["current", "fixed"])
+def test_other_similarities_are_those_of_the_torchmetrics_installed(measure: Measure) -> None:
+    a, b = torchmetrics_132.pictures(48)
+    given = {"fixed": 1.0, "current": None}[measure]
+    multi = multiscale_structural_similarity_index_measure(
+        a, b, kernel_size=11, sigma=1.5, betas=(0.33, 0.33, 0.33), data_range=given, reduction="none"
+    )
+    single = structural_similarity_index_measure(a, b, sigma=1.0, data_range=given, reduction="none")
+    assert isinstance(single, Tensor)
+    torch.testing.assert_close(similarity(a, b, Similarity(), measure), multi)
+    torch.testing.assert_close(similarity(a, b, Similarity(1.0, ()), measure), single)
+    torch.testing.assert_close(reference_nemo.ms_ssim(a, b, measure), multi, rtol=0, atol=1e-5)
+    torch.testing.assert_close(reference_nemo.ssim(a, b, measure), single, rtol=0, atol=1e-5)
+
+
+@given(
+    side=st.integers(1, 100),
+    sigma=st.sampled_from([0.15, 0.4, 0.9, 1.0, 1.5, 3.0]),
+    scales=st.integers(0, 5),
+    measure=st.sampled_from(MEASURES),
+)
+def test_what_fits_is_compared_and_what_does_not_is_told_what_fits(
+    side: int, sigma: float, scales: int, measure: Measure
+) -> None:
+    settings = Similarity(sigma, (0.33,) * scales)
+    a = torch.rand(2, 1, side, side, generator=torch.Generator().manual_seed(side))
+    if settings.fits(side, measure):
+        assert similarity(a, a, settings, measure).tolist() == pytest.approx([1.0, 1.0], abs=1e-4)
+        return
+    with pytest.raises(ConfigError, match=f"latents of {side}x{side} are too small for model.similarity") as caught:
+        similarity(a, a, settings, measure)
+    for word in str(caught.value).split():
+        if word.startswith("model.similarity.betas="):
+            betas = json.loads(word.split("=")[1].rstrip(","))
+            assert Similarity(sigma, tuple(betas)).fits(side, measure)
+            assert not Similarity(sigma, (*betas, 0.33)).fits(side, measure)
+        if word.startswith("model.similarity.sigma="):
+            assert Similarity(float(word.split("=")[1].rstrip(",")), settings.betas).fits(side, measure)
+
+
+def test_what_torchmetrics_refuses_does_not_fit() -> None:
+    for side, scales in [(43, 3), (32, 3), (16, 2), (8, 1)]:
+        a, settings = torch.rand(1, 1, side, side), Similarity(betas=(0.33,) * scales)
+        refused = False
+        try:
+            multiscale_structural_similarity_index_measure(a, a, betas=settings.betas, data_range=1.0)
+        except (ValueError, RuntimeError):
+            refused = True
+        assert settings.fits(side) is not refused
+
+
+def test_raw_velocity_is_not_converted() -> None:
+    model = Diffusion(tiny_pipeline(prediction_type="v_prediction"), similarity=Similarity(1.0, ()))
+    text, latents = model.encode(tiny_texts(1)), model.latents([0])
+    with torch.no_grad():
+        velocity = model.unet(latents, 981, encoder_hidden_states=text.text).sample
+        raw = noise_differences(model, text, latents, PAPER.changed(velocity="raw"))
+        converted = noise_differences(model, text, latents)
+    difference = (velocity - latents).flatten(2)
+    low, high = difference.amin(2, keepdim=True), difference.amax(2, keepdim=True)
+    torch.testing.assert_close(raw.flatten(2), (difference - low) / (high - low))
+    assert not torch.allclose(raw, converted, atol=1e-2)
 
 
 def test_the_published_window_is_eleven_wide() -> None:

@@ -108,7 +108,7 @@ def write_fake_calibration(run: Path, model: str = "planted", pairs: int = 200, 
     lines = [{"id": f"{i:016x}", "prompt": str(i), "pairs": row.tolist()} for i, row in enumerate(scores)]
     _write_jsonl(folder / "records" / "calibrate.0.jsonl", lines)
     threshold = float(scores.mean() + scores.std(ddof=1))
-    about = {"mean": 0.2, "std": 0.1, "prompts": pairs, "protocol": protocol}
+    about = {"mean": 0.2, "std": 0.1, "prompts": pairs, "protocol": protocol, "similarity": "fixed"}
     _dump(folder / "threshold.json", {"threshold": threshold, **about})
     for path in run.glob(f"{model}__*/spec.json"):
         if "__none__" not in path.parent.name:

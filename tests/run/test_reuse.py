@@ -98,6 +98,28 @@ def test_a_finished_cell_has_the_published_form_of_what_it_found(finished: Path,
     assert not (none / "neurons.csv").exists()
 
 
+def test_neurons_of_the_reference_protocol_are_written_as_the_scripts_write_them(tmp_path: Path, prompts: str) -> None:
+    """Candidates in the order of selection, those found in two ways twice, and the link of the list."""
+    (prompt,) = read_prompts(prompts, limit=1)
+    listed = tmp_path / "listed.csv"
+    listed.write_text(f"id;caption;url;type\np;{prompt.text};https://me:secret@a.example/1.jpg;VM\n")
+    short = ["method.theta=4", "method.theta_min=3", "method.theta_step=0.5", "method.initial_k=1"]
+    own = words(tmp_path, str(listed), "method=nemo", "method.protocol=reference", *short)
+    (nemo,) = cells(run(plan(grid(own)), "test", say=lambda line: None), "nemo")
+    (row,), widths = read_published(nemo / "neurons.csv"), read_json(nemo / "layers.json")
+    (record,) = read_records(nemo, "localize").values()
+    assert row.url == "https://a.example/1.jpg"
+    assert row.initial == tuple(tuple(record["listed_initial"].get(layer, ())) for layer in widths)
+    assert row.refined == tuple(tuple(record["listed"].get(layer, ())) for layer in widths)
+    assert by_name(row.initial, widths) == Neurons(record["initial"])
+    assert by_name(row.refined, widths) == Neurons(record["neurons"])
+    assert any(len(ids) > len(set(ids)) for ids in row.initial), "no neuron is found in two ways"
+    assert any(list(ids) != sorted(ids) for ids in row.initial)
+    saved = words(tmp_path, str(listed), "method=saved", f"method.file={nemo / 'neurons.csv'}")
+    (again,) = cells(run(plan(grid(saved)), "test", say=lambda line: None), "saved")
+    assert neurons(again) == neurons(nemo)
+
+
 @pytest.mark.parametrize("kind", ["csv", "cell"])
 def test_what_was_found_is_blocked_again(finished: Path, tmp_path: Path, prompts: str, kind: str) -> None:
     before = cells(finished, "shared")[0]
