@@ -32,7 +32,7 @@ from nemo_bench.errors import ConfigError
 
 SHOWN = 200
 """Longest word that an error message shows again."""
-FILES = ("prompts.files", "prompts.memorized")
+FILES = ("prompts.files", "prompts.memorized", "prompts.shared_from")
 """Lists of files of which a single one needs no brackets."""
 
 

@@ -295,7 +295,8 @@ def test_page_of_42_prompts_and_5_methods_stays_short_on_a_phone(browser: Browse
     write_report(run := write_fake_results(tmp_path / "long", prompts=prompts, methods=MORE_METHODS))
     page = browser.new_page(viewport={"width": 390, "height": 800})
     page.goto((run / "report.html").as_uri())
-    page.locator(".strips").first.wait_for(state="attached")
+    page.locator(".card").first.scroll_into_view_if_needed()
+    page.locator(".strips").first.wait_for()
     assert page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight < 15000]") == [
         390,
         True,
@@ -346,7 +347,7 @@ def test_a_wide_table_scrolls_in_one_place_under_its_first_column(browser: Brows
         const style = getComputedStyle(e), has = way => /auto|scroll/.test(style["overflow" + way]);
         return has("X") && e.scrollWidth > e.clientWidth || has("Y") && e.scrollHeight > e.clientHeight;
     }).map(e => e.tagName + "." + e.className)"""
-    assert set(page.evaluate(scrolling)) <= {"DIV.scroll", "NAV."}
+    assert set(page.evaluate(scrolling)) <= {"DIV.scroll", "DIV.examples", "DIV.figures", "NAV."}
     assert page.evaluate("document.querySelectorAll('.scroll .scroll').length") == 0
     page.set_viewport_size({"width": 390, "height": 800})
     for table in ("#board", "#presets table"):
