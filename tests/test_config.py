@@ -261,6 +261,9 @@ def test_metrics_can_be_added_and_left_out() -> None:
         ("method=nemo method.neurons=refind", "method.neurons=refind: expected one of refined, initial"),
         ("method=nemo method.theta=0.5", "theta > theta_min.*given 0.5"),
         ("seeds=0", "seeds=0: expected at least 1"),
+        ("seeds=9999999999", "seeds: expected at most 2,147,483,647, given 9999999999"),
+        ("batch_size=0", "batch_size=0: expected a whole number from 1 to 2,147,483,647, or auto"),
+        ("batch_size=9999999999", "batch_size=9999999999: expected a whole number from 1 to 2,147,483,647, or auto"),
         ("localize_seeds=1", "localize_seeds=1: expected at least 2"),
         ("model.guidance=-1", "model.guidance=-1.0: expected at least 0"),
         ("model.guidance=nan", "model.guidance=nan"),
@@ -530,6 +533,14 @@ def test_a_setting_of_ones_own_wins_over_that_of_the_family(study: Path) -> None
     assert (written.settings.method["rounds"], written.settings.method["radius"]) == (2, 30.0)
 
 
+def test_what_a_file_of_ones_own_says_wins_over_settings_by_family_that_it_takes_over(own: Path) -> None:
+    (own / "method" / "base.yaml").write_text("defaults: [sail, _self_]\ntarget: 7.0\n")
+    (own / "method" / "mine.yaml").write_text("defaults: [base, _self_]\nsteps: 10\n")
+    (choice,) = grid(["method=mine"], own)
+    assert (choice.settings.method["target"], choice.settings.method["steps"]) == (7.0, 10)
+    assert str(*choice.families) == "for planted: rate=0.1, restarts=0; as given: target=7.0, steps=10"
+
+
 def test_it_is_said_that_nothing_is_published_for_a_family() -> None:
     (sdxl,) = grid(["method=adjusted_noise", "model=sdxl"])
     values = "rounds=2, radius=50.0, timestep=900.0, of=noise, rate=0.7"
@@ -645,6 +656,12 @@ def test_the_home_folder_is_found_in_files_and_in_arguments_of_classes(tmp_path:
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nroot: ~/here\n")
     assert one("experiment=mine", conf=tmp_path).settings.root == f"{HOME}/here"
     assert resolve("~/a.csv") == f"{HOME}/a.csv"
+    assert one("model.lora=~/style.safetensors").settings.model.lora == f"{HOME}/style.safetensors"
+
+
+@pytest.mark.parametrize("key", ["files", "shared_from"])
+def test_a_single_list_of_prompts_needs_no_brackets(key: str) -> None:
+    assert getattr(one(f"prompts.{key}=a.csv").settings.prompts, key) == ["a.csv"]
 
 
 @given(st.text())
