@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -493,7 +494,7 @@ def test_wrong_settings_of_the_logger_are_explained(words: list[str], message: s
         logger_settings(words)
 
 
-PUBLISHED = {
+PUBLISHED: dict[tuple[str, str], dict[str, Any]] = {
     # Jeon et al. 2025, Han et al. 2025, Asthana and Belagiannis 2026: settings of their public code.
     ("sail", "sd14"): {"target": None, "alpha": 0.05, "form": "noise"},
     ("sail", "sd20"): {"target": 5.0, "alpha": 0.01, "form": "score"},

@@ -162,8 +162,7 @@ class Source:
         """
         if self.lora and not self.lora.is_downloaded:
             return False
-        folder = self._repository.snapshot if self._repository else None
-        return folder is None or all((folder / name).exists() for name in self._needed)
+        return self._repository is None or all(map(self._repository.has_downloaded, self._needed))
 
     @cached_property
     def _needed(self) -> frozenset[str]:
@@ -239,7 +238,7 @@ class Source:
 
     def _shards(self, index: str) -> list[str]:
         """The files that an index names; none where it was not downloaded yet."""
-        if self._repository and not (self._repository.snapshot / index).is_file():
+        if self._repository and not self._repository.has_downloaded(index):
             return []
         weights = self._read(index).get("weight_map", {})
         return sorted({f"{index.rpartition('/')[0]}/{name}" for name in weights.values()})

@@ -362,7 +362,7 @@ def test_damaged_weights_are_found_before_anything_runs(tmp_path: Path, inceptio
         (SSCD(str(tmp_path / "descriptor512.pt")), tmp_path / "descriptor512.pt"),
         (Inception(str(kept)), kept),
         (LPIPS("squeeze"), hub / "squeezenet1_1-b8a52dc0.pth"),
-        (OpenClip("ViT-B-32", str(tmp_path / "clip.pt")), tmp_path / "clip.pt"),
+        (OpenClip("ViT-B-32-quickgelu", str(tmp_path / "clip.pt")), tmp_path / "clip.pt"),
     ]
     for space, file in spaces:
         space.check()
@@ -371,11 +371,11 @@ def test_damaged_weights_are_found_before_anything_runs(tmp_path: Path, inceptio
                 ModelError, match=rf"no weights for .*{path.name} can't be read \(.+\); download it again"
             ):
                 space.check()
-    OpenClip("ViT-B-32", str(tmp_path / "old.pt")).check()
+    OpenClip("ViT-B-32-quickgelu", str(tmp_path / "old.pt")).check()
     cut = tmp_path / "old.pt"
     cut.write_bytes(cut.read_bytes()[:-64])
     with pytest.raises(ModelError, match=r"old\.pt can't be read"):
-        OpenClip("ViT-B-32", str(cut)).check()
+        OpenClip("ViT-B-32-quickgelu", str(cut)).check()
 
 
 def test_a_damaged_folder_of_open_clip_is_found_before_anything_runs(tmp_path: Path) -> None:
