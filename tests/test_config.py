@@ -235,6 +235,15 @@ def test_prompts_named_by_files_inherit_nothing_of_a_list() -> None:
     assert one("prompts=coco", "prompts.limit=3").settings.prompts.calibration == "data/additional_laion_prompts.csv"
 
 
+def test_prompts_named_by_files_in_an_experiment_inherit_nothing_either(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "study.yaml").write_text("# @package _global_\nprompts: {files: [a.csv], limit: 3}\n")
+    written = one("experiment=study", "prompts.calibration=c.csv", conf=tmp_path)
+    assert written.settings.prompts == PromptSettings(["a.csv"], calibration="c.csv", limit=3)
+    assert written.names["prompts"] == "a"
+    assert one("experiment=study", "prompts.files=b.csv", conf=tmp_path).settings.prompts == PromptSettings(["b.csv"])
+
+
 def test_metrics_can_be_added_and_left_out() -> None:
     names = set(one().settings.metrics)
     again = one("~metrics.ssim", "+metrics.again._target_=nemo_bench.metrics.MemorizationScore").settings.metrics

@@ -331,9 +331,11 @@ def _chosen(overrides: Sequence[str], conf: Path | None) -> Choice:
         config = _compose([*(_word(override, base) for override in parsed), *search])
     names = {group: str(name) for group, name in config.hydra.runtime.choices.items() if name and group in GROUPS}
     node = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
-    if "prompts.files" in keys:
+    written = _of_experiment(parsed, conf)
+    named = next((own for own in (keys, written) if "prompts.files" in own), None)
+    if named is not None:
         # What else a list of prompts has belongs to its own files; nothing of it holds for others.
-        own = {key.removeprefix("prompts.") for key in keys if key.startswith("prompts.")}
+        own = {key.removeprefix("prompts.") for key in {*named, *keys} if key.startswith("prompts.")}
         typed = {key: node.prompts[key] for key in node.prompts if key in own}
         node.prompts = OmegaConf.merge(OmegaConf.structured(PromptSettings), typed)
         names["prompts"] = name_of_files(list(node.prompts.files))
@@ -343,7 +345,7 @@ def _chosen(overrides: Sequence[str], conf: Path | None) -> Choice:
         raise ConfigError(first_line(error)) from error
     assert isinstance(settings, RunSettings)
     _expand_home(settings)
-    given = [*keys, *_of_experiment(parsed, conf)]
+    given = [*keys, *written]
     for group in ("method", "detector"):
         given += _of_files(group, names[group], conf) if group in names else []
     nodes = {"method": settings.method, "detector": settings.detector}
@@ -357,12 +359,12 @@ def _chosen(overrides: Sequence[str], conf: Path | None) -> Choice:
 
 
 def _of_experiment(parsed: Sequence[Override], conf: Path | None) -> list[str]:
-    """Settings of the method and detector that the file of an experiment holds, other than in lines of its grid."""
+    """Settings of method, detector and prompts in the file of an experiment, other than in lines of its grid."""
     found = []
     for name in [str(o.value()) for o in parsed if o.key_or_group == "experiment" and o.value() is not None]:
         path = next(p for folder in folders("experiment", conf) if (p := folder / f"{name}.yaml").is_file())
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        found += [key for group in ("method", "detector") for key in _keys(content.get(group, {}), group)]
+        found += [key for group in ("method", "detector", "prompts") for key in _keys(content.get(group, {}), group)]
     return found
 
 
