@@ -164,6 +164,7 @@ def plan(choices: Sequence[Choice], weights: Mapping[Source, str] | None = None)
         if cell.method.source:
             source = _source(cell, prompts, weights)
             cell.source_prompts = source.prompts
+            cell.method.check_source(cell.prompts, source.prompts)
             cell.source = next((other for other in known if _serves(other, source)), source)
             if cell.source is source:
                 known.append(source)

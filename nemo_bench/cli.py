@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_bench.environment import make_ready
-from nemo_bench.errors import nearest
+from nemo_bench.errors import NemoBenchError, nearest, shortened
 
 if TYPE_CHECKING:
     from nemo_bench.config import Choice
 
 EPILOG = """settings are words key=value, lists of values make a grid:
-  nemo-bench run                                   no mitigation, random neurons and NeMo on the embedded model
+  nemo-bench run                                   no mitigation, NeMo and its controls on the embedded model
   nemo-bench run seeds=8 method=none,nemo          other settings
   nemo-bench run model=planted model.guidance=5    a group's own settings
   nemo-bench detect detector=magnitude,sharpness   how well detectors tell memorized prompts from others
@@ -58,7 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         make_ready()
         arguments = sys.argv[1:]
     options = _options(arguments)
-    from nemo_bench.errors import NemoBenchError, shortened
     from nemo_bench.stopping import stop_at_sigterm
 
     stop_at_sigterm()
@@ -296,7 +295,6 @@ def _show(folder: Path, done: str, *, as_json: bool) -> None:
 
 def _dry_run(choices: Sequence[Choice], as_json: bool) -> None:
     """Prints needs and cost; an error where something is missing, so that scripts can tell."""
-    from nemo_bench.errors import NemoBenchError
     from nemo_bench.forecast import forecast
 
     expected = forecast(choices)
@@ -378,10 +376,7 @@ def _duration(seconds: float | None, least: str) -> str:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    from nemo_bench.cells import plan
     from nemo_bench.config import grid
-    from nemo_bench.run import calibrate
-    from nemo_bench.runner import is_main
 
     overrides = options.overrides
     if not any(word.startswith("method=") for word in overrides):
@@ -390,6 +385,10 @@ def _calibrate(options: argparse.Namespace) -> None:
     if options.cfg:
         _print_settings(choices, options.json)
         return
+    from nemo_bench.cells import plan
+    from nemo_bench.run import calibrate
+    from nemo_bench.runner import is_main
+
     rows = calibrate(plan(choices), progress=not options.json)
     if not is_main():
         return

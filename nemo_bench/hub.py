@@ -10,16 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import HfApi, constants, hf_hub_download, is_offline_mode
+from huggingface_hub import (
+    HfApi,
+    constants,
+    hf_hub_download,
+    is_offline_mode,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.file_download import repo_folder_name
 
 from nemo_bench.errors import ModelError, PromptError
 
@@ -46,10 +53,9 @@ class Repository:
     files: frozenset[str]
     offline: bool
 
-    @property
-    def snapshot(self) -> Path:
-        """Folder of the files that were downloaded; need not exist."""
-        return _cache(self.place) / "snapshots" / self.commit
+    def has_downloaded(self, name: str) -> bool:
+        """Whether a file, by its path in the repository, was downloaded before."""
+        return isinstance(try_to_load_from_cache(self.place, name, revision=self.commit), str)
 
     def get(self, name: str) -> Path:
         """A file, downloaded where need be.
@@ -95,8 +101,8 @@ def look(
             away = error
         except Exception as error:  # of whichever client the hub's library uses
             away = error
-    commit = _downloaded_commit(place, revision) if or_downloaded or away is None else None
-    if commit is None:
+    folder = _downloaded(place, revision) if or_downloaded or away is None else None
+    if folder is None:
         at = f" at '{revision}'" if revision else ""
         if away is None:
             raise ModelError(f"it can't be found{at} among the downloaded models; {_advice()}")
@@ -111,11 +117,10 @@ def look(
             _first_line(away),
             place,
             _folder(),
-            commit,
+            folder.name,
         )
-    repository = Repository(place, commit, frozenset(), offline=True)
-    files = frozenset(p.relative_to(repository.snapshot).as_posix() for p in repository.snapshot.rglob("*"))
-    return Repository(place, commit, files, offline=True)
+    files = frozenset(p.relative_to(folder).as_posix() for p in folder.rglob("*"))
+    return Repository(place, folder.name, files, offline=True)
 
 
 def check_data_set(place: str) -> None:
@@ -160,15 +165,12 @@ def _in_time(ask: Callable[[], _T]) -> _T:
     return found  # type: ignore[return-value] # without an error there is an answer
 
 
-def _downloaded_commit(place: str, revision: str | None) -> str | None:
-    """The commit that was downloaded of a revision, None where none was."""
-    reference = _cache(place) / "refs" / (revision or "main")
-    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
-    return commit if commit and (_cache(place) / "snapshots" / commit).is_dir() else None
-
-
-def _cache(place: str) -> Path:
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=place, repo_type="model")
+def _downloaded(place: str, revision: str | None) -> Path | None:
+    """Folder of what was downloaded of a revision, named by its commit; None where nothing was."""
+    try:
+        return Path(snapshot_download(place, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
 
 
 def _folder() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_bench.cells import plan, read_files, read_listed
-from nemo_bench.config import grid
+from nemo_bench.config import grid, quoted
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError
 from nemo_bench.forecast import check_needs
@@ -57,7 +57,7 @@ def load_prompts(prompts: str = "planted", *overrides: str) -> tuple[list[Prompt
         >>> nemo = NeMo().calibrate(load("planted"), general)
     """
     is_source = Path(prompts).suffix in READERS or DatasetPlace.of(prompts)
-    own = f"prompts.files={prompts!r}" if is_source else f"prompts={prompts}"
+    own = f"prompts.files={quoted(prompts)}" if is_source else f"prompts={prompts}"
     (choice,) = grid([own, "method=none", *overrides])
     settings = choice.settings.prompts
     general = [settings.calibration] if settings.calibration else []

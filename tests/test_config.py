@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -234,6 +235,15 @@ def test_prompts_named_by_files_inherit_nothing_of_a_list() -> None:
     assert one("prompts=coco", "prompts.limit=3").settings.prompts.calibration == "data/additional_laion_prompts.csv"
 
 
+def test_prompts_named_by_files_in_an_experiment_inherit_nothing_either(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "study.yaml").write_text("# @package _global_\nprompts: {files: [a.csv], limit: 3}\n")
+    written = one("experiment=study", "prompts.calibration=c.csv", conf=tmp_path)
+    assert written.settings.prompts == PromptSettings(["a.csv"], calibration="c.csv", limit=3)
+    assert written.names["prompts"] == "a"
+    assert one("experiment=study", "prompts.files=b.csv", conf=tmp_path).settings.prompts == PromptSettings(["b.csv"])
+
+
 def test_metrics_can_be_added_and_left_out() -> None:
     names = set(one().settings.metrics)
     again = one("~metrics.ssim", "+metrics.again._target_=nemo_bench.metrics.MemorizationScore").settings.metrics
@@ -261,6 +271,9 @@ def test_metrics_can_be_added_and_left_out() -> None:
         ("method=nemo method.neurons=refind", "method.neurons=refind: expected one of refined, initial"),
         ("method=nemo method.theta=0.5", "theta > theta_min.*given 0.5"),
         ("seeds=0", "seeds=0: expected at least 1"),
+        ("seeds=9999999999", "seeds: expected at most 2,147,483,647, given 9999999999"),
+        ("batch_size=0", "batch_size=0: expected a whole number from 1 to 2,147,483,647, or auto"),
+        ("batch_size=9999999999", "batch_size=9999999999: expected a whole number from 1 to 2,147,483,647, or auto"),
         ("localize_seeds=1", "localize_seeds=1: expected at least 2"),
         ("model.guidance=-1", "model.guidance=-1.0: expected at least 0"),
         ("model.guidance=nan", "model.guidance=nan"),
@@ -490,7 +503,7 @@ def test_wrong_settings_of_the_logger_are_explained(words: list[str], message: s
         logger_settings(words)
 
 
-PUBLISHED = {
+PUBLISHED: dict[tuple[str, str], dict[str, Any]] = {
     # Jeon et al. 2025, Han et al. 2025, Asthana and Belagiannis 2026: settings of their public code.
     ("sail", "sd14"): {"target": None, "alpha": 0.05, "form": "noise"},
     ("sail", "sd20"): {"target": 5.0, "alpha": 0.01, "form": "score"},
@@ -528,6 +541,14 @@ def test_a_setting_of_ones_own_wins_over_that_of_the_family(study: Path) -> None
     )
     (written,) = grid(["experiment=study", "model=sd20"], study)
     assert (written.settings.method["rounds"], written.settings.method["radius"]) == (2, 30.0)
+
+
+def test_what_a_file_of_ones_own_says_wins_over_settings_by_family_that_it_takes_over(own: Path) -> None:
+    (own / "method" / "base.yaml").write_text("defaults: [sail, _self_]\ntarget: 7.0\n")
+    (own / "method" / "mine.yaml").write_text("defaults: [base, _self_]\nsteps: 10\n")
+    (choice,) = grid(["method=mine"], own)
+    assert (choice.settings.method["target"], choice.settings.method["steps"]) == (7.0, 10)
+    assert str(*choice.families) == "for planted: rate=0.1, restarts=0; as given: target=7.0, steps=10"
 
 
 def test_it_is_said_that_nothing_is_published_for_a_family() -> None:
@@ -645,6 +666,12 @@ def test_the_home_folder_is_found_in_files_and_in_arguments_of_classes(tmp_path:
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nroot: ~/here\n")
     assert one("experiment=mine", conf=tmp_path).settings.root == f"{HOME}/here"
     assert resolve("~/a.csv") == f"{HOME}/a.csv"
+    assert one("model.lora=~/style.safetensors").settings.model.lora == f"{HOME}/style.safetensors"
+
+
+@pytest.mark.parametrize("key", ["files", "shared_from"])
+def test_a_single_list_of_prompts_needs_no_brackets(key: str) -> None:
+    assert getattr(one(f"prompts.{key}=a.csv").settings.prompts, key) == ["a.csv"]
 
 
 @given(st.text())

@@ -142,14 +142,14 @@ def rescore(overrides: Sequence[str], names: Mapping[str, str], stored: Mapping[
     if typed & {"weights", "real_images"} and "metrics" not in typed:
         raise ConfigError("weights and real_images are taken up by metrics: name those too, such as metrics=default")
     settings = _read_stored(stored, conf)
-    kept = {
+    before = {
         "model.clip": settings.model.clip,
         "model.clip_pretrained": settings.model.clip_pretrained,
         "weights": settings.weights,
         "real_images": settings.real_images,
     }
     # What metrics may refer to.
-    words = [f"{key}={quoted(value)}" for key, value in kept.items() if key not in typed and value is not None]
+    words = [f"{key}={quoted(value)}" for key, value in before.items() if key not in typed and value is not None]
     if "metrics" not in typed:
         # Changes of single metrics are changes of those that the images were scored with.
         ConfigStore.instance().store(group="metrics", name=OWN_METRICS, node=settings.metrics)
@@ -331,9 +331,11 @@ def _chosen(overrides: Sequence[str], conf: Path | None) -> Choice:
         config = _compose([*(_word(override, base) for override in parsed), *search])
     names = {group: str(name) for group, name in config.hydra.runtime.choices.items() if name and group in GROUPS}
     node = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
-    if "prompts.files" in keys:
+    written = _of_experiment(parsed, conf)
+    named = next((own for own in (keys, written) if "prompts.files" in own), None)
+    if named is not None:
         # What else a list of prompts has belongs to its own files; nothing of it holds for others.
-        own = {key.removeprefix("prompts.") for key in keys if key.startswith("prompts.")}
+        own = {key.removeprefix("prompts.") for key in {*named, *keys} if key.startswith("prompts.")}
         typed = {key: node.prompts[key] for key in node.prompts if key in own}
         node.prompts = OmegaConf.merge(OmegaConf.structured(PromptSettings), typed)
         names["prompts"] = name_of_files(list(node.prompts.files))
@@ -343,7 +345,9 @@ def _chosen(overrides: Sequence[str], conf: Path | None) -> Choice:
         raise ConfigError(first_line(error)) from error
     assert isinstance(settings, RunSettings)
     _expand_home(settings)
-    given = [*keys, *_of_experiment(parsed, conf)]
+    given = [*keys, *written]
+    for group in ("method", "detector"):
+        given += _of_files(group, names[group], conf) if group in names else []
     nodes = {"method": settings.method, "detector": settings.detector}
     families = [
         found
@@ -355,13 +359,23 @@ def _chosen(overrides: Sequence[str], conf: Path | None) -> Choice:
 
 
 def _of_experiment(parsed: Sequence[Override], conf: Path | None) -> list[str]:
-    """Settings of the method and detector that the file of an experiment holds, other than in lines of its grid."""
+    """Settings of method, detector and prompts in the file of an experiment, other than in lines of its grid."""
     found = []
     for name in [str(o.value()) for o in parsed if o.key_or_group == "experiment" and o.value() is not None]:
         path = next(p for folder in folders("experiment", conf) if (p := folder / f"{name}.yaml").is_file())
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        found += [key for group in ("method", "detector") for key in _keys(content.get(group, {}), group)]
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        found += [key for group in ("method", "detector", "prompts") for key in _keys(content.get(group, {}), group)]
     return found
+
+
+def _of_files(group: str, name: str, conf: Path | None) -> list[str]:
+    """Settings that a file holds which takes its settings by family over from another one."""
+    path = next((p for folder in folders(group, conf) if (p := folder / f"{name}.yaml").is_file()), None)
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path else None
+    if not content or FAMILIES in content:
+        return []
+    bases = [base for base in content.pop("defaults", None) or [] if isinstance(base, str) and base != "_self_"]
+    return [*_keys(content, group), *(key for base in bases for key in _of_files(group, base, conf))]
 
 
 def _keys(node: Any, prefix: str) -> list[str]:
@@ -372,9 +386,9 @@ def _keys(node: Any, prefix: str) -> list[str]:
 
 
 _PATHS = (
-    "root", "weights", "real_images", "model.source", "model.config", "model.statistics", "model.clip_pretrained",
-    "prompts.files", "prompts.memorized", "prompts.shared_from", "prompts.references", "prompts.calibration",
-    "prompts.controls",
+    "root", "weights", "real_images", "model.source", "model.config", "model.lora", "model.statistics",
+    "model.clip_pretrained", "prompts.files", "prompts.memorized", "prompts.shared_from", "prompts.references",
+    "prompts.calibration", "prompts.controls",
 )  # fmt: skip
 
 

@@ -128,7 +128,7 @@ def short(citation: str) -> str:
 
 def _names(group: str, conf: Path | None) -> list[str]:
     if group == "sweeps":
-        return sorted({path.stem for folder in folders(group, conf) for path in folder.glob("*.yaml")})
+        return sorted({path.stem for folder in folders(group, conf) for path in folder.glob("[!.]*.yaml")})
     if group not in GROUPS:
         raise ConfigError(f"unknown group '{group}'. {nearest(group, LISTED)}")
     return options(group, conf)

@@ -221,8 +221,6 @@ _LEAST: dict[str, float] = {
     "logger.timeout": 1,
     "logger.thumbnails": 0,
 }
-
-
 MOST = 2**31 - 1
 """Largest number that a setting may be: what counts steps, seeds or processes is handed to libraries as 32 bits."""
 LONGEST_NAME = 200
@@ -248,12 +246,13 @@ def check_values(settings: RunSettings) -> None:
     for key, least in _LEAST.items():
         value = value_of(key)
         if value is not None and not least <= value < math.inf:
-            raise ConfigError(f"{key}={value}: expected at least {least:g}")
-    size = settings.batch_size
-    if size != "auto" and (not isinstance(size, int) or size < 1):
-        raise ConfigError(f"batch_size={size}: expected a whole number of at least 1, or auto")
+            raise ConfigError(f"{key}={shortened(str(value), 40)}: expected at least {least:g}")
         if value is not None and value > MOST:
             raise ConfigError(f"{key}: expected at most {MOST:,}, given {shortened(str(value), 40)}")
+    size = settings.batch_size
+    if size != "auto" and not (isinstance(size, int) and 1 <= size <= MOST):
+        given = shortened(str(size), 40)
+        raise ConfigError(f"batch_size={given}: expected a whole number from 1 to {MOST:,}, or auto")
     if len(settings.name) > LONGEST_NAME:
         raise ConfigError(f"name: {len(settings.name):,} characters; it names a folder, so at most {LONGEST_NAME}")
     if not re.fullmatch(r"[A-Za-z0-9._-]+", settings.name) or not settings.name.strip("."):

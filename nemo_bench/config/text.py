@@ -34,8 +34,6 @@ SHOWN = 200
 """Longest word that an error message shows again."""
 FILES = ("prompts.files", "prompts.memorized", "prompts.shared_from")
 """Lists of files of which a single one needs no brackets."""
-
-
 _PLAIN = re.compile(r"[A-Za-z/][A-Za-z/._-]*[./_-][A-Za-z0-9/._-]*")
 """Paths that no grammar takes for anything else."""
 

@@ -87,7 +87,7 @@ class Lora:
     def is_downloaded(self) -> bool:
         """Whether nothing is left to be downloaded."""
         repository, name = self._place
-        return repository is None or (repository.snapshot / name).is_file()
+        return repository is None or repository.has_downloaded(name)
 
     def digest(self) -> str:
         """Digest of weights and scale, 16 hexadecimal digits; of a file its contents, of the hub id and commit.

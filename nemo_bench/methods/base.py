@@ -135,6 +135,19 @@ class Method(ABC):
         """
         return {}
 
+    def check_source(  # noqa: B027 # most take any
+        self, prompts: Sequence[Prompt], source_prompts: Sequence[Prompt]
+    ) -> None:
+        """Makes sure that :attr:`source` is asked for prompts that will do; called before any weights load.
+
+        Args:
+            prompts: The prompts of this method.
+            source_prompts: The prompts that the source localizes.
+
+        Raises:
+            ConfigError: They will not.
+        """
+
     def fit(self, found: Mapping[str, Localization], widths: Mapping[str, int], prompts: Sequence[Prompt] = ()) -> None:
         """Takes in what :attr:`source` found, before the first prompt is localized.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from nemo_bench.diffusion import Diffusion
-from nemo_bench.errors import ConfigError
+from nemo_bench.errors import ConfigError, NotFiniteError
 from nemo_bench.methods.base import Method
 from nemo_bench.methods.nemo import BlockNeurons
 from nemo_bench.types import Localization, Neurons, Prompt, digest
@@ -16,8 +16,8 @@ from nemo_bench.types import Localization, Neurons, Prompt, digest
 class OtherNeurons(BlockNeurons):
     """Blocks for each prompt what the source found for another, memorized prompt, drawn by the ids of the two.
 
-    So looks a model to all others that was edited for one memorized prompt. The memorized prompts are those of the run,
-    or of the list ``prompts.shared_from``; all prompts, where none is marked as memorized.
+    It shows what a model that was edited for one memorized prompt makes of the other prompts. The memorized prompts are
+    those of the run, or of the list ``prompts.shared_from``; all prompts, where none is marked as memorized.
 
     Args:
         source: The method whose neurons are taken.
@@ -29,28 +29,44 @@ class OtherNeurons(BlockNeurons):
     sourcing = "a control"
     pools = True
 
+    source: Method
+
     def __init__(self, source: Method, factor: float = 0.0) -> None:
         super().__init__(factor)
         self.source = source
         self.title = f"{source.title}, edit for another prompt"
         self._edits: dict[str, Neurons] = {}
 
+    def check_source(self, prompts: Sequence[Prompt], source_prompts: Sequence[Prompt]) -> None:
+        """See :meth:`Method.check_source`."""
+        edited = set(_memorized(source_prompts) or [prompt.id for prompt in source_prompts])
+        alone = next((prompt.id for prompt in prompts if edited <= {prompt.id}), None)
+        if alone is not None:
+            raise ConfigError(
+                f"{self.title}: there is no other memorized prompt for '{alone}'; give a list with two or more, name "
+                "one as prompts.shared_from, or leave this method out, such as by method=none,nemo"
+            )
+
     def fit(self, found: Mapping[str, Localization], widths: Mapping[str, int], prompts: Sequence[Prompt] = ()) -> None:
         """See :meth:`Method.fit`."""
         super().fit(found, widths, prompts)
-        memorized = [prompt.id for prompt in prompts if prompt.kind] or [*found]
-        self._edits = {name: found[name].neurons for name in memorized}
+        edited = _memorized(prompts) or [*found]
+        self._edits = {name: found[name].neurons for name in edited if name in found}
 
     def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor | None = None) -> Localization:
         """See :meth:`Method.localize`.
 
         Raises:
-            ConfigError: The source found nothing for any other prompt.
+            NotFiniteError: The source failed for all other memorized prompts, or there are none.
         """
         others = [name for name in self._edits if name != prompt.id]
         if not others:
-            msg = "another prompt's neurons need another memorized prompt: give a list with two, or prompts.shared_from"
-            raise ConfigError(msg)
+            msg = f"{self.source.title} found no neurons for another memorized prompt than '{prompt.id}'"
+            raise NotFiniteError(msg)
         found = self.found.get(prompt.id, Localization())
         drawn = min(others, key=lambda name: digest([prompt.id, name]))
         return Localization(self._edits[drawn], gate_score=found.gate_score, threshold=found.threshold)
+
+
+def _memorized(prompts: Sequence[Prompt]) -> list[str]:
+    return [prompt.id for prompt in prompts if prompt.kind]

@@ -61,6 +61,7 @@ class SharedNeurons(BlockNeurons):
         if k is None:
             self.title = f"{source.title}, one edit for all prompts"
         self._chosen: Neurons | None = None
+        self._is_counted = False
 
     def fit(self, found: Mapping[str, Localization], widths: Mapping[str, int], prompts: Sequence[Prompt] = ()) -> None:
         """See :meth:`Method.fit`."""
@@ -73,6 +74,7 @@ class SharedNeurons(BlockNeurons):
             for name, result in found.items()
             if name in counted
         ]
+        self._is_counted = bool(subgroups)
         neurons = list(chain(*subgroups))
         if self.of == "subgroups":
             chosen = list(chain(*_most_common(filter(None, subgroups), self.k)))
@@ -88,12 +90,12 @@ class SharedNeurons(BlockNeurons):
 
         Raises:
             ConfigError: The source's neurons have not been counted.
-            NotFiniteError: The source failed for all prompts.
+            NotFiniteError: The source failed for all memorized prompts.
         """
         if self._chosen is None:
             raise ConfigError("shared neurons need to be counted: call fit with what the source found for all prompts")
-        if not self.found:
-            raise NotFiniteError(f"there are no neurons to share: {self.source.title} failed for all prompts")
+        if not self._is_counted:
+            raise NotFiniteError(f"there are no neurons to share: {self.source.title} failed for all memorized prompts")
         found = self.found.get(prompt.id, Localization())
         return Localization(self._chosen, gate_score=found.gate_score, threshold=found.threshold)
 

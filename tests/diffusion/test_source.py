@@ -254,6 +254,18 @@ def test_a_broken_folder_is_an_error(folder: Path, tmp_path: Path) -> None:
         Source(str(tmp_path / "model")).digest()
 
 
+@pytest.mark.parametrize("name", ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"])
+@pytest.mark.parametrize(("content", "message"), [("[]", "holds no object"), ("[" * 100_000, "not a valid JSON file")])
+def test_settings_that_are_no_json_object_are_named(
+    name: str, content: str, message: str, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / name).write_text(content)
+    source = Source(str(tmp_path / "model"))
+    with pytest.raises(ModelError, match=f"{name}.*{message}"):
+        print(source.family, source.scheduler, source.latent_size)
+
+
 def test_the_digest_follows_contents_not_places(folder: Path, single_file: Path, tmp_path: Path) -> None:
     copy, file = tmp_path / "model", tmp_path / "copy.safetensors"
     shutil.copytree(folder, copy)

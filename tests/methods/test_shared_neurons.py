@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nemo_bench import ConfigError, Diffusion, Localization, NeMo, Neurons, Prompt
+from nemo_bench.cells import plan
+from nemo_bench.config import grid
+from nemo_bench.errors import NotFiniteError
 from nemo_bench.methods import OtherNeurons, RandomNeurons, SharedNeurons
 from nemo_bench.methods.base import Method
 
@@ -85,10 +89,26 @@ def test_another_prompts_neurons_are_those_of_a_memorized_one_and_never_its_own(
     assert drawn[:2] == [FOUND[1], FOUND[0]]
     new = {method.localize(tiny, Prompt(f"new {i}", "x"), latents).neurons for i in range(20)}
     assert {*drawn[2:]} <= {FOUND[0], FOUND[1]} == new
-    alone = OtherNeurons(NeMo())
-    alone.fit({"0": Localization(FOUND[0])}, WIDTHS, PROMPTS[:1])
-    with pytest.raises(ConfigError, match="another memorized prompt"):
-        alone.localize(tiny, PROMPTS[0], latents)
+    # Those that the source failed for are not drawn, and one that is left alone fails in its turn.
+    method.fit({"0": Localization(FOUND[0]), "2": Localization()}, WIDTHS, PROMPTS)
+    assert method.localize(tiny, PROMPTS[2], latents).neurons == FOUND[0]
+    with pytest.raises(NotFiniteError, match="no neurons for another memorized prompt than '0'"):
+        method.localize(tiny, PROMPTS[0], latents)
+
+
+def test_shared_neurons_fail_where_the_source_failed_for_all_memorized_prompts(tiny: Diffusion) -> None:
+    method = SharedNeurons(NeMo())
+    method.fit({"2": Localization(FOUND[2])}, WIDTHS, PROMPTS)
+    with pytest.raises(NotFiniteError, match="NeMo failed for all memorized prompts"):
+        method.localize(tiny, PROMPTS[2], tiny.latents([0, 1]))
+
+
+def test_that_there_is_no_other_memorized_prompt_is_said_before_anything_loads(tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text('{"id": "a", "text": "x", "kind": "VM"}\n{"id": "b", "text": "y"}\n')
+    general = "prompts.calibration=package:planted/prompts/calibration.txt"
+    words = [f"prompts.files={tmp_path / 'one.jsonl'}", general, f"root={tmp_path}", "method=other_prompt"]
+    with pytest.raises(ConfigError, match="no other memorized prompt for 'a'; give a list with two or more"):
+        plan(grid(words))
 
 
 def test_random_neurons_are_drawn_once_for_all_prompts_on_request(tiny: Diffusion) -> None:
