@@ -643,6 +643,6 @@ def test_a_calibration_that_does_not_hold_what_it_should_is_named(tmp_path: Path
     run = write_fake_results(tmp_path / "default")
     folder = write_fake_calibration(run)
     (folder / "threshold.json").write_text("{}")
-    with pytest.raises(StoreError, match="threshold.json does not hold what it should") as error:
+    with pytest.raises(StoreError, match=r"threshold\.json does not hold what it should") as error:
         write_report(run)
     assert folder.name in str(error.value)

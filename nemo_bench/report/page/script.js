@@ -191,10 +191,11 @@
     const file = `${name.toLowerCase().replace(/[^a-z0-9]+/g, "-")}.csv`;
     table.closest(".scroll").after(button("Download CSV", name, () => save(file, new Blob([csv(table)], { type: "text/csv" }))));
   });
+  const SVG = "image/svg+xml";
   const drawn = svg => {
     const copy = svg.cloneNode(true), own = getComputedStyle(document.documentElement);
     const [, , width, height] = svg.getAttribute("viewBox").split(" ");
-    copy.setAttribute("xmlns", "http://www.w3.org/2000/svg");
+    copy.setAttribute("xmlns", svg.namespaceURI);
     copy.setAttribute("width", width);
     copy.setAttribute("height", height);
     copy.setAttribute("style", `color: ${own.getPropertyValue("--ink")}; background: ${own.getPropertyValue("--paper")}; font-family: sans-serif`);
@@ -208,12 +209,12 @@
       canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
       canvas.toBlob(blob => save(`${name}.png`, blob));
     });
-    image.src = "data:image/svg+xml;charset=utf-8," + encodeURIComponent(drawn(svg));
+    image.src = `data:${SVG};charset=utf-8,${encodeURIComponent(drawn(svg))}`;
   };
   all(".figures figure[id]").forEach(figure => {
     const svg = figure.querySelector("svg"), title = figure.querySelector("h3").textContent;
     figure.append(
-      button("SVG", title, () => save(`${figure.id}.svg`, new Blob([drawn(svg)], { type: "image/svg+xml" }))), " ",
+      button("SVG", title, () => save(`${figure.id}.svg`, new Blob([drawn(svg)], { type: SVG }))), " ",
       button("PNG", title, () => raster(svg, figure.id)),
     );
   });
