@@ -216,12 +216,18 @@ def read_records(folder: Path, stage: str) -> dict[str, Record]:
 
 
 _FIELDS: dict[str, dict[str, Any]] = {
-    "localize": {"prompt": str, "neurons": dict, "memorization": (int, float, type(None))},
+    "localize": {"prompt": str},
     "generate": {"prompt": str, "seed": int},
     "score": {"prompt": str, "seed": (int, type(None)), "scores": dict},
     "detect": {"prompt": str},
 }
 """What is in a record beside its id, by stage."""
+_RESULTS: dict[str, dict[str, Any]] = {
+    "localize": {"neurons": dict, "memorization": (int, float)},
+    "generate": {"image": str},
+    "detect": {"score": (int, float)},
+}
+"""What else is in it, unless it says why it ``failed``."""
 
 
 def read_checked(folder: Path, stage: str) -> list[Record]:
@@ -232,7 +238,9 @@ def read_checked(folder: Path, stage: str) -> list[Record]:
     """
     records = list(iterate_records(folder, stage))
     for record in records:
-        for name, kind in _FIELDS[stage].items():
+        results = {} if isinstance(record.get("failed"), str) else _RESULTS.get(stage, {})
+        expected = {**_FIELDS[stage], **results}
+        for name, kind in expected.items():
             if name not in record or not isinstance(record[name], kind):
                 msg = f"{folder / 'records'}/{stage}.*.jsonl: the record {record['id']} has no {name} that it should"
                 raise StoreError(f"{msg}; delete its line (its item is computed again)")
