@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from nemo_bench.diffusion import Diffusion
-from nemo_bench.errors import ConfigError
+from nemo_bench.errors import ConfigError, NotFiniteError
 from nemo_bench.methods.base import Method
 from nemo_bench.methods.nemo import BlockNeurons
 from nemo_bench.types import Localization, Neurons, Prompt, digest
@@ -33,22 +33,26 @@ class OtherNeurons(BlockNeurons):
         super().__init__(factor)
         self.source = source
         self.title = f"{source.title}, edit for another prompt"
+        self._memorized: list[str] = []
         self._edits: dict[str, Neurons] = {}
 
     def fit(self, found: Mapping[str, Localization], widths: Mapping[str, int], prompts: Sequence[Prompt] = ()) -> None:
         """See :meth:`Method.fit`."""
         super().fit(found, widths, prompts)
-        memorized = [prompt.id for prompt in prompts if prompt.kind] or [*found]
-        self._edits = {name: found[name].neurons for name in memorized}
+        self._memorized = [prompt.id for prompt in prompts if prompt.kind] or [*found]
+        self._edits = {name: found[name].neurons for name in self._memorized if name in found}
 
     def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor | None = None) -> Localization:
         """See :meth:`Method.localize`.
 
         Raises:
-            ConfigError: The source found nothing for any other prompt.
+            ConfigError: There is no other memorized prompt.
+            NotFiniteError: The source failed for all others.
         """
         others = [name for name in self._edits if name != prompt.id]
         if not others:
+            if any(name != prompt.id for name in self._memorized):
+                raise NotFiniteError(f"there are no edits for other prompts: {self.source.title} failed for all")
             msg = "another prompt's neurons need another memorized prompt: give a list with two, or prompts.shared_from"
             raise ConfigError(msg)
         found = self.found.get(prompt.id, Localization())

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from nemo_bench import ConfigError, Diffusion, Localization, NeMo, Neurons, Prompt
+from nemo_bench.errors import NotFiniteError
 from nemo_bench.methods import OtherNeurons, RandomNeurons, SharedNeurons
 from nemo_bench.methods.base import Method
 
@@ -89,6 +90,14 @@ def test_another_prompts_neurons_are_those_of_a_memorized_one_and_never_its_own(
     alone.fit({"0": Localization(FOUND[0])}, WIDTHS, PROMPTS[:1])
     with pytest.raises(ConfigError, match="another memorized prompt"):
         alone.localize(tiny, PROMPTS[0], latents)
+
+
+def test_where_the_source_failed_for_a_memorized_prompt_the_others_neurons_are_taken(tiny: Diffusion) -> None:
+    method, latents = OtherNeurons(NeMo()), tiny.latents([0, 1])
+    method.fit({"0": Localization(FOUND[0])}, WIDTHS, PROMPTS[:3])
+    assert [method.localize(tiny, PROMPTS[i], latents).neurons for i in (1, 2)] == [FOUND[0], FOUND[0]]
+    with pytest.raises(NotFiniteError, match="failed for all"):
+        method.localize(tiny, PROMPTS[0], latents)
 
 
 def test_random_neurons_are_drawn_once_for_all_prompts_on_request(tiny: Diffusion) -> None:
