@@ -444,7 +444,7 @@ def _ls(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from nemo_bench.report import load_results, terminal_table, write_report
     from nemo_bench.report.detection import load_detections, terminal_detection, write_detection
-    from nemo_bench.store import read_json
+    from nemo_bench.store import read_run
     from nemo_bench.terminal import show
 
     folder = options.folder
@@ -452,7 +452,7 @@ def _report(options: argparse.Namespace) -> None:
         page = write_detection(folder)
         show(*terminal_detection(load_detections(folder)))
         print(page)
-        if not read_json(folder / "run.json")["cells"]:
+        if not read_run(folder)["cells"]:
             return
     write_report(folder)
     show(terminal_table(load_results(folder)))
