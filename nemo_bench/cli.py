@@ -338,8 +338,8 @@ def _print_forecast(expected: Mapping[str, Any]) -> None:
         console.print(f"{expected['uncounted']} cells can't be counted before their files are there")
     if not rows:
         return
-    columns = (Column(name, no_wrap=True) for name in ("localize", "generate", "score", "UNet passes", "time"))
-    table = Table(Column("open records", overflow="fold"), *columns)
+    titles = ("open records", "localize", "generate", "score", "UNet passes", "time")
+    table = Table(*(Column(title, no_wrap=True) for title in titles))
     for row in rows:
         counts = [str(row["open"].get(stage, "-")) for stage in ("localize", "generate", "score")]
         least = "≥ " if row["at_least"] else ""
