@@ -52,7 +52,7 @@ class OtherNeurons(BlockNeurons):
         others = [name for name in self._edits if name != prompt.id]
         if not others:
             if any(name != prompt.id for name in self._memorized):
-                raise NotFiniteError(f"there are no edits for other prompts: {self.source.title} failed for all")
+                raise NotFiniteError("there are no edits for other prompts: what finds them failed for all")
             msg = "another prompt's neurons need another memorized prompt: give a list with two, or prompts.shared_from"
             raise ConfigError(msg)
         found = self.found.get(prompt.id, Localization())
