@@ -114,7 +114,7 @@ class Cell(ImageCell):
     @property
     def is_calibrated(self) -> bool:
         """Whether nothing is left to be measured on general prompts."""
-        is_there: dict[str, Callable[[Path], bool]] = {STATISTICS: is_readable, THRESHOLD: is_whole}
+        is_there: dict[str, Callable[[Path], bool]] = {STATISTICS: is_readable, THRESHOLD: is_measured}
         return all(is_there[name](self.calibration.folder / name) for name in self.measured)
 
     @property
@@ -406,6 +406,11 @@ def to_measure(method: Method, model: ModelSettings) -> list[str]:
     calibrated = [m for m in _lineage(method) if m.needs_calibration]
     given = {STATISTICS: model.statistics is not None, THRESHOLD: not any(m.calibrates_threshold for m in calibrated)}
     return [name for name, present in given.items() if calibrated and not present]
+
+
+def is_measured(threshold: Path) -> bool:
+    """Whether a threshold's file is there and holds what it should; a threshold may be None in it."""
+    return is_whole(threshold, "threshold", "mean", "std", "maxima")
 
 
 def is_pooled(method: Method) -> bool:

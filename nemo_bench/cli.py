@@ -336,8 +336,8 @@ def _print_forecast(expected: Mapping[str, Any]) -> None:
         console.print(f"{expected['uncounted']} cells can't be counted before their files are there")
     if not rows:
         return
-    columns = (Column(name, no_wrap=True) for name in ("localize", "generate", "score", "UNet passes", "time"))
-    table = Table(Column("open records", overflow="fold"), *columns)
+    titles = ("open records", "localize", "generate", "score", "UNet passes", "time")
+    table = Table(*(Column(title, no_wrap=True) for title in titles))
     for row in rows:
         counts = [str(row["open"].get(stage, "-")) for stage in ("localize", "generate", "score")]
         least = "≥ " if row["at_least"] else ""
@@ -443,7 +443,7 @@ def _ls(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from nemo_bench.report import load_results, terminal_table, write_report
     from nemo_bench.report.detection import load_detections, terminal_detection, write_detection
-    from nemo_bench.store import read_json
+    from nemo_bench.store import read_run
     from nemo_bench.terminal import show
 
     folder = options.folder
@@ -451,7 +451,7 @@ def _report(options: argparse.Namespace) -> None:
         page = write_detection(folder)
         show(*terminal_detection(load_detections(folder)))
         print(page)
-        if not read_json(folder / "run.json")["cells"]:
+        if not read_run(folder)["cells"]:
             return
     write_report(folder)
     show(terminal_table(load_results(folder)))

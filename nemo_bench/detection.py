@@ -91,6 +91,7 @@ def _cell(choice: Choice, prompts: list[Prompt]) -> DetectionCell:
     model = settings.model
     detector: Detector = build(settings.detector, "detector")
     source = source_of(model)
+    source.check()
     detector.check(source.family.pipeline.__name__, model.guidance, compiled=model.compiled)
     check_scheduler(source, model, predicts=True)
     if isinstance(detector, NoiseDifference) and (size := source.latent_size):

@@ -13,6 +13,7 @@ from nemo_bench.cells import (
     THRESHOLD,
     Cell,
     check_general,
+    is_measured,
     is_pooled,
     plan,
     read_files,
@@ -27,7 +28,7 @@ from nemo_bench.localization import read_statistics
 from nemo_bench.metrics import BenchMetric
 from nemo_bench.run import outlook
 from nemo_bench.runner import Runner
-from nemo_bench.store import read_json, read_records
+from nemo_bench.store import read_object, read_records, read_starts
 from nemo_bench.types import Prompt
 
 State = Literal["there", "fetched", "partly", "missing"]
@@ -79,10 +80,10 @@ class Pace:
         pace = cls()
         for path in sorted(root.glob("*/*/spec.json")):
             try:
-                spec = read_json(path)
-                if spec.get("digests", {}).get("model") == weights:
+                spec = read_object(path, "digests", "settings")
+                if spec["digests"].get("model") == weights:
                     pace._take(path.parent, spec["settings"]["method"]["_target_"])
-            except (NemoBenchError, KeyError, TypeError, ZeroDivisionError):
+            except (NemoBenchError, KeyError, TypeError, AttributeError, ZeroDivisionError):
                 continue
         return pace
 
@@ -96,7 +97,7 @@ class Pace:
         self.scoring.extend(r["cost"]["seconds"] for r in found["score"] if r["seed"] is None)
         if any(found.values()):
             self.records += sum(map(len, found.values()))
-            self.devices.add(read_json(cell / "env.json")["starts"][-1]["device"])
+            self.devices.add(read_starts(cell)[-1]["device"])
 
     def per_pass(self, stage: str) -> float | None:
         """Mean seconds a pass in a stage, or else over all stages; None without records."""
@@ -356,7 +357,7 @@ def _costs(cells: Sequence[Cell]) -> tuple[list[dict[str, Any]], dict[str, Pace]
 
 def _calibrating(cell: Cell) -> int:
     """UNet passes until the threshold is known; activation statistics take none."""
-    if THRESHOLD not in cell.measured or (cell.calibration.folder / THRESHOLD).exists():
+    if THRESHOLD not in cell.measured or is_measured(cell.calibration.folder / THRESHOLD):
         return 0
     done = len(cell.calibration.records("calibrate"))
     guided = 2 if cell.method.protocol.calibration_guidance is not None else 1

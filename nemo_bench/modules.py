@@ -147,9 +147,11 @@ class CalibrationStage(Stage):
 
     def handle(self, tasks: Sequence[PromptTask]) -> list[Record]:
         """Pairwise similarities, several prompts in one batch."""
+        before = self.model.row_passes
         scores = pair_scores(self.model, [t.prompt for t in tasks], self.seeds, self.protocol, self.batch_size)
+        each = (self.model.row_passes - before) // len(tasks)
         return [
-            {"id": task.id, "prompt": task.prompt.id, **_pairs(pairs), "cost": {"row_passes": self.seeds}}
+            {"id": task.id, "prompt": task.prompt.id, **_pairs(pairs), "cost": {"row_passes": each}}
             for task, pairs in zip(tasks, scores, strict=True)
         ]
 

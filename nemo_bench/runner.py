@@ -32,6 +32,7 @@ from nemo_bench.cells import (
     ImageCell,
     Work,
     check_similarity,
+    is_measured,
     metrics_of,
     similarity_of,
     source_of,
@@ -101,8 +102,8 @@ def open_folder(folder: Path, cells: Sequence[ImageCell], *, instead: bool = Fal
         StoreError: It holds something else.
     """
     path = folder / "run.json"
-    is_foreign = not path.exists() and not _cells_in(folder) and folder.exists()
-    if is_foreign and any(p.suffix != ".part" for p in visible(folder.iterdir(), folder)):
+    is_begun = path.exists() or any(is_whole(place, "cell") for place in folder.glob("*/spec.json"))
+    if not is_begun and folder.exists() and any(p.suffix != ".part" for p in visible(folder.iterdir(), folder)):
         raise StoreError(f"{folder} is not empty and holds no run of nemo_bench; choose another name=... or root=...")
     folder.mkdir(parents=True, exist_ok=True)
     present = read_run(folder) if is_whole(path, "cells") else {"cells": _cells_in(folder)}
@@ -263,7 +264,7 @@ class Runner:
         store = cell.calibration
         if is_main() and cell.measured:
             settings = {"model": cell.spec["model"], "prompts": len(cell.calibration_prompts)}
-            store.open({"settings": settings, "general_prompts": cell.spec["general_prompts"]})
+            store.open({"settings": settings, "general_prompts": cell.spec["general_prompts"]}, is_named=True)
         if STATISTICS in cell.measured:
             self._measure_statistics(cell)
         path = Path(resolve(given)) if given else store.folder / STATISTICS
@@ -293,7 +294,7 @@ class Runner:
 
     def _measure_threshold(self, cell: Cell) -> None:
         store, path = cell.calibration, cell.calibration.folder / THRESHOLD
-        if is_whole(path, "threshold", "mean", "std"):
+        if is_measured(path):
             return
         rows = self.rows(cell)
         tasks, seeds = [PromptTask.of(p) for p in cell.calibration_prompts], cell.choice.settings.localize_seeds
@@ -373,7 +374,7 @@ class Runner:
         """Takes the features of the real pictures that sets are compared with; once, then they are cached."""
         chunks, store = FolderChunk.split(metric.files), real_store(metric, cell)
         if is_main():
-            store.open({"settings": dict(metric.space.content())})
+            store.open({"settings": dict(metric.space.content())}, is_named=True)
         self.trainer.strategy.barrier()
         self.go_through("features", metric.title, chunks, store, lambda: FeatureStage(metric.space, store), 1)
 

@@ -195,7 +195,7 @@ def reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> ImageCe
     lost = [record["image"] for record in records if not (folder / record["image"]).is_file()]
     if lost:
         msg = f"{folder}: {len(lost)} images are gone, such as {lost[0]}"
-        raise StoreError(f"{msg}; give the command that made them again ({made_again(folder)})")
+        raise StoreError(f"{msg}; {made_again(folder)}")
     if changed := changed_images(folder, records):
         msg = f"{folder}: {len(changed)} images are not those that were scored, such as {changed[0]}"
         raise StoreError(f"{msg}; score their folder again, for a cell of its own, or put the former images back")
@@ -255,7 +255,7 @@ def _of_images(
     settings.method, title, citation = about_method(method, conf)
     counts = Counter(image.task.prompt.id for image in found)
     settings.seeds = max(counts.values())
-    _tell(found, contents, len(prompts) - len(counts), say)
+    _tell(contents, len(prompts) - len(counts), say)
     model = choice.names["model"] if is_named else OTHER_MODEL
     decisive = {
         "model": {"name": model},
@@ -285,7 +285,7 @@ def _of_images(
     return cell
 
 
-def _tell(found: Sequence[FoundImage], contents: Sequence[Content], without: int, say: Callable[[str], None]) -> None:
+def _tell(contents: Sequence[Content], without: int, say: Callable[[str], None]) -> None:
     """Says what is scored in another way than may be expected."""
     if not is_main():
         return

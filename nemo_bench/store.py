@@ -216,12 +216,18 @@ def read_records(folder: Path, stage: str) -> dict[str, Record]:
 
 
 _FIELDS: dict[str, dict[str, Any]] = {
-    "localize": {"prompt": str, "neurons": dict, "memorization": (int, float, type(None))},
+    "localize": {"prompt": str},
     "generate": {"prompt": str, "seed": int},
     "score": {"prompt": str, "seed": (int, type(None)), "scores": dict},
     "detect": {"prompt": str},
 }
 """What is in a record beside its id, by stage."""
+_RESULTS: dict[str, dict[str, Any]] = {
+    "localize": {"neurons": dict, "memorization": (int, float)},
+    "generate": {"image": str},
+    "detect": {"score": (int, float)},
+}
+"""What else is in it, unless it says why it ``failed``."""
 
 
 def read_checked(folder: Path, stage: str) -> list[Record]:
@@ -232,7 +238,9 @@ def read_checked(folder: Path, stage: str) -> list[Record]:
     """
     records = list(iterate_records(folder, stage))
     for record in records:
-        for name, kind in _FIELDS[stage].items():
+        results = {} if isinstance(record.get("failed"), str) else _RESULTS.get(stage, {})
+        expected = {**_FIELDS[stage], **results}
+        for name, kind in expected.items():
             if name not in record or not isinstance(record[name], kind):
                 msg = f"{folder / 'records'}/{stage}.*.jsonl: the record {record['id']} has no {name} that it should"
                 raise StoreError(f"{msg}; delete its line (its item is computed again)")
@@ -405,25 +413,30 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def open(self, spec: dict[str, Any]) -> None:
+    def open(self, spec: dict[str, Any], *, is_named: bool = False) -> None:
         """Makes the folder, or checks that it belongs to the same configuration.
 
         Args:
             spec: What the cell is; its ``settings`` decide what it holds, and are compared.
+            is_named: Whether the folder has a name that no other configuration has, so that a ``spec.json`` that was
+                lost or damaged is written again. Folders that are named by their settings are known without.
 
         Raises:
             StoreError: The folder belongs to another configuration.
         """
         path = self.folder / "spec.json"
         content = {"schema": SCHEMA, **json.loads(as_json(spec))}
-        if self._is_named_by(content) and not is_whole(path, "settings"):
+        is_ours = self.folder.is_dir() and (is_named or self._is_named_by(content))
+        if is_ours and not is_whole(path, "settings"):
             write_json(path, content)  # it was damaged or deleted: the folder's name says that it is the same
         if path.exists():
             present = read_object(path, "settings")
-            old, new = present.get("settings", {}), content["settings"]
+            old, new = present["settings"], content["settings"]
+            if not isinstance(old, dict):
+                raise damaged(path, "settings are no object")
             differing = ["schema"] if present.get("schema") != SCHEMA else []
             differing += sorted(f"settings.{key}" for key in {*old, *new} if old.get(key) != new.get(key))
-            if differing and self._is_named_by(content):
+            if differing and is_ours:
                 raise damaged(path, f"not what its folder is named by: {', '.join(differing)}")
             if differing:
                 msg = (
@@ -440,8 +453,8 @@ class Store:
             (self.folder / part).mkdir(exist_ok=True)
 
     def _is_named_by(self, content: dict[str, Any]) -> bool:
-        """Whether the folder is there, and named by such settings."""
-        return self.folder.is_dir() and self.folder.name.endswith(f"__{digest(content['settings'], 8)}")
+        """Whether the folder is named by such settings."""
+        return self.folder.name.endswith(f"__{digest(content['settings'], 8)}")
 
     def records(self, stage: str) -> dict[str, Record]:
         """See :func:`read_records`."""

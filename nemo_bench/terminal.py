@@ -48,4 +48,10 @@ def _of(table: Table, columns: list) -> Table:  # type: ignore[type-arg]
 
 
 def _fits(table: Table, console: Console) -> bool:
-    return console.measure(table, options=console.options.update(max_width=10_000)).minimum <= console.width
+    options = console.options.update(max_width=10_000)
+    width = console.measure(table, options=options).minimum
+    for column in table.columns:
+        if column.no_wrap:  # which rich measures as if its words could be broken
+            found = [console.measure(cell, options=options) for cell in (column.header, *column.cells)]
+            width += max(each.maximum for each in found) - max(each.minimum for each in found)
+    return width <= console.width

@@ -124,7 +124,11 @@ def test_a_finished_calibration_costs_nothing(words: list[str]) -> None:
     (cells[0].calibration.folder / "records" / "calibrate.0.jsonl").write_text(json.dumps(record) + "\n")
     (row,) = forecast(grid([*words, "method=nemo"]))["cells"]
     assert row["passes"]["calibrate"] == 7 * 3
-    (cells[0].calibration.folder / "threshold.json").write_text("{}")
+    path = cells[0].calibration.folder / "threshold.json"
+    path.write_text("{}")
+    (row,) = forecast(grid([*words, "method=nemo"]))["cells"]
+    assert row["passes"]["calibrate"] == 7 * 3  # it lacks what it should hold
+    path.write_text(json.dumps(dict.fromkeys(("threshold", "mean", "std", "maxima"))))
     (row,) = forecast(grid([*words, "method=nemo"]))["cells"]
     assert row["passes"]["calibrate"] == 0
 

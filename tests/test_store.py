@@ -15,7 +15,7 @@ from PIL import Image
 
 from nemo_bench import store as store_module
 from nemo_bench.errors import StoreError
-from nemo_bench.store import SCHEMA, Store, read_json, read_records, write_json
+from nemo_bench.store import SCHEMA, Store, read_checked, read_json, read_records, write_json
 from nemo_bench.types import Record
 
 SPEC = {"settings": {"model": "m", "steps": 3}}
@@ -262,3 +262,24 @@ def test_json_that_is_missing_or_torn_is_an_error_that_names_the_file(tmp_path: 
     (tmp_path / "torn.json").write_bytes(b'{"a": "\xff')
     with pytest.raises(StoreError, match=r"torn\.json does not hold what it should \(no JSON"):
         read_json(tmp_path / "torn.json")
+
+
+@pytest.mark.parametrize(
+    ("stage", "content"),
+    [
+        ("localize", {"prompt": "a", "neurons": {}, "memorization": 0.5}),
+        ("generate", {"prompt": "a", "seed": 0, "image": "images/a_00.png"}),
+        ("detect", {"prompt": "a", "score": 0.5}),
+    ],
+)
+def test_a_record_lacks_its_result_only_where_it_says_why_it_failed(store: Store, stage: str, content: Record) -> None:
+    file = lines_of(store, 0, stage)
+    whole = {"id": "1", **content}
+    *_, result = content
+    lacking = {key: value for key, value in whole.items() if key != result}
+    for good in (whole, {**lacking, "failed": "not finite"}):
+        file.write_text(json.dumps(good) + "\n")
+        assert read_checked(store.folder, stage) == [good]
+    file.write_text(json.dumps(lacking) + "\n")
+    with pytest.raises(StoreError, match=f"the record 1 has no {result} that it should; delete its line"):
+        read_checked(store.folder, stage)

@@ -55,6 +55,10 @@ class NoiseDifference(Detector):
         check_counts(self.title, seeds, least=2)
         self.seeds, self.pairs, self.protocol = seeds, pairs, PROTOCOLS[protocol]
 
+    def fits(self, model: Diffusion) -> None:
+        """See :meth:`Detector.fits`."""
+        model.similarity.check(model.latent_shape[1:], self.protocol.similarity)
+
     def observe(self, view: View) -> Mapping[str, Tensor]:
         """See :meth:`Detector.observe`."""
         model, protocol = view.model, self.protocol

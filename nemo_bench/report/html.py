@@ -46,12 +46,16 @@ _COSTS = {
     "failed_images": "Images failed",
     "failed_localizations": "Localizations failed",
     "failed_scores": "Scores failed",
+    "without_images": "Prompts without image",
+    "resized": "Images of another size",
     "truncated": "Captions truncated",
     "without_reference": "Without training image",
     "dead_references": "Dead links",
     "damaged_references": "Damaged training images",
 }
 _GAPS = {
+    "without_images": "Prompts without an image, which have no part in any number",
+    "resized": "Images of another size than most, brought to that for metrics of pixels",
     "truncated": "Captions longer than the text encoder takes, and so truncated",
     "without_reference": "Memorized prompts without a training image on disk",
     "dead_references": "Links to training images that are dead",
@@ -213,6 +217,9 @@ def _examples(results: Results, kept: Mapping[str, Thumbnails]) -> list[dict[str
             if cell.model == model and cell.unmitigated in cells
         }
         means = {name: values for name, values in means.items() if values}
+        # What failed may be what would have been bad.
+        complete = {name: v for name, v in means.items() if all(cells[name].is_complete(g, key) for g in MEMORIZED)}
+        means = complete or means
         if not means:
             continue
         cell = cells[min(means, key=lambda name: sign * fmean(means[name].values()))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,38 @@ def test_the_advice_on_a_damaged_part_works(measured: Cell, tmp_path: Path) -> N
         calibrate(cell_of(tmp_path))
     part.unlink()
     assert contents(calibrate(cell_of(tmp_path))) == contents(measured)
+
+
+@pytest.mark.parametrize("content", [None, "[", "{}"])
+def test_a_calibration_s_spec_that_was_lost_or_damaged_is_written_again(
+    measured: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
+) -> None:
+    shutil.copytree(measured.calibration.folder.parents[1], tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(StatisticsStage, "handle", refuse)
+    monkeypatch.setattr(CalibrationStage, "handle", refuse)
+    cell = cell_of(tmp_path)
+    spec = cell.calibration.folder / "spec.json"
+    before = spec.read_text()
+    spec.unlink()
+    if content is not None:
+        spec.write_text(content)
+    calibrate(cell)
+    assert spec.read_text() == before
+    assert contents(cell) == contents(measured)
+
+
+def test_a_threshold_that_lacks_something_is_computed_again_from_its_records(
+    measured: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(measured.calibration.folder.parents[1], tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(CalibrationStage, "handle", refuse)
+    cell = cell_of(tmp_path)
+    path = cell.calibration.folder / "threshold.json"
+    path.write_text(json.dumps({name: read_json(path)[name] for name in ("threshold", "mean", "std")}))
+    assert not cell.is_calibrated
+    calibrate(cell)
+    assert cell.is_calibrated
+    assert contents(cell) == contents(measured)
 
 
 def test_what_is_cached_is_not_measured_again(measured: Cell, monkeypatch: pytest.MonkeyPatch) -> None:

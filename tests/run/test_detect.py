@@ -220,6 +220,8 @@ def test_mistakes_are_explained_before_anything_loads(
     tiny_sdxl().save_pretrained(tmp_path / "sdxl")
     sdxl = f"model.source={tmp_path / 'sdxl'}"
     assert "Bright Ending is made for StableDiffusionPipeline" in said(sdxl, "detector=magnitude,bright_ending")
+    (tmp_path / "sdxl" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "unet" in said(sdxl, "detector=magnitude")
     assert main(["run", "detector=magnitude", f"root={tmp_path / 'results'}"]) == 1
     assert "nemo-bench detect" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()

@@ -339,7 +339,7 @@ def reopen(folder: Path) -> None:
         (None, ["batch_size=1,2"], ConfigError, "2 sets of settings are asked for"),
         (None, [f"prompts.references={LIST}"], NemoBenchError, "2 reference files of 2 prompts are missing"),
         (spoil_reference, [], StoreError, r"1 reference images are gone, such as .*gone\.png"),
-        (drop_image, [], StoreError, "1 images are gone, such as images/.*the command that made them"),
+        (drop_image, [], StoreError, "1 images are gone, such as images/.*the command of the run makes them again"),
         (reopen, [], StoreError, "no cell has all its images"),
     ],
 )

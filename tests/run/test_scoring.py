@@ -117,8 +117,9 @@ def test_detection_counts_and_presets_are_told(tmp_path: Path, prompt_file: Path
     general = next(value for name, value in localized.items() if name.startswith("general"))
     assert found["auc"] == sum(v > general for n, v in localized.items() if not n.startswith("general")) / 2
     assert random["detection"] == {}
-    nothing = dict.fromkeys(("truncated", "without_reference", "dead_references", "damaged_references"), 0)
-    assert none["counts"] == {"images": 6, "prompts": 3, **nothing}
+    nothing = ("truncated", "without_reference", "dead_references", "damaged_references")
+    failed = ("failed_images", "failed_localizations", "failed_scores")
+    assert none["counts"] == {"images": 6, "prompts": 3, **dict.fromkeys((*nothing, *failed), 0)}
     assert none["cost"]["peak_memory_mb"] > 100
     assert none["peak_memory_of"] == "process"
     assert set(none["presets"]) == {"nemo", "membench", "wen"}

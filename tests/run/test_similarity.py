@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_bench import ConfigError, Diffusion, detection
-from nemo_bench.cells import plan
+from nemo_bench.cells import plan, similarity_of
 from nemo_bench.config import detector_grid, grid
 from nemo_bench.diffusion import Source
 from nemo_bench.runner import Runner
@@ -63,6 +63,10 @@ def test_what_is_not_known_before_is_refused_once_the_model_is_there(
     (cell,) = plan(grid(["method=none", f"root={tmp_path}", "trainer=cpu", *PUBLISHED]))
     with pytest.raises(ConfigError, match="latents of 16x16 are too small"):
         Runner(cell.choice.settings.trainer, progress=False).model(cell)
+    (detecting,) = detection.plan(detector_grid(["detector=noise_difference", f"root={tmp_path}", *PUBLISHED]))
+    monkeypatch.setattr(planted, "similarity", similarity_of(detecting.choice.settings.model))
+    with pytest.raises(ConfigError, match="latents of 16x16 are too small"):
+        detection.DetectionStage(planted, [detecting], 4)
 
 
 def test_latent_size_is_that_of_the_unet_s_settings() -> None:
