@@ -451,9 +451,10 @@ def _ls(options: argparse.Namespace) -> None:
         for entry in describe_options(options.group, options.conf):
             table.add_row(entry["name"], entry["summary"], short(entry["citation"]))
     else:
-        table = Table(Column("group", no_wrap=True), names, "summary", box=None, pad_edge=False)
+        # Names first: where the table is shown in parts, every part has them.
+        table = Table(names, Column("group", no_wrap=True), "summary", box=None, pad_edge=False)
         for entry in overview(options.conf):
-            table.add_row(*(entry[column] for column in ("group", "name", "summary")))
+            table.add_row(*(entry[column] for column in ("name", "group", "summary")))
     show(table)
     if not options.group:
         print("nemo-bench ls GROUP names sources, nemo-bench ls GROUP NAME what can be set")
