@@ -41,6 +41,14 @@ LIMITS = (
 """Options of ``references``, fields of :class:`nemo_bench.references.Limits`."""
 RESUMABLE = ("run", "detect", "calibrate", "score", "audit", "references", "train")
 """Commands that keep what they finished, and go on from there."""
+READS = {
+    "report": ("folder", "a run, such as results/default"),
+    "track": ("folder", "a run or a cell"),
+    "audit": ("folder", "a run or a cell"),
+    "export": ("cell", "a cell, results/<name>/<cell>"),
+    "score": ("folder", "a run, a cell, or a folder of images"),
+}
+"""Commands that read a folder: the argument that names it, and what it should be."""
 LISTED_LINKS = 20
 """Dead links that are printed."""
 
@@ -62,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     stop_at_sigterm()
     try:
+        _check_given(options)
         options.command(options)
     except NemoBenchError as error:
         print(f"nemo-bench: {error}", file=sys.stderr)
@@ -78,6 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nnemo-bench: stopped{kept}", file=sys.stderr)
         return 130
     return 0
+
+
+def _check_given(options: argparse.Namespace) -> None:
+    """Refuses a folder to read that is not there, before torch loads."""
+    if options.name_of_command in READS:
+        from nemo_bench.store import check_folder
+
+        argument, wanted = READS[options.name_of_command]
+        check_folder(getattr(options, argument), wanted)
 
 
 def _options(words: Sequence[str]) -> argparse.Namespace:
@@ -432,9 +450,10 @@ def _ls(options: argparse.Namespace) -> None:
         for entry in describe_options(options.group, options.conf):
             table.add_row(entry["name"], entry["summary"], short(entry["citation"]))
     else:
-        table = Table(Column("group", no_wrap=True), names, "summary", box=None, pad_edge=False)
+        # Names first: where the table is shown in parts, every part has them.
+        table = Table(names, Column("group", no_wrap=True), "summary", box=None, pad_edge=False)
         for entry in overview(options.conf):
-            table.add_row(*(entry[column] for column in ("group", "name", "summary")))
+            table.add_row(*(entry[column] for column in ("name", "group", "summary")))
     show(table)
     if not options.group:
         print("nemo-bench ls GROUP names sources, nemo-bench ls GROUP NAME what can be set")

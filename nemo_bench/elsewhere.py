@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 from rich.progress import Progress
 
-from nemo_bench.errors import PromptError, StoreError, nearest
+from nemo_bench.errors import PromptError, StoreError
 from nemo_bench.pictures import inspect_picture, list_pictures
 from nemo_bench.prompts import ImageTask, read_rows
 from nemo_bench.prompts.readers import ID_COLUMNS, TEXT_COLUMNS, Row
+from nemo_bench.store import check_folder
 from nemo_bench.types import Prompt, Record
 
 NAMING = re.compile(r"img_(\d+)_(\d+)\.(?:jpe?g|png|webp)", re.IGNORECASE)
@@ -54,8 +55,7 @@ def named_images(folder: Path, prompts: Sequence[Prompt]) -> list[FoundImage]:
     Raises:
         StoreError: An image is named otherwise, numbered beyond the prompts, there twice, or missing.
     """
-    if not folder.is_dir():
-        raise StoreError(no_folder(folder))
+    check_folder(folder)
     names = [path.name for path in list_pictures(folder)]
     if not names:
         raise StoreError(f"{folder} holds no run, cell or image; images are named img_0000_00.jpg, or given by --map")
@@ -85,15 +85,6 @@ def named_images(folder: Path, prompts: Sequence[Prompt]) -> list[FoundImage]:
         "make them, or take out all images of these prompts",
     )
     return found
-
-
-def no_folder(folder: Path) -> str:
-    """What to say of a path that is no folder."""
-    if folder.exists():
-        return f"{folder} is no folder; give a run, a cell, or a folder of images"
-    parent = folder.parent
-    names = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
-    return f"{folder} does not exist; give a run, a cell, or a folder of images. {nearest(folder.name, names)}"
 
 
 def mapped_images(mapping: Path, folder: Path, prompts: Sequence[Prompt]) -> list[FoundImage]:

@@ -18,7 +18,6 @@ from nemo_bench.elsewhere import (
     check_images,
     mapped_images,
     named_images,
-    no_folder,
 )
 from nemo_bench.errors import ConfigError, StoreError
 from nemo_bench.prompts import check_references, prompts_digest
@@ -26,6 +25,7 @@ from nemo_bench.run import finish, renew_scores, tell_damaged
 from nemo_bench.runner import Runner, is_main, note_start, open_folder
 from nemo_bench.store import (
     Store,
+    check_folder,
     damaged,
     iterate_records,
     lack,
@@ -97,8 +97,7 @@ def cells_of(
     Raises:
         NemoBenchError: Anything is wrong with settings, images or prompts.
     """
-    if not folder.is_dir():
-        raise StoreError(no_folder(folder))
+    check_folder(folder)
     if mapping is None and (folder / "run.json").is_file():
         cells = _of_run(folder, overrides, conf, say)
     elif mapping is None and (folder / "spec.json").is_file():

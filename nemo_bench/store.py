@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from nemo_bench.errors import StoreError
+from nemo_bench.errors import StoreError, nearest
 from nemo_bench.pictures import to_rgb, visible
 from nemo_bench.types import Prompt, Record, digest, parse_json, prompts_digest
 
@@ -41,6 +41,25 @@ def _finite(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [_finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def check_folder(folder: Path, wanted: str = "a run, a cell, or a folder of images") -> None:
+    """Refuses a path that is no folder.
+
+    Args:
+        folder: Where results or images are.
+        wanted: What the folder should be, for the message.
+
+    Raises:
+        StoreError: There is none; names the nearest of those beside it.
+    """
+    if folder.is_dir():
+        return
+    if folder.exists():
+        raise StoreError(f"{folder} is no folder; give {wanted}")
+    parent = folder.parent
+    names = [path.name for path in visible(parent.iterdir(), parent) if path.is_dir()] if parent.is_dir() else []
+    raise StoreError(f"{folder} does not exist; give {wanted}. {nearest(folder.name, names) if names else ''}".rstrip())
 
 
 def check_writable(folder: Path) -> None:

@@ -155,7 +155,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     starts = [start for cell in results.cells for start in cell.starts]
     facts = [
         ("Model" + "s" * (len(results.models) > 1), ", ".join(results.models)),
-        ("Methods", ", ".join(dict.fromkeys(cell.title for cell in results.cells))),
+        ("Methods", "; ".join(dict.fromkeys(cell.title for cell in results.cells))),
         ("Prompts", f"{len(prompts)} ({', '.join(dict.fromkeys(cell.prompt_list for cell in results.cells))})"),
         ("Images", f"{len(seeds)} of each prompt"),
     ]

@@ -103,3 +103,13 @@ def test_the_listing_shows_names_in_full_and_no_stumps(
         assert set(options(kind)) <= set(shown.split())
     assert "@" not in shown
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_the_listing_of_a_narrow_terminal_has_each_summary_beside_its_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["ls"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^static_transition +method", shown, re.MULTILINE)
+    assert re.search(r"^static_transition +(method +)?no guidance before a", shown, re.MULTILINE)

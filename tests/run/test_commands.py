@@ -296,6 +296,22 @@ def test_the_same_command_goes_on_is_said_only_where_it_does(
         assert ("the same command goes on" in capsys.readouterr().err) == goes_on
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("report", "a run"), ("track", "a run or a cell"), ("audit", "a run or a cell"), ("export", "a cell")],
+)
+def test_a_folder_that_is_not_there_is_said_to_be_missing_and_the_nearest_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, wanted: str
+) -> None:
+    (tmp_path / "default").mkdir()
+    given = tmp_path / "defualt"
+    words = [name, str(given), *([str(tmp_path / "out")] if name == "export" else [])]
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert f"{given} does not exist; give {wanted}" in said
+    assert "Did you mean 'default'?" in said
+
+
 def test_settings_may_stand_on_both_sides_of_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", f"root={tmp_path}", "method=none", "--dry-run", "--json", "prompts.limit=1", "seeds=3"]) == 0
     assert json.loads(capsys.readouterr().out)["cells"][0]["open"]["generate"] == 6
