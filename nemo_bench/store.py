@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def check_folder(folder: Path, wanted: str = "a run, a cell, or a folder of imag
 
 
 def check_writable(folder: Path) -> None:
-    """Makes sure that a folder can be written to or made, without doing either.
+    """Makes sure that a folder can be written to or made, by a nameless file that is gone at once.
 
     Raises:
         StoreError: It can't, or something else has its name.
@@ -73,8 +74,12 @@ def check_writable(folder: Path) -> None:
         place = place.parent
     if not place.is_dir():
         raise StoreError(f"root={folder}: {place} is no folder; name a folder for results: root=FOLDER")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise StoreError(f"root={folder}: {place} can't be written to; name a folder that can: root=FOLDER")
+    try:
+        # os.access says yes to root even where nobody can write.
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        msg = f"root={folder}: {place} can't be written to ({error.strerror}); name a folder that can: root=FOLDER"
+        raise StoreError(msg) from error
 
 
 def write_text(path: Path, content: str) -> None:

@@ -20,6 +20,7 @@ from nemo_bench.aggregate import GROUPS
 from nemo_bench.errors import StoreError
 from nemo_bench.store import (
     SCHEMA,
+    Store,
     damaged,
     lack,
     read_cell_prompts,
@@ -508,7 +509,7 @@ def _load_cell(folder: Path) -> Cell | str:
             "failures": {group: Failures(**values) for group, values in metrics.get("failed", {}).items()},
             "detection": {key: _made(Detection, values) for key, values in metrics.get("detection", {}).items()},
             "localization": metrics.get("localization", {}),
-            "counts": _numbers(metrics.get("counts", {})),
+            "counts": {**_numbers(metrics.get("counts", {})), **_lost(folder)},
             "cost": _numbers(metrics["cost"]),
         }
     with _holding(folder / "spec.json"):
@@ -618,6 +619,13 @@ def _outcomes(folder: Path, prompts: Iterable[Prompt]) -> dict[str, Outcome]:
             failed=failed.get(prompt.id, {}),
         )
     return outcomes
+
+
+def _lost(folder: Path) -> dict[str, int]:
+    """How many images are gone or cut since they were scored, if any are; their scores are in the records still."""
+    images = [record["id"] for record in read_records(folder, "generate").values() if "image" in record]
+    lost = Store(folder).open_ids("generate", images)
+    return {"lost_images": len(lost)} if lost else {}
 
 
 def _finite(values: Iterable[float]) -> list[float]:

@@ -54,6 +54,7 @@ _COSTS = {
     "damaged_references": "Damaged training images",
 }
 _GAPS = {
+    "lost_images": "Images that are gone or cut since they were scored; the command of the run makes them again",
     "without_images": "Prompts without an image, which have no part in any number",
     "resized": "Images of another size than most, brought to that for metrics of pixels",
     "truncated": "Captions longer than the text encoder takes, and so truncated",

@@ -180,13 +180,13 @@ def _tradeoff(
     axes.plot(
         *zip(*corners, values[best[-1]], strict=True), color=INK, linewidth=0.9, alpha=0.45, linestyle=(0, (4, 3))
     )
-    listed = ", ".join(cells[i].short for i in best)
+    listed = "; ".join(cells[i].short for i in best)
     caption = (
         f"Filled marks and the dashed line are the Pareto front: {listed}. Means are over memorized prompts; "
         "lines are 95% bootstrap intervals."
     )
     if left_out := [cell.short for i, cell in enumerate(cells) if i not in complete]:
-        caption += f" Left out of the front, since images or scores failed: {', '.join(left_out)}."
+        caption += f" Left out of the front, since images or scores failed: {'; '.join(left_out)}."
     return Plot("tradeoffs", name, title, caption, svg(figure, name, f"{title}. Pareto front: {listed}"))
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from nemo_bench.aggregate import paired
 from nemo_bench.report.data import Aggregate, Cell, Failures, MetricInfo, Results
-from nemo_bench.store import as_json
+from nemo_bench.store import as_json, made_again
 
 SIGNIFICANCE = (
     "Stars: different from no mitigation on the same prompts and seeds, two-sided paired sign-flip test, "
@@ -323,6 +323,9 @@ def terminal_table(results: Results) -> Table:
         caption += f"\n[yellow]not finished: {escape(f'{name}: {why}')}[/yellow]"
     if results.unfinished:
         caption += f"\n{results.advice}"
+    for cell in (cell for cell in results.cells if "lost_images" in cell.counts):
+        lost = f"{cell.label}: images that are gone or cut since they were scored: {cell.counts['lost_images']}"
+        caption += f"\n[yellow]{escape(f'{lost}; {made_again(results.folder / cell.name)}')}[/yellow]"
     table = Table(title=escape(results.name), caption=caption, box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("method")
     for key, info in shown.items():
@@ -349,7 +352,10 @@ def _terminal(results: Results, row: Row, key: str) -> str:
     if key in row.best:
         mean = f"[bold green]{mean}[/bold green]" if row.is_clear(key) else f"[green]{mean}[/green]"
     low, high = ends(results, row, key)
-    return f"{mean}\n[dim]{_ZERO.sub('.', low)}–{_ZERO.sub('.', high)}[/dim]" if low else mean
+    lines = [mean]
+    lines += [f"[dim]{_ZERO.sub('.', low)}–{_ZERO.sub('.', high)}[/dim]"] if low else []
+    lines += [f"[dim]{few}[/dim]"] if (few := fewer(row, value)) else []
+    return "\n".join(lines)
 
 
 def _best(results: Results, cell: Cell, group: str) -> dict[str, float]:

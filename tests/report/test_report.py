@@ -341,8 +341,13 @@ def test_an_image_that_is_gone_leaves_a_named_gap(tmp_path: Path) -> None:
     cell = json.loads((run / "run.json").read_text())["cells"][2]
     (run / cell / "images" / "vm-01_01.png").unlink()
     (run / "references" / "vm-02.png").write_text("no image")
-    gaps = [a["aria-label"] for a in Tags(write_report(run).html.read_text()).all("span") if a.get("class") == "gap"]
+    page = write_report(run).html.read_text()
+    gaps = [a["aria-label"] for a in Tags(page).all("span") if a.get("class") == "gap"]
     assert len(gaps) == 3
+    assert "Images that are gone or cut since they were scored; the command of the run makes them again: 1" in page
+    assert "NeMo: images that are gone or cut since they were scored: 1" in str(
+        terminal_table(load_results(run)).caption
+    )
     assert {"Training image of vm-02 (no image on disk)", "Training image, vm-02 (no image on disk)"} < set(gaps)
     assert any(gap and gap.startswith("NeMo, seed 1") for gap in gaps)
 
@@ -434,7 +439,7 @@ def test_the_caption_of_a_trade_off_names_the_methods_that_no_other_betters(run:
         }
         named = re.search(r"Pareto front: ([^.]*)\.", figure.caption)
         assert named
-        assert set(named[1].split(", ")) == best
+        assert set(named[1].split("; ")) == best
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))

@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from importlib.metadata import version
@@ -269,8 +270,14 @@ def test_a_root_that_cannot_be_written_is_said_before_work(
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "locked").mkdir()
-    allowed = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "locked" and allowed(path, mode))
+    allowed = tempfile.TemporaryFile
+
+    def refused(dir: Path) -> Any:  # noqa: A002 - the name that the library has
+        if dir == tmp_path / "locked":
+            raise OSError(30, "Read-only file system")
+        return allowed(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
     for root, why in (("file/results", "file is no folder"), ("locked/results", "locked can't be written to")):
         for more in ([], ["--dry-run"]):
             words = [*SMALL, f"root={tmp_path / root}", f"prompts.files=[{prompt_file}]", *more]
