@@ -272,7 +272,7 @@ def test_a_root_that_cannot_be_written_is_said_before_work(
     (tmp_path / "locked").mkdir()
     allowed = tempfile.TemporaryFile
 
-    def refused(dir: Path) -> Any:  # noqa: A002 - the name that the library has
+    def refused(dir: Path) -> Any:
         if dir == tmp_path / "locked":
             raise OSError(30, "Read-only file system")
         return allowed(dir=dir)
@@ -280,7 +280,7 @@ def test_a_root_that_cannot_be_written_is_said_before_work(
     monkeypatch.setattr(tempfile, "TemporaryFile", refused)
     for root, why in (("file/results", "file is no folder"), ("locked/results", "locked can't be written to")):
         for more in ([], ["--dry-run"]):
-            words = [*SMALL, f"root={tmp_path / root}", f"prompts.files=[{prompt_file}]", *more]
+            words = [*SMALL, "method=none", f"root={tmp_path / root}", f"prompts.files=[{prompt_file}]", *more]
             assert main(["run", *words]) == 1
             said = capsys.readouterr().err
             assert why in said
