@@ -439,7 +439,7 @@ def test_prompt_that_is_not_memorized(
     pipe: StableDiffusionPipeline, statistics: tuple[dict[str, Tensor], dict[str, Tensor]]
 ) -> None:
     result = localize(
-        pipe, tiny_texts(2)[1], draw(3), *statistics, tau=0.5, similarity=lambda a, _: a.new_tensor([0.5])
+        pipe, tiny_texts(2)[1], draw(3), *statistics, tau=0.5, similarity=lambda a, _: a.new_full((len(a),), 0.5)
     )
     assert result.gate_scores == [0.5] * 3
     assert result.kept == []

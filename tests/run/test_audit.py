@@ -308,11 +308,14 @@ def test_what_can_not_be_audited_is_left_out_or_explained(
     content = read_json(path)
     content["settings"]["model"]["weights"] = "0" * 16
     path.write_text(json.dumps(content))
+    assert "are not those that planted__nemo" in error(run, "--cell", "nemo")
+    path.write_text(json.dumps({**content, "cell": ""}))
     assert "other weights" in error(run, "--cell", "nemo")
     place = cell(copy, "none")
     spec = read_json(place / "spec.json")
     (place / "generate.done").touch()
-    (place / "spec.json").write_text(json.dumps({**spec, "settings": {**spec["settings"], "method": {"ratio": 0.1}}}))
+    other = {**spec, "cell": "", "settings": {**spec["settings"], "method": {"ratio": 0.1}}}
+    (place / "spec.json").write_text(json.dumps(other))
     assert "hold something else by now" in error(run, "--cell", "none")
     (place / "spec.json").write_text(json.dumps(spec))
     set_dtype(place, "float16")
