@@ -283,13 +283,14 @@ def machine(name: str) -> str:
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A new user of wandb: an empty home, nothing in the environment."""
+    wandb.teardown()  # it reads its settings once a process
+    os.environ.pop("WANDB_SERVICE", None)  # of the service that has ended: not to be put back
     for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
         monkeypatch.delenv(name)
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("wandb.sdk.wandb_setup._WandbSetup.ensure_service", lambda self: None)
-    wandb.teardown()  # it reads its settings once a process
     yield tmp_path
     wandb.teardown()
 
