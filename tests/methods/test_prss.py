@@ -68,7 +68,8 @@ def test_the_first_wording_below_the_target_is_taken_or_else_the_least(tiny: Dif
     assert below or 0 < expected < len(WORDINGS), "the least should be neither the prompt nor the last wording"
     before = tiny.row_passes
     with PRSS(file, limit).apply(tiny, batch) as changed:
-        assert changed.notes == ({"triggered": values[0] > limit, "paraphrase": expected},)
+        notes = {"triggered": values[0] > limit, "paraphrase": expected, "reached": bool(below)}
+        assert changed.notes == (notes,)
         wording = ("red sun map", *WORDINGS)[expected]
         torch.testing.assert_close(changed.text.text, tiny.encode([wording]).text)
     # The empty prompt and the prompt, then wordings until one is enough.
