@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,11 @@ def localize(model: Diffusion, method: SavedNeurons, prompt: Prompt) -> Localiza
 
 def test_what_was_found_is_found_again(tiny: Diffusion, saved: Path, found: dict[str, Localization]) -> None:
     method = SavedNeurons(str(saved))
-    assert localize(tiny, method, A) == found["a"]
-    assert localize(tiny, method, B) == found["b"]
+    for prompt in (A, B):
+        expected, result = found[prompt.id], localize(tiny, method, prompt)
+        # Published files say it by their candidates, records by themselves.
+        passed = bool(expected.initial) if saved.suffix == ".csv" else expected.passed_gate
+        assert result == replace(expected, passed_gate=passed)
     before = localize(tiny, SavedNeurons(str(saved), neurons="initial"), A)
     assert (before.neurons, before.refined_score) == (found["a"].initial, 0.25)
 
