@@ -283,6 +283,9 @@ class GenerationStage(Stage):
     def _generate(self, tasks: Sequence[ImageTask]) -> list[Record]:
         before = self.model.row_passes
         try:
+            self.method.prepare(self.model, self.prompts)
+            self.method.prepare_prompts(self.model, [task.prompt for task in tasks])
+            before = self.model.row_passes  # what images share is no cost of theirs
             generated, notes = self._sample(tasks)
         except NotFiniteError as error:
             # It does not say which images it is about.
@@ -303,8 +306,6 @@ class GenerationStage(Stage):
         neurons = tuple(self.neurons[p.id] for p in prompts)
         text = self.model.encode([p.text for p in prompts])
         batch = Batch(prompts, text, self.model.latents(seeds), seeds, neurons)
-        self.method.prepare(self.model, self.prompts)
-        self.method.prepare_prompts(self.model, prompts)
         with self.method.apply(self.model, batch) as changed:
             return self.model.generate_checked(changed.text, changed.latents, changed.unconditional), changed.notes
 

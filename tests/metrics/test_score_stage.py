@@ -250,5 +250,5 @@ def test_a_space_must_be_one() -> None:
     from nemo_bench.config import build
 
     node = {"_target_": "nemo_bench.metrics.Alignment", "space": {"_target_": "nemo_bench.metrics.SSIM"}}
-    with pytest.raises(ConfigError, match=r"metrics.alignment.space=.*expected OpenClip"):
+    with pytest.raises(ConfigError, match=r"metrics.alignment.space.*expected a class of .*OpenClip"):
         build(node, "metrics.alignment")
