@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nemo_bench.aggregate import bootstrap_interval, paired
 from nemo_bench.cells import ImageCell, decisive_settings, metrics_of, read_files, source_of
-from nemo_bench.config import SCORING, build, check_stored, overridden, rows_at_once, targets
+from nemo_bench.config import SCORING, build, check_stored, named_classes, overridden, rows_at_once
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, file_digest
 from nemo_bench.errors import ConfigError, ModelError, StoreError, nearest
 from nemo_bench.methods import Batch, Method, NoMitigation
@@ -247,7 +247,7 @@ def _method(cell: ImageCell, conf: Path | None) -> Method | str:
     node = cell.choice.settings.method
     if "images" in cell.spec["settings"]:
         return "images were made elsewhere, and an audit needs the network that made them"
-    check_stored(node, "method", targets(conf))
+    check_stored(node, "method", named_classes(conf))
     method: Method = build(node, "method")
     method.batch_size = rows_at_once(cell.choice.settings)
     if not method.auditable:

@@ -18,6 +18,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from nemo_bench.cells import source_of
 from nemo_bench.config import (
     GROUPS,
     Choice,
@@ -653,7 +654,7 @@ HOME = str(Path.home())
         (r"root=C:\new\x", r"C:\new\x"),
         ("root=${name}", "default"),
         ("prompts.files=my prompts.csv", ["my prompts.csv"]),
-        ("prompts.files=[my prompts.csv,~/ö.csv, 'a,b.csv' ]", ["my prompts.csv", f"{HOME}/ö.csv", "a,b.csv"]),
+        ("prompts.files=[my prompts.csv,~/ö.csv, 'a,b.csv' ]", ["my prompts.csv", "~/ö.csv", "a,b.csv"]),
     ],
 )
 def test_special_characters_are_taken(word: str, found: str | list[str]) -> None:
@@ -666,7 +667,11 @@ def test_the_home_folder_is_found_in_files_and_in_arguments_of_classes(tmp_path:
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nroot: ~/here\n")
     assert one("experiment=mine", conf=tmp_path).settings.root == f"{HOME}/here"
     assert resolve("~/a.csv") == f"{HOME}/a.csv"
-    assert one("model.lora=~/style.safetensors").settings.model.lora == f"{HOME}/style.safetensors"
+    node = one("metrics=full", "weights=~/w").settings.metrics["sscd"]
+    assert build(node, "metrics.sscd").space.file.startswith(f"{HOME}/w/")
+    lora = source_of(one("model.lora=~/style.safetensors").settings.model).lora
+    assert lora
+    assert lora.path == f"{HOME}/style.safetensors"
 
 
 @pytest.mark.parametrize("key", ["files", "shared_from"])

@@ -17,7 +17,7 @@ from nemo_bench.config.composition import (
     rescore,
 )
 from nemo_bench.config.families import FamilySettings
-from nemo_bench.config.groups import GROUPS, options, targets
+from nemo_bench.config.groups import GROUPS, named_classes, options
 from nemo_bench.config.listing import about_method, describe_options, explain_option, overview, short
 from nemo_bench.config.schema import (
     LoggerSettings,
@@ -55,6 +55,7 @@ __all__ = [
     "grid",
     "logger_settings",
     "name_of_files",
+    "named_classes",
     "one",
     "options",
     "overridden",
@@ -65,5 +66,4 @@ __all__ = [
     "rows_at_once",
     "shell_word",
     "short",
-    "targets",
 ]

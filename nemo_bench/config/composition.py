@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_bench.config.families import FAMILIES, FamilySettings, settle
-from nemo_bench.config.groups import GROUPS, folders, options, plugins, targets
+from nemo_bench.config.groups import GROUPS, file_of, named_classes, options, plugins
 from nemo_bench.config.importable import check_found
 from nemo_bench.config.schema import LoggerSettings, PromptSettings, RunSettings, check_values
 from nemo_bench.config.targets import SPELLED, check_stored, first_line, hint_of, resolve, spell
@@ -167,7 +166,7 @@ def _read_stored(stored: Mapping[str, Any], conf: Path | None) -> RunSettings:
     Raises:
         ConfigError: Another version wrote them, or they name or hold what no run writes down.
     """
-    classes = targets(conf)
+    classes = named_classes(conf)
     for key, value in stored.items():
         if key != "method":  # is not made where images are scored; an audit looks at it
             check_stored(value, str(key), classes)
@@ -344,7 +343,7 @@ def _chosen(overrides: Sequence[str], conf: Path | None) -> Choice:
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from error
     assert isinstance(settings, RunSettings)
-    _expand_home(settings)
+    settings.root = resolve(settings.root)
     given = [*keys, *written]
     for group in ("method", "detector"):
         given += _of_files(group, names[group], conf) if group in names else []
@@ -362,16 +361,16 @@ def _of_experiment(parsed: Sequence[Override], conf: Path | None) -> list[str]:
     """Settings of method, detector and prompts in the file of an experiment, other than in lines of its grid."""
     found = []
     for name in [str(o.value()) for o in parsed if o.key_or_group == "experiment" and o.value() is not None]:
-        path = next(p for folder in folders("experiment", conf) if (p := folder / f"{name}.yaml").is_file())
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = yaml.safe_load(file_of("experiment", name, conf).read_text(encoding="utf-8")) or {}
         found += [key for group in ("method", "detector", "prompts") for key in _keys(content.get(group, {}), group)]
     return found
 
 
 def _of_files(group: str, name: str, conf: Path | None) -> list[str]:
     """Settings that a file holds which takes its settings by family over from another one."""
-    path = next((p for folder in folders(group, conf) if (p := folder / f"{name}.yaml").is_file()), None)
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path else None
+    if name not in options(group, conf):
+        return []
+    content = yaml.safe_load(file_of(group, name, conf).read_text(encoding="utf-8"))
     if not content or FAMILIES in content:
         return []
     bases = [base for base in content.pop("defaults", None) or [] if isinstance(base, str) and base != "_self_"]
@@ -383,26 +382,6 @@ def _keys(node: Any, prefix: str) -> list[str]:
     if not isinstance(node, Mapping):
         return [prefix]
     return [key for name, value in node.items() for key in _keys(value, f"{prefix}.{name}")]
-
-
-_PATHS = (
-    "root", "weights", "real_images", "model.source", "model.config", "model.lora", "model.statistics",
-    "model.clip_pretrained", "prompts.files", "prompts.memorized", "prompts.shared_from", "prompts.references",
-    "prompts.calibration", "prompts.controls",
-)  # fmt: skip
-
-
-def _expand_home(settings: RunSettings) -> None:
-    """Puts the home folder in the place of a leading ``~``, as shells do only where a word begins with it."""
-    for key in _PATHS:
-        *parents, last = key.split(".")
-        node: Any = settings
-        for parent in parents:
-            node = getattr(node, parent)
-        value = getattr(node, last)
-        many = isinstance(value, list)
-        found = [os.path.expanduser(path) for path in value] if many else value and os.path.expanduser(value)
-        setattr(node, last, found)
 
 
 def _word(override: Override, base: DictConfig) -> str:

@@ -15,6 +15,8 @@ import yaml
 from nemo_bench.errors import ConfigError, nearest
 
 GROUPS = ("model", "method", "detector", "prompts", "metrics", "trainer", "logger", "experiment")
+LISTED = (*GROUPS, "sweeps")
+"""What there is a list of: the groups, and files for W&B's sweep agent."""
 PLUGINS = "nemo_bench.conf"
 """Entry points of installed packages that bring YAML files of their own: ``name = "package.with.folders"``."""
 
@@ -23,14 +25,14 @@ def options(group: str, conf: Path | None = None) -> list[str]:
     """Names that can be chosen in a group.
 
     Args:
-        group: One of :data:`GROUPS`.
+        group: One of :data:`LISTED`.
         conf: The user's own folder.
 
     Raises:
         ConfigError: There is no such group.
     """
-    if group not in GROUPS:
-        raise ConfigError(f"unknown group '{group}'. {nearest(group, GROUPS)}")
+    if group not in LISTED:
+        raise ConfigError(f"unknown group '{group}'. {nearest(group, LISTED)}")
     return sorted({path.stem for folder in folders(group, conf) for path in folder.glob("[!.]*.yaml")})
 
 
@@ -40,7 +42,12 @@ def folders(group: str, conf: Path | None) -> list[Path]:
     return [*(Path(str(resources.files(name))) / group for name in packages), *([conf / group] if conf else [])]
 
 
-def targets(conf: Path | None) -> set[str]:
+def file_of(group: str, name: str, conf: Path | None) -> Path:
+    """The YAML file of an option, which is one of :func:`options`."""
+    return next(path for folder in folders(group, conf) if (path := folder / f"{name}.yaml").is_file())
+
+
+def named_classes(conf: Path | None) -> set[str]:
     """Classes that YAML files of the user's own folder and of installed plugins name as ``_target_``, at any depth."""
     places = [*(Path(str(resources.files(name))) for name in plugins()), *([conf] if conf else [])]
     found: set[str] = set()

@@ -12,12 +12,9 @@ from hydra.utils import get_object
 
 from nemo_bench.config.about import said
 from nemo_bench.config.composition import choose, one
-from nemo_bench.config.groups import GROUPS, folders, options
+from nemo_bench.config.groups import LISTED, file_of, options
 from nemo_bench.config.targets import build
 from nemo_bench.errors import ConfigError, nearest
-
-LISTED = (*GROUPS, "sweeps")
-"""What there is a list of: the groups, and files for W&B's sweep agent."""
 
 
 def describe_options(group: str, conf: Path | None = None) -> list[dict[str, str]]:
@@ -34,7 +31,7 @@ def describe_options(group: str, conf: Path | None = None) -> list[dict[str, str
         ConfigError: There is no such group.
     """
     entries = []
-    for name in _names(group, conf):
+    for name in options(group, conf):
         if group == "metrics":
             settings = choose([f"{group}={name}", "method=none"], conf).settings
             for metric, node in settings.metrics.items():
@@ -47,7 +44,7 @@ def describe_options(group: str, conf: Path | None = None) -> list[dict[str, str
             entries.append((name, said(target, "summary"), said(target, "citation")))
         else:
             # What has no summary begins with a comment.
-            summary = content.get("summary") or _first_comment(_path(group, name, conf))
+            summary = content.get("summary") or _first_comment(file_of(group, name, conf))
             entries.append((name, summary, content.get("citation") or ""))
     keys = ("name", "summary", "citation")
     return [{"group": group, **dict(zip(keys, entry, strict=True))} for entry in entries]
@@ -87,9 +84,9 @@ def explain_option(group: str, name: str, conf: Path | None = None) -> str:
     Raises:
         ConfigError: There is no such option.
     """
-    choices = _names(group, conf)
+    choices = options(group, conf)
     if name in choices:
-        path = _path(group, name, conf)
+        path = file_of(group, name, conf)
         target = _content(group, name, conf).get("_target_")
         return "\n".join([f"# {path}", path.read_text(encoding="utf-8"), *_words(target)])
     metrics = {file: _content(group, file, conf) for file in choices} if group == "metrics" else {}
@@ -126,21 +123,9 @@ def short(citation: str) -> str:
     return f"{' and '.join(names) if len(names) < 3 else f'{names[0]} et al.'} {year[1]}"
 
 
-def _names(group: str, conf: Path | None) -> list[str]:
-    if group == "sweeps":
-        return sorted({path.stem for folder in folders(group, conf) for path in folder.glob("[!.]*.yaml")})
-    if group not in GROUPS:
-        raise ConfigError(f"unknown group '{group}'. {nearest(group, LISTED)}")
-    return options(group, conf)
-
-
-def _path(group: str, name: str, conf: Path | None) -> Path:
-    return next(path for folder in folders(group, conf) if (path := folder / f"{name}.yaml").is_file())
-
-
 def _content(group: str, name: str, conf: Path | None) -> dict[str, Any]:
     """What a file says, on top of the files of its group that it begins with."""
-    path = _path(group, name, conf)
+    path = file_of(group, name, conf)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:

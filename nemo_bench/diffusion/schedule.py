@@ -45,6 +45,7 @@ def check_schedule(shipped: Mapping[str, Any], steps: int, *, predicts: bool, wh
             scheduler.set_timesteps(count)
             timesteps += scheduler.timesteps.tolist()
         signal = scheduler.alphas_cumprod[timesteps]
+    # diffusers raises NotImplementedError for a beta_schedule that it does not know.
     except (ValueError, TypeError, NotImplementedError, IndexError) as error:
         hint = f"expected settings of DDIMScheduler that allow model.steps={steps}"
         raise refuse(f"its schedule can't be used ({error})", hint) from error
