@@ -19,16 +19,10 @@ from nemo_bench.forecast import forecast
 from nemo_bench.metrics import Alignment
 from nemo_bench.run import run
 from nemo_bench.store import read_json, read_records
+from small_runs import small
 from tiny import tiny_pipeline
 
-FEW = [
-    "prompts.calibration=package:planted/prompts/calibration.txt",
-    "prompts.calibration_limit=8",
-    "localize_seeds=3",
-    "model.steps=5",
-    "seeds=2",
-    "trainer=cpu",
-]
+FEW = small(steps=5)
 
 
 @pytest.fixture

@@ -15,16 +15,10 @@ from nemo_bench.localization import REFERENCE, pair_scores
 from nemo_bench.prompts import seeds_of
 from nemo_bench.run import run
 from nemo_bench.store import read_records
+from small_runs import small
 from tiny import tiny_texts
 
-FEW = [
-    "prompts.calibration=package:planted/prompts/calibration.txt",
-    "prompts.calibration_limit=8",
-    "localize_seeds=3",
-    "model.steps=2",
-    "seeds=1",
-    "trainer=cpu",
-]
+FEW = small(seeds=1, steps=2)
 
 
 def test_a_model_by_name_has_its_settings() -> None:

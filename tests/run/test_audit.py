@@ -30,15 +30,8 @@ from nemo_bench.report.audit import load_audits, terminal_audits
 from nemo_bench.runner import by_prompt
 from nemo_bench.store import Store, read_json, read_records
 from nemo_bench.types import Prompt
+from small_runs import small
 
-SMALL = [
-    "seeds=1",
-    "localize_seeds=3",
-    "model.steps=3",
-    "prompts.calibration=package:planted/prompts/calibration.txt",
-    "prompts.calibration_limit=8",
-    "trainer=cpu",
-]
 QUICK = ["steps=2", "samples=2", "images=2", "trainer=cpu"]
 CONTROLS = "package:planted/prompts/controls.jsonl"
 
@@ -54,7 +47,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     general = json.loads((source / "general.jsonl").read_text().splitlines()[0])
     lines = [planted[0], planted[-1], general]
     (folder / "three.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    words = [*SMALL, f"root={folder}", f"prompts.files=[{folder / 'three.jsonl'}]", "method=none,nemo,embedding_noise"]
+    words = [
+        *small(seeds=1),
+        f"root={folder}",
+        f"prompts.files=[{folder / 'three.jsonl'}]",
+        "method=none,nemo,embedding_noise",
+    ]
     assert main(["run", *words, f"prompts.controls={CONTROLS}"]) == 0
     return folder / "default"
 

@@ -26,16 +26,9 @@ from nemo_bench.prompts import read_prompts
 from nemo_bench.run import export
 from nemo_bench.store import read_records
 from nemo_bench.types import Neurons, Record
+from small_runs import small
 
-SMALL = [
-    "seeds=2",
-    "localize_seeds=3",
-    "model.steps=3",
-    "prompts.calibration=package:planted/prompts/calibration.txt",
-    "prompts.calibration_limit=8",
-    "trainer=cpu",
-    "method=nemo",
-]
+SMALL = [*small(), "method=nemo"]
 
 
 def command(root: Path, prompts: Path, *more: str) -> list[str]:

@@ -9,16 +9,10 @@ import pytest
 from nemo_bench import benchmark, read_scores
 from nemo_bench.config import grid, options
 from nemo_bench.forecast import forecast
+from small_runs import small
 
 PRESETS = ("membench", "nemo_table", "wen_detection")
-ON_PLANTED = ["model=planted", "model.guidance=3", "prompts=planted", "metrics=default", "trainer=cpu"]
-SMALL = [
-    "model.steps=3",
-    "seeds=2",
-    "localize_seeds=3",
-    "prompts.calibration=package:planted/prompts/calibration.txt",
-    "prompts.calibration_limit=8",
-]
+ON_PLANTED = ["model=planted", "model.guidance=3", "prompts=planted", "metrics=default"]
 METHODS = {
     "membench": ["nemo", "none", "random", "random_shared", "shared"],
     "nemo_table": ["nemo", "nemo", "none", "random", "random_shared", "shared"],
@@ -28,7 +22,7 @@ METHODS = {
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_it_runs_on_the_embedded_model(name: str, tmp_path: Path, prompt_file: Path) -> None:
-    words = [f"experiment={name}", *ON_PLANTED, *SMALL, f"prompts.files=[{prompt_file}]", f"root={tmp_path}"]
+    words = [f"experiment={name}", *ON_PLANTED, *small(), f"prompts.files=[{prompt_file}]", f"root={tmp_path}"]
     folder = benchmark(*words)
     assert folder == tmp_path / name
     rows = read_scores(folder)

@@ -15,16 +15,7 @@ from nemo_bench.report import load_results
 from nemo_bench.run import outlook, run
 from nemo_bench.runner import by_prompt
 from nemo_bench.store import Store, read_json, read_records
-
-SMALL = [
-    "seeds=1",
-    "localize_seeds=3",
-    "model.steps=2",
-    "prompts.calibration=package:planted/prompts/calibration.txt",
-    "prompts.calibration_limit=8",
-    "trainer=cpu",
-    "name=reuse",
-]
+from small_runs import small
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +25,14 @@ def prompts() -> str:
 
 
 def words(root: Path, prompts: str, *more: str) -> list[str]:
-    return [*SMALL, f"root={root}", f"prompts.files=[{prompts}]", "prompts.limit=2", *more]
+    return [
+        *small(seeds=1, steps=2),
+        "name=reuse",
+        f"root={root}",
+        f"prompts.files=[{prompts}]",
+        "prompts.limit=2",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")

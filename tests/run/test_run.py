@@ -21,15 +21,9 @@ from nemo_bench.run import _detection, outlook, run
 from nemo_bench.runner import by_prompt
 from nemo_bench.store import Store, read_records
 from nemo_bench.types import Record
+from small_runs import small
 
-SMALL = [
-    "seeds=2",
-    "localize_seeds=3",
-    "model.steps=3",
-    "prompts.calibration=package:planted/prompts/calibration.txt",
-    "prompts.calibration_limit=8",
-    "trainer=cpu",
-]
+SMALL = small()
 
 
 def words(root: Path, prompts: Path, *more: str) -> list[str]:

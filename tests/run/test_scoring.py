@@ -21,16 +21,8 @@ from nemo_bench.config import grid
 from nemo_bench.errors import ModelError
 from nemo_bench.run import outlook, run
 from nemo_bench.store import read_json, read_records
+from small_runs import small
 
-SMALL = [
-    "seeds=2",
-    "localize_seeds=3",
-    "model.steps=2",
-    "prompts.calibration=package:planted/prompts/calibration.txt",
-    "prompts.calibration_limit=8",
-    "trainer=cpu",
-    "name=scoring",
-]
 DISTANCES = [
     "+metrics.fid={_target_: nemo_bench.metrics.FID, space: ${metrics.sscd.space}, folder: ${real_images}}",
     "+metrics.kid={_target_: nemo_bench.metrics.KID, space: ${metrics.sscd.space}, folder: ${real_images}}",
@@ -51,7 +43,7 @@ class Descriptor(nn.Module):
 
 
 def words(root: Path, prompts: Path, *more: str) -> list[str]:
-    return [*SMALL, f"root={root}", f"prompts.files=[{prompts}]", *more]
+    return [*small(steps=2), "name=scoring", f"root={root}", f"prompts.files=[{prompts}]", *more]
 
 
 def execute(root: Path, prompts: Path, *more: str) -> dict[str, Path]:

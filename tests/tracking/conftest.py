@@ -12,15 +12,7 @@ import pytest
 
 from nemo_bench import read_prompts, resolve
 from nemo_bench.cli import main
-
-SMALL = [
-    "seeds=2",
-    "localize_seeds=3",
-    "model.steps=3",
-    "prompts.calibration=package:planted/prompts/calibration.txt",
-    "prompts.calibration_limit=8",
-    "trainer=cpu",
-]
+from small_runs import small
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +25,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for p in (lists[0][0], lists[0][-1], lists[1][0])
     ]
     (root / "three.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    words = [*SMALL, f"root={root}", f"prompts.files=[{root / 'three.jsonl'}]", "method=none,nemo"]
+    words = [*small(), f"root={root}", f"prompts.files=[{root / 'three.jsonl'}]", "method=none,nemo"]
     with contextlib.redirect_stdout(io.StringIO()):
         assert main(["run", "--json", *words]) == 0
     return root / "default"
