@@ -128,6 +128,20 @@ class Cell(ImageCell):
         return {"localize": prompts, "generate": images, "score": prompts}[stage]
 
 
+def check_one_run(choices: Sequence[Choice]) -> None:
+    """Makes sure that some choices can be cells of one run, whose folder can be written to.
+
+    Raises:
+        NemoBenchError: They can't.
+    """
+    if any(choice.settings.detector is not None for choice in choices):
+        raise ConfigError("detectors are run by nemo-bench detect; leave out detector=...")
+    for key in ("name", "root", "trainer", "logger"):
+        if any(getattr(c.settings, key) != getattr(choices[0].settings, key) for c in choices):
+            raise ConfigError(f"{key} must be the same for all cells of a run; give one value, or run twice")
+    check_writable(Path(choices[0].settings.root) / choices[0].settings.name)
+
+
 def plan(choices: Sequence[Choice], weights: Mapping[Source, str] | None = None) -> list[Cell]:
     """Makes the cells that were asked for.
 
@@ -142,12 +156,7 @@ def plan(choices: Sequence[Choice], weights: Mapping[Source, str] | None = None)
     Raises:
         NemoBenchError: Prompts, references or a model folder are not as they should be.
     """
-    if any(choice.settings.detector is not None for choice in choices):
-        raise ConfigError("detectors are run by nemo-bench detect; leave out detector=...")
-    for key in ("name", "root", "trainer", "logger"):
-        if any(getattr(c.settings, key) != getattr(choices[0].settings, key) for c in choices):
-            raise ConfigError(f"{key} must be the same for all cells of a run; give one value, or run twice")
-    check_writable(Path(choices[0].settings.root) / choices[0].settings.name)
+    check_one_run(choices)
     weights = weights or {}
     prompts: dict[str, list[Prompt]] = {}
     asked: dict[str, Cell] = {}

@@ -12,7 +12,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -404,9 +404,11 @@ def _calibrate(options: argparse.Namespace) -> None:
         _print_settings(choices, options.json)
         return
     from nemo_bench.cells import plan
+    from nemo_bench.forecast import check_needs
     from nemo_bench.run import calibrate
     from nemo_bench.runner import is_main
 
+    check_needs([replace(choice, settings=replace(choice.settings, metrics={})) for choice in choices])
     rows = calibrate(plan(choices), progress=not options.json)
     if not is_main():
         return

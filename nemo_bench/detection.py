@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -23,7 +22,7 @@ from nemo_bench.modules import file_name, to_image
 from nemo_bench.prompts import PromptTask, prompts_digest
 from nemo_bench.report import write_report
 from nemo_bench.report.detection import write_detection
-from nemo_bench.runner import Runner, is_main, note_start, open_folder
+from nemo_bench.runner import Runner, is_main, mostly_failed, note_start, open_folder
 from nemo_bench.store import SCHEMA, Store, write_json
 from nemo_bench.types import Prompt, Record, digest
 
@@ -300,14 +299,7 @@ def check_scored(cells: Sequence[DetectionCell]) -> None:
     Raises:
         ModelError: More than half of the scores of a detector are not finite; the reasons are named.
     """
-    lines = []
-    for cell in cells:
-        records = cell.store.records(STAGE).values()
-        reasons = Counter(record["failed"] for record in records if "failed" in record)
-        if 2 * reasons.total() > len(records):
-            reason, _ = reasons.most_common(1)[0]
-            lines.append(f"{cell.id}: {reasons.total()} of {len(records)} prompts failed: {reason}")
-    if lines:
+    if lines := mostly_failed([cell.store for cell in cells], STAGE, "prompts"):
         raise ModelError("\n".join([*lines, "half precision may overflow: try model.dtype=float32 or bfloat16"]))
 
 

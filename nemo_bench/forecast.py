@@ -13,6 +13,7 @@ from nemo_bench.cells import (
     THRESHOLD,
     Cell,
     check_general,
+    check_one_run,
     is_measured,
     is_pooled,
     plan,
@@ -200,6 +201,7 @@ class _Survey:
         Raises:
             NemoBenchError: Settings are wrong.
         """
+        check_one_run(choices)
         countable = [kept for choice in choices if (kept := self.take(choice))]
         try:
             return countable, plan(countable, self.unweighed) if countable else []

@@ -32,6 +32,7 @@ from nemo_bench.runner import (
     by_prompt,
     is_main,
     load_model,
+    mostly_failed,
     neurons_by_prompt,
     note_start,
     open_folder,
@@ -387,16 +388,7 @@ def check_made(cells: Sequence[ImageCell]) -> None:
     Raises:
         ModelError: More than half of a cell's images failed; the reasons are named, and what may help.
     """
-    lines = []
-    for cell in cells:
-        records = cell.store.records("generate").values()
-        reasons = Counter(record["failed"] for record in records if "failed" in record)
-        failed = sum(reasons.values())
-        if 2 * failed > len(records):
-            reason, count = reasons.most_common(1)[0]
-            of_them = "" if count == failed else f" ({count} of them)"
-            lines.append(f"{cell.id}: {failed} of {len(records)} images failed: {reason}{of_them}")
-    if lines:
+    if lines := mostly_failed([cell.store for cell in cells], "generate", "images"):
         hint = (
             "half precision may overflow: try model.dtype=float32 or bfloat16; else the weights, the scheduler or the "
             "method's settings are at fault. Failed images are recorded, and have no score"

@@ -11,7 +11,8 @@ import platform
 import secrets
 import subprocess
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -491,6 +492,28 @@ def load_model(settings: ModelSettings) -> Diffusion:
         similarity=similarity_of(settings),
         compiled=settings.compiled,
     )
+
+
+def mostly_failed(stores: Iterable[Store], stage: str, what: str) -> list[str]:
+    """A line for each cell of which more than half of a stage's records failed.
+
+    Args:
+        stores: Folders of cells.
+        stage: The stage.
+        what: What its records are of, such as ``images``.
+
+    Returns:
+        Cell, numbers, and the most frequent reason.
+    """
+    lines = []
+    for store in stores:
+        records = store.records(stage).values()
+        reasons = Counter(record["failed"] for record in records if "failed" in record)
+        if 2 * reasons.total() > len(records):
+            reason, count = reasons.most_common(1)[0]
+            of_them = "" if len(reasons) == 1 else f" ({count} of them)"
+            lines.append(f"{store.folder.name}: {reasons.total()} of {len(records)} {what} failed: {reason}{of_them}")
+    return lines
 
 
 def by_prompt(store: Store) -> dict[str, Record]:

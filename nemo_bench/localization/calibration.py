@@ -22,7 +22,7 @@ from nemo_bench.errors import ConfigError, ModelError, NotFiniteError, StoreErro
 from nemo_bench.localization.noise import noise_differences, pair_similarities, pair_values
 from nemo_bench.localization.protocol import PAPER, SEEDS, Protocol
 from nemo_bench.prompts import seeds_of
-from nemo_bench.types import Prompt
+from nemo_bench.types import Prompt, parse_json
 
 Statistics = tuple[list[Tensor], list[Tensor]]
 """Means and standard deviations, one tensor a value layer in network order: the form of the published file."""
@@ -304,7 +304,7 @@ def load_moments(path: Path) -> dict[str, Moments]:
     """
     try:
         with safe_open(path, "pt") as file:
-            counts = json.loads(file.metadata()["counts"])
+            counts = parse_json(file.metadata()["counts"])
             return {
                 name: Moments(count, file.get_tensor(f"mean/{name}"), file.get_tensor(f"squares/{name}"))
                 for name, count in counts.items()

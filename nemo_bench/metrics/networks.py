@@ -5,7 +5,6 @@ Nothing is downloaded but by open_clip, for a named pair of model and weights; a
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 import zipfile
@@ -34,6 +33,7 @@ from nemo_bench import hub
 from nemo_bench.diffusion import file_digest, folder_digest
 from nemo_bench.errors import ConfigError, ModelError, nearest
 from nemo_bench.metrics.spaces import Pixels, Space, to_tensor
+from nemo_bench.types import parse_json
 
 BATCH = 64
 """Pictures that a network sees at once."""
@@ -153,8 +153,6 @@ class OpenClip(Network):
     def check(self) -> None:
         """See :meth:`Space.check`."""
         if self._folder:
-            if not (self._folder / "open_clip_config.json").is_file():
-                raise ModelError(f"open_clip model '{self.model}': there is no open_clip_config.json in that folder")
             _check_clip_folder(self._folder)
         elif self.model not in open_clip.list_models():
             known = nearest(self.model, open_clip.list_models())
@@ -207,7 +205,7 @@ class OpenClip(Network):
 
     def _told_by_weights(self, file: Path) -> set[bool | None]:
         if not file.is_file():
-            return {bool(open_clip.get_pretrained_cfg(self.model, str(self.pretrained)).get("quick_gelu", False))}
+            return {bool(self._listed.get("quick_gelu", False))}
         return {_quick_by_digest(file), _quick_by_open_clip(file.parent), _quick_by_transformers(file.parent)}
 
     def content(self) -> Mapping[str, Any]:
@@ -335,7 +333,7 @@ def _json(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        content = json.loads(file.read_bytes())
+        content = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{file} is no JSON ({error}); get it again") from error
     if not isinstance(content, dict):
@@ -383,15 +381,15 @@ def _damage(path: Path, size: int, time: int) -> str:
 
 def _check_clip_folder(folder: Path) -> None:
     """Raises ModelError where a folder of open_clip can't be read; its weights are not loaded."""
-    try:
-        if "model_cfg" not in json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8")):
-            raise ValueError("no 'model_cfg' in it")
-    except (OSError, ValueError, TypeError) as error:
-        msg = f"open_clip model 'local-dir:{folder}': its open_clip_config.json can't be read ({error})"
-        raise ModelError(f"{msg}; copy the folder again") from error
+    what = f"open_clip model 'local-dir:{folder}'"
+    settings = _json(folder / "open_clip_config.json")
+    if settings is None:
+        raise ModelError(f"{what}: there is no open_clip_config.json in that folder")
+    if "model_cfg" not in settings:
+        raise ModelError(f"{what}: its open_clip_config.json has no 'model_cfg'; copy the folder again")
     for name in HUB_FILES:
         if (folder / name).is_file():
-            _check_whole(f"open_clip model 'local-dir:{folder}'", folder / name)
+            _check_whole(what, folder / name)
 
 
 def _check_loads(space: Network | LPIPS, path: Path) -> None:

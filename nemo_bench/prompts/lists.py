@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from typing import Any
+
+from nemo_bench.types import parse_json
 
 _OPENING = re.compile(r"\s*(?:array\()?[\[({'\"]")
 """How a written list begins."""
@@ -42,8 +43,8 @@ def split_list(value: Any) -> list[str] | None:
     if not _OPENING.match(value):
         return [value]
     try:
-        read = json.loads(value)
-    except (ValueError, RecursionError):
+        read = parse_json(value)
+    except ValueError:
         read = None
     if isinstance(read, list):
         return split_list(read)

@@ -90,7 +90,7 @@ def _title(results: Results, words: str, model: str) -> str:
     return f"{words}: {model}" if len(results.models) > 1 else words
 
 
-def _axis(info: MetricInfo, vertical: bool = False) -> str:
+def _axis(info: MetricInfo) -> str:
     """Title of a metric, and where on its axis better values lie."""
     if info.higher_is_better is None:
         return info.title

@@ -387,9 +387,14 @@ def test_a_damaged_folder_of_open_clip_is_found_before_anything_runs(tmp_path: P
         with pytest.raises(ModelError, match=r"open_clip_model\.safetensors can't be read"):
             space.check()
     weights.write_bytes(content)
-    for text in ('{"model_cfg": ', "[]", "3"):
+    for text, why in (
+        ('{"model_cfg": ', "is no JSON"),
+        ("[]", "no JSON object"),
+        ("3", "no JSON object"),
+        ("{}", "has no"),
+    ):
         (tmp_path / "open_clip_config.json").write_text(text)
-        with pytest.raises(ModelError, match=r"open_clip_config\.json can't be read"):
+        with pytest.raises(ModelError, match=rf"open_clip_config\.json .*{why}"):
             space.check()
 
 

@@ -301,3 +301,12 @@ def test_two_ranks_measure_the_same_bits(tmp_path: Path) -> None:
         found.append({path.name: path.read_bytes() for path in files})
     assert len(found[0]) == 5
     assert found[0] == found[1]
+
+
+def test_all_that_calibrating_lacks_is_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = ["model.source=someone/model", "model.local_files_only=true", "prompts.calibration=gone.txt"]
+    assert main(["calibrate", *SMALL, *gone, "metrics=full", f"root={tmp_path}"]) == 1
+    said = capsys.readouterr().err
+    assert "weights someone/model: " in said
+    assert "general prompts gone.txt: " in said
+    assert "metric " not in said
