@@ -43,13 +43,14 @@ from nemo_bench.store import (
     SCHEMA,
     Store,
     as_json,
+    damaged,
     is_whole,
     iterate_records,
     read_cell_prompts,
     read_json,
     read_object,
+    read_settings,
     read_spec,
-    read_starts,
     write_json,
     write_text,
 )
@@ -497,10 +498,14 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
     neurons = found[prompt] if prompt is not None else reduce(or_, memorized or found.values())
     if not neurons:
         raise StoreError(f"{cell} switches nothing off; name the cell of a method that localizes, such as nemo")
-    settings = read_starts(cell)[-1]["settings"]
+    settings = read_settings(cell)
     model = settings["model"]
-    loaded = load_model(ModelSettings(**{**model, "similarity": SimilaritySettings(**model["similarity"])}))
-    factor = settings["method"].get("factor", 0.0)
+    try:
+        chosen = ModelSettings(**{**model, "similarity": SimilaritySettings(**model["similarity"])})
+        factor = float(settings["method"].get("factor", 0.0))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise damaged(cell / "env.json", f"settings that can't be read: {error}") from error
+    loaded = load_model(chosen)
     loaded.export(folder, neurons, factor)
     whose = f"prompt `{prompt}`" if prompt is not None else f"{len(memorized or found)} prompts together"
     write_text(folder / "README.md", _card(cell, folder, loaded, neurons, factor, whose))
@@ -509,7 +514,7 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
 
 def _card(cell: Path, folder: Path, model: Diffusion, neurons: Neurons, factor: float, whose: str) -> str:
     """The model card of an exported pipeline."""
-    spec, settings = read_spec(cell), read_starts(cell)[-1]["settings"]["model"]
+    spec, settings = read_spec(cell), read_settings(cell)["model"]
     kind, digests = type(model.pipeline).__name__, spec["digests"]
     on_hub = "commit" in digests
     about = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["memorization", "nemo-bench"]}

@@ -26,14 +26,13 @@ from nemo_bench.runner import Runner, is_main, note_start, open_folder
 from nemo_bench.store import (
     Store,
     check_folder,
-    damaged,
     iterate_records,
     lack,
     made_again,
     read_cell_prompts,
     read_run,
+    read_settings,
     read_spec,
-    read_starts,
     write_json,
 )
 from nemo_bench.types import Prompt, digest
@@ -180,7 +179,7 @@ def reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> ImageCe
     if reason := lack(folder, spec, prompts, ("localize", "generate")):
         raise StoreError(f"{folder}: {reason}")
     names = {group: spec[group] for group in ("model", "method", "prompts")}
-    choice = rescore(overrides, names, _settings(folder), conf)
+    choice = rescore(overrides, names, read_settings(folder), conf)
     settings = choice.settings
     settings.root, settings.name = str(folder.parent.parent), folder.parent.name
     if any(str(word).startswith("prompts.references=") for word in overrides):
@@ -203,14 +202,6 @@ def reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> ImageCe
         msg = f"{folder}: {len(cut)} images are cut or others than were recorded, such as {ids[cut[0]]}"
         raise StoreError(f"{msg}; {made_again(folder)}")
     return ImageCell(choice=choice, prompts=prompts, spec=spec, store=store)
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """The settings that a cell was gone on with last."""
-    settings = read_starts(folder)[-1].get("settings")
-    if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):
-        raise damaged(folder / "env.json", "a start without settings")
-    return settings
 
 
 def _with_references(folder: Path, prompts: Sequence[Prompt], choice: Choice) -> list[Prompt]:

@@ -382,6 +382,18 @@ def made_again(folder: Path) -> str:
     return "the command of the run makes them again, and nothing else" + (f": {made}" if made else "")
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings that a cell was gone on with last.
+
+    Raises:
+        StoreError: As :func:`read_starts`.
+    """
+    settings = read_starts(folder)[-1].get("settings")
+    if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):
+        raise damaged(folder / "env.json", "a start without settings")
+    return settings
+
+
 def image_digests(folder: Path, stage: str = "generate") -> dict[str, set[str]]:
     """SHA-256 that the file of each picture may have: of the first time it was made, or of a time after."""
     found: dict[str, set[str]] = {}

@@ -22,6 +22,7 @@ import yaml
 from nemo_bench.cli import main
 from nemo_bench.config import grid
 from nemo_bench.diffusion import folder_digest
+from nemo_bench.errors import StoreError
 from nemo_bench.prompts import read_prompts
 from nemo_bench.run import export
 from nemo_bench.store import read_records
@@ -200,6 +201,11 @@ def test_report_and_export_of_a_finished_cell(
     assert "not empty" in capsys.readouterr().err
     assert main(["export", str(cell), str(tmp_path / "other"), "--prompt", "vm-1"]) == 1
     assert "Did you mean 'vm-01'?" in capsys.readouterr().err
+    (start,) = json.loads((cell / "env.json").read_text())["starts"]
+    for settings in (None, {}, {"model": {}}, {"model": {"similarity": 3}}, {**start["settings"], "method": None}):
+        (cell / "env.json").write_text(json.dumps({"starts": [{**start, "settings": settings}]}))
+        with pytest.raises(StoreError, match=r"env\.json does not hold what it should"):
+            export(cell, tmp_path / "other")
     assert main(["report", str(tmp_path / "nothing")]) == 1
 
 
