@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_bench.environment import make_ready
-from nemo_bench.errors import NemoBenchError, nearest, shortened
+from nemo_bench.errors import NemoBenchError, counted, nearest, shortened
 
 if TYPE_CHECKING:
     from nemo_bench.config import Choice
@@ -351,7 +351,7 @@ def _print_forecast(expected: Mapping[str, Any]) -> None:
             text = textwrap.shorten(prompt["text"], 100, placeholder=" ...")
             console.print(f"  {prompt['id']}: {text}", soft_wrap=True)
     if expected["uncounted"]:
-        console.print(f"{expected['uncounted']} cells can't be counted before their files are there")
+        console.print(f"{counted(expected['uncounted'], 'cell')} can't be counted before the files are there")
     if not rows:
         return
     titles = ("open records", "localize", "generate", "score", "UNet passes", "time")

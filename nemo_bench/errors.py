@@ -53,6 +53,16 @@ class TrackingError(NemoBenchError):
     """A logger could not be told of results; the results themselves are complete."""
 
 
+def counted(count: int, thing: str) -> str:
+    """A number of things.
+
+    Example:
+        >>> counted(1, "image"), counted(1200, "prompt")
+        ('1 image', '1,200 prompts')
+    """
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """A hint for an error message: the nearest choice, then all of them.
 

@@ -24,7 +24,7 @@ from nemo_bench.cells import (
 )
 from nemo_bench.config import Choice, PromptSettings, build, resolve
 from nemo_bench.diffusion import Source
-from nemo_bench.errors import NemoBenchError
+from nemo_bench.errors import NemoBenchError, counted
 from nemo_bench.localization import read_statistics
 from nemo_bench.metrics import BenchMetric
 from nemo_bench.run import outlook
@@ -277,14 +277,14 @@ class _Survey:
     def _general(self, choice: Choice, settings: PromptSettings) -> str:
         if not settings.calibration:
             check_general(choice.names["method"], [])
-        told = f"{len(_read(str(settings.calibration), settings)):,} prompts"
+        told = counted(len(_read(str(settings.calibration), settings)), "prompt")
         if settings.calibration in settings.files:
             told += ", which are benchmarked too: give prompts.calibration a list of its own for results"
         return told
 
     def _listed(self, file: str, settings: PromptSettings) -> str:
         self._prompts[file] = _read(file, settings)
-        return f"{len(self._prompts[file]):,} prompts"
+        return counted(len(self._prompts[file]), "prompt")
 
     def _note_training_images(self, prompts: Sequence[Prompt], files: str) -> None:
         if damaged := list(dict.fromkeys(file for prompt in prompts for file in prompt.damaged_references)):

@@ -17,7 +17,7 @@ from nemo_bench.aggregate import GROUPS, aggregate, presets
 from nemo_bench.cells import STAGES, STATISTICS, THRESHOLD, Cell, ImageCell, metrics_of, with_sources
 from nemo_bench.config import ModelSettings, SimilaritySettings, resolve
 from nemo_bench.diffusion import Diffusion, folder_digest
-from nemo_bench.errors import ConfigError, ModelError, NemoBenchError, StoreError, nearest
+from nemo_bench.errors import ConfigError, ModelError, NemoBenchError, StoreError, counted, nearest
 from nemo_bench.localization.published import PublishedRow, by_position, published_text
 from nemo_bench.methods import Method
 from nemo_bench.metrics import detection
@@ -507,7 +507,7 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
         raise damaged(cell / "env.json", f"settings that can't be read: {error}") from error
     loaded = load_model(chosen)
     loaded.export(folder, neurons, factor)
-    whose = f"prompt `{prompt}`" if prompt is not None else f"{len(memorized or found)} prompts together"
+    whose = f"prompt `{prompt}`" if prompt is not None else f"{counted(len(memorized or found), 'prompt')} together"
     write_text(folder / "README.md", _card(cell, folder, loaded, neurons, factor, whose))
     return neurons
 

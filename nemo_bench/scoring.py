@@ -19,7 +19,7 @@ from nemo_bench.elsewhere import (
     mapped_images,
     named_images,
 )
-from nemo_bench.errors import ConfigError, StoreError
+from nemo_bench.errors import ConfigError, StoreError, counted
 from nemo_bench.prompts import check_references, prompts_digest
 from nemo_bench.run import finish, renew_scores, tell_damaged
 from nemo_bench.runner import Runner, is_main, note_start, open_folder
@@ -186,20 +186,20 @@ def reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> ImageCe
         prompts = _with_references(folder, prompts, choice)
     missing = [str(path) for p in prompts for path in (*p.references, *p.damaged_references) if not path.is_file()]
     if missing:
-        msg = f"{folder}: {len(missing)} reference images are gone, such as {missing[0]}"
+        msg = f"{folder}: {counted(len(missing), 'reference image')} gone, such as {missing[0]}"
         raise StoreError(f"{msg}; put them back, or name a folder of fetched ones with prompts.references")
     prompts = check_references(str(folder), prompts)
     records = [record for record in iterate_records(folder, "generate") if "image" in record]
     lost = [record["image"] for record in records if not (folder / record["image"]).is_file()]
     if lost:
-        msg = f"{folder}: {len(lost)} images are gone, such as {lost[0]}"
+        msg = f"{folder}: {counted(len(lost), 'image')} gone, such as {lost[0]}"
         raise StoreError(f"{msg}; {made_again(folder)}")
     if changed := changed_images(folder, records):
-        msg = f"{folder}: {len(changed)} images are not those that were scored, such as {changed[0]}"
+        msg = f"{folder}: {counted(len(changed), 'image')} not as scored, such as {changed[0]}"
         raise StoreError(f"{msg}; score their folder again, for a cell of its own, or put the former images back")
     ids = {record["id"]: record["image"] for record in records}
     if cut := store.open_ids("generate", ids):
-        msg = f"{folder}: {len(cut)} images are cut or others than were recorded, such as {ids[cut[0]]}"
+        msg = f"{folder}: {counted(len(cut), 'image')} cut or not as recorded, such as {ids[cut[0]]}"
         raise StoreError(f"{msg}; {made_again(folder)}")
     return ImageCell(choice=choice, prompts=prompts, spec=spec, store=store)
 
@@ -280,7 +280,7 @@ def _tell(contents: Sequence[Content], without: int, say: Callable[[str], None])
     if not is_main():
         return
     if without:
-        say(f"{without} prompts have no image: they are counted, and have no part in any number")
+        say(f"{counted(without, 'prompt')} without an image: counted, but without a part in any number")
     sizes = Counter(content.size for content in contents if content.size).most_common()
     if len(sizes) > 1:
         shown = ", ".join(f"{count} of {size[0]}x{size[1]}" for size, count in sizes[:3])

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nemo_bench.citations import KOWALCZUK
+from nemo_bench.errors import counted
 from nemo_bench.report.data import Results, load_results
 from nemo_bench.report.templates import render
 from nemo_bench.report.thumbnails import Thumbnails
@@ -57,7 +58,7 @@ class Audit:
         about = self.content["settings"]
         start = "the prompt" if about["start"] == "prompt" else "random numbers"
         steps = f"{about['steps']} steps of {about['samples']} samples at rate {about['rate']:g} from {start}"
-        return f"{self.label}: {steps}, {about['images']} images each"
+        return f"{self.label}: {steps}, {counted(about['images'], 'image')} each"
 
     @property
     def headings(self) -> list[str]:

@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 from nemo_bench.aggregate import GROUPS
-from nemo_bench.errors import StoreError
+from nemo_bench.errors import StoreError, counted
 from nemo_bench.store import (
     SCHEMA,
     Store,
@@ -179,7 +179,7 @@ class Failures:
     def __str__(self) -> str:
         """Such as ``3 images, 1 localization``; empty where nothing failed."""
         counts = {"image": self.images, "localization": self.localizations, "score": self.scores}
-        return ", ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items() if count)
+        return ", ".join(counted(count, name) for name, count in counts.items() if count)
 
 
 @dataclass(frozen=True)

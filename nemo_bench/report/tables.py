@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nemo_bench.aggregate import paired
+from nemo_bench.errors import counted
 from nemo_bench.report.data import Aggregate, Cell, Failures, MetricInfo, Results
 from nemo_bench.store import as_json, made_again
 
@@ -230,7 +231,7 @@ def ends(results: Results, row: Row, metric: str) -> tuple[str, str]:
 
 def fewer(row: Row, value: Aggregate) -> str:
     """The number of prompts with a value where it is not that of the row, such as ``3 prompts``."""
-    return "" if value.prompts == row.cell.count(row.group) else f"{value.prompts} prompt{'s' * (value.prompts != 1)}"
+    return "" if value.prompts == row.cell.count(row.group) else counted(value.prompts, "prompt")
 
 
 def _legend(rows: Sequence[Row]) -> str:

@@ -14,7 +14,7 @@ import wandb
 from wandb.sdk.lib.wbauth import read_netrc_auth
 
 from nemo_bench.config import LoggerSettings
-from nemo_bench.errors import TrackingError
+from nemo_bench.errors import TrackingError, counted
 from nemo_bench.store import read_json, write_json
 from nemo_bench.tracking.content import PICTURES, Entry
 from nemo_bench.types import digest
@@ -67,7 +67,7 @@ def tell(
             say(f"W&B: {url}")
     run = entries[0].folder.parent
     if told < len(entries):
-        say(f"W&B: {len(entries) - told} cells have not changed since they were tracked ({mode})")
+        say(f"W&B: {counted(len(entries) - told, 'cell')} unchanged since they were tracked ({mode})")
     if told and mode == "offline":
         say(f"W&B (offline): {run}/*/wandb; nemo-bench track {run} logger.mode=online uploads it, from any machine")
 

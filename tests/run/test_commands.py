@@ -113,7 +113,7 @@ def test_a_run_tells_every_logger_and_unchanged_results_only_once(tmp_path: Path
     words = command(tmp_path, prompt_file, "logger=all", "method=none,nemo")
     said = [execute(words).stdout for _ in range(2)]
     assert "W&B (offline)" in said[0]
-    assert "2 cells have not changed" in said[1]
+    assert "2 cells unchanged" in said[1]
     for file in ("wandb/offline-run-*/*.wandb", "tracked.json", "csv/metrics.csv", "tensorboard/events*"):
         assert len(list((tmp_path / "default").glob(f"*/{file}"))) == 2
 

@@ -156,7 +156,7 @@ def test_a_cut_image_and_a_swapped_one_are_noticed(folder: Path, capsys: pytest.
     content = one.read_bytes()
     one.write_bytes(content[:-9])
     assert main(READING["score"](folder)) == 1
-    assert "1 images are cut or others than were recorded" in capsys.readouterr().err
+    assert "1 image cut or not as recorded" in capsys.readouterr().err
     # One pixel of another shade: as many bytes, so that scoring alone can tell.
     changed = bytearray(content)
     changed[content.index(b"IDAT") + 40] ^= 1

@@ -278,7 +278,7 @@ def test_images_that_moved_are_found_again_and_changed_ones_are_others(made: Pat
     images = export(cell(made, "random"), tmp_path / "before")
     folder = scored(images, *elsewhere(tmp_path / "results", "x"))
     images = images.rename(tmp_path / "after")
-    with pytest.raises(StoreError, match="4 images are gone"):
+    with pytest.raises(StoreError, match="4 images gone"):
         scored(folder)
     scored(images, *elsewhere(tmp_path / "results", "x"))
     records = read_records(cell(folder, "x"), "generate").values()
@@ -295,7 +295,7 @@ def test_images_that_moved_are_found_again_and_changed_ones_are_others(made: Pat
     former = folder / line.split(":")[0]
     assert "not those that were scored" in line
     assert [path.parent for path in before if path.read_text() == before[path]] == [former]
-    with pytest.raises(StoreError, match="1 images are not those that were scored"):
+    with pytest.raises(StoreError, match="1 image not as scored"):
         scored(former)
 
 
@@ -339,8 +339,8 @@ def reopen(folder: Path) -> None:
         (None, ["metrics=full"], ModelError, "no weights for .*Download"),
         (None, ["batch_size=1,2"], ConfigError, "2 sets of settings are asked for"),
         (None, [f"prompts.references={LIST}"], NemoBenchError, "2 reference files of 2 prompts are missing"),
-        (spoil_reference, [], StoreError, r"1 reference images are gone, such as .*gone\.png"),
-        (drop_image, [], StoreError, "1 images are gone, such as images/.*the command of the run makes them again"),
+        (spoil_reference, [], StoreError, r"1 reference image gone, such as .*gone\.png"),
+        (drop_image, [], StoreError, "1 image gone, such as images/.*the command of the run makes them again"),
         (reopen, [], StoreError, "no cell has all its images"),
     ],
 )
@@ -434,7 +434,7 @@ def test_a_part_of_the_prompts_and_images_of_any_size_are_scored_and_counted(mad
     said: list[str] = []
     cells = cells_of(images, words, say=said.append, progress=False)
     folder = score(cells, "test", said.append, progress=False)
-    assert said[0] == "1 prompts have no image: they are counted, and have no part in any number"
+    assert said[0] == "1 prompt without an image: counted, but without a part in any number"
     assert said[1].startswith("images of 2 sizes (1 of ")
     path = cell(folder, "x")
     assert path.name.startswith("unnamed__x__")

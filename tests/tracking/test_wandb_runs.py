@@ -183,7 +183,7 @@ def test_unchanged_results_are_told_once_and_changed_ones_continue_the_run(run: 
     assert len(list(run.glob("*/wandb/offline-run-*"))) == 2
     track(run, SETTINGS, say=said.append)
     assert len(list(run.glob("*/wandb/offline-run-*"))) == 2
-    assert "2 cells have not changed" in said[-1]
+    assert "2 cells unchanged" in said[-1]
     write_json(nemo / "env.json", {"starts": read_json(nemo / "env.json")["starts"] * 2})
     track(nemo, SETTINGS, again=True, say=said.append)
     again = OfflineRun(nemo)
