@@ -62,7 +62,7 @@ def test_calibrating_in_memory_is_what_a_run_measures(tmp_path: Path, prompt_fil
     cells = plan(grid(words))
     run(cells, "test", progress=False)
     measured = cells[0].method.calibration
-    model, (prompts, general) = load("planted"), load_prompts("planted", *FEW[:2], words[-2])
+    model, (prompts, general) = load("planted"), load_prompts("planted", *words[:-1])
     nemo = NeMo().calibrate(model, general, seeds=3)
     assert measured is not None
     assert nemo.calibration is not None
