@@ -20,7 +20,7 @@ from nemo_bench.aggregate import bootstrap_interval, paired
 from nemo_bench.cells import ImageCell, decisive_settings, metrics_of, read_files, source_of
 from nemo_bench.config import SCORING, build, check_stored, named_classes, overridden, rows_at_once
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, file_digest
-from nemo_bench.errors import ConfigError, ModelError, StoreError, nearest
+from nemo_bench.errors import ConfigError, ModelError, NotFiniteError, StoreError, nearest
 from nemo_bench.methods import Batch, Method, NoMitigation
 from nemo_bench.methods.descent import check_precision
 from nemo_bench.methods.embedding_search import RATE, SAMPLES, STEPS, UNCHANGED, random_embeddings, search_embeddings
@@ -340,6 +340,15 @@ class AuditStage(Stage):
         return [*failed, *(self._search(localized) if localized else [])]
 
     def _search(self, tasks: Sequence[AuditTask]) -> list[Record]:
+        try:
+            return self._search_together(tasks)
+        except NotFiniteError as error:
+            # It does not say which searches it is about.
+            if len(tasks) > 1:
+                return [record for task in tasks for record in self._search([task])]
+            return [_failed(tasks[0], str(error))]
+
+    def _search_together(self, tasks: Sequence[AuditTask]) -> list[Record]:
         model, method, settings = self.model, self.audited.method, self.audited.settings
         before = model.row_passes
         method.prepare(model, self.audited.cell.prompts)

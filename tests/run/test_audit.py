@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,13 @@ from nemo_bench.audit import AuditSettings, cells_of, fitted_picture, verdict
 from nemo_bench.cli import main
 from nemo_bench.config import build, grid, options
 from nemo_bench.diffusion import Conditioning
+from nemo_bench.methods import Batch, NeMo
 from nemo_bench.metrics import SSIM, PixelDistance
 from nemo_bench.pictures import open_image
 from nemo_bench.prompts import seeds_of
 from nemo_bench.report.audit import load_audits, terminal_audits
 from nemo_bench.runner import by_prompt
+from nemo_bench.signals import require_finite
 from nemo_bench.store import Store, read_json, read_records
 from nemo_bench.types import Prompt
 from small_runs import small
@@ -246,6 +250,24 @@ def test_one_cell_in_half_precision_does_not_stop_the_others(copy: Path) -> None
     assert [c.cell.spec["method"] for c in cells_of(copy, QUICK, say=said.append)] == ["nemo"]
     (line,) = (line for line in said if "float16" in line)
     assert line.endswith(cell(copy, "none").name)
+
+
+def test_a_search_in_which_a_method_meets_what_is_not_finite_fails_alone(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply = NeMo.apply
+
+    def breaks(self: NeMo, model: Diffusion, batch: Batch) -> AbstractContextManager[Batch]:
+        require_finite("activations", torch.tensor([nan if p.id == "vm-01" else 0 for p in batch.prompts]))
+        return apply(self, model, batch)
+
+    monkeypatch.setattr(NeMo, "apply", breaks)
+    assert main(["audit", str(copy), "--cell", "nemo", *QUICK]) == 0
+    searches = read_records(cell(copy, "nemo"), "audit").values()
+    assert {s["prompt"]: s.get("failed") for s in searches if s["prompt"] == s["source"]} == {
+        "vm-01": "activations are not finite",
+        "tm-26": None,
+    }
 
 
 def test_without_a_memorization_rate_there_is_no_search(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
