@@ -403,7 +403,7 @@ class AuditStage(Stage):
                 tuple(batch.neurons[row] for row in rows),
             )
             with method.apply(model, own) as changed:
-                parts.append(model.generate(changed.text, changed.latents, changed.unconditional))
+                parts.append(changed.generate(model).images)
         return torch.cat(parts).unflatten(0, (len(tasks), count))
 
 

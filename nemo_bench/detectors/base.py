@@ -234,8 +234,8 @@ class Detector(ABC):
         if self.samples and guidance <= 1:
             msg = f"{self.title} watches guided sampling, given model.guidance={guidance:g}"
             raise ModelError(f"{msg}; give model.guidance above 1, or leave this detector out")
-        if compiled and (self.samples or self.derives):
-            msg = f"{self.title} looks inside of sampling or takes derivatives, which a compiled UNet does not allow"
+        if compiled and (self.attends or self.derives):
+            msg = f"{self.title} looks at attention or takes derivatives, which a compiled UNet does not allow"
             raise ModelError(f"{msg}; set model.compiled=false, or leave this detector out")
 
     def fits(self, model: Diffusion) -> None:  # noqa: B027 - most suit every model of their families

@@ -45,7 +45,7 @@ class OneStep(Detector):
     def observe(self, view: View) -> Mapping[str, Tensor]:
         """See :meth:`Detector.observe`."""
         model = view.model
-        last = model.pipeline.scheduler.config.num_train_timesteps - 1
+        last = model.training_timesteps - 1
         signal = model.signal(last)
         # Noise alone, at the scale that the network knows: where latents are multiplied by the root of their signal.
         noise = (view.latents.float() * (1 - signal) ** 0.5).to(view.latents.dtype)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nemo_bench.detectors.base import Detector, Finding, Predictions, View, now
-from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, Step, conditional_attention
+from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, Sampling, conditional_attention
 from nemo_bench.errors import NotFiniteError
 from nemo_bench.prompts import seeds_of
 from nemo_bench.signals import require_finite
@@ -42,10 +42,6 @@ class _Trail:
 
     steps: dict[tuple[int, int], list[dict[str, Tensor]]] = field(default_factory=lambda: defaultdict(list))
     images: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-
-
-class _Enough(Exception):  # noqa: N818 - no error: it ends sampling where nobody watches any more
-    pass
 
 
 def watch(
@@ -136,50 +132,43 @@ class _Watch:
     ) -> None:
         model = self.model
         depth = {name: self._depth(self.detectors[name]) for name in rows}
-        finished = any(self.detectors[name].images for name in rows)
-        done, looked = 0, now(model)
-        maps: dict[str, Tensor] = {}
-
-        def look(layer: str, logits: Tensor) -> Tensor:
-            maps[layer] = conditional_attention(logits, len(images))
-            return logits
-
-        def look_in(number: int) -> None:
-            """Has attention kept in the pass of a step, of layers that are asked for."""
-            watching = [self.detectors[name] for name in rows if number < depth[name]]
-            layers = {layer for detector in watching for layer in detector.layers(model, number)}
-            if layers:
-                looking.enter_context(model.edit_attention(look, tuple(layers)))
-
-        def rule(step: Step) -> Tensor:
-            nonlocal done, looked
-            done, waited = step.number + 1, now(model) - looked
-            looking.close()
-            predictions = Predictions(model, step.latents, step.timestep, text, step.conditional, step.unconditional)
-            shared = {
-                name: self._ask(name, images, predictions, index, step.number, maps)
-                for name, index in rows.items()
-                if step.number < depth[name]
-            }
-            self._share(waited, 2 * len(images), shared)
-            maps.clear()
-            if done == max(depth.values()) and not finished:
-                raise _Enough
-            look_in(done)
-            looked = now(model)
-            return step.guided(step.scale)
-
-        with ExitStack() as looking, model.guide(rule):
-            look_in(0)
-            try:
-                pictures = model.generate(text, latents)
-            except _Enough:
-                pictures = None
-        if pictures is not None:
-            decoding = {name: len(index) for name, index in rows.items() if self.detectors[name].images}
-            self._share(now(model) - looked, len(images), decoding)
+        decoding = {name: len(index) for name, index in rows.items() if self.detectors[name].images}
+        sampling = Sampling(model, text, latents)
+        since = now(model)
+        for number in range(model.steps if decoding else max(depth.values())):
+            watching = {name: index for name, index in rows.items() if number < depth[name]}
+            maps = self._predict(sampling, watching, len(images))
+            waited = now(model) - since
+            if watching:
+                step = sampling.step
+                predictions = Predictions(
+                    model, step.latents, step.timestep, text, step.conditional, step.unconditional
+                )
+                shared = {
+                    name: self._ask(name, images, predictions, index, number, maps) for name, index in watching.items()
+                }
+                self._share(waited, 2 * len(images), shared)
+            since = now(model)
+            sampling.advance()
+        if decoding:
+            pictures = sampling.decode().images
+            self._share(now(model) - since, len(images), decoding)
             for name in decoding:
                 self.trails[name].images |= {images[row]: pictures[row] for row in rows[name]}
+
+    def _predict(self, sampling: Sampling, watching: Iterable[str], images: int) -> dict[str, Tensor]:
+        """Makes the predictions of a step; returns the attention of the layers that detectors ask for."""
+        asked = (self.detectors[name].layers(self.model, sampling.number) for name in watching)
+        layers = tuple({layer for layers in asked for layer in layers})
+        maps: dict[str, Tensor] = {}
+
+        def keep(layer: str, logits: Tensor) -> Tensor:
+            maps[layer] = conditional_attention(logits, images)
+            return logits
+
+        with self.model.edit_attention(keep, layers) if layers else nullcontext():
+            sampling.predict()
+        return maps
 
     def _ask(
         self,

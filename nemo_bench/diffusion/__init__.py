@@ -3,18 +3,17 @@
 from nemo_bench.diffusion.attention import Edit, conditional_attention, conditional_rows, cross_attentions
 from nemo_bench.diffusion.digests import file_digest, folder_digest
 from nemo_bench.diffusion.families import FAMILIES, Conditioning
-from nemo_bench.diffusion.guidance import Rule, Step, guided_from
 from nemo_bench.diffusion.lora import Lora
 from nemo_bench.diffusion.model import (
     GRADIENT_MEMORY,
     MEASURES,
     Diffusion,
-    Generated,
     Measure,
     Similarity,
     value_layers,
 )
 from nemo_bench.diffusion.prefix import Prefix
+from nemo_bench.diffusion.sampling import Generated, Rule, Sampling, Step, guided_from
 from nemo_bench.diffusion.schedule import check_schedule
 from nemo_bench.diffusion.source import Source
 
@@ -30,6 +29,7 @@ __all__ = [
     "Measure",
     "Prefix",
     "Rule",
+    "Sampling",
     "Similarity",
     "Source",
     "Step",

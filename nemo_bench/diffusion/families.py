@@ -79,9 +79,23 @@ class StableDiffusion:
         """
         return {"encoder_hidden_states": text.text}
 
-    def call_inputs(self, text: Conditioning, unconditional: Conditioning) -> dict[str, Any]:
-        """What the pipeline is called with in place of prompts; both of N rows."""
-        return {"prompt_embeds": text.text, "negative_prompt_embeds": unconditional.text}
+    def decoding_dtype(self, vae: Any, dtype: torch.dtype) -> torch.dtype:
+        """Number format that an autoencoder decodes in.
+
+        Args:
+            vae: Its configuration.
+            dtype: The one it is in.
+        """
+        return dtype
+
+    def unscaled(self, vae: Any, latents: Tensor) -> Tensor:
+        """Latents as the decoder takes them.
+
+        Args:
+            vae: Configuration of the autoencoder.
+            latents: Latents as the UNet has them, (N, channels, height, width).
+        """
+        return latents / vae.scaling_factor
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -100,10 +114,16 @@ class StableDiffusionXL(StableDiffusion):
         added = {"text_embeds": text.pooled, "time_ids": sizes.repeat(len(text), 1)}
         return {**super().unet_inputs(text, size), "added_cond_kwargs": added}
 
-    def call_inputs(self, text: Conditioning, unconditional: Conditioning) -> dict[str, Any]:
-        """See :meth:`StableDiffusion.call_inputs`."""
-        pooled = {"pooled_prompt_embeds": text.pooled, "negative_pooled_prompt_embeds": unconditional.pooled}
-        return {**super().call_inputs(text, unconditional), **pooled}
+    def decoding_dtype(self, vae: Any, dtype: torch.dtype) -> torch.dtype:
+        """See :meth:`StableDiffusion.decoding_dtype`; the published autoencoder overflows in float16 and says so."""
+        return torch.float32 if dtype == torch.float16 and vae.force_upcast else dtype
+
+    def unscaled(self, vae: Any, latents: Tensor) -> Tensor:
+        """See :meth:`StableDiffusion.unscaled`; some autoencoders have a mean and a deviation of their latents."""
+        if vae.get("latents_mean") is None or vae.get("latents_std") is None:
+            return super().unscaled(vae, latents)
+        mean, std = (latents.new_tensor(vae[f"latents_{key}"])[:, None, None] for key in ("mean", "std"))
+        return latents * std / vae.scaling_factor + mean
 
 
 FAMILIES = {family.pipeline.__name__: family for family in (StableDiffusion(), StableDiffusionXL())}

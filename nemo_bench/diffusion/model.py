@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -24,9 +24,9 @@ from torch.autograd.forward_ad import unpack_dual
 
 from nemo_bench.diffusion.attention import Edit, cross_attentions, edit_attention
 from nemo_bench.diffusion.families import Conditioning, family_of
-from nemo_bench.diffusion.guidance import Rule, Step
 from nemo_bench.diffusion.lora import Lora
 from nemo_bench.diffusion.masks import NeuronMasks
+from nemo_bench.diffusion.sampling import Generated, Rule, sample
 from nemo_bench.diffusion.source import Source, without_advice, without_bars
 from nemo_bench.errors import ConfigError, ModelError, NotFiniteError
 from nemo_bench.types import Neurons
@@ -109,18 +109,6 @@ class Similarity:
         )
 
 
-class Generated(NamedTuple):
-    """Images, and what became of them.
-
-    Attributes:
-        images: In [0, 1], float32, (N, 3, height, width); nan throughout where an image failed.
-        failed: Why, one an image; None where the image is there.
-    """
-
-    images: Tensor
-    failed: tuple[str | None, ...]
-
-
 class Diffusion(nn.Module):
     """A pipeline of Stable Diffusion 1.x, 2.x or XL whose value neurons can be switched off row by row.
 
@@ -158,8 +146,7 @@ class Diffusion(nn.Module):
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module):
                 self.add_module(name, part)
-        pipeline.scheduler = ddim(pipeline.scheduler.config)
-        pipeline.set_progress_bar_config(disable=True)
+        self.scheduler = ddim(pipeline.scheduler.config)
         self.steps, self.guidance = steps, guidance
         self.similarity = similarity or Similarity()
         self.requires_grad_(False).eval()
@@ -170,7 +157,6 @@ class Diffusion(nn.Module):
             # Hooks that a network gets after it was compiled are ignored, so the masks come first.
             self.unet.compile()
         self.row_passes = 0
-        self._predicting = False
         self._unconditional: Conditioning | None = None
 
     @classmethod
@@ -289,13 +275,17 @@ class Diffusion(nn.Module):
 
     def timesteps(self, steps: int | None = None) -> list[int]:
         """Timesteps of so many DDIM steps, or of a generation, the noisiest first; sampling is not disturbed."""
-        scheduler = copy.copy(self.pipeline.scheduler)
-        scheduler.set_timesteps(steps or self.steps)
-        return [int(timestep) for timestep in scheduler.timesteps]
+        return [int(timestep) for timestep in self.scheduler_of(steps or self.steps).timesteps]
+
+    def scheduler_of(self, steps: int) -> DDIMScheduler:
+        """A copy of the scheduler, set to so many steps."""
+        scheduler = copy.copy(self.scheduler)
+        scheduler.set_timesteps(steps, device=self.device)
+        return scheduler
 
     def signal(self, timestep: int) -> float:
         """Share of the signal in the variance of a latent at a timestep, in (0, 1); the rest is noise."""
-        return float(self.pipeline.scheduler.alphas_cumprod[timestep])
+        return float(self.scheduler.alphas_cumprod[timestep])
 
     def predict_noise(self, latents: Tensor, timestep: int, text: Conditioning) -> Tensor:
         """One UNet pass, converted to predicted noise whatever the network predicts.
@@ -312,8 +302,8 @@ class Diffusion(nn.Module):
         Raises:
             ModelError: The scheduler's prediction type is neither epsilon nor v_prediction.
         """
-        output = self._pass(latents, timestep, text)
-        own, of_latents = self._noise_weights(timestep)
+        output = self.predict_output(latents, timestep, text)
+        own, of_latents = self.noise_weights(timestep)
         return own * output + of_latents * latents.float()
 
     def predict_output(self, latents: Tensor, timestep: int, text: Conditioning) -> Tensor:
@@ -322,22 +312,32 @@ class Diffusion(nn.Module):
         Returns:
             Predicted noise or velocity in float32, shaped as the latents.
         """
-        return self._pass(latents, timestep, text)
+        # A number would be a constant of a compiled network, which would be compiled again for each.
+        return self.network_output(latents, torch.tensor(timestep, device=self.device), text).float()
 
-    def _pass(self, latents: Tensor, timestep: int | Tensor, text: Conditioning) -> Tensor:
-        """What the UNet gives in one pass, in float32; the pass is counted."""
+    def network_output(self, latents: Tensor, timestep: Tensor, text: Conditioning) -> Tensor:
+        """One UNet pass in its own number format; the pass is counted.
+
+        Args:
+            latents: Noisy latents, (N, channels, height, width).
+            timestep: Training timestep, one for all rows or (N,), on the model's device.
+            text: Conditioning of N rows.
+
+        Returns:
+            Predicted noise or velocity, shaped as the latents.
+        """
         height, width = (side * self.pipeline.vae_scale_factor for side in latents.shape[2:])
-        self._predicting = True
-        try:
-            output = self.unet(latents, timestep, **self.family.unet_inputs(text, (height, width))).sample
-        finally:
-            self._predicting = False
-        self._count_passes(len(latents))
+        inputs = self.family.unet_inputs(text, (height, width))
+        output: Tensor = self.unet(latents, timestep, **inputs, return_dict=False)[0]
+        self.row_passes += len(latents)
         if output.requires_grad:
-            output.register_hook(lambda gradient: self._count_passes(len(gradient)))
+            output.register_hook(self._count_backward)
         if unpack_dual(output).tangent is not None:
-            self._count_passes(len(latents))
-        return output.float()
+            self.row_passes += len(latents)
+        return output
+
+    def _count_backward(self, gradient: Tensor) -> None:
+        self.row_passes += len(gradient)
 
     def training_losses(self, clean: Tensor, timesteps: Tensor, noise: Tensor, text: Conditioning) -> Tensor:
         """What training made small: squared error of what the network predicts, be it noise or velocity.
@@ -354,15 +354,15 @@ class Diffusion(nn.Module):
         Raises:
             ModelError: The scheduler's prediction type is neither epsilon nor v_prediction.
         """
-        scheduler = self.pipeline.scheduler
+        scheduler = self.scheduler
         noisy = scheduler.add_noise(clean, noise, timesteps).to(self.dtype)
         target = scheduler.get_velocity(clean, noise, timesteps) if self._predicts_velocity else noise
-        return (self._pass(noisy, timesteps, text) - target).square().flatten(1).mean(1)
+        return (self.network_output(noisy, timesteps, text).float() - target).square().flatten(1).mean(1)
 
     @property
     def training_timesteps(self) -> int:
         """Number of noise levels that the model was trained on."""
-        return int(self.pipeline.scheduler.config.num_train_timesteps)
+        return int(self.scheduler.config.num_train_timesteps)
 
     def text_noise(self, latents: Tensor, timestep: int, text: Conditioning) -> Tensor:
         """What a prompt adds to the predicted noise: conditional minus unconditional, of one UNet pass for both.
@@ -391,13 +391,10 @@ class Diffusion(nn.Module):
         Returns:
             Float32, shaped as the noise.
         """
-        own, of_latents = self._noise_weights(timestep)
+        own, of_latents = self.noise_weights(timestep)
         return (noise if latents is None else noise - of_latents * latents.float()) / own
 
-    def _count_passes(self, rows: int) -> None:
-        self.row_passes += rows
-
-    def _noise_weights(self, timestep: int) -> tuple[float, float]:
+    def noise_weights(self, timestep: int) -> tuple[float, float]:
         """What output and latents are multiplied by to sum up to the noise predicted (Salimans and Ho 2022)."""
         if not self._predicts_velocity:
             return 1.0, 0.0
@@ -412,48 +409,10 @@ class Diffusion(nn.Module):
 
     @property
     def _predicts_velocity(self) -> bool:
-        kind = self.pipeline.scheduler.config.prediction_type
+        kind = self.scheduler.config.prediction_type
         if kind not in ("epsilon", "v_prediction"):
             raise ModelError(f"prediction type '{kind}' is not supported; use a model with epsilon or v_prediction")
         return bool(kind == "v_prediction")
-
-    @contextmanager
-    def guide(self, rule: Rule) -> Iterator[None]:
-        """Takes, in every step generated while the context is open, the noise that a rule gives.
-
-        Args:
-            rule: Called once a step for all images of a batch; what :meth:`predict_noise` gives, within the rule or
-                apart from sampling, is left alone. Images for which it gives what guidance gives anyway are exactly
-                those generated without it.
-
-        Raises:
-            ModelError: The model generates without guidance, or its UNet is compiled.
-        """
-        if self.guidance <= 1 or self.compiled:
-            msg = f"model.guidance={self.guidance} model.compiled={self.compiled}: a method that changes guidance needs"
-            raise ModelError(f"{msg} model.guidance above 1 and model.compiled=false")
-
-        def replace(_unet: nn.Module, args: tuple[Tensor, Tensor], output: tuple[Tensor]) -> tuple[Tensor] | None:
-            if self._predicting:
-                return None
-            latents, timestep = args[0].chunk(2)[0], int(args[1])
-            own, of_latents = self._noise_weights(timestep)
-            # The pipeline stacks the unconditional half before the conditional one.
-            halves = (own * half.float() + of_latents * latents.float() for half in output[0].chunk(2))
-            number = self.pipeline.scheduler.timesteps.tolist().index(timestep)
-            step = Step(number, timestep, self.guidance, latents, *halves)
-            noise = rule(step)
-            # Two halves alike: whatever scale the pipeline applies, this is what it gets.
-            alike = ((noise - of_latents * latents.float()) / own).to(output[0].dtype).repeat(2, 1, 1, 1)
-            # Images that are guided as ever keep what the network gave, since converting there and back rounds.
-            changed = (noise != step.guided(step.scale)).flatten(1).any(1).repeat(2)
-            return (torch.where(changed[:, None, None, None], alike, output[0]),)
-
-        hook = self.unet.register_forward_hook(replace)
-        try:
-            yield
-        finally:
-            hook.remove()
 
     def edit_attention(self, edit: Edit, blocks: str | tuple[str, ...] = "") -> AbstractContextManager[None]:
         """Edits the logits of cross-attention while the context is open.
@@ -475,6 +434,7 @@ class Diffusion(nn.Module):
         text: Conditioning | str,
         latents: Tensor | Sequence[int],
         unconditional: Conditioning | None = None,
+        rule: Rule | None = None,
     ) -> Tensor:
         """Generates one image per row.
 
@@ -482,18 +442,24 @@ class Diffusion(nn.Module):
             text: Conditioning of N rows, or one prompt for all of them.
             latents: Starting noise of N rows, or their seeds; see :meth:`latents`.
             unconditional: What guidance leads away from, of N rows; None for :meth:`unconditional`.
+            rule: Gives, once a step for all images, the noise that is taken off in place of that under guidance.
+                Images for which it gives what guidance gives anyway are exactly those generated without it.
 
         Returns:
             Images in [0, 1], float32, (N, 3, height, width); nan throughout where an image failed, see
             :meth:`generate_checked`.
+
+        Raises:
+            ModelError: There is a rule, and the model generates without guidance.
         """
-        return self.generate_checked(text, latents, unconditional).images
+        return self.generate_checked(text, latents, unconditional, rule).images
 
     def generate_checked(
         self,
         text: Conditioning | str,
         latents: Tensor | Sequence[int],
         unconditional: Conditioning | None = None,
+        rule: Rule | None = None,
     ) -> Generated:
         """Generates one image per row, and says of each whether its latents and its pixels were finite.
 
@@ -501,50 +467,25 @@ class Diffusion(nn.Module):
             text: See :meth:`generate`.
             latents: Likewise.
             unconditional: Likewise.
+            rule: Likewise.
 
         Returns:
             The images, and why those failed that did.
+
+        Raises:
+            ModelError: See :meth:`generate`.
         """
         if not isinstance(latents, Tensor):
             latents = self.latents(latents)
         if isinstance(text, str):
             text = self.encode([text]).rows([0] * len(latents))
-        sampled: list[Tensor] = []
-        decoded: list[Tensor] = []
+        return sample(self, text, latents, unconditional, rule)
 
-        def look_at_step(_pipeline: Any, _step: int, _timestep: int, given: dict[str, Tensor]) -> dict[str, Tensor]:
-            sampled.append(_finite_rows(given["latents"]))
-            return {}
-
-        # Pixels are looked at here: the pipeline takes an infinite one for white, or for black.
-        hook = self.pipeline.vae.decoder.register_forward_hook(
-            lambda _decoder, _inputs, output: decoded.append(_finite_rows(output))
-        )
-        try:
-            images: Tensor = self.pipeline(
-                **self.family.call_inputs(text, unconditional or self.unconditional(len(text))),
-                latents=latents,
-                num_inference_steps=self.steps,
-                guidance_scale=self.guidance,
-                output_type="pt",
-                callback_on_step_end=look_at_step,
-            ).images
-        finally:
-            hook.remove()
-        self._count_passes(len(text) * self.passes_per_image)
-        by_step, pixels = torch.stack(sampled).tolist(), torch.cat(decoded).tolist()
-        failed = tuple(self._failure([finite[row] for finite in by_step], pixels[row]) for row in range(len(latents)))
-        images = images.float().clamp(0, 1)
-        images[[row for row, reason in enumerate(failed) if reason]] = torch.nan
-        return Generated(images, failed)
-
-    def _failure(self, steps: Sequence[bool], pixels: bool) -> str | None:
-        """Why an image failed, given whether its latents after each step, and its pixels, are finite."""
-        if not all(steps):
-            return f"latents are not finite after step {steps.index(False) + 1} of {len(steps)}, in {_name(self.dtype)}"
-        if not pixels:
-            return f"pixels are not finite, decoded from finite latents in {_name(self.pipeline.vae.dtype)}"
-        return None
+    @property
+    def decoding_dtype(self) -> torch.dtype:
+        """Number format that images are decoded in: float32 where the autoencoder asks for it in half precision."""
+        dtype: torch.dtype = self.pipeline.vae.dtype
+        return self.family.decoding_dtype(self.pipeline.vae.config, dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images of clean latents; gradients go through it.
@@ -555,7 +496,16 @@ class Diffusion(nn.Module):
         Returns:
             Float32, (N, 3, height, width), 0 black and 1 white; values beyond are not cut off.
         """
-        image = self.pipeline.vae.decode(latents.to(self.dtype) / self.pipeline.vae.config.scaling_factor).sample
+        vae, dtype, own = self.pipeline.vae, self.decoding_dtype, self.pipeline.vae.dtype
+        scaled = self.family.unscaled(vae.config, latents.to(dtype))
+        if dtype == own:
+            image: Tensor = vae.decode(scaled, return_dict=False)[0]
+        else:
+            vae.to(dtype)
+            try:
+                image = vae.decode(scaled, return_dict=False)[0]
+            finally:
+                vae.to(own)
         return image.float() / 2 + 0.5
 
     @torch.no_grad()
@@ -629,15 +579,6 @@ class Diffusion(nn.Module):
         finally:
             for parameter, original in kept:
                 parameter.copy_(original)
-
-
-def _finite_rows(values: Tensor) -> Tensor:
-    """Whether all numbers of each row are finite, (N,)."""
-    return values.isfinite().flatten(1).all(1)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def ddim(shipped: Mapping[str, Any]) -> DDIMScheduler:

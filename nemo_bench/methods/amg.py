@@ -187,8 +187,7 @@ class AMG(Method):
         if model not in self._indices:
             raise ConfigError("amg needs to see the training images: call prepare(model, prompts)")
         guidance = _Guidance(self, model, self._indices[model], len(batch.prompts))
-        with model.guide(guidance):
-            yield replace(batch, notes=guidance.notes)
+        yield replace(batch, rule=guidance, notes=guidance.notes)
 
 
 @dataclass(frozen=True)

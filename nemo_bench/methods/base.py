@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
-from nemo_bench.diffusion import FAMILIES, Conditioning, Diffusion
+from nemo_bench.diffusion import FAMILIES, Conditioning, Diffusion, Generated, Rule
 from nemo_bench.errors import ModelError
 from nemo_bench.localization import PAPER, SEEDS, Calibration, Protocol
 from nemo_bench.methods.descent import check_precision
@@ -36,6 +36,7 @@ class Batch:
         neurons: What localizing found for the prompt of each row.
         unconditional: What guidance leads away from, of each row, or None for the model's own.
         notes: What a method has to tell of each row, for the records; empty where it has nothing to tell.
+        rule: Gives the noise of each step in place of guidance; None leaves guidance as it is.
     """
 
     prompts: tuple[Prompt, ...]
@@ -45,6 +46,15 @@ class Batch:
     neurons: tuple[Neurons, ...]
     unconditional: Conditioning | None = None
     notes: tuple[Mapping[str, Any], ...] = ()
+    rule: Rule | None = None
+
+    def generate(self, model: Diffusion) -> Generated:
+        """Generates the images; see :meth:`Diffusion.generate_checked`.
+
+        Args:
+            model: The model, as the method that gave this batch has opened it.
+        """
+        return model.generate_checked(self.text, self.latents, self.unconditional, self.rule)
 
 
 class Method(ABC):
@@ -111,7 +121,7 @@ class Method(ABC):
             raise ModelError(f"{msg}; give model.guidance above 1, or leave this method out")
         if "gradients" in self.needs:
             check_precision(self.title, dtype)
-        if compiled and self.needs & {"guidance", "open"}:
+        if compiled and "open" in self.needs:
             msg = f"{self.title} works inside of the UNet, which can't be reached once it is compiled"
             raise ModelError(f"{msg}; set model.compiled=false, or leave this method out")
 

@@ -74,9 +74,8 @@ class AdjustedNoise(Method):
     @contextmanager
     def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
         """See :meth:`Method.apply`."""
-        adjusted = replace(batch, latents=self._adjusted(model, batch).to(batch.latents.dtype))
-        with model.guide(guided_from(self.timestep, 0.0)):
-            yield adjusted
+        latents = self._adjusted(model, batch).to(batch.latents.dtype)
+        yield replace(batch, latents=latents, rule=guided_from(self.timestep, 0.0))
 
     @torch.no_grad()
     def _adjusted(self, model: Diffusion, batch: Batch) -> Tensor:

@@ -160,8 +160,7 @@ class PRSS(Method):
                 noise[rows] = self.reanchored(step.scale, step.unconditional[rows], step.conditional[rows], anchor)
             return noise
 
-        with model.guide(rule):
-            yield chosen
+        yield replace(chosen, rule=rule)
 
     def reanchored(self, scale: float, unconditional: Tensor, chosen: Tensor, anchor: Tensor) -> Tensor:
         """The noise of images that are re-anchored.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import isfinite
 
 import torch
@@ -61,8 +62,7 @@ class StaticTransition(Method):
     @contextmanager
     def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
         """See :meth:`Method.apply`."""
-        with model.guide(guided_from(self.timestep, self.before)):
-            yield batch
+        yield replace(batch, rule=guided_from(self.timestep, self.before))
 
 
 class DynamicTransition(Method):
@@ -108,5 +108,4 @@ class DynamicTransition(Method):
                 switched = switched | ((curve[-1] > curve[-2]) & (curve[-3] > curve[-2]))
             return step.guided(torch.where(switched, step.scale, self.before))
 
-        with model.guide(rule):
-            yield batch
+        yield replace(batch, rule=rule)

@@ -254,8 +254,7 @@ def test_sharpness_of_some_steps_is_their_mean(tiny: Diffusion) -> None:
         steps.append((step.latents, step.timestep))
         return step.guided(step.scale)
 
-    with tiny.guide(keep):
-        tiny.generate(text, latents)
+    tiny.generate(text, latents, rule=keep)
     views = [View(Predictions(tiny, x, t, text), [0, 1], i, [5, 5]) for i, (x, t) in enumerate(steps)]
     with torch.no_grad():
         each = [float(Sharpness().observe(view)["sharpness"].mean()) for view in views]
@@ -400,8 +399,7 @@ def test_bright_ending_masks_what_every_step_adds(tiny: Diffusion) -> None:
         added.append(step.difference)
         return step.guided(step.scale)
 
-    with tiny.guide(keep):
-        tiny.generate(text, latents)
+    tiny.generate(text, latents, rule=keep)
     by_step = [float(sum((d[i] * mask[i]).square().sum().sqrt() / mask[i].mean() for i in range(2)) / 2) for d in added]
     found = look(tiny, BrightEnding(seeds=2))
     assert found.details["by_step"] == pytest.approx(by_step, rel=1e-3)
@@ -425,7 +423,7 @@ def test_tiled_l2_is_the_mean_over_pairs_and_negative(tiny: Diffusion) -> None:
 def test_one_step_is_what_heuns_method_does(tiny: Diffusion, make: Any) -> None:
     """Against diffusers' Heun sampler, from the largest noise level in a single step, as Karras' schedule has it."""
     model = Diffusion(make(), steps=4, guidance=3.0) if make else tiny
-    scheduler = HeunDiscreteScheduler.from_config(model.pipeline.scheduler.config)
+    scheduler = HeunDiscreteScheduler.from_config(model.scheduler.config)
     scheduler.set_timesteps(timesteps=[999])
     assert len(scheduler.timesteps) == 1
     timestep, sigma = scheduler.timesteps[0], float(scheduler.sigmas[0])

@@ -23,7 +23,7 @@ def test_v_prediction_is_converted_to_noise() -> None:
     velocity = Diffusion(tiny_pipeline(prediction_type="v_prediction"), steps=4)
     text, latents = velocity.encode(tiny_texts(1)), velocity.latents([0])
     output = velocity.unet(latents, 500, encoder_hidden_states=text.text).sample
-    alpha = velocity.pipeline.scheduler.alphas_cumprod[500]
+    alpha = velocity.scheduler.alphas_cumprod[500]
     expected = alpha.sqrt() * output + (1 - alpha).sqrt() * latents
     torch.testing.assert_close(velocity.predict_noise(latents, 500, text), expected)
     epsilon = Diffusion(tiny_pipeline(prediction_type="epsilon"), steps=4)
@@ -75,14 +75,6 @@ def test_images_do_not_depend_on_their_batch(tiny: Diffusion) -> None:
         torch.testing.assert_close(
             together[row : row + 1], tiny.generate(text.rows([row]), latents[row : row + 1]), atol=1e-4, rtol=1e-3
         )
-
-
-def test_generating_equals_the_plain_pipeline(tiny: Diffusion) -> None:
-    text, latents = tiny.encode(tiny_texts(1)), tiny.latents([4])
-    plain = tiny.pipeline(
-        tiny_texts(1)[0], latents=latents, num_inference_steps=4, guidance_scale=3.0, output_type="pt"
-    ).images
-    torch.testing.assert_close(tiny.generate(text, latents), plain.clamp(0, 1))
 
 
 def test_export_gives_the_images_of_blocking_and_leaves_no_trace(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nemo_bench import Diffusion
-from nemo_bench.diffusion import Conditioning, Similarity
+from nemo_bench.diffusion import Conditioning, Similarity, Step
 from tiny import tiny_pipeline, tiny_sdxl, tiny_texts
 
 
@@ -30,14 +30,14 @@ def test_latents_that_diverge_fail_their_own_image_alone(make: object, wrong: fl
 
 
 def test_the_step_at_which_latents_diverged_is_named(tiny: Diffusion) -> None:
-    def later(step: object) -> torch.Tensor:
-        noise: torch.Tensor = step.guided(step.scale).clone()  # type: ignore[attr-defined]
-        if step.number == 2:  # type: ignore[attr-defined]
+    def later(step: Step) -> torch.Tensor:
+        noise = step.guided(step.scale).clone()
+        if step.number == 2:
             noise[0] = torch.inf
         return noise
 
-    with tiny.guide(later):  # type: ignore[arg-type]
-        _, failed = tiny.generate_checked(tiny.encode(tiny_texts(2)), tiny.latents([0, 1]))
+    text, latents = tiny.encode(tiny_texts(2)), tiny.latents([0, 1])
+    _, failed = tiny.generate_checked(text, latents, rule=later)
     assert failed == ("latents are not finite after step 3 of 4, in float32", None)
 
 

@@ -172,7 +172,7 @@ def test_images_generated_one_after_the_other_are_the_same(model: Diffusion, nam
     """A context that is still open keeps nothing of the images before."""
     batch = batch_of(model, [(0, 0), (1, 0)])
     with prepared(model, name).apply(model, batch) as changed:
-        first, second = (model.generate(changed.text, changed.latents, changed.unconditional) for _ in range(2))
+        first, second = (changed.generate(model).images for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -223,7 +223,6 @@ SD, XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
             r"vanish in float16; generate with model\.dtype=bfloat16",
         ),
         (AttentionRescaling(), (SD, 7.0, "float32", True), r"once it is compiled; set model\.compiled=false"),
-        (DynamicTransition(), (SD, 7.0, "float32", True), "once it is compiled"),
         (
             BrightEndingOptimization(),
             (XL, 7.0, "float32", False),
@@ -238,6 +237,10 @@ def test_what_a_model_lacks_is_said(method: Method, given: tuple[str, float, str
     with pytest.raises(ModelError, match=message):
         method.check(family, guidance, dtype, compiled=compiled)
     method.check(SD, 7.0, "float32")
+
+
+def test_rules_of_guidance_work_with_a_compiled_network() -> None:
+    DynamicTransition().check(SD, 7.0, "float32", compiled=True)
 
 
 def test_a_run_says_it_before_weights_load(monkeypatch: pytest.MonkeyPatch) -> None:

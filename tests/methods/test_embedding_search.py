@@ -53,11 +53,11 @@ def loss_by_hand(
     total = torch.zeros(())
     size = (model.latent_shape[1] * 2, model.latent_shape[2] * 2)
     for row, (t, e) in zip(rows, zip(timesteps, noise, strict=True), strict=True):
-        alpha = model.pipeline.scheduler.alphas_cumprod[t]
+        alpha = model.scheduler.alphas_cumprod[t]
         noisy = alpha.sqrt() * clean[row] + (1 - alpha).sqrt() * e
         inputs = model.family.unet_inputs(text.rows([row]), size)
         output = model.unet(noisy[None], int(t), **inputs).sample[0]
-        is_velocity = model.pipeline.scheduler.config.prediction_type == "v_prediction"
+        is_velocity = model.scheduler.config.prediction_type == "v_prediction"
         target = alpha.sqrt() * e - (1 - alpha).sqrt() * clean[row] if is_velocity else e
         total = total + (output - target).square().mean()
     return total / len(rows)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -9,7 +7,7 @@ import torch
 
 from batches import batch_of, rows_of
 from nemo_bench import ConfigError, Diffusion
-from nemo_bench.diffusion import Conditioning, Rule, Step
+from nemo_bench.diffusion import Conditioning, Step
 from nemo_bench.methods import AdjustedNoise, Batch, OptimizedNoise
 from tiny import tiny_pipeline
 
@@ -18,18 +16,12 @@ class Cubes:
     """Stands in for a model in which the prompt adds the cubes of the latents to the noise."""
 
     dtype = torch.float32
-    rule: Rule
 
     def timestep(self) -> int:
         return 981
 
     def text_noise(self, latents: torch.Tensor, timestep: int, text: Conditioning) -> torch.Tensor:
         return latents**3
-
-    @contextmanager
-    def guide(self, rule: Rule) -> Iterator[None]:
-        self.rule = rule
-        yield
 
 
 def numbers(batch: Batch, values: list[list[float]]) -> Batch:
@@ -47,10 +39,11 @@ def test_rounds_are_those_of_the_paper(tiny: Diffusion) -> None:
 
 
 def test_guidance_starts_at_its_timestep(tiny: Diffusion) -> None:
-    model, zero = Cubes(), torch.zeros(1, 1, 1, 1)
-    with AdjustedNoise(0).apply(model, numbers(batch_of(tiny, [(0, 0)]), [[1.0]])):  # type: ignore[arg-type]
-        pass
-    found = [float(model.rule(Step(i, t, 7.0, zero, zero, zero + 1))) for i, t in enumerate((981, 901, 881, 1))]
+    zero = torch.zeros(1, 1, 1, 1)
+    batch = numbers(batch_of(tiny, [(0, 0)]), [[1.0]])
+    with AdjustedNoise(0).apply(Cubes(), batch) as changed:  # type: ignore[arg-type]
+        assert changed.rule
+    found = [float(changed.rule(Step(i, t, 7.0, zero, zero, zero + 1))) for i, t in enumerate((981, 901, 881, 1))]
     assert found == [0, 0, 7, 7]
 
 

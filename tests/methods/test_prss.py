@@ -117,7 +117,7 @@ def test_the_anchor_is_the_prompt_and_the_paraphrase_is_approached(tiny: Diffusi
 
     with method.apply(tiny, batch) as changed:
         hook = tiny.unet.register_forward_hook(watch)
-        tiny.generate(changed.text, changed.latents)
+        changed.generate(tiny)
         hook.remove()
     wording = WORDINGS[changed.notes[0]["paraphrase"] - 1]
     assert len(taken) == tiny.steps

@@ -23,7 +23,7 @@ def loss(model: Diffusion, batch: Batch, latents: torch.Tensor, objective: str) 
     here = added(model, batch, latents)
     if objective == "code":
         return added(model, batch, latents + here / here.norm()).norm() + 0.05 * latents.norm()
-    sigma = (1 - model.pipeline.scheduler.alphas_cumprod[981]) ** 0.5
+    sigma = (1 - model.scheduler.alphas_cumprod[981]) ** 0.5
     score = -here / sigma
     ahead = -added(model, batch, latents + score) / sigma
     return (ahead - score).square().sum() + 0.05 * latents.square().sum()
@@ -53,7 +53,7 @@ def public_code(model: Diffusion, batch: Batch, moved: torch.Tensor, *, velocity
     both = torch.cat([model.unconditional(1).text, batch.text.text[:1]])
     once = torch.cat([leaf, leaf])
     leaf.data.copy_(moved)
-    signal = model.pipeline.scheduler.alphas_cumprod[981]
+    signal = model.scheduler.alphas_cumprod[981]
     factor = -(signal**0.5) / (1 - signal) ** 0.5 if velocity else torch.tensor(1.0)
     unconditional, conditional = model.unet(once, 981, both).sample.chunk(2)
     direction = factor * (conditional - unconditional)

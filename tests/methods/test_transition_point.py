@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,35 +8,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemo_bench import ConfigError, Diffusion
-from nemo_bench.diffusion import Conditioning, Rule, Step
+from nemo_bench.diffusion import Conditioning, Step
 from nemo_bench.methods import Batch, DynamicTransition, Method, StaticTransition
 from nemo_bench.types import Neurons, Prompt
 
 
-class Recorder:
-    """Stands in for a model: feeds a rule with steps of given magnitudes, and reads off the scale it applies."""
-
-    def __init__(self, curves: list[list[float]], timesteps: list[int]) -> None:
-        self.curves, self.timesteps, self.scales = curves, timesteps, list[list[float]]()
-
-    @contextmanager
-    def guide(self, rule: Rule) -> Iterator[None]:
-        yield
-        for number, timestep in enumerate(self.timesteps):
-            zero = torch.zeros(len(self.curves), 1, 1, 1)
-            added = torch.tensor([curve[number] for curve in self.curves])[:, None, None, None]
-            noise = rule(Step(number, timestep, 7.5, zero, zero, added))
-            self.scales.append((noise / added).flatten().tolist())
-
-
 def scales(method: Method, curves: list[list[float]], timesteps: list[int] | None = None) -> list[list[float]]:
-    recorder = Recorder(curves, timesteps or list(range(len(curves[0]), 0, -1)))
-    rows = len(curves)
+    """The scales of guidance that a method applies in steps of which the magnitudes are given, by image."""
+    rows, found = len(curves), []
     prompts, neurons = (Prompt("p", "text"),) * rows, (Neurons(),) * rows
     batch = Batch(prompts, Conditioning(torch.zeros(rows, 1, 1)), torch.zeros(rows, 1), tuple(range(rows)), neurons)
-    with method.apply(recorder, batch):  # type: ignore[arg-type]
-        pass
-    return [[round(scale, 4) for scale in step] for step in recorder.scales]
+    with method.apply(None, batch) as changed:  # type: ignore[arg-type]
+        assert changed.rule
+        for number, timestep in enumerate(timesteps or range(len(curves[0]), 0, -1)):
+            zero = torch.zeros(rows, 1, 1, 1)
+            added = torch.tensor([curve[number] for curve in curves])[:, None, None, None]
+            noise = changed.rule(Step(number, timestep, 7.5, zero, zero, added))
+            found.append([round(scale, 4) for scale in (noise / added).flatten().tolist()])
+    return found
 
 
 def test_static_transition_switches_at_its_timestep() -> None:
@@ -75,7 +62,7 @@ def test_images_of_a_batch_switch_on_their_own(planted: Diffusion) -> None:
             tuple(neurons[r] for r in rows),
         )
         with DynamicTransition().apply(planted, batch) as changed:
-            return planted.generate(changed.text, changed.latents)
+            return changed.generate(planted).images
 
     torch.testing.assert_close(images([0, 1]), torch.cat([images([0]), images([1])]), rtol=0, atol=1e-3)
 

@@ -104,7 +104,6 @@ def test_pictures_and_numbers_are_those_of_what_was_found(
     store = Store(cell(copy, "nemo"))
     neurons = {name: Neurons(record["neurons"]) for name, record in by_prompt(store).items()}
     assert all(neurons[name].count for name in ("vm-01", "tm-26"))
-    planted.pipeline.scheduler.set_timesteps(3)
     planted.steps, kept = 3, planted.steps
     found = {}
     for search in entry["searches"]:

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from nemo_bench import Diffusion, ModelError, Neurons
+from nemo_bench.diffusion import Conditioning, Sampling, Similarity, Step
+from nemo_bench.diffusion.model import ddim
+from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl, tiny_texts
+
+
+@pytest.fixture(params=[tiny_pipeline, tiny_sd2, tiny_sdxl])
+def model(request: pytest.FixtureRequest) -> Diffusion:
+    make: Callable[[], DiffusionPipeline] = request.param
+    return Diffusion(make(), steps=4, guidance=3.0, similarity=Similarity(1.0, ()))
+
+
+def by_pipeline(model: Diffusion, text: Conditioning, latents: torch.Tensor) -> torch.Tensor:
+    """Images of the diffusers pipeline itself, with the scheduler that the model samples by."""
+    pipeline = copy.copy(model.pipeline)
+    pipeline.scheduler = ddim(model.pipeline.scheduler.config)
+    empty = model.unconditional(len(text))
+    prompts = {"prompt_embeds": text.text, "negative_prompt_embeds": empty.text}
+    if text.pooled is not None:
+        prompts |= {"pooled_prompt_embeds": text.pooled, "negative_pooled_prompt_embeds": empty.pooled}
+    options = {"num_inference_steps": model.steps, "guidance_scale": model.guidance, "output_type": "pt"}
+    images: torch.Tensor = pipeline(**prompts, latents=latents, **options).images
+    return images.float()
+
+
+EXACT = {
+    "sd1": tiny_pipeline,
+    "sd2": tiny_sd2,
+    "sd2-base": partial(tiny_sd2, prediction_type="epsilon"),
+    "sdxl": tiny_sdxl,
+    "sdxl-without-zeros": partial(tiny_sdxl, zeros_for_empty=False),
+}
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("family", EXACT)
+def test_images_are_those_of_the_pipeline_bit_for_bit(family: str, guidance: float) -> None:
+    model = Diffusion(EXACT[family](), steps=4, guidance=guidance)
+    text, latents = model.encode(tiny_texts(2)), model.latents([4, 5])
+    images = model.generate(text, latents)
+    assert torch.equal(images, by_pipeline(model, text, latents))
+    assert images.std() > 0.01
+
+
+@pytest.mark.parametrize("family", EXACT)
+def test_prompts_are_encoded_as_the_pipeline_does(family: str) -> None:
+    model = Diffusion(EXACT[family](), steps=2, guidance=3.0)
+    texts, latents = tiny_texts(2), model.latents([4, 5])
+    pipeline = copy.copy(model.pipeline)
+    pipeline.scheduler = ddim(model.pipeline.scheduler.config)
+    plain = pipeline(texts, latents=latents, num_inference_steps=2, guidance_scale=3.0, output_type="pt").images
+    # The pipeline encodes the empty prompt once a row, which may round otherwise.
+    torch.testing.assert_close(model.generate(model.encode(texts), latents), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", EXACT)
+def test_images_of_half_precision_are_those_of_the_pipeline_but_for_the_last_rounding(
+    family: str, dtype: torch.dtype
+) -> None:
+    """Pixels are brought into [0, 1] in float32 here, and in half precision by the pipeline."""
+    model = Diffusion(EXACT[family]().to(dtype), steps=4, guidance=3.0)
+    text, latents = model.encode(tiny_texts(2)), model.latents([4, 5])
+    images = model.generate(text, latents)
+    torch.testing.assert_close(images, by_pipeline(model, text, latents), rtol=0, atol=torch.finfo(dtype).eps)
+
+
+def test_sdxl_decodes_in_single_precision_where_its_autoencoder_asks_for_it() -> None:
+    pipeline = tiny_sdxl().to(torch.float16)
+    pipeline.vae.decoder.conv_out.weight.data *= 3e5  # finite, unlike what comes out
+    overflowing = Diffusion(pipeline, steps=2, guidance=3.0)
+    assert pipeline.vae.config.force_upcast
+    assert overflowing.generate_checked("red sun map", [0]).failed == (None,)
+    assert {parameter.dtype for parameter in pipeline.vae.parameters()} == {torch.float16}
+    pipeline.vae.register_to_config(force_upcast=False)
+    (reason,) = overflowing.generate_checked("red sun map", [0]).failed
+    assert reason == "pixels are not finite, decoded from finite latents in float16"
+
+
+def test_sdxl_autoencoders_may_have_a_mean_and_a_deviation() -> None:
+    pipeline = tiny_sdxl()
+    pipeline.vae.register_to_config(latents_mean=[0.5, -1.0, 0.0, 2.0], latents_std=[2.0, 1.0, 0.5, 3.0])
+    model = Diffusion(pipeline, steps=2, guidance=3.0)
+    text, latents = model.encode(tiny_texts(2)), model.latents([4, 5])
+    images = model.generate(text, latents)
+    assert torch.equal(images, by_pipeline(model, text, latents))
+    assert not torch.allclose(images, Diffusion(tiny_sdxl(), steps=2, guidance=3.0).generate(text, latents))
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl])
+def test_the_pipeline_given_keeps_its_scheduler(make: Callable[[], DiffusionPipeline]) -> None:
+    pipeline = make()
+    scheduler, config = pipeline.scheduler, dict(pipeline.scheduler.config)
+    Diffusion(pipeline, steps=2, guidance=3.0).generate(tiny_texts(1)[0], [0])
+    assert pipeline.scheduler is scheduler
+    assert dict(scheduler.config) == config
+    assert getattr(scheduler, "num_inference_steps", None) is None
+
+
+def test_a_compiled_network_serves_rules_and_other_neurons_without_breaks_or_compiling_again() -> None:
+    plain, compiled = (Diffusion(tiny_pipeline(), steps=4, guidance=3.0) for _ in range(2))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled.unet.compile(backend="eager", fullgraph=True)
+    layers = list(plain.value_layers)
+
+    def images(model: Diffusion, scale: float, *sets: Neurons) -> torch.Tensor:
+        with model.block(sets):
+            text = model.encode(tiny_texts(2))
+            return model.generate(text, model.latents([0, 1]), rule=lambda step: step.guided(scale * step.scale))
+
+    first = [Neurons({layers[0]: [1]}), Neurons({layers[2]: [0, 3]})]
+    torch.testing.assert_close(images(compiled, 0.5, *first), images(plain, 0.5, *first), rtol=0, atol=1e-4)
+    before = counters["stats"]["unique_graphs"]
+    others = [Neurons({layers[1]: [5]}), Neurons({layers[-1]: [0, 2]})]
+    torch.testing.assert_close(images(compiled, 2.0, *others), images(plain, 2.0, *others), rtol=0, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == before > 0
+    assert not counters["graph_break"]
+
+
+def test_a_rule_that_guides_as_the_pipeline_does_changes_nothing(model: Diffusion) -> None:
+    text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
+    plain = model.generate(text, latents)
+    guided = model.generate(text, latents, rule=lambda step: step.guided(step.scale))
+    assert torch.equal(guided, plain)
+    assert torch.equal(model.generate(text, latents), plain)
+
+
+def test_images_that_a_rule_leaves_alone_are_exactly_those_without_it(model: Diffusion) -> None:
+    text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
+    plain = model.generate(text, latents)
+    guided = model.generate(text, latents, rule=lambda step: step.guided(torch.tensor([0.0, step.scale])))
+    assert torch.equal(guided[1], plain[1])
+    assert not torch.allclose(guided[0], plain[0])
+
+
+def test_another_scale_is_what_the_pipeline_makes_of_it(model: Diffusion) -> None:
+    text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
+    guided = model.generate(text, latents, rule=lambda step: step.guided(5.0))
+    model.guidance = 5.0
+    torch.testing.assert_close(guided, model.generate(text, latents), rtol=0, atol=1e-3)
+
+
+def test_a_step_tells_what_the_network_predicts(model: Diffusion) -> None:
+    text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
+    steps: list[Step] = []
+
+    def rule(step: Step) -> torch.Tensor:
+        again = model.predict_noise(step.latents, step.timestep, text)
+        torch.testing.assert_close(step.conditional, again, rtol=1e-3, atol=1e-4)
+        steps.append(step)
+        return step.guided(step.scale)
+
+    model.generate(text, latents, rule=rule)
+    assert [step.number for step in steps] == [0, 1, 2, 3]
+    assert [step.timestep for step in steps] == model.timesteps()
+    assert torch.equal(steps[0].latents, latents)
+    first = steps[0]
+    torch.testing.assert_close(first.magnitude[1], (first.conditional[1] - first.unconditional[1]).norm())
+
+
+def test_what_a_prompt_adds_is_conditional_minus_unconditional_noise(model: Diffusion) -> None:
+    text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
+    conditional = model.predict_noise(latents, 981, text)
+    unconditional = model.predict_noise(latents, 981, model.unconditional(2))
+    found = model.text_noise(latents, 981, text)
+    torch.testing.assert_close(found, conditional - unconditional, rtol=1e-3, atol=1e-4)
+    if model.scheduler.config.prediction_type == "v_prediction":
+        # Latents cancel: what is left of velocities is their difference times sqrt(abar).
+        v = model.unet(latents, 981, text.text).sample - model.unet(latents, 981, model.unconditional(2).text).sample
+        expected = model.scheduler.alphas_cumprod[981].sqrt() * v
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_scales_of_a_batch_stay_with_their_images(model: Diffusion) -> None:
+    text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
+    both = model.generate(text, latents, rule=lambda step: step.guided(torch.tensor([0.0, 5.0])))
+    for row, scale in enumerate((0.0, 5.0)):
+        alone = model.generate(text.rows([row]), latents[[row]], rule=lambda step, scale=scale: step.guided(scale))
+        torch.testing.assert_close(both[[row]], alone, rtol=0, atol=1e-3)
+
+
+def test_a_rule_without_guidance_is_an_error() -> None:
+    model = Diffusion(tiny_pipeline(), steps=2, guidance=1.0)
+    with pytest.raises(ModelError, match=r"model\.guidance above 1"):
+        model.generate(tiny_texts(1)[0], [0], rule=lambda step: step.guided(1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_velocities_of_half_precision_come_back_as_they_were(dtype: torch.dtype) -> None:
+    """Scale 0 is the network's own unconditional output, whatever the way there and back through noise."""
+    model = Diffusion(tiny_sd2().to(dtype), steps=4, guidance=3.0)
+    text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
+    by_rule, by_output = Sampling(model, text, latents), Sampling(model, text, latents)
+    for _ in range(model.steps):
+        by_rule.predict()
+        by_output.predict()
+        by_output._output = by_output._output.chunk(2)[0].repeat(2, 1, 1, 1)
+        by_rule.advance(by_rule.step.guided(0.0))
+        by_output.advance()
+        eps = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(by_rule.latents.float(), by_output.latents.float(), rtol=eps, atol=eps)
+
+
+def test_where_latents_are_noise_alone_no_noise_is_made_up() -> None:
+    pipeline = tiny_sd2()
+    pipeline.scheduler = pipeline.scheduler.from_config(
+        pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    model = Diffusion(pipeline, steps=4, guidance=3.0)
+    text, latents = model.encode(tiny_texts(1)), model.latents([0])
+    message = r"timestep 999 .* zero terminal SNR.*set rescale_betas_zero_snr=false"
+    with pytest.raises(ModelError, match=message):
+        model.text_noise(latents, model.timesteps()[0], text)
+    with pytest.raises(ModelError, match=message):
+        model.generate(text, latents, rule=lambda step: step.guided(0.0))
+    assert model.generate(text, latents).isfinite().all()
