@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -98,3 +98,30 @@ def conditional_rows(rows: int, images: int) -> slice:
     if rows not in (images, 2 * images):
         raise ModelError(f"a UNet pass of {rows} rows is none of {images} images, with guidance or without")
     return slice(rows - images, rows)
+
+
+@contextmanager
+def projected_once(layers: Iterable[nn.Module], text: Tensor, projected: dict[nn.Module, Tensor]) -> Iterator[None]:
+    """Takes keys and values of a text from earlier passes while the context is open.
+
+    Args:
+        layers: Projections of the text, ``to_k`` and ``to_v`` of cross-attention.
+        text: What they project, the very tensor that the UNet is given; other text is projected as ever.
+        projected: The outputs known so far, by layer; those missing are added.
+    """
+
+    def project(layer: nn.Module, plainly: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        if hidden is not text:
+            return plainly(hidden)
+        if layer not in projected:
+            projected[layer] = plainly(hidden)
+        return projected[layer]
+
+    replaced = list(layers)
+    for layer in replaced:
+        layer.forward = partial(project, layer, layer.forward)
+    try:
+        yield
+    finally:
+        for layer in replaced:
+            del layer.forward

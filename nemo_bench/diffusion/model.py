@@ -152,6 +152,9 @@ class Diffusion(nn.Module):
         self.requires_grad_(False).eval()
         self.value_layers = value_layers(self.unet, layers)
         self.masks = NeuronMasks(self.value_layers, self.unet)
+        self.text_projections = [
+            projection for layer in cross_attentions(self.unet).values() for projection in (layer.to_k, layer.to_v)
+        ]
         self.compiled = compiled
         if compiled:
             # Hooks that a network gets after it was compiled are ignored, so the masks come first.

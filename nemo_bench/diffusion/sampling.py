@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nemo_bench.diffusion.attention import projected_once
 from nemo_bench.diffusion.families import Conditioning
 from nemo_bench.errors import ModelError
 from nemo_bench.signals import norms
@@ -122,6 +123,7 @@ class Sampling:
             text = (unconditional or model.unconditional(len(text))).followed_by(text)
         self._text = text
         self._finite: list[Tensor] = []
+        self._projected: dict[nn.Module, Tensor] = {}
 
     @property
     def timestep(self) -> int:
@@ -132,7 +134,10 @@ class Sampling:
     def predict(self) -> None:
         """Predicts, in one UNet pass for both halves, what :attr:`step` and :meth:`advance` take."""
         latents = torch.cat([self.latents] * 2) if self._is_guided else self.latents
-        self._output = self.model.network_output(latents, self._scheduler.timesteps[self.number], self._text)
+        # A compiled network can't take what was computed outside of it.
+        layers = () if self.model.compiled else self.model.text_projections
+        with projected_once(layers, self._text.text, self._projected):
+            self._output = self.model.network_output(latents, self._scheduler.timesteps[self.number], self._text)
 
     @property
     def step(self) -> Step:

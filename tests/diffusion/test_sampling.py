@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
@@ -9,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from nemo_bench import Diffusion, ModelError, Neurons
-from nemo_bench.diffusion import Conditioning, Sampling, Similarity, Step
+from nemo_bench.diffusion import Conditioning, Sampling, Similarity, Step, cross_attentions
 from nemo_bench.diffusion.model import ddim
 from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl, tiny_texts
 
@@ -50,6 +51,29 @@ def test_images_are_those_of_the_pipeline_bit_for_bit(family: str, guidance: flo
     images = model.generate(text, latents)
     assert torch.equal(images, by_pipeline(model, text, latents))
     assert images.std() > 0.01
+
+
+def test_text_is_projected_once_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Diffusion(tiny_pipeline(), steps=4, guidance=3.0)
+    calls: Counter[torch.nn.Module] = Counter()
+    forward = torch.nn.Linear.forward
+
+    def count(layer: torch.nn.Linear, given: torch.Tensor) -> torch.Tensor:
+        calls[layer] += 1
+        return forward(layer, given)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", count)
+    other = model.encode(tiny_texts(3)).rows([2])
+    text, latents = model.encode(tiny_texts(1)), model.latents([0])
+    attentions = cross_attentions(model.unet)
+    projections = {part for layer in attentions.values() for part in (layer.to_k, layer.to_v)}
+    model.generate(text, latents)
+    assert {calls[layer] for layer in projections} == {1}
+    assert {calls[layer.to_q] for layer in attentions.values()} == {4}
+    calls.clear()
+    # Another text in between is projected as ever, and is not taken for the first.
+    model.generate(text, latents, rule=lambda step: model.predict_noise(step.latents, step.timestep, other))
+    assert {calls[layer] for layer in projections} == {1 + 4}
 
 
 @pytest.mark.parametrize("family", EXACT)
@@ -113,6 +137,7 @@ def test_a_compiled_network_serves_rules_and_other_neurons_without_breaks_or_com
     counters = torch._dynamo.utils.counters
     counters.clear()
     compiled.unet.compile(backend="eager", fullgraph=True)
+    compiled.compiled = True
     layers = list(plain.value_layers)
 
     def images(model: Diffusion, scale: float, *sets: Neurons) -> torch.Tensor:
