@@ -34,7 +34,8 @@ def draw_images(folder: Path, out: Path) -> None:
         out: File to write.
     """
     rows: dict[str, list[Path]] = {}
-    for path in sorted(folder.glob("*/spec.json"), key=lambda path: METHODS.index(read_json(path)["method"])):
+    methods = {read_json(path)["method"]: path for path in folder.glob("*/spec.json")}
+    for path in (methods[name] for name in METHODS):
         cell = path.parent
         lines = (cell / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
         prompts = [prompt for kind, count in SHOWN.items() for prompt in _of_kind(lines, kind)[:count]]
