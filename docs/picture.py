@@ -34,7 +34,7 @@ def draw_images(folder: Path, out: Path) -> None:
         out: File to write.
     """
     rows: dict[str, list[Path]] = {}
-    methods = {read_json(path)["method"]: path for path in folder.glob("*/spec.json")}
+    methods = {read_json(path).get("method"): path for path in folder.glob("*/spec.json")}  # detectors have none
     for path in (methods[name] for name in METHODS):
         cell = path.parent
         lines = (cell / "prompts.jsonl").read_text(encoding="utf-8").splitlines()

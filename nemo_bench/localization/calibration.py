@@ -114,10 +114,6 @@ class Calibration:
         """
         return cls(*name_layers(read_statistics(path), model.masks.widths), threshold)
 
-    def save_published(self, path: Path) -> None:
-        """Writes the statistics, not the threshold, in the published form; see :func:`write_statistics`."""
-        write_statistics(path, ([*self.mean.values()], [*self.std.values()]))
-
 
 def read_statistics(path: Path) -> Statistics:
     """Reads activation statistics in the form published with the method's code (Hintersdorf et al. 2024).

@@ -37,13 +37,6 @@ FAMILIES = ("memorization", "change", "alignment", "diversity", "quality", "loca
 """Families of metrics, in the order of display."""
 
 _STAGES = ("localize", "generate", "score")
-_EARLIER = {
-    "ssim": "memorization", "ssim_nearest": "memorization", "memorization": "localization", "neurons": "localization",
-    "alignment": "alignment", "diversity": "diversity",
-}  # fmt: skip
-"""Families of the metrics of runs that did not write them down."""
-_EARLIER_RUN = "?"
-"""In place of the name of the cell without mitigation, in runs that did not write it down."""
 _WORDS = {None: "unset", "True": "on", "False": "off"}
 _DIGEST = re.compile("[0-9a-f]{16}")
 _T = TypeVar("_T")
@@ -439,7 +432,6 @@ def load_results(folder: Path | str) -> Results:
         listed = "; ".join(f"{name}: {why}" for name, why in unfinished.items()) or "run.json lists no cells"
         msg = f"{folder}: no cell of the run is finished ({listed}). Give the command of the run again to go on."
         raise StoreError(msg)
-    cells = [replace(cell, unmitigated=_unmitigated(cell, cells)) for cell in cells]
     return Results(run.get("name", folder.name), folder, _labelled(cells), unfinished)
 
 
@@ -511,6 +503,7 @@ def _load_cell(folder: Path) -> Cell | str:
             "localization": metrics.get("localization", {}),
             "counts": {**_numbers(metrics.get("counts", {})), **_lost(folder)},
             "cost": _numbers(metrics["cost"]),
+            "unmitigated": metrics["unmitigated"],
         }
     with _holding(folder / "spec.json"):
         about: dict[str, Any] = {"digests": dict(spec["digests"]), "citations": dict(spec["citations"])}
@@ -529,7 +522,6 @@ def _load_cell(folder: Path) -> Cell | str:
             outcomes=_outcomes(folder, prompts),
             calibration=_calibration(folder, spec.get("calibration")),
             general_prompts=spec.get("general_prompts"),
-            unmitigated=metrics.get("unmitigated", _EARLIER_RUN),
             **about,
             **found,
         )
@@ -562,7 +554,7 @@ def _metric(key: str, info: Mapping[str, Any]) -> MetricInfo:
     known = {f.name: info[f.name] for f in fields(MetricInfo) if f.name in info}
     if not isinstance(info["title"], str):
         raise TypeError(f"the title of {key} is no text")
-    return MetricInfo(**{"key": key, "family": _EARLIER.get(key, ""), **known})
+    return MetricInfo(**{"key": key, **known})
 
 
 def _table(content: Mapping[str, Any], make: Callable[[Any], _T]) -> dict[str, dict[str, _T]]:
@@ -631,15 +623,6 @@ def _lost(folder: Path) -> dict[str, int]:
 def _finite(values: Iterable[float]) -> list[float]:
     """Those of some numbers that are finite; records made here hold no others."""
     return [value for value in values if isfinite(value)]
-
-
-def _unmitigated(cell: Cell, cells: Sequence[Cell]) -> str | None:
-    """What ``metrics.json`` names; in earlier runs the first cell without mitigation of the same model and prompts."""
-    if cell.unmitigated != _EARLIER_RUN:
-        return cell.unmitigated
-    same = [c for c in cells if all(c.settings.get(k) == cell.settings.get(k) for k in ("model", "prompts"))]
-    names = [c.name for c in same if c.model == cell.model and c.method == "none"]
-    return names[0] if names and cell.method != "none" else None
 
 
 def _labelled(cells: Sequence[Cell]) -> tuple[Cell, ...]:

@@ -547,27 +547,6 @@ def test_the_page_shows_presets_detection_and_counts(run: Path, page: str) -> No
     assert "Dead links" in text
 
 
-def test_a_run_of_an_earlier_version_still_has_its_report(tmp_path: Path) -> None:
-    run = write_fake_results(tmp_path / "default")
-    for path in run.glob("*/metrics.json"):
-        content = json.loads(path.read_text())
-        for info in content["metrics"].values():
-            del info["family"], info["per"]
-        for row in content["aggregates"].values():
-            row.pop("fid")
-            for value in row.values():
-                value.pop("paired", None)
-        content["metrics"].pop("fid")
-        path.write_text(json.dumps({k: content[k] for k in ("schema", "metrics", "aggregates", "cost")}))
-    assert load_results(run).cells[1].unmitigated == load_results(run).cells[0].name
-    results = load_results(run)
-    assert [figure.name for figure in plots(results)][:2] == ["tradeoff-0-0", "tradeoff-1-0"]
-    text = Tags(write_report(run).html.read_text()).text
-    assert f"{results.cells[0].aggregates['VM']['ssim'].mean:.3f}" in text
-    assert "Stars:" not in text
-    assert "Detection" not in text
-
-
 def test_many_prompts_and_methods_stay_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fake_results._picture", lambda *_: np.zeros((8, 8, 3)))
     prompts = [(f"p-{i:03d}", f"prompt {i}", ("VM", "TM", None)[i % 3]) for i in range(60)]
