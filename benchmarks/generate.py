@@ -26,6 +26,8 @@ from nemo_bench.runner import load_model
 def plain_side(model: Diffusion) -> Callable[[list[str], Tensor], Tensor]:
     """The pipeline's own call, texts and all."""
     pipeline: DiffusionPipeline = model.pipeline
+    pipeline.scheduler = model.scheduler
+    pipeline.set_progress_bar_config(disable=True)
 
     def generate(texts: list[str], latents: Tensor) -> Tensor:
         images: Tensor = pipeline(
