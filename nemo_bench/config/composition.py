@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -35,6 +36,8 @@ DETECTING = ("model", "detector", "prompts", "trainer", "batch_size", "name", "r
 """Settings that detection takes up."""
 SCORING = ("metrics", "weights", "real_images", "batch_size", "workers", "trainer", "logger", "prompts.references")
 """Settings that can be others when images that are there are scored again."""
+_BUILT = ("method", "detector", "metrics")
+"""Settings that are arguments of classes."""
 MOST_CELLS = 10_000
 """Cells that one command may ask for."""
 OWN_METRICS = "own"
@@ -202,27 +205,31 @@ def _share_out(cells: Sequence[Sequence[str]], group: str, conf: Path | None) ->
         return [list(words) for words in cells]
     for override in _parse(sorted(set(chosen))):
         _check_option(override, conf)
-    with initialize_config_module("nemo_bench.conf", version_base="1.3"):
-        composed = {word: _compose([word, *_search_path(conf)]) for word in set(chosen)}
 
-    def placed(word: str, own: DictConfig) -> list[str]:
+    @cache
+    def composed(word: str) -> DictConfig:
+        return _compose([word, *_search_path(conf)])
+
+    def placed(word: str, chosen_one: str) -> list[str]:
         """The setting where this method has it, nowhere if only others have it."""
         key = word.split("=")[0]
+        if not key.startswith(f"{group}."):
+            return [word]
         of_source = key.replace(f"{group}.", f"{group}.source.", 1)
-        if not key.startswith(f"{group}.") or _has(own, key):
+        own = composed(chosen_one)
+        if _has(own, key):
             return [word]
         if _has(own, of_source):
             return [word.replace(key, of_source, 1)]
-        if any(_has(other, place) for other in composed.values() for place in (key, of_source)):
+        others = [composed(other) for other in dict.fromkeys(chosen)]
+        if any(_has(other, place) for other in others for place in (key, of_source)):
             return []
-        nodes = [other[group] for other in composed.values()]
-        known = {str(name) for node in nodes for name in (*node, *node.get("source", ()))}
+        known = {str(name) for other in others for name in (*other[group], *other[group].get("source", ()))}
         hint = nearest(key.removeprefix(f"{group}."), known - {"_target_", "source", FAMILIES})
         raise ConfigError(f"unknown key '{key}': none of the {group}s that are compared has it. {hint}")
 
-    return [
-        [w for word in words for w in placed(word, composed[own])] for words, own in zip(cells, chosen, strict=True)
-    ]
+    with initialize_config_module("nemo_bench.conf", version_base="1.3"):
+        return [[w for word in words for w in placed(word, own)] for words, own in zip(cells, chosen, strict=True)]
 
 
 def _has(config: DictConfig, key: str) -> bool:
@@ -321,13 +328,8 @@ def _chosen(overrides: Sequence[str], conf: Path | None) -> Choice:
     # Hydra knows no way to take an experiment back that is none already.
     parsed = [o for o in parsed if o.key_or_group != "experiment" or o.value() is not None]
     keys = [o.key_or_group for o in parsed]
-    groups = [str(o.input_line) for o in parsed if o.key_or_group in GROUPS]
     with initialize_config_module("nemo_bench.conf", version_base="1.3"):
-        base = _compose([*groups, *search])
-        for override in parsed:
-            if override.key_or_group not in GROUPS and not override.is_add():
-                _check_key(override.key_or_group, base)
-        config = _compose([*(_word(override, base) for override in parsed), *search])
+        config = _composed(parsed, search)
     names = {group: str(name) for group, name in config.hydra.runtime.choices.items() if name and group in GROUPS}
     node = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
     written = _of_experiment(parsed, conf)
@@ -357,6 +359,27 @@ def _chosen(overrides: Sequence[str], conf: Path | None) -> Choice:
     return Choice(names, settings, tuple(families))
 
 
+def _composed(parsed: Sequence[Override], search: Sequence[str]) -> DictConfig:
+    """What overrides give, their keys checked. It is composed twice only where that is needed: each time takes long."""
+    groups = [str(o.input_line) for o in parsed if o.key_or_group in GROUPS]
+    inner = [str(o.key_or_group) for o in parsed if o.key_or_group not in GROUPS and not o.is_add()]
+
+    def checked_base() -> DictConfig:
+        base = _compose([*groups, *search])
+        for key in inner:
+            _check_key(key, base)
+        return base
+
+    if any(key.split(".")[0] in _BUILT for key in inner):
+        base = checked_base()
+        return _compose([*(_word(override, base) for override in parsed), *search])
+    try:
+        return _compose([*(_word(override) for override in parsed), *search])
+    except ConfigError:
+        checked_base()
+        raise
+
+
 def _of_experiment(parsed: Sequence[Override], conf: Path | None) -> list[str]:
     """Settings of method, detector and prompts in the file of an experiment, other than in lines of its grid."""
     found = []
@@ -384,8 +407,13 @@ def _keys(node: Any, prefix: str) -> list[str]:
     return [key for name, value in node.items() for key in _keys(value, f"{prefix}.{name}")]
 
 
-def _word(override: Override, base: DictConfig) -> str:
-    """An override as Hydra takes it, its text kept; a single file need not be put into brackets."""
+def _word(override: Override, base: DictConfig | None = None) -> str:
+    """An override as Hydra takes it, its text kept; a single file need not be put into brackets.
+
+    Args:
+        override: The override.
+        base: What the options of groups give, for settings of what is built from a class.
+    """
     key = str(override.key_or_group)
     if key in GROUPS:
         return str(override.input_line)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -290,8 +291,11 @@ def test_the_gradient_through_the_decoder_is_that_of_finite_differences(planted:
 
 def test_decoding_is_the_pipelines_own(planted: Diffusion) -> None:
     text, latents = planted.encode(["a small red fox"]), planted.latents([0])
-    clean = planted.pipeline(
-        **planted.family.call_inputs(text, planted.unconditional(1)),
+    plain = copy.copy(planted.pipeline)
+    plain.scheduler = planted.scheduler
+    clean = plain(
+        prompt_embeds=text.text,
+        negative_prompt_embeds=planted.unconditional(1).text,
         latents=latents,
         num_inference_steps=planted.steps,
         guidance_scale=planted.guidance,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from batches import batch_of, images_of, rows_of
 from nemo_bench import ConfigError, Diffusion, Prompt
+from nemo_bench.diffusion import Step
 from nemo_bench.errors import PromptError
 from nemo_bench.methods import AMG, PRSS, BrightEndingOptimization, EmbeddingOptimization
 from nemo_bench.methods.bright_ending import bright_ending
@@ -111,14 +113,16 @@ def test_the_anchor_is_the_prompt_and_the_paraphrase_is_approached(tiny: Diffusi
     batch, method = batch_of(tiny, [(0, 0)], ["red sun map"]), PRSS(file, 0.0, anchor_from=0.5, anchor_full=20.0)
     taken: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def watch(_unet: torch.nn.Module, args: tuple[torch.Tensor, torch.Tensor], output: tuple[torch.Tensor]) -> None:
-        if len(args[0]) == 2:
-            taken.append((args[0][:1].clone(), output[0][:1].clone()))
-
     with method.apply(tiny, batch) as changed:
-        hook = tiny.unet.register_forward_hook(watch)
-        changed.generate(tiny)
-        hook.remove()
+        rule = changed.rule
+        assert rule
+
+        def watched(step: Step) -> torch.Tensor:
+            noise = rule(step)
+            taken.append((step.latents, noise))
+            return noise
+
+        replace(changed, rule=watched).generate(tiny)
     wording = WORDINGS[changed.notes[0]["paraphrase"] - 1]
     assert len(taken) == tiny.steps
     for (latents, noise), timestep in zip(taken, tiny.timesteps(), strict=True):
