@@ -150,6 +150,7 @@ def test_a_compiled_network_serves_rules_and_other_neurons_without_breaks_or_com
     before = counters["stats"]["unique_graphs"]
     others = [Neurons({layers[1]: [5]}), Neurons({layers[-1]: [0, 2]})]
     torch.testing.assert_close(images(compiled, 2.0, *others), images(plain, 2.0, *others), rtol=0, atol=1e-4)
+    assert not torch.allclose(images(compiled, 2.0, *others), images(compiled, 2.0, *2 * [Neurons()]), atol=1e-3)
     assert counters["stats"]["unique_graphs"] == before > 0
     assert not counters["graph_break"]
 

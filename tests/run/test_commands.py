@@ -67,7 +67,7 @@ def assert_close(a: Any, b: Any) -> None:
 
 def test_killed_anywhere_it_goes_on_and_two_ranks_find_the_same(tmp_path: Path, prompt_file: Path) -> None:
     execute(command(tmp_path / "whole", prompt_file))
-    for run, stop in enumerate((signal.SIGINT, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)):
+    for run, stop in enumerate((signal.SIGINT, signal.SIGKILL, signal.SIGTERM)):
         process = subprocess.Popen(
             command(tmp_path / "killed", prompt_file, "batch_size=1"),
             stdout=subprocess.DEVNULL,
