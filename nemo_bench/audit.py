@@ -340,13 +340,15 @@ class AuditStage(Stage):
         return [*failed, *(self._search(localized) if localized else [])]
 
     def _search(self, tasks: Sequence[AuditTask]) -> list[Record]:
+        before = self.model.row_passes
         try:
             return self._search_together(tasks)
         except NotFiniteError as error:
-            # It does not say which searches it is about.
-            if len(tasks) > 1:
-                return [record for task in tasks for record in self._search([task])]
-            return [_failed(tasks[0], str(error))]
+            reason = str(error)
+        if len(tasks) == 1:
+            return [{**_failed(tasks[0], reason), "cost": {"row_passes": self.model.row_passes - before}}]
+        # It does not say which searches it is about.
+        return [record for task in tasks for record in self._search([task])]
 
     def _search_together(self, tasks: Sequence[AuditTask]) -> list[Record]:
         model, method, settings = self.model, self.audited.method, self.audited.settings
@@ -403,7 +405,7 @@ class AuditStage(Stage):
                 tuple(batch.neurons[row] for row in rows),
             )
             with method.apply(model, own) as changed:
-                parts.append(changed.generate(model).images)
+                parts.append(changed.generate_checked(model).images)
         return torch.cat(parts).unflatten(0, (len(tasks), count))
 
 

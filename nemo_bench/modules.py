@@ -307,7 +307,7 @@ class GenerationStage(Stage):
         text = self.model.encode([p.text for p in prompts])
         batch = Batch(prompts, text, self.model.latents(seeds), seeds, neurons)
         with self.method.apply(self.model, batch) as changed:
-            return changed.generate(self.model), changed.notes
+            return changed.generate_checked(self.model), changed.notes
 
     def _save(self, task: ImageTask, image: Tensor, passes: float) -> Record:
         return {

@@ -525,6 +525,7 @@ def _card(cell: Path, folder: Path, model: Diffusion, neurons: Neurons, factor: 
         "LoRA, fused": f"`{settings['lora']}`, scale {settings['lora_scale']}" if settings.get("lora") else "",
         "Digest of the base model's weights": f"`{digests['model']}`",
         "Method": spec["title"],
+        "Sampled in the run by": f"DDIM, {settings['steps']} steps, guidance {settings['guidance']:g}",
         "From cell": f"`{spec['cell']}` of nemo-bench {importlib.metadata.version('nemo-bench')}",
         "Neurons of": whose,
         "Outputs multiplied by": f"{factor:g}",

@@ -37,4 +37,4 @@ def rows_of(batch: Batch, rows: Sequence[int]) -> Batch:
 def images_of(model: Diffusion, method: Method, batch: Batch) -> torch.Tensor:
     """The images that a method lets the model generate."""
     with method.apply(model, batch) as changed:
-        return changed.generate(model).images
+        return changed.generate_checked(model).images

@@ -256,6 +256,9 @@ def test_metrics_can_be_added_and_left_out() -> None:
     [
         ("sedes=3", "unknown key 'sedes'.*Did you mean 'seeds'"),
         ("model.step=3", "unknown key 'model.step': there is no 'step' in 'model'. Did you mean 'steps'"),
+        ("++model.step=3", "unknown key 'model.step': there is no 'step' in 'model'. Did you mean 'steps'"),
+        ("prompts.files.0=x.jsonl", "unknown key 'prompts.files.0': there is no '0' in 'prompts.files'"),
+        ("prompts.files.x=1", "unknown key 'prompts.files.x'"),
         ("method=nemo method.thetta=3", "unknown key 'method.thetta'.*Did you mean 'theta'"),
         ("method=random method.source.thetta=3", "unknown key 'method.source.thetta'.*Did you mean 'theta'"),
         ("+seedz=3", "seedz"),

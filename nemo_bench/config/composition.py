@@ -360,24 +360,20 @@ def _chosen(overrides: Sequence[str], conf: Path | None) -> Choice:
 
 
 def _composed(parsed: Sequence[Override], search: Sequence[str]) -> DictConfig:
-    """What overrides give, their keys checked. It is composed twice only where that is needed: each time takes long."""
+    """What overrides give, their keys checked: arguments of classes against their YAML, all others by their types."""
     groups = [str(o.input_line) for o in parsed if o.key_or_group in GROUPS]
     inner = [str(o.key_or_group) for o in parsed if o.key_or_group not in GROUPS and not o.is_add()]
-
-    def checked_base() -> DictConfig:
+    arguments = [key for key in inner if key.split(".")[0] in _BUILT]
+    typed = OmegaConf.structured(RunSettings)
+    for key in inner:
+        if key not in arguments and not key.startswith("hydra."):
+            _check_key(key, typed)
+    base = None
+    if arguments:  # composing takes long, so only for these
         base = _compose([*groups, *search])
-        for key in inner:
+        for key in arguments:
             _check_key(key, base)
-        return base
-
-    if any(key.split(".")[0] in _BUILT for key in inner):
-        base = checked_base()
-        return _compose([*(_word(override, base) for override in parsed), *search])
-    try:
-        return _compose([*(_word(override) for override in parsed), *search])
-    except ConfigError:
-        checked_base()
-        raise
+    return _compose([*(_word(override, base) for override in parsed), *search])
 
 
 def _of_experiment(parsed: Sequence[Override], conf: Path | None) -> list[str]:
@@ -407,12 +403,12 @@ def _keys(node: Any, prefix: str) -> list[str]:
     return [key for name, value in node.items() for key in _keys(value, f"{prefix}.{name}")]
 
 
-def _word(override: Override, base: DictConfig | None = None) -> str:
+def _word(override: Override, base: DictConfig | None) -> str:
     """An override as Hydra takes it, its text kept; a single file need not be put into brackets.
 
     Args:
         override: The override.
-        base: What the options of groups give, for settings of what is built from a class.
+        base: What the options of groups give, where settings of what is built from a class are overridden.
     """
     key = str(override.key_or_group)
     if key in GROUPS:

@@ -148,6 +148,7 @@ class _Watch:
                     name: self._ask(name, images, predictions, index, number, maps) for name, index in watching.items()
                 }
                 self._share(waited, 2 * len(images), shared)
+            maps.clear()  # the next step needs the memory
             since = now(model)
             sampling.advance()
         if decoding:

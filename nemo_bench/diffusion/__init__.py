@@ -1,4 +1,4 @@
-"""The models: a thin wrapper over diffusers pipelines with per-row neuron masks."""
+"""The models: networks of diffusers pipelines, sampled by a loop of our own, with neuron masks for each row."""
 
 from nemo_bench.diffusion.attention import Edit, conditional_attention, conditional_rows, cross_attentions
 from nemo_bench.diffusion.digests import file_digest, folder_digest

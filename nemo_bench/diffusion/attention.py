@@ -115,13 +115,15 @@ def projected_once(layers: Iterable[nn.Module], text: Tensor, projected: dict[nn
             return plainly(hidden)
         if layer not in projected:
             projected[layer] = plainly(hidden)
-        return projected[layer]
+        return projected[layer].clone()  # hooks of others may work in place
 
-    replaced = list(layers)
-    for layer in replaced:
+    replaced = [(layer, vars(layer).get("forward")) for layer in layers]
+    for layer, _ in replaced:
         layer.forward = partial(project, layer, layer.forward)
     try:
         yield
     finally:
-        for layer in replaced:
+        for layer, own in replaced:
             del layer.forward
+            if own is not None:
+                layer.forward = own

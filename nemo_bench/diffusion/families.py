@@ -1,4 +1,4 @@
-"""What differs between families of Stable Diffusion: what the networks take besides latents, and how they are loaded.
+"""What differs between families of Stable Diffusion: what networks take besides latents, decoding, and loading.
 
 Families follow the class of the diffusers pipeline. Stable Diffusion 1.x and 2.x share one: their text encoders, widths
 and prediction types differ in their configurations only.
@@ -79,23 +79,27 @@ class StableDiffusion:
         """
         return {"encoder_hidden_states": text.text}
 
-    def decoding_dtype(self, vae: Any, dtype: torch.dtype) -> torch.dtype:
-        """Number format that an autoencoder decodes in.
+    def decoding_dtype(self, config: Any, dtype: torch.dtype) -> torch.dtype:
+        """Number format that an autoencoder decodes and encodes in.
 
         Args:
-            vae: Its configuration.
+            config: Its configuration.
             dtype: The one it is in.
         """
         return dtype
 
-    def unscaled(self, vae: Any, latents: Tensor) -> Tensor:
+    def unscaled(self, config: Any, latents: Tensor) -> Tensor:
         """Latents as the decoder takes them.
 
         Args:
-            vae: Configuration of the autoencoder.
+            config: Configuration of the autoencoder.
             latents: Latents as the UNet has them, (N, channels, height, width).
         """
-        return latents / vae.scaling_factor
+        return latents / config.scaling_factor
+
+    def scaled(self, config: Any, latents: Tensor) -> Tensor:
+        """Latents as the UNet has them, of those that the encoder gives; undoes :meth:`unscaled`."""
+        return latents * config.scaling_factor
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -114,16 +118,32 @@ class StableDiffusionXL(StableDiffusion):
         added = {"text_embeds": text.pooled, "time_ids": sizes.repeat(len(text), 1)}
         return {**super().unet_inputs(text, size), "added_cond_kwargs": added}
 
-    def decoding_dtype(self, vae: Any, dtype: torch.dtype) -> torch.dtype:
+    def decoding_dtype(self, config: Any, dtype: torch.dtype) -> torch.dtype:
         """See :meth:`StableDiffusion.decoding_dtype`; the published autoencoder overflows in float16 and says so."""
-        return torch.float32 if dtype == torch.float16 and vae.force_upcast else dtype
+        return torch.float32 if dtype == torch.float16 and config.force_upcast else dtype
 
-    def unscaled(self, vae: Any, latents: Tensor) -> Tensor:
+    def unscaled(self, config: Any, latents: Tensor) -> Tensor:
         """See :meth:`StableDiffusion.unscaled`; some autoencoders have a mean and a deviation of their latents."""
-        if vae.get("latents_mean") is None or vae.get("latents_std") is None:
-            return super().unscaled(vae, latents)
-        mean, std = (latents.new_tensor(vae[f"latents_{key}"])[:, None, None] for key in ("mean", "std"))
-        return latents * std / vae.scaling_factor + mean
+        if not _has_statistics(config):
+            return super().unscaled(config, latents)
+        mean, std = _statistics(config, latents)
+        return latents * std / config.scaling_factor + mean
+
+    def scaled(self, config: Any, latents: Tensor) -> Tensor:
+        """See :meth:`StableDiffusion.scaled`."""
+        if not _has_statistics(config):
+            return super().scaled(config, latents)
+        mean, std = _statistics(config, latents)
+        return (latents - mean) * config.scaling_factor / std
+
+
+def _has_statistics(config: Any) -> bool:
+    return config.get("latents_mean") is not None and config.get("latents_std") is not None
+
+
+def _statistics(config: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    mean, std = (latents.new_tensor(config[f"latents_{key}"])[:, None, None] for key in ("mean", "std"))
+    return mean, std
 
 
 FAMILIES = {family.pipeline.__name__: family for family in (StableDiffusion(), StableDiffusionXL())}

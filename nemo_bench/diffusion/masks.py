@@ -49,7 +49,7 @@ class NeuronMasks:
                 if len(output) % rows:
                     msg = f"{rows} neuron sets can't be shared out over a batch of {len(output)} rows"
                     raise ModelError(msg)
-                # With guidance the pipeline stacks whole batches: all unconditional rows, then all conditional ones.
+                # With guidance, whole batches are stacked: all unconditional rows, then all conditional ones.
                 factors = factors.repeat(len(output) // rows, 1)
             return output * factors[:, None].to(output.dtype)
 

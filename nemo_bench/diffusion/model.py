@@ -1,4 +1,4 @@
-"""A thin wrapper over a diffusers pipeline: encode, predict noise, generate, block neurons.
+"""A diffusers pipeline whose networks are sampled here: encode, predict noise, generate, block neurons.
 
 Example:
     >>> model = Diffusion.load("path/to/pipeline", steps=20, guidance=3.0)
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -121,11 +121,13 @@ class Diffusion(nn.Module):
         compiled: Compile the UNet with torch.compile at its first pass.
 
     Attributes:
+        scheduler: DDIM in the noise schedule of the pipeline's own scheduler, which stays as it was.
         row_passes: UNet passes of one sample made so far; a derivative of a pass, forward or backward, counts as
             another one.
 
     Raises:
-        ModelError: The pipeline is of another class, or has no such value layer.
+        ModelError: The pipeline is of another class, its UNet takes the scale of guidance as an input, or there is no
+            such value layer.
     """
 
     unet: Any
@@ -142,6 +144,10 @@ class Diffusion(nn.Module):
     ) -> None:
         super().__init__()
         self.family = family_of(type(pipeline).__name__)
+        if pipeline.unet.config.get("time_cond_proj_dim") is not None:
+            raise ModelError(
+                "the UNet takes the scale of guidance as an input (as LCM distillations do); not supported"
+            )
         self.pipeline = pipeline
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module):
@@ -277,8 +283,9 @@ class Diffusion(nn.Module):
         return self.timesteps(NOISE_STEPS)[step]
 
     def timesteps(self, steps: int | None = None) -> list[int]:
-        """Timesteps of so many DDIM steps, or of a generation, the noisiest first; sampling is not disturbed."""
-        return [int(timestep) for timestep in self.scheduler_of(steps or self.steps).timesteps]
+        """Timesteps of so many DDIM steps, or of a generation, the noisiest first."""
+        timesteps: list[int] = self.scheduler_of(steps or self.steps).timesteps.tolist()
+        return timesteps
 
     def scheduler_of(self, steps: int) -> DDIMScheduler:
         """A copy of the scheduler, set to so many steps."""
@@ -305,9 +312,7 @@ class Diffusion(nn.Module):
         Raises:
             ModelError: The scheduler's prediction type is neither epsilon nor v_prediction.
         """
-        output = self.predict_output(latents, timestep, text)
-        own, of_latents = self.noise_weights(timestep)
-        return own * output + of_latents * latents.float()
+        return self.noise(self.predict_output(latents, timestep, text), timestep, latents)
 
     def predict_output(self, latents: Tensor, timestep: int, text: Conditioning) -> Tensor:
         """One UNet pass as the network gives it, noise or velocity; see :meth:`predict_noise` for the arguments.
@@ -383,6 +388,20 @@ class Diffusion(nn.Module):
         unconditional, conditional = self.predict_noise(torch.cat([latents, latents]), timestep, both).chunk(2)
         return conditional - unconditional
 
+    def noise(self, output: Tensor, timestep: int, latents: Tensor) -> Tensor:
+        """The noise behind what the network predicted, noise or velocity.
+
+        Args:
+            output: What it predicted, shaped as the latents.
+            timestep: Training timestep, 0 to 999.
+            latents: What it was predicted from.
+
+        Returns:
+            Float32, shaped as the latents.
+        """
+        own, of_latents = self._noise_weights(timestep)
+        return own * output.float() + of_latents * latents.float()
+
     def prediction(self, noise: Tensor, timestep: int, latents: Tensor | None = None) -> Tensor:
         """What the network itself predicted, noise or velocity, behind predicted noise.
 
@@ -394,10 +413,10 @@ class Diffusion(nn.Module):
         Returns:
             Float32, shaped as the noise.
         """
-        own, of_latents = self.noise_weights(timestep)
+        own, of_latents = self._noise_weights(timestep)
         return (noise if latents is None else noise - of_latents * latents.float()) / own
 
-    def noise_weights(self, timestep: int) -> tuple[float, float]:
+    def _noise_weights(self, timestep: int) -> tuple[float, float]:
         """What output and latents are multiplied by to sum up to the noise predicted (Salimans and Ho 2022)."""
         if not self._predicts_velocity:
             return 1.0, 0.0
@@ -491,7 +510,7 @@ class Diffusion(nn.Module):
         return self.family.decoding_dtype(self.pipeline.vae.config, dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images of clean latents; gradients go through it.
+        """Images of clean latents; gradients go through it, but where :attr:`decoding_dtype` is not that of the model.
 
         Args:
             latents: (N, channels, height, width).
@@ -499,16 +518,9 @@ class Diffusion(nn.Module):
         Returns:
             Float32, (N, 3, height, width), 0 black and 1 white; values beyond are not cut off.
         """
-        vae, dtype, own = self.pipeline.vae, self.decoding_dtype, self.pipeline.vae.dtype
-        scaled = self.family.unscaled(vae.config, latents.to(dtype))
-        if dtype == own:
-            image: Tensor = vae.decode(scaled, return_dict=False)[0]
-        else:
-            vae.to(dtype)
-            try:
-                image = vae.decode(scaled, return_dict=False)[0]
-            finally:
-                vae.to(own)
+        with self._autoencoder() as vae:
+            unscaled = self.family.unscaled(vae.config, latents.to(vae.dtype))
+            image: Tensor = vae.decode(unscaled, return_dict=False)[0]
         return image.float() / 2 + 0.5
 
     @torch.no_grad()
@@ -521,8 +533,22 @@ class Diffusion(nn.Module):
         Returns:
             Float32, (N, channels, height, width) of a latent.
         """
-        posterior = self.pipeline.vae.encode((2 * images - 1).to(self.device, self.dtype)).latent_dist
-        return posterior.mode().float() * self.pipeline.vae.config.scaling_factor
+        with self._autoencoder() as vae:
+            posterior = vae.encode((2 * images - 1).to(self.device, vae.dtype)).latent_dist
+            return self.family.scaled(vae.config, posterior.mode().float())
+
+    @contextmanager
+    def _autoencoder(self) -> Iterator[Any]:
+        """The autoencoder in the number format that it works in."""
+        vae, own = self.pipeline.vae, self.pipeline.vae.dtype
+        if self.decoding_dtype == own:
+            yield vae
+            return
+        vae.to(self.decoding_dtype)
+        try:
+            yield vae
+        finally:
+            vae.to(own)
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -122,6 +122,7 @@ class Sampling:
         if self._is_guided:
             text = (unconditional or model.unconditional(len(text))).followed_by(text)
         self._text = text
+        self._output: Tensor | None = None
         self._finite: list[Tensor] = []
         self._projected: dict[nn.Module, Tensor] = {}
 
@@ -141,16 +142,18 @@ class Sampling:
 
     @property
     def step(self) -> Step:
-        """The step predicted, its predictions converted to noise; only with guidance.
+        """The step predicted, its predictions converted to noise.
 
         Raises:
+            ModelError: The model samples without guidance.
             NotFiniteError: No noise follows from what the network predicts at this timestep.
         """
-        own, of_latents = self.model.noise_weights(self.timestep)
-        unconditional, conditional = (
-            own * half.float() + of_latents * self.latents.float() for half in self._output.chunk(2)
-        )
-        return Step(self.number, self.timestep, self.model.guidance, self.latents, unconditional, conditional)
+        model, timestep = self.model, self.timestep
+        if not self._is_guided:
+            msg = f"model.guidance={model.guidance:g}: what looks at steps or changes them needs model.guidance above 1"
+            raise ModelError(msg)
+        unconditional, conditional = (model.noise(half, timestep, self.latents) for half in self._predicted().chunk(2))
+        return Step(self.number, timestep, model.guidance, self.latents, unconditional, conditional)
 
     @torch.no_grad()
     def advance(self, noise: Tensor | None = None) -> None:
@@ -160,23 +163,29 @@ class Sampling:
             noise: As a rule gives it, shaped as the latents; None for the noise under the model's guidance. Images for
                 which both are equal get the network's own output, since converting there and back rounds.
         """
-        output = self._output
+        output = self._predicted()
         if self._is_guided:
             unconditional, conditional = output.chunk(2)
             output = unconditional + self.model.guidance * (conditional - unconditional)
         if noise is not None:
-            own, of_latents = self.model.noise_weights(self.timestep)
-            replaced = ((noise - of_latents * self.latents.float()) / own).to(output.dtype)
+            replaced = self.model.prediction(noise, self.timestep, self.latents).to(output.dtype)
             is_changed = (noise != self.step.guided(self.model.guidance)).flatten(1).any(1)
             output = torch.where(is_changed[:, None, None, None], replaced, output)
         timestep = self._scheduler.timesteps[self.number]
         self.latents = self._scheduler.step(output, timestep, self.latents, return_dict=False)[0]
         self._finite.append(_are_finite(self.latents))
+        self._output = None
         self.number += 1
+
+    def _predicted(self) -> Tensor:
+        if self._output is None:
+            raise ModelError(f"step {self.number} was not predicted; call predict() before each advance()")
+        return self._output
 
     @torch.no_grad()
     def decode(self) -> Generated:
         """The images of the latents after the last step, and the reason where one failed."""
+        self._projected.clear()  # decoding needs the memory
         pixels = self.model.decode(self.latents)
         by_step, decoded = torch.stack(self._finite).tolist(), _are_finite(pixels).tolist()
         failed = tuple(self._failure([row[image] for row in by_step], decoded[image]) for image in range(len(pixels)))
@@ -214,9 +223,6 @@ def sample(
     Raises:
         ModelError: There is a rule, and the model samples without guidance.
     """
-    if rule and model.guidance <= 1:
-        msg = f"model.guidance={model.guidance:g}: a method that changes guidance needs model.guidance above 1"
-        raise ModelError(msg)
     sampling = Sampling(model, text, latents, unconditional)
     for _ in range(model.steps):
         sampling.predict()

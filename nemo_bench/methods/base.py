@@ -48,7 +48,7 @@ class Batch:
     notes: tuple[Mapping[str, Any], ...] = ()
     rule: Rule | None = None
 
-    def generate(self, model: Diffusion) -> Generated:
+    def generate_checked(self, model: Diffusion) -> Generated:
         """Generates the images; see :meth:`Diffusion.generate_checked`.
 
         Args:

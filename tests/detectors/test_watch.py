@@ -130,6 +130,7 @@ def test_the_model_is_left_as_it_was(tiny: Diffusion) -> None:
     assert tiny.state_digest() == before
     assert {name: id(p) for name, p in tiny.unet.attn_processors.items()} == processors
     assert len(tiny.unet._forward_hooks) == hooks
+    assert not any("forward" in vars(module) for module in tiny.unet.modules())
     assert torch.equal(tiny.generate(text, latents), image)
     assert all(p.grad is None for p in tiny.parameters())
 

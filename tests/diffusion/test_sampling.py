@@ -76,6 +76,67 @@ def test_text_is_projected_once_an_image(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {calls[layer] for layer in projections} == {1 + 4}
 
 
+def test_a_pass_that_fails_leaves_no_projection_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Diffusion(tiny_pipeline(), steps=2, guidance=3.0)
+    own = model.text_projections[0].forward
+    monkeypatch.setattr(model.text_projections[0], "forward", own)
+    kept = [vars(layer).get("forward") for layer in model.text_projections]
+    assert kept[0] is own
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("mid block")
+
+    hook = model.unet.mid_block.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="mid block"):
+        model.generate(tiny_texts(1)[0], [0])
+    hook.remove()
+    assert [vars(layer).get("forward") for layer in model.text_projections] == kept
+
+
+def test_hooks_that_work_in_place_see_every_step_anew() -> None:
+    model = Diffusion(tiny_pipeline(), steps=4, guidance=3.0)
+    layer = model.text_projections[-1]
+
+    def generate(hook: Callable[..., torch.Tensor]) -> torch.Tensor:
+        handle = layer.register_forward_hook(hook)
+        images = model.generate(tiny_texts(1)[0], [0])
+        handle.remove()
+        return images
+
+    plain = generate(lambda _layer, _given, output: output * 0.5)
+    assert torch.equal(generate(lambda _layer, _given, output: output.mul_(0.5)), plain)
+
+
+def test_a_step_is_predicted_before_it_is_looked_at_and_advanced_once() -> None:
+    model = Diffusion(tiny_pipeline(), steps=2, guidance=3.0)
+    sampling = Sampling(model, model.encode(tiny_texts(1)), model.latents([0]))
+    with pytest.raises(ModelError, match=r"step 0 was not predicted; call predict\(\)"):
+        sampling.advance()
+    sampling.predict()
+    sampling.advance()
+    with pytest.raises(ModelError, match="step 1 was not predicted"):
+        _ = sampling.step
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl])
+def test_encoding_undoes_the_scaling_of_decoding(make: Callable[[], DiffusionPipeline], statistics: bool) -> None:
+    model = Diffusion(make(), steps=2)
+    config = model.pipeline.vae.config
+    if statistics:
+        model.pipeline.vae.register_to_config(latents_mean=[0.5, -1.0, 0.0, 2.0], latents_std=[2.0, 1.0, 0.5, 3.0])
+        config = model.pipeline.vae.config
+    latents = model.latents([0, 1])
+    torch.testing.assert_close(model.family.scaled(config, model.family.unscaled(config, latents)), latents)
+
+
+def test_a_network_that_takes_the_scale_of_guidance_is_refused() -> None:
+    pipeline = tiny_pipeline()
+    pipeline.unet.register_to_config(time_cond_proj_dim=8)
+    with pytest.raises(ModelError, match="takes the scale of guidance as an input"):
+        Diffusion(pipeline)
+
+
 @pytest.mark.parametrize("family", EXACT)
 def test_prompts_are_encoded_as_the_pipeline_does(family: str) -> None:
     model = Diffusion(EXACT[family](), steps=2, guidance=3.0)
@@ -232,7 +293,7 @@ def test_velocities_of_half_precision_come_back_as_they_were(dtype: torch.dtype)
     for _ in range(model.steps):
         by_rule.predict()
         by_output.predict()
-        by_output._output = by_output._output.chunk(2)[0].repeat(2, 1, 1, 1)
+        by_output._output = by_output._predicted().chunk(2)[0].repeat(2, 1, 1, 1)
         by_rule.advance(by_rule.step.guided(0.0))
         by_output.advance()
         eps = 4 * torch.finfo(dtype).eps

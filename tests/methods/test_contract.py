@@ -172,7 +172,7 @@ def test_images_generated_one_after_the_other_are_the_same(model: Diffusion, nam
     """A context that is still open keeps nothing of the images before."""
     batch = batch_of(model, [(0, 0), (1, 0)])
     with prepared(model, name).apply(model, batch) as changed:
-        first, second = (changed.generate(model).images for _ in range(2))
+        first, second = (changed.generate_checked(model).images for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -239,7 +239,7 @@ def test_what_a_model_lacks_is_said(method: Method, given: tuple[str, float, str
     method.check(SD, 7.0, "float32")
 
 
-def test_rules_of_guidance_work_with_a_compiled_network() -> None:
+def test_rules_of_guidance_are_not_refused_for_a_compiled_network() -> None:
     DynamicTransition().check(SD, 7.0, "float32", compiled=True)
 
 

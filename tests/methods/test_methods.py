@@ -21,7 +21,7 @@ def batch_of(model: Diffusion, neurons: tuple[Neurons, ...]) -> Batch:
 
 def images(model: Diffusion, method: Method, batch: Batch) -> torch.Tensor:
     with method.apply(model, batch) as changed:
-        return changed.generate(model).images
+        return changed.generate_checked(model).images
 
 
 @pytest.mark.parametrize("method", [NoMitigation(), NeMo(), RandomNeurons(NeMo())])

@@ -122,7 +122,7 @@ def test_the_anchor_is_the_prompt_and_the_paraphrase_is_approached(tiny: Diffusi
             taken.append((step.latents, noise))
             return noise
 
-        replace(changed, rule=watched).generate(tiny)
+        replace(changed, rule=watched).generate_checked(tiny)
     wording = WORDINGS[changed.notes[0]["paraphrase"] - 1]
     assert len(taken) == tiny.steps
     for (latents, noise), timestep in zip(taken, tiny.timesteps(), strict=True):

@@ -62,7 +62,7 @@ def test_images_of_a_batch_switch_on_their_own(planted: Diffusion) -> None:
             tuple(neurons[r] for r in rows),
         )
         with DynamicTransition().apply(planted, batch) as changed:
-            return changed.generate(planted).images
+            return changed.generate_checked(planted).images
 
     torch.testing.assert_close(images([0, 1]), torch.cat([images([0]), images([1])]), rtol=0, atol=1e-3)
 
