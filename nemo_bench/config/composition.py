@@ -7,8 +7,8 @@ import itertools
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -364,10 +364,9 @@ def _composed(parsed: Sequence[Override], search: Sequence[str]) -> DictConfig:
     groups = [str(o.input_line) for o in parsed if o.key_or_group in GROUPS]
     inner = [str(o.key_or_group) for o in parsed if o.key_or_group not in GROUPS and not o.is_add()]
     arguments = [key for key in inner if key.split(".")[0] in _BUILT]
-    typed = OmegaConf.structured(RunSettings)
     for key in inner:
         if key not in arguments and not key.startswith("hydra."):
-            _check_key(key, typed)
+            _check_typed(key)
     base = None
     if arguments:  # composing takes long, so only for these
         base = _compose([*groups, *search])
@@ -464,15 +463,34 @@ def _check_option(override: Override, conf: Path | None) -> None:
 
 
 def _check_key(key: str, base: DictConfig) -> None:
+    """Raises ConfigError where a key is not in what was composed."""
     parts = key.split(".")
     node: Any = base
     for depth, part in enumerate(parts):
         if not OmegaConf.is_dict(node) or part not in node:
-            parent = ".".join(parts[:depth])
             known = [k for k in node if k != "hydra"] if OmegaConf.is_dict(node) else []
-            where = f" in '{parent}'" if parent else ""
-            raise ConfigError(f"unknown key '{key}': there is no '{part}'{where}. {nearest(part, map(str, known))}")
+            raise _unknown(parts, depth, map(str, known))
         node = node._get_node(part) if OmegaConf.is_missing(node, part) else node[part]
+
+
+def _check_typed(key: str) -> None:
+    """Raises ConfigError where a key is none of the typed settings."""
+    parts = key.split(".")
+    hint: Any = RunSettings
+    for depth, part in enumerate(parts):
+        known = get_type_hints(hint) if is_dataclass(hint) else {}
+        if part not in known:
+            raise _unknown(parts, depth, known)
+        hint = known[part]
+
+
+def _unknown(parts: Sequence[str], depth: int, known: Iterable[str]) -> ConfigError:
+    """The error of a key whose part at some depth does not exist."""
+    parent = ".".join(parts[:depth])
+    where = f" in '{parent}'" if parent else ""
+    return ConfigError(
+        f"unknown key '{'.'.join(parts)}': there is no '{parts[depth]}'{where}. {nearest(parts[depth], known)}"
+    )
 
 
 def logger_settings(overrides: Sequence[str]) -> LoggerSettings:
