@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from nemo_bench import Diffusion, Neurons, read_prompts, resolve
 from nemo_bench.config import ModelSettings, grid
-from nemo_bench.runner import load_model
+from nemo_bench.benchmark.runner import load_model
 
 
 def plain_side(model: Diffusion) -> Callable[[list[str], Tensor], Tensor]:

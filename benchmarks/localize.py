@@ -41,7 +41,7 @@ from nemo_bench.localization import (
     pair_values,
     threshold,
 )
-from nemo_bench.runner import load_model
+from nemo_bench.benchmark.runner import load_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import reference_nemo as plain

@@ -34,12 +34,12 @@ from nemo_bench.localization import (
     threshold,
 )
 from nemo_bench.metrics import SSIM, OpenClip, PixelDistance
-from nemo_bench.modules import to_image
-from nemo_bench.pictures import open_image
+from nemo_bench.benchmark.stages import to_image
+from nemo_bench.records.pictures import open_image
 from nemo_bench.planted.training import heldout_captions
 from nemo_bench.planted.world import general_caption, render
 from nemo_bench.prompts import seeds_of
-from nemo_bench.runner import load_model
+from nemo_bench.benchmark.runner import load_model
 
 CARD = Path(resolve("package:planted/README.md"))
 CPU = torch.device("cpu")

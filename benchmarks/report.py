@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nemo_bench.store import Store
+from nemo_bench.records.store import Store
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "report"))
 import fake_results

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from nemo_bench.config import resolve
     from nemo_bench.diffusion import Diffusion
     from nemo_bench.errors import ConfigError, ModelError, NemoBenchError, PromptError, StoreError
-    from nemo_bench.library import benchmark, load, load_prompts, read_scores
+    from nemo_bench.api import benchmark, load, load_prompts, read_scores
     from nemo_bench.localization import Calibration
     from nemo_bench.methods import Method, NeMo
     from nemo_bench.metrics import BenchMetric
     from nemo_bench.prompts import read_prompts
-    from nemo_bench.types import Localization, Neurons, Prompt
+    from nemo_bench.records.data import Localization, Neurons, Prompt
 
 __version__ = version("nemo-bench")
 

@@ -38,7 +38,7 @@ LIMITS = (
     ("megabytes", float, "most megabytes of an image; default 32"),
     ("megapixels", float, "most megapixels of an image; default 64"),
 )
-"""Options of ``references``, fields of :class:`nemo_bench.references.Limits`."""
+"""Options of ``references``, fields of :class:`nemo_bench.prompts.download.Limits`."""
 RESUMABLE = ("run", "detect", "calibrate", "score", "audit", "references", "train")
 """Commands that keep what they finished, and go on from there."""
 READS = {
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         make_ready()
         arguments = sys.argv[1:]
     options = _options(arguments)
-    from nemo_bench.stopping import stop_at_sigterm
+    from nemo_bench.benchmark.stopping import stop_at_sigterm
 
     stop_at_sigterm()
     try:
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check_given(options: argparse.Namespace) -> None:
     """Refuses a folder to read that is not there, before torch loads."""
     if options.name_of_command in READS:
-        from nemo_bench.store import check_folder
+        from nemo_bench.records.store import check_folder
 
         argument, wanted = READS[options.name_of_command]
         check_folder(getattr(options, argument), wanted)
@@ -234,10 +234,10 @@ def _run(options: argparse.Namespace) -> None:
     if options.dry_run:
         _dry_run(choices, options.json)
         return
-    from nemo_bench.cells import plan
-    from nemo_bench.forecast import check_needs
-    from nemo_bench.run import check_made, outlook, run
-    from nemo_bench.runner import is_main
+    from nemo_bench.benchmark.plan import plan
+    from nemo_bench.benchmark.dry_run import check_needs
+    from nemo_bench.benchmark.run import check_made, outlook, run
+    from nemo_bench.benchmark.runner import is_main
 
     check_needs(choices)
     cells = plan(choices)
@@ -259,10 +259,10 @@ def _detect(options: argparse.Namespace) -> None:
     if options.cfg:
         _print_settings(choices, options.json)
         return
-    from nemo_bench import detection
+    from nemo_bench.benchmark import detect as detection
     from nemo_bench.report.detection import load_detections, terminal_detection
-    from nemo_bench.runner import is_main
-    from nemo_bench.terminal import show
+    from nemo_bench.benchmark.runner import is_main
+    from nemo_bench.report.terminal import show
 
     cells = detection.plan(choices)
     start = time.perf_counter()
@@ -302,7 +302,7 @@ def _aside(line: str) -> None:
 def _show(folder: Path, done: str, *, as_json: bool) -> None:
     """The table of a run, and where to look further."""
     from nemo_bench.report import load_results, terminal_table
-    from nemo_bench.terminal import show
+    from nemo_bench.report.terminal import show
 
     if as_json:
         print((folder / "leaderboard.json").read_text(encoding="utf-8"))
@@ -313,7 +313,7 @@ def _show(folder: Path, done: str, *, as_json: bool) -> None:
 
 def _dry_run(choices: Sequence[Choice], as_json: bool) -> None:
     """Prints needs and cost; an error where something is missing, so that scripts can tell."""
-    from nemo_bench.forecast import forecast
+    from nemo_bench.benchmark.dry_run import forecast
 
     expected = forecast(choices)
     missing = sum(need["state"] == "missing" for need in expected["needs"])
@@ -330,7 +330,7 @@ def _print_forecast(expected: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    from nemo_bench.terminal import show
+    from nemo_bench.report.terminal import show
 
     rows, total = expected["cells"], expected["total"]
     width = max([80, *(len(row["cell"]) + 62 for row in rows)])
@@ -403,10 +403,10 @@ def _calibrate(options: argparse.Namespace) -> None:
     if options.cfg:
         _print_settings(choices, options.json)
         return
-    from nemo_bench.cells import plan
-    from nemo_bench.forecast import check_needs
-    from nemo_bench.run import calibrate
-    from nemo_bench.runner import is_main
+    from nemo_bench.benchmark.plan import plan
+    from nemo_bench.benchmark.dry_run import check_needs
+    from nemo_bench.benchmark.run import calibrate
+    from nemo_bench.benchmark.runner import is_main
 
     check_needs([replace(choice, settings=replace(choice.settings, metrics={})) for choice in choices])
     rows = calibrate(plan(choices), progress=not options.json)
@@ -437,7 +437,7 @@ def _ls(options: argparse.Namespace) -> None:
     from rich.table import Column, Table
 
     from nemo_bench.config import GROUPS, describe_options, explain_option, overview, short
-    from nemo_bench.terminal import show
+    from nemo_bench.report.terminal import show
 
     if options.name:
         print(explain_option(options.group, options.name, options.conf))
@@ -464,8 +464,8 @@ def _ls(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from nemo_bench.report import load_results, terminal_table, write_report
     from nemo_bench.report.detection import load_detections, terminal_detection, write_detection
-    from nemo_bench.store import read_run
-    from nemo_bench.terminal import show
+    from nemo_bench.records.store import read_run
+    from nemo_bench.report.terminal import show
 
     folder = options.folder
     if (folder / "detection.json").is_file():
@@ -487,16 +487,16 @@ def _track(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from nemo_bench.run import export
+    from nemo_bench.benchmark.run import export
 
     neurons = export(options.cell, options.folder, options.prompt)
     print(f"{options.folder}: {neurons.count} neurons switched off for good")
 
 
 def _score(options: argparse.Namespace) -> None:
-    from nemo_bench.run import check_made
-    from nemo_bench.runner import is_main
-    from nemo_bench.scoring import cells_of, score
+    from nemo_bench.benchmark.run import check_made
+    from nemo_bench.benchmark.runner import is_main
+    from nemo_bench.benchmark.rescore import cells_of, score
 
     start = time.perf_counter()
     say, progress = (_aside, False) if options.json else (print, True)
@@ -510,10 +510,10 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _audit(options: argparse.Namespace) -> None:
-    from nemo_bench.audit import audit, cells_of
+    from nemo_bench.benchmark.audit import audit, cells_of
     from nemo_bench.report.audit import load_audits, terminal_audits
-    from nemo_bench.runner import is_main
-    from nemo_bench.terminal import show
+    from nemo_bench.benchmark.runner import is_main
+    from nemo_bench.report.terminal import show
 
     start = time.perf_counter()
     say = _aside if options.json else print
@@ -536,7 +536,7 @@ def _references(options: argparse.Namespace) -> None:
 
     from nemo_bench.config import quoted, shell_word
     from nemo_bench.prompts import MANIFEST
-    from nemo_bench.references import Limits, fetch
+    from nemo_bench.prompts.download import Limits, fetch
 
     given = {name: getattr(options, name) for name, *_ in LIMITS if getattr(options, name) is not None}
     summary = fetch(options.lists, options.folder, Limits(**given, private=options.private), progress=not options.json)

@@ -18,7 +18,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from nemo_bench.cells import source_of
+from nemo_bench.benchmark.plan import source_of
 from nemo_bench.config import (
     GROUPS,
     Choice,

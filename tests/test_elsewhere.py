@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from nemo_bench.elsewhere import FoundImage, check_images, mapped_images, named_images
+from nemo_bench.prompts.external import FoundImage, check_images, mapped_images, named_images
 from nemo_bench.errors import NemoBenchError
 from nemo_bench.prompts import ImageTask
-from nemo_bench.types import Prompt
+from nemo_bench.records.data import Prompt
 
 PROMPTS = [Prompt("a", "a red sun"), Prompt("b", "a big map"), Prompt("c", "a big map")]
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nemo_bench.cells import plan
+from nemo_bench.benchmark.plan import plan
 from nemo_bench.cli import main
 from nemo_bench.config import Choice, grid, options
 from nemo_bench.errors import ModelError
-from nemo_bench.forecast import forecast
+from nemo_bench.benchmark.dry_run import forecast
 from nemo_bench.metrics import Alignment
-from nemo_bench.run import run
-from nemo_bench.store import read_json, read_records
+from nemo_bench.benchmark.run import run
+from nemo_bench.records.store import read_json, read_records
 from small_runs import small
 from tiny import tiny_pipeline
 

@@ -102,8 +102,8 @@ def test_what_stands_aside_imports_little(name: str) -> None:
 
 
 def test_store_and_types_stand_on_plain_data_only() -> None:
-    assert {part(found) for found in ours("nemo_bench.store")} == {"errors", "types", "pictures"}
-    assert ours("nemo_bench.types") == {"nemo_bench.errors"}
+    assert {part(found) for found in ours("nemo_bench.records.store")} == {"errors", "types", "pictures"}
+    assert ours("nemo_bench.records.data") == {"nemo_bench.errors"}
     assert ours("nemo_bench.errors") == set()
 
 

@@ -9,12 +9,12 @@ import torch
 
 import nemo_bench
 from nemo_bench import Calibration, ConfigError, Diffusion, NeMo, Prompt, PromptError, benchmark, load, load_prompts
-from nemo_bench.cells import plan
+from nemo_bench.benchmark.plan import plan
 from nemo_bench.config import grid
 from nemo_bench.localization import REFERENCE, pair_scores
 from nemo_bench.prompts import seeds_of
-from nemo_bench.run import run
-from nemo_bench.store import read_records
+from nemo_bench.benchmark.run import run
+from nemo_bench.records.store import read_records
 from small_runs import small
 from tiny import tiny_texts
 
@@ -119,5 +119,5 @@ def test_a_benchmark_and_its_scores_as_rows(tmp_path: Path, prompt_file: Path) -
     assert ssim[0]["value"] in [r["scores"].get("ssim") for r in records.values() if r["prompt"] == "vm-01"]
     assert {row["label"] for row in rows} == {"No mitigation", "Random neurons"}
     assert all(row["seed"] is None for row in rows if row["metric"] == "neurons")
-    (start,) = nemo_bench.store.read_json(next(folder.glob("*__none__*")) / "env.json")["starts"]
+    (start,) = nemo_bench.records.store.read_json(next(folder.glob("*__none__*")) / "env.json")["starts"]
     assert start["command"].startswith("nemo_bench.benchmark('method=none,random', ")

@@ -8,8 +8,8 @@ from pathlib import Path
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nemo_bench.modules import file_name
-from nemo_bench.types import Prompt
+from nemo_bench.benchmark.stages import file_name
+from nemo_bench.records.data import Prompt
 
 
 def named(*ids: str) -> list[str]:

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nemo_bench import pictures
+from nemo_bench.records import pictures
 from nemo_bench.errors import StoreError
-from nemo_bench.pictures import inspect_picture, list_pictures, open_image, unreadable
-from nemo_bench.store import thumbnail
+from nemo_bench.records.pictures import inspect_picture, list_pictures, open_image, unreadable
+from nemo_bench.records.store import thumbnail
 
 SIZE = (8, 8)
 RED, WHITE, PINK = (255, 0, 0), (255, 255, 255), (255, 127, 127)

@@ -7,9 +7,9 @@ import socket
 
 import pytest
 
-from nemo_bench import processes
+from nemo_bench.benchmark import processes
 from nemo_bench.errors import ConfigError
-from nemo_bench.processes import STARTER, together
+from nemo_bench.benchmark.processes import STARTER, together
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none",

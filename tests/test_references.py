@@ -22,11 +22,11 @@ from PIL import Image
 from yarl import URL
 
 from misbehaving import Server, picture, serve
-from nemo_bench import references
+from nemo_bench.prompts import download as references
 from nemo_bench.cli import main
 from nemo_bench.errors import ConfigError, PromptError
 from nemo_bench.prompts import MANIFEST, dead_references, read_links, read_manifest, read_prompts
-from nemo_bench.references import Limits, _address, _is_public, _moved, _seconds, fetch
+from nemo_bench.prompts.download import Limits, _address, _is_public, _moved, _seconds, fetch
 
 QUICK = Limits(private=True, retries=2, backoff=0.01, connect=1, read=0.4, total=3, megabytes=1, megapixels=1)
 
@@ -250,7 +250,7 @@ def test_links_that_were_not_tried_are_an_error(tmp_path: Path, server: Server) 
 def test_a_killed_fetch_goes_on(tmp_path: Path, server: Server) -> None:
     path = write_list(tmp_path, [server.url(f"slow/{number}.png") for number in range(12)])
     limits = "Limits(private=True, parallel=1)"
-    code = f"from nemo_bench.references import *; fetch([{str(path)!r}], {str(tmp_path / 'images')!r}, {limits})"
+    code = f"from nemo_bench.prompts.download import *; fetch([{str(path)!r}], {str(tmp_path / 'images')!r}, {limits})"
     process = subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "COLUMNS": "80"}, stdout=subprocess.PIPE
     )

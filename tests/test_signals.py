@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from nemo_bench.signals import angle, end_attention, masked_magnitude, norms, score_difference, tiled_distance, unit
+from nemo_bench.diffusion.noise import angle, end_attention, masked_magnitude, norms, score_difference, tiled_distance, unit
 
 
 def test_norms_are_of_rows() -> None:

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from nemo_bench import store as store_module
+from nemo_bench.records import store as store_module
 from nemo_bench.errors import StoreError
-from nemo_bench.store import SCHEMA, Store, read_checked, read_json, read_records, write_json
-from nemo_bench.types import Record
+from nemo_bench.records.store import SCHEMA, Store, read_checked, read_json, read_records, write_json
+from nemo_bench.records.data import Record
 
 SPEC = {"settings": {"model": "m", "steps": 3}}
 TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from('\u2028\u2029\x85\x1e\r\n"\\{}é'), max_size=8)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from nemo_bench.errors import NemoBenchError
-from nemo_bench.types import GENERAL, Neurons, Prompt, digest
+from nemo_bench.records.data import GENERAL, Neurons, Prompt, digest
 
 LAYERS = st.dictionaries(
     st.sampled_from(["down.0", "down.1", "mid", "up.0", "schön"]), st.lists(st.integers(0, 300), max_size=8)

@@ -197,7 +197,7 @@ ROWS = 32
 
 
 def rows_at_once(settings: RunSettings) -> int:
-    """Images in a batch, before it is known what fits; see :meth:`nemo_bench.runner.Runner.rows`."""
+    """Images in a batch, before it is known what fits; see :meth:`nemo_bench.benchmark.runner.Runner.rows`."""
     return settings.batch_size if isinstance(settings.batch_size, int) else ROWS
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from nemo_bench.diffusion import FAMILIES, Conditioning, Diffusion
 from nemo_bench.errors import ConfigError, ModelError
-from nemo_bench.signals import norms
-from nemo_bench.types import Prompt
+from nemo_bench.diffusion.noise import norms
+from nemo_bench.records.data import Prompt
 
 
 def now(model: Diffusion) -> float:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nemo_bench.detectors.base import Detector, Finding, View, check_counts, check_finite
 from nemo_bench.diffusion import Diffusion
-from nemo_bench.types import Prompt
+from nemo_bench.records.data import Prompt
 
 
 class OneStep(Detector):

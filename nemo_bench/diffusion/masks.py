@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_bench.errors import ModelError, nearest
-from nemo_bench.types import Neurons
+from nemo_bench.records.data import Neurons
 
 
 class NeuronMasks:

@@ -29,7 +29,7 @@ from nemo_bench.diffusion.masks import NeuronMasks
 from nemo_bench.diffusion.sampling import Generated, Rule, sample
 from nemo_bench.diffusion.source import Source, without_advice, without_bars
 from nemo_bench.errors import ConfigError, ModelError, NotFiniteError
-from nemo_bench.types import Neurons
+from nemo_bench.records.data import Neurons
 
 Layers = Literal["down+mid", "all"]
 Measure = Literal["published", "current", "fixed"]

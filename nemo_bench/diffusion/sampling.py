@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nemo_bench.diffusion.attention import projected_once
 from nemo_bench.diffusion.families import Conditioning
 from nemo_bench.errors import ModelError
-from nemo_bench.signals import norms
+from nemo_bench.diffusion.noise import norms
 
 if TYPE_CHECKING:
     from nemo_bench.diffusion.model import Diffusion

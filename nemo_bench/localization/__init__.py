@@ -17,7 +17,7 @@ from nemo_bench.localization.calibration import (
     write_statistics,
 )
 from nemo_bench.localization.nemo import LAST_K, NemoSettings, localize
-from nemo_bench.localization.noise import (
+from nemo_bench.localization.noise_differences import (
     noise_differences,
     pair_similarities,
     pair_values,

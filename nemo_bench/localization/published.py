@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from nemo_bench.errors import NemoBenchError
 from nemo_bench.prompts import read_rows
-from nemo_bench.types import Neurons, parse_json
+from nemo_bench.records.data import Neurons, parse_json
 
 COLUMNS = ("Caption", "URL", "Initial Neurons", "Initial SSIM", "Refined Neurons", "Refined SSIM")
 

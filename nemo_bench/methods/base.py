@@ -14,7 +14,7 @@ from nemo_bench.diffusion import FAMILIES, Conditioning, Diffusion, Generated, R
 from nemo_bench.errors import ModelError
 from nemo_bench.localization import PAPER, SEEDS, Calibration, Protocol
 from nemo_bench.methods.descent import check_precision
-from nemo_bench.types import Localization, Neurons, Prompt
+from nemo_bench.records.data import Localization, Neurons, Prompt
 
 if TYPE_CHECKING:
     from typing_extensions import Self

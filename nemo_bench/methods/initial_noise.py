@@ -21,7 +21,7 @@ from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, guide
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.descent import Descent, check_precision, descend
-from nemo_bench.signals import norms, unit
+from nemo_bench.diffusion.noise import norms, unit
 
 Of = Literal["noise", "prediction"]
 """What a prompt adds to: the noise predicted, or what the network itself predicts, which may be velocity."""

@@ -21,8 +21,8 @@ from nemo_bench.methods.bright_ending import BrightEndingOptimization, bright_en
 from nemo_bench.methods.embedding_optimization import EmbeddingOptimization
 from nemo_bench.prompts import read_rows
 from nemo_bench.prompts.readers import TEXT_COLUMNS
-from nemo_bench.signals import masked_magnitude, norms
-from nemo_bench.types import Prompt, digest
+from nemo_bench.diffusion.noise import masked_magnitude, norms
+from nemo_bench.records.data import Prompt, digest
 
 _PARAPHRASE = re.compile(r"caption(\d+)")
 

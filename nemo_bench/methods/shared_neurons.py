@@ -13,7 +13,7 @@ from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, NotFiniteError
 from nemo_bench.methods.base import Method
 from nemo_bench.methods.nemo import BlockNeurons, NeMo
-from nemo_bench.types import Localization, Neurons, Prompt
+from nemo_bench.records.data import Localization, Neurons, Prompt
 
 T = TypeVar("T", tuple[int, int], tuple[tuple[int, int], ...])
 

@@ -2,7 +2,7 @@
 
 from nemo_bench.metrics.alignment import Alignment
 from nemo_bench.metrics.base import FIELDS, BenchMetric
-from nemo_bench.metrics.detection import detection
+from nemo_bench.metrics.roc import detection
 from nemo_bench.metrics.distribution import FID, KID, MiFID, SetMetric
 from nemo_bench.metrics.diversity import Diversity, Vendi
 from nemo_bench.metrics.localization import MemorizationScore, NeuronCount

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nemo_bench.metrics.base import BenchMetric
-from nemo_bench.types import Neurons, Record
+from nemo_bench.records.data import Neurons, Record
 
 
 class MemorizationScore(BenchMetric):

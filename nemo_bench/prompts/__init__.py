@@ -10,7 +10,7 @@ from nemo_bench.prompts.readers import (
     read_rows,
     references_digest,
 )
-from nemo_bench.types import prompts_digest
+from nemo_bench.records.data import prompts_digest
 
 __all__ = [
     "MANIFEST",

@@ -11,12 +11,12 @@ from markupsafe import Markup
 from rich.markup import escape
 from rich.table import Table
 
-from nemo_bench.citations import KOWALCZUK
+from nemo_bench.records.citations import KOWALCZUK
 from nemo_bench.errors import counted
 from nemo_bench.report.data import Results, load_results
 from nemo_bench.report.templates import render
 from nemo_bench.report.thumbnails import Thumbnails
-from nemo_bench.store import damaged, read_object
+from nemo_bench.records.store import damaged, read_object
 
 _GROUPS = {"memorized": "Memorized", "control": "Controls"}
 _MEANING = {
@@ -29,7 +29,7 @@ _MEANING = {
     "too few": "To tell more takes at least 6 different controls; searches that share a control count once.",
     "no controls": "Without controls it can't be told from a search that brings back any picture.",
 }
-"""What verdicts mean; see :func:`nemo_bench.audit.verdict`."""
+"""What verdicts mean; see :func:`nemo_bench.benchmark.audit.verdict`."""
 SHOWN = 8
 """Searches of an audit that the page shows with pictures."""
 PIXELS = 720
@@ -44,7 +44,7 @@ class Audit:
         cell: Folder of the cell.
         label: The cell's name in tables.
         folder: Where its pictures are.
-        content: The entry of ``audit.json``; see :func:`nemo_bench.audit.summary`.
+        content: The entry of ``audit.json``; see :func:`nemo_bench.benchmark.audit.summary`.
     """
 
     cell: str

@@ -16,9 +16,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
-from nemo_bench.aggregate import GROUPS
+from nemo_bench.records.statistics import GROUPS
 from nemo_bench.errors import StoreError, counted
-from nemo_bench.store import (
+from nemo_bench.records.store import (
     SCHEMA,
     Store,
     damaged,
@@ -31,7 +31,7 @@ from nemo_bench.store import (
     read_spec,
     read_starts,
 )
-from nemo_bench.types import Neurons, Prompt
+from nemo_bench.records.data import Neurons, Prompt
 
 FAMILIES = ("memorization", "change", "alignment", "diversity", "quality", "localization")
 """Families of metrics, in the order of display."""

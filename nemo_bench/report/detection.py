@@ -18,7 +18,7 @@ from nemo_bench.errors import StoreError
 from nemo_bench.report.svg import INK, nth_look, style, svg
 from nemo_bench.report.templates import render
 from nemo_bench.report.thumbnails import Thumbnails
-from nemo_bench.store import (
+from nemo_bench.records.store import (
     SCHEMA,
     damaged,
     read_cell_prompts,
@@ -28,7 +28,7 @@ from nemo_bench.store import (
     write_json,
     write_text,
 )
-from nemo_bench.types import Prompt, digest
+from nemo_bench.records.data import Prompt, digest
 
 _PIXELS = 640
 _COLUMNS = {
@@ -91,7 +91,7 @@ class Detection:
 
     @property
     def measures(self) -> Mapping[str, Any]:
-        """See :func:`nemo_bench.metrics.detection`; empty where prompts are of one sort."""
+        """See :func:`nemo_bench.metrics.roc`; empty where prompts are of one sort."""
         return next(iter(self.summary["detection"].values()), {})
 
     def scores(self, *, memorized: bool) -> list[float]:

@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from nemo_bench.errors import StoreError
-from nemo_bench.store import read_json, thumbnail, write_json
+from nemo_bench.records.store import read_json, thumbnail, write_json
 
 
 @dataclass(frozen=True)

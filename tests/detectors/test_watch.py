@@ -32,7 +32,7 @@ from nemo_bench.detectors import (
 )
 from nemo_bench.diffusion import Diffusion, Similarity
 from nemo_bench.prompts import seeds_of
-from nemo_bench.types import Prompt
+from nemo_bench.records.data import Prompt
 from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl, tiny_texts
 
 PROMPTS = [Prompt(f"p{i}", text) for i, text in enumerate(tiny_texts(3))]

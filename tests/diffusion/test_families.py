@@ -20,15 +20,15 @@ from diffusers import (
 )
 
 from nemo_bench import Diffusion, Neurons
-from nemo_bench.cells import plan
+from nemo_bench.benchmark.plan import plan
 from nemo_bench.config import grid, options
 from nemo_bench.diffusion import Similarity, value_layers
 from nemo_bench.diffusion.model import ddim
 from nemo_bench.errors import ModelError
 from nemo_bench.localization import Calibration, NemoSettings, activation_statistics, localize
-from nemo_bench.run import run
-from nemo_bench.runner import load_model
-from nemo_bench.store import read_records
+from nemo_bench.benchmark.run import run
+from nemo_bench.benchmark.runner import load_model
+from nemo_bench.records.store import read_records
 from tiny import NOISE, tiny_pipeline, tiny_sd2, tiny_sdxl, tiny_texts
 
 PIPELINES: dict[str, Callable[..., Any]] = {

@@ -10,7 +10,7 @@ import diffusers
 import pytest
 
 from nemo_bench import Diffusion
-from nemo_bench.cells import plan
+from nemo_bench.benchmark.plan import plan
 from nemo_bench.cli import main
 from nemo_bench.config import grid
 from nemo_bench.diffusion import check_schedule
@@ -89,7 +89,7 @@ def test_a_folder_with_such_a_scheduler_is_refused_before_weights_load(
     tiny_pipeline().save_pretrained(tmp_path / "model")
     path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **ZERO}))
-    monkeypatch.setattr("nemo_bench.runner.load_model", None)
+    monkeypatch.setattr("nemo_bench.benchmark.runner.load_model", None)
     words = [f"model.source={tmp_path / 'model'}", "method=none", f"root={tmp_path / 'results'}", "trainer=cpu"]
     assert main(["run", *words]) == 1
     assert "latents are noise alone" in capsys.readouterr().err

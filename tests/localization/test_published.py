@@ -20,7 +20,7 @@ from nemo_bench.localization.published import (
     published_text,
     read_published,
 )
-from nemo_bench.types import Neurons
+from nemo_bench.records.data import Neurons
 
 # As the published scripts write it: pandas' "nan" for an unknown URL, carriage returns, neurons listed twice.
 WRITTEN_BY_SCRIPTS = (

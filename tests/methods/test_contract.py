@@ -11,7 +11,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from batches import batch_of, images_of, rows_of
 from nemo_bench import Diffusion, ModelError, Prompt, resolve
-from nemo_bench.cells import plan
+from nemo_bench.benchmark.plan import plan
 from nemo_bench.config import grid
 from nemo_bench.diffusion import Similarity
 from nemo_bench.methods import (
@@ -35,7 +35,7 @@ from nemo_bench.methods import (
     Wanda,
 )
 from nemo_bench.methods.bright_ending import bright_ending
-from nemo_bench.signals import LATE, angle, masked_magnitude, norms, unit
+from nemo_bench.diffusion.noise import LATE, angle, masked_magnitude, norms, unit
 from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl
 
 METHODS: dict[str, Callable[[], Method]] = {
@@ -244,7 +244,7 @@ def test_rules_of_guidance_are_not_refused_for_a_compiled_network() -> None:
 
 
 def test_a_run_says_it_before_weights_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_bench.runner.load_model", None)
+    monkeypatch.setattr("nemo_bench.benchmark.runner.load_model", None)
     for words, advice in (
         (["method=static_transition", "model.guidance=1"], "or leave this method out"),
         (["method=sail", "model.dtype=float16"], "generate with model.dtype=bfloat16 or float32"),

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from batches import batch_of, rows_of
 from nemo_bench import Diffusion, NeMo, Neurons, Prompt, read_prompts, resolve
-from nemo_bench.audit import fitted_picture
+from nemo_bench.benchmark.audit import fitted_picture
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Similarity
 from nemo_bench.errors import ConfigError, ModelError
 from nemo_bench.methods import Batch, BlockNeurons, EmbeddingNoise, NoMitigation, Wanda
-from nemo_bench.methods.embedding_search import random_embeddings, search_embeddings
+from nemo_bench.benchmark.embedding_search import random_embeddings, search_embeddings
 from nemo_bench.metrics import SSIM
 from nemo_bench.prompts import seeds_of
 from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl, tiny_texts

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nemo_bench import ConfigError, Diffusion, Localization, NeMo, Neurons, Prompt
-from nemo_bench.cells import plan
+from nemo_bench.benchmark.plan import plan
 from nemo_bench.config import grid
 from nemo_bench.errors import NotFiniteError
 from nemo_bench.methods import OtherNeurons, RandomNeurons, SharedNeurons

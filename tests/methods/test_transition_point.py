@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nemo_bench import ConfigError, Diffusion
 from nemo_bench.diffusion import Conditioning, Step
 from nemo_bench.methods import Batch, DynamicTransition, Method, StaticTransition
-from nemo_bench.types import Neurons, Prompt
+from nemo_bench.records.data import Neurons, Prompt
 
 
 def scales(method: Method, curves: list[list[float]], timesteps: list[int] | None = None) -> list[list[float]]:

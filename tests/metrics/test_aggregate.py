@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_bench.aggregate import aggregate, bootstrap_interval, paired, presets
-from nemo_bench.types import Kind, Prompt, Record
+from nemo_bench.records.statistics import aggregate, bootstrap_interval, paired, presets
+from nemo_bench.records.data import Kind, Prompt, Record
 
 SCORES = st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=5)
 

@@ -29,10 +29,10 @@ from nemo_bench.metrics import (
     TrainingImage,
     Vendi,
 )
-from nemo_bench.modules import FeatureStage, FolderChunk, SceneReader, ScoringStage, read_features, set_spaces
+from nemo_bench.benchmark.stages import FeatureStage, FolderChunk, SceneReader, ScoringStage, read_features, set_spaces
 from nemo_bench.prompts import PromptTask
-from nemo_bench.store import Store
-from nemo_bench.types import Prompt, Record
+from nemo_bench.records.store import Store
+from nemo_bench.records.data import Prompt, Record
 from small_networks import clip, descriptor, sscd
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from PIL import Image
 
 from nemo_bench.errors import PromptError
 from nemo_bench.prompts import check_references, prompts_digest, read_prompts, references_digest
-from nemo_bench.types import Prompt
+from nemo_bench.records.data import Prompt
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data"
 

@@ -12,7 +12,7 @@ from fake_results import DETECTOR, LAYERS, METHODS, METRICS, PROMPTS, SEEDS, wri
 from nemo_bench.errors import StoreError
 from nemo_bench.report import load_results
 from nemo_bench.report.data import network_order, short_layers
-from nemo_bench.types import digest
+from nemo_bench.records.data import digest
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from fake_results import write_fake_results
 from nemo_bench.cli import main
 from nemo_bench.config import options
 from nemo_bench.report import load_results, terminal_table
-from nemo_bench.terminal import fitting
+from nemo_bench.report.terminal import fitting
 
 
 @pytest.fixture

@@ -21,19 +21,19 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nemo_bench import Diffusion, Neurons, resolve
-from nemo_bench.audit import AuditSettings, cells_of, fitted_picture, verdict
+from nemo_bench.benchmark.audit import AuditSettings, cells_of, fitted_picture, verdict
 from nemo_bench.cli import main
 from nemo_bench.config import build, grid, options
 from nemo_bench.diffusion import Conditioning
 from nemo_bench.methods import Batch, NeMo
 from nemo_bench.metrics import SSIM, PixelDistance
-from nemo_bench.pictures import open_image
+from nemo_bench.records.pictures import open_image
 from nemo_bench.prompts import seeds_of
 from nemo_bench.report.audit import load_audits, terminal_audits
-from nemo_bench.runner import by_prompt
-from nemo_bench.signals import require_finite
-from nemo_bench.store import Store, read_json, read_records
-from nemo_bench.types import Prompt
+from nemo_bench.benchmark.runner import by_prompt
+from nemo_bench.diffusion.noise import require_finite
+from nemo_bench.records.store import Store, read_json, read_records
+from nemo_bench.records.data import Prompt
 from small_runs import small
 
 QUICK = ["steps=2", "samples=2", "images=2", "trainer=cpu"]

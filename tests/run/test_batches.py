@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from nemo_bench import Diffusion
-from nemo_bench.cells import Cell, plan
+from nemo_bench.benchmark.plan import Cell, plan
 from nemo_bench.config import grid
 from nemo_bench.errors import ConfigError
-from nemo_bench.runner import Runner, largest_batch, try_batch
+from nemo_bench.benchmark.runner import Runner, largest_batch, try_batch
 
 
 @pytest.mark.parametrize(("room", "expected"), [(1000, 256), (256, 256), (255, 128), (48, 32), (1, 1), (0, 1)])

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_bench import modules
-from nemo_bench.cells import Cell, plan
+from nemo_bench.benchmark import stages as modules
+from nemo_bench.benchmark.plan import Cell, plan
 from nemo_bench.cli import main
 from nemo_bench.config import grid
 from nemo_bench.errors import ConfigError, ModelError, StoreError
 from nemo_bench.localization import activation_statistics, read_statistics, threshold, write_statistics
-from nemo_bench.modules import CalibrationStage, StatisticsStage
+from nemo_bench.benchmark.stages import CalibrationStage, StatisticsStage
 from nemo_bench.prompts import prompts_digest
-from nemo_bench.runner import Runner, load_model
-from nemo_bench.store import read_json, read_records
+from nemo_bench.benchmark.runner import Runner, load_model
+from nemo_bench.records.store import read_json, read_records
 
 SMALL = ["localize_seeds=2", "prompts.calibration_limit=10", "trainer=cpu", "method=nemo"]
 
@@ -90,7 +90,7 @@ def test_the_text_encoder_sees_some_prompts_at_once_and_never_a_whole_chunk(
         return encode(texts)
 
     monkeypatch.setattr(model, "encode", watch)
-    monkeypatch.setattr("nemo_bench.runner.load_model", lambda settings: model)
+    monkeypatch.setattr("nemo_bench.benchmark.runner.load_model", lambda settings: model)
     calibrate(cell_of(tmp_path, "method.threshold=0.4"))
     assert sizes == [3, 1, 3, 1, 2]
 
@@ -239,7 +239,7 @@ def test_unusable_statistics_are_refused_before_anything_long(
     monkeypatch.setattr(CalibrationStage, "handle", refuse)
     with pytest.raises(ModelError, match=rf"of {len(mean) - 1} layers .* the model has {len(mean)} value layers"):
         calibrate(cell_of(tmp_path, f"model.statistics={tmp_path / 'short.pt'}"))
-    monkeypatch.setattr("nemo_bench.runner.load_model", refuse)
+    monkeypatch.setattr("nemo_bench.benchmark.runner.load_model", refuse)
     root = f"root={tmp_path / 'results'}"
     assert main(["calibrate", *SMALL, root, f"model.statistics={tmp_path / 'gone.pt'}"]) == 1
     assert "gone.pt: no activation statistics can be read" in capsys.readouterr().err
@@ -249,7 +249,7 @@ def test_unusable_statistics_are_refused_before_anything_long(
 def test_the_command_says_what_it_found_to_people_and_machines(
     measured: Cell, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nemo_bench.runner.load_model", refuse)
+    monkeypatch.setattr("nemo_bench.benchmark.runner.load_model", refuse)
     folder = measured.calibration.folder
     words = [*SMALL, f"root={folder.parents[1]}"]
     assert main(["calibrate", *words]) == 0

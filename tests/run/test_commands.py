@@ -24,9 +24,9 @@ from nemo_bench.config import grid
 from nemo_bench.diffusion import folder_digest
 from nemo_bench.errors import StoreError
 from nemo_bench.prompts import read_prompts
-from nemo_bench.run import export
-from nemo_bench.store import read_records
-from nemo_bench.types import Neurons, Record
+from nemo_bench.benchmark.run import export
+from nemo_bench.records.store import read_records
+from nemo_bench.records.data import Neurons, Record
 from small_runs import small
 
 SMALL = [*small(), "method=nemo"]
@@ -139,7 +139,7 @@ def test_bad_input_is_explained_before_anything_is_loaded_or_written(
     def refuse(*args: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("nemo_bench.runner.load_model", refuse)
+    monkeypatch.setattr("nemo_bench.benchmark.runner.load_model", refuse)
     assert main(["run", f"root={tmp_path / 'results'}", *words]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "results").exists()

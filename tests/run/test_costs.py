@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from nemo_bench.cells import plan
+from nemo_bench.benchmark.plan import plan
 from nemo_bench.config import grid
-from nemo_bench.run import run
-from nemo_bench.store import read_json
+from nemo_bench.benchmark.run import run
+from nemo_bench.records.store import read_json
 
 
 @pytest.mark.parametrize(

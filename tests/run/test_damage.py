@@ -13,7 +13,7 @@ from nemo_bench import StoreError
 from nemo_bench.cli import main
 from nemo_bench.report import load_results
 from nemo_bench.report.detection import load_detections
-from nemo_bench.store import REPAIRS, Store, made_again, read_json, read_records
+from nemo_bench.records.store import REPAIRS, Store, made_again, read_json, read_records
 
 READING = {
     "score": lambda folder: ["score", str(folder), "trainer=cpu"],

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from nemo_bench import detection
+from nemo_bench.benchmark import detect as detection
 from nemo_bench.cli import main
 from nemo_bench.config import detector_grid
 from nemo_bench.errors import ConfigError, StoreError
 from nemo_bench.report.detection import load_detections, write_detection
-from nemo_bench.store import read_json, read_records
+from nemo_bench.records.store import read_json, read_records
 from tiny import tiny_sdxl
 
 SMALL = ["trainer=cpu", "model.steps=3", "batch_size=2"]
@@ -97,8 +97,8 @@ def test_table_json_and_page_say_the_same(done: Path) -> None:
 
 def test_what_is_done_is_not_sampled_again(done: Path, three_prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = scores(done)
-    monkeypatch.setattr("nemo_bench.runner.load_model", None)
-    monkeypatch.setattr("nemo_bench.detection.watch", None)
+    monkeypatch.setattr("nemo_bench.benchmark.runner.load_model", None)
+    monkeypatch.setattr("nemo_bench.benchmark.detect.watch", None)
     assert main(command(done.parent, three_prompts)) == 0
     assert scores(done) == before
 
@@ -204,7 +204,7 @@ def test_prompts_of_one_sort_are_scored_without_measures(
 def test_mistakes_are_explained_before_anything_loads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nemo_bench.runner.load_model", None)
+    monkeypatch.setattr("nemo_bench.benchmark.runner.load_model", None)
 
     def said(*words: str) -> str:
         assert main(["detect", f"root={tmp_path / 'results'}", *words]) == 1

@@ -9,7 +9,7 @@ import pytest
 from strict import read_strictly
 
 from nemo_bench.cli import main
-from nemo_bench.store import read_json, read_records
+from nemo_bench.records.store import read_json, read_records
 
 SMALL = ["seeds=2", "localize_seeds=2", "model.steps=2", "trainer=cpu", "logger.csv=true"]
 
@@ -100,7 +100,7 @@ def test_a_failed_image_is_done_until_its_line_is_deleted(
     partly: Path, three: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("nemo_bench.runner.load_model", None)
+        patch.setattr("nemo_bench.benchmark.runner.load_model", None)
         assert main(command(partly, three)) == 0
     capsys.readouterr()
     (file,) = (cell(partly, "spoils") / "records").glob("generate.*.jsonl")

@@ -15,15 +15,15 @@ import pytest
 from PIL import Image
 
 from nemo_bench import resolve
-from nemo_bench.cells import plan
+from nemo_bench.benchmark.plan import plan
 from nemo_bench.config import grid
 from nemo_bench.errors import ConfigError, ModelError, NemoBenchError, StoreError
-from nemo_bench.forecast import forecast
+from nemo_bench.benchmark.dry_run import forecast
 from nemo_bench.prompts import MANIFEST
 from nemo_bench.report import load_results
-from nemo_bench.run import run
-from nemo_bench.scoring import cells_of, score
-from nemo_bench.store import read_json, read_records
+from nemo_bench.benchmark.run import run
+from nemo_bench.benchmark.rescore import cells_of, score
+from nemo_bench.records.store import read_json, read_records
 from nemo_bench.tracking import track
 
 LIST = "package:planted/prompts/planted.jsonl"
@@ -55,7 +55,7 @@ def _no_diffusion_model(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a diffusion model is loaded")
 
-    monkeypatch.setattr("nemo_bench.runner.load_model", refuse)
+    monkeypatch.setattr("nemo_bench.benchmark.runner.load_model", refuse)
 
 
 def cell(folder: Path, method: str) -> Path:

@@ -11,7 +11,7 @@ import pytest
 from nemo_bench.cli import main
 from nemo_bench.config import build
 from nemo_bench.errors import ConfigError
-from nemo_bench.store import read_json
+from nemo_bench.records.store import read_json
 
 READING = {
     "score": lambda folder: ["score", str(folder), "trainer=cpu"],
@@ -38,14 +38,14 @@ def nodes(mark: Path) -> list[Any]:
     return [
         {"_target_": "subprocess.getoutput", "cmd": shell},
         {"_target_": "subprocess.Popen", "args": shell, "shell": True},
-        {"_target_": "nemo_bench.runner.subprocess.Popen", "args": shell, "shell": True},
+        {"_target_": "nemo_bench.benchmark.runner.subprocess.Popen", "args": shell, "shell": True},
         {"_target_": "trap_at_import.Trap"},
         {"_target_": "nemo_bench.cli.main", "arguments": ["--help"]},
         {"_target_": "nemo_bench.metrics.TrainingImage", "space": {"_target_": "subprocess.getoutput", "cmd": shell}},
         {"_target_": "nemo_bench.metrics.TrainingImage", "_partial_": True},
         {"_target_": "nemo_bench.metrics.TrainingImage", "_args_": [shell]},
         {"_target_": "nemo_bench.metrics.SSCD", "file": "${oc.env:HOME}"},
-        {"_target_": "nemo_bench.store.Store", "folder": str(mark)},
+        {"_target_": "nemo_bench.records.store.Store", "folder": str(mark)},
         "${oc.env:HOME}",
         {"_target_": ["subprocess", "getoutput"]},
     ]

@@ -8,7 +8,7 @@ import pytest
 
 from nemo_bench import benchmark, read_scores
 from nemo_bench.config import grid, options
-from nemo_bench.forecast import forecast
+from nemo_bench.benchmark.dry_run import forecast
 from small_runs import small
 
 PRESETS = ("membench", "nemo_table", "wen_detection")

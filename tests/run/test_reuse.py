@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from nemo_bench import ConfigError, Neurons, read_prompts, resolve
-from nemo_bench.cells import plan
+from nemo_bench.benchmark.plan import plan
 from nemo_bench.config import grid
 from nemo_bench.localization.published import by_name, read_published
 from nemo_bench.report import load_results
-from nemo_bench.run import outlook, run
-from nemo_bench.runner import by_prompt
-from nemo_bench.store import Store, read_json, read_records
+from nemo_bench.benchmark.run import outlook, run
+from nemo_bench.benchmark.runner import by_prompt
+from nemo_bench.records.store import Store, read_json, read_records
 from small_runs import small
 
 

@@ -14,13 +14,13 @@ import pytest
 from rich.console import Console
 
 from nemo_bench import Neurons, Prompt, StoreError
-from nemo_bench.cells import plan
+from nemo_bench.benchmark.plan import plan
 from nemo_bench.config import grid
 from nemo_bench.report import load_results, terminal_table
-from nemo_bench.run import _detection, outlook, run
-from nemo_bench.runner import by_prompt
-from nemo_bench.store import Store, read_records
-from nemo_bench.types import Record
+from nemo_bench.benchmark.run import _detection, outlook, run
+from nemo_bench.benchmark.runner import by_prompt
+from nemo_bench.records.store import Store, read_records
+from nemo_bench.records.data import Record
 from small_runs import small
 
 SMALL = small()
@@ -164,7 +164,7 @@ def test_again_nothing_is_open_and_nothing_is_loaded(
     def refuse(*args: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("nemo_bench.runner.load_model", refuse)
+    monkeypatch.setattr("nemo_bench.benchmark.runner.load_model", refuse)
     run(cells, "test", say=lambda line: None)
     assert results(folder) == before
 

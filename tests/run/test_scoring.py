@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from nemo_bench import ConfigError, resolve
-from nemo_bench.cells import plan
+from nemo_bench.benchmark.plan import plan
 from nemo_bench.config import grid
 from nemo_bench.errors import ModelError
-from nemo_bench.run import outlook, run
-from nemo_bench.store import read_json, read_records
+from nemo_bench.benchmark.run import outlook, run
+from nemo_bench.records.store import read_json, read_records
 from small_runs import small
 
 DISTANCES = [
@@ -136,9 +136,9 @@ def real(tmp_path: Path) -> Path:
 
 SCRIPT = """
 import sys
-from nemo_bench.cells import plan
+from nemo_bench.benchmark.plan import plan
 from nemo_bench.config import grid
-from nemo_bench.run import run
+from nemo_bench.benchmark.run import run
 if __name__ == "__main__":
     run(plan(grid(sys.argv[1:])), "test", progress=False)
 """

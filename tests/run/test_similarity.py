@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from nemo_bench import ConfigError, Diffusion, detection
-from nemo_bench.cells import plan, similarity_of
+from nemo_bench import ConfigError, Diffusion
+from nemo_bench.benchmark import detect as detection
+from nemo_bench.benchmark.plan import plan, similarity_of
 from nemo_bench.config import detector_grid, grid
 from nemo_bench.diffusion import Source
-from nemo_bench.runner import Runner
+from nemo_bench.benchmark.runner import Runner
 
 PUBLISHED = ["model.similarity.sigma=1.5", "model.similarity.betas=[0.33,0.33,0.33]"]
 BORDERLINE = "model.similarity.sigma=2.3"
@@ -59,7 +60,7 @@ def test_what_is_not_known_before_is_refused_once_the_model_is_there(
     tmp_path: Path, planted: Diffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Source, "latent_size", None)
-    monkeypatch.setattr("nemo_bench.runner.load_model", lambda settings: planted)
+    monkeypatch.setattr("nemo_bench.benchmark.runner.load_model", lambda settings: planted)
     (cell,) = plan(grid(["method=none", f"root={tmp_path}", "trainer=cpu", *PUBLISHED]))
     with pytest.raises(ConfigError, match="latents of 16x16 are too small"):
         Runner(cell.choice.settings.trainer, progress=False).model(cell)

@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nemo_bench.cells import UNMITIGATED, ImageCell, check_metrics, read_listed
+from nemo_bench.benchmark.plan import UNMITIGATED, ImageCell, check_metrics, read_listed
 from nemo_bench.config import Choice, about_method, one, rescore
-from nemo_bench.elsewhere import (
+from nemo_bench.prompts.external import (
     Content,
     FoundImage,
     changed_images,
@@ -21,9 +21,9 @@ from nemo_bench.elsewhere import (
 )
 from nemo_bench.errors import ConfigError, StoreError, counted
 from nemo_bench.prompts import check_references, prompts_digest
-from nemo_bench.run import finish, renew_scores, tell_damaged
-from nemo_bench.runner import Runner, is_main, note_start, open_folder
-from nemo_bench.store import (
+from nemo_bench.benchmark.run import finish, renew_scores, tell_damaged
+from nemo_bench.benchmark.runner import Runner, is_main, note_start, open_folder
+from nemo_bench.records.store import (
     Store,
     check_folder,
     iterate_records,
@@ -35,7 +35,7 @@ from nemo_bench.store import (
     read_spec,
     write_json,
 )
-from nemo_bench.types import Prompt, digest
+from nemo_bench.records.data import Prompt, digest
 
 OTHER_MODEL = "unnamed"
 """Name of the model of images made elsewhere that is none of conf/model."""
@@ -84,8 +84,8 @@ def cells_of(
             elsewhere those of a run, with at least ``model`` and ``prompts``; ``method`` may be any name, ``none`` for
             images without mitigation, which others of the same run are then compared with.
         conf: The user's own folder of settings.
-        mapping: List of images made elsewhere (:func:`nemo_bench.elsewhere.mapped_images`); without, they are named
-            ``img_0000_00.jpg`` (:func:`nemo_bench.elsewhere.named_images`).
+        mapping: List of images made elsewhere (:func:`nemo_bench.prompts.external.mapped_images`); without, they are named
+            ``img_0000_00.jpg`` (:func:`nemo_bench.prompts.external.named_images`).
         say: Where single lines go.
         progress: Whether a bar is shown.
 

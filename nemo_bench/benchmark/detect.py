@@ -12,19 +12,19 @@ from typing import Any, NamedTuple
 import lightning as L
 from torch.utils.data import DataLoader
 
-from nemo_bench.cells import check_scheduler, read_listed, similarity_of, source_of
+from nemo_bench.benchmark.plan import check_scheduler, read_listed, similarity_of, source_of
 from nemo_bench.config import Choice, build
 from nemo_bench.detectors import Detector, NoiseDifference, watch
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, ModelError
 from nemo_bench.metrics import detection
-from nemo_bench.modules import file_name, to_image
+from nemo_bench.benchmark.stages import file_name, to_image
 from nemo_bench.prompts import PromptTask, prompts_digest
 from nemo_bench.report import write_report
 from nemo_bench.report.detection import write_detection
-from nemo_bench.runner import Runner, is_main, mostly_failed, note_start, open_folder
-from nemo_bench.store import SCHEMA, Store, write_json
-from nemo_bench.types import Prompt, Record, digest
+from nemo_bench.benchmark.runner import Runner, is_main, mostly_failed, note_start, open_folder
+from nemo_bench.records.store import SCHEMA, Store, write_json
+from nemo_bench.records.data import Prompt, Record, digest
 
 STAGE = "detect"
 

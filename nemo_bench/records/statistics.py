@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_bench.types import GENERAL, Prompt, Record
+from nemo_bench.records.data import GENERAL, Prompt, Record
 
 GROUPS = {
     "VM": "verbatim",

@@ -13,20 +13,20 @@ from typing import Any
 
 import yaml
 
-from nemo_bench.aggregate import GROUPS, aggregate, presets
-from nemo_bench.cells import STAGES, STATISTICS, THRESHOLD, Cell, ImageCell, metrics_of, with_sources
+from nemo_bench.records.statistics import GROUPS, aggregate, presets
+from nemo_bench.benchmark.plan import STAGES, STATISTICS, THRESHOLD, Cell, ImageCell, metrics_of, with_sources
 from nemo_bench.config import ModelSettings, SimilaritySettings, resolve
 from nemo_bench.diffusion import Diffusion, folder_digest
 from nemo_bench.errors import ConfigError, ModelError, NemoBenchError, StoreError, counted, nearest
 from nemo_bench.localization.published import PublishedRow, by_position, published_text
 from nemo_bench.methods import Method
 from nemo_bench.metrics import detection
-from nemo_bench.modules import localization_of
-from nemo_bench.pictures import unreadable, visible
+from nemo_bench.benchmark.stages import localization_of
+from nemo_bench.records.pictures import unreadable, visible
 from nemo_bench.prompts import dead_references, references_digest
 from nemo_bench.report import write_report
 from nemo_bench.report.detection import write_detection
-from nemo_bench.runner import (
+from nemo_bench.benchmark.runner import (
     SETS,
     Runner,
     by_prompt,
@@ -39,7 +39,7 @@ from nemo_bench.runner import (
     scored_tasks,
     unmitigated_images,
 )
-from nemo_bench.store import (
+from nemo_bench.records.store import (
     SCHEMA,
     Store,
     as_json,
@@ -55,7 +55,7 @@ from nemo_bench.store import (
     write_text,
 )
 from nemo_bench.tracking import sweep_trial, track
-from nemo_bench.types import Neurons, Record, digest
+from nemo_bench.records.data import Neurons, Record, digest
 
 REACHED = "target_reached"
 """In tables, the share of images whose method reached its target."""
@@ -76,7 +76,7 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
     """Runs what is open of some cells, to the report.
 
     Args:
-        cells: From :func:`nemo_bench.cells.plan`, of one name and root.
+        cells: From :func:`nemo_bench.benchmark.plan.plan`, of one name and root.
         command: What the user typed, for the records.
         say: Where single lines go.
         progress: Whether bars are shown.
@@ -85,7 +85,7 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
         The folder of the run, with ``report.html`` and the leaderboard.
 
     Raises:
-        NemoBenchError: See :func:`nemo_bench.cells.plan`; also where a results folder belongs to something else.
+        NemoBenchError: See :func:`nemo_bench.benchmark.plan.plan`; also where a results folder belongs to something else.
     """
     settings = cells[0].choice.settings
     folder = Path(settings.root) / settings.name
@@ -166,7 +166,7 @@ def calibrate(cells: Sequence[Cell], *, progress: bool = True) -> list[dict[str,
     """Measures on general prompts what the methods of some cells, or their sources, need; once, then it is cached.
 
     Args:
-        cells: From :func:`nemo_bench.cells.plan`, of one root.
+        cells: From :func:`nemo_bench.benchmark.plan.plan`, of one root.
         progress: Whether bars are shown.
 
     Returns:
@@ -174,7 +174,7 @@ def calibrate(cells: Sequence[Cell], *, progress: bool = True) -> list[dict[str,
         threshold was given); file of the general prompts and of the statistics; folder of what was measured.
 
     Raises:
-        NemoBenchError: See :func:`nemo_bench.cells.plan`; also where no method takes a calibration.
+        NemoBenchError: See :func:`nemo_bench.benchmark.plan.plan`; also where no method takes a calibration.
     """
     needed = [cell for cell in with_sources(cells) if cell.method.needs_calibration]
     if not needed:

@@ -16,23 +16,23 @@ from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemo_bench.aggregate import bootstrap_interval, paired
-from nemo_bench.cells import ImageCell, decisive_settings, metrics_of, read_files, source_of
+from nemo_bench.records.statistics import bootstrap_interval, paired
+from nemo_bench.benchmark.plan import ImageCell, decisive_settings, metrics_of, read_files, source_of
 from nemo_bench.config import SCORING, build, check_stored, named_classes, overridden, rows_at_once
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, file_digest
 from nemo_bench.errors import ConfigError, ModelError, NotFiniteError, StoreError, nearest
 from nemo_bench.methods import Batch, Method, NoMitigation
 from nemo_bench.methods.descent import check_precision
-from nemo_bench.methods.embedding_search import RATE, SAMPLES, STEPS, UNCHANGED, random_embeddings, search_embeddings
+from nemo_bench.benchmark.embedding_search import RATE, SAMPLES, STEPS, UNCHANGED, random_embeddings, search_embeddings
 from nemo_bench.metrics import BenchMetric, MemorizationRate
-from nemo_bench.modules import UNLOCALIZED, Stage, file_name, slices, to_image
-from nemo_bench.pictures import open_image
+from nemo_bench.benchmark.stages import UNLOCALIZED, Stage, file_name, slices, to_image
+from nemo_bench.records.pictures import open_image
 from nemo_bench.prompts import seeds_of
 from nemo_bench.report import write_report
-from nemo_bench.runner import Runner, is_main, neurons_by_prompt
-from nemo_bench.scoring import reread
-from nemo_bench.store import SCHEMA, Store, damaged, read_object, read_run, read_spec, write_json
-from nemo_bench.types import Kind, Prompt, Record, digest
+from nemo_bench.benchmark.runner import Runner, is_main, neurons_by_prompt
+from nemo_bench.benchmark.rescore import reread
+from nemo_bench.records.store import SCHEMA, Store, damaged, read_object, read_run, read_spec, write_json
+from nemo_bench.records.data import Kind, Prompt, Record, digest
 
 STAGE, SCORES = "audit", "audit_scores"
 STATES = {
@@ -545,7 +545,7 @@ def summary(cell: AuditCell) -> dict[str, Any]:
         ``id``; ``settings``; ``metrics``, about each; ``groups``: for ``memorized`` and ``control`` the number of
         ``prompts`` and by metric and state ``mean``, ``low`` and ``high``, its 95% interval over prompts, each prompt
         counting once; ``failed``, the number of searches of either group that are left out since something was not
-        finite; ``compared``: by metric what :func:`nemo_bench.aggregate.paired` says of memorized minus control
+        finite; ``compared``: by metric what :func:`nemo_bench.records.statistics.paired` says of memorized minus control
         with the embedding found, pairs being searches under the same changed network, those of one control counting
         once; ``verdict``: by memorization rate what :func:`verdict` says; ``searches``, one an entry; ``cost``.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from nemo_bench.cells import (
+from nemo_bench.benchmark.plan import (
     THRESHOLD,
     Cell,
     check_general,
@@ -27,10 +27,10 @@ from nemo_bench.diffusion import Source
 from nemo_bench.errors import NemoBenchError, counted
 from nemo_bench.localization import read_statistics
 from nemo_bench.metrics import BenchMetric
-from nemo_bench.run import outlook
-from nemo_bench.runner import Runner
-from nemo_bench.store import read_object, read_records, read_starts
-from nemo_bench.types import Prompt
+from nemo_bench.benchmark.run import outlook
+from nemo_bench.benchmark.runner import Runner
+from nemo_bench.records.store import read_object, read_records, read_starts
+from nemo_bench.records.data import Prompt
 
 State = Literal["there", "fetched", "partly", "missing"]
 FIRST = 3
@@ -128,7 +128,7 @@ def forecast(choices: Sequence[Choice]) -> dict[str, Any]:
         ``needs``: the fields of each :class:`Need`. ``families``: by model and method, which settings were chosen for
         the model's family, the fields of :class:`nemo_bench.config.FamilySettings` and the same as ``text``.
         ``cells``: those whose files can be read, each as in
-        :func:`nemo_bench.run.outlook`, with ``passes``, UNet passes of one sample to ``calibrate`` (with the first
+        :func:`nemo_bench.benchmark.run.outlook`, with ``passes``, UNet passes of one sample to ``calibrate`` (with the first
         cell that waits for it), ``localize`` and ``generate``; ``at_least``, whether those are the fewest possible,
         since what a method takes depends on the prompt and no record of the model tells what it is; and
         ``seconds``, None before the first records of the model. ``uncounted``: how many other cells there are.

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_bench.cells import plan, read_files, read_listed
+from nemo_bench.benchmark.plan import plan, read_files, read_listed
 from nemo_bench.config import grid, quoted
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError
-from nemo_bench.forecast import check_needs
+from nemo_bench.benchmark.dry_run import check_needs
 from nemo_bench.prompts.datasets import DatasetPlace
 from nemo_bench.prompts.readers import READERS
 from nemo_bench.report import load_results
-from nemo_bench.run import run
-from nemo_bench.runner import load_model
-from nemo_bench.types import Prompt, Record
+from nemo_bench.benchmark.run import run
+from nemo_bench.benchmark.runner import load_model
+from nemo_bench.records.data import Prompt, Record
 
 
 def load(model: str = "planted", *overrides: str) -> Diffusion:

@@ -25,8 +25,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch.utils.data import DataLoader
 
-from nemo_bench.aggregate import GROUPS
-from nemo_bench.cells import (
+from nemo_bench.records.statistics import GROUPS
+from nemo_bench.benchmark.plan import (
     STATISTICS,
     THRESHOLD,
     Cell,
@@ -51,7 +51,7 @@ from nemo_bench.localization import (
     write_statistics,
 )
 from nemo_bench.metrics import BenchMetric, SetMetric
-from nemo_bench.modules import (
+from nemo_bench.benchmark.stages import (
     CalibrationStage,
     FeatureStage,
     FolderChunk,
@@ -65,11 +65,11 @@ from nemo_bench.modules import (
     localization_of,
     read_features,
 )
-from nemo_bench.pictures import visible
-from nemo_bench.processes import together
+from nemo_bench.records.pictures import visible
+from nemo_bench.benchmark.processes import together
 from nemo_bench.prompts import PromptDataModule, PromptTask
-from nemo_bench.stopping import stop_at_sigterm
-from nemo_bench.store import (
+from nemo_bench.benchmark.stopping import stop_at_sigterm
+from nemo_bench.records.store import (
     SCHEMA,
     Store,
     image_digests,
@@ -80,7 +80,7 @@ from nemo_bench.store import (
     write_json,
     write_text,
 )
-from nemo_bench.types import Neurons, Record, digest
+from nemo_bench.records.data import Neurons, Record, digest
 
 SETS = "sets.json"
 """Scores of whole sets of images in a cell's folder, by group and metric."""

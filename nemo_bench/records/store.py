@@ -17,8 +17,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from nemo_bench.errors import StoreError, nearest
-from nemo_bench.pictures import to_rgb, visible
-from nemo_bench.types import Prompt, Record, digest, parse_json, prompts_digest
+from nemo_bench.records.pictures import to_rgb, visible
+from nemo_bench.records.data import Prompt, Record, digest, parse_json, prompts_digest
 
 SCHEMA = 1
 """Version of everything written here."""
@@ -422,7 +422,7 @@ def thumbnail(path: Path, box: tuple[int, int]) -> tuple[Image.Image, bool] | No
         box: Width and height to fit.
 
     Returns:
-        The picture as :func:`nemo_bench.pictures.to_rgb` makes it, and whether it was made smaller; None if there is
+        The picture as :func:`nemo_bench.records.pictures.to_rgb` makes it, and whether it was made smaller; None if there is
         none to read.
     """
     try:

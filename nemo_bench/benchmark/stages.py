@@ -36,11 +36,11 @@ from nemo_bench.localization import (
 )
 from nemo_bench.methods import Batch, Method
 from nemo_bench.metrics import BenchMetric, Network, OpenClip, SetMetric, Space
-from nemo_bench.pictures import open_image
+from nemo_bench.records.pictures import open_image
 from nemo_bench.prompts import ImageTask, PromptTask, seeds_of
-from nemo_bench.signals import require_finite
-from nemo_bench.store import Store
-from nemo_bench.types import Localization, Neurons, Prompt, Record, digest
+from nemo_bench.diffusion.noise import require_finite
+from nemo_bench.records.store import Store
+from nemo_bench.records.data import Localization, Neurons, Prompt, Record, digest
 
 PICTURED_SEEDS = 4
 """Noise differences of so many seeds are kept as pictures."""

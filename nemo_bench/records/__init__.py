@@ -1,0 +1,1 @@
+"""What is stored: plain data, the files of a results folder, statistics over them."""
