@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nemo_bench import Diffusion, Neurons, read_prompts, resolve
-from nemo_bench.config import ModelSettings, grid
 from nemo_bench.benchmark.runner import load_model
+from nemo_bench.config import ModelSettings, grid
 
 
 def plain_side(model: Diffusion) -> Callable[[list[str], Tensor], Tensor]:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nemo_bench import Calibration, Diffusion, Neurons, read_prompts, resolve
+from nemo_bench.benchmark.runner import load_model
 from nemo_bench.config import grid
 from nemo_bench.diffusion import MEASURES
 from nemo_bench.localization import (
@@ -41,7 +42,6 @@ from nemo_bench.localization import (
     pair_values,
     threshold,
 )
-from nemo_bench.benchmark.runner import load_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import reference_nemo as plain

@@ -23,6 +23,8 @@ from torchmetrics.functional.classification import binary_auroc
 from tqdm import tqdm
 
 from nemo_bench import Calibration, Diffusion, Neurons, Prompt, read_prompts, resolve
+from nemo_bench.benchmark.runner import load_model
+from nemo_bench.benchmark.stages.base import to_image
 from nemo_bench.config import grid
 from nemo_bench.localization import (
     NemoSettings,
@@ -34,12 +36,10 @@ from nemo_bench.localization import (
     threshold,
 )
 from nemo_bench.metrics import SSIM, OpenClip, PixelDistance
-from nemo_bench.benchmark.stages import to_image
-from nemo_bench.records.pictures import open_image
 from nemo_bench.planted.training import heldout_captions
 from nemo_bench.planted.world import general_caption, render
 from nemo_bench.prompts import seeds_of
-from nemo_bench.benchmark.runner import load_model
+from nemo_bench.records.pictures import open_image
 
 CARD = Path(resolve("package:planted/README.md"))
 CPU = torch.device("cpu")

@@ -24,10 +24,10 @@ import torch
 from PIL import Image
 
 from nemo_bench.benchmark.plan import metrics_of
-from nemo_bench.metrics.networks import loaded
+from nemo_bench.benchmark.rescore import cells_of
 from nemo_bench.benchmark.run import renew_scores
 from nemo_bench.benchmark.runner import Runner
-from nemo_bench.benchmark.rescore import cells_of
+from nemo_bench.metrics.networks import loaded
 
 METRICS = """\
 alignment:

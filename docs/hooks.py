@@ -17,10 +17,10 @@ import yaml
 
 import nemo_bench.metrics
 from nemo_bench import cli
-from nemo_bench.records.statistics import presets
 from nemo_bench.config import build, describe_options, grid, options
 from nemo_bench.metrics import BenchMetric, Space
 from nemo_bench.records.data import Prompt
+from nemo_bench.records.statistics import presets
 
 ROOT = Path(__file__).parents[1]
 MARK = re.compile(r"^<!-- from (code|file): (\S+) -->$", re.MULTILINE)

@@ -19,7 +19,8 @@ import matplotlib.pyplot as plt
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from nemo_bench.records.store import read_json, read_records
+from nemo_bench.records.io import read_json
+from nemo_bench.records.store import read_records
 
 METHODS = ("none", "random", "nemo")
 SHOWN = {"VM": 5, "TM": 3}

@@ -13,10 +13,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nemo_bench.api import load, load_prompts, read_scores, run
     from nemo_bench.config import resolve
     from nemo_bench.diffusion import Diffusion
     from nemo_bench.errors import ConfigError, ModelError, NemoBenchError, PromptError, StoreError
-    from nemo_bench.api import benchmark, load, load_prompts, read_scores
     from nemo_bench.localization import Calibration
     from nemo_bench.methods import Method, NeMo
     from nemo_bench.metrics import BenchMetric
@@ -40,15 +40,15 @@ __all__ = [
     "PromptError",
     "StoreError",
     "__version__",
-    "benchmark",
     "load",
     "load_prompts",
     "read_prompts",
     "read_scores",
     "resolve",
+    "run",
 ]
 
-_MODULES = ("types", "errors", "config", "prompts", "diffusion", "localization", "methods", "metrics", "library")
+_MODULES = ("records.data", "errors", "config", "prompts", "diffusion", "localization", "methods", "metrics", "api")
 
 
 def __getattr__(name: str) -> Any:

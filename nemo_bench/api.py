@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nemo_bench.benchmark.dry_run import check_needs
 from nemo_bench.benchmark.plan import plan, read_files, read_listed
+from nemo_bench.benchmark.run import run as run_cells
+from nemo_bench.benchmark.runner import load_model
 from nemo_bench.config import grid, quoted
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError
-from nemo_bench.benchmark.dry_run import check_needs
 from nemo_bench.prompts.datasets import DatasetPlace
 from nemo_bench.prompts.readers import READERS
-from nemo_bench.report import load_results
-from nemo_bench.benchmark.run import run
-from nemo_bench.benchmark.runner import load_model
 from nemo_bench.records.data import Prompt, Record
+from nemo_bench.report import load_results
 
 
 def load(model: str = "planted", *overrides: str) -> Diffusion:
@@ -64,7 +64,7 @@ def load_prompts(prompts: str = "planted", *overrides: str) -> tuple[list[Prompt
     return read_listed(settings), read_files(general, settings.calibration_limit)
 
 
-def benchmark(*overrides: str, conf: Path | str | None = None, progress: bool = False) -> Path:
+def run(*overrides: str, conf: Path | str | None = None, progress: bool = False) -> Path:
     """Runs what ``nemo-bench run`` runs, as far as it is not done yet.
 
     Args:
@@ -79,14 +79,14 @@ def benchmark(*overrides: str, conf: Path | str | None = None, progress: bool = 
         NemoBenchError: Something is wrong with the settings or with what they name; nothing was loaded.
 
     Example:
-        >>> folder = benchmark("method=none,nemo", "prompts.limit=4", "name=small")
+        >>> folder = run("method=none,nemo", "prompts.limit=4", "name=small")
         >>> table = pandas.DataFrame(read_scores(folder))
     """
     if not all(isinstance(word, str) for word in overrides):
-        raise ConfigError(f"benchmark{overrides}: expected words, each by itself, such as 'seeds=8'")
+        raise ConfigError(f"run{overrides}: expected words, each by itself, such as 'seeds=8'")
     choices = grid(overrides, Path(conf) if conf else None)
     check_needs(choices)
-    return run(plan(choices), f"nemo_bench.benchmark({', '.join(map(repr, overrides))})", progress=progress)
+    return run_cells(plan(choices), f"nemo_bench.run({', '.join(map(repr, overrides))})", progress=progress)
 
 
 def read_scores(folder: Path | str) -> list[Record]:

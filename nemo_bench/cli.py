@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check_given(options: argparse.Namespace) -> None:
     """Refuses a folder to read that is not there, before torch loads."""
     if options.name_of_command in READS:
-        from nemo_bench.records.store import check_folder
+        from nemo_bench.records.io import check_folder
 
         argument, wanted = READS[options.name_of_command]
         check_folder(getattr(options, argument), wanted)
@@ -234,8 +234,8 @@ def _run(options: argparse.Namespace) -> None:
     if options.dry_run:
         _dry_run(choices, options.json)
         return
-    from nemo_bench.benchmark.plan import plan
     from nemo_bench.benchmark.dry_run import check_needs
+    from nemo_bench.benchmark.plan import plan
     from nemo_bench.benchmark.run import check_made, outlook, run
     from nemo_bench.benchmark.runner import is_main
 
@@ -260,8 +260,8 @@ def _detect(options: argparse.Namespace) -> None:
         _print_settings(choices, options.json)
         return
     from nemo_bench.benchmark import detect as detection
-    from nemo_bench.report.detection import load_detections, terminal_detection
     from nemo_bench.benchmark.runner import is_main
+    from nemo_bench.report.detection import load_detections, terminal_detection
     from nemo_bench.report.terminal import show
 
     cells = detection.plan(choices)
@@ -403,9 +403,9 @@ def _calibrate(options: argparse.Namespace) -> None:
     if options.cfg:
         _print_settings(choices, options.json)
         return
-    from nemo_bench.benchmark.plan import plan
+    from nemo_bench.benchmark.calibrate import calibrate
     from nemo_bench.benchmark.dry_run import check_needs
-    from nemo_bench.benchmark.run import calibrate
+    from nemo_bench.benchmark.plan import plan
     from nemo_bench.benchmark.runner import is_main
 
     check_needs([replace(choice, settings=replace(choice.settings, metrics={})) for choice in choices])
@@ -462,9 +462,9 @@ def _ls(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from nemo_bench.records.store import read_run
     from nemo_bench.report import load_results, terminal_table, write_report
     from nemo_bench.report.detection import load_detections, terminal_detection, write_detection
-    from nemo_bench.records.store import read_run
     from nemo_bench.report.terminal import show
 
     folder = options.folder
@@ -487,16 +487,16 @@ def _track(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from nemo_bench.benchmark.run import export
+    from nemo_bench.benchmark.export import export
 
     neurons = export(options.cell, options.folder, options.prompt)
     print(f"{options.folder}: {neurons.count} neurons switched off for good")
 
 
 def _score(options: argparse.Namespace) -> None:
+    from nemo_bench.benchmark.rescore import cells_of, score
     from nemo_bench.benchmark.run import check_made
     from nemo_bench.benchmark.runner import is_main
-    from nemo_bench.benchmark.rescore import cells_of, score
 
     start = time.perf_counter()
     say, progress = (_aside, False) if options.json else (print, True)
@@ -511,8 +511,8 @@ def _score(options: argparse.Namespace) -> None:
 
 def _audit(options: argparse.Namespace) -> None:
     from nemo_bench.benchmark.audit import audit, cells_of
-    from nemo_bench.report.audit import load_audits, terminal_audits
     from nemo_bench.benchmark.runner import is_main
+    from nemo_bench.report.audit import load_audits, terminal_audits
     from nemo_bench.report.terminal import show
 
     start = time.perf_counter()

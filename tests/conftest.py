@@ -14,10 +14,10 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ["WANDB_MODE"] = "offline"
 
 from nemo_bench import Diffusion, Prompt, read_prompts, resolve
+from nemo_bench.benchmark.runner import load_model
 from nemo_bench.config import grid
 from nemo_bench.diffusion import Similarity
 from nemo_bench.localization import Calibration, activation_statistics
-from nemo_bench.benchmark.runner import load_model
 from tiny import tiny_pipeline, tiny_texts
 
 hypothesis.settings.register_profile("untimed", deadline=None)

@@ -16,7 +16,7 @@ import pytest
 
 import nemo_bench.metrics
 from nemo_bench import cli
-from nemo_bench.benchmark.audit import AuditSettings
+from nemo_bench.benchmark.stages.audit import AuditSettings
 from nemo_bench.config import composition, describe_options, grid, logger_settings, options, overridden
 from nemo_bench.errors import ConfigError
 from nemo_bench.metrics import BenchMetric

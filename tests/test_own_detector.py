@@ -13,7 +13,8 @@ import torch
 
 from nemo_bench import Diffusion, read_prompts
 from nemo_bench.prompts import seeds_of
-from nemo_bench.records.store import read_json, read_records
+from nemo_bench.records.io import read_json
+from nemo_bench.records.store import read_records
 from shown import write_shown
 
 

@@ -2,60 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import groupby
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
-
-import lightning as L
-from torch.utils.data import DataLoader
+from typing import Any
 
 from nemo_bench.benchmark.plan import check_scheduler, read_listed, similarity_of, source_of
+from nemo_bench.benchmark.runner import Runner, is_main, mostly_failed, note_start, open_folder
+from nemo_bench.benchmark.stages.detect import STAGE, DetectionCell, DetectionData, DetectionStage
 from nemo_bench.config import Choice, build
-from nemo_bench.detectors import Detector, NoiseDifference, watch
-from nemo_bench.diffusion import Diffusion
+from nemo_bench.detectors import Detector, NoiseDifference
 from nemo_bench.errors import ConfigError, ModelError
 from nemo_bench.metrics import detection
-from nemo_bench.benchmark.stages import file_name, to_image
-from nemo_bench.prompts import PromptTask, prompts_digest
+from nemo_bench.prompts import prompts_digest
+from nemo_bench.records.data import Prompt
+from nemo_bench.records.io import digest, write_json
+from nemo_bench.records.store import SCHEMA, Store
 from nemo_bench.report import write_report
 from nemo_bench.report.detection import write_detection
-from nemo_bench.benchmark.runner import Runner, is_main, mostly_failed, note_start, open_folder
-from nemo_bench.records.store import SCHEMA, Store, write_json
-from nemo_bench.records.data import Prompt, Record, digest
-
-STAGE = "detect"
-
-
-@dataclass(eq=False, kw_only=True)
-class DetectionCell:
-    """A model, a detector and prompts; owner of one results folder.
-
-    Attributes:
-        choice: Names and settings.
-        detector: The detector.
-        prompts: All prompts.
-        spec: What decides the result, as written to ``spec.json``.
-        store: Its folder.
-    """
-
-    choice: Choice
-    detector: Detector
-    prompts: list[Prompt]
-    spec: dict[str, Any]
-    store: Store
-
-    @property
-    def id(self) -> str:
-        """Name of the folder."""
-        return self.store.folder.name
-
-    @property
-    def tasks(self) -> list[PromptTask]:
-        """All prompts."""
-        return [PromptTask.of(p) for p in self.prompts]
 
 
 def plan(choices: Sequence[Choice]) -> list[DetectionCell]:
@@ -122,97 +87,6 @@ def _cell(choice: Choice, prompts: list[Prompt]) -> DetectionCell:
     }
     store = Store(Path(settings.root) / settings.name / folder)
     return DetectionCell(choice=choice, detector=detector, prompts=prompts, spec=spec, store=store)
-
-
-class DetectionTask(NamedTuple):
-    """A prompt and the cells whose detectors have not scored it.
-
-    Attributes:
-        task: The prompt.
-        cells: Ids of the cells.
-    """
-
-    task: PromptTask
-    cells: tuple[str, ...]
-
-
-class DetectionData(L.LightningDataModule):
-    """Gives every process its part of the prompts that some detector has not scored.
-
-    As in :class:`nemo_bench.prompts.PromptDataModule` rank 0 alone reads what is done.
-
-    Args:
-        cells: Cells of one model and the same prompts.
-        batch_size: Prompts in a batch.
-    """
-
-    def __init__(self, cells: Sequence[DetectionCell], batch_size: int) -> None:
-        super().__init__()
-        self.allow_zero_length_dataloader_with_multiple_devices = True
-        self.cells, self.batch_size = cells, batch_size
-        self.open: list[DetectionTask] = []
-
-    def setup(self, stage: str) -> None:
-        """Shares out the open prompts: rank r of w takes every w-th, beginning with the r-th."""
-        trainer = self.trainer
-        assert trainer is not None
-        todo = trainer.strategy.broadcast(open_tasks(self.cells) if trainer.is_global_zero else [])
-        self.open = todo[trainer.global_rank :: trainer.world_size]
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Batches as plain lists of tasks."""
-        return DataLoader(self.open, batch_size=self.batch_size, collate_fn=list)  # type: ignore[arg-type]
-
-
-def open_tasks(cells: Sequence[DetectionCell]) -> list[DetectionTask]:
-    """Prompts that some of the cells have no record of, or whose picture is gone."""
-    ids = [task.id for task in cells[0].tasks]
-    still = {cell.id: set(cell.store.open_ids(STAGE, ids)) for cell in cells}
-    tasks = [DetectionTask(t, tuple(name for name, todo in still.items() if t.id in todo)) for t in cells[0].tasks]
-    return [task for task in tasks if task.cells]
-
-
-class DetectionStage(L.LightningModule):
-    """Has several detectors watch one pass of sampling; each batch ends with their records on disk.
-
-    Args:
-        model: The model.
-        cells: Cells of that model and the same prompts.
-        batch_size: Images in a UNet pass at most.
-    """
-
-    def __init__(self, model: Diffusion, cells: Sequence[DetectionCell], batch_size: int) -> None:
-        super().__init__()
-        for cell in cells:
-            cell.detector.fits(model)
-        self.model, self.batch_size = model, batch_size
-        self.cells = {cell.id: cell for cell in cells}
-        self.writers = {cell.id: cell.store.writer(STAGE) for cell in cells}
-
-    def predict_step(self, tasks: list[DetectionTask], batch_idx: int) -> None:
-        """Scores the prompts of one batch and writes their records."""
-        for names, group in groupby(tasks, lambda task: task.cells):
-            self._handle([task.task for task in group], {name: self.cells[name].detector for name in names})
-
-    def _handle(self, tasks: Sequence[PromptTask], detectors: Mapping[str, Detector]) -> None:
-        findings, costs = watch(self.model, detectors, [task.prompt for task in tasks], self.batch_size)
-        for name, found in findings.items():
-            store, cost, records = self.cells[name].store, costs[name], []
-            for task, finding in zip(tasks, found, strict=True):
-                result = {"failed": finding.failed} if finding.failed else {"score": finding.score}
-                record: Record = {"id": task.id, "prompt": task.prompt.id, **result}
-                if finding.details:
-                    record["details"] = dict(finding.details)
-                if finding.picture is not None:
-                    picture = to_image(finding.picture)
-                    record["image"] = store.save_image(f"images/{file_name(task.prompt)}.png", picture)
-                record["cost"] = {
-                    "row_passes": cost.row_passes / len(tasks),
-                    "extra_row_passes": cost.extra_row_passes / len(tasks),
-                    "seconds": round(cost.seconds / len(tasks), 4),
-                }
-                records.append(record)
-            self.writers[name](records)
 
 
 def detect(cells: Sequence[DetectionCell], command: str, *, progress: bool = True) -> Path:

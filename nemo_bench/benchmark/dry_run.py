@@ -22,15 +22,16 @@ from nemo_bench.benchmark.plan import (
     to_measure,
     with_sources,
 )
+from nemo_bench.benchmark.run import outlook
+from nemo_bench.benchmark.runner import Runner
 from nemo_bench.config import Choice, PromptSettings, build, resolve
 from nemo_bench.diffusion import Source
 from nemo_bench.errors import NemoBenchError, counted
 from nemo_bench.localization import read_statistics
 from nemo_bench.metrics import BenchMetric
-from nemo_bench.benchmark.run import outlook
-from nemo_bench.benchmark.runner import Runner
-from nemo_bench.records.store import read_object, read_records, read_starts
 from nemo_bench.records.data import Prompt
+from nemo_bench.records.io import read_object
+from nemo_bench.records.store import read_records, read_starts
 
 State = Literal["there", "fetched", "partly", "missing"]
 FIRST = 3
@@ -128,9 +129,9 @@ def forecast(choices: Sequence[Choice]) -> dict[str, Any]:
         ``needs``: the fields of each :class:`Need`. ``families``: by model and method, which settings were chosen for
         the model's family, the fields of :class:`nemo_bench.config.FamilySettings` and the same as ``text``.
         ``cells``: those whose files can be read, each as in
-        :func:`nemo_bench.benchmark.run.outlook`, with ``passes``, UNet passes of one sample to ``calibrate`` (with the first
-        cell that waits for it), ``localize`` and ``generate``; ``at_least``, whether those are the fewest possible,
-        since what a method takes depends on the prompt and no record of the model tells what it is; and
+        :func:`nemo_bench.benchmark.run.outlook`, with ``passes``, UNet passes of one sample to ``calibrate`` (with the
+        first cell that waits for it), ``localize`` and ``generate``; ``at_least``, whether those are the fewest
+        possible, since what a method takes depends on the prompt and no record of the model tells what it is; and
         ``seconds``, None before the first records of the model. ``uncounted``: how many other cells there are.
         ``prompts``: by file how many prompts are ``taken``, ``of`` how many, and the ``first`` :data:`FIRST` of them.
         ``total``: the same over all cells. ``pace``: by model, number of ``records`` that this is drawn from, their

@@ -23,8 +23,9 @@ from nemo_bench.localization import is_readable, read_statistics
 from nemo_bench.methods import Method
 from nemo_bench.metrics import FIELDS, BenchMetric
 from nemo_bench.prompts import ImageTask, PromptTask, prompts_digest, read_prompts
-from nemo_bench.records.store import Store, check_writable, is_whole
-from nemo_bench.records.data import Prompt, digest
+from nemo_bench.records.data import Prompt
+from nemo_bench.records.io import check_writable, digest, is_whole
+from nemo_bench.records.store import Store
 
 STAGES = ("localize", "generate", "score")
 STATISTICS = "statistics.pt"

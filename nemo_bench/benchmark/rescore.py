@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bench.benchmark.plan import UNMITIGATED, ImageCell, check_metrics, read_listed
+from nemo_bench.benchmark.run import finish, renew_scores, tell_damaged
+from nemo_bench.benchmark.runner import Runner, is_main, note_start, open_folder
 from nemo_bench.config import Choice, about_method, one, rescore
+from nemo_bench.errors import ConfigError, StoreError, counted
+from nemo_bench.prompts import check_references, prompts_digest
 from nemo_bench.prompts.external import (
     Content,
     FoundImage,
@@ -19,13 +23,10 @@ from nemo_bench.prompts.external import (
     mapped_images,
     named_images,
 )
-from nemo_bench.errors import ConfigError, StoreError, counted
-from nemo_bench.prompts import check_references, prompts_digest
-from nemo_bench.benchmark.run import finish, renew_scores, tell_damaged
-from nemo_bench.benchmark.runner import Runner, is_main, note_start, open_folder
+from nemo_bench.records.data import Prompt
+from nemo_bench.records.io import check_folder, digest, write_json
 from nemo_bench.records.store import (
     Store,
-    check_folder,
     iterate_records,
     lack,
     made_again,
@@ -33,9 +34,7 @@ from nemo_bench.records.store import (
     read_run,
     read_settings,
     read_spec,
-    write_json,
 )
-from nemo_bench.records.data import Prompt, digest
 
 OTHER_MODEL = "unnamed"
 """Name of the model of images made elsewhere that is none of conf/model."""
@@ -84,8 +83,8 @@ def cells_of(
             elsewhere those of a run, with at least ``model`` and ``prompts``; ``method`` may be any name, ``none`` for
             images without mitigation, which others of the same run are then compared with.
         conf: The user's own folder of settings.
-        mapping: List of images made elsewhere (:func:`nemo_bench.prompts.external.mapped_images`); without, they are named
-            ``img_0000_00.jpg`` (:func:`nemo_bench.prompts.external.named_images`).
+        mapping: List of images made elsewhere (:func:`nemo_bench.prompts.external.mapped_images`); without, they are
+            named ``img_0000_00.jpg`` (:func:`nemo_bench.prompts.external.named_images`).
         say: Where single lines go.
         progress: Whether a bar is shown.
 

@@ -25,7 +25,6 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch.utils.data import DataLoader
 
-from nemo_bench.records.statistics import GROUPS
 from nemo_bench.benchmark.plan import (
     STATISTICS,
     THRESHOLD,
@@ -38,6 +37,14 @@ from nemo_bench.benchmark.plan import (
     similarity_of,
     source_of,
 )
+from nemo_bench.benchmark.processes import together
+from nemo_bench.benchmark.stages.base import Stage
+from nemo_bench.benchmark.stages.calibrate import CalibrationStage, PromptChunk, StatisticsStage
+from nemo_bench.benchmark.stages.features import FeatureStage, FolderChunk, read_features
+from nemo_bench.benchmark.stages.generate import GenerationStage
+from nemo_bench.benchmark.stages.localize import LocalizationStage, localization_of
+from nemo_bench.benchmark.stages.score import SceneReader, ScoringStage
+from nemo_bench.benchmark.stopping import stop_at_sigterm
 from nemo_bench.config import ModelSettings, TrainerSettings, resolve, rows_at_once
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, StoreError
@@ -51,36 +58,12 @@ from nemo_bench.localization import (
     write_statistics,
 )
 from nemo_bench.metrics import BenchMetric, SetMetric
-from nemo_bench.benchmark.stages import (
-    CalibrationStage,
-    FeatureStage,
-    FolderChunk,
-    GenerationStage,
-    LocalizationStage,
-    PromptChunk,
-    SceneReader,
-    ScoringStage,
-    Stage,
-    StatisticsStage,
-    localization_of,
-    read_features,
-)
-from nemo_bench.records.pictures import visible
-from nemo_bench.benchmark.processes import together
 from nemo_bench.prompts import PromptDataModule, PromptTask
-from nemo_bench.benchmark.stopping import stop_at_sigterm
-from nemo_bench.records.store import (
-    SCHEMA,
-    Store,
-    image_digests,
-    is_whole,
-    iterate_records,
-    read_object,
-    read_run,
-    write_json,
-    write_text,
-)
-from nemo_bench.records.data import Neurons, Record, digest
+from nemo_bench.records.data import Neurons, Record
+from nemo_bench.records.io import digest, is_whole, read_object, write_json, write_text
+from nemo_bench.records.pictures import visible
+from nemo_bench.records.statistics import GROUPS
+from nemo_bench.records.store import SCHEMA, Store, image_digests, iterate_records, read_run
 
 SETS = "sets.json"
 """Scores of whole sets of images in a cell's folder, by group and metric."""

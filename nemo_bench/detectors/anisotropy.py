@@ -7,10 +7,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from nemo_bench.records.citations import ASTHANA
 from nemo_bench.detectors.base import Detector, Finding, View, check_counts, check_finite
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.diffusion.noise import LATE, angle, norms
+from nemo_bench.records.citations import ASTHANA
 from nemo_bench.records.data import Prompt
 
 AngleOf = Literal["noise", "prediction"]

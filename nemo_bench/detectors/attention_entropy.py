@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from nemo_bench.records.citations import REN
 from nemo_bench.detectors.base import Detector, Finding, View, check_counts
 from nemo_bench.diffusion import Diffusion, cross_attentions
 from nemo_bench.errors import ConfigError, ModelError
+from nemo_bench.records.citations import REN
 from nemo_bench.records.data import Prompt
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from nemo_bench.diffusion import FAMILIES, Conditioning, Diffusion
-from nemo_bench.errors import ConfigError, ModelError
 from nemo_bench.diffusion.noise import norms
+from nemo_bench.errors import ConfigError, ModelError
 from nemo_bench.records.data import Prompt
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from nemo_bench.records.citations import CHEN
 from nemo_bench.detectors.base import Detector, Finding, View, check_counts
 from nemo_bench.diffusion import Diffusion, cross_attentions
 from nemo_bench.diffusion.noise import FIRST_BLOCK, end_attention, masked_magnitude
+from nemo_bench.records.citations import CHEN
 from nemo_bench.records.data import Prompt
 
 PICTURED = 4

@@ -7,7 +7,6 @@ from typing import Literal
 
 from torch import Tensor
 
-from nemo_bench.records.citations import HINTERSDORF
 from nemo_bench.detectors.base import Detector, Finding, View, check_counts
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.localization import (
@@ -18,6 +17,7 @@ from nemo_bench.localization import (
     pair_values,
     scaled_difference,
 )
+from nemo_bench.records.citations import HINTERSDORF
 from nemo_bench.records.data import Prompt
 
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nemo_bench.records.citations import JEON
 from nemo_bench.detectors.base import Detector, Finding, View, check_counts
 from nemo_bench.diffusion import Diffusion
-from nemo_bench.errors import ConfigError
 from nemo_bench.diffusion.noise import norms, score_difference, unit
+from nemo_bench.errors import ConfigError
+from nemo_bench.records.citations import JEON
 from nemo_bench.records.data import Prompt
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nemo_bench.detectors.base import Detector, Finding, View, check_counts
 from nemo_bench.diffusion import Diffusion
-from nemo_bench.errors import ConfigError
 from nemo_bench.diffusion.noise import tiled_distance
+from nemo_bench.errors import ConfigError
 from nemo_bench.records.data import Prompt
 
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nemo_bench.records.citations import WEN
 from nemo_bench.detectors.base import Detector, Finding, View, check_counts
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.diffusion.noise import norms
+from nemo_bench.records.citations import WEN
 from nemo_bench.records.data import Prompt
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from nemo_bench import hub
 from nemo_bench.diffusion.digests import file_digest
 from nemo_bench.errors import ConfigError, ModelError
-from nemo_bench.records.data import digest
+from nemo_bench.records.io import digest
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """Name that diffusers saves a LoRA under."""

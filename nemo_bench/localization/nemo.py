@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, Prefix
+from nemo_bench.diffusion.noise import require_finite
 from nemo_bench.errors import ConfigError, NotFiniteError
 from nemo_bench.localization.calibration import Calibration, activations
 from nemo_bench.localization.noise_differences import noise_differences, pair_similarities, pair_values, similarity
 from nemo_bench.localization.protocol import PAPER, Protocol
-from nemo_bench.diffusion.noise import require_finite
 from nemo_bench.records.data import Localization, Neurons
 
 Neuron = tuple[str, int]

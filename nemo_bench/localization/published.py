@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from nemo_bench.errors import NemoBenchError
 from nemo_bench.prompts import read_rows
-from nemo_bench.records.data import Neurons, parse_json
+from nemo_bench.records.data import Neurons
+from nemo_bench.records.io import parse_json
 
 COLUMNS = ("Caption", "URL", "Initial Neurons", "Initial SSIM", "Refined Neurons", "Refined SSIM")
 

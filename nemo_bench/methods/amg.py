@@ -17,15 +17,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, Step, file_digest
+from nemo_bench.diffusion.noise import unit
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.descent import check_precision
 from nemo_bench.metrics import SSCD
 from nemo_bench.metrics.spaces import to_tensor
-from nemo_bench.records.pictures import open_image
 from nemo_bench.prompts import references_digest
-from nemo_bench.diffusion.noise import unit
 from nemo_bench.records.data import Prompt
+from nemo_bench.records.pictures import open_image
 
 _HITS, _CAPTION_SATURATION, _LASTING = 1000, 0.3, 10
 """Nearest images whose captions count; similarity from where on guidance away from a caption is full; steps that it

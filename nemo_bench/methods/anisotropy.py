@@ -7,10 +7,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from nemo_bench.records.citations import ASTHANA
 from nemo_bench.diffusion import Conditioning, Diffusion
-from nemo_bench.methods.embedding_optimization import Measure, OptimizedEmbedding, noises_of
 from nemo_bench.diffusion.noise import LATE, angle, norms
+from nemo_bench.methods.embedding_optimization import Measure, OptimizedEmbedding, noises_of
+from nemo_bench.records.citations import ASTHANA
 from nemo_bench.records.data import Prompt
 
 

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from nemo_bench.records.citations import REN
 from nemo_bench.diffusion import Diffusion, conditional_rows
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
+from nemo_bench.records.citations import REN
 
 
 class AttentionRescaling(Method):

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nemo_bench.records.citations import CHEN
 from nemo_bench.diffusion import Conditioning, Diffusion, conditional_attention
-from nemo_bench.methods.embedding_optimization import Measure, OptimizedEmbedding, noises_of
 from nemo_bench.diffusion.noise import FIRST_BLOCK, end_attention, masked_magnitude
+from nemo_bench.methods.embedding_optimization import Measure, OptimizedEmbedding, noises_of
+from nemo_bench.records.citations import CHEN
 from nemo_bench.records.data import Prompt
 
 

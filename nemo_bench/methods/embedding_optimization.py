@@ -12,13 +12,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from nemo_bench.records.citations import WEN
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion
+from nemo_bench.diffusion.noise import norms
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.descent import check_precision, descend
 from nemo_bench.prompts import seeds_of
-from nemo_bench.diffusion.noise import norms
+from nemo_bench.records.citations import WEN
 from nemo_bench.records.data import Prompt, Record
 
 Measure = Callable[[Sequence[int], Tensor], Tensor]

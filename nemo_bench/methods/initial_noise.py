@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, guided_from
+from nemo_bench.diffusion.noise import norms, unit
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.descent import Descent, check_precision, descend
-from nemo_bench.diffusion.noise import norms, unit
 
 Of = Literal["noise", "prediction"]
 """What a prompt adds to: the noise predicted, or what the network itself predicts, which may be velocity."""

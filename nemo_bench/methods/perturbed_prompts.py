@@ -18,7 +18,7 @@ import torch
 from nemo_bench.diffusion import Conditioning, Diffusion
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
-from nemo_bench.records.data import digest
+from nemo_bench.records.io import digest
 
 _CITATION = """@inproceedings{somepalli2023understanding,
   title = {Understanding and Mitigating Copying in Diffusion Models},

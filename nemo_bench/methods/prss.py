@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from nemo_bench.diffusion import Conditioning, Diffusion, Step
+from nemo_bench.diffusion.noise import masked_magnitude, norms
 from nemo_bench.errors import ConfigError, PromptError
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.bright_ending import BrightEndingOptimization, bright_ending
 from nemo_bench.methods.embedding_optimization import EmbeddingOptimization
 from nemo_bench.prompts import read_rows
 from nemo_bench.prompts.readers import TEXT_COLUMNS
-from nemo_bench.diffusion.noise import masked_magnitude, norms
-from nemo_bench.records.data import Prompt, digest
+from nemo_bench.records.data import Prompt
+from nemo_bench.records.io import digest
 
 _PARAPHRASE = re.compile(r"caption(\d+)")
 

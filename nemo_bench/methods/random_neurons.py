@@ -9,7 +9,8 @@ from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import NotFiniteError
 from nemo_bench.methods.base import Method
 from nemo_bench.methods.nemo import BlockNeurons
-from nemo_bench.records.data import Localization, Neurons, Prompt, digest
+from nemo_bench.records.data import Localization, Neurons, Prompt
+from nemo_bench.records.io import digest
 
 
 class RandomNeurons(BlockNeurons):

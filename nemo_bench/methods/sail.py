@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from nemo_bench.records.citations import JEON
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion
+from nemo_bench.diffusion.noise import norms, score_difference, unit
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.descent import Loss, check_precision, descend
-from nemo_bench.diffusion.noise import norms, score_difference, unit
-from nemo_bench.records.data import Record, digest
+from nemo_bench.records.citations import JEON
+from nemo_bench.records.data import Record
+from nemo_bench.records.io import digest
 
 _RAISE, _EVERY = 0.1, 3
 """The public code raises its target by so much every third restart."""

@@ -15,8 +15,9 @@ from nemo_bench.errors import ConfigError, StoreError
 from nemo_bench.localization.published import by_name, read_published
 from nemo_bench.methods.nemo import BlockNeurons
 from nemo_bench.prompts import read_rows
+from nemo_bench.records.data import Localization, Neurons, Prompt, Record
+from nemo_bench.records.io import digest
 from nemo_bench.records.store import read_records
-from nemo_bench.records.data import Localization, Neurons, Prompt, Record, digest
 
 
 class SavedNeurons(BlockNeurons):

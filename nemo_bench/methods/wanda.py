@@ -16,7 +16,8 @@ from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, ModelError
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.prompts import read_prompts
-from nemo_bench.records.data import Prompt, digest
+from nemo_bench.records.data import Prompt
+from nemo_bench.records.io import digest
 
 
 class Wanda(Method):

@@ -2,11 +2,11 @@
 
 from nemo_bench.metrics.alignment import Alignment
 from nemo_bench.metrics.base import FIELDS, BenchMetric
-from nemo_bench.metrics.roc import detection
 from nemo_bench.metrics.distribution import FID, KID, MiFID, SetMetric
 from nemo_bench.metrics.diversity import Diversity, Vendi
 from nemo_bench.metrics.localization import MemorizationScore, NeuronCount
 from nemo_bench.metrics.networks import LPIPS, SSCD, Inception, Network, OpenClip
+from nemo_bench.metrics.roc import detection
 from nemo_bench.metrics.similarity import Change, MemorizationRate, NearestTrainingImage, TrainingImage
 from nemo_bench.metrics.spaces import SSIM, MultiscaleSSIM, PixelDistance, Pixels, Space, TiledDistance
 

@@ -18,8 +18,8 @@ from torchmetrics.image.mifid import MemorizationInformedFrechetInceptionDistanc
 from nemo_bench.errors import ConfigError
 from nemo_bench.metrics.base import BenchMetric
 from nemo_bench.metrics.networks import Inception, Network
+from nemo_bench.records.io import digest
 from nemo_bench.records.pictures import list_pictures, unreadable
-from nemo_bench.records.data import digest
 
 _ALONE: dict[str, Any] = {"sync_on_compute": False}
 """One process has all features and computes alone; others must not be waited for."""

@@ -33,7 +33,7 @@ from nemo_bench import hub
 from nemo_bench.diffusion import file_digest, folder_digest
 from nemo_bench.errors import ConfigError, ModelError, nearest
 from nemo_bench.metrics.spaces import Pixels, Space, to_tensor
-from nemo_bench.records.data import parse_json
+from nemo_bench.records.io import parse_json
 
 BATCH = 64
 """Pictures that a network sees at once."""

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
-from nemo_bench.errors import ConfigError
 from nemo_bench.diffusion.noise import tiled_distance
+from nemo_bench.errors import ConfigError
 
 PAIRED_VALUES = 1 << 18
 """Values compared at a time on a CPU, few enough for its cache; a GPU takes :data:`GPU_FACTOR` times as many."""

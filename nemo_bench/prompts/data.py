@@ -8,8 +8,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import lightning as L
 from torch.utils.data import DataLoader
 
+from nemo_bench.records.data import Prompt
+from nemo_bench.records.io import digest
 from nemo_bench.records.store import Store
-from nemo_bench.records.data import Prompt, digest
 
 
 def seeds_of(prompt: Prompt, purpose: str, seeds: Iterable[int]) -> list[int]:

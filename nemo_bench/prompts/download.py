@@ -41,11 +41,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from yarl import URL
 
 from nemo_bench.errors import ConfigError
-from nemo_bench.records.pictures import to_rgb
 from nemo_bench.prompts import MANIFEST, read_links, read_manifest
 from nemo_bench.prompts.lists import without_login
-from nemo_bench.records.store import write_text
 from nemo_bench.records.data import Record
+from nemo_bench.records.io import write_text
+from nemo_bench.records.pictures import to_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """Formats that are taken, by what the bytes are."""

@@ -14,11 +14,11 @@ from typing import NamedTuple
 from rich.progress import Progress
 
 from nemo_bench.errors import PromptError, StoreError
-from nemo_bench.records.pictures import inspect_picture, list_pictures
 from nemo_bench.prompts import ImageTask, read_rows
 from nemo_bench.prompts.readers import ID_COLUMNS, TEXT_COLUMNS, Row
-from nemo_bench.records.store import check_folder
 from nemo_bench.records.data import Prompt, Record
+from nemo_bench.records.io import check_folder
+from nemo_bench.records.pictures import inspect_picture, list_pictures
 
 NAMING = re.compile(r"img_(\d+)_(\d+)\.(?:jpe?g|png|webp)", re.IGNORECASE)
 """How the public scripts name images: position of the prompt in its list, from 0, and number of the image."""

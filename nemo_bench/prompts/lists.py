@@ -6,7 +6,7 @@ import ast
 import re
 from typing import Any
 
-from nemo_bench.records.data import parse_json
+from nemo_bench.records.io import parse_json
 
 _OPENING = re.compile(r"\s*(?:array\()?[\[({'\"]")
 """How a written list begins."""

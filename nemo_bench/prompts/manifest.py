@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_bench.errors import PromptError
-from nemo_bench.records.data import Record, parse_json
+from nemo_bench.records.data import Record
+from nemo_bench.records.io import parse_json
 
 MANIFEST = "manifest.jsonl"
 """Name of the file in a folder of fetched images."""

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_bench.errors import PromptError, nearest
-from nemo_bench.records.pictures import unreadable, visible
 from nemo_bench.prompts.datasets import DatasetPlace
 from nemo_bench.prompts.lists import split_links, split_list, without_login
 from nemo_bench.prompts.manifest import MANIFEST, read_manifest
-from nemo_bench.records.data import Kind, Prompt, Record, digest, parse_json
+from nemo_bench.records.data import Kind, Prompt, Record
+from nemo_bench.records.io import digest, parse_json
+from nemo_bench.records.pictures import unreadable, visible
 
 # Accepted column names in lower case; where a file has several of a group, the first one counts.
 TEXT_COLUMNS = ("caption", "prompt", "text")
@@ -404,7 +405,7 @@ def _links(row: Row) -> tuple[str, ...]:
 
 
 def check_references(where: str, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Decodes the training images of prompts; see :func:`nemo_bench.records.pictures.unreadable` for when this is done again.
+    """Decodes the training images of prompts; :func:`nemo_bench.records.pictures.unreadable` says when again.
 
     Args:
         where: What the prompts come from, for errors.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +12,11 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from nemo_bench.errors import NemoBenchError
+from nemo_bench.records.io import digest
 
 Kind = Literal["VM", "TM", "memorized"]
 """Verbatim or template memorization, as annotated in the published list (Hintersdorf et al. 2024, section 4); or
 memorized, nobody said in which way."""
-
 GENERAL = "general"
 """The name under which prompts without a kind are grouped in tables."""
 
@@ -171,31 +170,5 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
     return digest([[p.id, p.text, p.kind] for p in prompts])
 
 
-def parse_json(text: str) -> Any:
-    """Reads JSON of any origin.
-
-    Raises:
-        ValueError: It is none, or is nested too deeply to be read.
-    """
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
 Record = dict[str, Any]
 """One line of a records file: ``id`` names it; ``cost`` (time, passes) is all that may differ between runs."""
-
-
-def digest(content: Any, length: int = 16) -> str:
-    """Hash of JSON-like data, the same on every machine.
-
-    Args:
-        content: What to hash; keys are sorted, so their order does not matter.
-        length: Number of hexadecimal digits.
-
-    Returns:
-        The first digits of a SHA-256.
-    """
-    canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:length]

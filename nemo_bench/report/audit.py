@@ -11,12 +11,12 @@ from markupsafe import Markup
 from rich.markup import escape
 from rich.table import Table
 
-from nemo_bench.records.citations import KOWALCZUK
 from nemo_bench.errors import counted
+from nemo_bench.records.citations import KOWALCZUK
+from nemo_bench.records.io import damaged, read_object
 from nemo_bench.report.data import Results, load_results
 from nemo_bench.report.templates import render
 from nemo_bench.report.thumbnails import Thumbnails
-from nemo_bench.records.store import damaged, read_object
 
 _GROUPS = {"memorized": "Memorized", "control": "Controls"}
 _MEANING = {

@@ -16,22 +16,21 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
-from nemo_bench.records.statistics import GROUPS
 from nemo_bench.errors import StoreError, counted
+from nemo_bench.records.data import Neurons, Prompt
+from nemo_bench.records.io import damaged, read_object
+from nemo_bench.records.statistics import GROUPS
 from nemo_bench.records.store import (
     SCHEMA,
     Store,
-    damaged,
     lack,
     read_cell_prompts,
     read_checked,
-    read_object,
     read_records,
     read_run,
     read_spec,
     read_starts,
 )
-from nemo_bench.records.data import Neurons, Prompt
 
 FAMILIES = ("memorization", "change", "alignment", "diversity", "quality", "localization")
 """Families of metrics, in the order of display."""

@@ -15,20 +15,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from nemo_bench.errors import StoreError
+from nemo_bench.records.data import Prompt
+from nemo_bench.records.io import damaged, digest, read_object, write_json, write_text
+from nemo_bench.records.store import SCHEMA, read_cell_prompts, read_checked, read_spec
 from nemo_bench.report.svg import INK, nth_look, style, svg
 from nemo_bench.report.templates import render
 from nemo_bench.report.thumbnails import Thumbnails
-from nemo_bench.records.store import (
-    SCHEMA,
-    damaged,
-    read_cell_prompts,
-    read_checked,
-    read_object,
-    read_spec,
-    write_json,
-    write_text,
-)
-from nemo_bench.records.data import Prompt, digest
 
 _PIXELS = 640
 _COLUMNS = {

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from nemo_bench.records.data import Prompt
 from nemo_bench.records.statistics import GROUPS
 from nemo_bench.report.data import Aggregate, Cell, Failures, GeneratedImage, Results, Statistic, short_layers
 from nemo_bench.report.plots import MEMORIZED, Plot, plots
@@ -20,7 +21,6 @@ from nemo_bench.report.svg import looks
 from nemo_bench.report.tables import BEST, FAILED, SEARCHES, SIGNIFICANCE, Row, fewer, number
 from nemo_bench.report.templates import FOLDER, render
 from nemo_bench.report.thumbnails import Thumbnail, Thumbnails
-from nemo_bench.records.data import Prompt
 
 _MANY = 8  # columns that fit a window; of more only the first of every family is shown at first
 _SCORES = 5

@@ -17,10 +17,10 @@ from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
+from nemo_bench.records.data import GENERAL
 from nemo_bench.records.statistics import GROUPS, bootstrap_interval
 from nemo_bench.report.data import Cell, MetricInfo, Results, load_calibration, network_order, short_layers
 from nemo_bench.report.svg import INK, Look, looks, nth_look, style, svg
-from nemo_bench.records.data import GENERAL
 
 MEMORIZED = tuple(group for group in GROUPS if group not in (GENERAL, "all"))
 """Groups of prompts whose training images are known."""

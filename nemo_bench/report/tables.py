@@ -13,10 +13,11 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from nemo_bench.records.statistics import paired
 from nemo_bench.errors import counted
+from nemo_bench.records.io import as_json
+from nemo_bench.records.statistics import paired
+from nemo_bench.records.store import made_again
 from nemo_bench.report.data import Aggregate, Cell, Failures, MetricInfo, Results
-from nemo_bench.records.store import as_json, made_again
 
 SIGNIFICANCE = (
     "Stars: different from no mitigation on the same prompts and seeds, two-sided paired sign-flip test, "

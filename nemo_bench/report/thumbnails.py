@@ -9,7 +9,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from nemo_bench.errors import StoreError
-from nemo_bench.records.store import read_json, thumbnail, write_json
+from nemo_bench.records.io import read_json, write_json
+from nemo_bench.records.store import thumbnail
 
 
 @dataclass(frozen=True)

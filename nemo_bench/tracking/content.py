@@ -12,10 +12,11 @@ from typing import Any
 
 from PIL import Image
 
+from nemo_bench.records.data import Prompt
+from nemo_bench.records.io import digest, read_json
+from nemo_bench.records.store import read_records, read_run, thumbnail
 from nemo_bench.report import load_results
 from nemo_bench.report.data import Cell, short_layers
-from nemo_bench.records.store import read_json, read_records, read_run, thumbnail
-from nemo_bench.records.data import Prompt, digest
 
 PICTURES = ("training image", "unmitigated", "mitigated", "noise differences")
 """Pictures that show a prompt."""

@@ -15,9 +15,8 @@ from wandb.sdk.lib.wbauth import read_netrc_auth
 
 from nemo_bench.config import LoggerSettings
 from nemo_bench.errors import TrackingError, counted
-from nemo_bench.records.store import read_json, write_json
+from nemo_bench.records.io import digest, read_json, write_json
 from nemo_bench.tracking.content import PICTURES, Entry
-from nemo_bench.records.data import digest
 
 
 def tell(

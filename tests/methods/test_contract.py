@@ -14,6 +14,7 @@ from nemo_bench import Diffusion, ModelError, Prompt, resolve
 from nemo_bench.benchmark.plan import plan
 from nemo_bench.config import grid
 from nemo_bench.diffusion import Similarity
+from nemo_bench.diffusion.noise import LATE, angle, masked_magnitude, norms, unit
 from nemo_bench.methods import (
     AMG,
     PRSS,
@@ -35,7 +36,6 @@ from nemo_bench.methods import (
     Wanda,
 )
 from nemo_bench.methods.bright_ending import bright_ending
-from nemo_bench.diffusion.noise import LATE, angle, masked_magnitude, norms, unit
 from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl
 
 METHODS: dict[str, Callable[[], Method]] = {

@@ -11,11 +11,11 @@ import torch
 from batches import batch_of, images_of, rows_of
 from nemo_bench import ConfigError, Diffusion, Prompt
 from nemo_bench.diffusion import Step
+from nemo_bench.diffusion.noise import masked_magnitude
 from nemo_bench.errors import PromptError
 from nemo_bench.methods import AMG, PRSS, BrightEndingOptimization, EmbeddingOptimization
 from nemo_bench.methods.bright_ending import bright_ending
 from nemo_bench.methods.prss import read_paraphrases
-from nemo_bench.diffusion.noise import masked_magnitude
 
 WORDINGS = ("fox sun", "red map", "dog", "big hat cup")
 

@@ -10,9 +10,9 @@ import pytest
 
 from fake_results import DETECTOR, LAYERS, METHODS, METRICS, PROMPTS, SEEDS, write_fake_results
 from nemo_bench.errors import StoreError
+from nemo_bench.records.io import digest
 from nemo_bench.report import load_results
 from nemo_bench.report.data import network_order, short_layers
-from nemo_bench.records.data import digest
 
 
 @pytest.fixture

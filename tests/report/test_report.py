@@ -24,13 +24,13 @@ from PIL import Image
 from rich.console import Console
 
 from fake_results import DETECTOR, METHODS, METRICS, PROMPTS, SEEDS, write_fake_calibration, write_fake_results
-from nemo_bench.records.statistics import paired
 from nemo_bench.errors import StoreError
+from nemo_bench.records.statistics import paired
+from nemo_bench.records.store import thumbnail
 from nemo_bench.report import Row, html, leaderboard, load_results, terminal_table, write_report
 from nemo_bench.report.plots import front, plots
 from nemo_bench.report.tables import holm, latex, markdown, tex
 from nemo_bench.report.thumbnails import Thumbnails
-from nemo_bench.records.store import thumbnail
 
 ATTACK = '<script>alert(1)</script> & "quotes" {{ 7 * 7 }}'
 

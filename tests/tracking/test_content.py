@@ -10,7 +10,7 @@ import pytest
 
 from nemo_bench.config import LoggerSettings
 from nemo_bench.errors import StoreError
-from nemo_bench.records.store import read_json, write_json
+from nemo_bench.records.io import read_json, write_json
 from nemo_bench.tracking import track
 from nemo_bench.tracking.content import Entry, load_entries
 

@@ -14,7 +14,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from nemo_bench.config import LoggerSettings
 from nemo_bench.errors import TrackingError
-from nemo_bench.records.store import read_json
+from nemo_bench.records.io import read_json
 from nemo_bench.tracking import track
 from nemo_bench.tracking.content import Entry, load_entries
 

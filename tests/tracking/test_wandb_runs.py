@@ -22,7 +22,8 @@ from PIL import Image
 from nemo_bench.cli import main
 from nemo_bench.config import LoggerSettings
 from nemo_bench.errors import ConfigError, TrackingError
-from nemo_bench.records.store import read_json, read_records, write_json
+from nemo_bench.records.io import read_json, write_json
+from nemo_bench.records.store import read_records
 from nemo_bench.tracking import sweep_trial, track
 from nemo_bench.tracking.content import PICTURES
 from offline_run import OfflineRun

@@ -1,0 +1,1 @@
+"""The stages as LightningModules: predict loops that write records and return nothing."""

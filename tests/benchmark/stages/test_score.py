@@ -1,0 +1,255 @@
+"""The score stage: what metrics are given, that nothing is embedded twice, and what is kept."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from nemo_bench.benchmark.stages.features import FeatureStage, FolderChunk, read_features, set_spaces
+from nemo_bench.benchmark.stages.score import SceneReader, ScoringStage
+from nemo_bench.errors import ConfigError
+from nemo_bench.metrics import (
+    FID,
+    SSCD,
+    SSIM,
+    Alignment,
+    BenchMetric,
+    Change,
+    Diversity,
+    MemorizationRate,
+    MemorizationScore,
+    NearestTrainingImage,
+    PixelDistance,
+    SetMetric,
+    TrainingImage,
+    Vendi,
+)
+from nemo_bench.prompts import PromptTask
+from nemo_bench.records.data import Prompt, Record
+from nemo_bench.records.store import Store
+from small_networks import clip, descriptor, sscd
+
+CPU = torch.device("cpu")
+
+
+def save(path: Path, seed: int, size: tuple[int, int] = (24, 24)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = Store(tmp_path / "cell")
+    store.open({"settings": {}})
+    return store
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> list[Prompt]:
+    """Two prompts with a reference or two, of which one is an image itself, and one without."""
+    references = [save(tmp_path / "references" / f"{i}.png", 100 + i, (24 + 8 * (i == 1), 24)) for i in range(3)]
+    return [
+        Prompt("a", "a red car", "VM", (references[0], references[1])),
+        Prompt("b", "a blue car", "VM", (references[2],)),
+        Prompt("c", "car " * 40),
+    ]
+
+
+@pytest.fixture
+def images(store: Store, prompts: Sequence[Prompt]) -> list[Record]:
+    records = []
+    for number, prompt in enumerate(prompts):
+        for seed in range(3):
+            name = f"images/{prompt.id}_{seed}.png"
+            save(store.folder / name, 100 if (prompt.id, seed) == ("a", 1) else 10 * number + seed)
+            records.append({"id": f"{prompt.id}{seed}", "prompt": prompt.id, "seed": seed, "image": name})
+    return records
+
+
+def score(
+    metrics: dict[str, BenchMetric], store: Store, prompts: Sequence[Prompt], reader: SceneReader, *, at_once: int = 3
+) -> dict[str, Record]:
+    pool = [path for prompt in prompts for path in prompt.references]
+    stage = ScoringStage(metrics, store, pool)
+    tasks = [PromptTask.of(prompt) for prompt in prompts]
+    for start in range(0, len(tasks), at_once):
+        stage.predict_step(reader(tasks[start : start + at_once]), 0)
+    records = store.records("score")
+    return {f"{r['prompt']}{'' if r['seed'] is None else r['seed']}": r for r in records.values()}
+
+
+class Broken(SSCD):
+    """Features of one dark image are nan."""
+
+    def embed(self, pictures: Sequence[Image.Image], size: tuple[int, int], device: torch.device) -> torch.Tensor:
+        vectors = super().embed(pictures, size, device)
+        wrong = [max(picture.getdata()) == (0, 0, 0) for picture in pictures]
+        return vectors.masked_fill(torch.tensor(wrong)[:, None], torch.nan)
+
+
+def test_features_that_are_not_finite_give_no_score_and_are_told(
+    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[Record]
+) -> None:
+    Image.new("RGB", (24, 24)).save(store.folder / images[1]["image"])
+    network = Broken(sscd(tmp_path).file)
+    metrics: dict[str, BenchMetric] = {
+        "sscd": TrainingImage(network),
+        "memorized": MemorizationRate(network, 0.5),
+        "diversity": Diversity(network),
+        "vendi": Vendi(network),
+        "fid": FID(network, "unread"),
+        "ssim": TrainingImage(SSIM()),
+    }
+    found = score(metrics, store, prompts, SceneReader(metrics.values(), store.folder, images))
+    assert set(found["a1"]["scores"]) == {"ssim"}
+    assert found["a1"]["failed"] == {"sscd": "the score is nan", "memorized": "the score is nan"}
+    assert set(found["a0"]["scores"]) == {"sscd", "memorized", "ssim"}
+    assert "failed" not in found["a0"]
+    assert set(found["a"]["scores"]) == {"diversity", "vendi"}
+    assert found["a"]["failed"] == {"fid": "the score is nan"}
+    kept = read_features([store.folder / found["a"]["file"]], *set_spaces(metrics.values()))
+    assert kept.shape == (2, 512)
+    assert float(1 - kept[0] @ kept[1] / kept.norm(dim=1).prod()) == pytest.approx(
+        found["a"]["scores"]["diversity"], abs=1e-5
+    )
+
+
+def test_images_that_failed_are_left_out_and_a_prompt_without_any_has_no_score(
+    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[Record]
+) -> None:
+    network = sscd(tmp_path)
+    for record in (images[0], *images[3:6]):
+        del record["image"]
+        record["failed"] = "pixels are not finite"
+    metrics: dict[str, BenchMetric] = {
+        "ssim": TrainingImage(SSIM()),
+        "sscd": TrainingImage(network),
+        "nearest": NearestTrainingImage(SSIM()),
+        "diversity": Diversity(network),
+        "score": MemorizationScore(),
+        "fid": FID(network, "unread"),
+    }
+    localized = {"b": {"memorization": 0.5}, "a": {"failed": "noise differences are not finite"}}
+    found = score(metrics, store, prompts, SceneReader(metrics.values(), store.folder, images, localized))
+    assert sorted(found) == ["a", "a1", "a2", "b", "c", "c0", "c1", "c2"]
+    assert found["b"]["scores"] == {"score": 0.5}
+    assert "file" not in found["b"]
+    assert set(found["a"]["scores"]) == {"diversity"}
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_metrics_get_what_they_ask_for(
+    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[Record], at_once: int
+) -> None:
+    network, text = sscd(tmp_path), clip(tmp_path)
+    unmitigated = {record["id"]: save(tmp_path / f"{record['id']}.png", n) for n, record in enumerate(images)}
+    del unmitigated["b1"]
+    metrics: dict[str, BenchMetric] = {
+        "ssim": TrainingImage(SSIM()),
+        "nearest": NearestTrainingImage(SSIM()),
+        "sscd": TrainingImage(network),
+        "change": Change(PixelDistance()),
+        "diversity": Diversity(network),
+        "alignment": Alignment(text),
+        "score": MemorizationScore(),
+    }
+    reader = SceneReader(metrics.values(), store.folder, reversed(images), {"a": {"memorization": 0.5}}, unmitigated)
+    found = score(metrics, store, prompts, reader, at_once=at_once)
+    assert len(found) == 12
+    assert set(found["a0"]["scores"]) == {"ssim", "nearest", "sscd", "change", "alignment"}
+    assert set(found["b1"]["scores"]) == {"ssim", "nearest", "sscd", "alignment"}  # an image without a counterpart
+    assert set(found["c0"]["scores"]) == {"nearest", "change", "alignment"}
+    assert found["a"]["scores"]["score"] == 0.5
+    assert set(found["b"]["scores"]) == {"diversity"}
+    assert [found[i]["truncated"] for i in "abc"] == [False, False, True]
+    # The image that is its reference.
+    assert found["a1"]["scores"]["ssim"] == found["a1"]["scores"]["nearest"] == 1
+    assert found["a1"]["scores"]["sscd"] == pytest.approx(1, abs=1e-5)
+
+    def opened(path: Path) -> Image.Image:
+        return Image.open(path).convert("RGB")
+
+    one = [opened(store.folder / record["image"]) for record in images[:3]]
+    # Networks see references as they are, pixels are brought to the size of the images.
+    seen = network.embed(one, (24, 24), CPU), network.embed([opened(p) for p in prompts[0].references], (24, 24), CPU)
+    best = network.nearest(*seen).tolist()
+    assert [found[f"a{seed}"]["scores"]["sscd"] for seed in range(3)] == pytest.approx(best, abs=1e-5)
+    change = np.sqrt(((np.asarray(one[2]) / 255 - np.asarray(opened(unmitigated["a2"])) / 255) ** 2).mean())
+    assert found["a2"]["scores"]["change"] == pytest.approx(change, abs=1e-5)
+
+
+def test_pictures_are_embedded_once_by_each_network(
+    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: Counter[bytes] = Counter()
+    prepare = SSCD.prepare
+
+    def counted(self: SSCD, network: object, picture: Image.Image) -> torch.Tensor:
+        seen[picture.tobytes()] += 1
+        return prepare(self, network, picture)
+
+    monkeypatch.setattr(SSCD, "prepare", counted)
+    path = str(descriptor(tmp_path, 512)[0])
+    metrics: dict[str, BenchMetric] = {
+        "sscd": TrainingImage(SSCD(path)),
+        "diversity": Diversity(SSCD(path)),
+        "fid": FID(SSCD(path), str(tmp_path)),
+    }
+    # All but the image that is a reference too.
+    score(metrics, store, prompts, SceneReader(metrics.values(), store.folder, images))
+    assert len(seen) == 9 + 3 - 1
+    assert sorted(seen.values())[-2:] == [1, 2]
+
+
+def test_features_of_sets_are_kept_and_combined_in_order(
+    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[Record]
+) -> None:
+    space = sscd(tmp_path)
+    metric: SetMetric = FID(space, str(tmp_path / "references"))
+    metrics: dict[str, BenchMetric] = {"fid": metric}
+    found = score(metrics, store, prompts, SceneReader(metrics.values(), store.folder, images))
+    assert not any(record["scores"] for record in found.values())
+    (name,) = set_spaces([metric])
+    files = [store.folder / found[prompt.id]["file"] for prompt in prompts]
+    pictures = [Image.open(store.folder / record["image"]).convert("RGB") for record in images]
+    expected = space.embed(pictures, (24, 24), CPU)
+    torch.testing.assert_close(read_features(files, name), expected)
+    assert set(load_file(files[0])) == {name}
+    # A lost file opens its prompt again.
+    ids = [PromptTask.of(prompt).id for prompt in prompts]
+    assert not store.open_ids("score", ids)
+    files[1].unlink()
+    assert store.open_ids("score", ids) == [ids[1]]
+
+    real = Store(tmp_path / "real")
+    real.open({"settings": {}})
+    chunks = FolderChunk.split(metric.files)
+    FeatureStage(space, real).predict_step(chunks, 0)
+    kept = read_features([real.folder / chunk.file for chunk in chunks], "real")
+    expected = space.embed([Image.open(path).convert("RGB") for path in metric.files], (24, 24), CPU)
+    torch.testing.assert_close(kept, expected)
+    assert real.records("features")[chunks[0].id]["pictures"] == 3
+
+
+def test_costs_say_how_much_memory_was_used(store: Store, prompts: list[Prompt], images: list[Record]) -> None:
+    metrics: dict[str, BenchMetric] = {"ssim": TrainingImage(SSIM())}
+    found = score(metrics, store, prompts, SceneReader(metrics.values(), store.folder, images))
+    # This process alone has loaded torch, which takes more than 100 MB.
+    assert 100 < found["a"]["cost"]["peak_memory_mb"] < 1e6
+    assert "truncated" not in found["a"]
+
+
+def test_a_space_must_be_one() -> None:
+    from nemo_bench.config import build
+
+    node = {"_target_": "nemo_bench.metrics.Alignment", "space": {"_target_": "nemo_bench.metrics.SSIM"}}
+    with pytest.raises(ConfigError, match=r"metrics.alignment.space.*expected a class of .*OpenClip"):
+        build(node, "metrics.alignment")

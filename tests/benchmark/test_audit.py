@@ -1,0 +1,385 @@
+"""Audits of finished runs, as a user has them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from nemo_bench import Diffusion, Neurons, resolve
+from nemo_bench.benchmark.audit import cells_of, verdict
+from nemo_bench.benchmark.runner import by_prompt
+from nemo_bench.benchmark.stages.audit import AuditSettings, fitted_picture
+from nemo_bench.cli import main
+from nemo_bench.config import build, grid, options
+from nemo_bench.diffusion import Conditioning
+from nemo_bench.diffusion.noise import require_finite
+from nemo_bench.methods import Batch, NeMo
+from nemo_bench.metrics import SSIM, PixelDistance
+from nemo_bench.prompts import seeds_of
+from nemo_bench.records.data import Prompt
+from nemo_bench.records.io import read_json
+from nemo_bench.records.pictures import open_image
+from nemo_bench.records.store import Store, read_records
+from nemo_bench.report.audit import load_audits, terminal_audits
+from small_runs import small
+
+QUICK = ["steps=2", "samples=2", "images=2", "trainer=cpu"]
+CONTROLS = "package:planted/prompts/controls.jsonl"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a verbatim, a template and a general prompt by methods that can be audited and one that can't."""
+    folder = tmp_path_factory.mktemp("finished")
+    source = Path(resolve("package:planted/prompts"))
+    planted = [json.loads(line) for line in (source / "planted.jsonl").read_text().splitlines()]
+    for line in planted:
+        line["references"] = [str((source / path).resolve()) for path in line["references"]]
+    general = json.loads((source / "general.jsonl").read_text().splitlines()[0])
+    lines = [planted[0], planted[-1], general]
+    (folder / "three.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = [
+        *small(seeds=1),
+        f"root={folder}",
+        f"prompts.files=[{folder / 'three.jsonl'}]",
+        "method=none,nemo,embedding_noise",
+    ]
+    assert main(["run", *words, f"prompts.controls={CONTROLS}"]) == 0
+    return folder / "default"
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "results" / "default"))
+
+
+def cell(run: Path, method: str) -> Path:
+    (place,) = (path for path in run.iterdir() if f"__{method}__" in path.name)
+    return place
+
+
+def lines(place: Path) -> int:
+    return sum(path.read_text().count("\n") for path in place.glob("records/audit*.jsonl"))
+
+
+def audits(run: Path, method: str) -> list[dict[str, Any]]:
+    return list(read_json(cell(run, method) / "audit.json")["audits"])
+
+
+def losses(place: Path, search: dict[str, Any]) -> list[float]:
+    """The losses of the steps of a search."""
+    found: list[float] = load_file(place / search["sheet"].replace(".png", ".safetensors"))["losses"].tolist()
+    return found
+
+
+def test_pictures_and_numbers_are_those_of_what_was_found(
+    copy: Path, planted: Diffusion, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (cell(copy, "nemo") / "env.json").read_bytes()
+    assert main(["audit", str(copy), "--cell", "nemo", *QUICK]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    search = "2 steps of 2 samples at rate 0.1 from the prompt, 2 images each"
+    assert f"NeMo: {search} (2 training images, 2 controls)" in shown
+    (entry,) = audits(copy, "nemo")
+    assert entry["settings"] == {"steps": 2, "rate": 0.1, "samples": 2, "start": "prompt", "images": 2}
+    assert list(entry["states"]) == ["prompt", "found", "unmitigated"]
+    assert [(s["prompt"], s["source"]) for s in entry["searches"]] == [
+        ("vm-01", "vm-01"), ("vm-01", "general-01"), ("tm-26", "tm-26"), ("tm-26", "general-02"),
+    ]  # fmt: skip
+    assert set(entry["metrics"]) == {"ssim", "tiled_l2", "memorized"}
+
+    store = Store(cell(copy, "nemo"))
+    neurons = {name: Neurons(record["neurons"]) for name, record in by_prompt(store).items()}
+    assert all(neurons[name].count for name in ("vm-01", "tm-26"))
+    planted.steps, kept = 3, planted.steps
+    found = {}
+    for search in entry["searches"]:
+        sheet = open_image(store.folder / search["sheet"])
+        assert sheet.size == (3 * 64, 3 * 64)
+        seeds = seeds_of(Prompt(search["source"], ""), "generate", range(2))
+        embedding = load_file(store.folder / search["sheet"].replace(".png", ".safetensors"))
+        text = {"prompt": planted.encode([search["text"]]), "found": Conditioning(embedding["text"])}
+        text["unmitigated"] = text["found"]
+        assert not torch.allclose(text["prompt"].text, text["found"].text)
+        reference = min(p for p in Path(resolve("package:planted")).glob(f"*/{search['source']}*.png"))
+        target = fitted_picture(reference, (64, 64))
+        for row, state in enumerate(text):
+            tiles = [sheet.crop((64 * c, 64 * row, 64 * c + 64, 64 * row + 64)) for c in range(3)]
+            tiles = SSIM().embed(tiles, (64, 64), torch.device("cpu"))
+            torch.testing.assert_close(tiles[0], target, rtol=0, atol=1e-6)
+            own = Neurons() if state == "unmitigated" else neurons[search["prompt"]]
+            with torch.no_grad(), planted.block(own):
+                images = planted.generate(text[state].rows([0, 0]), planted.latents(seeds))
+            assert float((images - tiles[1:]).abs().max()) < 0.02
+            scores = search["scores"][state]
+            assert scores["ssim"] == pytest.approx(float(SSIM().compare(tiles[1:], target[None]).mean()), abs=1e-4)
+            far = PixelDistance().compare(tiles[1:], target[None])
+            assert scores["memorized"] == float((far < 0.15).double().mean())
+            found[search["group"], search["prompt"], state] = scores["ssim"]
+    planted.steps = kept
+    # Images of the same seed without a search are those of the run.
+    first = Image.open(store.folder / entry["searches"][0]["sheet"]).crop((64, 0, 128, 64))
+    run_image = SSIM().embed([first, open_image(store.folder / "images/vm-01_00.png")], (64, 64), torch.device("cpu"))
+    assert float((run_image[0] - run_image[1]).abs().max()) < 0.02
+
+    mean = entry["groups"]["control"]["scores"]["ssim"]["found"]["mean"]
+    assert mean == pytest.approx(sum(found["control", p, "found"] for p in ("vm-01", "tm-26")) / 2, abs=1e-6)
+    difference = sum(found["memorized", p, "found"] - found["control", p, "found"] for p in ("vm-01", "tm-26")) / 2
+    assert entry["compared"]["ssim"]["difference"] == pytest.approx(difference, abs=1e-6)
+    assert entry["verdict"] == {"memorized": "too few"}
+    passes = 2 * (2 * 2) + 3 * 2 * 2 * 3  # the search forward and back; three rows of two guided images of three steps
+    assert entry["cost"]["row_passes_per_search"] == passes
+    assert (cell(copy, "nemo") / "env.json").read_bytes() == before
+    page = (copy / "report.html").read_text()
+    assert 'id="audit"' in page
+    assert "To tell more takes at least 6 different controls; searches that share a control count once." in page
+    (shown_audit,) = load_audits(copy)
+    rows = {title: dict(zip(shown_audit.headings, cells, strict=True)) for title, cells in shown_audit.rows}
+    ssim = rows[entry["metrics"]["ssim"]["title"]]
+    for group, name in (("memorized", "Memorized"), ("control", "Controls")):
+        for state in ("prompt", "found", "unmitigated"):
+            mean = sum(found[group, prompt, state] for prompt in ("vm-01", "tm-26")) / 2
+            assert float(ssim[f"{name}: {state}"]) == pytest.approx(mean, abs=0.006)
+            assert f"{name}: {state}</th>" in page
+
+
+def test_it_goes_on_where_it_was_killed_and_any_number_of_processes_finds_the_same(copy: Path, tmp_path: Path) -> None:
+    words = [str(copy), "--cell", "none", *QUICK, "images=1"]
+    assert main(["audit", *words]) == 0
+    place = cell(copy, "none")
+    (whole,) = audits(copy, "none")
+    first = [losses(place, search) for search in whole["searches"]]
+    count = lines(place)
+    assert main(["audit", *words]) == 0
+    assert lines(place) == count == 8
+
+    (place / whole["searches"][2]["sheet"]).unlink()
+    (records,) = place.glob("records/audit.*.jsonl")
+    content = records.read_text().splitlines(keepends=True)
+    records.write_text("".join(content[:3]) + content[3][:40])
+    (place / "audit.json").unlink()
+    (place / "audit.done").unlink()
+    command = [sys.executable, "-m", "nemo_bench.cli", "audit", *words, "trainer.devices=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert len(read_records(place, "audit")) == 4
+    assert lines(place) - count <= 2
+    (again,) = audits(copy, "none")
+    for before, search in zip(first, again["searches"], strict=True):
+        assert losses(place, search) == pytest.approx(before, abs=1e-3)
+    for one, other in zip(whole["searches"], again["searches"], strict=True):
+        for state, scores in one["scores"].items():
+            assert scores == pytest.approx(other["scores"][state], abs=2e-2)
+
+
+def test_other_settings_and_metrics_stand_beside_the_first(copy: Path) -> None:
+    words = ["audit", str(cell(copy, "none")), *QUICK, "images=1", "limit=1"]
+    assert main(words) == 0
+    place, (prompt,) = cell(copy, "none"), audits(copy, "none")
+    assert list(prompt["states"]) == ["prompt", "found"]  # nothing is mitigated
+    (audit,) = load_audits(copy)
+    assert not any("unmitigated" in heading for heading in audit.headings)
+    assert main([*words, "start=random", "batch_size=64"]) == 0
+    first, random = audits(copy, "none")
+    assert first == prompt
+    assert random["settings"]["start"] == "random"
+    random_losses, own_losses = (losses(place, entry["searches"][0]) for entry in (random, first))
+    assert len(random_losses) == 2
+    assert random_losses[0] > 1.2 * own_losses[0]
+    searched = len(read_records(place, "audit"))
+    assert main([*words, "~metrics.ssim", "metrics=default"]) == 0
+    assert len(read_records(place, "audit")) == searched
+    _, third = audits(copy, "none")
+    assert set(third["metrics"]) == {"tiled_l2", "memorized"}
+    tables = terminal_audits(load_audits(copy))
+    assert sum(isinstance(part, str) for part in tables) == 2
+
+
+def test_a_control_used_in_turn_counts_once(copy: Path, tmp_path: Path) -> None:
+    source = Path(resolve(CONTROLS))
+    line = json.loads(source.read_text().splitlines()[0])
+    line["references"] = [str((source.parent / path).resolve()) for path in line["references"]]
+    (tmp_path / "one.jsonl").write_text(json.dumps(line))
+    words = ["audit", str(cell(copy, "none")), *QUICK, "images=1", f"controls={tmp_path / 'one.jsonl'}"]
+    assert main(words) == 0
+    (entry,) = audits(copy, "none")
+    assert [search["group"] for search in entry["searches"]] == ["memorized", "control"] * 2
+    assert entry["groups"]["control"]["prompts"] == 1
+    own, first, other, second = (search["scores"]["found"]["ssim"] for search in entry["searches"])
+    assert entry["groups"]["control"]["scores"]["ssim"]["found"]["mean"] == pytest.approx((first + second) / 2)
+    assert entry["compared"]["ssim"]["prompts"] == 1
+    assert entry["compared"]["ssim"]["difference"] == pytest.approx((own - first + other - second) / 2)
+
+
+def test_without_controls_it_says_so(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = cell(copy, "none") / "env.json"
+    content = read_json(path)
+    content["starts"][-1]["settings"]["prompts"]["controls"] = None
+    path.write_text(json.dumps(content))
+    assert main(["audit", str(copy), "--cell", "none", *QUICK, "images=1", "limit=1"]) == 0
+    shown = capsys.readouterr().out
+    assert "no controls: whether a search brings back just any picture can't be told" in shown
+    (entry,) = audits(copy, "none")
+    assert (entry["compared"], entry["verdict"]) == ({}, {"memorized": "no controls"})
+
+
+def set_dtype(place: Path, dtype: str) -> None:
+    env = read_json(place / "env.json")
+    env["starts"][-1]["settings"]["model"]["dtype"] = dtype
+    (place / "env.json").write_text(json.dumps(env))
+
+
+def test_one_cell_in_half_precision_does_not_stop_the_others(copy: Path) -> None:
+    set_dtype(cell(copy, "none"), "float16")
+    said: list[str] = []
+    assert [c.cell.spec["method"] for c in cells_of(copy, QUICK, say=said.append)] == ["nemo"]
+    (line,) = (line for line in said if "float16" in line)
+    assert line.endswith(cell(copy, "none").name)
+
+
+def test_a_search_in_which_a_method_meets_what_is_not_finite_fails_alone(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply = NeMo.apply
+
+    def breaks(self: NeMo, model: Diffusion, batch: Batch) -> AbstractContextManager[Batch]:
+        require_finite("activations", torch.tensor([nan if p.id == "vm-01" else 0 for p in batch.prompts]))
+        return apply(self, model, batch)
+
+    monkeypatch.setattr(NeMo, "apply", breaks)
+    assert main(["audit", str(copy), "--cell", "nemo", *QUICK]) == 0
+    searches = read_records(cell(copy, "nemo"), "audit").values()
+    assert {s["prompt"]: s.get("failed") for s in searches if s["prompt"] == s["source"]} == {
+        "vm-01": "activations are not finite",
+        "tm-26": None,
+    }
+
+
+def test_without_a_memorization_rate_there_is_no_search(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", str(copy), "--cell", "none", *QUICK, "~metrics.memorized"]) == 1
+    said = capsys.readouterr().err
+    assert "no metric of this run says which images are memorized, so there would be no verdict; add one" in said
+    assert not (cell(copy, "none") / "audit").exists()
+
+
+def test_which_methods_can_be_audited() -> None:
+    """Those that change nothing but neurons or weights; whoever adds a method decides."""
+    built = {name: build(grid([f"method={name}"])[0].settings.method, "method") for name in options("method")}
+    auditable = sorted(name for name, method in built.items() if method.auditable)
+    assert auditable == [
+        "nemo",
+        "none",
+        "one_edit",
+        "other_prompt",
+        "random",
+        "random_shared",
+        "saved",
+        "shared",
+        "wanda",
+    ]
+
+
+def test_what_can_not_be_audited_is_left_out_or_explained(
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    cells = cells_of(copy, QUICK, say=said.append)
+    assert [c.cell.spec["method"] for c in cells] == ["none", "nemo"]
+    assert len(said) == 1
+    assert re.fullmatch(
+        r"left out, since neurons and weights stay as they are; .*: planted__embedding_noise__\w+", said[0]
+    )
+
+    def error(*words: str) -> str:
+        capsys.readouterr()
+        assert main(["audit", *words]) == 1
+        return capsys.readouterr().err
+
+    run = str(copy)
+    assert "can't be audited: neurons and weights stay as they are" in error(run, "--cell", "embedding_noise")
+    assert "can't be audited" in error(str(cell(copy, "embedding_noise")))
+    assert "Choices: embedding_noise, nemo, none" in error(run, "--cell", "nemoo")
+    assert "unknown setting 'step=3'" in error(run, "step=3")
+    assert "Did you mean 'steps'?" in error(run, "step=3")
+    assert "steps=0: expected at least 1" in error(run, "steps=0")
+    assert "could not be converted" in error(run, "steps=many")
+    assert "Did you mean 'prompt'?" in error(run, "start=prompts")
+    assert "has no picture" in error(run, "controls=package:planted/prompts/general.jsonl")
+    assert "is marked VM" in error(run, "controls=package:planted/prompts/planted.jsonl")
+    assert "is no results folder" in error(str(copy.parent))
+    (cell(copy, "none") / "generate.done").unlink()
+    assert "not all images are there; go on" in error(run, "--cell", "none")
+    path = cell(copy, "nemo") / "spec.json"
+    content = read_json(path)
+    content["settings"]["model"]["weights"] = "0" * 16
+    path.write_text(json.dumps(content))
+    assert "are not those that planted__nemo" in error(run, "--cell", "nemo")
+    path.write_text(json.dumps({**content, "cell": ""}))
+    assert "other weights" in error(run, "--cell", "nemo")
+    place = cell(copy, "none")
+    spec = read_json(place / "spec.json")
+    (place / "generate.done").touch()
+    other = {**spec, "cell": "", "settings": {**spec["settings"], "method": {"ratio": 0.1}}}
+    (place / "spec.json").write_text(json.dumps(other))
+    assert "hold something else by now" in error(run, "--cell", "none")
+    (place / "spec.json").write_text(json.dumps(spec))
+    set_dtype(place, "float16")
+    assert "vanish in float16; generate with model.dtype=bfloat16" in error(run, "--cell", "none")
+    (place / "spec.json").write_text(json.dumps({**spec, "detector": "magnitude"}))
+    assert "made by a detector and holds no images" in error(str(place))
+    assert not list(copy.glob("*/audit.json"))
+
+
+@pytest.mark.parametrize("change", [lambda s: setattr(s, "steps", 3), lambda s: setattr(s, "start", "random")])
+def test_the_key_is_that_of_what_decides(change: Callable[[AuditSettings], None]) -> None:
+    settings = AuditSettings(limit=3, controls="a")
+    assert settings.key == AuditSettings().key
+    change(settings)
+    assert settings.key != AuditSettings().key
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found", "control", "expected"),
+    [
+        ([0.0] * 8, [1.0] * 8, [0.0] * 8, "hidden"),
+        ([1.0] * 8, [1.0] * 8, [0.0] * 8, "kept"),
+        ([0.0] * 8, [1.0] * 8, [1.0] * 8, "not shown"),
+        ([0.0] * 8, [0.0] * 8, [1.0] * 8, "not shown"),
+        ([0.0] * 8, [0.0] * 8, [0.0] * 8, "not shown"),
+        ([0.0] * 5, [1.0] * 5, [0.0] * 5, "too few"),
+        ([0.0] * 6, [1.0] * 6, [0.0] * 6, "hidden"),
+        ([0.0] * 8, [1.0] * 8, [], "no controls"),
+        # 17% by prompt, 100% found: that five of five gain has a chance of 6%, and one by its prompt is not many.
+        ([1.0] + [0.0] * 5, [1.0] * 6, [0.0] * 6, "unclear"),
+        ([1.0] * 3 + [0.0] * 3, [1.0] * 6, [0.0] * 6, "unclear"),
+        ([1.0] * 6, [1.0] * 6, [0.0] * 6, "kept"),
+        ([1.0] * 7 + [0.0], [1.0] * 8, [0.0] * 8, "kept"),
+        # By their prompts no more often than controls with what was found for them.
+        ([0.5] * 8, [0.5] * 8, [0.0, 0.5] * 4, "not shown"),
+        ([0.5] * 7 + [0.0] * 5, [1.0] * 3 + [0.5] * 9, [0.0] * 12, "hidden"),
+    ],
+)
+def test_a_verdict_needs_more_than_controls_and_enough_of_them(
+    prompt: list[float], found: list[float], control: list[float], expected: str
+) -> None:
+    over_control, prompt_over_control = (np.array(own)[: len(control)] - np.array(control) for own in (found, prompt))
+    differences = np.array(found) - np.array(prompt), over_control, prompt_over_control
+    assert verdict(*differences) == expected
+    unmitigated = "memorized" if expected in ("hidden", "kept", "unclear") else expected
+    assert verdict(*differences, mitigated=False) == unmitigated

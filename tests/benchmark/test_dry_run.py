@@ -1,0 +1,316 @@
+"""What a dry run says: what is needed and missing, what is open, and what it will cost."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nemo_bench.benchmark.dry_run import forecast
+from nemo_bench.benchmark.plan import plan
+from nemo_bench.benchmark.run import run
+from nemo_bench.cli import main
+from nemo_bench.config import Choice, grid, options
+from nemo_bench.errors import ModelError
+from nemo_bench.metrics import Alignment
+from nemo_bench.records.io import read_json
+from nemo_bench.records.store import read_records
+from small_runs import small
+from tiny import tiny_pipeline
+
+FEW = small(steps=5)
+
+
+@pytest.fixture
+def words(tmp_path: Path, prompt_file: Path) -> list[str]:
+    """Three prompts of the embedded model."""
+    return [*FEW, f"root={tmp_path / 'results'}", f"prompts.files=[{prompt_file}]"]
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hub: its library reads the environment at import only."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def states(expected: dict[str, Any]) -> dict[str, str]:
+    return {f"{need['kind']} {need['what'].rpartition('/')[2]}": need["state"] for need in expected["needs"]}
+
+
+def test_passes_are_counted_before_anything_is_known(words: list[str], tmp_path: Path) -> None:
+    expected = forecast(grid([*words, "method=none,random,nemo"]))
+    assert [row["open"] for row in expected["cells"]] == [{"localize": 3, "generate": 6, "score": 3}] * 3
+    images, measured = 6 * 5 * 2, 3 * 3
+    assert [row["passes"] for row in expected["cells"]] == [
+        {"calibrate": 0, "localize": measured, "generate": images},
+        {"calibrate": 0, "localize": measured, "generate": images},
+        {"calibrate": 8 * 3, "localize": 2 * measured, "generate": images},
+    ]
+    assert [row["at_least"] for row in expected["cells"]] == [False, False, True]
+    assert expected["total"]["passes"] == {"calibrate": 24, "localize": 4 * measured, "generate": 3 * images}
+    assert expected["total"]["seconds"] is None
+    assert set(states(expected).values()) == {"there"}
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_nobody_asked_for_and_what_was_given_are_counted_too(words: list[str]) -> None:
+    (source, random) = forecast(grid([*words, "method=random"]))["cells"]
+    assert source["open"] == {"localize": 3}
+    assert (source["passes"]["generate"], random["passes"]["generate"]) == (0, 60)
+    (given,) = forecast(grid([*words, "method=nemo", "method.threshold=0.3"]))["cells"]
+    assert given["passes"]["calibrate"] == 0
+    (guided,) = forecast(grid([*words, "method=nemo", "method.protocol=reference"]))["cells"]
+    assert guided["passes"]["calibrate"] == 2 * 8 * 3
+    (unguided,) = forecast(grid([*words, "method=none", "model.guidance=1"]))["cells"]
+    assert unguided["passes"]["generate"] == 6 * 5
+
+
+def test_finished_records_tell_what_a_search_takes_and_how_long(words: list[str], tmp_path: Path) -> None:
+    run(plan(grid([*words, "method=nemo"])), "test", progress=False)
+    done = forecast(grid([*words, "method=nemo"]))
+    assert done["total"]["passes"] == {"calibrate": 0, "localize": 0, "generate": 0}
+    assert done["total"]["seconds"] == 0
+    (cell,) = (p for p in (tmp_path / "results" / "default").iterdir() if p.is_dir())
+    found = {stage: list(read_records(cell, stage).values()) for stage in ("localize", "generate", "score")}
+    each = sum(r["cost"]["row_passes"] for r in found["localize"]) / 3
+    (row,) = forecast(grid([*words, "method=nemo", "seeds=3"]))["cells"]
+    assert not row["at_least"]
+    assert row["passes"] == {"calibrate": 0, "localize": 3 * round(each), "generate": 9 * 10}
+    rates = {
+        stage: sum(r["cost"]["seconds"] / r["cost"]["row_passes"] for r in found[stage]) / len(found[stage])
+        for stage in ("localize", "generate")
+    }
+    scoring = sum(r["cost"]["seconds"] for r in found["score"] if r["seed"] is None)
+    expected = sum(row["passes"][stage] * rate for stage, rate in rates.items()) + scoring
+    assert row["seconds"] == pytest.approx(expected)
+    pace = forecast(grid([*words, "method=none"]))["pace"]["planted"]
+    assert pace["records"] == sum(map(len, found.values()))
+    assert pace["devices"] == [read_json(cell / "env.json")["starts"][0]["device"]]
+
+
+def test_passes_that_a_method_makes_itself_are_told_by_its_records(words: list[str], tmp_path: Path) -> None:
+    method = ["method=embedding_optimization", "method.target=0", "method.steps=1", "method.images=null"]
+    (first,) = forecast(grid([*words, *method]))["cells"]
+    assert first["at_least"]
+    run(plan(grid([*words, *method])), "test", progress=False)
+    (again,) = forecast(grid([*words, *method, "seeds=3"]))["cells"]
+    assert not again["at_least"]
+    # Steps with guidance, the unconditional noise, and a pass with its gradients.
+    assert again["passes"]["generate"] == 9 * (10 + 3)
+
+
+def test_damaged_folders_beside_it_are_passed_over(words: list[str], tmp_path: Path) -> None:
+    other = tmp_path / "results" / "other" / "cell"
+    other.mkdir(parents=True)
+    (other / "spec.json").write_text("{")
+    (row,) = forecast(grid([*words, "method=none"]))["cells"]
+    assert row["seconds"] is None
+
+
+def test_a_finished_calibration_costs_nothing(words: list[str]) -> None:
+    cells = plan(grid([*words, "method=nemo"]))
+    (cells[0].calibration.folder / "records").mkdir(parents=True)
+    record = {"id": "a", "prompt": "a", "pairs": [0.1], "cost": {"row_passes": 3, "seconds": 1.0}}
+    (cells[0].calibration.folder / "records" / "calibrate.0.jsonl").write_text(json.dumps(record) + "\n")
+    (row,) = forecast(grid([*words, "method=nemo"]))["cells"]
+    assert row["passes"]["calibrate"] == 7 * 3
+    path = cells[0].calibration.folder / "threshold.json"
+    path.write_text("{}")
+    (row,) = forecast(grid([*words, "method=nemo"]))["cells"]
+    assert row["passes"]["calibrate"] == 7 * 3  # it lacks what it should hold
+    path.write_text(json.dumps(dict.fromkeys(("threshold", "mean", "std", "maxima"))))
+    (row,) = forecast(grid([*words, "method=nemo"]))["cells"]
+    assert row["passes"]["calibrate"] == 0
+
+
+@pytest.mark.usefixtures("offline")
+def test_missing_weights_are_said_and_the_cost_all_the_same(
+    words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["run", "--dry-run", *words, "model=sd14", "model.local_files_only=true", "method=none"]) == 1
+    said = capsys.readouterr()
+    assert "missing  weights" in said.out
+    assert "CompVis/stable-diffusion-v1-4" in said.out
+    assert "60 to generate" in said.out
+    assert "missing: 1 of what the run needs" in said.err
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_files_that_loading_asks_for_are_looked_at(words: list[str], tmp_path: Path) -> None:
+    place = tmp_path / "model"
+    tiny_pipeline().save_pretrained(place, variant="fp16", max_shard_size="20KB")
+    asked = [*words, "method=none", f"model.source={place}"]
+    expected = forecast(grid(asked))
+    assert states(expected)["weights model"] == "there"
+    lost = sorted(place.glob("unet/*-of-*"))[0]
+    lost.unlink()
+    (weights,) = [need for need in forecast(grid(asked))["needs"] if need["kind"] == "weights"]
+    assert weights["state"] == "missing"
+    assert lost.name in weights["note"]
+
+
+def test_a_lora_is_looked_at_and_makes_another_cell(words: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    save_file({"unet.mid_block.to_q.lora_A.weight": torch.ones(1, 2)}, tmp_path / "lora.safetensors")
+    asked = [*words, "method=none"]
+    with_lora = [*asked, f"model.lora={tmp_path / 'lora.safetensors'}"]
+    ids = {plan(grid(given))[0].id for given in (asked, with_lora, [*with_lora, "model.lora_scale=0.5"])}
+    assert len(ids) == 3
+    assert states(forecast(grid(with_lora)))["weights lora.safetensors"] == "there"
+    missing = forecast(grid([*asked, "model.lora=gone.safetensors"]))
+    assert "missing" in states(missing).values()
+
+
+def test_all_that_is_missing_is_said_at_once(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacks(self: Alignment) -> None:
+        raise ModelError("no weights of the judge; fetch them")
+
+    monkeypatch.setattr(Alignment, "check", lacks)
+    lists = ["prompts.files=[nowhere.csv]", "prompts.calibration=neither.txt", "prompts.obtain=Get it from there."]
+    missing = ["model.statistics=statistics.pt", "model.source=no/where", "model.local_files_only=true"]
+    expected = forecast(grid([*FEW, *lists, *missing, "method=nemo"]))
+    found = states(expected)
+    assert {name for name, state in found.items() if state == "missing"} == {
+        "weights where",
+        "metric alignment (CLIP alignment)",
+        "prompts nowhere.csv",
+        "general prompts neither.txt",
+        "statistics statistics.pt",
+    }
+    assert expected["cells"] == []
+    assert expected["uncounted"] == 1
+    notes = {need["kind"]: need["note"] for need in expected["needs"] if need["state"] == "missing"}
+    assert notes["prompts"].endswith("Get it from there.")
+    assert "fetch them" in notes["metric"]
+    # A metric that lacks its weights does not keep its cell from being counted.
+    assert len(forecast(grid([*words, "method=none"]))["cells"]) == 1
+
+
+def test_neurons_that_a_file_lacks_are_missing(words: list[str], tmp_path: Path) -> None:
+    expected = forecast(grid([*words, "method=saved", f"method.file={tmp_path / 'neurons.json'}"]))
+    assert states(expected)["method's file neurons.json"] == "missing"
+
+
+def test_memorized_prompts_without_training_image_are_counted(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "bare.jsonl").write_text('{"text": "a red sun", "kind": "VM"}\n{"text": "a hat"}\n')
+    expected = forecast(grid([*words[:-1], f"prompts.files=[{tmp_path / 'bare.jsonl'}]", "method=none"]))
+    (need,) = (need for need in expected["needs"] if need["kind"] == "training images")
+    assert need["state"] == "partly"
+    assert need["note"].startswith("1 of 1 memorized prompts have none")
+
+
+def test_the_table_is_whole_in_a_narrow_terminal(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--dry-run", *words, "method=none,nemo"]) == 0
+    out = capsys.readouterr().out
+    for cell in plan(grid([*words, "method=none,nemo"])):
+        assert cell.id in out
+    assert "UNet passes of one sample: 24 to calibrate, ≥ 27 to localize, 120 to generate" in out
+    assert "time: ?" in out
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_run_names_all_that_it_lacks_and_starts_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["prompts.files=[nowhere.csv]", "model.source=no/where", "model.local_files_only=true", "method=amg,nemo"]
+    assert main(["run", *words]) == 1
+    said = capsys.readouterr().err
+    for part in (
+        "weights no/where",
+        "prompts nowhere.csv",
+        "method=nemo needs general prompts",
+        "set prompts.calibration",
+    ):
+        assert part in said
+    assert "additional_laion_prompts.csv" in said
+    (tmp_path / "bare.txt").write_text("a red sun\na hat\n")
+    # Two methods that do not fit these prompts, each for a reason of its own, are both named.
+    assert main(["run", "prompts.files=[bare.txt]", "method=amg,wanda,none"]) == 1
+    said = capsys.readouterr().err
+    for part in ("method amg on planted, bare", "method wanda on planted, bare"):
+        assert part in said
+    assert not (tmp_path / "results").exists()
+
+
+LISTS = {
+    "memorized_laion_prompts.csv": ";Caption;URL;type;Index\n0;a cup;https://a.b/c.jpg;VM;7\n1;a hat;https://a.b/d.jpg;TM;8\n",
+    "additional_laion_prompts.csv": ";Caption;URL;Index\n0;a tree;;1\n1;a sea;;2\n",
+    "unmemorized_laion_prompts.csv": ";Caption;URL;Index\n0;a road;;1\n1;a lake;;2\n",
+    "coco2014_val_10000.csv": ";Caption;URL;Index\n0;a person;;0000\n1;a sheep;;0001\n",
+    "SD1_final.csv": ",prompt,urls\n0,a flag,['https://a.b/e.jpg']\n1,a garden,['https://a.b/f.jpg']\n",
+    "sdv1_500_memorized.jsonl": '{"caption": "a cup", "index": 7, "url": "https://a.b/c.jpg"}\n'
+    '{"caption": "a hat", "index": 8, "url": "https://a.b/d.jpg"}\n',
+}
+"""The published lists in small."""
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_preset_has_a_complete_table_of_needs_on_every_model(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for file, text in LISTS.items():
+        (tmp_path / "data" / file).write_text(text)
+    choices = grid([f"experiment={name}"])
+    for model in options("model"):
+        (other,) = grid([f"model={model}", "method=none"])
+        others = [Choice({**c.names, "model": model}, replace(c.settings, model=other.settings.model)) for c in choices]
+        found = forecast(others)
+        (weights,) = (need for need in found["needs"] if need["kind"] == "weights")
+        assert weights["state"] == ("there" if model == "planted" else "missing")
+        kinds = {need["kind"] for need in found["needs"] if need["state"] == "missing"}
+        assert kinds <= {"weights", "metric"}
+        assert found["uncounted"] == 0
+        assert len(found["cells"]) >= len(choices)
+
+
+def test_general_prompts_that_are_benchmarked_too_are_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for file in ("sdv1_500_memorized.jsonl", "unmemorized_laion_prompts.csv"):
+        (tmp_path / "data" / file).write_text(LISTS[file])
+    (choice,) = grid(["prompts=wen", "method=nemo"])
+    needs = {need["kind"]: need for need in forecast([choice])["needs"]}
+    assert needs["general prompts"]["state"] == "there"
+    assert "benchmarked too" in needs["general prompts"]["note"]
+    (cell,) = plan([choice])
+    assert [p.kind for p in cell.prompts] == ["memorized", "memorized", None, None]
+
+
+def test_captions_of_another_list_take_the_neurons_of_the_cell_that_searched_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memorized prompts are searched once, though their images and those of the captions are of other numbers."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for file, text in LISTS.items():
+        (tmp_path / "data" / file).write_text(text)
+    words = ["experiment=nemo_table", "model=planted", "model.guidance=3", "metrics=default"]
+    cells = plan(grid(words))
+    by_names = {
+        (c.spec["prompts"], c.spec["method"]): c
+        for c in cells
+        if c.spec["settings"]["method"].get("neurons") != "initial"
+    }
+    shared, random = by_names["coco", "shared"], by_names["coco", "random_shared"]
+    assert shared.source is by_names["nemo", "nemo"] is by_names["nemo", "random"].source
+    assert random.source is shared
+    assert [p.text for p in shared.source_prompts] == ["a cup", "a hat"]
+    assert [p.text for p in random.source_prompts] == ["a person", "a sheep"]
+    (tmp_path / "data" / "memorized_laion_prompts.csv").write_text(
+        LISTS["memorized_laion_prompts.csv"].replace("cup", "cap")
+    )
+    changed = {c.spec["method"]: c.id for c in plan(grid(words)) if c.spec["prompts"] == "coco"}
+    assert changed["none"] == by_names["coco", "none"].id
+    assert changed["shared"] != shared.id
+    assert changed["random_shared"] != random.id

@@ -1,0 +1,247 @@
+"""The main job, in this process, on the embedded model with few prompts."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from nemo_bench import Neurons, Prompt, StoreError
+from nemo_bench.benchmark.plan import plan
+from nemo_bench.benchmark.run import outlook, run
+from nemo_bench.benchmark.runner import by_prompt
+from nemo_bench.benchmark.summary import _detection
+from nemo_bench.config import grid
+from nemo_bench.records.data import Record
+from nemo_bench.records.store import Store, read_records
+from nemo_bench.report import load_results, terminal_table
+from small_runs import small
+
+SMALL = small()
+
+
+def words(root: Path, prompts: Path, *more: str) -> list[str]:
+    return [*SMALL, f"root={root}", f"prompts.files=[{prompts}]", *more]
+
+
+def results(folder: Path) -> dict[str, Record]:
+    """All records of a run without what may differ between runs."""
+    found = {}
+    for cell in sorted(p for p in folder.iterdir() if p.is_dir()):
+        for stage in ("localize", "generate", "score"):
+            for name, record in read_records(cell, stage).items():
+                found[f"{cell.name}/{stage}/{name}"] = {k: v for k, v in record.items() if k != "cost"}
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A finished run of the default methods, and its prompt file."""
+    root = tmp_path_factory.mktemp("finished")
+    from nemo_bench import read_prompts, resolve
+
+    planted = read_prompts(resolve("package:planted/prompts/planted.jsonl"))
+    general = read_prompts(resolve("package:planted/prompts/general.jsonl"))
+    prompts = root / "three.jsonl"
+    prompts.write_text(
+        "".join(
+            json.dumps({"id": p.id, "text": p.text, "kind": p.kind, "references": [str(r) for r in p.references]})
+            + "\n"
+            for p in (planted[0], planted[-1], general[0])
+        )
+    )
+
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("a connection was attempted")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", refuse)
+        patch.setattr(socket, "getaddrinfo", refuse)
+        return run(plan(grid(words(root, prompts))), "test", say=lambda line: None), prompts
+
+
+def test_every_cell_is_complete(finished: tuple[Path, Path]) -> None:
+    folder, _ = finished
+    cells = [p for p in folder.iterdir() if p.is_dir()]
+    assert sorted(p.name.split("__")[1] for p in cells) == [
+        "nemo", "none", "one_edit", "other_prompt", "random"
+    ]  # fmt: skip
+    for cell in cells:
+        assert len(read_records(cell, "localize")) == 3
+        assert len(read_records(cell, "generate")) == 6
+        assert len(read_records(cell, "score")) == 6 + 3
+        assert len(list((cell / "images").glob("*.png"))) == 6
+        metrics = json.loads((cell / "metrics.json").read_text())
+        assert {"VM", "TM", "general", "all"} == set(metrics["aggregates"])
+        assert "ssim" not in metrics["aggregates"]["general"]
+        assert metrics["aggregates"]["VM"]["ssim"]["prompts"] == 1
+    for name in ("report.html", "leaderboard.md", "leaderboard.csv", "leaderboard.json"):
+        assert (folder / name).stat().st_size > 100
+
+
+def found_by(folder: Path, method: str) -> dict[str, Record]:
+    (cell,) = folder.glob(f"*__{method}__*")
+    return by_prompt(Store(cell))
+
+
+def test_general_prompts_are_reported_with_the_neurons_of_memorized_ones_off(finished: tuple[Path, Path]) -> None:
+    """An edited model has no neurons of general prompts off, only those of the prompts that it was edited for."""
+    folder, _ = finished
+    own = {name: Neurons(record["neurons"]) for name, record in found_by(folder, "nemo").items()}
+    memorized = {name: neurons for name, neurons in own.items() if name != "general-01"}
+    assert len(set(memorized.values())) == len(memorized) == 2
+    everything = {Neurons(record["neurons"]) for record in found_by(folder, "one_edit").values()}
+    assert everything == {memorized["vm-01"] | memorized["tm-26"]}
+    another = {name: Neurons(record["neurons"]) for name, record in found_by(folder, "other_prompt").items()}
+    assert another["vm-01"] == memorized["tm-26"]
+    assert another["tm-26"] == memorized["vm-01"]
+    assert another["general-01"] in memorized.values()
+
+
+def test_every_row_of_a_search_says_who_passed_the_gate_and_where_it_ran_out(finished: tuple[Path, Path]) -> None:
+    folder, _ = finished
+    records = found_by(folder, "nemo")
+    for record in records.values():
+        assert record["passed_gate"] == (record["gate_score"] > 0 and bool(record["initial"]))
+        ran_out = record["passed_gate"] and record["initial_score"] == record["threshold"]
+        assert record["exhausted"] == ran_out
+    of = {"VM": ["vm-01"], "TM": ["tm-26"], "general": ["general-01"], "all": list(records)}
+    expected = {
+        group: {
+            "prompts": len(members),
+            **{key: sum(records[name][key] for name in members) for key in ("passed_gate", "exhausted")},
+        }
+        for group, members in of.items()
+    }
+    lines = json.loads((folder / "leaderboard.json").read_text())["rows"]
+    with (folder / "leaderboard.csv").open(encoding="utf-8") as file:
+        cells = {(row["method"], row["group"]): row for row in csv.DictReader(file)}
+    for method in ("nemo", "random"):
+        (path,) = folder.glob(f"*__{method}__*/metrics.json")
+        assert json.loads(path.read_text())["localization"] == expected
+        for line in (line for line in lines if line["method"] == method):
+            want = expected[line["group"]]
+            assert (line["passed_gate"], line["exhausted"]) == (want["passed_gate"], want["exhausted"])
+            row = cells[method, line["group"]]
+            assert (row["passed_gate"], row["exhausted"]) == (str(want["passed_gate"]), str(want["exhausted"]))
+    for method in ("none", "one_edit", "other_prompt"):
+        (path,) = folder.glob(f"*__{method}__*/metrics.json")
+        assert json.loads(path.read_text())["localization"] == {}
+    general = expected["general"]
+    words = f"{general['passed_gate']} of 1 passed the gate, {general['exhausted']} ran out"
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(terminal_table(load_results(folder)))
+    texts = [(folder / f"leaderboard.{kind}").read_text(encoding="utf-8") for kind in ("md", "tex")]
+    for text in (*texts, (folder / "report.html").read_text(encoding="utf-8"), console.export_text()):
+        assert words in text
+
+
+def test_random_neurons_are_as_many_and_elsewhere(finished: tuple[Path, Path]) -> None:
+    folder, _ = finished
+    by_method = {p.name.split("__")[1]: p for p in folder.iterdir() if p.is_dir()}
+    nemo, random = (read_records(by_method[name], "localize") for name in ("nemo", "random"))
+    for name, record in nemo.items():
+        found, drawn = Neurons(record["neurons"]), Neurons(random[name]["neurons"])
+        assert found.count == drawn.count
+        assert (drawn - found).count == drawn.count
+    assert not any(r["neurons"] for r in read_records(by_method["none"], "localize").values())
+
+
+def test_again_nothing_is_open_and_nothing_is_loaded(
+    finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, prompts = finished
+    before = results(folder)
+    cells = plan(grid(words(folder.parent, prompts)))
+    assert all(not any(row["open"].values()) for row in outlook(cells))
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("nemo_bench.benchmark.runner.load_model", refuse)
+    run(cells, "test", say=lambda line: None)
+    assert results(folder) == before
+
+
+def test_lost_images_are_made_again_and_equal(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, prompts = finished
+    again = run(plan(grid(words(tmp_path, prompts, "method=none"))), "test", say=lambda line: None)
+    (cell,) = (p for p in again.iterdir() if p.is_dir())
+    lost = sorted((cell / "images").glob("*.png"))[1]
+    content = lost.read_bytes()
+    lost.unlink()
+    (cell / "generate.done").unlink()
+    (cell / "score.done").unlink()
+    run(plan(grid(words(tmp_path, prompts, "method=none"))), "test", say=lambda line: None)
+    assert lost.read_bytes() == content
+    assert results(again).items() <= results(folder).items()
+
+
+def test_other_metrics_score_again_and_keep_the_images(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    _, prompts = finished
+    folder = run(plan(grid(words(tmp_path, prompts, "method=none"))), "test", say=lambda line: None)
+    (cell,) = (p for p in folder.iterdir() if p.is_dir())
+    times = {p: p.stat().st_mtime_ns for p in (cell / "images").iterdir()}
+    run(plan(grid(words(tmp_path, prompts, "method=none", "~metrics.ssim_nearest"))), "test", say=lambda line: None)
+    assert {p: p.stat().st_mtime_ns for p in (cell / "images").iterdir()} == times
+    assert not any("ssim_nearest" in r["scores"] for r in read_records(cell, "score").values())
+
+
+def test_settings_that_change_the_result_have_another_folder(finished: tuple[Path, Path]) -> None:
+    folder, prompts = finished
+
+    def cell_of(*more: str) -> str:
+        return plan(grid(words(folder.parent, prompts, "method=nemo", *more)))[0].id
+
+    assert cell_of("batch_size=1") == cell_of("trainer.devices=2") == cell_of("logger=wandb") == cell_of()
+    changes = ["seeds=3", "localize_seeds=4", "model.steps=4", "model.guidance=2", "method.theta=4"]
+    assert len({cell_of(), *map(cell_of, changes)}) == len(changes) + 1
+
+
+def test_a_folder_of_something_else_is_refused(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    _, prompts = finished
+    (tmp_path / "default").mkdir()
+    (tmp_path / "default" / "thesis.txt").write_text("mine")
+    with pytest.raises(StoreError, match="holds no run of nemo_bench"):
+        run(plan(grid(words(tmp_path, prompts, "method=none"))), "test")
+    assert [p.name for p in (tmp_path / "default").iterdir()] == ["thesis.txt"]
+
+
+def test_a_cell_written_by_another_configuration_is_refused(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    _, prompts = finished
+    cells = plan(grid(words(tmp_path, prompts, "method=none")))
+    folder = run(cells, "test", say=lambda line: None)
+    path = folder / cells[0].id / "spec.json"
+    path.write_text(path.read_text().replace('"seeds": 2', '"seeds": 5'))
+    before = results(folder)
+    with pytest.raises(StoreError, match=r"spec\.json .*not what its folder is named by: settings.seeds"):
+        run(plan(grid(words(tmp_path, prompts, "method=none"))), "test")
+    assert results(folder) == before
+
+
+def test_the_same_id_in_two_files_is_an_error(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    _, prompts = finished
+    with pytest.raises(Exception, match="two files have a prompt with id"):
+        plan(grid([*SMALL, f"root={tmp_path}", f"prompts.files=[{prompts},{prompts}]"]))
+
+
+def test_scores_that_overflowed_leave_the_rest_of_a_summary_alone() -> None:
+    prompts = [Prompt("a", "a", "VM"), Prompt("b", "b")]
+    cell = SimpleNamespace(is_mitigated=False, prompts=prompts)
+
+    def summed_up(score: float) -> dict[str, Any]:
+        return _detection(cell, [{"prompt": "a", "memorization": score}, {"prompt": "b", "memorization": 0.1}])  # type: ignore[arg-type]
+
+    assert summed_up(0.9)["memorization"]["auc"] == 1
+    assert summed_up(0.9)["memorization"]["failed"] == 0
+    cell.prompts.append(Prompt("c", "c", "VM"))
+    lost = {"prompt": "c", "failed": "noise differences are not finite"}
+    found = _detection(cell, [*({"prompt": i, "memorization": v} for i, v in (("a", 0.9), ("b", 0.1))), lost])  # type: ignore[arg-type]
+    assert (found["memorization"]["auc"], found["memorization"]["failed"]) == (1, 1)

@@ -1,0 +1,286 @@
+"""Results on disk: nothing that was written is lost, nothing that was not is made up, whenever a process is killed."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from nemo_bench.errors import StoreError
+from nemo_bench.records import store as store_module
+from nemo_bench.records.data import Record
+from nemo_bench.records.io import read_json, write_json
+from nemo_bench.records.store import SCHEMA, Store, read_checked, read_records
+
+SPEC = {"settings": {"model": "m", "steps": 3}}
+TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from('\u2028\u2029\x85\x1e\r\n"\\{}é'), max_size=8)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    opened = Store(tmp_path / "cell")
+    opened.open(SPEC)
+    return opened
+
+
+def lines_of(store: Store, number: int, stage: str = "generate") -> Path:
+    return store.folder / "records" / f"{stage}.{number}.jsonl"
+
+
+def record(name: str, **more: Any) -> Record:
+    return {"id": name, "score": 0.5, **more}
+
+
+def test_records_come_back_by_id(store: Store) -> None:
+    store.writer("generate")([record("a"), record("b", score=None)])
+    store.writer("score")([record("a", score=2.0)])
+    assert store.records("generate") == {"a": record("a"), "b": record("b", score=None)}
+    assert read_records(store.folder, "score") == {"a": record("a", score=2.0)}
+    assert store.records("localize") == {}
+
+
+def test_a_torn_last_line_is_dropped_and_its_id_is_open_again(store: Store) -> None:
+    store.writer("generate")([record("a"), record("b")])
+    path = lines_of(store, 0)
+    path.write_bytes(path.read_bytes()[:-9])
+    assert set(store.records("generate")) == {"a"}
+    assert store.open_ids("generate", ["c", "b", "a"]) == ["c", "b"]
+    store.writer("generate")([record("b"), record("c")])
+    assert set(store.records("generate")) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("garbage", ["garbage", '{"id": "b", "sco', "[]", "7", '"id"', '{"score": 1}', ""])
+def test_garbage_in_the_middle_is_an_error_that_names_file_and_line(store: Store, garbage: str) -> None:
+    path = lines_of(store, 0)
+    path.write_text(f'{{"id": "a"}}\n{garbage}\n{{"id": "c"}}\n')
+    with pytest.raises(StoreError, match=re.escape(f"{path}, line 2 is no record")):
+        store.records("generate")
+
+
+def test_equal_lines_count_once_whatever_their_cost(store: Store) -> None:
+    first, second = store.writer("generate"), store.writer("generate")
+    first([record("a", cost={"seconds": 1.0})])
+    second([record("a", cost={"seconds": 9.0}), record("a"), record("b")])
+    assert set(store.records("generate")) == {"a", "b"}
+    assert store.records("generate")["a"]["cost"] == {"seconds": 1.0}
+
+
+def test_lists_that_differ_by_rounding_are_equal_and_others_are_not(store: Store) -> None:
+    first, second = store.writer("generate"), store.writer("generate")
+    first([record("a", pairs=[0.5, 0.25])])
+    second([record("a", pairs=[0.5, 0.2500001])])
+    assert store.records("generate")["a"]["pairs"] == [0.5, 0.25]
+    store.writer("generate")([record("a", pairs=[0.5, 0.3])])
+    with pytest.raises(StoreError, match="different results for a"):
+        store.records("generate")
+
+
+def test_different_lines_for_an_id_are_an_error_that_names_both_files(store: Store) -> None:
+    first, second = store.writer("generate"), store.writer("generate")
+    first([record("a")])
+    second([record("b"), record("a", score=0.6)])
+    with pytest.raises(StoreError, match="different results for a; delete the one that is wrong") as error:
+        store.records("generate")
+    assert str(lines_of(store, 0)) in str(error.value)
+    assert str(lines_of(store, 1)) in str(error.value)
+
+
+def test_every_writer_has_a_file_of_its_own_made_at_the_first_call(store: Store) -> None:
+    writers = [store.writer("generate") for _ in range(3)]
+    assert not list((store.folder / "records").iterdir())
+    for number in (2, 0, 2):
+        writers[number]([record(f"w{number}")])
+    assert sorted(path.name for path in (store.folder / "records").iterdir()) == [
+        "generate.0.jsonl",
+        "generate.1.jsonl",
+    ]
+    assert lines_of(store, 0).read_text().count('"w2"') == 2
+    assert lines_of(store, 1).read_text().count('"w0"') == 1
+
+
+def test_a_file_left_by_an_earlier_process_is_never_appended_to(store: Store) -> None:
+    # Its last line may be torn: what is appended to it would be lost with it.
+    lines_of(store, 0).write_text('{"id": "a"}\n{"id": "b", "sc')
+    store.writer("generate")([record("b")])
+    assert lines_of(store, 0).read_text().endswith('"sc')
+    assert set(store.records("generate")) == {"a", "b"}
+
+
+@given(st.lists(TEXT, min_size=1, max_size=5))
+@settings(max_examples=30)
+def test_any_text_survives(texts: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder))
+        store.open(SPEC)
+        written = [record(str(number), text=text) for number, text in enumerate(texts)]
+        store.writer("generate")(written)
+        assert list(store.records("generate").values()) == written
+
+
+def test_line_separators_of_unicode_do_not_split_a_line(store: Store) -> None:
+    text = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven\r\neight\rnine"
+    store.writer("generate")([record("a", text=text), record("b")])
+    assert store.records("generate")["a"]["text"] == text
+    assert set(store.records("generate")) == {"a", "b"}
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), TEXT), min_size=1, max_size=6), st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_kill_loses_no_complete_record_and_invents_none(split: list[tuple[int, str]], data: st.DataObject) -> None:
+    written = [(writer, record(f"r{number}", text=text)) for number, (writer, text) in enumerate(split)]
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder))
+        store.open(SPEC)
+        writers = [store.writer("generate") for _ in range(3)]
+        for writer, line in written:
+            writers[writer]([line])
+        torn = data.draw(st.sampled_from(sorted((store.folder / "records").iterdir())))
+        content = torn.read_bytes()
+        kept = content[: data.draw(st.integers(0, len(content)))]
+        torn.write_bytes(kept)
+
+        # What counts as complete: all bytes of the object are there, with or without the end of the line.
+        lost = {json.loads(line)["id"] for line in content.split(b"\n")[:-1] if line not in kept.split(b"\n")}
+        expected = {line["id"]: line for _, line in written if line["id"] not in lost}
+        assert store.records("generate") == expected
+
+        names = [line["id"] for _, line in written]
+        missing = store.open_ids("generate", names)
+        assert missing == [name for name in names if name in lost]
+        store.writer("generate")([line for _, line in written if line["id"] in missing])
+        store.finish("generate", names)
+        assert store.records("generate") == {line["id"]: line for _, line in written}
+
+
+def test_an_id_whose_image_was_deleted_is_open_again(store: Store) -> None:
+    image = Image.new("RGB", (4, 4), "red")
+    names = [store.save_image(f"images/{i}.png", image) for i in "ab"]
+    store.writer("generate")([record("a", image=names[0]), record("b", image=names[1]), record("c")])
+    assert store.open_ids("generate", "abc") == []
+    (store.folder / names[0]).unlink()
+    assert store.open_ids("generate", "abc") == ["a"]
+    with pytest.raises(StoreError, match="1 of 3 records of 'generate' are missing"):
+        store.finish("generate", "abc")
+
+
+def test_an_image_is_saved_whole(store: Store) -> None:
+    image = Image.new("RGB", (5, 3), (1, 2, 3))
+    assert store.save_image("images/a.png", image) == "images/a.png"
+    with Image.open(store.folder / "images/a.png") as saved:
+        assert saved.size == (5, 3)
+        assert saved.getpixel((4, 2)) == (1, 2, 3)
+    assert [path.name for path in (store.folder / "images").iterdir()] == ["a.png"]
+
+
+def test_open_again_takes_the_same_configuration_only(store: Store) -> None:
+    written = (store.folder / "spec.json").read_bytes()
+    Store(store.folder).open({"settings": {"steps": 3, "model": "m"}, "title": "spelled otherwise"})
+    with pytest.raises(StoreError, match=r"another configuration \(differing: settings.seeds, settings.steps\)"):
+        Store(store.folder).open({"settings": {"model": "m", "steps": 4, "seeds": 1}})
+    with pytest.raises(StoreError, match=r"differing: settings.model"):
+        Store(store.folder).open({"settings": {"steps": 3}})
+    assert (store.folder / "spec.json").read_bytes() == written
+    assert read_json(store.folder / "spec.json") == {"schema": SCHEMA, **SPEC}
+
+
+def test_what_json_makes_equal_is_the_same_configuration(store: Store) -> None:
+    other = Store(store.folder.with_name("other"))
+    other.open({"settings": {"seeds": (1, 2)}})
+    other.open({"settings": {"seeds": [1, 2]}})
+
+
+def test_results_of_another_schema_are_refused(store: Store) -> None:
+    write_json(store.folder / "spec.json", {"schema": SCHEMA + 1, **SPEC})
+    with pytest.raises(StoreError, match="differing: schema"):
+        store.open(SPEC)
+
+
+def test_a_foreign_folder_is_refused_and_an_empty_one_taken(tmp_path: Path) -> None:
+    (tmp_path / "holiday.txt").write_text("photos")
+    with pytest.raises(StoreError, match=r"not empty and holds no spec\.json"):
+        Store(tmp_path).open(SPEC)
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.txt"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".DS_Store").write_text("left by a system")
+    Store(tmp_path / "empty").open(SPEC)
+
+
+def test_a_kill_while_the_folder_is_made_can_be_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(path: Path, content: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Store(tmp_path / "cell").open(SPEC)
+    Store(tmp_path / "cell").open(SPEC)
+
+
+def test_a_deleted_folder_of_images_is_made_again(store: Store) -> None:
+    (store.folder / "images").rmdir()
+    store.open(SPEC)
+    store.save_image("images/a.png", Image.new("RGB", (2, 2)))
+
+
+def test_finish_recounts_and_forget_starts_over(store: Store) -> None:
+    store.writer("generate")([record("a")])
+    store.writer("score")([record("a")])
+    with pytest.raises(StoreError, match="1 of 2 records of 'generate' are missing; run the command again"):
+        store.finish("generate", iter("ab"))
+    assert not store.is_done("generate")
+    store.writer("generate")([record("b")])
+    store.finish("generate", iter("ab"))
+    assert store.is_done("generate")
+    assert not store.is_done("score")
+    assert read_json(store.folder / "generate.done") == {"records": 2}
+    store.forget("generate")
+    assert not store.is_done("generate")
+    assert store.records("generate") == {}
+    assert store.records("score") == {"a": record("a")}
+
+
+def test_write_json_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    for content in ({"a": [1, None, "é\u2028"]}, [2]):
+        write_json(path, content)
+        assert read_json(path) == content
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert read_json(path) == [2]
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_json_that_is_missing_or_torn_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"gone\.json is missing"):
+        read_json(tmp_path / "gone.json")
+    (tmp_path / "torn.json").write_bytes(b'{"a": "\xff')
+    with pytest.raises(StoreError, match=r"torn\.json does not hold what it should \(no JSON"):
+        read_json(tmp_path / "torn.json")
+
+
+@pytest.mark.parametrize(
+    ("stage", "content"),
+    [
+        ("localize", {"prompt": "a", "neurons": {}, "memorization": 0.5}),
+        ("generate", {"prompt": "a", "seed": 0, "image": "images/a_00.png"}),
+        ("detect", {"prompt": "a", "score": 0.5}),
+    ],
+)
+def test_a_record_lacks_its_result_only_where_it_says_why_it_failed(store: Store, stage: str, content: Record) -> None:
+    file = lines_of(store, 0, stage)
+    whole = {"id": "1", **content}
+    *_, result = content
+    lacking = {key: value for key, value in whole.items() if key != result}
+    for good in (whole, {**lacking, "failed": "not finite"}):
+        file.write_text(json.dumps(good) + "\n")
+        assert read_checked(store.folder, stage) == [good]
+    file.write_text(json.dumps(lacking) + "\n")
+    with pytest.raises(StoreError, match=f"the record 1 has no {result} that it should; delete its line"):
+        read_checked(store.folder, stage)
