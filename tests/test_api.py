@@ -10,7 +10,7 @@ import torch
 import nemo_bench
 from nemo_bench import Calibration, ConfigError, Diffusion, NeMo, Prompt, PromptError, load, load_prompts, run
 from nemo_bench.benchmark.plan import plan
-from nemo_bench.benchmark.run import run
+from nemo_bench.benchmark.run import run as run_cells
 from nemo_bench.config import grid
 from nemo_bench.localization import REFERENCE, pair_scores
 from nemo_bench.prompts import seeds_of
@@ -60,7 +60,7 @@ def test_localize_draws_the_noise_of_a_run(tiny: Diffusion, tiny_calibration: Ca
 def test_calibrating_in_memory_is_what_a_run_measures(tmp_path: Path, prompt_file: Path) -> None:
     words = [*FEW, f"root={tmp_path}", f"prompts.files=[{prompt_file}]", "method=nemo"]
     cells = plan(grid(words))
-    run(cells, "test", progress=False)
+    run_cells(cells, "test", progress=False)
     measured = cells[0].method.calibration
     model, (prompts, general) = load("planted"), load_prompts("planted", *words[:-1])
     nemo = NeMo().calibrate(model, general, seeds=3)

@@ -94,14 +94,6 @@ def test_module_imports_only_what_its_part_may(name: str) -> None:
     assert parts_imported(name) <= MAY_IMPORT[part(name)]
 
 
-def test_modules_do_not_import_each_other_in_circles() -> None:
-    graph = {name: {found for found in imports(name) if found in FILES} - {name} for name in FILES}
-    while graph:
-        leaves = {name for name, needed in graph.items() if not needed & set(graph)}
-        assert leaves, f"a circle among {sorted(graph)}"
-        graph = {name: needed for name, needed in graph.items() if name not in leaves}
-
-
 def test_parts_floors_and_imports_stay_few() -> None:
     arrows = {(part(name), other) for name in FILES for other in parts_imported(name)} - {("", "")}
     floor: dict[str, int] = {}

@@ -285,9 +285,8 @@ def test_the_command_says_what_it_found_to_people_and_machines(
 
 def test_two_ranks_measure_the_same_bits(tmp_path: Path) -> None:
     script = tmp_path / "calibrate.py"
-    script.write_text(
-        "from nemo_bench import cli\nfrom nemo_bench.benchmark.stages import calibrate\ncalibrate.CHUNK = 4\nraise SystemExit(cli.main())\n"
-    )
+    imports = "from nemo_bench import cli\nfrom nemo_bench.benchmark.stages import calibrate\n"
+    script.write_text(f"{imports}calibrate.CHUNK = 4\nraise SystemExit(cli.main())\n")
     # One prompt a pass, so that any number of ranks gives the UNet batches of one shape.
     words = ["calibrate", "--json", *SMALL, "batch_size=2"]
     found = []
