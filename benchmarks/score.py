@@ -103,7 +103,7 @@ def main() -> None:
             score = [sys.executable, "-m", "nemo_bench.cli", "score", str(folder), "--json", "--conf", str(conf)]
             memory[count] = peak_memory([*score, *words, f"name=run{count}"])
         (cell,) = cells_of(folder, [*words, "name=rate"], conf=conf, progress=False)
-        runner = Runner(cell.choice.settings.trainer, progress=False)
+        runner = Runner(cell.config.settings.trainer, progress=False)
         network = loaded(metrics_of(cell)["alignment"].space, runner.trainer.strategy.root_device)
         plain_loop(folder, texts[:4], network)
         start = time.perf_counter()

@@ -18,7 +18,7 @@ import yaml
 import nemo_bench.metrics
 from nemo_bench import cli
 from nemo_bench.config import build, describe_options, grid, options
-from nemo_bench.metrics import BenchMetric, Space
+from nemo_bench.metrics import BenchMetric, ImageSpace
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.statistics import presets
 
@@ -102,7 +102,7 @@ def measures() -> str:
 
 def spaces() -> str:
     """Every class of spaces."""
-    return _classes(Space)
+    return _classes(ImageSpace)
 
 
 def _classes(base: type) -> str:

@@ -56,7 +56,7 @@ def load_prompts(prompts: str = "planted", *overrides: str) -> tuple[list[Prompt
         >>> prompts, general = load_prompts("planted")
         >>> nemo = NeMo().calibrate(load("planted"), general)
     """
-    is_source = Path(prompts).suffix in READERS or DatasetPlace.of(prompts)
+    is_source = Path(prompts).suffix in READERS or DatasetPlace.from_source(prompts)
     own = f"prompts.files={quoted(prompts)}" if is_source else f"prompts={prompts}"
     (choice,) = grid([own, "method=none", *overrides])
     settings = choice.settings.prompts

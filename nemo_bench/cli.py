@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_bench.environment import make_ready
-from nemo_bench.errors import NemoBenchError, counted, nearest, shortened
+from nemo_bench.errors import NemoBenchError, counted, did_you_mean, shortened
 
 if TYPE_CHECKING:
-    from nemo_bench.config import Choice
+    from nemo_bench.config import CellConfig
 
 EPILOG = """settings are words key=value, lists of values make a grid:
   nemo-bench run                                   no mitigation, NeMo and its controls on the embedded model
@@ -110,13 +110,13 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
     if "=" in first and not first.startswith("-"):
         parser.error(f"{first}: a command comes first, such as: nemo-bench run {shlex.join(words)}")
     if not first.startswith("-") and first not in commands:
-        parser.error(f"unknown command '{first}'. {nearest(first, commands)}")
+        parser.error(f"unknown command '{first}'. {did_you_mean(first, commands)}")
     options, rest = parser.parse_known_args(words)
     sub = commands[options.name_of_command]
     for word in rest:
         if word.startswith("-"):
             known = [option for option in sub._option_string_actions if option.startswith("--")]
-            sub.error(f"unknown option '{word}'. {nearest(word, known)}")
+            sub.error(f"unknown option '{word}'. {did_you_mean(word, known)}")
         if not hasattr(options, "overrides"):
             sub.error(f"unknown argument '{word}'; nemo-bench {options.name_of_command} takes no settings")
     # argparse takes all settings from one place; those after an option are settings as well.
@@ -242,7 +242,7 @@ def _run(options: argparse.Namespace) -> None:
     check_needs(choices)
     cells = plan(choices)
     start = time.perf_counter()
-    open_before = sum(sum(row["open"].values()) for row in outlook(cells))
+    open_before = sum(sum(row["pending"].values()) for row in outlook(cells))
     say = _aside if options.json else print
     folder = run(cells, options.line, say=say, progress=not options.json)
     if is_main():
@@ -266,21 +266,21 @@ def _detect(options: argparse.Namespace) -> None:
 
     cells = detection.plan(choices)
     start = time.perf_counter()
-    is_done = not detection.is_open(cells)
+    is_done = not detection.is_pending(cells)
     folder = detection.detect(cells, options.line, progress=not options.json)
     if is_main() and options.json:
         print((folder / "detection.json").read_text(encoding="utf-8"))
     elif is_main():
         show(*terminal_detection(load_detections(folder)))
         for cell in cells:
-            for found in cell.choice.families:
+            for found in cell.config.families:
                 print(f"{cell.spec['detector']} on {cell.spec['model']}, settings {found}")
         done = "everything was done already" if is_done else "done"
         print(f"{done}, {time.perf_counter() - start:.0f} s\nreport:  {folder / 'detection.html'}\nrecords: {folder}")
     detection.check_scored(cells)
 
 
-def _print_settings(choices: Sequence[Choice], as_json: bool) -> None:
+def _print_settings(choices: Sequence[CellConfig], as_json: bool) -> None:
     """The settings of each cell in full, as YAML documents or a list of objects."""
     import yaml
 
@@ -311,7 +311,7 @@ def _show(folder: Path, done: str, *, as_json: bool) -> None:
     print(f"{done}\nreport:  {folder / 'report.html'}\nrecords: {folder}")
 
 
-def _dry_run(choices: Sequence[Choice], as_json: bool) -> None:
+def _dry_run(choices: Sequence[CellConfig], as_json: bool) -> None:
     """Prints needs and cost; an error where something is missing, so that scripts can tell."""
     from nemo_bench.benchmark.dry_run import forecast
 
@@ -357,7 +357,7 @@ def _print_forecast(expected: Mapping[str, Any]) -> None:
     titles = ("open records", "localize", "generate", "score", "UNet passes", "time")
     table = Table(*(Column(title, no_wrap=True) for title in titles))
     for row in rows:
-        counts = [str(row["open"].get(stage, "-")) for stage in ("localize", "generate", "score")]
+        counts = [str(row["pending"].get(stage, "-")) for stage in ("localize", "generate", "score")]
         least = "≥ " if row["at_least"] else ""
         table.add_row(row["cell"], *counts, f"{least}{sum(row['passes'].values()):,}", _duration(row["seconds"], least))
     show(table)
@@ -372,7 +372,7 @@ def _print_forecast(expected: Mapping[str, Any]) -> None:
     console.print(f"time: {_duration(total['seconds'], least)}")
 
 
-def _warn_of_limits(choices: Sequence[Choice]) -> None:
+def _warn_of_limits(choices: Sequence[CellConfig]) -> None:
     """Says, apart from the results, that they are of the first prompts only."""
     found = {
         f"prompts.{name}={value}": None

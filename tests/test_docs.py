@@ -83,9 +83,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def first_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a grid, one cell is composed; of the others, the files that they name are looked for."""
-    compose, first = composition.choose, list[composition.Choice]()
+    compose, first = composition.choose, list[composition.CellConfig]()
 
-    def choose(words: Sequence[str], conf: Path | None) -> composition.Choice:
+    def choose(words: Sequence[str], conf: Path | None) -> composition.CellConfig:
         for override in composition._parse(words):
             composition._check_option(override, conf)
         first.extend([] if first else [compose(words, conf)])

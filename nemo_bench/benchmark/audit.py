@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_bench.benchmark.embedding_search import UNCHANGED
-from nemo_bench.benchmark.plan import ImageCell, decisive_settings, metrics_of, read_files, source_of
+from nemo_bench.benchmark.plan import ImageCell, identity_settings, metrics_of, read_files, source_of
 from nemo_bench.benchmark.rescore import reread
 from nemo_bench.benchmark.runner import Runner, is_main
 from nemo_bench.benchmark.stages.audit import (
@@ -28,7 +28,7 @@ from nemo_bench.benchmark.stages.audit import (
 )
 from nemo_bench.config import SCORING, build, check_stored, named_classes, overridden, rows_at_once
 from nemo_bench.diffusion import GRADIENT_MEMORY
-from nemo_bench.errors import ConfigError, ModelError, StoreError, nearest
+from nemo_bench.errors import ConfigError, ModelError, StoreError, did_you_mean
 from nemo_bench.methods import Method, NoMitigation
 from nemo_bench.methods.descent import check_precision
 from nemo_bench.metrics import MemorizationRate
@@ -103,7 +103,7 @@ def _settings(overrides: Sequence[str]) -> tuple[AuditSettings, list[str]]:
         key = word.lstrip("~+").partition("=")[0]
         words[key in known].append(word)
         if key not in known and not any(f"{key}.".startswith(f"{other}.") for other in SCORING):
-            raise ConfigError(f"unknown setting '{word}'; write key=value. {nearest(key, [*known, *SCORING])}")
+            raise ConfigError(f"unknown setting '{word}'; write key=value. {did_you_mean(key, [*known, *SCORING])}")
     settings: AuditSettings = overridden(words[True], AuditSettings)
     settings.check()
     return settings, words[False]
@@ -119,7 +119,7 @@ def _asked_for(folder: Path, names: Sequence[str]) -> list[Path]:
     for name in names:
         if all(name not in (place.name, _method_name(place)) for place in places):
             known = {n for place in places for n in (place.name, _method_name(place))}
-            raise ConfigError(f"no cell '{name}' in {folder}. {nearest(name, known)}")
+            raise ConfigError(f"no cell '{name}' in {folder}. {did_you_mean(name, known)}")
     return [place for place in places if not names or {place.name, _method_name(place)} & set(names)]
 
 
@@ -129,30 +129,30 @@ def _method_name(place: Path) -> str:
 
 def _method(cell: ImageCell, conf: Path | None) -> Method | str:
     """The method of a cell, or why it can't be audited."""
-    node = cell.choice.settings.method
+    node = cell.config.settings.method
     if "images" in cell.spec["settings"]:
         return "images were made elsewhere, and an audit needs the network that made them"
     check_stored(node, "method", named_classes(conf))
     method: Method = build(node, "method")
-    method.batch_size = rows_at_once(cell.choice.settings)
+    method.batch_size = rows_at_once(cell.config.settings)
     if not method.auditable:
         return UNCHANGED
     try:
-        check_precision("an audit", cell.choice.settings.model.dtype)
+        check_precision("an audit", cell.config.settings.model.dtype)
     except ModelError as error:
         return str(error)
     return method
 
 
 def _audit_cell(cell: ImageCell, method: Method, settings: AuditSettings) -> AuditCell:
-    store, model = cell.store, cell.choice.settings.model
+    store, model = cell.store, cell.config.settings.model
     _entries(store.folder)
     for path in (store.folder / "layers.json", store.folder / "metrics.json"):
         if path.exists():  # the report that follows can't do without them
             read_object(path)
     if source_of(model).digest() != cell.spec["settings"]["model"]["weights"]:
         raise StoreError(f"{store.folder} was made with other weights than {model.source} holds now; put those back")
-    if decisive_settings(cell.choice.settings.method, method, cell.prompts) != cell.spec["settings"]["method"]:
+    if identity_settings(cell.config.settings.method, method, cell.prompts) != cell.spec["settings"]["method"]:
         raise StoreError(f"{store.folder}: files that {method.title} reads hold something else by now; put those back")
     compared = {n: m for n, m in metrics_of(cell).items() if m.needs == {"images", "references"} and m.per == "image"}
     if not any(isinstance(metric, MemorizationRate) for metric in compared.values()):
@@ -167,9 +167,9 @@ def _audit_cell(cell: ImageCell, method: Method, settings: AuditSettings) -> Aud
     controls = _controls(cell, settings)
     tasks = []
     for number, prompt in enumerate(memorized):
-        tasks.append(AuditTask.of(prompt, prompt, settings))
+        tasks.append(AuditTask.from_prompts(prompt, prompt, settings))
         if controls:
-            tasks.append(AuditTask.of(prompt, controls[number % len(controls)], settings))
+            tasks.append(AuditTask.from_prompts(prompt, controls[number % len(controls)], settings))
     return AuditCell(cell, method, compared, settings, tasks)
 
 
@@ -189,7 +189,7 @@ def _first(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
 
 def _controls(cell: ImageCell, settings: AuditSettings) -> list[Prompt]:
     own = [prompt for prompt in cell.prompts if not prompt.kind and prompt.references]
-    file = settings.controls or cell.choice.settings.prompts.controls
+    file = settings.controls or cell.config.settings.prompts.controls
     if file is None or (own and settings.controls is None):
         return own
     found = read_files([file])
@@ -216,7 +216,7 @@ def audit(cells: Sequence[AuditCell], command: str, *, progress: bool = True) ->
     Raises:
         NemoBenchError: Something is wrong with the model.
     """
-    runner = Runner(cells[0].cell.choice.settings.trainer, progress=progress)
+    runner = Runner(cells[0].cell.config.settings.trainer, progress=progress)
     runner.start()
     if is_main():
         for metric in {id(m.space): m for cell in cells for m in cell.metrics.values()}.values():
@@ -236,14 +236,14 @@ def audit(cells: Sequence[AuditCell], command: str, *, progress: bool = True) ->
 
 
 def _search(cell: AuditCell, runner: Runner) -> None:
-    store, rows = cell.store, rows_at_once(cell.cell.choice.settings)
+    store, rows = cell.store, rows_at_once(cell.cell.config.settings)
     size = max(1, rows // GRADIENT_MEMORY // cell.settings.samples)
     label = cell.cell.spec["method"]
-    runner.go_through(STAGE, label, cell.tasks, store, lambda: AuditStage(runner.model(cell.cell), cell), size)
+    runner.run_stage(STAGE, label, cell.tasks, store, lambda: AuditStage(runner.model(cell.cell), cell), size)
     records = store.records(STAGE)
     searched = [task for task in cell.tasks if "failed" not in records[task.id]]
     tasks = [ScoreTask(cell.score_id(task), task, records[task.id]) for task in searched]
-    runner.go_through(SCORES, label, tasks, store, lambda: AuditScoringStage(cell), rows)
+    runner.run_stage(SCORES, label, tasks, store, lambda: AuditScoringStage(cell), rows)
 
 
 def summary(cell: AuditCell) -> dict[str, Any]:
@@ -300,7 +300,7 @@ def summary(cell: AuditCell) -> dict[str, Any]:
     costs = [searched[task.id]["cost"] for task in cell.tasks if "row_passes" in searched[task.id]["cost"]]
     return {
         "id": cell.id,
-        "settings": cell.settings.decisive,
+        "settings": cell.settings.identity,
         "states": {state: STATES[state] for state in STATES if any(state in row for row in means.values())},
         "metrics": {name: metric.describe() for name, metric in cell.metrics.items()},
         "groups": table,

@@ -32,7 +32,7 @@ def calibrate(cells: Sequence[Cell], *, progress: bool = True) -> list[dict[str,
     if not needed:
         raise ConfigError("none of the methods asked for takes a calibration; name one that does, such as method=nemo")
     if not all(cell.is_calibrated for cell in needed):
-        runner = Runner(needed[0].choice.settings.trainer, progress=progress)
+        runner = Runner(needed[0].config.settings.trainer, progress=progress)
         runner.start()
         for cell in needed:
             runner.calibrate(cell)
@@ -50,7 +50,7 @@ def calibrate(cells: Sequence[Cell], *, progress: bool = True) -> list[dict[str,
 
 
 def _calibration_of(cell: Cell) -> dict[str, Any]:
-    folder, given = cell.calibration.folder, cell.choice.settings.model.statistics
+    folder, given = cell.calibration.folder, cell.config.settings.model.statistics
     measured = read_json(folder / THRESHOLD) if THRESHOLD in cell.measured else {}
     return {
         "model": cell.spec["model"],
@@ -60,7 +60,7 @@ def _calibration_of(cell: Cell) -> dict[str, Any]:
         **measured,
         **({} if cell.method.threshold is None else {"threshold": cell.method.threshold}),
         **cell.method.protocol.of_threshold,
-        "general_prompts": cell.choice.settings.prompts.calibration if cell.calibration_prompts else None,
+        "general_prompts": cell.config.settings.prompts.calibration if cell.calibration_prompts else None,
         "statistics": resolve(given) if given else str(folder / STATISTICS),
         "folder": str(folder) if cell.measured else None,
     }

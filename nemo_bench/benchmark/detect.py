@@ -11,7 +11,7 @@ from typing import Any
 from nemo_bench.benchmark.plan import check_scheduler, read_listed, similarity_of, source_of
 from nemo_bench.benchmark.runner import Runner, is_main, mostly_failed, note_start, open_folder
 from nemo_bench.benchmark.stages.detect import STAGE, DetectionCell, DetectionData, DetectionStage
-from nemo_bench.config import Choice, build
+from nemo_bench.config import CellConfig, build
 from nemo_bench.detectors import Detector, NoiseDifference
 from nemo_bench.errors import ConfigError, ModelError
 from nemo_bench.metrics import detection
@@ -23,11 +23,11 @@ from nemo_bench.report import write_report
 from nemo_bench.report.detection import write_detection
 
 
-def plan(choices: Sequence[Choice]) -> list[DetectionCell]:
+def plan(configs: Sequence[CellConfig]) -> list[DetectionCell]:
     """Makes the cells that were asked for.
 
     Args:
-        choices: From :func:`nemo_bench.config.detector_grid`.
+        configs: From :func:`nemo_bench.config.detector_grid`.
 
     Returns:
         Cells in the same order; their prompts are read, models and detectors checked to go together, no weights are
@@ -37,21 +37,21 @@ def plan(choices: Sequence[Choice]) -> list[DetectionCell]:
         NemoBenchError: Prompts or a model are not as they should be, or a detector is not made for the model.
     """
     for key in ("name", "root", "trainer"):
-        if any(getattr(c.settings, key) != getattr(choices[0].settings, key) for c in choices):
+        if any(getattr(c.settings, key) != getattr(configs[0].settings, key) for c in configs):
             raise ConfigError(f"{key} must be the same for all detectors of a run; give one value, or run twice")
     cells: dict[str, DetectionCell] = {}
     prompts: dict[str, list[Prompt]] = {}
-    for choice in choices:
-        key = digest(asdict(choice.settings.prompts))
+    for config in configs:
+        key = digest(asdict(config.settings.prompts))
         if key not in prompts:
-            prompts[key] = read_listed(choice.settings.prompts)
-        cell = _cell(choice, prompts[key])
+            prompts[key] = read_listed(config.settings.prompts)
+        cell = _cell(config, prompts[key])
         cells.setdefault(cell.id, cell)
     return list(cells.values())
 
 
-def _cell(choice: Choice, prompts: list[Prompt]) -> DetectionCell:
-    settings = choice.settings
+def _cell(config: CellConfig, prompts: list[Prompt]) -> DetectionCell:
+    settings = config.settings
     model = settings.model
     detector: Detector = build(settings.detector, "detector")
     source = source_of(model)
@@ -63,7 +63,7 @@ def _cell(choice: Choice, prompts: list[Prompt]) -> DetectionCell:
     if detector.steps is not None and detector.steps > model.steps:
         msg = f"{detector.title} is to watch {detector.steps} steps, and this model makes model.steps={model.steps}"
         raise ConfigError(f"{msg}; give detector.steps at most that, or null for all")
-    decisive = {
+    identity = {
         "model": {
             "weights": source.digest(),
             "dtype": model.dtype,
@@ -74,19 +74,19 @@ def _cell(choice: Choice, prompts: list[Prompt]) -> DetectionCell:
         "detector": settings.detector,
         "prompts": prompts_digest(prompts),
     }
-    names = {group: choice.names.get(group, group) for group in ("model", "detector", "prompts")}
-    folder = "__".join([*names.values(), digest(decisive, 8)])
+    names = {group: config.names.get(group, group) for group in ("model", "detector", "prompts")}
+    folder = "__".join([*names.values(), digest(identity, 8)])
     spec = {
         "cell": folder,
         **names,
         "title": detector.title,
-        "settings": decisive,
-        "families": [str(found) for found in choice.families],
-        "digests": {"model": decisive["model"]["weights"], "prompts": decisive["prompts"]},
+        "settings": identity,
+        "families": [str(found) for found in config.families],
+        "digests": {"model": identity["model"]["weights"], "prompts": identity["prompts"]},
         "citations": {detector.title: detector.citation} if detector.citation else {},
     }
     store = Store(Path(settings.root) / settings.name / folder)
-    return DetectionCell(choice=choice, detector=detector, prompts=prompts, spec=spec, store=store)
+    return DetectionCell(config=config, detector=detector, prompts=prompts, spec=spec, store=store)
 
 
 def detect(cells: Sequence[DetectionCell], command: str, *, progress: bool = True) -> Path:
@@ -105,7 +105,7 @@ def detect(cells: Sequence[DetectionCell], command: str, *, progress: bool = Tru
     Raises:
         NemoBenchError: See :func:`plan`; also where a results folder belongs to something else.
     """
-    settings = cells[0].choice.settings
+    settings = cells[0].config.settings
     folder = Path(settings.root) / settings.name
     runner = Runner(settings.trainer, progress=progress)
     runner.start()
@@ -177,6 +177,6 @@ def check_scored(cells: Sequence[DetectionCell]) -> None:
         raise ModelError("\n".join([*lines, "half precision may overflow: try model.dtype=float32 or bfloat16"]))
 
 
-def is_open(cells: Sequence[DetectionCell]) -> bool:
+def is_pending(cells: Sequence[DetectionCell]) -> bool:
     """Whether anything is left to be scored."""
-    return any(cell.store.open_ids(STAGE, [task.id for task in cell.tasks]) for cell in cells)
+    return any(cell.store.pending_ids(STAGE, [task.id for task in cell.tasks]) for cell in cells)

@@ -24,7 +24,7 @@ from nemo_bench.benchmark.plan import (
 )
 from nemo_bench.benchmark.run import outlook
 from nemo_bench.benchmark.runner import Runner
-from nemo_bench.config import Choice, PromptSettings, build, resolve
+from nemo_bench.config import CellConfig, PromptSettings, build, resolve
 from nemo_bench.diffusion import Source
 from nemo_bench.errors import NemoBenchError, counted
 from nemo_bench.localization import read_statistics
@@ -58,7 +58,7 @@ class Need:
 
 
 @dataclass
-class Pace:
+class CostModel:
     """What finished records of a model tell of its cost.
 
     Attributes:
@@ -77,7 +77,7 @@ class Pace:
     devices: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(cls, root: Path, weights: str) -> Pace:
+    def from_records(cls, root: Path, weights: str) -> CostModel:
         """Reads the records of all cells under a root that used these weights; damaged folders are passed over."""
         pace = cls()
         for path in sorted(root.glob("*/*/spec.json")):
@@ -119,11 +119,11 @@ class Pace:
         return {"records": self.records, "devices": sorted(self.devices), "seconds_per_pass": self.per_pass("generate")}
 
 
-def forecast(choices: Sequence[Choice]) -> dict[str, Any]:
+def forecast(configs: Sequence[CellConfig]) -> dict[str, Any]:
     """What a run would need, do and cost.
 
     Args:
-        choices: What was asked for.
+        configs: What was asked for.
 
     Returns:
         ``needs``: the fields of each :class:`Need`. ``families``: by model and method, which settings were chosen for
@@ -140,23 +140,23 @@ def forecast(choices: Sequence[Choice]) -> dict[str, Any]:
     Raises:
         NemoBenchError: Settings are wrong; what is merely missing is in ``needs``.
     """
-    Runner(choices[0].settings.trainer, progress=False)  # an error where this machine has no such devices
+    Runner(configs[0].settings.trainer, progress=False)  # an error where this machine has no such devices
     survey = _Survey()
-    countable, cells = survey.plan(choices)
+    countable, cells = survey.plan(configs)
     rows, paces = _costs(cells)
     seconds = [row["seconds"] for row in rows]
     stages = ("calibrate", "localize", "generate")
     families = {}
-    for choice in choices:
-        for found in choice.families:
-            about = {"model": choice.names["model"], "method": choice.names["method"], "text": str(found)}
+    for config in configs:
+        for found in config.families:
+            about = {"model": config.names["model"], "method": config.names["method"], "text": str(found)}
             families[tuple(about.values())] = {**about, **asdict(found)}
     return {
         "needs": [asdict(need) for need in survey.needs.values()],
         "families": list(families.values()),
         "cells": rows,
-        "uncounted": len(choices) - len(countable),
-        "prompts": survey.first_prompts(choices),
+        "uncounted": len(configs) - len(countable),
+        "prompts": survey.first_prompts(configs),
         "total": {
             "passes": {stage: sum(row["passes"][stage] for row in rows) for stage in stages},
             "at_least": any(row["at_least"] for row in rows),
@@ -166,14 +166,14 @@ def forecast(choices: Sequence[Choice]) -> dict[str, Any]:
     }
 
 
-def check_needs(choices: Sequence[Choice]) -> None:
+def check_needs(configs: Sequence[CellConfig]) -> None:
     """Makes sure that everything is there that a run needs, before anything loads.
 
     Raises:
         NemoBenchError: Something is missing, all of it named; or settings are wrong.
     """
     survey = _Survey()
-    survey.plan(choices)
+    survey.plan(configs)
     lacking: dict[tuple[str, str], list[str]] = {}
     for need in survey.needs.values():
         if need.state == "missing":
@@ -193,40 +193,40 @@ class _Survey:
         self.unweighed: dict[Source, str] = {}
         self._prompts: dict[str, list[Prompt]] = {}
 
-    def plan(self, choices: Sequence[Choice]) -> tuple[list[Choice], list[Cell]]:
+    def plan(self, configs: Sequence[CellConfig]) -> tuple[list[CellConfig], list[Cell]]:
         """Notes what some cells need, and makes those that can be made.
 
         Returns:
-            The choices whose files can be read, without metrics that lack something, and the cells of these.
+            The configs whose files can be read, without metrics that lack something, and the cells of these.
 
         Raises:
             NemoBenchError: Settings are wrong.
         """
-        check_one_run(choices)
-        countable = [kept for choice in choices if (kept := self.take(choice))]
+        check_one_run(configs)
+        countable = [kept for config in configs if (kept := self.take(config))]
         try:
             return countable, plan(countable, self.unweighed) if countable else []
         except NemoBenchError:
             # One by one, so that all that do not fit are named; what remains is wrong with all of them together.
-            countable = [choice for choice in countable if self._fits(choice)]
+            countable = [config for config in countable if self._fits(config)]
             return countable, plan(countable, self.unweighed) if countable else []
 
-    def _fits(self, choice: Choice) -> bool:
+    def _fits(self, config: CellConfig) -> bool:
         try:
-            plan([choice], self.unweighed)
+            plan([config], self.unweighed)
         except NemoBenchError as error:
-            what = f"{choice.names['method']} on {choice.names['model']}, {choice.names['prompts']}"
+            what = f"{config.names['method']} on {config.names['model']}, {config.names['prompts']}"
             self.needs["method", what] = Need("method", what, "missing", str(error))
             return False
         return True
 
-    def take(self, choice: Choice) -> Choice | None:
+    def take(self, config: CellConfig) -> CellConfig | None:
         """Notes what a cell needs.
 
         Returns:
             The cell without metrics that lack something, so that it can be counted; None where it can't be.
         """
-        settings = choice.settings
+        settings = config.settings
         model, prompts = settings.model, settings.prompts
         source, method = source_of(model), build(settings.method, "method")
         what = f"{source.path} with {source.lora.path}" if source.lora else source.path
@@ -242,7 +242,7 @@ class _Survey:
             own = [prompt for file in prompts.files for prompt in self._prompts[file][: prompts.limit]]
             self._note_training_images(own, ", ".join(prompts.files))
             if file := settings.method.get("file"):
-                found.append(self._there("method's file", file, lambda: method.content(own)))
+                found.append(self._there("method's file", file, lambda: method.fingerprint(own)))
         if model.statistics:
             path = Path(resolve(model.statistics))
             found.append(self._there("statistics", str(path), lambda: read_statistics(path)))
@@ -251,14 +251,14 @@ class _Survey:
             found.append(self._there("prompts of edits", file, partial(self._listed, file, prompts)))
         if to_measure(method, model):
             general = prompts.calibration
-            what = general or f"for method={choice.names['method']}"
-            found.append(self._there("general prompts", what, partial(self._general, choice, unlinked)))
-        return replace(choice, settings=replace(settings, metrics=metrics)) if all(found) else None
+            what = general or f"for method={config.names['method']}"
+            found.append(self._there("general prompts", what, partial(self._general, config, unlinked)))
+        return replace(config, settings=replace(settings, metrics=metrics)) if all(found) else None
 
-    def first_prompts(self, choices: Sequence[Choice]) -> dict[str, dict[str, Any]]:
+    def first_prompts(self, configs: Sequence[CellConfig]) -> dict[str, dict[str, Any]]:
         """The beginning of every file of prompts that can be read, and how many of its prompts are taken."""
         found = {}
-        for settings in (choice.settings.prompts for choice in choices):
+        for settings in (config.settings.prompts for config in configs):
             for file in (file for file in settings.files if file in self._prompts):
                 own = self._prompts[file][: settings.limit]
                 first = [{"id": prompt.id, "text": prompt.text} for prompt in own[:FIRST]]
@@ -275,9 +275,9 @@ class _Survey:
                 self.needs[key] = Need(kind, what, "missing", str(error))
         return self.needs[key].state != "missing"
 
-    def _general(self, choice: Choice, settings: PromptSettings) -> str:
+    def _general(self, config: CellConfig, settings: PromptSettings) -> str:
         if not settings.calibration:
-            check_general(choice.names["method"], [])
+            check_general(config.names["method"], [])
         told = counted(len(_read(str(settings.calibration), settings)), "prompt")
         if settings.calibration in settings.files:
             told += ", which are benchmarked too: give prompts.calibration a list of its own for results"
@@ -327,15 +327,15 @@ def _metric(metric: BenchMetric, what: str) -> Need:
     return Need("metric", what, "fetched", "its weights, from the hub before the first image")
 
 
-def _costs(cells: Sequence[Cell]) -> tuple[list[dict[str, Any]], dict[str, Pace]]:
-    paces: dict[str, Pace] = {}
+def _costs(cells: Sequence[Cell]) -> tuple[list[dict[str, Any]], dict[str, CostModel]]:
+    paces: dict[str, CostModel] = {}
     calibrated: set[Path] = set()
     rows = []
     for row, cell in zip(outlook(cells), with_sources(cells), strict=True):
-        settings, weights = cell.choice.settings, cell.spec["digests"]["model"]
+        settings, weights = cell.config.settings, cell.spec["digests"]["model"]
         if weights not in paces:
-            paces[weights] = Pace.of(Path(settings.root), weights)
-        pace, open_, seeds = paces[weights], row["open"], settings.localize_seeds
+            paces[weights] = CostModel.from_records(Path(settings.root), weights)
+        pace, open_, seeds = paces[weights], row["pending"], settings.localize_seeds
         searches, kind = cell.method.needs_calibration, settings.method["_target_"]
         # What localizing measures in the end, and the gate of a search.
         each = seeds * (2 if searches else 1)
@@ -364,4 +364,4 @@ def _calibrating(cell: Cell) -> int:
         return 0
     done = len(cell.calibration.records("calibrate"))
     guided = 2 if cell.method.protocol.calibration_guidance is not None else 1
-    return (len(cell.calibration_prompts) - done) * cell.choice.settings.localize_seeds * guided
+    return (len(cell.calibration_prompts) - done) * cell.config.settings.localize_seeds * guided

@@ -15,7 +15,7 @@ from nemo_bench.benchmark.runner import (
 )
 from nemo_bench.config import ModelSettings, SimilaritySettings
 from nemo_bench.diffusion import Diffusion, folder_digest
-from nemo_bench.errors import ConfigError, StoreError, counted, nearest
+from nemo_bench.errors import ConfigError, StoreError, counted, did_you_mean
 from nemo_bench.records.data import Neurons
 from nemo_bench.records.io import damaged, digest, write_text
 from nemo_bench.records.pictures import visible
@@ -43,7 +43,7 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
     if not found:
         raise StoreError(f"{cell} holds no localization; give results/<name>/<cell> of a finished run")
     if prompt is not None and prompt not in found:
-        raise ConfigError(f"no prompt '{prompt}' in {cell}. {nearest(prompt, found)}")
+        raise ConfigError(f"no prompt '{prompt}' in {cell}. {did_you_mean(prompt, found)}")
     memorized = [found[p.id] for p in read_cell_prompts(cell, read_spec(cell)) if p.kind and p.id in found]
     neurons = found[prompt] if prompt is not None else reduce(or_, memorized or found.values())
     if not neurons:

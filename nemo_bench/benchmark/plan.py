@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_bench.config import (
-    Choice,
+    CellConfig,
     ModelSettings,
     PromptSettings,
     RunSettings,
@@ -45,7 +45,7 @@ UNMITIGATED = {"_target_": "nemo_bench.methods.NoMitigation"}
 class Work(Protocol):
     """What owns a results folder: settings, prompts, what decides the result, and the folder."""
 
-    choice: Choice
+    config: CellConfig
     prompts: list[Prompt]
     spec: dict[str, Any]
     store: Store
@@ -56,14 +56,14 @@ class ImageCell:
     """Images of some prompts, scored together; owner of one results folder.
 
     Attributes:
-        choice: Names and settings.
+        config: Names and settings.
         prompts: All prompts.
         spec: What decides the result, as written to ``spec.json``.
         store: Its folder.
         unmitigated: The cell of the same images without mitigation: one that was asked for, or finished before.
     """
 
-    choice: Choice
+    config: CellConfig
     prompts: list[Prompt]
     spec: dict[str, Any]
     store: Store
@@ -82,7 +82,7 @@ class ImageCell:
     @property
     def prompt_tasks(self) -> list[PromptTask]:
         """All prompts."""
-        return [PromptTask.of(p) for p in self.prompts]
+        return [PromptTask.from_prompt(p) for p in self.prompts]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -121,7 +121,7 @@ class Cell(ImageCell):
     @property
     def image_tasks(self) -> list[ImageTask]:
         """All images, prompt by prompt."""
-        return [ImageTask.of(p, seed) for p in self.prompts for seed in range(self.choice.settings.seeds)]
+        return [ImageTask.from_prompt(p, seed) for p in self.prompts for seed in range(self.config.settings.seeds)]
 
     def ids(self, stage: str) -> list[str]:
         """Record ids of a finished stage."""
@@ -129,25 +129,25 @@ class Cell(ImageCell):
         return {"localize": prompts, "generate": images, "score": prompts}[stage]
 
 
-def check_one_run(choices: Sequence[Choice]) -> None:
-    """Makes sure that some choices can be cells of one run, whose folder can be written to.
+def check_one_run(configs: Sequence[CellConfig]) -> None:
+    """Makes sure that some configs can be cells of one run, whose folder can be written to.
 
     Raises:
         NemoBenchError: They can't.
     """
-    if any(choice.settings.detector is not None for choice in choices):
+    if any(config.settings.detector is not None for config in configs):
         raise ConfigError("detectors are run by nemo-bench detect; leave out detector=...")
     for key in ("name", "root", "trainer", "logger"):
-        if any(getattr(c.settings, key) != getattr(choices[0].settings, key) for c in choices):
+        if any(getattr(c.settings, key) != getattr(configs[0].settings, key) for c in configs):
             raise ConfigError(f"{key} must be the same for all cells of a run; give one value, or run twice")
-    check_writable(Path(choices[0].settings.root) / choices[0].settings.name)
+    check_writable(Path(configs[0].settings.root) / configs[0].settings.name)
 
 
-def plan(choices: Sequence[Choice], weights: Mapping[Source, str] | None = None) -> list[Cell]:
+def plan(configs: Sequence[CellConfig], weights: Mapping[Source, str] | None = None) -> list[Cell]:
     """Makes the cells that were asked for.
 
     Args:
-        choices: What was asked for.
+        configs: What was asked for.
         weights: Digests of weights that are not looked at, for cells that are counted and never run.
 
     Returns:
@@ -157,13 +157,13 @@ def plan(choices: Sequence[Choice], weights: Mapping[Source, str] | None = None)
     Raises:
         NemoBenchError: Prompts, references or a model folder are not as they should be.
     """
-    check_one_run(choices)
+    check_one_run(configs)
     weights = weights or {}
     prompts: dict[str, list[Prompt]] = {}
     asked: dict[str, Cell] = {}
-    for choice in choices:
-        cell = _cell(choice, prompts, weights)
-        if asked.setdefault(cell.id, cell).choice.settings != choice.settings:
+    for config in configs:
+        cell = _cell(config, prompts, weights)
+        if asked.setdefault(cell.id, cell).config.settings != config.settings:
             msg = f"two cells of the grid share the folder {cell.id}: what differs does not change images; run twice"
             raise ConfigError(msg)
     by_settings = {digest(cell.spec["settings"]): cell for cell in asked.values()}
@@ -183,13 +183,13 @@ def plan(choices: Sequence[Choice], weights: Mapping[Source, str] | None = None)
 
 def _source(cell: Cell, cache: dict[str, list[Prompt]], weights: Mapping[Source, str]) -> Cell:
     """The cell of a method's source, with the prompts whose neurons the method takes."""
-    settings, names = cell.choice.settings, {**cell.choice.names, "method": type(cell.method.source).__name__.lower()}
+    settings, names = cell.config.settings, {**cell.config.names, "method": type(cell.method.source).__name__.lower()}
     prompts = settings.prompts
     if cell.method.pools and prompts.shared_from:
         names["prompts"] = name_of_files(prompts.shared_from)
         prompts = replace(prompts, files=prompts.shared_from, memorized=prompts.shared_from, shared_from=[])
     settings = replace(settings, method=settings.method["source"], prompts=prompts)
-    return _cell(Choice(names, settings), cache, weights)
+    return _cell(CellConfig(names, settings), cache, weights)
 
 
 def _serves(cell: Cell, source: Cell) -> bool:
@@ -205,8 +205,8 @@ def _unmitigated(
 ) -> Cell | None:
     if not cell.is_mitigated:
         return None
-    settings = replace(cell.choice.settings, method=UNMITIGATED)
-    none = _cell(Choice({**cell.choice.names, "method": "none"}, settings), cache, weights)
+    settings = replace(cell.config.settings, method=UNMITIGATED)
+    none = _cell(CellConfig({**cell.config.names, "method": "none"}, settings), cache, weights)
     found = asked.get(digest(none.spec["settings"]))
     return found or (none if none.store.is_done("generate") else None)
 
@@ -255,8 +255,8 @@ def _read(cache: dict[str, list[Prompt]], *arguments: Any) -> list[Prompt]:
     return cache[key]
 
 
-def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Source, str]) -> Cell:
-    settings = choice.settings
+def _cell(config: CellConfig, cache: dict[str, list[Prompt]], weights: Mapping[Source, str]) -> Cell:
+    settings = config.settings
     model = settings.model
     method: Method = build(settings.method, "method")
     method.batch_size = rows_at_once(settings)
@@ -276,7 +276,7 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
     general = [listed.calibration] if measured and listed.calibration else []
     calibration_prompts = _read(cache, general, listed.calibration_limit)
     if measured:
-        check_general(choice.names["method"], calibration_prompts)
+        check_general(config.names["method"], calibration_prompts)
     commit = {"commit": source.commit} if source not in weights and source.commit else {}
     network = {
         "weights": weights.get(source) or source.digest(),
@@ -293,9 +293,9 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
     }
     general_prompts = {"file": listed.calibration, "digest": calibration["prompts"]} if measured else None
     uses_calibration = any(m.needs_calibration for m in _lineage(method))
-    decisive = {
+    identity = {
         "model": {**network, "steps": model.steps, "guidance": model.guidance},
-        "method": decisive_settings(settings.method, method, prompts),
+        "method": identity_settings(settings.method, method, prompts),
         "prompts": prompts_digest(prompts),
         "calibration": digest(calibration) if uses_calibration else None,
         "seeds": settings.seeds,
@@ -303,10 +303,10 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
     }
     if listed.shared_from and is_pooled(method):
         shared = _read(cache, listed.shared_from, listed.limit)
-        decisive["shared_from"] = prompts_digest(shared)
-    names = [choice.names.get(group, group) for group in ("model", "method", "prompts")]
+        identity["shared_from"] = prompts_digest(shared)
+    names = [config.names.get(group, group) for group in ("model", "method", "prompts")]
     root = Path(settings.root)
-    folder = "__".join([*names, digest(decisive, 8)])
+    folder = "__".join([*names, digest(identity, 8)])
     calibration_folder = f"{names[0]}__{digest(calibration, 8)}"
     spec = {
         "cell": folder,
@@ -314,15 +314,15 @@ def _cell(choice: Choice, cache: dict[str, list[Prompt]], weights: Mapping[Sourc
         "method": names[1],
         "prompts": names[2],
         "title": method.title,
-        "settings": decisive,
-        "families": [str(found) for found in choice.families],
-        "digests": {"model": network["weights"], "prompts": decisive["prompts"], **commit},
+        "settings": identity,
+        "families": [str(found) for found in config.families],
+        "digests": {"model": network["weights"], "prompts": identity["prompts"], **commit},
         "citations": _citations(method),
         "calibration": f"../../calibration/{calibration_folder}" if THRESHOLD in measured else None,
         "general_prompts": general_prompts,
     }
     return Cell(
-        choice=choice,
+        config=config,
         method=method,
         prompts=prompts,
         calibration_prompts=calibration_prompts,
@@ -408,7 +408,7 @@ def similarity_of(settings: ModelSettings) -> Similarity:
 
 def metrics_of(cell: ImageCell) -> dict[str, BenchMetric]:
     """The cell's metrics by name, in the order of the settings."""
-    return {name: build(node, f"metrics.{name}") for name, node in cell.choice.settings.metrics.items()}
+    return {name: build(node, f"metrics.{name}") for name, node in cell.config.settings.metrics.items()}
 
 
 def to_measure(method: Method, model: ModelSettings) -> list[str]:
@@ -433,10 +433,10 @@ def _lineage(method: Method) -> list[Method]:
     return [method, *(_lineage(method.source) if method.source else [])]
 
 
-def decisive_settings(settings: dict[str, Any], method: Method, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def identity_settings(settings: dict[str, Any], method: Method, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """The settings of a method with what they refer to, in place of where it is."""
-    source = {"source": decisive_settings(settings["source"], method.source, prompts)} if method.source else {}
-    return {**settings, **method.content(prompts), **source}
+    source = {"source": identity_settings(settings["source"], method.source, prompts)} if method.source else {}
+    return {**settings, **method.fingerprint(prompts), **source}
 
 
 def _citations(method: Method) -> dict[str, str]:

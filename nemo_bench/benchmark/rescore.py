@@ -12,7 +12,7 @@ from typing import Any
 from nemo_bench.benchmark.plan import UNMITIGATED, ImageCell, check_metrics, read_listed
 from nemo_bench.benchmark.run import finish, renew_scores, tell_damaged
 from nemo_bench.benchmark.runner import Runner, is_main, note_start, open_folder
-from nemo_bench.config import Choice, about_method, one, rescore
+from nemo_bench.config import CellConfig, about_method, one, rescore
 from nemo_bench.errors import ConfigError, StoreError, counted
 from nemo_bench.prompts import check_references, prompts_digest
 from nemo_bench.prompts.external import (
@@ -54,7 +54,7 @@ def score(
     Returns:
         The folder of the run, with ``report.html`` and the leaderboard.
     """
-    runner = Runner(cells[0].choice.settings.trainer, progress=progress)
+    runner = Runner(cells[0].config.settings.trainer, progress=progress)
     runner.start()
     if is_main():
         renew_scores(cells)
@@ -103,7 +103,7 @@ def cells_of(
     else:
         cells = _with_unmitigated(_of_images(folder, mapping, overrides, conf, say, progress=progress), conf)
     for cell in cells:
-        check_metrics(cell.choice.settings)
+        check_metrics(cell.config.settings)
     return cells
 
 
@@ -143,7 +143,7 @@ def _with_unmitigated(cell: ImageCell, conf: Path | None) -> list[ImageCell]:
         spec = read_spec(path.parent)
         if spec["settings"].get("method") == UNMITIGATED and _basis(spec) == _basis(cell.spec):
             other = cell.unmitigated = reread(path.parent, (), conf)
-            other.choice.settings.metrics = cell.choice.settings.metrics
+            other.config.settings.metrics = cell.config.settings.metrics
             return [other, cell]
     return [cell]
 
@@ -178,11 +178,11 @@ def reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> ImageCe
     if reason := lack(folder, spec, prompts, ("localize", "generate")):
         raise StoreError(f"{folder}: {reason}")
     names = {group: spec[group] for group in ("model", "method", "prompts")}
-    choice = rescore(overrides, names, read_settings(folder), conf)
-    settings = choice.settings
+    config = rescore(overrides, names, read_settings(folder), conf)
+    settings = config.settings
     settings.root, settings.name = str(folder.parent.parent), folder.parent.name
     if any(str(word).startswith("prompts.references=") for word in overrides):
-        prompts = _with_references(folder, prompts, choice)
+        prompts = _with_references(folder, prompts, config)
     missing = [str(path) for p in prompts for path in (*p.references, *p.damaged_references) if not path.is_file()]
     if missing:
         msg = f"{folder}: {counted(len(missing), 'reference image')} gone, such as {missing[0]}"
@@ -197,17 +197,17 @@ def reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> ImageCe
         msg = f"{folder}: {counted(len(changed), 'image')} not as scored, such as {changed[0]}"
         raise StoreError(f"{msg}; score their folder again, for a cell of its own, or put the former images back")
     ids = {record["id"]: record["image"] for record in records}
-    if cut := store.open_ids("generate", ids):
+    if cut := store.pending_ids("generate", ids):
         msg = f"{folder}: {counted(len(cut), 'image')} cut or not as recorded, such as {ids[cut[0]]}"
         raise StoreError(f"{msg}; {made_again(folder)}")
-    return ImageCell(choice=choice, prompts=prompts, spec=spec, store=store)
+    return ImageCell(config=config, prompts=prompts, spec=spec, store=store)
 
 
-def _with_references(folder: Path, prompts: Sequence[Prompt], choice: Choice) -> list[Prompt]:
+def _with_references(folder: Path, prompts: Sequence[Prompt], config: CellConfig) -> list[Prompt]:
     """The prompts with the reference images that they have now."""
-    read = {prompt.id: prompt for prompt in read_listed(choice.settings.prompts)}
+    read = {prompt.id: prompt for prompt in read_listed(config.settings.prompts)}
     if any(prompt.id not in read or read[prompt.id].text != prompt.text for prompt in prompts):
-        files = ", ".join(choice.settings.prompts.files)
+        files = ", ".join(config.settings.prompts.files)
         raise StoreError(f"{folder} was made from other prompts than {files} holds now; leave prompts.references out")
     return [read[prompt.id] for prompt in prompts]
 
@@ -235,38 +235,38 @@ def _of_images(
             f"{msg} they are judged by, and their prompts: model=sd14 prompts.files=[list.csv]. Of another model name "
             "CLIP alone: model.clip=ViT-L-14 model.clip_pretrained=FILE"
         )
-    choice = one([*(word for word in overrides if not word.startswith("method=")), "method=none"], conf)
-    settings = choice.settings
+    config = one([*(word for word in overrides if not word.startswith("method=")), "method=none"], conf)
+    settings = config.settings
     check_metrics(settings)
-    prompts = read_listed(choice.settings.prompts)
+    prompts = read_listed(config.settings.prompts)
     found = mapped_images(mapping, folder, prompts) if mapping else named_images(folder, prompts)
     contents = check_images(folder, found, decode=is_main(), progress=progress and is_main())
     settings.method, title, citation = about_method(method, conf)
     counts = Counter(image.task.prompt.id for image in found)
     settings.seeds = max(counts.values())
     _tell(contents, len(prompts) - len(counts), say)
-    model = choice.names["model"] if is_named else OTHER_MODEL
-    decisive = {
+    model = config.names["model"] if is_named else OTHER_MODEL
+    identity = {
         "model": {"name": model},
         "method": settings.method,
         "prompts": prompts_digest(prompts),
         "images": digest(sorted([image.task.id, has.sha256] for image, has in zip(found, contents, strict=True))),
     }
-    listed = choice.names["prompts"] if "prompts" in keys else Path(settings.prompts.files[0]).stem
-    name = "__".join([model, method, listed, digest(decisive, 8)])
+    listed = config.names["prompts"] if "prompts" in keys else Path(settings.prompts.files[0]).stem
+    name = "__".join([model, method, listed, digest(identity, 8)])
     spec = {
         "cell": name,
         "model": model,
         "method": method,
         "prompts": listed,
         "title": title,
-        "settings": decisive,
-        "digests": {"images": decisive["images"], "prompts": decisive["prompts"]},
+        "settings": identity,
+        "digests": {"images": identity["images"], "prompts": identity["prompts"]},
         "citations": {title: citation} if citation else {},
         "calibration": None,
     }
     run = Path(settings.root) / settings.name
-    cell = ImageCell(choice=choice, prompts=prompts, spec=spec, store=Store(run / name))
+    cell = ImageCell(config=config, prompts=prompts, spec=spec, store=Store(run / name))
     if is_main():
         open_folder(run, [cell])
         cell.store.open(spec)
@@ -290,7 +290,7 @@ def _point_to(store: Store, found: Sequence[FoundImage], contents: Sequence[Cont
     """Records of images where they are, as generating them would have written, and of what is in them."""
     ids = [image.task.id for image in found]
     write_json(store.folder / "layers.json", {})
-    if store.is_done("generate") and not store.open_ids("generate", ids):
+    if store.is_done("generate") and not store.pending_ids("generate", ids):
         return
     store.forget("generate")
     lines = (

@@ -48,7 +48,7 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
         NemoBenchError: See :func:`nemo_bench.benchmark.plan.plan`; also where a results folder belongs to something
             else.
     """
-    settings = cells[0].choice.settings
+    settings = cells[0].config.settings
     folder = Path(settings.root) / settings.name
     if settings.logger.wandb:
         sweep_trial({cell.id: cell.spec["method"] for cell in cells})
@@ -109,7 +109,7 @@ def finish(cells: Sequence[ImageCell], runner: Runner, say: Callable[[str], None
     for cell in cells:
         runner.score(cell)
     if is_main():
-        folder, logger = cells[0].store.folder.parent, cells[0].choice.settings.logger
+        folder, logger = cells[0].store.folder.parent, cells[0].config.settings.logger
         for cell in cells:
             write_json(cell.store.folder / "metrics.json", summary_of(cell))
         # Another command of this name may have taken them off the list while they were not finished.
@@ -127,7 +127,7 @@ def _reopen(cell: Cell) -> None:
     """Opens stages again that were done once and miss something now; what is made again is scored again."""
     store = cell.store
     for stage in STAGES[:-1]:
-        if store.is_done(stage) and store.open_ids(stage, cell.ids(stage)):
+        if store.is_done(stage) and store.pending_ids(stage, cell.ids(stage)):
             store.reopen(stage)
             _forget_scores(store)
 
@@ -139,10 +139,10 @@ def _forget_scores(store: Store) -> None:
 
 def _scoring(cell: ImageCell) -> dict[str, Any]:
     """What decides the scores of given images."""
-    nodes, metrics = cell.choice.settings.metrics, metrics_of(cell)
+    nodes, metrics = cell.config.settings.metrics, metrics_of(cell)
     paired = cell.unmitigated and any("unmitigated" in metric.needs for metric in metrics.values())
     content = {
-        "metrics": {name: {**nodes[name], **metric.content()} for name, metric in metrics.items()},
+        "metrics": {name: {**nodes[name], **metric.fingerprint()} for name, metric in metrics.items()},
         "unmitigated": cell.unmitigated.id if cell.unmitigated and paired else None,
         "references": references_digest(cell.prompts),
     }
@@ -203,13 +203,13 @@ def outlook(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     rows = []
     for cell in with_sources(cells):
         stages = STAGES if cell in cells else STAGES[:1]
-        open_ids = {stage: len(cell.store.open_ids(stage, cell.ids(stage))) for stage in stages}
-        if "score" in open_ids and _scores_are_stale(cell):
-            open_ids["score"] = len(cell.prompts)
+        pending_ids = {stage: len(cell.store.pending_ids(stage, cell.ids(stage))) for stage in stages}
+        if "score" in pending_ids and _scores_are_stale(cell):
+            pending_ids["score"] = len(cell.prompts)
         rows.append(
             {
                 "cell": cell.id,
-                "open": open_ids,
+                "pending": pending_ids,
                 "calibrated": cell.is_calibrated if cell.method.needs_calibration else None,
                 "prompts_without_reference": sum(bool(p.kind) and not p.references for p in cell.prompts),
             }

@@ -43,7 +43,7 @@ from nemo_bench.benchmark.stages.calibrate import CalibrationStage, PromptChunk,
 from nemo_bench.benchmark.stages.features import FeatureStage, FolderChunk, read_features
 from nemo_bench.benchmark.stages.generate import GenerationStage
 from nemo_bench.benchmark.stages.localize import LocalizationStage, localization_of
-from nemo_bench.benchmark.stages.score import SceneReader, ScoringStage
+from nemo_bench.benchmark.stages.score import SampleReader, ScoringStage
 from nemo_bench.benchmark.stopping import stop_at_sigterm
 from nemo_bench.config import ModelSettings, TrainerSettings, resolve, rows_at_once
 from nemo_bench.diffusion import Diffusion
@@ -121,7 +121,7 @@ def note_start(cell: Work, command: str, runner: Runner) -> None:
         "world_size": runner.trainer.world_size,
         "device": _device_name(runner.trainer),
         "python": platform.python_version(),
-        "settings": asdict(cell.choice.settings),
+        "settings": asdict(cell.config.settings),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
     write_json(path, {"starts": [*starts, start]})
@@ -242,7 +242,7 @@ class Runner:
 
     def calibrate(self, cell: Cell) -> None:
         """Gives the method its calibration: what was given, and the rest from the cache or measured now."""
-        method, given = cell.method, cell.choice.settings.model.statistics
+        method, given = cell.method, cell.config.settings.model.statistics
         if not method.needs_calibration:
             return
         store = cell.calibration
@@ -270,8 +270,8 @@ class Runner:
         if is_readable(path):
             return
         chunks = PromptChunk.split(cell.calibration_prompts)
-        label = cell.choice.names["model"]
-        self.go_through("statistics", label, chunks, store, lambda: StatisticsStage(self.model(cell), store), 1)
+        label = cell.config.names["model"]
+        self.run_stage("statistics", label, chunks, store, lambda: StatisticsStage(self.model(cell), store), 1)
         if is_main() and (merged := merge_statistics(store.folder / chunk.file for chunk in chunks)):
             write_statistics(path, merged)
         self.trainer.strategy.barrier()
@@ -281,12 +281,15 @@ class Runner:
         if is_measured(path):
             return
         rows = self.rows(cell)
-        tasks, seeds = [PromptTask.of(p) for p in cell.calibration_prompts], cell.choice.settings.localize_seeds
+        tasks, seeds = (
+            [PromptTask.from_prompt(p) for p in cell.calibration_prompts],
+            cell.config.settings.localize_seeds,
+        )
 
         def make() -> Stage:
             return CalibrationStage(self.model(cell), seeds, store, cell.method.protocol, rows)
 
-        self.go_through("calibrate", cell.choice.names["model"], tasks, store, make, max(1, rows // seeds))
+        self.run_stage("calibrate", cell.config.names["model"], tasks, store, make, max(1, rows // seeds))
         if is_main():
             records = store.records("calibrate")
             usable = [records[task.id]["pairs"] for task in tasks if "pairs" in records[task.id]]
@@ -311,10 +314,10 @@ class Runner:
             cell.method.batch_size = self.rows(cell)
             found = {p.id: localization_of(records[p.id]) for p in cell.source_prompts if "neurons" in records[p.id]}
             cell.method.fit(found, widths, cell.source_prompts)
-            seeds = cell.choice.settings.localize_seeds
+            seeds = cell.config.settings.localize_seeds
             return LocalizationStage(self.model(cell), cell.method, seeds, cell.store, cell.prompts)
 
-        self.go_through("localize", cell.spec["method"], cell.prompt_tasks, cell.store, make, 1)
+        self.run_stage("localize", cell.spec["method"], cell.prompt_tasks, cell.store, make, 1)
 
     def _write_layers(self, cell: Cell) -> None:
         path = cell.store.folder / "layers.json"
@@ -329,7 +332,7 @@ class Runner:
         if cell.store.is_done("generate"):
             return
         size = cell.method.batch_size = self.rows(cell)
-        self.go_through("generate", cell.spec["method"], cell.image_tasks, cell.store, make, size)
+        self.run_stage("generate", cell.spec["method"], cell.image_tasks, cell.store, make, size)
 
     def score(self, cell: ImageCell) -> None:
         """Scores the images of a cell, where that is not done; those without mitigation must be there."""
@@ -343,14 +346,14 @@ class Runner:
                 metrics, store, list(dict.fromkeys(path for p in cell.prompts for path in p.references))
             )
 
-        settings, images = cell.choice.settings, iterate_records(store.folder, "generate")
+        settings, images = cell.config.settings, iterate_records(store.folder, "generate")
         digests = image_digests(store.folder)
-        reader = SceneReader(
+        reader = SampleReader(
             metrics.values(), store.folder, images, by_prompt(store), unmitigated_images(cell), digests=digests
         )
         size = max(1, rows_at_once(settings) // settings.seeds)
         tasks = scored_tasks(cell)
-        self.go_through("score", cell.spec["method"], tasks, store, make, size, reader, settings.workers)
+        self.run_stage("score", cell.spec["method"], tasks, store, make, size, reader, settings.workers)
         if is_main() and not is_whole(store.folder / SETS):
             write_json(store.folder / SETS, score_sets(cell, metrics))
 
@@ -358,11 +361,11 @@ class Runner:
         """Takes the features of the real pictures that sets are compared with; once, then they are cached."""
         chunks, store = FolderChunk.split(metric.files), real_store(metric, cell)
         if is_main():
-            store.open({"settings": dict(metric.space.content())}, is_named=True)
+            store.open({"settings": dict(metric.space.fingerprint())}, is_named=True)
         self.trainer.strategy.barrier()
-        self.go_through("features", metric.title, chunks, store, lambda: FeatureStage(metric.space, store), 1)
+        self.run_stage("features", metric.title, chunks, store, lambda: FeatureStage(metric.space, store), 1)
 
-    def go_through(
+    def run_stage(
         self,
         stage: str,
         label: str,
@@ -413,7 +416,7 @@ class Runner:
         Raises:
             NemoBenchError: It can't be loaded, or its noise differences can't be compared.
         """
-        settings = cell.choice.settings.model
+        settings = cell.config.settings.model
         key = digest(cell.spec["settings"]["model"])
         if key not in self._models:
             self._models.clear()
@@ -424,7 +427,7 @@ class Runner:
 
     def rows(self, cell: Work) -> int:
         """Images in a batch of the cell's model: as many as were asked for or, by ``auto``, as fit on the GPU."""
-        settings, device = cell.choice.settings, self.trainer.strategy.root_device
+        settings, device = cell.config.settings, self.trainer.strategy.root_device
         if settings.batch_size != "auto" or device.type != "cuda":
             return rows_at_once(settings)
         key = digest(cell.spec["settings"]["model"])
@@ -532,7 +535,7 @@ def unmitigated_images(cell: ImageCell) -> dict[str, Path]:
 
 def real_store(metric: SetMetric, cell: ImageCell) -> Store:
     """Where the features of a metric's real pictures are, for all runs under one root."""
-    return Store(Path(cell.choice.settings.root) / "real_images" / digest(metric.content(), 8))
+    return Store(Path(cell.config.settings.root) / "real_images" / digest(metric.fingerprint(), 8))
 
 
 def score_sets(cell: ImageCell, metrics: Mapping[str, BenchMetric]) -> dict[str, dict[str, float | None]]:
@@ -555,7 +558,7 @@ def score_sets(cell: ImageCell, metrics: Mapping[str, BenchMetric]) -> dict[str,
         if members and members not in known:
             known[members] = {}
             for name, metric in wholes.items():
-                images = read_features([files[i] for i in members], digest(metric.space.content()))
+                images = read_features([files[i] for i in members], digest(metric.space.fingerprint()))
                 store = real_store(metric, cell)
                 real = read_features([store.folder / c.file for c in FolderChunk.split(metric.files)], "real")
                 for value in metric.score(images=images, real=real).tolist():

@@ -28,7 +28,7 @@ from nemo_bench.config.importable import check_found
 from nemo_bench.config.schema import LoggerSettings, PromptSettings, RunSettings, check_values
 from nemo_bench.config.targets import SPELLED, check_stored, first_line, hint_of, resolve, spell
 from nemo_bench.config.text import ConfFolder, hint_in, kept, quoted, read, swept
-from nemo_bench.errors import ConfigError, nearest
+from nemo_bench.errors import ConfigError, did_you_mean
 
 DEFAULT_METHODS = "none,random,nemo,other_prompt,one_edit"
 """What is compared where no method is named."""
@@ -45,7 +45,7 @@ OWN_METRICS = "own"
 
 
 @dataclass(frozen=True)
-class Choice:
+class CellConfig:
     """Settings of one cell and the names they were chosen by.
 
     Attributes:
@@ -59,7 +59,7 @@ class Choice:
     families: tuple[FamilySettings, ...] = ()
 
 
-def grid(overrides: Sequence[str], conf: Path | None = None) -> list[Choice]:
+def grid(overrides: Sequence[str], conf: Path | None = None) -> list[CellConfig]:
     """The cells that overrides ask for; comma lists and other sweeps of Hydra's grammar are multiplied out.
 
     Where several methods are compared, a setting ``method.x`` goes to those that have it, and in a method that starts
@@ -98,7 +98,7 @@ def grid(overrides: Sequence[str], conf: Path | None = None) -> list[Choice]:
         raise ConfigError(str(error).replace("method.source.", "method.")) from error
 
 
-def detector_grid(overrides: Sequence[str], conf: Path | None = None) -> list[Choice]:
+def detector_grid(overrides: Sequence[str], conf: Path | None = None) -> list[CellConfig]:
     """The detectors that overrides ask for, on each model and its prompts; see :func:`grid`.
 
     Args:
@@ -121,7 +121,9 @@ def detector_grid(overrides: Sequence[str], conf: Path | None = None) -> list[Ch
     return grid([*overrides, *every, "method=none"], conf)
 
 
-def rescore(overrides: Sequence[str], names: Mapping[str, str], stored: Mapping[str, Any], conf: Path | None) -> Choice:
+def rescore(
+    overrides: Sequence[str], names: Mapping[str, str], stored: Mapping[str, Any], conf: Path | None
+) -> CellConfig:
     """The settings of images that are there, with those of scoring overridden.
 
     Args:
@@ -160,7 +162,7 @@ def rescore(overrides: Sequence[str], names: Mapping[str, str], stored: Mapping[
     for part in {"trainer", *(key.split(".")[0] for key in typed)} - {"prompts"}:
         setattr(settings, part, getattr(chosen, part))
     settings.prompts.references = chosen.prompts.references or settings.prompts.references
-    return Choice(names, settings)
+    return CellConfig(names, settings)
 
 
 def _read_stored(stored: Mapping[str, Any], conf: Path | None) -> RunSettings:
@@ -186,7 +188,7 @@ def _read_stored(stored: Mapping[str, Any], conf: Path | None) -> RunSettings:
     return settings
 
 
-def one(overrides: Sequence[str], conf: Path | None) -> Choice:
+def one(overrides: Sequence[str], conf: Path | None) -> CellConfig:
     """The one cell that overrides ask for.
 
     Raises:
@@ -225,7 +227,7 @@ def _share_out(cells: Sequence[Sequence[str]], group: str, conf: Path | None) ->
         if any(_has(other, place) for other in others for place in (key, of_source)):
             return []
         known = {str(name) for other in others for name in (*other[group], *other[group].get("source", ()))}
-        hint = nearest(key.removeprefix(f"{group}."), known - {"_target_", "source", FAMILIES})
+        hint = did_you_mean(key.removeprefix(f"{group}."), known - {"_target_", "source", FAMILIES})
         raise ConfigError(f"unknown key '{key}': none of the {group}s that are compared has it. {hint}")
 
     with initialize_config_module("nemo_bench.conf", version_base="1.3"):
@@ -304,12 +306,12 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     return parsed
 
 
-def choose(overrides: Sequence[str], conf: Path | None) -> Choice:
+def choose(overrides: Sequence[str], conf: Path | None) -> CellConfig:
     """The settings of overrides that hold one value each, an experiment's grid left aside; see :func:`grid`."""
     return _checked([_chosen(overrides, conf)], conf)[0]
 
 
-def _checked(choices: list[Choice], conf: Path | None) -> list[Choice]:
+def _checked(choices: list[CellConfig], conf: Path | None) -> list[CellConfig]:
     """The choices, once all that they name is found and then made; that it is not there is said before torch loads."""
     for settings in (choice.settings for choice in choices):
         nodes = {"method": settings.method, "detector": settings.detector}
@@ -320,7 +322,7 @@ def _checked(choices: list[Choice], conf: Path | None) -> list[Choice]:
     return choices
 
 
-def _chosen(overrides: Sequence[str], conf: Path | None) -> Choice:
+def _chosen(overrides: Sequence[str], conf: Path | None) -> CellConfig:
     parsed = _parse(overrides)
     for override in parsed:
         _check_option(override, conf)
@@ -356,7 +358,7 @@ def _chosen(overrides: Sequence[str], conf: Path | None) -> Choice:
         if isinstance(own, dict)
         for found in settle(own, key, settings.model.family, given)
     ]
-    return Choice(names, settings, tuple(families))
+    return CellConfig(names, settings, tuple(families))
 
 
 def _composed(parsed: Sequence[Override], search: Sequence[str]) -> DictConfig:
@@ -459,7 +461,7 @@ def _check_option(override: Override, conf: Path | None) -> None:
         value = "null" if override.value() is None else str(override.value())
         known = [("experiment", "null"), ("metrics", OWN_METRICS)]
         if value not in choices and (override.key_or_group, value) not in known:
-            raise ConfigError(f"unknown {override.key_or_group} '{value}'. {nearest(value, choices)}")
+            raise ConfigError(f"unknown {override.key_or_group} '{value}'. {did_you_mean(value, choices)}")
 
 
 def _check_key(key: str, base: DictConfig) -> None:
@@ -489,7 +491,7 @@ def _unknown(parts: Sequence[str], depth: int, known: Iterable[str]) -> ConfigEr
     parent = ".".join(parts[:depth])
     where = f" in '{parent}'" if parent else ""
     return ConfigError(
-        f"unknown key '{'.'.join(parts)}': there is no '{parts[depth]}'{where}. {nearest(parts[depth], known)}"
+        f"unknown key '{'.'.join(parts)}': there is no '{parts[depth]}'{where}. {did_you_mean(parts[depth], known)}"
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_bench.errors import ConfigError, nearest
+from nemo_bench.errors import ConfigError, did_you_mean
 
 FAMILIES = "families"
 """Key of the settings by family in a file of the groups method and detector."""
@@ -81,5 +81,5 @@ def _names(by_family: Any, node: Mapping[str, Any], key: str) -> list[str]:
     names = list(dict.fromkeys(name for own in by_family.values() for name in own))
     for name in names:
         if name not in node:
-            raise ConfigError(f"{key}: there is no setting '{name}' beside it. {nearest(name, map(str, node))}")
+            raise ConfigError(f"{key}: there is no setting '{name}' beside it. {did_you_mean(name, map(str, node))}")
     return names

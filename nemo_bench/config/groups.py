@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from nemo_bench.errors import ConfigError, nearest
+from nemo_bench.errors import ConfigError, did_you_mean
 
 GROUPS = ("model", "method", "detector", "prompts", "metrics", "trainer", "logger", "experiment")
 LISTED = (*GROUPS, "sweeps")
@@ -32,7 +32,7 @@ def options(group: str, conf: Path | None = None) -> list[str]:
         ConfigError: There is no such group.
     """
     if group not in LISTED:
-        raise ConfigError(f"unknown group '{group}'. {nearest(group, LISTED)}")
+        raise ConfigError(f"unknown group '{group}'. {did_you_mean(group, LISTED)}")
     return sorted({path.stem for folder in folders(group, conf) for path in folder.glob("[!.]*.yaml")})
 
 

@@ -14,7 +14,7 @@ from nemo_bench.config.about import said
 from nemo_bench.config.composition import choose, one
 from nemo_bench.config.groups import LISTED, file_of, options
 from nemo_bench.config.targets import build
-from nemo_bench.errors import ConfigError, nearest
+from nemo_bench.errors import ConfigError, did_you_mean
 
 
 def describe_options(group: str, conf: Path | None = None) -> list[dict[str, str]]:
@@ -93,7 +93,7 @@ def explain_option(group: str, name: str, conf: Path | None = None) -> str:
     having = {file: content[name] for file, content in metrics.items() if name in content and name != "defaults"}
     if not having:
         known = {*choices, *(key for content in metrics.values() for key in content)} - {"defaults"}
-        raise ConfigError(f"unknown {group} '{name}'. {nearest(name, known)}")
+        raise ConfigError(f"unknown {group} '{name}'. {did_you_mean(name, known)}")
     parts = []
     for node in (node for place, node in enumerate(having.values()) if node not in list(having.values())[:place]):
         files = [file for file, other in having.items() if other == node]

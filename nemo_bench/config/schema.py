@@ -14,7 +14,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_bench.config.targets import build, first_line
-from nemo_bench.errors import ConfigError, nearest, shortened
+from nemo_bench.errors import ConfigError, did_you_mean, shortened
 
 
 @dataclass
@@ -242,7 +242,7 @@ def check_values(settings: RunSettings) -> None:
     for key, choices in _CHOICES.items():
         value = value_of(key)
         if value is not None and value not in choices:
-            raise ConfigError(f"{key}={value}: unknown value. {nearest(str(value), choices)}")
+            raise ConfigError(f"{key}={value}: unknown value. {did_you_mean(str(value), choices)}")
     for key, least in _LEAST.items():
         value = value_of(key)
         if value is not None and not least <= value < math.inf:
@@ -283,7 +283,7 @@ def overridden(overrides: Sequence[str], schema: type[Any]) -> Any:
     for word in overrides:
         key, separator, _ = word.partition("=")
         if not separator or key not in known:
-            raise ConfigError(f"unknown setting '{word}'; write key=value. {nearest(key, known)}")
+            raise ConfigError(f"unknown setting '{word}'; write key=value. {did_you_mean(key, known)}")
     hints = get_type_hints(schema)
     values: dict[str, Any] = {}
     for word in overrides:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.utils import get_object
 
-from nemo_bench.errors import ConfigError, nearest
+from nemo_bench.errors import ConfigError, did_you_mean
 
 BASES = {
     "method": "nemo_bench.methods.Method",
@@ -54,7 +54,7 @@ def _build(node: Mapping[str, Any], key: str, expected: tuple[type, ...]) -> Any
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name, value in arguments.items():
         if name not in parameters and not open_ended:
-            raise ConfigError(f"unknown key '{key}.{name}'. {nearest(name, parameters)}")
+            raise ConfigError(f"unknown key '{key}.{name}'. {did_you_mean(name, parameters)}")
         if isinstance(value, Mapping) and "_target_" in value:
             value = arguments[name] = _build(value, f"{key}.{name}", _classes(hints.get(name)))
         elif isinstance(value, str):

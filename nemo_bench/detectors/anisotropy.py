@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemo_bench.detectors.base import Detector, Finding, View, check_counts, check_finite
 from nemo_bench.diffusion import Diffusion
-from nemo_bench.diffusion.noise import LATE, angle, norms
+from nemo_bench.diffusion.noise import LATE, mean_cosine, norms
 from nemo_bench.records.citations import ASTHANA
 from nemo_bench.records.data import Prompt
 
@@ -81,7 +81,7 @@ class Anisotropy(Detector):
             "difference": conditional - unconditional,
         }
         one, other = self.angle_between.split("_")
-        return {"norm": norms(first - first_empty), "angle": angle(sides[one], sides[other])}
+        return {"norm": norms(first - first_empty), "angle": mean_cosine(sides[one], sides[other])}
 
     def judge(
         self, model: Diffusion, prompt: Prompt, seen: Sequence[Mapping[str, Tensor]], images: Tensor | None

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from nemo_bench.errors import ModelError, nearest
+from nemo_bench.errors import ModelError, did_you_mean
 from nemo_bench.records.data import Neurons
 
 
@@ -59,7 +59,7 @@ class NeuronMasks:
         """Raises ModelError where a layer or an index is not in this model."""
         for name, ids in neurons.items():
             if name not in self.widths:
-                raise ModelError(f"no value layer '{name}' in this model. {nearest(name, self.widths)}")
+                raise ModelError(f"no value layer '{name}' in this model. {did_you_mean(name, self.widths)}")
             if ids[0] < 0 or ids[-1] >= self.widths[name]:
                 msg = f"layer '{name}' has neurons 0 to {self.widths[name] - 1}, given {ids[0]} to {ids[-1]}"
                 raise ModelError(msg)

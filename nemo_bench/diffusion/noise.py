@@ -70,7 +70,7 @@ def masked_magnitude(added: Tensor, masks: Tensor) -> Tensor:
     return norms(added * masks[:, None]) / masks.mean((1, 2))
 
 
-def angle(one: Tensor, other: Tensor) -> Tensor:
+def mean_cosine(one: Tensor, other: Tensor) -> Tensor:
     """Cosine over channels at each position, the mean over positions (Asthana and Belagiannis 2026).
 
     Args:

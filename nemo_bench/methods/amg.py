@@ -121,8 +121,8 @@ class AMG(Method):
         self._indices: WeakKeyDictionary[Diffusion, Index] = WeakKeyDictionary()
         self._network: nn.Module | None = None
 
-    def content(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
-        """See :meth:`Method.content`.
+    def fingerprint(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
+        """See :meth:`Method.fingerprint`.
 
         Raises:
             NemoBenchError: No prompt has a training image, one can't be read, or the SSCD file is not there.
@@ -143,7 +143,7 @@ class AMG(Method):
         """
         if model in self._indices:
             return
-        self.content(prompts)
+        self.fingerprint(prompts)
         height, width = (side * model.pipeline.vae_scale_factor for side in model.latent_shape[1:])
         pairs = [(path, prompt.text) for prompt in prompts for path in prompt.references]
         with torch.no_grad():

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from nemo_bench.diffusion import Conditioning, Diffusion
-from nemo_bench.diffusion.noise import LATE, angle, norms
+from nemo_bench.diffusion.noise import LATE, mean_cosine, norms
 from nemo_bench.methods.embedding_optimization import Measure, OptimizedEmbedding, noises_of
 from nemo_bench.records.citations import ASTHANA
 from nemo_bench.records.data import Prompt
@@ -68,6 +68,6 @@ class AnisotropyOptimization(OptimizedEmbedding):
                 unconditional = model.prediction(unconditional, end, latents[list(images)])
                 added = model.prediction(added, end)
             norm = norms(first(images, embeddings)[1])
-            return self.norm_weight * norm + self.angle_weight * angle(unconditional, added)
+            return self.norm_weight * norm + self.angle_weight * mean_cosine(unconditional, added)
 
         return value

@@ -42,7 +42,7 @@ class AttentionRescaling(Method):
     touches = "cross-attention"
     sourcing = "public code; formulas second hand"
     citation = REN
-    needs = frozenset({"open"})
+    needs = frozenset({"uncompiled"})
 
     def __init__(self, factor: float = 1.25, mask: bool = True, mask_end: bool = False) -> None:
         if not 0 < factor < math.inf:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-Need = Literal["guidance", "gradients", "open"]
+Need = Literal["guidance", "gradients", "uncompiled"]
 """See :attr:`Method.needs`."""
 
 
@@ -69,8 +69,8 @@ class Method(ABC):
         needs_calibration: Whether :attr:`calibration` must be set before localizing.
         makes_passes: Whether it makes UNet passes of its own where it is prepared or applied.
         families: Classes of pipelines that it is made for.
-        needs: What it needs of the model: ``"guidance"`` while generating, ``"gradients"``, or an ``"open"`` UNet, one
-            that is not compiled.
+        needs: What it needs of the model: ``"guidance"`` while generating, ``"gradients"``, or an
+            ``"uncompiled"`` UNet.
         auditable: Whether it changes nothing but neurons or weights of the network, so that an audit can search for
             an embedding that brings a training image back.
         threshold: A memorization threshold of its own, or None for the calibrated one.
@@ -121,7 +121,7 @@ class Method(ABC):
             raise ModelError(f"{msg}; give model.guidance above 1, or leave this method out")
         if "gradients" in self.needs:
             check_precision(self.title, dtype)
-        if compiled and "open" in self.needs:
+        if compiled and "uncompiled" in self.needs:
             msg = f"{self.title} works inside of the UNet, which can't be reached once it is compiled"
             raise ModelError(f"{msg}; set model.compiled=false, or leave this method out")
 
@@ -130,7 +130,7 @@ class Method(ABC):
         """Whether it takes a threshold from general prompts, since none of its own takes the place."""
         return self.threshold is None
 
-    def content(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
+    def fingerprint(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
         """What settings refer to, such as the file behind a path; called before any weights load.
 
         Args:

@@ -40,7 +40,7 @@ class BrightEndingOptimization(OptimizedEmbedding):
     sourcing = "public code; paper second hand"
     citation = CHEN
     families = frozenset({"StableDiffusionPipeline"})
-    needs = frozenset({"gradients", "open"})
+    needs = frozenset({"gradients", "uncompiled"})
 
     def __init__(self, target: float = 1.0, steps: int = 10, rate: float = 0.05) -> None:
         super().__init__(target, steps, rate, images=None)

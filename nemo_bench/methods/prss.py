@@ -124,8 +124,8 @@ class PRSS(Method):
     def _paraphrases(self) -> Mapping[str, tuple[str, ...]]:
         return read_paraphrases(Path(self.file)) if self.file else {}
 
-    def content(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
-        """See :meth:`Method.content`.
+    def fingerprint(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
+        """See :meth:`Method.fingerprint`.
 
         Raises:
             NemoBenchError: The file can't be read, or lacks a prompt.

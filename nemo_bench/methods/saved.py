@@ -56,8 +56,8 @@ class SavedNeurons(BlockNeurons):
         path = Path(self.file)
         return _cell(path) if path.is_dir() else _published(path) if path.suffix == ".csv" else _one_set(path)
 
-    def content(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
-        """See :meth:`Method.content`.
+    def fingerprint(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
+        """See :meth:`Method.fingerprint`.
 
         Raises:
             NemoBenchError: No file is named, it can't be read, or it lacks a prompt.

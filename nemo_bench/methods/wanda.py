@@ -59,7 +59,7 @@ class Wanda(Method):
   archivePrefix = {arXiv}
 }"""
     makes_passes = True
-    needs = frozenset({"open"})
+    needs = frozenset({"uncompiled"})
     auditable = True
 
     def __init__(
@@ -83,8 +83,8 @@ class Wanda(Method):
             )
         return texts
 
-    def content(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
-        """See :meth:`Method.content`.
+    def fingerprint(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
+        """See :meth:`Method.fingerprint`.
 
         Raises:
             NemoBenchError: There are no memorized prompts, or the file can't be read.

@@ -8,7 +8,7 @@ from nemo_bench.metrics.localization import MemorizationScore, NeuronCount
 from nemo_bench.metrics.networks import LPIPS, SSCD, Inception, Network, OpenClip
 from nemo_bench.metrics.roc import detection
 from nemo_bench.metrics.similarity import Change, MemorizationRate, NearestTrainingImage, TrainingImage
-from nemo_bench.metrics.spaces import SSIM, MultiscaleSSIM, PixelDistance, Pixels, Space, TiledDistance
+from nemo_bench.metrics.spaces import SSIM, ImageSpace, MultiscaleSSIM, PixelDistance, Pixels, TiledDistance
 
 __all__ = [
     "FID",
@@ -21,6 +21,7 @@ __all__ = [
     "BenchMetric",
     "Change",
     "Diversity",
+    "ImageSpace",
     "Inception",
     "MemorizationRate",
     "MemorizationScore",
@@ -33,7 +34,6 @@ __all__ = [
     "PixelDistance",
     "Pixels",
     "SetMetric",
-    "Space",
     "TiledDistance",
     "TrainingImage",
     "Vendi",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from nemo_bench.metrics.spaces import Pixels, Space
+from nemo_bench.metrics.spaces import ImageSpace, Pixels
 
 Family = Literal["memorization", "change", "alignment", "diversity", "quality", "localization"]
 Per = Literal["image", "prompt", "set"]
@@ -60,7 +60,7 @@ class BenchMetric(Metric):
     total: Tensor
     count: Tensor
 
-    def __init__(self, space: Space | None = None, **options: Any) -> None:
+    def __init__(self, space: ImageSpace | None = None, **options: Any) -> None:
         super().__init__(**options)
         self.space = space or Pixels()
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -85,9 +85,9 @@ class BenchMetric(Metric):
         """
         self.space.check()
 
-    def content(self) -> Mapping[str, Any]:
+    def fingerprint(self) -> Mapping[str, Any]:
         """What stands in the place of arguments that are paths or spaces, where it is asked what decides scores."""
-        return {"space": self.space.content()}
+        return {"space": self.space.fingerprint()}
 
     def describe(self) -> dict[str, Any]:
         """What a reader of scores must know of the metric; ``measure`` is its class."""

@@ -77,11 +77,11 @@ class SetMetric(BenchMetric):
             msg = f"{self.title}: {len(bad)} of {len(files)} real pictures can't be read: {listed}{more}"
             raise ConfigError(f"{msg}; replace them, or move them out of {self.folder}")
 
-    def content(self) -> Mapping[str, Any]:
-        """See :meth:`BenchMetric.content`; pictures by name and size in bytes."""
+    def fingerprint(self) -> Mapping[str, Any]:
+        """See :meth:`BenchMetric.fingerprint`; pictures by name and size in bytes."""
         root = Path(self.folder or "")
         pictures = [[path.relative_to(root).as_posix(), path.stat().st_size] for path in self.files]
-        return {**super().content(), "folder": digest(pictures)}
+        return {**super().fingerprint(), "folder": digest(pictures)}
 
     @abstractmethod
     def distance(self, images: Tensor, real: Tensor) -> Metric:

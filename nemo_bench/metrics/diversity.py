@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nemo_bench.metrics.base import BenchMetric
 from nemo_bench.metrics.networks import Network
-from nemo_bench.metrics.spaces import Space
+from nemo_bench.metrics.spaces import ImageSpace
 
 
 class Diversity(BenchMetric):
@@ -26,7 +26,7 @@ class Diversity(BenchMetric):
     needs = frozenset({"images"})
     higher_is_better = True
 
-    def __init__(self, space: Space, average: Literal["mean", "median"] = "mean") -> None:
+    def __init__(self, space: ImageSpace, average: Literal["mean", "median"] = "mean") -> None:
         super().__init__(space)
         self.average = average
         low, high = space.bounds

@@ -31,8 +31,8 @@ from torchvision.transforms import v2
 
 from nemo_bench import hub
 from nemo_bench.diffusion import file_digest, folder_digest
-from nemo_bench.errors import ConfigError, ModelError, nearest
-from nemo_bench.metrics.spaces import Pixels, Space, to_tensor
+from nemo_bench.errors import ConfigError, ModelError, did_you_mean
+from nemo_bench.metrics.spaces import ImageSpace, Pixels, to_tensor
 from nemo_bench.records.io import parse_json
 
 BATCH = 64
@@ -40,12 +40,12 @@ BATCH = 64
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-class Network(Space):
+class Network(ImageSpace):
     """A network that gives each picture a vector, (N, D); vectors are compared by their cosine."""
 
     @property
     def bounds(self) -> tuple[float | None, float | None]:
-        """See :attr:`Space.bounds`."""
+        """See :attr:`ImageSpace.bounds`."""
         return -1.0, 1.0
 
     @abstractmethod
@@ -66,7 +66,7 @@ class Network(Space):
 
     @torch.no_grad()
     def embed(self, pictures: Sequence[Image.Image], size: tuple[int, int], device: torch.device) -> Tensor:
-        """See :meth:`Space.embed`; each picture is prepared from its own size."""
+        """See :meth:`ImageSpace.embed`; each picture is prepared from its own size."""
         network = loaded(self, device)
         vectors: dict[int, Tensor] = {}
         for start in range(0, len(pictures), BATCH):
@@ -78,11 +78,11 @@ class Network(Space):
         return torch.stack([vectors[number] for number in range(len(pictures))])
 
     def pair(self, a: Tensor, b: Tensor) -> Tensor:
-        """See :meth:`Space.pair`."""
+        """See :meth:`ImageSpace.pair`."""
         return F.cosine_similarity(a, b)
 
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
-        """See :meth:`Space.compare`."""
+        """See :meth:`ImageSpace.compare`."""
         return F.normalize(a) @ F.normalize(b).T
 
 
@@ -134,12 +134,12 @@ class OpenClip(Network):
 
     @property
     def title(self) -> str:
-        """See :attr:`Space.title`."""
+        """See :attr:`ImageSpace.title`."""
         return "CLIP" if self._folder else f"CLIP {self.model}"
 
     @property
     def description(self) -> str:
-        """See :attr:`Space.description`."""
+        """See :attr:`ImageSpace.description`."""
         weights = (
             "weights of its folder" if self._folder else f"{self.model}, weights {Path(str(self.pretrained)).name}"
         )
@@ -147,22 +147,22 @@ class OpenClip(Network):
 
     @property
     def citation(self) -> str:
-        """See :attr:`Space.citation`."""
+        """See :attr:`ImageSpace.citation`."""
         return "Radford et al. 2021"
 
     def check(self) -> None:
-        """See :meth:`Space.check`."""
+        """See :meth:`ImageSpace.check`."""
         if self._folder:
             _check_clip_folder(self._folder)
         elif self.model not in open_clip.list_models():
-            known = nearest(self.model, open_clip.list_models())
+            known = did_you_mean(self.model, open_clip.list_models())
             raise ModelError(f"unknown open_clip model '{self.model}' (no weights for it). {known}")
         elif not self.pretrained:
             raise ModelError(f"no weights for open_clip model '{self.model}': set pretrained to a tag or file")
         elif not Path(self.pretrained).is_file():
             tags = open_clip.list_pretrained_tags_by_model(self.model)
             if self.pretrained not in tags:
-                hint = nearest(self.pretrained, tags) if tags else "There are none; give a file."
+                hint = did_you_mean(self.pretrained, tags) if tags else "There are none; give a file."
                 if self._twin and self.pretrained in open_clip.list_pretrained_tags_by_model(self._twin):
                     hint = f"They belong to '{self._twin}': name that as the model."
                 raise ModelError(
@@ -208,9 +208,9 @@ class OpenClip(Network):
             return {bool(self._listed.get("quick_gelu", False))}
         return {_quick_by_digest(file), _quick_by_open_clip(file.parent), _quick_by_transformers(file.parent)}
 
-    def content(self) -> Mapping[str, Any]:
-        """See :meth:`Space.content`."""
-        content = super().content()
+    def fingerprint(self) -> Mapping[str, Any]:
+        """See :meth:`ImageSpace.content`."""
+        content = super().fingerprint()
         if self._folder:
             return {**content, "model": folder_digest(self._folder)}
         if self.pretrained and Path(self.pretrained).is_file():
@@ -219,7 +219,7 @@ class OpenClip(Network):
 
     @property
     def is_fetched(self) -> bool:
-        """See :attr:`Space.is_fetched`."""
+        """See :attr:`ImageSpace.is_fetched`."""
         if self._folder or Path(str(self.pretrained)).is_file():
             return True
         return self._downloaded is not None
@@ -237,7 +237,7 @@ class OpenClip(Network):
         return next((path for path in found if isinstance(path, str)), None)
 
     def fetch(self) -> None:
-        """See :meth:`Space.fetch`."""
+        """See :meth:`ImageSpace.fetch`."""
         if self.is_fetched:
             return
         try:
@@ -461,18 +461,18 @@ class SSCD(Network):
 
     @property
     def title(self) -> str:
-        """See :attr:`Space.title`."""
+        """See :attr:`ImageSpace.title`."""
         return f"SSCD {self.protocol.replace('_', ' ')}"
 
     @property
     def description(self) -> str:
-        """See :attr:`Space.description`."""
+        """See :attr:`ImageSpace.description`."""
         about = _SSCD[self.protocol]
         return f"cosine similarity of SSCD embeddings ({about.network}, {about.preparation}, {about.paper})"
 
     @property
     def citation(self) -> str:
-        """See :attr:`Space.citation`."""
+        """See :attr:`ImageSpace.citation`."""
         return "Pizzi et al. 2022"
 
     def check_file(self) -> None:
@@ -486,13 +486,13 @@ class SSCD(Network):
         _check_file(f"SSCD {self.protocol}", self.file, self.sha256, origin)
 
     def check(self) -> None:
-        """See :meth:`Space.check`."""
+        """See :meth:`ImageSpace.check`."""
         self.check_file()
         _check_loads(self, Path(self.file))
 
-    def content(self) -> Mapping[str, Any]:
-        """See :meth:`Space.content`."""
-        return {**super().content(), "file": file_digest(Path(self.file))}
+    def fingerprint(self) -> Mapping[str, Any]:
+        """See :meth:`ImageSpace.content`."""
+        return {**super().fingerprint(), "file": file_digest(Path(self.file))}
 
     def load(self) -> nn.Module:
         """See :meth:`Network.load`."""
@@ -548,30 +548,30 @@ class Inception(Network):
 
     @property
     def title(self) -> str:
-        """See :attr:`Space.title`."""
+        """See :attr:`ImageSpace.title`."""
         return "Inception"
 
     @property
     def description(self) -> str:
-        """See :attr:`Space.description`."""
+        """See :attr:`ImageSpace.description`."""
         return "Inception-v3 (FID weights of 2015-12-05, 2048 values, 299x299 bilinear with antialiasing)"
 
     @property
     def citation(self) -> str:
-        """See :attr:`Space.citation`."""
+        """See :attr:`ImageSpace.citation`."""
         return "Szegedy et al. 2016"
 
     def check(self) -> None:
-        """See :meth:`Space.check`."""
+        """See :meth:`ImageSpace.check`."""
         if find_spec("torch_fidelity") is None:
             raise ConfigError("Inception needs torch-fidelity: pip install 'nemo-bench[fid]'")
         release = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
         _check_file("Inception", self.file, self.sha256, f"{release}/weights-inception-2015-12-05-6726825d.pth")
         _check_loads(self, Path(self.file))
 
-    def content(self) -> Mapping[str, Any]:
-        """See :meth:`Space.content`."""
-        return {**super().content(), "file": file_digest(Path(self.file))}
+    def fingerprint(self) -> Mapping[str, Any]:
+        """See :meth:`ImageSpace.content`."""
+        return {**super().fingerprint(), "file": file_digest(Path(self.file))}
 
     def load(self) -> nn.Module:
         """See :meth:`Network.load`."""
@@ -611,22 +611,22 @@ class LPIPS(Pixels):
 
     @property
     def title(self) -> str:
-        """See :attr:`Space.title`."""
+        """See :attr:`ImageSpace.title`."""
         return f"LPIPS {self.net}"
 
     @property
     def description(self) -> str:
-        """See :attr:`Space.description`."""
+        """See :attr:`ImageSpace.description`."""
         return f"LPIPS distance ({self.net} backbone)"
 
     @property
     def citation(self) -> str:
-        """See :attr:`Space.citation`."""
+        """See :attr:`ImageSpace.citation`."""
         return "Zhang et al. 2018"
 
     @property
     def bounds(self) -> tuple[float | None, float | None]:
-        """See :attr:`Space.bounds`."""
+        """See :attr:`ImageSpace.bounds`."""
         return 0.0, None
 
     @property
@@ -634,7 +634,7 @@ class LPIPS(Pixels):
         return Path(torch.hub.get_dir()) / "checkpoints" / Path(_BACKBONES[self.net].url).name
 
     def check(self) -> None:
-        """See :meth:`Space.check`."""
+        """See :meth:`ImageSpace.check`."""
         if not self._file.is_file():
             url = _BACKBONES[self.net].url
             raise ModelError(
@@ -644,9 +644,9 @@ class LPIPS(Pixels):
         _check_whole(f"LPIPS {self.net}", self._file)
         _check_loads(self, self._file)
 
-    def content(self) -> Mapping[str, Any]:
-        """See :meth:`Space.content`."""
-        return {**super().content(), "file": file_digest(self._file)}
+    def fingerprint(self) -> Mapping[str, Any]:
+        """See :meth:`ImageSpace.content`."""
+        return {**super().fingerprint(), "file": file_digest(self._file)}
 
     def load(self) -> nn.Module:
         """The network with trained weights, on the CPU.
@@ -662,5 +662,5 @@ class LPIPS(Pixels):
 
     @torch.no_grad()
     def pair(self, a: Tensor, b: Tensor) -> Tensor:
-        """See :meth:`Space.pair`."""
+        """See :meth:`ImageSpace.pair`."""
         return loaded(self, a.device)(a, b, normalize=True).reshape(len(a))

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from nemo_bench.metrics.base import BenchMetric
-from nemo_bench.metrics.spaces import Space
+from nemo_bench.metrics.spaces import ImageSpace
 
 
 class _Comparison(BenchMetric):
     """A metric whose range is that of its space."""
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: ImageSpace) -> None:
         super().__init__(space)
         self.lower, self.upper = space.bounds
         self.citation = space.citation
@@ -28,7 +28,7 @@ class TrainingImage(_Comparison):
     family = "memorization"
     needs = frozenset({"images", "references"})
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: ImageSpace) -> None:
         super().__init__(space)
         self.title = f"{space.title} to training image"
         self.description = f"{space.description}, to the prompt's own training image, best reference"
@@ -39,7 +39,7 @@ class TrainingImage(_Comparison):
         return self.space.is_distance
 
     def score(self, images: Tensor, references: Tensor) -> Tensor:  # type: ignore[override]
-        """(S,) values; see :meth:`Space.nearest`."""
+        """(S,) values; see :meth:`ImageSpace.nearest`."""
         return self.space.nearest(images, references)
 
 
@@ -53,7 +53,7 @@ class NearestTrainingImage(_Comparison):
     family = "memorization"
     needs = frozenset({"images", "pool"})
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: ImageSpace) -> None:
         super().__init__(space)
         self.title = f"{space.title} to nearest"
         self.description = (
@@ -67,7 +67,7 @@ class NearestTrainingImage(_Comparison):
         return self.space.is_distance
 
     def score(self, images: Tensor, pool: Tensor) -> Tensor:  # type: ignore[override]
-        """(S,) values; see :meth:`Space.nearest`."""
+        """(S,) values; see :meth:`ImageSpace.nearest`."""
         return self.space.nearest(images, pool)
 
 
@@ -84,7 +84,7 @@ class MemorizationRate(BenchMetric):
     higher_is_better = False
     lower, upper = 0.0, 1.0
 
-    def __init__(self, space: Space, threshold: float) -> None:
+    def __init__(self, space: ImageSpace, threshold: float) -> None:
         super().__init__(space)
         self.threshold = threshold
         beyond = f"{'below' if space.is_distance else 'above'} {threshold:g}"
@@ -111,11 +111,11 @@ class Change(_Comparison):
     family = "change"
     needs = frozenset({"images", "unmitigated"})
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: ImageSpace) -> None:
         super().__init__(space)
         self.title = f"{space.title} to unmitigated"
         self.description = f"{space.description}, to the image of the same seed without mitigation"
 
     def score(self, images: Tensor, unmitigated: Tensor) -> Tensor:  # type: ignore[override]
-        """(S,) values; see :meth:`Space.pair`."""
+        """(S,) values; see :meth:`ImageSpace.pair`."""
         return self.space.pair(images, unmitigated)

@@ -26,7 +26,7 @@ _BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
 @dataclass(frozen=True)
-class Space(ABC):
+class ImageSpace(ABC):
     """What is looked at when pictures are compared. Spaces of equal settings share what they load and embed."""
 
     @property
@@ -78,7 +78,7 @@ class Space(ABC):
             ModelError: It can't be had.
         """
 
-    def content(self) -> Mapping[str, Any]:
+    def fingerprint(self) -> Mapping[str, Any]:
         """What decides its values: settings, and digests in place of paths."""
         return {"kind": type(self).__name__, **asdict(self)}
 
@@ -128,41 +128,41 @@ class Space(ABC):
         return values.amin(1) if self.is_distance else values.amax(1)
 
 
-class Pixels(Space):
+class Pixels(ImageSpace):
     """Pictures themselves, (N, 3, H, W) in [0, 1], all brought to one size (bicubic)."""
 
     @property
     def title(self) -> str:
-        """See :attr:`Space.title`."""
+        """See :attr:`ImageSpace.title`."""
         return "Pixels"
 
     @property
     def description(self) -> str:
-        """See :attr:`Space.description`."""
+        """See :attr:`ImageSpace.description`."""
         return "root mean squared difference of pixels in [0, 1]"
 
     @property
     def is_distance(self) -> bool:
-        """See :attr:`Space.is_distance`."""
+        """See :attr:`ImageSpace.is_distance`."""
         return True
 
     @property
     def bounds(self) -> tuple[float | None, float | None]:
-        """See :attr:`Space.bounds`."""
+        """See :attr:`ImageSpace.bounds`."""
         return 0.0, 1.0
 
     @property
     def view(self) -> Hashable:
-        """See :attr:`Space.view`."""
+        """See :attr:`ImageSpace.view`."""
         return Pixels
 
     def embed(self, pictures: Sequence[Image.Image], size: tuple[int, int], device: torch.device) -> Tensor:
-        """See :meth:`Space.embed`."""
+        """See :meth:`ImageSpace.embed`."""
         sized = [p if p.size == size else p.resize(size, Image.Resampling.BICUBIC) for p in pictures]
         return to_tensor(sized).to(device)
 
     def pair(self, a: Tensor, b: Tensor) -> Tensor:
-        """See :meth:`Space.pair`."""
+        """See :meth:`ImageSpace.pair`."""
         return (a - b).square().mean((1, 2, 3)).sqrt()
 
 
@@ -171,12 +171,12 @@ class PixelDistance(Pixels):
 
     @property
     def title(self) -> str:
-        """See :attr:`Space.title`."""
+        """See :attr:`ImageSpace.title`."""
         return "Pixel distance"
 
     @property
     def citation(self) -> str:
-        """See :attr:`Space.citation`."""
+        """See :attr:`ImageSpace.citation`."""
         return "Carlini et al. 2023, section 4"
 
 
@@ -192,21 +192,21 @@ class TiledDistance(Pixels):
 
     @property
     def title(self) -> str:
-        """See :attr:`Space.title`."""
+        """See :attr:`ImageSpace.title`."""
         return "Tiled distance"
 
     @property
     def description(self) -> str:
-        """See :attr:`Space.description`."""
+        """See :attr:`ImageSpace.description`."""
         return f"largest of the root mean squared pixel differences of {self.tiles} by {self.tiles} tiles"
 
     @property
     def citation(self) -> str:
-        """See :attr:`Space.citation`."""
+        """See :attr:`ImageSpace.citation`."""
         return "Carlini et al. 2023, section 4.2"
 
     def pair(self, a: Tensor, b: Tensor) -> Tensor:
-        """See :meth:`Space.pair`."""
+        """See :meth:`ImageSpace.pair`."""
         return tiled_distance(a, b, self.tiles)
 
 
@@ -215,35 +215,35 @@ class SSIM(Pixels):
 
     @property
     def title(self) -> str:
-        """See :attr:`Space.title`."""
+        """See :attr:`ImageSpace.title`."""
         return "SSIM"
 
     @property
     def description(self) -> str:
-        """See :attr:`Space.description`."""
+        """See :attr:`ImageSpace.description`."""
         return "SSIM (Gaussian window 11, sigma 1.5, data range 1, borders mirrored)"
 
     @property
     def citation(self) -> str:
-        """See :attr:`Space.citation`."""
+        """See :attr:`ImageSpace.citation`."""
         return "Wang et al. 2004"
 
     @property
     def is_distance(self) -> bool:
-        """See :attr:`Space.is_distance`."""
+        """See :attr:`ImageSpace.is_distance`."""
         return False
 
     @property
     def bounds(self) -> tuple[float | None, float | None]:
-        """See :attr:`Space.bounds`."""
+        """See :attr:`ImageSpace.bounds`."""
         return -1.0, 1.0
 
     def pair(self, a: Tensor, b: Tensor) -> Tensor:
-        """See :meth:`Space.pair`."""
+        """See :meth:`ImageSpace.pair`."""
         return _ssim(a, _moments(a), b, _moments(b))
 
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
-        """See :meth:`Space.compare`.
+        """See :meth:`ImageSpace.compare`.
 
         Each picture's own moments are taken once, not once a pair, as a library's function for pairs would.
         """
@@ -269,31 +269,31 @@ class MultiscaleSSIM(Pixels):
 
     @property
     def title(self) -> str:
-        """See :attr:`Space.title`."""
+        """See :attr:`ImageSpace.title`."""
         return "MS-SSIM" if self.scales == len(_BETAS) else f"MS-SSIM ({self.scales} scales)"
 
     @property
     def description(self) -> str:
-        """See :attr:`Space.description`."""
+        """See :attr:`ImageSpace.description`."""
         return f"MS-SSIM ({self.scales} scales, Gaussian window 11, sigma 1.5, data range 1)"
 
     @property
     def citation(self) -> str:
-        """See :attr:`Space.citation`."""
+        """See :attr:`ImageSpace.citation`."""
         return "Wang et al. 2003"
 
     @property
     def is_distance(self) -> bool:
-        """See :attr:`Space.is_distance`."""
+        """See :attr:`ImageSpace.is_distance`."""
         return False
 
     def check(self) -> None:
-        """See :meth:`Space.check`."""
+        """See :meth:`ImageSpace.check`."""
         if not 1 <= self.scales <= len(_BETAS):
             raise ConfigError(f"MS-SSIM has 1 to {len(_BETAS)} scales, given {self.scales}")
 
     def pair(self, a: Tensor, b: Tensor) -> Tensor:
-        """See :meth:`Space.pair`.
+        """See :meth:`ImageSpace.pair`.
 
         Raises:
             ConfigError: The pictures are too small for so many scales.

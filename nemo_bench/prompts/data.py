@@ -39,7 +39,7 @@ class PromptTask(NamedTuple):
     prompt: Prompt
 
     @classmethod
-    def of(cls, prompt: Prompt) -> PromptTask:
+    def from_prompt(cls, prompt: Prompt) -> PromptTask:
         """The task of a prompt; its id depends on the prompt's id alone."""
         return cls(digest([prompt.id]), prompt)
 
@@ -58,7 +58,7 @@ class ImageTask(NamedTuple):
     seed: int
 
     @classmethod
-    def of(cls, prompt: Prompt, seed: int) -> ImageTask:
+    def from_prompt(cls, prompt: Prompt, seed: int) -> ImageTask:
         """The task of an image; its id depends on prompt id and seed alone."""
         return cls(digest([prompt.id, seed]), prompt, seed)
 
@@ -102,7 +102,7 @@ class PromptDataModule(L.LightningDataModule, Generic[Task]):
         """Shares out the open tasks: rank r of w takes every w-th, beginning with the r-th."""
         trainer = self.trainer
         assert trainer is not None
-        todo = self.store.open_ids(self.stage_name, self.tasks) if trainer.is_global_zero else []
+        todo = self.store.pending_ids(self.stage_name, self.tasks) if trainer.is_global_zero else []
         todo = trainer.strategy.broadcast(todo)
         self.open = [self.tasks[i] for i in todo[trainer.global_rank :: trainer.world_size]]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_bench import hub
-from nemo_bench.errors import PromptError, nearest
+from nemo_bench.errors import PromptError, did_you_mean
 
 HUB = "hf://"
 _SAVED = ("dataset_info.json", "dataset_dict.json")
@@ -35,7 +35,7 @@ class DatasetPlace(NamedTuple):
     column: str | None
 
     @classmethod
-    def of(cls, source: Path | str) -> DatasetPlace | None:
+    def from_source(cls, source: Path | str) -> DatasetPlace | None:
         """What a source of prompts names, None where it is a file.
 
         Raises:
@@ -93,7 +93,7 @@ class DatasetPlace(NamedTuple):
         data = self._split_of(found)
         if self.column is not None and self.column not in data.column_names:
             msg = f"prompts of {self.source}: there is no column '{self.column}'."
-            raise PromptError(f"{msg} {nearest(self.column, data.column_names)}")
+            raise PromptError(f"{msg} {did_you_mean(self.column, data.column_names)}")
         if self.column is None and not any(name.lower() in texts for name in data.column_names):
             msg = f"prompts of {self.source}: no column of prompts. Columns found: {', '.join(data.column_names)}. "
             raise PromptError(f"{msg}Accepted names: {', '.join(texts)}; or name one: {self.source}:split:column")
@@ -111,7 +111,7 @@ class DatasetPlace(NamedTuple):
         if self.split not in names:
             given = f"is no split '{self.split}'" if self.split else f"are {len(names)} splits"
             place = HUB + self.place if self.source.startswith(HUB) else self.place
-            hint = nearest(str(self.split), names)
+            hint = did_you_mean(str(self.split), names)
             msg = f"prompts of {self.source}: there {given}; name one, such as {place}:{names[0]}"
             raise PromptError(f"{msg}. {hint}")
         return next(data for name, data in splits.items() if str(name) == self.split)

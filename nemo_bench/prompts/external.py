@@ -73,7 +73,7 @@ def named_images(folder: Path, prompts: Sequence[Prompt]) -> list[FoundImage]:
         f"images are of prompts beyond the {len(prompts)} of the list, which are numbered from 0",
         "give the list that they were made from",
     )
-    found = [FoundImage(ImageTask.of(prompts[n], seed), str(folder / name)) for n, seed, name in numbered]
+    found = [FoundImage(ImageTask.from_prompt(prompts[n], seed), str(folder / name)) for n, seed, name in numbered]
     _refuse_twice(folder, found, [image.path for image in found])
     seeds = sorted({image.task.seed for image in found})
     present = {(position, seed) for position, seed, _ in numbered}
@@ -118,7 +118,9 @@ def mapped_images(mapping: Path, folder: Path, prompts: Sequence[Prompt]) -> lis
         if not isinstance(name, str) or not name.strip():
             raise PromptError(f"{row.where}: the image is {name!r}; expected the name of a file")
         prompt = _prompt_of(row, by_id, by_text)
-        found.append(FoundImage(ImageTask.of(prompt, _seed_of(row, counts[prompt.id])), str(folder / name.strip())))
+        found.append(
+            FoundImage(ImageTask.from_prompt(prompt, _seed_of(row, counts[prompt.id])), str(folder / name.strip()))
+        )
         counts[prompt.id] += 1
     _refuse(
         mapping,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nemo_bench.errors import PromptError, nearest
+from nemo_bench.errors import PromptError, did_you_mean
 from nemo_bench.prompts.datasets import DatasetPlace
 from nemo_bench.prompts.lists import split_links, split_list, without_login
 from nemo_bench.prompts.manifest import MANIFEST, read_manifest
@@ -102,7 +102,7 @@ def read_prompts(
         PromptError: The file or a reference file is missing, the file can't be read as a list of prompts, only some
             of its links were tried, or no reference file can be decoded; the message names file and line.
     """
-    dataset, path = DatasetPlace.of(path), Path(path)
+    dataset, path = DatasetPlace.from_source(path), Path(path)
     if limit is not None and limit < 1:
         raise PromptError(f"{path}: limit is {limit}; expected 1 or more, or None for all prompts")
     rows = _dataset_rows(dataset) if dataset else read_rows(path)
@@ -134,7 +134,7 @@ def read_links(path: Path | str) -> dict[str, tuple[str, ...]]:
     Raises:
         PromptError: The file can't be read as a list of prompts, or has no links.
     """
-    dataset, path = DatasetPlace.of(path), Path(path)
+    dataset, path = DatasetPlace.from_source(path), Path(path)
     rows = _dataset_rows(dataset) if dataset else read_rows(path)
     prefix = dataset.name if dataset else path.stem
     links = {id_: _links(row) for id_, row in zip(_ids(rows, prefix), rows, strict=True)}
@@ -211,7 +211,7 @@ def read_rows(path: Path, needed: Sequence[str] = TEXT_COLUMNS, what: str = "pro
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        msg = f"{path}: the ending {path.suffix!r} is no format of prompts. {nearest(path.suffix, READERS)}"
+        msg = f"{path}: the ending {path.suffix!r} is no format of prompts. {did_you_mean(path.suffix, READERS)}"
         raise PromptError(msg)
     try:
         content = path.read_bytes()
@@ -241,7 +241,7 @@ def _neighbours(path: Path) -> str:
     if not path.parent.is_dir():
         return f"There is no folder {path.parent} either."
     names = [file.name for file in visible(path.parent.iterdir(), path.parent) if file.suffix.lower() in READERS]
-    return nearest(path.name, names) if names else f"No file of prompts is in the folder {path.parent.resolve()}."
+    return did_you_mean(path.name, names) if names else f"No file of prompts is in the folder {path.parent.resolve()}."
 
 
 def _decode(path: Path, content: bytes) -> str:
@@ -378,7 +378,7 @@ def _kind(row: Row) -> Kind | None:
     value = row.first(KIND_COLUMNS)
     word = "" if value is None else str(value).strip().upper()
     if word not in KINDS:
-        hint = nearest(word, [name for name in KINDS if name])
+        hint = did_you_mean(word, [name for name in KINDS if name])
         raise PromptError(f"{row.where}: {value!r} is no kind of memorization. {hint} Or leave it empty.")
     return KINDS[word]
 

@@ -45,7 +45,7 @@ class Prompt(NamedTuple):
     links: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> Prompt:
+    def from_record(cls, fields: Mapping[str, Any]) -> Prompt:
         """The prompt of a line of ``prompts.jsonl`` in a results folder."""
         references, damaged = (tuple(map(Path, fields.get(k, ()))) for k in ("references", "damaged_references"))
         dead, links = (tuple(fields.get(k, ())) for k in ("dead_references", "links"))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_bench.errors import StoreError, nearest
+from nemo_bench.errors import StoreError, did_you_mean
 from nemo_bench.records.pictures import visible
 
 
@@ -48,7 +48,9 @@ def check_folder(folder: Path, wanted: str = "a run, a cell, or a folder of imag
         raise StoreError(f"{folder} is no folder; give {wanted}")
     parent = folder.parent
     names = [path.name for path in visible(parent.iterdir(), parent) if path.is_dir()] if parent.is_dir() else []
-    raise StoreError(f"{folder} does not exist; give {wanted}. {nearest(folder.name, names) if names else ''}".rstrip())
+    raise StoreError(
+        f"{folder} does not exist; give {wanted}. {did_you_mean(folder.name, names) if names else ''}".rstrip()
+    )
 
 
 def check_writable(folder: Path) -> None:

@@ -72,7 +72,7 @@ def read_cell_prompts(folder: Path, spec: Mapping[str, Any]) -> list[Prompt]:
     """
     path = folder / "prompts.jsonl"
     try:
-        prompts = [Prompt.of(parse_json(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        prompts = [Prompt.from_record(parse_json(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
         raise StoreError(f"{path} is missing; {REPAIRS[path.name]}") from None
     except KeyError as error:
@@ -363,7 +363,7 @@ class Store:
         """See :func:`read_records`."""
         return read_records(self.folder, stage)
 
-    def open_ids(self, stage: str, ids: Iterable[str]) -> list[str]:
+    def pending_ids(self, stage: str, ids: Iterable[str]) -> list[str]:
         """Those of the ids that have no record yet, or whose picture is gone or cut, in the order given."""
         done = {record["id"] for record in iterate_records(self.folder, stage) if self._has_files(record)}
         still = [i for i in ids if i not in done]
@@ -379,7 +379,7 @@ class Store:
 
     def recount(self, stage: str, ids: Iterable[str]) -> None:
         """Opens a stage again that was done once and misses something now."""
-        if self.is_done(stage) and self.open_ids(stage, ids):
+        if self.is_done(stage) and self.pending_ids(stage, ids):
             self.reopen(stage)
 
     def writer(self, stage: str) -> Callable[[Iterable[Record]], None]:
@@ -416,7 +416,7 @@ class Store:
             StoreError: Records are missing.
         """
         ids = list(ids)
-        missing = self.open_ids(stage, ids)
+        missing = self.pending_ids(stage, ids)
         if missing:
             msg = f"{self.folder}: {len(missing)} of {len(ids)} records of '{stage}' are missing; run the command again"
             raise StoreError(msg)

@@ -615,7 +615,7 @@ def _outcomes(folder: Path, prompts: Iterable[Prompt]) -> dict[str, Outcome]:
 def _lost(folder: Path) -> dict[str, int]:
     """How many images are gone or cut since they were scored, if any are; their scores are in the records still."""
     images = [record["id"] for record in read_records(folder, "generate").values() if "image" in record]
-    lost = Store(folder).open_ids("generate", images)
+    lost = Store(folder).pending_ids("generate", images)
     return {"lost_images": len(lost)} if lost else {}
 
 

@@ -44,7 +44,7 @@ def test_auto_is_32_on_a_cpu_and_no_part_of_the_identity(tmp_path: Path) -> None
 
     automatic, usual = cell("batch_size=auto"), cell("batch_size=7")
     assert automatic.id == usual.id
-    runner = Runner(automatic.choice.settings.trainer, progress=False)
+    runner = Runner(automatic.config.settings.trainer, progress=False)
     assert (runner.rows(automatic), runner.rows(usual)) == (32, 7)
     assert automatic.method.batch_size == 32
 

@@ -32,7 +32,7 @@ def cell_of(root: Path, *more: str) -> Cell:
 
 
 def calibrate(cell: Cell) -> Cell:
-    Runner(cell.choice.settings.trainer, progress=False).calibrate(cell)
+    Runner(cell.config.settings.trainer, progress=False).calibrate(cell)
     return cell
 
 
@@ -64,7 +64,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Cell:
 
 def test_statistics_and_threshold_are_those_of_the_library(measured: Cell) -> None:
     texts = [p.text for p in measured.calibration_prompts]
-    mean, std = activation_statistics(load_model(measured.choice.settings.model), [texts])
+    mean, std = activation_statistics(load_model(measured.config.settings.model), [texts])
     found = measured.method.calibration
     assert found
     assert (list(found.mean), found.prompts) == (list(mean), len(texts))
@@ -83,7 +83,7 @@ def test_the_text_encoder_sees_some_prompts_at_once_and_never_a_whole_chunk(
     measured: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
-    model = load_model(measured.choice.settings.model)
+    model = load_model(measured.config.settings.model)
     encode = model.encode
 
     def watch(texts: list[str]) -> object:

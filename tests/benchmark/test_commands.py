@@ -156,7 +156,7 @@ def test_dry_run_counts_and_writes_nothing(
     (about,) = expected["prompts"].values()
     assert (about["taken"], about["of"]) == (3, 3)
     assert about["first"][0] == {"id": "vm-01", "text": read_prompts(prompt_file)[0].text}
-    assert [row["open"] for row in rows] == [{"localize": 3, "generate": 6, "score": 3}] * 5
+    assert [row["pending"] for row in rows] == [{"localize": 3, "generate": 6, "score": 3}] * 5
     assert [row["passes"]["generate"] for row in rows] == [6 * 5 * 2] * 5
     assert not (tmp_path / "results").exists()
 
@@ -322,7 +322,7 @@ def test_a_folder_that_is_not_there_is_said_to_be_missing_and_the_nearest_named(
 
 def test_settings_may_stand_on_both_sides_of_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", f"root={tmp_path}", "method=none", "--dry-run", "--json", "prompts.limit=1", "seeds=3"]) == 0
-    assert json.loads(capsys.readouterr().out)["cells"][0]["open"]["generate"] == 6
+    assert json.loads(capsys.readouterr().out)["cells"][0]["pending"]["generate"] == 6
     with pytest.raises(SystemExit):
         main(["run", "seeds=1", "--dry-runn"])
     assert "unknown option '--dry-runn'. Did you mean '--dry-run'?" in capsys.readouterr().err

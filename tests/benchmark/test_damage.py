@@ -166,7 +166,7 @@ def test_a_cut_image_and_a_swapped_one_are_noticed(folder: Path, capsys: pytest.
     assert main(READING["score"](folder)) == 1
     assert f"{one} is not the image that was recorded; delete it" in capsys.readouterr().err
     one.write_bytes(other.read_bytes())
-    assert Store(cell(folder)).open_ids("generate", read_records(cell(folder), "generate"))
+    assert Store(cell(folder)).pending_ids("generate", read_records(cell(folder), "generate"))
 
 
 @pytest.mark.parametrize("seeds", [1, 3, "2"])

@@ -15,7 +15,7 @@ from nemo_bench.benchmark.dry_run import forecast
 from nemo_bench.benchmark.plan import plan
 from nemo_bench.benchmark.run import run
 from nemo_bench.cli import main
-from nemo_bench.config import Choice, grid, options
+from nemo_bench.config import CellConfig, grid, options
 from nemo_bench.errors import ModelError
 from nemo_bench.metrics import Alignment
 from nemo_bench.records.io import read_json
@@ -44,7 +44,7 @@ def states(expected: dict[str, Any]) -> dict[str, str]:
 
 def test_passes_are_counted_before_anything_is_known(words: list[str], tmp_path: Path) -> None:
     expected = forecast(grid([*words, "method=none,random,nemo"]))
-    assert [row["open"] for row in expected["cells"]] == [{"localize": 3, "generate": 6, "score": 3}] * 3
+    assert [row["pending"] for row in expected["cells"]] == [{"localize": 3, "generate": 6, "score": 3}] * 3
     images, measured = 6 * 5 * 2, 3 * 3
     assert [row["passes"] for row in expected["cells"]] == [
         {"calibrate": 0, "localize": measured, "generate": images},
@@ -60,7 +60,7 @@ def test_passes_are_counted_before_anything_is_known(words: list[str], tmp_path:
 
 def test_what_nobody_asked_for_and_what_was_given_are_counted_too(words: list[str]) -> None:
     (source, random) = forecast(grid([*words, "method=random"]))["cells"]
-    assert source["open"] == {"localize": 3}
+    assert source["pending"] == {"localize": 3}
     assert (source["passes"]["generate"], random["passes"]["generate"]) == (0, 60)
     (given,) = forecast(grid([*words, "method=nemo", "method.threshold=0.3"]))["cells"]
     assert given["passes"]["calibrate"] == 0
@@ -262,7 +262,9 @@ def test_every_preset_has_a_complete_table_of_needs_on_every_model(
     choices = grid([f"experiment={name}"])
     for model in options("model"):
         (other,) = grid([f"model={model}", "method=none"])
-        others = [Choice({**c.names, "model": model}, replace(c.settings, model=other.settings.model)) for c in choices]
+        others = [
+            CellConfig({**c.names, "model": model}, replace(c.settings, model=other.settings.model)) for c in choices
+        ]
         found = forecast(others)
         (weights,) = (need for need in found["needs"] if need["kind"] == "weights")
         assert weights["state"] == ("there" if model == "planted" else "missing")

@@ -80,7 +80,7 @@ def test_images_are_paired_with_those_without_mitigation_whenever_they_come(tmp_
     assert "paired" not in read_json(both["none"] / "metrics.json")["aggregates"]["VM"]["ssim"]
 
     # Asked for alone again, it is still paired with what lies beside it, and nothing is scored anew.
-    assert not any(outlook(plan(grid(words(tmp_path, prompt_file, "method=random"))))[0]["open"].values())
+    assert not any(outlook(plan(grid(words(tmp_path, prompt_file, "method=random"))))[0]["pending"].values())
     before = (both["random"] / "metrics.json").read_text()
     execute(tmp_path, prompt_file, "method=random")
     assert (both["random"] / "metrics.json").read_text() == before
@@ -205,8 +205,8 @@ def test_other_weights_score_again_and_other_folders_do_not(tmp_path: Path, prom
     cell = execute(tmp_path, prompt_file, *asked, f"weights={weights}")["none"]
     before = json.loads((cell / "scoring.json").read_text())
     moved = weights.rename(tmp_path / "moved")
-    assert not any(outlook(plan(grid(words(tmp_path, prompt_file, *asked, f"weights={moved}"))))[0]["open"].values())
+    assert not any(outlook(plan(grid(words(tmp_path, prompt_file, *asked, f"weights={moved}"))))[0]["pending"].values())
     assert str(tmp_path) not in json.dumps(before)
     with (moved / "sscd.pt").open("ab") as file:
         file.write(b"another file")
-    assert outlook(plan(grid(words(tmp_path, prompt_file, *asked, f"weights={moved}"))))[0]["open"]["score"] == 3
+    assert outlook(plan(grid(words(tmp_path, prompt_file, *asked, f"weights={moved}"))))[0]["pending"]["score"] == 3

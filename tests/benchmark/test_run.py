@@ -160,7 +160,7 @@ def test_again_nothing_is_open_and_nothing_is_loaded(
     folder, prompts = finished
     before = results(folder)
     cells = plan(grid(words(folder.parent, prompts)))
-    assert all(not any(row["open"].values()) for row in outlook(cells))
+    assert all(not any(row["pending"].values()) for row in outlook(cells))
 
     def refuse(*args: object) -> None:
         raise AssertionError("a model was loaded")

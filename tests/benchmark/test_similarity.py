@@ -63,14 +63,14 @@ def test_what_is_not_known_before_is_refused_once_the_model_is_there(
     monkeypatch.setattr("nemo_bench.benchmark.runner.load_model", lambda settings: planted)
     (cell,) = plan(grid(["method=none", f"root={tmp_path}", "trainer=cpu", *PUBLISHED]))
     with pytest.raises(ConfigError, match="latents of 16x16 are too small"):
-        Runner(cell.choice.settings.trainer, progress=False).model(cell)
+        Runner(cell.config.settings.trainer, progress=False).model(cell)
     (detecting,) = detection.plan(detector_grid(["detector=noise_difference", f"root={tmp_path}", *PUBLISHED]))
-    monkeypatch.setattr(planted, "similarity", similarity_of(detecting.choice.settings.model))
+    monkeypatch.setattr(planted, "similarity", similarity_of(detecting.config.settings.model))
     with pytest.raises(ConfigError, match="latents of 16x16 are too small"):
         detection.DetectionStage(planted, [detecting], 4)
 
 
 def test_latent_size_is_that_of_the_unet_s_settings() -> None:
     (cell,) = plan(grid(["method=none"]))
-    source = Source(cell.choice.settings.model.source.replace("package:", f"{Path(detection.__file__).parent}/"))
+    source = Source(cell.config.settings.model.source.replace("package:", f"{Path(detection.__file__).parent}/"))
     assert source.latent_size == (16, 16)

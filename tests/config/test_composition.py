@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from nemo_bench.benchmark.plan import source_of
 from nemo_bench.config import (
     GROUPS,
-    Choice,
+    CellConfig,
     PromptSettings,
     build,
     describe_options,
@@ -61,7 +61,7 @@ class Mine(Method):
 """
 
 
-def one(*overrides: str, conf: Path | None = None) -> Choice:
+def one(*overrides: str, conf: Path | None = None) -> CellConfig:
     (choice,) = grid(["method=none", *overrides], conf)
     return choice
 

@@ -167,7 +167,7 @@ def test_a_run_through_the_configuration(family: str, tmp_path: Path, prompt_fil
     words += [f"root={tmp_path / 'results'}", f"prompts.files=[{prompt_file}]", "model.steps=2"]
     (cell,) = plan(grid([*words, f"model.source={tmp_path / 'model'}"]))
     run([cell], "test", say=lambda line: None)
-    loaded = load_model(cell.choice.settings.model)
+    loaded = load_model(cell.config.settings.model)
     assert json.loads((cell.store.folder / "layers.json").read_text()) == loaded.masks.widths
     assert cell.spec["digests"]["model"]
     assert [len(read_records(cell.store.folder, stage)) for stage in ("localize", "generate", "score")] == [3, 6, 9]

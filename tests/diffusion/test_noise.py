@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from nemo_bench.diffusion.noise import (
-    angle,
     end_attention,
     masked_magnitude,
+    mean_cosine,
     norms,
     score_difference,
     tiled_distance,
@@ -39,7 +39,7 @@ def test_a_masked_magnitude_is_worked_out_by_hand() -> None:
 def test_an_angle_is_taken_over_channels_and_averaged_over_positions() -> None:
     one = torch.tensor([[[[1.0, 0.0]], [[0.0, 2.0]]]])
     other = torch.tensor([[[[1.0, 3.0]], [[1.0, -4.0]]]])
-    assert float(angle(one, other)) == pytest.approx((math.sqrt(0.5) - 0.8) / 2)
+    assert float(mean_cosine(one, other)) == pytest.approx((math.sqrt(0.5) - 0.8) / 2)
 
 
 def test_attention_to_the_end_is_that_of_each_prompts_last_token() -> None:

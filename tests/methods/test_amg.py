@@ -256,7 +256,7 @@ def test_sscd_sees_prepared_pictures(tmp_path: Path) -> None:
     found = AMG(str(file)).embed(picture)
     torch.testing.assert_close(found[0], expected / expected.norm())
     assert torch.autograd.grad(found.sum(), [picture])[0].any()
-    assert set(AMG(str(file)).content([Prompt("a", "a", references=references())])) == {"references", "sscd"}
+    assert set(AMG(str(file)).fingerprint([Prompt("a", "a", references=references())])) == {"references", "sscd"}
     file.write_bytes(b"nothing")
     with pytest.raises(ModelError, match="is no TorchScript file of SSCD"):
         AMG(str(file)).embed(picture)
@@ -330,17 +330,17 @@ def test_images_above_the_threshold_become_less_similar(planted: Diffusion) -> N
 
 def test_a_cell_is_another_where_training_images_are_others() -> None:
     one, two = ([Prompt("a", "a", references=(file,))] for file in references()[:2])
-    assert AMG().content(one) == AMG().content([Prompt("b", "b", references=one[0].references)])
-    assert AMG().content(one) != AMG().content(two)
+    assert AMG().fingerprint(one) == AMG().fingerprint([Prompt("b", "b", references=one[0].references)])
+    assert AMG().fingerprint(one) != AMG().fingerprint(two)
 
 
 def test_without_training_images_it_says_what_to_do(tiny: Diffusion, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no prompt has any: give references"):
-        AMG().content([Prompt("a", "a")])
+        AMG().fingerprint([Prompt("a", "a")])
     with pytest.raises(ConfigError, match=r"call prepare\(model, prompts\)"):
         images_of(tiny, AMG(), batch_of(tiny, [(0, 0)]))
     with pytest.raises(ModelError, match="does not exist"):
-        AMG("nowhere.pt").content([Prompt("a", "a", references=references())])
+        AMG("nowhere.pt").fingerprint([Prompt("a", "a", references=references())])
     broken = tmp_path / "broken.png"
     Image.new("RGB", (4, 4)).save(broken)
     broken.write_bytes(broken.read_bytes()[:20])

@@ -14,7 +14,7 @@ from nemo_bench import Diffusion, ModelError, Prompt, resolve
 from nemo_bench.benchmark.plan import plan
 from nemo_bench.config import grid
 from nemo_bench.diffusion import Similarity
-from nemo_bench.diffusion.noise import LATE, angle, masked_magnitude, norms, unit
+from nemo_bench.diffusion.noise import LATE, masked_magnitude, mean_cosine, norms, unit
 from nemo_bench.methods import (
     AMG,
     PRSS,
@@ -127,7 +127,7 @@ def anisotropies(model: Diffusion, batch: Batch) -> torch.Tensor:
     late = model.timestep(LATE)
     unconditional = model.predict_noise(batch.latents, late, model.unconditional(len(batch.text)))
     added = model.predict_noise(batch.latents, late, batch.text) - unconditional
-    return magnitudes(model, batch) + 2 * angle(unconditional, added)
+    return magnitudes(model, batch) + 2 * mean_cosine(unconditional, added)
 
 
 def masked(model: Diffusion, batch: Batch) -> torch.Tensor:

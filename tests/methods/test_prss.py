@@ -186,9 +186,9 @@ def test_what_stands_for_it_without_a_file_has_a_title_of_its_own(file: str) -> 
 def test_prompts_that_the_file_lacks_are_an_error_unless_allowed(file: str) -> None:
     prompts = [Prompt("a", "red sun map"), Prompt("b", "ice jam")]
     with pytest.raises(ConfigError, match=r"no paraphrases for 1 of 2 prompts \(first: 'b'\)"):
-        PRSS(file).content(prompts)
-    assert set(PRSS(file, missing="none").content(prompts)) == {"file"}
-    assert PRSS().content(prompts) == {}
+        PRSS(file).fingerprint(prompts)
+    assert set(PRSS(file, missing="none").fingerprint(prompts)) == {"file"}
+    assert PRSS().fingerprint(prompts) == {}
 
 
 @pytest.mark.parametrize(

@@ -84,29 +84,29 @@ def test_what_was_found_is_found_again(tiny: Diffusion, saved: Path, found: dict
 
 
 def test_the_hash_knows_the_content_and_not_the_path(tmp_path: Path, saved: Path) -> None:
-    def content(path: Path) -> Any:
-        return SavedNeurons(str(path)).content([A, B])
+    def fingerprint(path: Path) -> Any:
+        return SavedNeurons(str(path)).fingerprint([A, B])
 
-    before = content(saved)
+    before = fingerprint(saved)
     moved = saved.rename(tmp_path / f"moved{saved.suffix}")
-    assert content(moved) == before
+    assert fingerprint(moved) == before
     changed = moved / "records" / "localize.0.jsonl" if moved.is_dir() else moved
     assert "[1]" in changed.read_text()
     changed.write_text(changed.read_text().replace("[1]", "[2]"))
-    assert content(moved) != before
+    assert fingerprint(moved) != before
 
 
 def test_a_prompt_that_is_missing(tiny: Diffusion, saved: Path) -> None:
     with pytest.raises(ConfigError, match=r"no neurons for 1 of 3 prompts \(first: 'c'\).*missing=none"):
-        SavedNeurons(str(saved)).content([A, OTHER, B])
+        SavedNeurons(str(saved)).fingerprint([A, OTHER, B])
     lenient = SavedNeurons(str(saved), missing="none")
-    assert lenient.content([A, OTHER]) != lenient.content([A, B])
+    assert lenient.fingerprint([A, OTHER]) != lenient.fingerprint([A, B])
     assert localize(tiny, lenient, OTHER) == Localization()
 
 
 def test_a_prompt_of_the_same_id_and_another_text_is_missing(saved: Path) -> None:
     with pytest.raises(ConfigError, match="no neurons for 1 of 1 prompts"):
-        SavedNeurons(str(saved)).content([A._replace(text="another")])
+        SavedNeurons(str(saved)).fingerprint([A._replace(text="another")])
 
 
 @pytest.mark.parametrize("name", ["set.json", "set.safetensors"])
@@ -114,32 +114,32 @@ def test_one_set_for_all_prompts(tiny: Diffusion, tmp_path: Path, found: dict[st
     found["a"].initial.save(tmp_path / name)
     method = SavedNeurons(str(tmp_path / name))
     assert localize(tiny, method, A).neurons == localize(tiny, method, OTHER).neurons == found["a"].initial
-    assert method.content([A, OTHER])
+    assert method.fingerprint([A, OTHER])
 
 
 def test_lines_of_one_prompt_must_agree(tmp_path: Path, tiny: Diffusion, found: dict[str, Localization]) -> None:
     first, second = rows(tiny, found)
     path = tmp_path / "twice.csv"
     path.write_text(published_text([first, second, first]))
-    SavedNeurons(str(path)).content([A, B])
+    SavedNeurons(str(path)).fingerprint([A, B])
     path.write_text(published_text([first, second._replace(caption=first.caption)]))
     with pytest.raises(NemoBenchError, match="two lines of other neurons for the prompt 'red sun map'"):
-        SavedNeurons(str(path)).content([A])
+        SavedNeurons(str(path)).fingerprint([A])
 
 
 def test_neurons_of_another_model_are_refused(tmp_path: Path, tiny: Diffusion) -> None:
     path = tmp_path / "wide.csv"
     path.write_text(published_text([PublishedRow(A.text, "", ((1279,),) * 7, 0.0, ((1279,),) * 7, 0.0)]))
     method = SavedNeurons(str(path))
-    method.content([A])
+    method.fingerprint([A])
     with pytest.raises(NemoBenchError, match="neuron 1279 of layer"):
         localize(tiny, method, A)
 
 
 def test_what_can_not_be_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="saved neurons need a file"):
-        SavedNeurons().content([A])
+        SavedNeurons().fingerprint([A])
     with pytest.raises(NemoBenchError, match="holds no localization"):
-        SavedNeurons(str(tmp_path)).content([A])
+        SavedNeurons(str(tmp_path)).fingerprint([A])
     with pytest.raises(NemoBenchError, match="no such file"):
-        SavedNeurons(str(tmp_path / "gone.csv")).content([A])
+        SavedNeurons(str(tmp_path / "gone.csv")).fingerprint([A])

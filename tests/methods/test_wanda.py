@@ -97,8 +97,8 @@ def test_prompts_come_from_a_file_or_from_the_run(tiny: Diffusion, tmp_path: Pat
     file = tmp_path / "list.txt"
     file.write_text("red sun map\nfox big hat\n")
     from_file, from_run = Wanda(str(file), ratio=0.3), Wanda(ratio=0.3)
-    assert from_file.content([]) == from_run.content(MEMORIZED) == from_file.content(MEMORIZED[:1])
-    assert from_run.content(MEMORIZED[:1]) != from_run.content(MEMORIZED)
+    assert from_file.fingerprint([]) == from_run.fingerprint(MEMORIZED) == from_file.fingerprint(MEMORIZED[:1])
+    assert from_run.fingerprint(MEMORIZED[:1]) != from_run.fingerprint(MEMORIZED)
     from_run.prepare(tiny, MEMORIZED)
     batch = batch_of(tiny, [(0, 0)])
     assert torch.equal(images_of(tiny, from_file, batch), images_of(tiny, from_run, batch))
@@ -106,7 +106,7 @@ def test_prompts_come_from_a_file_or_from_the_run(tiny: Diffusion, tmp_path: Pat
 
 def test_without_memorized_prompts_it_says_what_to_do(tiny: Diffusion) -> None:
     with pytest.raises(ConfigError, match="none of those given is marked VM or TM: set file"):
-        Wanda().content([Prompt("c", "cup dog")])
+        Wanda().fingerprint([Prompt("c", "cup dog")])
     with pytest.raises(ConfigError, match=r"call prepare\(model, prompts\), or set file"):
         images_of(tiny, Wanda(), batch_of(tiny, [(0, 0)]))
 

@@ -162,7 +162,7 @@ def test_what_real_pictures_are_is_known_by_name_and_size(tmp_path: Path) -> Non
     for folder in ("real", "moved"):
         save(tmp_path / folder, "one.png", 1)
         save(tmp_path / folder, "two.png", 2)
-    before, moved = (FID(space, str(tmp_path / folder)).content() for folder in ("real", "moved"))
+    before, moved = (FID(space, str(tmp_path / folder)).fingerprint() for folder in ("real", "moved"))
     assert before == moved
     save(tmp_path / "moved", "three.png", 3)
-    assert FID(space, str(tmp_path / "moved")).content() != before
+    assert FID(space, str(tmp_path / "moved")).fingerprint() != before

@@ -27,6 +27,7 @@ from nemo_bench.metrics import (
     BenchMetric,
     Change,
     Diversity,
+    ImageSpace,
     MemorizationRate,
     MemorizationScore,
     MiFID,
@@ -34,7 +35,6 @@ from nemo_bench.metrics import (
     NeuronCount,
     OpenClip,
     PixelDistance,
-    Space,
     TiledDistance,
     TrainingImage,
     Vendi,
@@ -101,7 +101,7 @@ def fields(metric: BenchMetric, prompt: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("space", PIXELS, ids=lambda s: s.title)
-def test_training_images_are_compared_by_the_best(space: Space) -> None:
+def test_training_images_are_compared_by_the_best(space: ImageSpace) -> None:
     images, references, pool = pictures(3, 1), pictures(2, 2), pictures(5, 3)
     better = torch.amin if space.is_distance else torch.amax
     for metric, name, others in (
@@ -116,7 +116,7 @@ def test_training_images_are_compared_by_the_best(space: Space) -> None:
 
 
 @pytest.mark.parametrize("space", PIXELS, ids=lambda s: s.title)
-def test_change_is_by_seed_and_not_by_the_nearest(space: Space) -> None:
+def test_change_is_by_seed_and_not_by_the_nearest(space: ImageSpace) -> None:
     images = pictures(3, 1)
     swapped = images[[1, 0, 2]]
     values = Change(space).score(images, swapped)
@@ -303,8 +303,8 @@ def test_what_decides_scores_is_known_without_paths(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
     one, two = sscd(tmp_path / "a"), sscd(tmp_path / "b")
-    assert one.content() == two.content()
-    assert str(tmp_path) not in json.dumps(one.content())
+    assert one.fingerprint() == two.fingerprint()
+    assert str(tmp_path) not in json.dumps(one.fingerprint())
     space = clip(tmp_path / "a")
-    assert str(tmp_path) not in json.dumps(Alignment(space).content())
-    assert TrainingImage(SSIM()).content() != TrainingImage(PixelDistance()).content()
+    assert str(tmp_path) not in json.dumps(Alignment(space).fingerprint())
+    assert TrainingImage(SSIM()).fingerprint() != TrainingImage(PixelDistance()).fingerprint()

@@ -100,7 +100,7 @@ def test_a_file_of_weights_has_the_digest_that_is_asked_for(tmp_path: Path) -> N
     with pytest.raises(ModelError, match=f"has SHA-256 {right}, expected 00ff"):
         SSCD(str(path), sha256="00ff").check()
     moved = path.rename(tmp_path / "moved.pt")
-    assert SSCD(str(moved)).content()["file"] == right
+    assert SSCD(str(moved)).fingerprint()["file"] == right
 
 
 def test_equal_spaces_share_their_network(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from nemo_bench.errors import ConfigError
-from nemo_bench.metrics import SSIM, MultiscaleSSIM, PixelDistance, Pixels, Space, TiledDistance, spaces
+from nemo_bench.metrics import SSIM, ImageSpace, MultiscaleSSIM, PixelDistance, Pixels, TiledDistance, spaces
 
 CPU = torch.device("cpu")
 
@@ -128,7 +128,7 @@ def test_like_backgrounds_do_not_make_a_tiled_distance_small() -> None:
 
 
 @pytest.mark.parametrize("space", [SSIM(), MultiscaleSSIM(1), PixelDistance(), TiledDistance()], ids=lambda s: s.title)
-def test_all_pairs_are_compared_a_bounded_number_at_a_time(space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_pairs_are_compared_a_bounded_number_at_a_time(space: ImageSpace, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = pictures(3, 1), pictures(5, 2)
     whole = space.compare(a, b)
     monkeypatch.setattr(spaces, "PAIRED_VALUES", 2 * a[0].numel())
@@ -144,7 +144,7 @@ def test_all_pairs_are_compared_a_bounded_number_at_a_time(space: Space, monkeyp
 
 
 @pytest.mark.parametrize("space", [SSIM(), PixelDistance()], ids=lambda s: s.title)
-def test_the_nearest_is_the_one_most_alike(space: Space) -> None:
+def test_the_nearest_is_the_one_most_alike(space: ImageSpace) -> None:
     references = pictures(3, 1)
     images = torch.stack([references[2], (references[0] + 0.2).clamp(max=1), pictures(1, 9)[0]])
     pairs = [[space.pair(image[None], reference[None]).item() for reference in references] for image in images]
@@ -163,5 +163,5 @@ def test_pictures_are_brought_to_the_size_of_the_images() -> None:
 
 def test_spaces_of_pixels_see_the_same() -> None:
     assert len({space.view for space in (SSIM(), PixelDistance(), TiledDistance(2), MultiscaleSSIM())}) == 1
-    assert SSIM().content() != PixelDistance().content()
-    assert TiledDistance(2).content() != TiledDistance(4).content()
+    assert SSIM().fingerprint() != PixelDistance().fingerprint()
+    assert TiledDistance(2).fingerprint() != TiledDistance(4).fingerprint()

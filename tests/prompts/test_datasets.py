@@ -105,7 +105,7 @@ def test_without_a_network_a_data_set_of_the_hub_is_one_message_within_seconds(m
 @pytest.mark.parametrize("source", ["hf://", "hf://name", "hf://user/name/config/more", "hf://user/name:a:b:c"])
 def test_an_address_of_another_form_is_an_error(source: str) -> None:
     with pytest.raises(PromptError, match=r"expected hf://user/name or hf://user/name/config"):
-        DatasetPlace.of(source)
+        DatasetPlace.from_source(source)
 
 
 def test_without_the_library_it_is_said_what_to_install(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

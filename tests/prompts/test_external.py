@@ -55,7 +55,7 @@ def test_names_of_the_public_scripts(tmp_path: Path) -> None:
         ("img_0001_00.png", "b", 0),
         ("img_0001_01.webp", "b", 1),
     ]
-    assert found[3].task == ImageTask.of(PROMPTS[1], 1)
+    assert found[3].task == ImageTask.from_prompt(PROMPTS[1], 1)
 
 
 def test_hidden_files_are_no_images(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_prompts_without_images_are_left_out(tmp_path: Path) -> None:
 
 
 def found_in(*paths: Path) -> list[FoundImage]:
-    return [FoundImage(ImageTask.of(PROMPTS[0], seed), str(path)) for seed, path in enumerate(paths)]
+    return [FoundImage(ImageTask.from_prompt(PROMPTS[0], seed), str(path)) for seed, path in enumerate(paths)]
 
 
 def test_images_are_hashed(tmp_path: Path) -> None:
@@ -182,5 +182,5 @@ def test_every_image_finds_its_prompt(
     for name in names:
         (folder / name).touch()
     listed = [Prompt(f"p{number}", "text") for number in range(prompts)]
-    expected = [ImageTask.of(prompt, seed) for prompt in listed for seed in range(seeds)]
+    expected = [ImageTask.from_prompt(prompt, seed) for prompt in listed for seed in range(seeds)]
     assert [image.task for image in named_images(folder, listed)] == expected

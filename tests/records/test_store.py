@@ -51,7 +51,7 @@ def test_a_torn_last_line_is_dropped_and_its_id_is_open_again(store: Store) -> N
     path = lines_of(store, 0)
     path.write_bytes(path.read_bytes()[:-9])
     assert set(store.records("generate")) == {"a"}
-    assert store.open_ids("generate", ["c", "b", "a"]) == ["c", "b"]
+    assert store.pending_ids("generate", ["c", "b", "a"]) == ["c", "b"]
     store.writer("generate")([record("b"), record("c")])
     assert set(store.records("generate")) == {"a", "b", "c"}
 
@@ -152,7 +152,7 @@ def test_a_kill_loses_no_complete_record_and_invents_none(split: list[tuple[int,
         assert store.records("generate") == expected
 
         names = [line["id"] for _, line in written]
-        missing = store.open_ids("generate", names)
+        missing = store.pending_ids("generate", names)
         assert missing == [name for name in names if name in lost]
         store.writer("generate")([line for _, line in written if line["id"] in missing])
         store.finish("generate", names)
@@ -163,9 +163,9 @@ def test_an_id_whose_image_was_deleted_is_open_again(store: Store) -> None:
     image = Image.new("RGB", (4, 4), "red")
     names = [store.save_image(f"images/{i}.png", image) for i in "ab"]
     store.writer("generate")([record("a", image=names[0]), record("b", image=names[1]), record("c")])
-    assert store.open_ids("generate", "abc") == []
+    assert store.pending_ids("generate", "abc") == []
     (store.folder / names[0]).unlink()
-    assert store.open_ids("generate", "abc") == ["a"]
+    assert store.pending_ids("generate", "abc") == ["a"]
     with pytest.raises(StoreError, match="1 of 3 records of 'generate' are missing"):
         store.finish("generate", "abc")
 

@@ -133,7 +133,7 @@ def test_headers_sort_by_mouse_and_by_keyboard(reader: Reader, run: Path) -> Non
     assert reader.order() == {"ssim": "descending"}
     reader.page.keyboard.press("Tab")
     reader.page.keyboard.press("Tab")
-    reader.page.keyboard.press("Space")
+    reader.page.keyboard.press("ImageSpace")
     assert reader.order() == {"alignment": "descending"}
 
 

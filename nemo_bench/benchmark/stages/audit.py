@@ -19,7 +19,7 @@ from nemo_bench.benchmark.plan import ImageCell
 from nemo_bench.benchmark.runner import neurons_by_prompt
 from nemo_bench.benchmark.stages.base import UNLOCALIZED, Stage, file_name, slices, to_image
 from nemo_bench.diffusion import Conditioning, Diffusion, file_digest
-from nemo_bench.errors import ConfigError, NotFiniteError, nearest
+from nemo_bench.errors import ConfigError, NotFiniteError, did_you_mean
 from nemo_bench.methods import Batch, Method, NoMitigation
 from nemo_bench.metrics import BenchMetric
 from nemo_bench.prompts import seeds_of
@@ -63,7 +63,7 @@ class AuditSettings:
     def check(self) -> None:
         """Raises ConfigError where a value is out of range."""
         if self.start not in ("prompt", "random"):
-            raise ConfigError(f"start={self.start}: unknown value. {nearest(self.start, ('prompt', 'random'))}")
+            raise ConfigError(f"start={self.start}: unknown value. {did_you_mean(self.start, ('prompt', 'random'))}")
         least = {"steps": 1, "rate": 1e-12, "samples": 1, "images": 1, "limit": 1}
         for key, low in least.items():
             value = getattr(self, key)
@@ -71,14 +71,14 @@ class AuditSettings:
                 raise ConfigError(f"{key}={value}: expected {'more than 0' if key == 'rate' else 'at least 1'}")
 
     @property
-    def decisive(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What decides the result of a search."""
         return {key: value for key, value in asdict(self).items() if key not in ("controls", "limit")}
 
     @property
     def key(self) -> str:
         """Names the folder of pictures."""
-        return digest(self.decisive, 8)
+        return digest(self.identity, 8)
 
 
 class AuditTask(NamedTuple):
@@ -98,10 +98,10 @@ class AuditTask(NamedTuple):
     picture: Path
 
     @classmethod
-    def of(cls, prompt: Prompt, source: Prompt, settings: AuditSettings) -> AuditTask:
+    def from_prompts(cls, prompt: Prompt, source: Prompt, settings: AuditSettings) -> AuditTask:
         """The search for the first reference image of a prompt."""
         picture = source.references[0]
-        content = [settings.decisive, prompt.id, prompt.text, source.id, source.text, file_digest(picture)]
+        content = [settings.identity, prompt.id, prompt.text, source.id, source.text, file_digest(picture)]
         return cls(digest(content), prompt, source, picture)
 
     @property
@@ -145,8 +145,10 @@ class AuditCell:
 
     def score_id(self, task: AuditTask) -> str:
         """Record id of the scores of a search."""
-        nodes = self.cell.choice.settings.metrics
-        return digest([task.id, {name: {**nodes[name], **metric.content()} for name, metric in self.metrics.items()}])
+        nodes = self.cell.config.settings.metrics
+        return digest(
+            [task.id, {name: {**nodes[name], **metric.fingerprint()} for name, metric in self.metrics.items()}]
+        )
 
 
 class AuditStage(Stage):

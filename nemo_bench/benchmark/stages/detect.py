@@ -11,7 +11,7 @@ import lightning as L
 from torch.utils.data import DataLoader
 
 from nemo_bench.benchmark.stages.base import file_name, to_image
-from nemo_bench.config import Choice
+from nemo_bench.config import CellConfig
 from nemo_bench.detectors import Detector, watch
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.prompts import PromptTask
@@ -26,14 +26,14 @@ class DetectionCell:
     """A model, a detector and prompts; owner of one results folder.
 
     Attributes:
-        choice: Names and settings.
+        config: Names and settings.
         detector: The detector.
         prompts: All prompts.
         spec: What decides the result, as written to ``spec.json``.
         store: Its folder.
     """
 
-    choice: Choice
+    config: CellConfig
     detector: Detector
     prompts: list[Prompt]
     spec: dict[str, Any]
@@ -47,7 +47,7 @@ class DetectionCell:
     @property
     def tasks(self) -> list[PromptTask]:
         """All prompts."""
-        return [PromptTask.of(p) for p in self.prompts]
+        return [PromptTask.from_prompt(p) for p in self.prompts]
 
 
 class DetectionTask(NamedTuple):
@@ -82,7 +82,7 @@ class DetectionData(L.LightningDataModule):
         """Shares out the open prompts: rank r of w takes every w-th, beginning with the r-th."""
         trainer = self.trainer
         assert trainer is not None
-        todo = trainer.strategy.broadcast(open_tasks(self.cells) if trainer.is_global_zero else [])
+        todo = trainer.strategy.broadcast(pending_tasks(self.cells) if trainer.is_global_zero else [])
         self.open = todo[trainer.global_rank :: trainer.world_size]
 
     def predict_dataloader(self) -> DataLoader[Any]:
@@ -90,10 +90,10 @@ class DetectionData(L.LightningDataModule):
         return DataLoader(self.open, batch_size=self.batch_size, collate_fn=list)  # type: ignore[arg-type]
 
 
-def open_tasks(cells: Sequence[DetectionCell]) -> list[DetectionTask]:
+def pending_tasks(cells: Sequence[DetectionCell]) -> list[DetectionTask]:
     """Prompts that some of the cells have no record of, or whose picture is gone."""
     ids = [task.id for task in cells[0].tasks]
-    still = {cell.id: set(cell.store.open_ids(STAGE, ids)) for cell in cells}
+    still = {cell.id: set(cell.store.pending_ids(STAGE, ids)) for cell in cells}
     tasks = [DetectionTask(t, tuple(name for name, todo in still.items() if t.id in todo)) for t in cells[0].tasks]
     return [task for task in tasks if task.cells]
 

@@ -65,7 +65,7 @@ class FeatureStage(Stage):
 
 def set_spaces(metrics: Iterable[BenchMetric]) -> dict[str, Network]:
     """The networks whose features metrics of whole sets need, by the name they are kept under."""
-    return {digest(m.space.content()): m.space for m in metrics if isinstance(m, SetMetric)}
+    return {digest(m.space.fingerprint()): m.space for m in metrics if isinstance(m, SetMetric)}
 
 
 def save_features(path: Path, features: Mapping[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from nemo_bench.benchmark.stages.base import CHUNK, Stage, file_name
 from nemo_bench.benchmark.stages.features import save_features, set_spaces
 from nemo_bench.errors import StoreError
-from nemo_bench.metrics import BenchMetric, Network, OpenClip, SetMetric, Space
+from nemo_bench.metrics import BenchMetric, ImageSpace, Network, OpenClip, SetMetric
 from nemo_bench.prompts import PromptTask
 from nemo_bench.records.data import Record
 from nemo_bench.records.io import digest
@@ -23,7 +23,7 @@ from nemo_bench.records.pictures import open_image
 from nemo_bench.records.store import Store
 
 
-class Scene:
+class PromptSample:
     """What there is to see of one prompt, embedded once for all metrics that look at it in the same space.
 
     Args:
@@ -60,7 +60,7 @@ class Scene:
         """Whether there is anything of the kind."""
         return field in self.pictures or field == "text" or (field == "localization" and self.localization is not None)
 
-    def field(self, field: str, space: Space, device: torch.device) -> Any:
+    def field(self, field: str, space: ImageSpace, device: torch.device) -> Any:
         """See :class:`BenchMetric` for the fields."""
         if field == "localization":
             return self.localization
@@ -75,7 +75,7 @@ class Scene:
         return self.seen[key]
 
 
-class SceneReader:
+class SampleReader:
     """Reads the pictures of some prompts, in any process.
 
     Args:
@@ -109,7 +109,7 @@ class SceneReader:
             if "size" in record:
                 self.sizes[tuple(record["size"])] += 1
 
-    def __call__(self, tasks: Sequence[PromptTask]) -> list[Scene] | StoreError:
+    def __call__(self, tasks: Sequence[PromptTask]) -> list[PromptSample] | StoreError:
         """The scenes of some prompts, or why a picture can't be read.
 
         Raised in a process of the loader, an error would arrive with that process's traceback for its message.
@@ -119,7 +119,7 @@ class SceneReader:
         except StoreError as error:
             return error
 
-    def _scene(self, task: PromptTask) -> Scene:
+    def _scene(self, task: PromptTask) -> PromptSample:
         images = sorted(self.images.get(task.prompt.id, ()))
         for _, _, image in images:
             self._check(image)
@@ -131,7 +131,7 @@ class SceneReader:
             files["unmitigated"] = [self.unmitigated[images[row][1]] for row in paired]
         records = [{"id": name, "seed": seed} for seed, name, _ in images]
         size = self.sizes.most_common(1)[0][0] if self.sizes else None
-        return Scene(task, records, files, self.localizations.get(task.prompt.id), paired, size)
+        return PromptSample(task, records, files, self.localizations.get(task.prompt.id), paired, size)
 
     def _check(self, image: str) -> None:
         """Makes sure that an image is the one that was recorded: read before it is decoded, it costs next to nothing.
@@ -154,7 +154,7 @@ class SceneReader:
 class ScoringStage(Stage):
     """Scores the images of each prompt with every metric, and keeps the features that metrics of whole sets need.
 
-    It takes what :class:`SceneReader` reads.
+    It takes what :class:`SampleReader` reads.
 
     Args:
         metrics: Metrics by name.
@@ -166,11 +166,11 @@ class ScoringStage(Stage):
         super().__init__(store, "score")
         self.metrics = {name: metric for name, metric in metrics.items() if metric.per != "set"}
         self.set_spaces = set_spaces(metrics.values())
-        self.whole_sets = {n: digest(m.space.content()) for n, m in metrics.items() if isinstance(m, SetMetric)}
+        self.whole_sets = {n: digest(m.space.fingerprint()) for n, m in metrics.items() if isinstance(m, SetMetric)}
         self._pool_files = tuple(pool)
         self._pools: dict[tuple[Hashable, tuple[int, int]], Tensor] = {}
 
-    def handle(self, tasks: Sequence[Scene] | StoreError) -> list[Record]:
+    def handle(self, tasks: Sequence[PromptSample] | StoreError) -> list[Record]:
         """Scores the images of each prompt.
 
         Raises:
@@ -185,7 +185,7 @@ class ScoringStage(Stage):
                 embed_together(tasks, field, space, self.device)
         return [line for scene in tasks for line in self._score(scene)]
 
-    def _score(self, scene: Scene) -> list[Record]:
+    def _score(self, scene: PromptSample) -> list[Record]:
         prompt = scene.task.prompt
         of_prompt: dict[str, float] = {}
         of_images: list[dict[str, float]] = [{} for _ in scene.records]
@@ -213,7 +213,7 @@ class ScoringStage(Stage):
         ]
         return [*lines, {**whole, **_finite_scores(of_prompt)}]
 
-    def _values(self, metric: BenchMetric, scene: Scene) -> dict[int, float]:
+    def _values(self, metric: BenchMetric, scene: PromptSample) -> dict[int, float]:
         """A metric's values by number of the image, nan for images that can't be compared; one of a prompt as 0."""
         fields = {field: self._field(field, metric.space, scene) for field in metric.needs}
         rows = scene.paired if "unmitigated" in fields else list(range(len(scene.records)))
@@ -232,7 +232,7 @@ class ScoringStage(Stage):
         kept = [row for row, is_finite in zip(rows, finite, strict=True) if is_finite]
         return dict.fromkeys(rows, math.nan) | dict(zip(kept, values, strict=True)) if values else {}
 
-    def _field(self, field: str, space: Space, scene: Scene) -> Any:
+    def _field(self, field: str, space: ImageSpace, scene: PromptSample) -> Any:
         if field != "pool":
             return scene.field(field, space, self.device)
         key = (space.view, scene.size)
@@ -255,7 +255,7 @@ def _finite_scores(scores: Mapping[str, float]) -> Record:
     return {"scores": finite, **({"failed": failed} if failed else {})}
 
 
-def embed_together(scenes: Sequence[Scene], field: str, space: Network, device: torch.device) -> None:
+def embed_together(scenes: Sequence[PromptSample], field: str, space: Network, device: torch.device) -> None:
     """Embeds the pictures of some prompts at once; networks are slow on few."""
     having = [scene for scene in scenes if scene.has(field)]
     if having:

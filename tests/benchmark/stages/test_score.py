@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nemo_bench.benchmark.stages.features import FeatureStage, FolderChunk, read_features, set_spaces
-from nemo_bench.benchmark.stages.score import SceneReader, ScoringStage
+from nemo_bench.benchmark.stages.score import SampleReader, ScoringStage
 from nemo_bench.errors import ConfigError
 from nemo_bench.metrics import (
     FID,
@@ -75,11 +75,11 @@ def images(store: Store, prompts: Sequence[Prompt]) -> list[Record]:
 
 
 def score(
-    metrics: dict[str, BenchMetric], store: Store, prompts: Sequence[Prompt], reader: SceneReader, *, at_once: int = 3
+    metrics: dict[str, BenchMetric], store: Store, prompts: Sequence[Prompt], reader: SampleReader, *, at_once: int = 3
 ) -> dict[str, Record]:
     pool = [path for prompt in prompts for path in prompt.references]
     stage = ScoringStage(metrics, store, pool)
-    tasks = [PromptTask.of(prompt) for prompt in prompts]
+    tasks = [PromptTask.from_prompt(prompt) for prompt in prompts]
     for start in range(0, len(tasks), at_once):
         stage.predict_step(reader(tasks[start : start + at_once]), 0)
     records = store.records("score")
@@ -108,7 +108,7 @@ def test_features_that_are_not_finite_give_no_score_and_are_told(
         "fid": FID(network, "unread"),
         "ssim": TrainingImage(SSIM()),
     }
-    found = score(metrics, store, prompts, SceneReader(metrics.values(), store.folder, images))
+    found = score(metrics, store, prompts, SampleReader(metrics.values(), store.folder, images))
     assert set(found["a1"]["scores"]) == {"ssim"}
     assert found["a1"]["failed"] == {"sscd": "the score is nan", "memorized": "the score is nan"}
     assert set(found["a0"]["scores"]) == {"sscd", "memorized", "ssim"}
@@ -138,7 +138,7 @@ def test_images_that_failed_are_left_out_and_a_prompt_without_any_has_no_score(
         "fid": FID(network, "unread"),
     }
     localized = {"b": {"memorization": 0.5}, "a": {"failed": "noise differences are not finite"}}
-    found = score(metrics, store, prompts, SceneReader(metrics.values(), store.folder, images, localized))
+    found = score(metrics, store, prompts, SampleReader(metrics.values(), store.folder, images, localized))
     assert sorted(found) == ["a", "a1", "a2", "b", "c", "c0", "c1", "c2"]
     assert found["b"]["scores"] == {"score": 0.5}
     assert "file" not in found["b"]
@@ -161,7 +161,7 @@ def test_metrics_get_what_they_ask_for(
         "alignment": Alignment(text),
         "score": MemorizationScore(),
     }
-    reader = SceneReader(metrics.values(), store.folder, reversed(images), {"a": {"memorization": 0.5}}, unmitigated)
+    reader = SampleReader(metrics.values(), store.folder, reversed(images), {"a": {"memorization": 0.5}}, unmitigated)
     found = score(metrics, store, prompts, reader, at_once=at_once)
     assert len(found) == 12
     assert set(found["a0"]["scores"]) == {"ssim", "nearest", "sscd", "change", "alignment"}
@@ -204,7 +204,7 @@ def test_pictures_are_embedded_once_by_each_network(
         "fid": FID(SSCD(path), str(tmp_path)),
     }
     # All but the image that is a reference too.
-    score(metrics, store, prompts, SceneReader(metrics.values(), store.folder, images))
+    score(metrics, store, prompts, SampleReader(metrics.values(), store.folder, images))
     assert len(seen) == 9 + 3 - 1
     assert sorted(seen.values())[-2:] == [1, 2]
 
@@ -215,7 +215,7 @@ def test_features_of_sets_are_kept_and_combined_in_order(
     space = sscd(tmp_path)
     metric: SetMetric = FID(space, str(tmp_path / "references"))
     metrics: dict[str, BenchMetric] = {"fid": metric}
-    found = score(metrics, store, prompts, SceneReader(metrics.values(), store.folder, images))
+    found = score(metrics, store, prompts, SampleReader(metrics.values(), store.folder, images))
     assert not any(record["scores"] for record in found.values())
     (name,) = set_spaces([metric])
     files = [store.folder / found[prompt.id]["file"] for prompt in prompts]
@@ -224,10 +224,10 @@ def test_features_of_sets_are_kept_and_combined_in_order(
     torch.testing.assert_close(read_features(files, name), expected)
     assert set(load_file(files[0])) == {name}
     # A lost file opens its prompt again.
-    ids = [PromptTask.of(prompt).id for prompt in prompts]
-    assert not store.open_ids("score", ids)
+    ids = [PromptTask.from_prompt(prompt).id for prompt in prompts]
+    assert not store.pending_ids("score", ids)
     files[1].unlink()
-    assert store.open_ids("score", ids) == [ids[1]]
+    assert store.pending_ids("score", ids) == [ids[1]]
 
     real = Store(tmp_path / "real")
     real.open({"settings": {}})
@@ -241,7 +241,7 @@ def test_features_of_sets_are_kept_and_combined_in_order(
 
 def test_costs_say_how_much_memory_was_used(store: Store, prompts: list[Prompt], images: list[Record]) -> None:
     metrics: dict[str, BenchMetric] = {"ssim": TrainingImage(SSIM())}
-    found = score(metrics, store, prompts, SceneReader(metrics.values(), store.folder, images))
+    found = score(metrics, store, prompts, SampleReader(metrics.values(), store.folder, images))
     # This process alone has loaded torch, which takes more than 100 MB.
     assert 100 < found["a"]["cost"]["peak_memory_mb"] < 1e6
     assert "truncated" not in found["a"]
