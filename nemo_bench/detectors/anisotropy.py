@@ -10,7 +10,7 @@ from torch import Tensor
 from nemo_bench.detectors.base import Detector, Finding, View, check_counts, check_finite
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.diffusion.noise import LATE, mean_cosine, norms
-from nemo_bench.records.citations import ASTHANA
+from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 
 AngleOf = Literal["noise", "prediction"]
@@ -46,7 +46,7 @@ class Anisotropy(Detector):
     title = "Anisotropy"
     summary = "first-step magnitude plus the angle of the text-conditional noise at low noise"
     sourcing = "public code"
-    citation = ASTHANA
+    citation = cite("asthana2026detecting")
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor
 from nemo_bench.detectors.base import Detector, Finding, View, check_counts
 from nemo_bench.diffusion import Diffusion, cross_attentions
 from nemo_bench.errors import ConfigError, ModelError
-from nemo_bench.records.citations import REN
+from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 
 
@@ -29,7 +29,7 @@ class _Entropy(Detector):
     """Stable Diffusion 1.x and 2.x alone: SDXL has no layer that corresponds, and other numbers of them."""
 
     sourcing = "public code; formulas second hand"
-    citation = REN
+    citation = cite("ren2024unveiling")
     families: ClassVar[frozenset[str]] = frozenset({"StableDiffusionPipeline"})
     attends = True
 

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 from nemo_bench.detectors.base import Detector, Finding, View, check_counts
 from nemo_bench.diffusion import Diffusion, cross_attentions
 from nemo_bench.diffusion.noise import FIRST_BLOCK, end_attention, masked_magnitude
-from nemo_bench.records.citations import CHEN
+from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 
 PICTURED = 4
@@ -44,7 +44,7 @@ class BrightEnding(Detector):
     title = "Bright Ending"
     summary = "noise magnitude masked by the end token's attention in the last step; shows where"
     sourcing = "public code; paper second hand"
-    citation = CHEN
+    citation = cite("chen2025exploring")
     families: ClassVar[frozenset[str]] = frozenset({"StableDiffusionPipeline"})
     attends = True
     images = True

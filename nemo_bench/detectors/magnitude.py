@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemo_bench.detectors.base import Detector, Finding, View, check_counts
 from nemo_bench.diffusion import Diffusion
-from nemo_bench.records.citations import WEN
+from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 
 
@@ -31,7 +31,7 @@ class Magnitude(Detector):
     title = "Noise magnitude"
     summary = "norm of the text-conditional noise, over all steps or the first ones"
     sourcing = "public code"
-    citation = WEN
+    citation = cite("wen2024detecting")
 
     def __init__(self, seeds: int = 4, steps: int | None = None) -> None:
         check_counts(self.title, seeds, steps)

@@ -17,7 +17,7 @@ from nemo_bench.localization import (
     pair_values,
     scaled_difference,
 )
-from nemo_bench.records.citations import HINTERSDORF
+from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 
 
@@ -44,7 +44,7 @@ class NoiseDifference(Detector):
     title = "Noise difference"
     summary = "SSIM between first-step noise differences of seeds, NeMo's memorization score"
     sourcing = "paper and public code"
-    citation = HINTERSDORF
+    citation = cite("hintersdorf2024nemo")
 
     def __init__(
         self,

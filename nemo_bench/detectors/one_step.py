@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nemo_bench.detectors.base import Detector, Finding, View, check_counts, check_finite
 from nemo_bench.diffusion import Diffusion
+from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 
 
@@ -30,12 +31,7 @@ class OneStep(Detector):
     title = "One-step attack"
     summary = "how far one step takes the initial noise, Webster's white-box attack"
     sourcing = "public code"
-    citation = """@article{webster2023reproducible,
-  title = {A Reproducible Extraction of Training Images from Diffusion Models},
-  author = {Webster, Ryan},
-  journal = {arXiv preprint arXiv:2305.08694},
-  year = {2023}
-}"""
+    citation = cite("webster2023reproducible")
 
     def __init__(self, seeds: int = 1, guidance: float = 7.5) -> None:
         check_counts(self.title, seeds)

@@ -14,7 +14,7 @@ from nemo_bench.detectors.base import Detector, Finding, View, check_counts
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.diffusion.noise import norms, score_difference, unit
 from nemo_bench.errors import ConfigError
-from nemo_bench.records.citations import JEON
+from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 
 
@@ -43,7 +43,7 @@ class Sharpness(Detector):
     title = "Sharpness"
     summary = "curvature of the log-probability along the score difference, SAIL's detector"
     sourcing = "paper and public code"
-    citation = JEON
+    citation = cite("jeon2025understanding")
     derives = True
 
     def __init__(self, seeds: int = 4, steps: int | None = 1, squared: bool = False, eta: float | None = None) -> None:

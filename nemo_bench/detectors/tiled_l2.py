@@ -12,6 +12,7 @@ from nemo_bench.detectors.base import Detector, Finding, View, check_counts
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.diffusion.noise import tiled_distance
 from nemo_bench.errors import ConfigError
+from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 
 
@@ -34,15 +35,7 @@ class TiledL2(Detector):
     title = "Tiled L2"
     summary = "negative tiled distance among the images of a prompt; needs no look inside"
     sourcing = "paper second hand"
-    citation = """@inproceedings{carlini2023extracting,
-  title = {Extracting Training Data from Diffusion Models},
-  author = {Carlini, Nicolas and Hayes, Jamie and Nasr, Milad and Jagielski, Matthew and Sehwag, Vikash and
-    Tram{\\`e}r, Florian and Balle, Borja and Ippolito, Daphne and Wallace, Eric},
-  booktitle = {USENIX Security Symposium},
-  year = {2023},
-  eprint = {2301.13188},
-  archivePrefix = {arXiv}
-}"""
+    citation = cite("carlini2023extracting")
     images = True
     steps = None
 

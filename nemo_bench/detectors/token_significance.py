@@ -11,7 +11,7 @@ from torch import Tensor
 from nemo_bench.detectors.base import Detector, Finding, View, check_counts
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.diffusion.noise import norms
-from nemo_bench.records.citations import WEN
+from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 
 
@@ -37,7 +37,7 @@ class TokenSignificance(Detector):
     title = "Token significance"
     summary = "largest gradient of the noise magnitude by a token; explains which tokens trigger"
     sourcing = "public code"
-    citation = WEN
+    citation = cite("wen2024detecting")
     derives = True
 
     def __init__(self, seeds: int = 4, steps: int | None = None) -> None:

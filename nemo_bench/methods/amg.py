@@ -24,6 +24,7 @@ from nemo_bench.methods.descent import check_precision
 from nemo_bench.metrics import SSCD
 from nemo_bench.metrics.spaces import to_tensor
 from nemo_bench.prompts import references_digest
+from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.pictures import open_image
 
@@ -87,14 +88,7 @@ class AMG(Method):
     summary = "guidance away from the nearest of the known training images"
     touches = "guidance"
     sourcing = "paper and public code"
-    citation = """@inproceedings{chen2024towards,
-  title = {Towards Memorization-Free Diffusion Models},
-  author = {Chen, Chen and Liu, Daochang and Xu, Chang},
-  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year = {2024},
-  eprint = {2404.00922},
-  archivePrefix = {arXiv}
-}"""
+    citation = cite("chen2024towards")
     makes_passes = True
     needs = frozenset({"guidance", "gradients"})
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from nemo_bench.diffusion import Conditioning, Diffusion
 from nemo_bench.diffusion.noise import LATE, mean_cosine, norms
 from nemo_bench.methods.embedding_optimization import Measure, OptimizedEmbedding, noises_of
-from nemo_bench.records.citations import ASTHANA
+from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 
 
@@ -42,7 +42,7 @@ class AnisotropyOptimization(OptimizedEmbedding):
     summary = "the encoded prompt, optimized by norm and angle of the text-conditional noise"
     touches = "encoded prompt"
     sourcing = "public code of the score; the mitigation's settings were not published"
-    citation = ASTHANA
+    citation = cite("asthana2026detecting")
 
     def __init__(
         self,

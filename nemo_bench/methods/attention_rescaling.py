@@ -12,7 +12,7 @@ from torch import Tensor
 from nemo_bench.diffusion import Diffusion, conditional_rows
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
-from nemo_bench.records.citations import REN
+from nemo_bench.records.citations import cite
 
 
 class AttentionRescaling(Method):
@@ -41,7 +41,7 @@ class AttentionRescaling(Method):
     summary = "cross-attention drawn to the start token, padding masked"
     touches = "cross-attention"
     sourcing = "public code; formulas second hand"
-    citation = REN
+    citation = cite("ren2024unveiling")
     needs = frozenset({"uncompiled"})
 
     def __init__(self, factor: float = 1.25, mask: bool = True, mask_end: bool = False) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from nemo_bench.diffusion import Conditioning, Diffusion, conditional_attention
 from nemo_bench.diffusion.noise import FIRST_BLOCK, end_attention, masked_magnitude
 from nemo_bench.methods.embedding_optimization import Measure, OptimizedEmbedding, noises_of
-from nemo_bench.records.citations import CHEN
+from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 
 
@@ -38,7 +38,7 @@ class BrightEndingOptimization(OptimizedEmbedding):
     summary = "the encoded prompt, optimized where attention to its end is bright"
     touches = "encoded prompt"
     sourcing = "public code; paper second hand"
-    citation = CHEN
+    citation = cite("chen2025exploring")
     families = frozenset({"StableDiffusionPipeline"})
     needs = frozenset({"gradients", "uncompiled"})
 

@@ -18,7 +18,7 @@ from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.descent import check_precision, descend
 from nemo_bench.prompts import seeds_of
-from nemo_bench.records.citations import WEN
+from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt, Record
 
 Measure = Callable[[Sequence[int], Tensor], Tensor]
@@ -181,7 +181,7 @@ class EmbeddingOptimization(OptimizedEmbedding):
     summary = "the encoded prompt, optimized to add less to the first predicted noise"
     touches = "encoded prompt"
     sourcing = "public code"
-    citation = WEN
+    citation = cite("wen2024detecting")
 
     def __init__(
         self,

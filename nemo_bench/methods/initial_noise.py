@@ -22,17 +22,11 @@ from nemo_bench.diffusion.noise import norms, unit
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.descent import Descent, check_precision, descend
+from nemo_bench.records.citations import cite
 
 Of = Literal["noise", "prediction"]
 """What a prompt adds to: the noise predicted, or what the network itself predicts, which may be velocity."""
-_CITATION = """@inproceedings{han2025adjusting,
-  title = {Adjusting Initial Noise to Mitigate Memorization in Text-to-Image Diffusion Models},
-  author = {Han, Hyeonggeun and Kim, Sehwan and Joo, Hyungjun and Hong, Sangwoo and Lee, Jungwoo},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2025},
-  eprint = {2510.08625},
-  archivePrefix = {arXiv}
-}"""
+_CITATION = cite("han2025adjusting")
 
 
 class AdjustedNoise(Method):

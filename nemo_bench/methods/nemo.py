@@ -15,7 +15,7 @@ from nemo_bench.errors import ConfigError
 from nemo_bench.localization import LAST_K, PROTOCOLS, SEEDS, NemoSettings, Velocity, localize
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.prompts import seeds_of
-from nemo_bench.records.citations import HINTERSDORF
+from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Localization, Prompt
 
 
@@ -81,7 +81,7 @@ class NeMo(BlockNeurons):
     title = "NeMo"
     summary = "value neurons with outlier activations, refined on noise differences, switched off"
     sourcing = "paper and public code"
-    citation = HINTERSDORF
+    citation = cite("hintersdorf2024nemo")
     needs_calibration = True
 
     def __init__(

@@ -18,16 +18,10 @@ import torch
 from nemo_bench.diffusion import Conditioning, Diffusion
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
+from nemo_bench.records.citations import cite
 from nemo_bench.records.io import digest
 
-_CITATION = """@inproceedings{somepalli2023understanding,
-  title = {Understanding and Mitigating Copying in Diffusion Models},
-  author = {Somepalli, Gowthami and Singla, Vasu and Goldblum, Micah and Geiping, Jonas and Goldstein, Tom},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2023},
-  eprint = {2305.20086},
-  archivePrefix = {arXiv}
-}"""
+_CITATION = cite("somepalli2023understanding")
 _TOKENS, _NUMBERS = 49400, 100_000
 """Ids of CLIP's vocabulary that the public script draws from, without the special ones, and numbers; both exclusive."""
 

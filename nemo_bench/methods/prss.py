@@ -22,6 +22,7 @@ from nemo_bench.methods.bright_ending import BrightEndingOptimization, bright_en
 from nemo_bench.methods.embedding_optimization import EmbeddingOptimization
 from nemo_bench.prompts import read_rows
 from nemo_bench.prompts.readers import TEXT_COLUMNS
+from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.io import digest
 
@@ -74,14 +75,7 @@ class PRSS(Method):
     summary = "a paraphrase that adds less to the predicted noise, re-anchored at the prompt"
     touches = "prompt or its encoding, and guidance"
     sourcing = "public code; paper second hand"
-    citation = """@inproceedings{chen2025enhancing,
-  title = {Enhancing Privacy-Utility Trade-offs to Mitigate Memorization in Diffusion Models},
-  author = {Chen, Chen and Liu, Daochang and Shah, Mubarak and Xu, Chang},
-  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year = {2025},
-  eprint = {2504.18032},
-  archivePrefix = {arXiv}
-}"""
+    citation = cite("chen2025enhancing")
     makes_passes = True
     needs = frozenset({"guidance"})
 

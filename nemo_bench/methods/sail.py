@@ -18,7 +18,7 @@ from nemo_bench.diffusion.noise import norms, score_difference, unit
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.descent import Loss, check_precision, descend
-from nemo_bench.records.citations import JEON
+from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Record
 from nemo_bench.records.io import digest
 
@@ -71,7 +71,7 @@ class SAIL(Method):
     summary = "starting noise optimized to where the prompt's probability landscape is smooth"
     touches = "starting noise"
     sourcing = "paper and public code"
-    citation = JEON
+    citation = cite("jeon2025understanding")
     makes_passes = True
     needs = frozenset({"gradients"})
 

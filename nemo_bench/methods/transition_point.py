@@ -17,16 +17,9 @@ from torch import Tensor
 from nemo_bench.diffusion import Diffusion, Step, guided_from
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
+from nemo_bench.records.citations import cite
 
-_CITATION = """@inproceedings{jain2025classifier,
-  title = {Classifier-Free Guidance inside the Attraction Basin May Cause Memorization},
-  author = {Jain, Anubhav and Kobayashi, Yuya and Shibuya, Takashi and Takida, Yuhta and Memon, Nasir and
-    Togelius, Julian and Mitsufuji, Yuki},
-  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year = {2025},
-  eprint = {2411.16738},
-  archivePrefix = {arXiv}
-}"""
+_CITATION = cite("jain2025classifier")
 
 
 class StaticTransition(Method):

@@ -16,6 +16,7 @@ from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, ModelError
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.prompts import read_prompts
+from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.io import digest
 
@@ -50,14 +51,7 @@ class Wanda(Method):
     summary = "feed-forward weights that matter more to memorized prompts than to the empty one, set to 0"
     touches = "feed-forward weights"
     sourcing = "abstract, and public code of a sibling paper by the same author"
-    citation = """@article{chavhan2024memorized,
-  title = {Memorized Images in Diffusion Models share a Subspace that can be Located and Deleted},
-  author = {Chavhan, Ruchika and Bohdal, Ondrej and Zong, Yongshuo and Li, Da and Hospedales, Timothy},
-  journal = {arXiv preprint arXiv:2406.18566},
-  year = {2024},
-  eprint = {2406.18566},
-  archivePrefix = {arXiv}
-}"""
+    citation = cite("chavhan2024memorized")
     makes_passes = True
     needs = frozenset({"uncompiled"})
     auditable = True

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nemo_bench.errors import counted
-from nemo_bench.records.citations import KOWALCZUK
+from nemo_bench.records.citations import cite
 from nemo_bench.records.io import damaged, read_object
 from nemo_bench.report.data import Results, load_results
 from nemo_bench.report.templates import render
@@ -151,7 +151,7 @@ def audit_section(results: Results) -> Markup:
     if not audits:
         return Markup()
     shown = [(audit, _pictures(audit)) for audit in audits]
-    return Markup(render("audit.html.jinja", shown=shown, citation=KOWALCZUK))
+    return Markup(render("audit.html.jinja", shown=shown, citation=cite("kowalczuk2026finding")))
 
 
 def _pictures(audit: Audit) -> list[dict[str, Any]]:

@@ -125,7 +125,7 @@ def test_the_interval_is_that_of_drawing_prompts_again() -> None:
     found = detection(memorized.tolist(), other.tolist())
     areas = []
     for _ in range(2000):
-        m, o = numbers.config(memorized, 40), numbers.config(other, 50)
+        m, o = numbers.choice(memorized, 40), numbers.choice(other, 50)
         areas.append((m[:, None] > o).mean() + 0.5 * (m[:, None] == o).mean())
     assert (found["auc_low"], found["auc_high"]) == pytest.approx(tuple(np.quantile(areas, [0.025, 0.975])), abs=0.012)
     assert found == detection(memorized.tolist(), other.tolist())
