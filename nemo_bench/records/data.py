@@ -6,13 +6,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from nemo_bench.errors import NemoBenchError
-from nemo_bench.records.io import digest
 
 Kind = Literal["VM", "TM", "memorized"]
 """Verbatim or template memorization, as annotated in the published list (Hintersdorf et al. 2024, section 4); or
@@ -43,14 +42,6 @@ class Prompt(NamedTuple):
     dead_references: tuple[str, ...] = ()
     damaged_references: tuple[Path, ...] = ()
     links: tuple[str, ...] = ()
-
-    @classmethod
-    def from_record(cls, fields: Mapping[str, Any]) -> Prompt:
-        """The prompt of a line of ``prompts.jsonl`` in a results folder."""
-        references, damaged = (tuple(map(Path, fields.get(k, ()))) for k in ("references", "damaged_references"))
-        dead, links = (tuple(fields.get(k, ())) for k in ("dead_references", "links"))
-        tags = tuple(fields["tags"])
-        return cls(fields["id"], fields["text"], fields["kind"], references, tags, dead, damaged, links)
 
     @property
     def group(self) -> str:
@@ -156,19 +147,3 @@ class Localization:
     exhausted: bool | None = None
     listed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     listed_initial: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-
-
-def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """Hash of what the prompts are, in their order: id, text and kind.
-
-    Args:
-        prompts: The prompts.
-
-    Returns:
-        16 hexadecimal digits.
-    """
-    return digest([[p.id, p.text, p.kind] for p in prompts])
-
-
-Record = dict[str, Any]
-"""One line of a records file: ``id`` names it; ``cost`` (time, passes) is all that may differ between runs."""

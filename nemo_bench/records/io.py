@@ -1,4 +1,4 @@
-"""Files written whole, read with errors that name them, and hashed."""
+"""Files that are written whole, read with errors that name them, and hashed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,25 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from nemo_bench.errors import StoreError, did_you_mean
+from nemo_bench.records.data import Prompt
 from nemo_bench.records.pictures import visible
+from nemo_bench.records.schema import FILES
+
+E = TypeVar("E", bound=BaseModel)
+T = TypeVar("T")
+
+LAYERS = TypeAdapter(dict[str, int])
+"""Widths of value layers by name, in network order: ``layers.json``."""
+SETS = TypeAdapter(dict[str, dict[str, float | None]])
+"""Scores of whole sets of images by group and metric, None where not finite: ``sets.json``."""
 
 
 def as_json(content: Any, indent: int | None = None) -> str:
@@ -48,9 +61,8 @@ def check_folder(folder: Path, wanted: str = "a run, a cell, or a folder of imag
         raise StoreError(f"{folder} is no folder; give {wanted}")
     parent = folder.parent
     names = [path.name for path in visible(parent.iterdir(), parent) if path.is_dir()] if parent.is_dir() else []
-    raise StoreError(
-        f"{folder} does not exist; give {wanted}. {did_you_mean(folder.name, names) if names else ''}".rstrip()
-    )
+    hint = f" {did_you_mean(folder.name, names)}" if names else ""
+    raise StoreError(f"{folder} does not exist; give {wanted}.{hint}")
 
 
 def check_writable(folder: Path) -> None:
@@ -72,79 +84,68 @@ def check_writable(folder: Path) -> None:
         raise StoreError(msg) from error
 
 
-def write_text(path: Path, content: str) -> None:
-    """Writes a file under a temporary name, then renames it, so that a reader never sees half of it."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary name to write to and renames it at the end, so that a reader never sees half a file."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(content, encoding="utf-8")
-    part.replace(path)
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Writes a file whole; see :func:`replacing`."""
+    with replacing(path) as part:
+        part.write_text(content, encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON; see :func:`write_text`."""
-    write_text(path, as_json(content, indent=2) + "\n")
-
-
-_RUN = "the command of the run writes it again, and computes nothing twice"
-_SCORE = "nemo-bench score, with its folder, writes it again"
-REPAIRS = {
-    "run.json": "the command of the run writes it again, with all cells that are in the folder",
-    "spec.json": _RUN,
-    "env.json": _RUN,
-    "prompts.jsonl": _RUN,
-    "layers.json": _RUN,
-    "scoring.json": _SCORE,
-    "sets.json": _SCORE,
-    "metrics.json": f"{_SCORE}; that of a detector, nemo-bench detect",
-    "audit.json": "the commands of the audits write it again, and compute nothing twice",
-    "threshold.json": "the next run that needs it writes it again from its records",
-    "detection.json": "nemo-bench detect writes it again",
-}
-"""What writes a file of a results folder again that was deleted; records and images stay."""
+    """Writes an entry of the schema, or other JSON-like data, whole."""
+    is_entry = isinstance(content, BaseModel)
+    text = content.model_dump_json(exclude_none=True, indent=2) if is_entry else as_json(content, indent=2)
+    write_text(path, text + "\n")
 
 
 def damaged(path: Path, why: object) -> StoreError:
     """The error of a file that does not hold what it should: it names that file, and what repairs it."""
-    repair = REPAIRS.get(path.name, "put back what it held")
+    repair = FILES[path.name][1] if path.name in FILES else "put back what it held"
     return StoreError(f"{path} does not hold what it should ({why}); delete this one file: {repair}")
 
 
-def read_json(path: Path) -> Any:
-    """Reads JSON.
-
-    Raises:
-        StoreError: The file is not there or is no JSON.
-    """
-    try:
-        return parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        repair = REPAIRS.get(path.name, "or its run never started")
-        raise StoreError(f"{path} is missing: {path.parent} is no results folder of nemo_bench, or {repair}") from None
-    except ValueError as error:
-        raise damaged(path, f"no JSON: {error}") from error
-
-
-def read_object(path: Path, *keys: str) -> dict[str, Any]:
-    """Reads a JSON object.
+def read_file(path: Path, kind: type[E] | TypeAdapter[T]) -> E | T:
+    """Reads a file of the schema.
 
     Args:
         path: The file.
-        keys: What must be in it.
+        kind: Its class, or an adapter of its type.
 
     Raises:
-        StoreError: The file is not there, is no JSON object, or lacks a key.
+        StoreError: The file is not there or does not hold what it should.
     """
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise damaged(path, f"a {type(content).__name__} in place of an object")
-    if lacking := [key for key in keys if key not in content]:
-        raise damaged(path, f"no {', '.join(lacking)}")
-    return content
-
-
-def is_whole(path: Path, *keys: str) -> bool:
-    """Whether a file is there and holds a JSON object with these keys."""
+    read = kind.validate_json if isinstance(kind, TypeAdapter) else kind.model_validate_json
     try:
-        read_object(path, *keys)
+        return read(path.read_bytes(), strict=True)
+    except FileNotFoundError:
+        repair = FILES[path.name][1] if path.name in FILES else "its run never started"
+        msg = f"{path} is missing: {path.parent} is no results folder of nemo_bench, or {repair}"
+        raise StoreError(msg) from None
+    except ValidationError as error:
+        raise damaged(path, explain(error)) from None
+
+
+def explain(error: ValidationError) -> str:
+    """The first thing that is wrong, such as ``settings: Field required``."""
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}" if place else str(first["msg"])
+
+
+def is_whole(path: Path, kind: type[E] | TypeAdapter[T]) -> bool:
+    """Whether a file is there and holds what it should."""
+    try:
+        read_file(path, kind)
     except StoreError:
         return False
     return True
@@ -174,3 +175,18 @@ def digest(content: Any, length: int = 16) -> str:
     """
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:length]
+
+
+def seed_of(content: Any) -> int:
+    """A seed for a generator, from 0 to 2^63 - 1, by the :func:`digest` of JSON-like data."""
+    return int(digest(content), 16) >> 1
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """Hash of id, text and kind of some prompts, in their order; 16 hexadecimal digits."""
+    return digest([[p.id, p.text, p.kind] for p in prompts])
+
+
+def batched(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:
+    """Items in their order, at most ``size`` together."""
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_bench.records.data import GENERAL, Prompt, Record
+from nemo_bench.records.data import GENERAL, Prompt
+from nemo_bench.records.schema import Aggregate, MetricInfo, Paired, Preset, ScoreRecord, Statistic
 
 GROUPS = {
     "VM": "verbatim",
@@ -35,8 +36,8 @@ Scores = dict[str, dict[str, list[float]]]
 
 
 def aggregate(
-    records: Iterable[Record], prompts: Sequence[Prompt], unmitigated: Iterable[Record] = ()
-) -> dict[str, dict[str, dict[str, Any]]]:
+    records: Iterable[ScoreRecord], prompts: Sequence[Prompt], unmitigated: Iterable[ScoreRecord] = ()
+) -> dict[str, dict[str, Aggregate]]:
     """Mean with a bootstrap interval, and median with median absolute deviation, over prompts.
 
     A prompt counts once however many images it has: with the mean of its scores for the mean, with their median for
@@ -48,21 +49,18 @@ def aggregate(
         unmitigated: Lines of the same prompts and seeds without mitigation.
 
     Returns:
-        By group of :data:`GROUPS` and metric: mean, low, high (95% interval over prompts), median, mad, prompts; and
-        paired, where there is anything to compare with: see :func:`paired`.
+        By group of :data:`GROUPS` and metric.
     """
     lines, others = list(records), list(unmitigated)
     differences = _differences(lines, others)
-    table: dict[str, dict[str, dict[str, Any]]] = {}
+    table: dict[str, dict[str, Aggregate]] = {}
     for group, members in _groups(prompts).items():
-        row: dict[str, dict[str, Any]] = {}
+        row: dict[str, Aggregate] = {}
         for metric, by_prompt in _scores(lines).items():
             scores = [by_prompt[i] for i in members if i in by_prompt]
             if scores:
-                row[metric] = _summary(scores)
                 changes = [np.mean(differences[metric][i]) for i in members if i in differences.get(metric, {})]
-                if changes:
-                    row[metric]["paired"] = paired(np.array(changes))
+                row[metric] = _summary(scores, paired(np.array(changes)) if changes else None)
         if row:
             table[group] = row
     return table
@@ -72,32 +70,33 @@ def _groups(prompts: Sequence[Prompt]) -> dict[str, list[str]]:
     return {group: [p.id for p in prompts if group in ("all", p.group)] for group in GROUPS}
 
 
-def _scores(records: Iterable[Record]) -> Scores:
+def _scores(records: Iterable[ScoreRecord]) -> Scores:
     values: Scores = {}
     for record in records:
-        for metric, value in record["scores"].items():
-            values.setdefault(metric, {}).setdefault(record["prompt"], []).append(value)
+        for metric, value in record.scores.items():
+            values.setdefault(metric, {}).setdefault(record.prompt, []).append(value)
     return values
 
 
-def _differences(records: Iterable[Record], unmitigated: Iterable[Record]) -> Scores:
+def _differences(records: Iterable[ScoreRecord], unmitigated: Iterable[ScoreRecord]) -> Scores:
     """Scores minus those of the same prompt and seed, for what both have."""
-    others = {(record["prompt"], record["seed"]): record["scores"] for record in unmitigated}
+    others = {(record.prompt, record.seed): record.scores for record in unmitigated}
     values: Scores = {}
     for record in records:
-        other = others.get((record["prompt"], record.get("seed")), {})
-        for metric in record["scores"].keys() & other.keys():
-            difference = record["scores"][metric] - other[metric]
-            values.setdefault(metric, {}).setdefault(record["prompt"], []).append(difference)
+        other = others.get((record.prompt, record.seed), {})
+        for metric in record.scores.keys() & other.keys():
+            difference = record.scores[metric] - other[metric]
+            values.setdefault(metric, {}).setdefault(record.prompt, []).append(difference)
     return values
 
 
-def _summary(scores: Sequence[Sequence[float]]) -> dict[str, Any]:
+def _summary(scores: Sequence[Sequence[float]], change: Paired | None) -> Aggregate:
     means = np.array([np.mean(s) for s in scores])
     medians = np.array([np.median(s) for s in scores])
     low, high = bootstrap_interval(means)
     median, mad = _median(medians)
-    return {"mean": float(means.mean()), "low": low, "high": high, "median": median, "mad": mad, "prompts": len(scores)}
+    mean = float(means.mean())
+    return Aggregate(mean=mean, low=low, high=high, median=median, mad=mad, prompts=len(scores), paired=change)
 
 
 def _median(values: NDArray[Any]) -> tuple[float, float]:
@@ -129,7 +128,7 @@ def _parts(rows: int, columns: int) -> Iterator[int]:
     yield from (min(size, rows - start) for start in range(0, rows, size))
 
 
-def paired(differences: NDArray[Any]) -> dict[str, Any]:
+def paired(differences: NDArray[Any]) -> Paired:
     """Tests whether a method changes a metric: a sign-flip permutation test over prompts.
 
     If the method changed nothing, the sign of each prompt's difference would be a matter of chance; p is the share of
@@ -140,8 +139,7 @@ def paired(differences: NDArray[Any]) -> dict[str, Any]:
         differences: Score with the method minus score without mitigation, each prompt's mean over seeds, (N,).
 
     Returns:
-        ``difference``, their mean, with ``low`` and ``high``, its 95% bootstrap interval over prompts; ``p``,
-        two-sided; the number of ``prompts``.
+        The mean difference, with its interval over prompts and p.
     """
     count = len(differences)
     if count <= ALL_FLIPS:
@@ -152,39 +150,33 @@ def paired(differences: NDArray[Any]) -> dict[str, Any]:
     means = np.concatenate([np.abs(some @ differences) / count for some in signs])
     extreme = int((means >= abs(differences.mean()) * (1 - 1e-9)).sum())
     low, high = bootstrap_interval(differences)
-    return {
-        "difference": float(differences.mean()),
-        "low": low,
-        "high": high,
-        "p": (extreme + drawn) / (len(means) + drawn),
-        "prompts": count,
-    }
+    p = (extreme + drawn) / (len(means) + drawn)
+    return Paired(difference=float(differences.mean()), low=low, high=high, p=p, prompts=count)
 
 
 def presets(
-    records: Iterable[Record], prompts: Sequence[Prompt], metrics: Mapping[str, Mapping[str, Any]]
-) -> dict[str, dict[str, Any]]:
+    records: Iterable[ScoreRecord], prompts: Sequence[Prompt], metrics: Mapping[str, MetricInfo]
+) -> dict[str, Preset]:
     """Numbers aggregated as other papers do.
 
     Args:
         records: Lines of the score stage.
         prompts: The prompts they belong to.
-        metrics: What is known of each metric: measure, family, per, higher_is_better.
+        metrics: What each metric measures.
 
     Returns:
-        By preset (nemo, membench, wen): title, definition, citation and rows, which by group and metric have value,
-        low, high (95% bootstrap interval over prompts), spread (median absolute deviation, or None) and prompts.
-        MemBench has three numbers a metric, such as ``"ssim, max"``. A preset without rows is left out.
+        By name (nemo, membench, wen), without presets that have no rows. MemBench has three numbers a metric, such as
+        ``"ssim, max"``.
     """
     scores = _scores(records)
-    images = {key: about for key, about in metrics.items() if about["per"] == "image" and key in scores}
-    of_training = [key for key, about in images.items() if about["measure"] == "TrainingImage"]
-    similarities = [key for key in of_training if not images[key]["higher_is_better"]]
+    images = {key: about for key, about in metrics.items() if about.per == "image" and key in scores}
+    of_training = [key for key, about in images.items() if about.measure == "TrainingImage"]
+    similarities = [key for key in of_training if not images[key].higher_is_better]
     groups = _groups(prompts)
     apart = {group: members for group, members in groups.items() if group != "all"}
-    aligned = [key for key, about in images.items() if about["family"] == "alignment"]
+    aligned = [key for key, about in images.items() if about.family == "alignment"]
     # The paper has neither.
-    medians = [key for key in scores if metrics[key]["measure"] not in ("MemorizationRate", "NearestTrainingImage")]
+    medians = [key for key in scores if metrics[key].measure not in ("MemorizationRate", "NearestTrainingImage")]
     membench = {
         f"{key}, {name}": _reduce(scores[key], statistic)
         for key in similarities
@@ -195,29 +187,29 @@ def presets(
         )
     }
     found = {
-        "nemo": {
-            "title": "Finding NeMo",
-            "definition": "median over the images of a prompt, then median ± median absolute deviation over prompts; "
+        "nemo": Preset(
+            title="Finding NeMo",
+            definition="median over the images of a prompt, then median ± median absolute deviation over prompts; "
             "verbatim and template prompts apart",
-            "citation": "Hintersdorf et al. 2024, section 4",
-            "rows": _rows({key: _reduce(scores[key], np.median) for key in medians}, apart, of_median=True),
-        },
-        "membench": {
-            "title": "MemBench",
-            "definition": "of the similarities of a prompt's images to their best training image: the largest; the "
+            citation="Hintersdorf et al. 2024, section 4",
+            rows=_rows({key: _reduce(scores[key], np.median) for key in medians}, apart, of_median=True),
+        ),
+        "membench": Preset(
+            title="MemBench",
+            definition="of the similarities of a prompt's images to their best training image: the largest; the "
             f"mean of the {TOP} largest; the share above {ABOVE}; each then the mean over prompts",
-            "citation": "Hong et al. 2024",
-            "rows": _rows(membench, groups),
-        },
-        "wen": {
-            "title": "Wen et al.",
-            "definition": "each image with its best training image, mean over the images of a prompt, then mean over "
+            citation="Hong et al. 2024",
+            rows=_rows(membench, groups),
+        ),
+        "wen": Preset(
+            title="Wen et al.",
+            definition="each image with its best training image, mean over the images of a prompt, then mean over "
             "prompts",
-            "citation": "Wen et al. 2024",
-            "rows": _rows({key: _reduce(scores[key], np.mean) for key in (*of_training, *aligned)}, groups),
-        },
+            citation="Wen et al. 2024",
+            rows=_rows({key: _reduce(scores[key], np.mean) for key in (*of_training, *aligned)}, groups),
+        ),
     }
-    return {name: preset for name, preset in found.items() if preset["rows"]}
+    return {name: preset for name, preset in found.items() if preset.rows}
 
 
 def _reduce(by_prompt: Mapping[str, Sequence[float]], statistic: Callable[..., Any]) -> dict[str, float]:
@@ -226,14 +218,14 @@ def _reduce(by_prompt: Mapping[str, Sequence[float]], statistic: Callable[..., A
 
 def _rows(
     columns: Mapping[str, Mapping[str, float]], groups: Mapping[str, Sequence[str]], *, of_median: bool = False
-) -> dict[str, dict[str, dict[str, Any]]]:
-    rows: dict[str, dict[str, dict[str, Any]]] = {}
+) -> dict[str, dict[str, Statistic]]:
+    rows: dict[str, dict[str, Statistic]] = {}
     for group, members in groups.items():
         for key, by_prompt in columns.items():
             values = np.array([by_prompt[i] for i in members if i in by_prompt])
             if len(values):
                 low, high = bootstrap_interval(values, of_median=of_median)
                 value, spread = _median(values) if of_median else (float(values.mean()), None)
-                entry = {"value": value, "low": low, "high": high, "spread": spread, "prompts": len(values)}
+                entry = Statistic(value=value, low=low, high=high, spread=spread, prompts=len(values))
                 rows.setdefault(group, {})[key] = entry
     return rows

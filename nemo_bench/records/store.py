@@ -6,61 +6,93 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from pydantic import TypeAdapter, ValidationError
 
 from nemo_bench.errors import StoreError
-from nemo_bench.records.data import Prompt, Record, prompts_digest
-from nemo_bench.records.io import REPAIRS, as_json, damaged, digest, is_whole, parse_json, read_object, write_json
+from nemo_bench.records.data import Prompt
+from nemo_bench.records.io import as_json, damaged, digest, explain, prompts_digest, read_file, replacing, write_json
+from nemo_bench.records.io import is_whole as is_whole_file
 from nemo_bench.records.pictures import to_rgb, visible
+from nemo_bench.records.schema import (
+    FILES,
+    Environment,
+    ImageRecord,
+    LocalizationRecord,
+    MemorizationRecord,
+    PromptRecord,
+    Record,
+    Run,
+    ScoreRecord,
+    Spec,
+    Start,
+)
 
-SCHEMA = 1
-"""Version of everything written here."""
+R = TypeVar("R", bound=Record)
+
 PREVIEW = 160
 """Longest side of the preview in a saved image: small pictures are made of it, without decoding the whole image."""
 _PREVIEW = b"prVW"  # by its case: may be ignored, is our own, and is dropped by a program that changes the image
+_PROMPT = TypeAdapter(Prompt)
 
 
-def read_spec(folder: Path) -> dict[str, Any]:
-    """What a cell is, as it was written down when its folder was named.
+def read_spec(folder: Path) -> Spec:
+    """What a cell is.
 
     Raises:
-        StoreError: The file is not there, does not hold what it should, or its settings were changed since.
+        StoreError: The file is not there, does not hold what it should, or its settings were changed since the folder
+            was named by them.
     """
     path = folder / "spec.json"
-    spec = read_object(path, "model", "prompts", "title", "settings")
-    if not isinstance(spec["settings"], dict):
-        raise damaged(path, "settings are no object")
-    name, _, named = str(spec.get("cell", "")).rpartition("__")
-    if name and named != digest(spec["settings"], 8):
-        raise damaged(path, f"its settings were changed: they are not those that {spec['cell']} is named by")
+    spec = read_file(path, Spec)
+    name, _, named = spec.cell.rpartition("__")
+    if name and named != digest(spec.settings, 8):
+        raise damaged(path, f"its settings were changed: they are not those that {spec.cell} is named by")
     return spec
 
 
-def read_starts(folder: Path) -> list[dict[str, Any]]:
-    """How a cell was begun and gone on with, the last time last.
+def read_starts(folder: Path) -> list[Start]:
+    """Every start of a cell, the latest last.
 
     Raises:
         StoreError: The file is not there or does not hold what it should.
     """
-    path = folder / "env.json"
-    starts = read_object(path, "starts")["starts"]
-    if not isinstance(starts, list) or not starts:
-        raise damaged(path, "no list of starts")
-    kinds = {"time": str, "command": str, "device": str, "versions": dict}
-    for name, kind in kinds.items():
-        if not all(isinstance(start, dict) and isinstance(start.get(name), kind) for start in starts):
-            raise damaged(path, f"a start without {name}")
-    return starts
+    return read_file(folder / "env.json", Environment).starts
 
 
-def read_cell_prompts(folder: Path, spec: Mapping[str, Any]) -> list[Prompt]:
+def read_settings(folder: Path) -> dict[str, Any]:
+    """All settings of a cell's latest start.
+
+    Raises:
+        StoreError: As :func:`read_starts`.
+    """
+    settings = read_starts(folder)[-1].settings
+    if not isinstance(settings.get("model"), dict):
+        raise damaged(folder / "env.json", "a start without settings")
+    return settings
+
+
+def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
+    """Writes the prompts of a cell, their images by absolute paths."""
+
+    def absolute(files: Sequence[Path]) -> list[str]:
+        return [str(file.resolve()) for file in files]
+
+    with replacing(folder / "prompts.jsonl") as part, part.open("w", encoding="utf-8") as file:
+        for p in prompts:
+            files = {"references": absolute(p.references), "damaged_references": absolute(p.damaged_references)}
+            file.write(as_json({**p._asdict(), **files}) + "\n")
+
+
+def read_cell_prompts(folder: Path, spec: Spec) -> list[Prompt]:
     """The prompts of a cell.
 
     Args:
@@ -72,202 +104,119 @@ def read_cell_prompts(folder: Path, spec: Mapping[str, Any]) -> list[Prompt]:
     """
     path = folder / "prompts.jsonl"
     try:
-        prompts = [Prompt.from_record(parse_json(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        prompts = [_PROMPT.validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
-        raise StoreError(f"{path} is missing; {REPAIRS[path.name]}") from None
-    except KeyError as error:
-        raise damaged(path, f"a prompt without {error}") from error
-    except (ValueError, TypeError, AttributeError) as error:
+        raise StoreError(f"{path} is missing; {FILES[path.name][1]}") from None
+    except ValidationError as error:
+        raise damaged(path, f"a prompt with {explain(error)}") from None
+    except ValueError as error:
         raise damaged(path, error) from error
-    if not prompts or prompts_digest(prompts) != spec["settings"].get("prompts", prompts_digest(prompts)):
+    if not prompts or prompts_digest(prompts) != spec.settings.get("prompts", prompts_digest(prompts)):
         raise damaged(path, "other prompts than the cell was made of")
     return prompts
 
 
-def read_run(folder: Path) -> dict[str, Any]:
+def read_run(folder: Path) -> Run:
     """The cells of a run, in the order that they were asked for.
 
     Raises:
         StoreError: The file is not there or does not hold what it should.
     """
     path = folder / "run.json"
-    run = read_object(path, "cells")
-    if not isinstance(run["cells"], list) or not all(_is_name(name) for name in run["cells"]):
+    run = read_file(path, Run)
+    if not all(name not in ("", ".", "..") and Path(name).name == name for name in run.cells):
         raise damaged(path, "cells are no list of names of folders")
     return run
 
 
-def _is_name(name: Any) -> bool:
-    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name
+@dataclass(frozen=True)
+class RecordSet(Generic[R]):
+    """All records of a stage.
 
-
-def read_records(folder: Path, stage: str) -> dict[str, Record]:
-    """All records of a stage by id; see :func:`iterate_records`."""
-    return {record["id"]: record for record in iterate_records(folder, stage)}
-
-
-_FIELDS: dict[str, dict[str, Any]] = {
-    "localize": {"prompt": str},
-    "generate": {"prompt": str, "seed": int},
-    "score": {"prompt": str, "seed": (int, type(None)), "scores": dict},
-    "detect": {"prompt": str},
-}
-"""What is in a record beside its id, by stage."""
-_RESULTS: dict[str, dict[str, Any]] = {
-    "localize": {"neurons": dict, "memorization": (int, float)},
-    "generate": {"image": str},
-    "detect": {"score": (int, float)},
-}
-"""What else is in it, unless it says why it ``failed``."""
-
-
-def read_checked(folder: Path, stage: str) -> list[Record]:
-    """The records of a stage, each with what belongs into it; see :func:`iterate_records`.
-
-    Raises:
-        StoreError: A record lacks something, or holds something else in its place.
+    Attributes:
+        by_id: By id; of equal lines the first.
+        repeats: Further records of an id, such as that of an image that was made again.
     """
-    records = list(iterate_records(folder, stage))
-    for record in records:
-        results = {} if isinstance(record.get("failed"), str) else _RESULTS.get(stage, {})
-        expected = {**_FIELDS[stage], **results}
-        for name, kind in expected.items():
-            if name not in record or not isinstance(record[name], kind):
-                msg = f"{folder / 'records'}/{stage}.*.jsonl: the record {record['id']} has no {name} that it should"
-                raise StoreError(f"{msg}; delete its line (its item is computed again)")
-    return records
+
+    by_id: Mapping[str, R]
+    repeats: Sequence[R]
+
+    @property
+    def digests(self) -> dict[str, set[str]]:
+        """SHA-256 that the file of each picture may have: of the first time it was made, or of a time after."""
+        found: dict[str, set[str]] = {}
+        for record in (*self.by_id.values(), *self.repeats):
+            if record.image and record.sha256:
+                found.setdefault(record.image, set()).add(record.sha256)
+        return found
 
 
-def iterate_records(folder: Path, stage: str) -> Iterator[Record]:
-    """The records of a stage, one after the other, over all files that any process wrote.
+_CACHED = 64
+"""Record sets that are kept in memory until a file of theirs changes."""
+_cache: OrderedDict[tuple[Path, str], tuple[object, RecordSet[Any]]] = OrderedDict()
 
-    A last line that is no JSON was torn by a kill and is dropped. Equal lines count once, whatever their ``cost``.
+
+def read_record_set(folder: Path, kind: type[R]) -> RecordSet[R]:
+    """The records of a stage over all files that any process wrote, read again only where one of them has changed.
+
+    A last line that is no JSON was torn by a kill and is dropped. Equal lines count once, whatever their cost.
 
     Args:
         folder: A cell's folder.
-        stage: Name of the stage, such as ``"generate"``.
-
-    Yields:
-        Records of different ids. Only their lines are kept, which take a tenth of what they do when read.
+        kind: Class of the records.
 
     Raises:
-        StoreError: A line in the middle is no JSON, or two lines of one id differ.
+        StoreError: A line is no record of the stage, or two lines of one id differ.
     """
-    seen: dict[str, tuple[str, Path]] = {}
-    for path, line, record in _lines(folder, stage):
-        name = record["id"]
-        if name not in seen:
-            seen[name] = line, path
-            yield record
-        elif not _same(_result(json.loads(seen[name][0])), _result(record)):
-            msg = f"{seen[name][1]} and {path} hold different results for {name}"
-            raise StoreError(f"{msg}; delete the one that is wrong")
+    files = sorted((folder / "records").glob(f"{kind.stage}.*.jsonl"))
+    stamp = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    key = (folder.absolute(), kind.stage)
+    known = _cache.pop(key, None)
+    if known is None or known[0] != stamp:
+        known = (stamp, _parse(files, kind))
+    _cache[key] = known
+    if len(_cache) > _CACHED:
+        _cache.popitem(last=False)
+    return known[1]
 
 
-def _lines(folder: Path, stage: str) -> Iterator[tuple[Path, str, Record]]:
-    """Every record of a stage with its line and file, also those of one id."""
-    for path in sorted((folder / "records").glob(f"{stage}.*.jsonl")):
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    record: Record = parse_json(line)
-                    hash(record["id"])
-                except (ValueError, KeyError, TypeError):
-                    if next(file, None) is None:
-                        break
-                    msg = f"{path}, line {number} is no record; delete that line (its item is computed again)"
-                    raise StoreError(f"{msg} or the file") from None
-                yield path, line, record
+def read_records(folder: Path, kind: type[R]) -> Mapping[str, R]:
+    """The records of a stage by id; see :func:`read_record_set`."""
+    return read_record_set(folder, kind).by_id
 
 
-def _result(record: Record) -> Record:
+def _parse(files: Iterable[Path], kind: type[R]) -> RecordSet[R]:
+    by_id: dict[str, R] = {}
+    places: dict[str, Path] = {}
+    repeats = []
+    for path in files:
+        for record in _lines(path, kind):
+            if record.id not in by_id:
+                by_id[record.id] = record
+                places[record.id] = path
+                continue
+            if not _same(_result(by_id[record.id]), _result(record)):
+                msg = f"{places[record.id]} and {path} hold different results for {record.id}"
+                raise StoreError(f"{msg}; delete the one that is wrong")
+            repeats.append(record)
+    return RecordSet(by_id, repeats)
+
+
+def _lines(path: Path, kind: type[R]) -> Iterator[R]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield kind.model_validate_json(line)
+            except ValidationError as error:
+                if error.errors()[0]["type"] == "json_invalid" and next(file, None) is None:
+                    return
+                msg = f"{path}, line {number} is no record of this stage ({explain(error)})"
+                raise StoreError(f"{msg}; delete that line (its item is computed again) or the file") from None
+
+
+def _result(record: Record) -> dict[str, Any]:
     """What must be the same in all records of an id: a picture made on another device is rounded otherwise."""
-    return {key: value for key, value in record.items() if key not in ("cost", "sha256", "bytes")}
-
-
-def lack(folder: Path, spec: Mapping[str, Any], prompts: Sequence[Prompt], stages: Sequence[str]) -> str:
-    """Counts the records of a cell and the files that they name.
-
-    Args:
-        folder: The cell's folder.
-        spec: What :func:`read_spec` gives.
-        prompts: Its prompts.
-        stages: Those of ``localize``, ``generate`` and ``score`` that are counted.
-
-    Returns:
-        What is missing and what makes it again; empty where nothing is.
-
-    Raises:
-        StoreError: Records are damaged, or the settings in ``spec.json`` are not theirs.
-    """
-    settings, names = spec["settings"], [prompt.id for prompt in prompts]
-    generated = read_checked(folder, "generate")
-    if "seeds" in settings:
-        if not isinstance(settings["seeds"], int) or any(r["seed"] >= settings["seeds"] for r in generated):
-            raise damaged(folder / "spec.json", f"settings.seeds is {settings['seeds']}, there are records of more")
-        images = [(name, seed) for name in names for seed in range(settings["seeds"])]
-        counted: dict[str, list[Any]] = {"localize": names, "generate": images}
-    else:  # made elsewhere; their settings have a digest of what is in them
-        images = [(record["prompt"], record["seed"]) for record in generated]
-        if "images" in settings and settings["images"] != digest(sorted([r["id"], r.get("sha256")] for r in generated)):
-            return "records of images are missing; score their folder again, with the same words"
-        counted = {}
-    whole = [(prompt, None) for prompt in dict.fromkeys(prompt for prompt, _ in images)]
-    counted["score"] = [*(key for key in images if key in _scored(generated)), *whole]
-    for stage, expected in counted.items():
-        if stage in stages and (reason := _missing(folder, stage, expected, generated)):
-            return reason
-    return ""
-
-
-def _scored(generated: Iterable[Record]) -> set[tuple[str, int]]:
-    """Images that have scores: not those that failed."""
-    return {(record["prompt"], record["seed"]) for record in generated if "image" in record}
-
-
-def _missing(folder: Path, stage: str, expected: Sequence[Any], generated: Sequence[Record]) -> str:
-    records = generated if stage == "generate" else read_checked(folder, stage)
-    found = {record["prompt"] if stage == "localize" else (record["prompt"], record["seed"]) for record in records}
-    missing = sum(key not in found for key in expected)
-    if not missing:
-        return ""
-    again = f"nemo-bench score {folder.parent} computes them again" if stage == "score" else made_again(folder)
-    return f"{missing} of {len(expected)} records of '{stage}' are missing; {again}"
-
-
-_HARMLESS = re.compile(r"nemo-bench run [^;|&$`<>\n\\]*")
-"""Commands that may be shown to be pasted: what a results folder holds may come from anybody."""
-
-
-def made_again(folder: Path) -> str:
-    """What makes lost records or images of a cell again, for a message."""
-    try:
-        commands = [start["command"] for start in read_starts(folder)]
-    except StoreError:
-        commands = []
-    made = next((line for line in reversed(commands) if _HARMLESS.fullmatch(line)), None)
-    return "the command of the run makes them again, and nothing else" + (f": {made}" if made else "")
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings that a cell was gone on with last.
-
-    Raises:
-        StoreError: As :func:`read_starts`.
-    """
-    settings = read_starts(folder)[-1].get("settings")
-    if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):
-        raise damaged(folder / "env.json", "a start without settings")
-    return settings
-
-
-def image_digests(folder: Path, stage: str = "generate") -> dict[str, set[str]]:
-    """SHA-256 that the file of each picture may have: of the first time it was made, or of a time after."""
-    found: dict[str, set[str]] = {}
-    for _, _, record in _lines(folder, stage):
-        if "sha256" in record:
-            found.setdefault(record["image"], set()).add(record["sha256"])
-    return found
+    return record.model_dump(exclude={"cost", "sha256", "bytes"})
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -279,6 +228,60 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, float) and isinstance(b, float):
         return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-3)
     return bool(a == b)
+
+
+def missing_records(folder: Path, spec: Spec, prompts: Sequence[Prompt], kinds: Sequence[type[PromptRecord]]) -> str:
+    """Counts the records of a cell.
+
+    Args:
+        folder: The cell's folder.
+        spec: What :func:`read_spec` gives.
+        prompts: Its prompts.
+        kinds: Stages that are counted.
+
+    Returns:
+        What is missing and what makes it again; empty where nothing is.
+
+    Raises:
+        StoreError: Records are damaged, or the settings in ``spec.json`` are not theirs.
+    """
+    images = read_records(folder, ImageRecord).values()
+    made = [(record.prompt, record.seed) for record in images]
+    expected: dict[type[PromptRecord], list[Any]] = {}
+    if spec.task == "external":
+        if spec.settings["images"] != digest(sorted([r.id, r.sha256] for r in images)):
+            return "records of images are missing; score their folder again, with the same words"
+        asked = made
+    else:
+        seeds = spec.settings.get("seeds")
+        if not isinstance(seeds, int) or any(seed >= seeds for _, seed in made):
+            raise damaged(folder / "spec.json", f"settings.seeds is {seeds}, there are records of more")
+        asked = [(prompt.id, seed) for prompt in prompts for seed in range(seeds)]
+        names = [(prompt.id, None) for prompt in prompts]
+        expected = {LocalizationRecord: names, MemorizationRecord: names, ImageRecord: asked}
+    with_image = {(record.prompt, record.seed) for record in images if record.image}
+    of_prompts = [(prompt, None) for prompt in dict.fromkeys(prompt for prompt, _ in asked)]
+    expected[ScoreRecord] = [*(key for key in asked if key in with_image), *of_prompts]
+    for kind in (kind for kind in kinds if kind.stage in spec.stages):
+        found = {(record.prompt, getattr(record, "seed", None)) for record in read_records(folder, kind).values()}
+        if lost := sum(key not in found for key in expected.get(kind, ())):
+            again = f"nemo-bench score {folder.parent} computes them again" if kind is ScoreRecord else remake(folder)
+            return f"{lost} of {len(expected[kind])} records of '{kind.stage}' are missing; {again}"
+    return ""
+
+
+_HARMLESS = re.compile(r"nemo-bench run [^;|&$`<>\n\\]*")
+"""Commands that may be shown to be pasted: what a results folder holds may come from anybody."""
+
+
+def remake(folder: Path) -> str:
+    """What makes lost records or images of a cell again, for a message."""
+    try:
+        commands = [start.command for start in read_starts(folder)]
+    except StoreError:
+        commands = []
+    made = next((line for line in reversed(commands) if _HARMLESS.fullmatch(line)), None)
+    return "the command of the run makes them again, and nothing else" + (f": {made}" if made else "")
 
 
 def thumbnail(path: Path, box: tuple[int, int]) -> tuple[Image.Image, bool] | None:
@@ -316,11 +319,11 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def open(self, spec: dict[str, Any], *, is_named: bool = False) -> None:
+    def open(self, spec: Spec, *, is_named: bool = False) -> None:
         """Makes the folder, or checks that it belongs to the same configuration.
 
         Args:
-            spec: What the cell is; its ``settings`` decide what it holds, and are compared.
+            spec: What the cell is; its settings decide what it holds, and are compared.
             is_named: Whether the folder has a name that no other configuration has, so that a ``spec.json`` that was
                 lost or damaged is written again. Folders that are named by their settings are known without.
 
@@ -328,69 +331,91 @@ class Store:
             StoreError: The folder belongs to another configuration.
         """
         path = self.folder / "spec.json"
-        content = {"schema": SCHEMA, **json.loads(as_json(spec))}
-        is_ours = self.folder.is_dir() and (is_named or self._is_named_by(content))
-        if is_ours and not is_whole(path, "settings"):
-            write_json(path, content)  # it was damaged or deleted: the folder's name says that it is the same
+        is_ours = self.folder.is_dir() and (is_named or self.folder.name.endswith(f"__{digest(spec.settings, 8)}"))
+        if is_ours and not is_whole_file(path, Spec):
+            write_json(path, spec)  # it was damaged or deleted: the folder's name says that it is the same
         if path.exists():
-            present = read_object(path, "settings")
-            old, new = present["settings"], content["settings"]
-            if not isinstance(old, dict):
-                raise damaged(path, "settings are no object")
-            differing = ["schema"] if present.get("schema") != SCHEMA else []
-            differing += sorted(f"settings.{key}" for key in {*old, *new} if old.get(key) != new.get(key))
-            if differing and is_ours:
-                raise damaged(path, f"not what its folder is named by: {', '.join(differing)}")
-            if differing:
-                msg = (
-                    f"{self.folder} was written by another configuration (differing: {', '.join(differing)}); "
-                    "choose another name=... or delete the folder"
-                )
-                raise StoreError(msg)
+            self._compare(path, read_file(path, Spec), spec, is_ours=is_ours)
         elif self.folder.exists() and any(p.suffix != ".part" for p in visible(self.folder.iterdir(), self.folder)):
             raise StoreError(f"{self.folder} is not empty and holds no spec.json; choose another name=... or root=...")
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, content)
-        for part in ("records", "images", "noise", "neurons"):
+            write_json(path, spec)
+        for part in ("records", "images", "noise"):
             (self.folder / part).mkdir(exist_ok=True)
 
-    def _is_named_by(self, content: dict[str, Any]) -> bool:
-        """Whether the folder is named by such settings."""
-        return self.folder.name.endswith(f"__{digest(content['settings'], 8)}")
+    def _compare(self, path: Path, present: Spec, asked: Spec, *, is_ours: bool) -> None:
+        old = present.settings
+        new = json.loads(as_json(asked.settings))
+        differing = ["schema"] if present.version != asked.version else []
+        differing += sorted(f"settings.{key}" for key in {*old, *new} if old.get(key) != new.get(key))
+        if differing and is_ours:
+            raise damaged(path, f"not what its folder is named by: {', '.join(differing)}")
+        if differing:
+            raise StoreError(
+                f"{self.folder} was written by another configuration (differing: {', '.join(differing)}); "
+                "choose another name=... or delete the folder"
+            )
 
-    def records(self, stage: str) -> dict[str, Record]:
+    def records(self, kind: type[R]) -> Mapping[str, R]:
         """See :func:`read_records`."""
-        return read_records(self.folder, stage)
+        return read_records(self.folder, kind)
 
-    def pending_ids(self, stage: str, ids: Iterable[str]) -> list[str]:
-        """Those of the ids that have no record yet, or whose picture is gone or cut, in the order given."""
-        done = {record["id"] for record in iterate_records(self.folder, stage) if self._has_files(record)}
-        still = [i for i in ids if i not in done]
-        if still:  # a picture that was made again has another record of its own
-            done |= {record["id"] for _, _, record in _lines(self.folder, stage) if self._has_files(record)}
-        return [i for i in still if i not in done]
+    def pending_ids(self, kind: type[Record], ids: Iterable[str]) -> list[str]:
+        """Ids without a record, or whose file is gone or cut, in the order given."""
+        found = read_record_set(self.folder, kind)
+        # A picture that was made again has a record of its own.
+        done = {r.id for r in (*found.by_id.values(), *found.repeats) if self._has_files(r)}
+        return [i for i in ids if i not in done]
 
     def _has_files(self, record: Record) -> bool:
-        files = {kind: self.folder / record[kind] for kind in ("image", "noise", "file") if kind in record}
-        if not all(path.is_file() for path in files.values()):
+        if record.file and not (self.folder / record.file).is_file():
             return False
-        return "bytes" not in record or files["image"].stat().st_size == record["bytes"]
+        if record.image is None:
+            return True
+        path = self.folder / record.image
+        return path.is_file() and record.bytes in (None, path.stat().st_size)
 
-    def recount(self, stage: str, ids: Iterable[str]) -> None:
-        """Opens a stage again that was done once and misses something now."""
-        if self.is_done(stage) and self.pending_ids(stage, ids):
-            self.reopen(stage)
+    def recount(self, kind: type[Record], ids: Iterable[str]) -> None:
+        """Reopens a finished stage that misses something now."""
+        if self.is_done(kind) and self.pending_ids(kind, ids):
+            self.reopen(kind)
 
-    def writer(self, stage: str) -> Callable[[Iterable[Record]], None]:
+    def writer(self, kind: type[R]) -> Callable[[Iterable[R]], None]:
         """A function that appends records to a file of this process alone, made at the first call.
 
         Records of pictures in the folder are written with the picture's ``sha256`` and ``bytes``.
         """
-        return _Writer(self.folder, stage)
+        path: Path | None = None
+
+        def write(records: Iterable[R]) -> None:
+            nonlocal path
+            lines = [self._with_digest(record).json_text() + "\n" for record in records]
+            path = path or self._claim(kind.stage)
+            with path.open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
+
+        return write
+
+    def _with_digest(self, record: R) -> R:
+        if record.image is None or record.sha256:
+            return record
+        content = (self.folder / record.image).read_bytes()
+        return record.model_copy(update={"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)})
+
+    def _claim(self, stage: str) -> Path:
+        number = 0
+        while True:
+            path = self.folder / "records" / f"{stage}.{number}.jsonl"
+            try:
+                path.open("x").close()
+            except FileExistsError:
+                number += 1
+            else:
+                return path
 
     def save_image(self, name: str, image: Image.Image) -> str:
-        """Writes an image under a temporary name, then renames it; with a preview inside if it is large.
+        """Writes an image whole, with a preview inside if it is large.
 
         Args:
             name: Path in the folder, such as ``"images/a_00.png"``.
@@ -399,37 +424,34 @@ class Store:
         Returns:
             The name.
         """
-        path = self.folder / name
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        image.save(part, format="PNG", pnginfo=_preview(image))
-        part.replace(path)
+        with replacing(self.folder / name) as part:
+            image.save(part, format="PNG", pnginfo=_preview(image))
         return name
 
-    def is_done(self, stage: str) -> bool:
+    def is_done(self, kind: type[Record]) -> bool:
         """Whether the stage was finished and recounted."""
-        return (self.folder / f"{stage}.done").is_file()
+        return (self.folder / f"{kind.stage}.done").is_file()
 
-    def finish(self, stage: str, ids: Iterable[str]) -> None:
+    def finish(self, kind: type[Record], ids: Iterable[str]) -> None:
         """Recounts a stage and marks it done.
 
         Raises:
             StoreError: Records are missing.
         """
         ids = list(ids)
-        missing = self.pending_ids(stage, ids)
-        if missing:
-            msg = f"{self.folder}: {len(missing)} of {len(ids)} records of '{stage}' are missing; run the command again"
-            raise StoreError(msg)
-        write_json(self.folder / f"{stage}.done", {"records": len(ids)})
+        if missing := self.pending_ids(kind, ids):
+            msg = f"{self.folder}: {len(missing)} of {len(ids)} records of '{kind.stage}' are missing"
+            raise StoreError(f"{msg}; run the command again")
+        write_json(self.folder / f"{kind.stage}.done", {"records": len(ids)})
 
-    def reopen(self, stage: str) -> None:
+    def reopen(self, kind: type[Record]) -> None:
         """Takes back that a stage is done."""
-        (self.folder / f"{stage}.done").unlink(missing_ok=True)
+        (self.folder / f"{kind.stage}.done").unlink(missing_ok=True)
 
-    def forget(self, stage: str) -> None:
+    def forget(self, kind: type[Record]) -> None:
         """Deletes the records of a stage, so that it is computed again."""
-        self.reopen(stage)
-        for path in (self.folder / "records").glob(f"{stage}.*.jsonl"):
+        self.reopen(kind)
+        for path in (self.folder / "records").glob(f"{kind.stage}.*.jsonl"):
             path.unlink()
 
 
@@ -441,34 +463,3 @@ def _preview(image: Image.Image) -> PngInfo:
         small.save(content, "JPEG", quality=90)
         info.add(_PREVIEW, content.getvalue())
     return info
-
-
-class _Writer:
-    def __init__(self, folder: Path, stage: str) -> None:
-        self.folder, self.stage = folder, stage
-        self.path: Path | None = None
-
-    def __call__(self, records: Iterable[Record]) -> None:
-        text = "".join(as_json(self._with_digest(record)) + "\n" for record in records)
-        if self.path is None:
-            self.path = self._claim()
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text)
-
-    def _with_digest(self, record: Record) -> Record:
-        if "image" not in record or "sha256" in record:
-            return record
-        content = (self.folder / record["image"]).read_bytes()
-        cost = {"cost": record["cost"]} if "cost" in record else {}  # stays last
-        return {**record, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), **cost}
-
-    def _claim(self) -> Path:
-        number = 0
-        while True:
-            path = self.folder / "records" / f"{self.stage}.{number}.jsonl"
-            try:
-                path.open("x").close()
-            except FileExistsError:
-                number += 1
-            else:
-                return path
