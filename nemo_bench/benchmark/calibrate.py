@@ -6,15 +6,30 @@ from collections.abc import Sequence
 from typing import Any
 
 from nemo_bench.benchmark.plan import STATISTICS, THRESHOLD, Cell, with_sources
-from nemo_bench.benchmark.runner import (
-    Runner,
-)
+from nemo_bench.benchmark.runner import Runner
 from nemo_bench.config import resolve
 from nemo_bench.errors import ConfigError, ModelError
-from nemo_bench.records.io import read_json
+from nemo_bench.records.io import read_file
+from nemo_bench.records.schema import Threshold
 
 
-def calibrate(cells: Sequence[Cell], *, progress: bool = True) -> list[dict[str, Any]]:
+class CalibrationResult(Threshold):
+    """The threshold of a model; alone, without what it comes from, where it was given.
+
+    Attributes:
+        model: Name of the model.
+        general_prompts: File of the general prompts.
+        statistics: File of the activation statistics.
+        folder: Where it was measured, if anything was.
+    """
+
+    model: str
+    general_prompts: str | None
+    statistics: str
+    folder: str | None
+
+
+def calibrate(cells: Sequence[Cell], *, progress: bool = True) -> list[CalibrationResult]:
     """Measures on general prompts what the methods of some cells, or their sources, need; once, then it is cached.
 
     Args:
@@ -22,13 +37,12 @@ def calibrate(cells: Sequence[Cell], *, progress: bool = True) -> list[dict[str,
         progress: Whether bars are shown.
 
     Returns:
-        One entry a calibration: model; what :func:`nemo_bench.localization.thresholds` returns (None where the
-        threshold was given); file of the general prompts and of the statistics; folder of what was measured.
+        One entry a calibration.
 
     Raises:
         NemoBenchError: See :func:`nemo_bench.benchmark.plan.plan`; also where no method takes a calibration.
     """
-    needed = [cell for cell in with_sources(cells) if cell.method.needs_calibration]
+    needed = [cell for cell in with_sources(cells) if cell.method is not None and cell.method.needs_calibration]
     if not needed:
         raise ConfigError("none of the methods asked for takes a calibration; name one that does, such as method=nemo")
     if not all(cell.is_calibrated for cell in needed):
@@ -37,30 +51,30 @@ def calibrate(cells: Sequence[Cell], *, progress: bool = True) -> list[dict[str,
         for cell in needed:
             runner.calibrate(cell)
     for cell in needed:
-        if STATISTICS in cell.measured and not (cell.calibration.folder / STATISTICS).exists():
-            msg = f"{cell.calibration.folder}: activations of the calibration prompts are not finite"
+        if STATISTICS in cell.measured and not cell.calibration_file(STATISTICS).exists():
+            msg = f"{cell.calibration_file('')}: activations of the calibration prompts are not finite"
             raise ModelError(f"{msg}; try model.dtype=float32 or bfloat16")
-    rows = [_calibration_of(cell) for cell in needed]
-    for row in rows:
-        if row["threshold"] is None:
-            failed, total = row["failed"], row["failed"] + row["prompts"]
-            msg = f"{row['folder']}: noise differences of {failed} of {total} calibration prompts are not finite"
+    results = [_result(cell) for cell in needed]
+    for result in results:
+        if result.threshold is None:
+            failed, total = result.failed, result.failed + result.prompts
+            msg = f"{result.folder}: noise differences of {failed} of {total} calibration prompts are not finite"
             raise ModelError(f"{msg}, so there is no threshold; try model.dtype=float32 or bfloat16")
-    return [row for number, row in enumerate(rows) if row not in rows[:number]]
+    return [result for number, result in enumerate(results) if result not in results[:number]]
 
 
-def _calibration_of(cell: Cell) -> dict[str, Any]:
-    folder, given = cell.calibration.folder, cell.config.settings.model.statistics
-    measured = read_json(folder / THRESHOLD) if THRESHOLD in cell.measured else {}
-    return {
-        "model": cell.spec["model"],
-        **dict.fromkeys(("mean", "std", "passed_gate", "maxima")),
-        "failed": 0,
-        "prompts": len(cell.calibration_prompts),
-        **measured,
-        **({} if cell.method.threshold is None else {"threshold": cell.method.threshold}),
-        **cell.method.protocol.of_threshold,
-        "general_prompts": cell.config.settings.prompts.calibration if cell.calibration_prompts else None,
-        "statistics": resolve(given) if given else str(folder / STATISTICS),
-        "folder": str(folder) if cell.measured else None,
-    }
+def _result(cell: Cell) -> CalibrationResult:
+    assert cell.method is not None
+    given = cell.config.settings.model.statistics
+    values: dict[str, Any] = {"prompts": len(cell.calibration_prompts)}
+    if THRESHOLD in cell.measured:
+        values |= dict(read_file(cell.calibration_file(THRESHOLD), Threshold))
+    if cell.method.threshold is not None:
+        values["threshold"] = cell.method.threshold
+    return CalibrationResult(
+        **{**values, **cell.method.protocol.of_threshold},
+        model=cell.spec.model,
+        general_prompts=cell.config.settings.prompts.calibration if cell.calibration_prompts else None,
+        statistics=resolve(given) if given else str(cell.calibration_file(STATISTICS)),
+        folder=str(cell.calibration_file("")) if cell.measured else None,
+    )

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from nemo_bench.benchmark.plan import check_scheduler, read_listed, similarity_of, source_of
-from nemo_bench.benchmark.runner import Runner, is_main, mostly_failed, note_start, open_folder
-from nemo_bench.benchmark.stages.detect import STAGE, DetectionCell, DetectionData, DetectionStage
+from nemo_bench.benchmark.plan import Cell, check_same, check_scheduler, read_listed, similarity_of, source_of
+from nemo_bench.benchmark.run import write_pages
+from nemo_bench.benchmark.runner import Runner, is_main, mostly_failed, note_start, open_folder, prompt_tasks
+from nemo_bench.benchmark.stages.detect import DetectionStage, pending_tasks
 from nemo_bench.config import CellConfig, build
 from nemo_bench.detectors import Detector, NoiseDifference
 from nemo_bench.errors import ConfigError, ModelError
 from nemo_bench.metrics import detection
-from nemo_bench.prompts import prompts_digest
+from nemo_bench.prompts.data import PromptDataModule
 from nemo_bench.records.data import Prompt
-from nemo_bench.records.io import digest, write_json
-from nemo_bench.records.store import SCHEMA, Store
-from nemo_bench.report import write_report
+from nemo_bench.records.io import digest, prompts_digest, write_json
+from nemo_bench.records.schema import DetectionRecord, Roc, Spec, Summary
+from nemo_bench.records.store import Store
 from nemo_bench.report.detection import write_detection
 
 
-def plan(configs: Sequence[CellConfig]) -> list[DetectionCell]:
+def plan(configs: Sequence[CellConfig]) -> list[Cell]:
     """Makes the cells that were asked for.
 
     Args:
@@ -36,10 +38,8 @@ def plan(configs: Sequence[CellConfig]) -> list[DetectionCell]:
     Raises:
         NemoBenchError: Prompts or a model are not as they should be, or a detector is not made for the model.
     """
-    for key in ("name", "root", "trainer"):
-        if any(getattr(c.settings, key) != getattr(configs[0].settings, key) for c in configs):
-            raise ConfigError(f"{key} must be the same for all detectors of a run; give one value, or run twice")
-    cells: dict[str, DetectionCell] = {}
+    check_same(configs, "name", "root", "trainer")
+    cells: dict[str, Cell] = {}
     prompts: dict[str, list[Prompt]] = {}
     for config in configs:
         key = digest(asdict(config.settings.prompts))
@@ -50,7 +50,7 @@ def plan(configs: Sequence[CellConfig]) -> list[DetectionCell]:
     return list(cells.values())
 
 
-def _cell(config: CellConfig, prompts: list[Prompt]) -> DetectionCell:
+def _cell(config: CellConfig, prompts: list[Prompt]) -> Cell:
     settings = config.settings
     model = settings.model
     detector: Detector = build(settings.detector, "detector")
@@ -63,7 +63,7 @@ def _cell(config: CellConfig, prompts: list[Prompt]) -> DetectionCell:
     if detector.steps is not None and detector.steps > model.steps:
         msg = f"{detector.title} is to watch {detector.steps} steps, and this model makes model.steps={model.steps}"
         raise ConfigError(f"{msg}; give detector.steps at most that, or null for all")
-    identity = {
+    identity: dict[str, Any] = {
         "model": {
             "weights": source.digest(),
             "dtype": model.dtype,
@@ -76,21 +76,25 @@ def _cell(config: CellConfig, prompts: list[Prompt]) -> DetectionCell:
     }
     names = {group: config.names.get(group, group) for group in ("model", "detector", "prompts")}
     folder = "__".join([*names.values(), digest(identity, 8)])
-    spec = {
-        "cell": folder,
-        **names,
-        "title": detector.title,
-        "settings": identity,
-        "families": [str(found) for found in config.families],
-        "digests": {"model": identity["model"]["weights"], "prompts": identity["prompts"]},
-        "citations": {detector.title: detector.citation} if detector.citation else {},
-    }
+    spec = Spec(
+        task="detect",
+        stages=[DetectionRecord.stage],
+        cell=folder,
+        model=names["model"],
+        detector=names["detector"],
+        prompts=names["prompts"],
+        title=detector.title,
+        settings=identity,
+        families=[str(family) for family in config.families],
+        digests={"model": identity["model"]["weights"], "prompts": identity["prompts"]},
+        citations={detector.title: detector.citation} if detector.citation else {},
+    )
     store = Store(Path(settings.root) / settings.name / folder)
-    return DetectionCell(config=config, detector=detector, prompts=prompts, spec=spec, store=store)
+    return Cell(config=config, detector=detector, prompts=prompts, spec=spec, store=store)
 
 
-def detect(cells: Sequence[DetectionCell], command: str, *, progress: bool = True) -> Path:
-    """Runs what is open of some cells, to table and ROC plots.
+def detect(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Path:
+    """Runs what is pending of some cells, to table and ROC plots.
 
     Cells of one model and the same prompts share their passes.
 
@@ -114,69 +118,77 @@ def detect(cells: Sequence[DetectionCell], command: str, *, progress: bool = Tru
         for cell in cells:
             cell.store.open(cell.spec)
             note_start(cell, command, runner)
-            cell.store.recount(STAGE, [task.id for task in cell.tasks])
-    runner.trainer.strategy.barrier()
-    groups: dict[str, list[DetectionCell]] = {}
+            cell.store.recount(DetectionRecord, [task.id for task in prompt_tasks(cell)])
+    runner.wait()
+    groups: dict[str, list[Cell]] = {}
     for cell in cells:
-        groups.setdefault(digest([cell.spec["settings"][key] for key in ("model", "prompts")]), []).append(cell)
+        groups.setdefault(digest([cell.spec.settings[key] for key in ("model", "prompts")]), []).append(cell)
     for group in groups.values():
-        _detect(runner, [cell for cell in group if not cell.store.is_done(STAGE)])
+        _detect(runner, [cell for cell in group if not cell.store.is_done(DetectionRecord)])
     if is_main():
         for cell in cells:
-            write_json(cell.store.folder / "metrics.json", summary(cell))
+            write_json(cell.store.folder / "metrics.json", summarize(cell))
         write_detection(folder)
         if (folder / "report.html").is_file():
-            write_report(folder)  # the pages link to one another
+            write_pages(folder)
     return folder
 
 
-def _detect(runner: Runner, cells: Sequence[DetectionCell]) -> None:
+def _detect(runner: Runner, cells: Sequence[Cell]) -> None:
     if not cells:
         return
-    sampling = [cell.detector.seeds for cell in cells if cell.detector.samples]
-    seeds = max(sampling or [cell.detector.seeds for cell in cells])
-    runner.describe(STAGE, cells[0].spec["model"])
+    detectors = [cell.detector for cell in cells if cell.detector is not None]
+    sampling = [detector.seeds for detector in detectors if detector.samples]
+    seeds = max(sampling or [detector.seeds for detector in detectors])
+    runner.describe(DetectionRecord.stage, cells[0].spec.model)
     rows = runner.rows(cells[0])
     stage = DetectionStage(runner.model(cells[0]), cells, rows)
-    runner.predict(stage, DetectionData(cells, max(1, rows // seeds)))
+    runner.predict(stage, PromptDataModule(partial(pending_tasks, cells), max(1, rows // seeds)))
     if is_main():
         for cell in cells:
-            cell.store.finish(STAGE, [task.id for task in cell.tasks])
-    runner.trainer.strategy.barrier()
+            cell.store.finish(DetectionRecord, [task.id for task in prompt_tasks(cell)])
+    runner.wait()
 
 
-def summary(cell: DetectionCell) -> dict[str, Any]:
-    """What a cell found, as written to ``metrics.json``: how well scores tell prompts apart, and what they took.
+def summarize(cell: Cell) -> Summary:
+    """The numbers of a cell: how well scores tell prompts apart, and what they took.
 
     Prompts whose score is not finite are counted as ``failed``, and left out of everything else.
     """
-    found = {record["prompt"]: record for record in cell.store.records(STAGE).values()}
-    scored = [(p, found[p.id]["score"]) for p in cell.prompts if "score" in found[p.id]]
-    memorized, other = ([score for p, score in scored if bool(p.kind) == is_so] for is_so in (True, False))
+    records = {record.prompt: record for record in cell.store.records(DetectionRecord).values()}
+    scored = [(p, score) for p in cell.prompts if (score := records[p.id].score) is not None]
+    memorized = [score for prompt, score in scored if prompt.kind]
+    other = [score for prompt, score in scored if not prompt.kind]
     measured = {}
     if memorized and other:
-        scores = {kind: [score for p, score in scored if p.kind == kind] for kind in ("VM", "TM")}
-        kinds = {kind: detection(those, other)["auc"] for kind, those in scores.items() if those}
-        measured[cell.spec["detector"]] = {"title": cell.detector.title, **detection(memorized, other), "kinds": kinds}
-    costs = [record["cost"] for record in found.values()]
-    return {
-        "schema": SCHEMA,
-        "detection": measured,
-        "counts": {"prompts": len(cell.prompts), "failed": len(found) - len(scored), "seeds": cell.detector.seeds},
-        "cost": {f"detect_{key}_per_prompt": round(fmean(c[key] for c in costs), 4) for key in costs[0]},
-    }
+        kinds = {}
+        for kind in ("VM", "TM"):
+            if of_kind := [score for prompt, score in scored if prompt.kind == kind]:
+                kinds[kind] = detection(of_kind, other)["auc"]
+        roc = Roc(title=cell.spec.title, kinds=kinds, **detection(memorized, other))
+        measured[str(cell.spec.detector)] = roc
+    costs = [record.cost for record in records.values() if record.cost]
+    seeds = cell.detector.seeds if cell.detector is not None else 0
+    return Summary(
+        detection=measured,
+        counts={"prompts": len(cell.prompts), "failed": len(records) - len(scored), "seeds": seeds},
+        cost={
+            f"detect_{key}_per_prompt": round(fmean(getattr(cost, key) for cost in costs), 4)
+            for key in ("row_passes", "extra_row_passes", "seconds")
+        },
+    )
 
 
-def check_scored(cells: Sequence[DetectionCell]) -> None:
-    """Looks whether detectors could tell of most prompts, once everything else is done and written.
+def check_scored(cells: Sequence[Cell]) -> None:
+    """Makes sure that detectors scored most prompts, once everything else is done and written.
 
     Raises:
         ModelError: More than half of the scores of a detector are not finite; the reasons are named.
     """
-    if lines := mostly_failed([cell.store for cell in cells], STAGE, "prompts"):
+    if lines := mostly_failed([cell.store for cell in cells], DetectionRecord, "prompts"):
         raise ModelError("\n".join([*lines, "half precision may overflow: try model.dtype=float32 or bfloat16"]))
 
 
-def is_pending(cells: Sequence[DetectionCell]) -> bool:
+def is_pending(cells: Sequence[Cell]) -> bool:
     """Whether anything is left to be scored."""
-    return any(cell.store.pending_ids(STAGE, [task.id for task in cell.tasks]) for cell in cells)
+    return any(cell.store.pending_ids(DetectionRecord, [task.id for task in prompt_tasks(cell)]) for cell in cells)

@@ -11,7 +11,6 @@ import yaml
 
 from nemo_bench.benchmark.runner import (
     load_model,
-    neurons_by_prompt,
 )
 from nemo_bench.config import ModelSettings, SimilaritySettings
 from nemo_bench.diffusion import Diffusion, folder_digest
@@ -19,6 +18,7 @@ from nemo_bench.errors import ConfigError, StoreError, counted, did_you_mean
 from nemo_bench.records.data import Neurons
 from nemo_bench.records.io import damaged, digest, write_text
 from nemo_bench.records.pictures import visible
+from nemo_bench.records.schema import LocalizationRecord
 from nemo_bench.records.store import Store, read_cell_prompts, read_settings, read_spec
 
 
@@ -39,7 +39,8 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
     """
     if folder.exists() and any(visible(folder.iterdir(), folder)):
         raise StoreError(f"{folder} is not empty; name a new folder to export to")
-    found = neurons_by_prompt(Store(cell))
+    records = Store(cell).records(LocalizationRecord).values()
+    found = {record.prompt: Neurons(record.neurons) for record in records if record.neurons is not None}
     if not found:
         raise StoreError(f"{cell} holds no localization; give results/<name>/<cell> of a finished run")
     if prompt is not None and prompt not in found:
@@ -65,7 +66,7 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
 def _card(cell: Path, folder: Path, model: Diffusion, neurons: Neurons, factor: float, whose: str) -> str:
     """The model card of an exported pipeline."""
     spec, settings = read_spec(cell), read_settings(cell)["model"]
-    kind, digests = type(model.pipeline).__name__, spec["digests"]
+    kind, digests = type(model.pipeline).__name__, spec.digests
     on_hub = "commit" in digests
     about = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["memorization", "nemo-bench"]}
     front = yaml.safe_dump({**about, **({"base_model": settings["source"]} if on_hub else {})}, sort_keys=False)
@@ -74,9 +75,9 @@ def _card(cell: Path, folder: Path, model: Diffusion, neurons: Neurons, factor: 
         "Listed as": settings["summary"],
         "LoRA, fused": f"`{settings['lora']}`, scale {settings['lora_scale']}" if settings.get("lora") else "",
         "Digest of the base model's weights": f"`{digests['model']}`",
-        "Method": spec["title"],
+        "Method": spec.title,
         "Sampled in the run by": f"DDIM, {settings['steps']} steps, guidance {settings['guidance']:g}",
-        "From cell": f"`{spec['cell']}` of nemo-bench {importlib.metadata.version('nemo-bench')}",
+        "From cell": f"`{spec.cell}` of nemo-bench {importlib.metadata.version('nemo-bench')}",
         "Neurons of": whose,
         "Outputs multiplied by": f"{factor:g}",
         "Digest of the neurons": f"`{digest(dict(neurons))}`",
@@ -84,12 +85,12 @@ def _card(cell: Path, folder: Path, model: Diffusion, neurons: Neurons, factor: 
     }
     facts = "".join(f"| {name} | {value} |\n" for name, value in given.items() if value)
     layers = "".join(f"| `{name}` | {len(ids)} | {', '.join(map(str, ids))} |\n" for name, ids in neurons.items())
-    citations = "".join(f"```bibtex\n{text.strip()}\n```\n\n" for text in spec["citations"].values())
+    citations = "".join(f"```bibtex\n{text.strip()}\n```\n\n" for text in spec.citations.values())
     return (
         f"""---
 {front}---
 
-# {spec["model"]} with {neurons.count} value neurons switched off
+# {spec.model} with {neurons.count} value neurons switched off
 
 A copy of the base model in which value neurons of cross-attention layers are switched off for good: their weights are
 multiplied, nothing else differs. It is meant for research on memorization. What else changes was measured on the

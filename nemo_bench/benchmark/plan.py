@@ -1,11 +1,12 @@
-"""From settings to cells, the units of work."""
+"""From settings to cells, the units of work, and to everything that they need from outside."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nemo_bench.config import (
     CellConfig,
@@ -15,19 +16,32 @@ from nemo_bench.config import (
     build,
     name_of_files,
     resolve,
-    rows_at_once,
 )
 from nemo_bench.diffusion import Lora, Similarity, Source, check_schedule
-from nemo_bench.errors import ConfigError, NemoBenchError
+from nemo_bench.errors import ConfigError, NemoBenchError, StoreError, counted
 from nemo_bench.localization import is_readable, read_statistics
 from nemo_bench.methods import Method
 from nemo_bench.metrics import FIELDS, BenchMetric
-from nemo_bench.prompts import ImageTask, PromptTask, prompts_digest, read_prompts
+from nemo_bench.prompts import read_prompts
 from nemo_bench.records.data import Prompt
-from nemo_bench.records.io import check_writable, digest, is_whole
-from nemo_bench.records.store import Store
+from nemo_bench.records.io import check_writable, digest, is_whole, prompts_digest
+from nemo_bench.records.schema import (
+    ImageRecord,
+    LocalizationRecord,
+    MemorizationRecord,
+    PromptRecord,
+    ScoreRecord,
+    Spec,
+    Threshold,
+)
+from nemo_bench.records.store import Store, read_spec
 
-STAGES = ("localize", "generate", "score")
+if TYPE_CHECKING:
+    from nemo_bench.benchmark.stages.audit import AuditSettings, Search
+    from nemo_bench.detectors import Detector
+
+T = TypeVar("T")
+
 STATISTICS = "statistics.pt"
 """Activation statistics in a calibration's folder, in the published form."""
 THRESHOLD = "threshold.json"
@@ -40,34 +54,64 @@ GENERAL_PROMPTS = (
 """What a calibration takes, and where it is."""
 UNMITIGATED = {"_target_": "nemo_bench.methods.NoMitigation"}
 """Settings of a method that does nothing."""
+FIRST = 3
+"""Prompts of a file that a dry run shows, to see whether it is the right one, read as it was meant."""
 
 
-class Work(Protocol):
-    """What owns a results folder: settings, prompts, what decides the result, and the folder."""
+@dataclass(frozen=True)
+class Need:
+    """Something that a run takes from outside.
 
-    config: CellConfig
-    prompts: list[Prompt]
-    spec: dict[str, Any]
-    store: Store
+    Attributes:
+        kind: ``"weights"``, ``"metric"``, ``"statistics"``, ``"prompts"``, ``"prompts of edits"``, ``"general
+            prompts"``, ``"method's file"``, ``"method"`` or ``"training images"``.
+        what: File, folder, hub id, or name of a metric.
+        state: ``"there"``; ``"fetched"``, by its library at the first use; ``"partly"``, the run goes on without the
+            rest; ``"missing"``, the run would stop.
+        note: What it holds, or what is wrong and what to do.
+    """
+
+    kind: str
+    what: str
+    state: Literal["there", "fetched", "partly", "missing"]
+    note: str = ""
 
 
 @dataclass(eq=False, kw_only=True)
-class ImageCell:
-    """Images of some prompts, scored together; owner of one results folder.
+class Cell:
+    """The unit of work: a model, a method or detector, and prompts; owner of one results folder.
 
     Attributes:
         config: Names and settings.
         prompts: All prompts.
-        spec: What decides the result, as written to ``spec.json``.
+        spec: What the cell is, as written to ``spec.json``; ``spec.task`` is the task that it serves.
         store: Its folder.
-        unmitigated: The cell of the same images without mitigation: one that was asked for, or finished before.
+        method: The mitigation as configured, where there is one.
+        detector: The detector, for ``detect``.
+        unmitigated: Folder of the same images without mitigation, asked for as well or finished before.
+        calibration: Folder of the model's calibration.
+        calibration_prompts: General prompts for the calibration, none where nothing is measured.
+        measured: Files of the calibration that the method, or its source, can't do without.
+        source: The cell whose localization this one starts from; it need not have been asked for.
+        source_prompts: Those of its prompts that count.
+        audit: How it is audited, if it is.
+        searches: All searches of the audit: each memorized prompt's, followed by its control.
     """
 
     config: CellConfig
     prompts: list[Prompt]
-    spec: dict[str, Any]
+    spec: Spec
     store: Store
-    unmitigated: ImageCell | None = None
+    method: Method | None = None
+    detector: Detector | None = None
+    unmitigated: Store | None = None
+    calibration: Store | None = None
+    calibration_prompts: list[Prompt] = field(default_factory=list)
+    measured: list[str] = field(default_factory=list)
+    source: Cell | None = None
+    source_prompts: list[Prompt] = field(default_factory=list)
+    audit: AuditSettings | None = None
+    searches: Sequence[Search] = ()
 
     @property
     def id(self) -> str:
@@ -77,38 +121,18 @@ class ImageCell:
     @property
     def is_mitigated(self) -> bool:
         """Whether there is any mitigation."""
-        return bool(self.spec["settings"]["method"] != UNMITIGATED)
+        return bool(self.spec.settings["method"] != UNMITIGATED)
 
     @property
-    def prompt_tasks(self) -> list[PromptTask]:
-        """All prompts."""
-        return [PromptTask.from_prompt(p) for p in self.prompts]
-
-
-@dataclass(eq=False, kw_only=True)
-class Cell(ImageCell):
-    """A model, a method and prompts: the unit of work.
-
-    Attributes:
-        method: The mitigation.
-        calibration_prompts: General prompts for what is measured, none where nothing is.
-        calibration: Folder of the model's calibration.
-        measured: Files in it that the method, or its source, can't do without.
-        source: The cell whose localization this one starts from; it need not be one that was asked for.
-        source_prompts: Those of its prompts that count.
-    """
-
-    method: Method
-    calibration_prompts: list[Prompt]
-    calibration: Store
-    measured: list[str]
-    source: Cell | None = None
-    source_prompts: list[Prompt] = field(default_factory=list)
+    def stages(self) -> list[type[PromptRecord]]:
+        """Records of the stages that it goes through, in their order."""
+        kinds = (LocalizationRecord, MemorizationRecord, ImageRecord, ScoreRecord)
+        return [kind for kind in kinds if kind.stage in self.spec.stages]
 
     @property
     def localization(self) -> str:
-        """Hash of what decides what is found for a prompt, whatever the other prompts and its images."""
-        settings = self.spec["settings"]
+        """Hash of what decides a prompt's neurons, whatever the other prompts and its images."""
+        settings = self.spec.settings
         model = {key: value for key, value in settings["model"].items() if key not in ("steps", "guidance")}
         return digest([model, *(settings[key] for key in ("method", "calibration", "localize_seeds"))])
 
@@ -116,99 +140,402 @@ class Cell(ImageCell):
     def is_calibrated(self) -> bool:
         """Whether nothing is left to be measured on general prompts."""
         is_there: dict[str, Callable[[Path], bool]] = {STATISTICS: is_readable, THRESHOLD: is_measured}
-        return all(is_there[name](self.calibration.folder / name) for name in self.measured)
+        return all(is_there[name](self.calibration_file(name)) for name in self.measured)
 
-    @property
-    def image_tasks(self) -> list[ImageTask]:
-        """All images, prompt by prompt."""
-        return [ImageTask.from_prompt(p, seed) for p in self.prompts for seed in range(self.config.settings.seeds)]
-
-    def ids(self, stage: str) -> list[str]:
-        """Record ids of a finished stage."""
-        prompts, images = [t.id for t in self.prompt_tasks], [t.id for t in self.image_tasks]
-        return {"localize": prompts, "generate": images, "score": prompts}[stage]
+    def calibration_file(self, name: str) -> Path:
+        """Path of a file of its calibration."""
+        assert self.calibration is not None
+        return self.calibration.folder / name
 
 
 def check_one_run(configs: Sequence[CellConfig]) -> None:
-    """Makes sure that some configs can be cells of one run, whose folder can be written to.
+    """Makes sure that cells can belong to one run, whose folder can be written to.
 
     Raises:
         NemoBenchError: They can't.
     """
     if any(config.settings.detector is not None for config in configs):
         raise ConfigError("detectors are run by nemo-bench detect; leave out detector=...")
-    for key in ("name", "root", "trainer", "logger"):
-        if any(getattr(c.settings, key) != getattr(configs[0].settings, key) for c in configs):
-            raise ConfigError(f"{key} must be the same for all cells of a run; give one value, or run twice")
+    check_same(configs, "name", "root", "trainer", "logger")
     check_writable(Path(configs[0].settings.root) / configs[0].settings.name)
 
 
-def plan(configs: Sequence[CellConfig], weights: Mapping[Source, str] | None = None) -> list[Cell]:
+def check_same(configs: Sequence[CellConfig], *keys: str) -> None:
+    """Raises ConfigError where settings differ that a run has once."""
+    for key in keys:
+        if any(getattr(c.settings, key) != getattr(configs[0].settings, key) for c in configs):
+            raise ConfigError(f"{key} must be the same for all cells of a run; give one value, or run twice")
+
+
+def plan(configs: Sequence[CellConfig]) -> list[Cell]:
     """Makes the cells that were asked for.
 
     Args:
         configs: What was asked for.
-        weights: Digests of weights that are not looked at, for cells that are counted and never run.
 
     Returns:
         Cells in the same order, each folder once; their prompt files are read and checked, no model is loaded and
         nothing written.
 
     Raises:
-        NemoBenchError: Prompts, references or a model folder are not as they should be.
+        NemoBenchError: Prompts, references or a model folder are not as they should be; the first that is met.
     """
-    check_one_run(configs)
-    weights = weights or {}
-    prompts: dict[str, list[Prompt]] = {}
-    asked: dict[str, Cell] = {}
-    for config in configs:
-        cell = _cell(config, prompts, weights)
-        if asked.setdefault(cell.id, cell).config.settings != config.settings:
-            msg = f"two cells of the grid share the folder {cell.id}: what differs does not change images; run twice"
-            raise ConfigError(msg)
-    by_settings = {digest(cell.spec["settings"]): cell for cell in asked.values()}
-    for cell in asked.values():
-        cell.unmitigated = _unmitigated(cell, by_settings, prompts, weights)
-    known = list(asked.values())
-    for cell in known:
-        if cell.method.source:
-            source = _source(cell, prompts, weights)
-            cell.source_prompts = source.prompts
-            cell.method.check_source(cell.prompts, source.prompts)
-            cell.source = next((other for other in known if _serves(other, source)), source)
-            if cell.source is source:
-                known.append(source)
-    return list(asked.values())
+    return Planner(strict=True).plan(configs)
 
 
-def _source(cell: Cell, cache: dict[str, list[Prompt]], weights: Mapping[Source, str]) -> Cell:
-    """The cell of a method's source, with the prompts whose neurons the method takes."""
-    settings, names = cell.config.settings, {**cell.config.names, "method": type(cell.method.source).__name__.lower()}
-    prompts = settings.prompts
-    if cell.method.pools and prompts.shared_from:
-        names["prompts"] = name_of_files(prompts.shared_from)
-        prompts = replace(prompts, files=prompts.shared_from, memorized=prompts.shared_from, shared_from=[])
-    settings = replace(settings, method=settings.method["source"], prompts=prompts)
-    return _cell(CellConfig(names, settings), cache, weights)
+class Planner:
+    """Makes cells, and notes everything that they need; each thing is looked at once.
+
+    Args:
+        strict: Raise the first error. Else errors are noted in :attr:`needs`, and cells are made as far as they can be
+            counted.
+
+    Attributes:
+        needs: By kind and name.
+        counted: Configs of which there are cells, without metrics that lack something.
+    """
+
+    def __init__(self, *, strict: bool = False) -> None:
+        self.strict = strict
+        self.needs: dict[tuple[str, str], Need] = {}
+        self.counted: list[CellConfig] = []
+        self._prompts: dict[str, list[Prompt]] = {}
+
+    def plan(self, configs: Sequence[CellConfig]) -> list[Cell]:
+        """Makes cells, each folder once.
+
+        Raises:
+            NemoBenchError: Settings are wrong or, if strict, anything else is.
+        """
+        check_one_run(configs)
+        asked: dict[str, Cell] = {}
+        for config in configs:
+            cell = self._asked(config)
+            if cell is None:
+                continue
+            self.counted.append(config)
+            if asked.setdefault(cell.id, cell).config.settings != cell.config.settings:
+                msg = f"two cells of the grid share the folder {cell.id}: what differs does not change images"
+                raise ConfigError(f"{msg}; run twice")
+        known = list(asked.values())
+        for cell in asked.values():
+            if cell.is_mitigated:
+                cell.unmitigated = find_unmitigated(cell.spec, cell.store.folder.parent, asked.values())
+            if cell.source:
+                serving = next((other for other in known if _serves(other, cell.source)), None)
+                if serving is None:
+                    known.append(cell.source)
+                else:
+                    cell.source = serving
+        return list(asked.values())
+
+    def check(self) -> None:
+        """Makes sure that everything is there.
+
+        Raises:
+            NemoBenchError: Something is missing, all of it named.
+        """
+        lacking: dict[tuple[str, str], list[str]] = {}
+        for need in self.needs.values():
+            if need.state == "missing":
+                lacking.setdefault((need.kind, need.note), []).append(need.what)
+        lines = [f"{kind} {', '.join(whats)}: {note}" for (kind, note), whats in lacking.items()]
+        if metrics := [what.split()[0] for (kind, _), whats in lacking.items() if kind == "metric" for what in whats]:
+            lines.append(" ".join(["without these metrics:", *(f"'~metrics.{name}'" for name in metrics)]))
+        if lines:
+            raise NemoBenchError("\n  ".join(["what the run needs is missing, nothing was started", *lines]))
+
+    def first_prompts(self, configs: Sequence[CellConfig]) -> dict[str, dict[str, Any]]:
+        """By file that can be read: number of prompts ``taken``, ``of`` how many, and the ``first`` of them."""
+        shown = {}
+        for settings in (config.settings.prompts for config in configs):
+            for file in settings.files:
+                if not self._has("prompts", file):
+                    continue
+                prompts = self._read(file, settings)
+                taken = prompts[: settings.limit]
+                first = [{"id": prompt.id, "text": prompt.text} for prompt in taken[:FIRST]]
+                shown[file] = {"taken": len(taken), "of": len(prompts), "first": first}
+        return shown
+
+    def _has(self, kind: str, what: str) -> bool:
+        return (kind, what) in self.needs and self.needs[kind, what].state != "missing"
+
+    def _look(self, kind: str, what: str, look: Callable[[], Need | str | None]) -> bool:
+        """Looks at something that is needed, once: a :class:`Need`, or a note of what is there.
+
+        Returns:
+            Whether the run can do with what is there.
+        """
+        key = (kind, what)
+        if key not in self.needs:
+            try:
+                answer = look()
+            except NemoBenchError as error:
+                if self.strict:
+                    raise
+                answer = Need(kind, what, "missing", str(error))
+            self.needs[key] = answer if isinstance(answer, Need) else Need(kind, what, "there", answer or "")
+        return self.needs[key].state != "missing"
+
+    def _asked(self, config: CellConfig) -> Cell | None:
+        """The cell that was asked for with the cell of its source; None where it can't be made."""
+        cells: list[Cell] = []
+
+        def make() -> None:
+            cell = self._cell(config)
+            if cell is None:
+                return
+            if cell.method is not None and cell.method.source:
+                self._set_source(cell)
+            cells.append(cell)
+
+        names = config.names
+        self._try("method", f"{names['method']} on {names['model']}, {names['prompts']}", make)
+        return cells[0] if cells else None
+
+    def _try(self, kind: str, what: str, make: Callable[[], None]) -> None:
+        """Makes something, whose errors are noted."""
+        try:
+            make()
+        except NemoBenchError as error:
+            if self.strict:
+                raise
+            self.needs[kind, what] = Need(kind, what, "missing", str(error))
+
+    def _cell(self, config: CellConfig) -> Cell | None:
+        """The cell of a config; None where anything that it needs is missing."""
+        settings = config.settings
+        model = settings.model
+        listed = settings.prompts
+        method: Method = build(settings.method, "method")
+        methods = lineage(method)
+        source = source_of(model)
+        weights = f"{source.path} with {source.lora.path}" if source.lora else source.path
+        has_weights = self._look("weights", weights, lambda: _weights(source, weights))
+        if has_weights:
+            _check_model(source, model, method)
+        if self.strict:
+            check_metrics(settings)
+        else:
+            settings = replace(settings, metrics=self._metrics(settings))
+        published = None
+        is_there = [self._look("prompts", file, partial(self._note_prompts, file, listed)) for file in listed.files]
+        prompts = self._listed(listed.files, listed) if all(is_there) else []
+        if all(is_there):
+            self._note_training_images(prompts, ", ".join(listed.files))
+            if file := settings.method.get("file"):
+                is_there.append(self._look("method's file", file, lambda: str(method.fingerprint(prompts) and "")))
+        if model.statistics:
+            path = Path(resolve(model.statistics))
+            is_there.append(self._look("statistics", str(path), lambda: read_statistics(path) and ""))
+            published = read_statistics(path) if is_there[-1] else None
+        for file in listed.shared_from if is_pooled(method) else ():
+            is_there.append(self._look("prompts of edits", file, partial(self._note_prompts, file, listed)))
+        measured = to_measure(method, model)
+        if measured:
+            general = listed.calibration or f"for method={config.names['method']}"
+            is_there.append(self._look("general prompts", general, partial(self._note_general, config)))
+        if not all(is_there):
+            return None
+        calibration_prompts = self._calibration_prompts(listed) if measured else []
+        if measured:
+            check_general(config.names["method"], calibration_prompts)
+        commit = {"commit": source.commit} if has_weights and source.commit else {}
+        network: dict[str, Any] = {
+            "weights": source.digest() if has_weights else "missing",
+            "dtype": model.dtype,
+            "layers": model.layers,
+            "similarity": asdict(model.similarity),
+        }
+        calibration: dict[str, Any] = {
+            **network,
+            "statistics": digest([[v.tolist() for v in side] for side in published]) if published else None,
+            "seeds": settings.localize_seeds,
+            "prompts": prompts_digest(calibration_prompts),
+            "protocol": next((m.protocol.of_threshold for m in methods if m.needs_calibration), None),
+        }
+        uses_calibration = any(m.needs_calibration for m in lineage)
+        identity: dict[str, Any] = {
+            "model": {**network, "steps": model.steps, "guidance": model.guidance},
+            "method": identity_settings(settings.method, method, prompts),
+            "prompts": prompts_digest(prompts),
+            "calibration": digest(calibration) if uses_calibration else None,
+            "seeds": settings.seeds,
+            "localize_seeds": settings.localize_seeds,
+        }
+        if listed.shared_from and is_pooled(method):
+            identity["shared_from"] = prompts_digest(self._listed(listed.shared_from, listed, memorized=False))
+        names = {group: config.names.get(group, group) for group in ("model", "method", "prompts")}
+        folder = "__".join([*names.values(), digest(identity, 8)])
+        root = Path(settings.root)
+        calibration_folder = f"{names['model']}__{digest(calibration, 8)}"
+        has_threshold = THRESHOLD in measured
+        stages = [LocalizationRecord.stage] if method.localizes else []
+        spec = Spec(
+            task="benchmark",
+            stages=[*stages, MemorizationRecord.stage, ImageRecord.stage, ScoreRecord.stage],
+            cell=folder,
+            model=names["model"],
+            method=names["method"],
+            prompts=names["prompts"],
+            title=method.title,
+            settings=identity,
+            families=[str(family) for family in config.families],
+            digests={"model": network["weights"], "prompts": identity["prompts"], **commit},
+            citations=_citations(method),
+            calibration=f"../../calibration/{calibration_folder}" if has_threshold else None,
+            general_prompts={"file": str(listed.calibration), "digest": calibration["prompts"]} if measured else None,
+        )
+        return Cell(
+            config=replace(config, settings=settings),
+            method=method,
+            prompts=prompts,
+            calibration_prompts=calibration_prompts,
+            spec=spec,
+            store=Store(root / settings.name / folder),
+            calibration=Store(root / "calibration" / calibration_folder),
+            measured=measured,
+        )
+
+    def _set_source(self, cell: Cell) -> None:
+        """Gives a cell the cell of its source, with the prompts whose neurons the method takes."""
+        method = cell.method
+        assert method is not None
+        settings = cell.config.settings
+        prompts = settings.prompts
+        names = {**cell.config.names, "method": type(method.source).__name__.lower()}
+        if method.pools and prompts.shared_from:
+            names["prompts"] = name_of_files(prompts.shared_from)
+            prompts = replace(prompts, files=prompts.shared_from, memorized=prompts.shared_from, shared_from=[])
+        settings = replace(settings, method=settings.method["source"], prompts=prompts)
+        cell.source = self._cell(CellConfig(names, settings))
+        if cell.source is not None:
+            cell.source_prompts = cell.source.prompts
+            method.check_source(cell.prompts, cell.source.prompts)
+
+    def _metrics(self, settings: RunSettings) -> dict[str, Any]:
+        """Nodes of the metrics that lack nothing."""
+        metrics = {}
+        for name, node in settings.metrics.items():
+            metric = _metric(name, node)
+            what = f"{name} ({metric.title})"
+            if self._look("metric", what, partial(_weights_of_metric, metric, what)):
+                metrics[name] = node
+        return metrics
+
+    def _read(self, file: str, settings: PromptSettings, *, memorized: bool = True) -> list[Prompt]:
+        """All prompts of a file, read once."""
+        is_memorized = memorized and file in settings.memorized
+        key = digest([file, settings.references, is_memorized])
+        if key not in self._prompts:
+            try:
+                found = read_files([file], None, settings.references, [file] if is_memorized else [])
+            except NemoBenchError as error:
+                hint = f" {settings.obtain}" if settings.obtain else ""
+                raise type(error)(f"{error}{hint}") from error
+            self._prompts[key] = found
+        return self._prompts[key]
+
+    def _listed(self, files: Sequence[str], settings: PromptSettings, *, memorized: bool = True) -> list[Prompt]:
+        """The first prompts of some files, as many of each as the settings allow."""
+        prompts = [p for file in files for p in self._read(file, settings, memorized=memorized)[: settings.limit]]
+        check_ids(files, prompts)
+        return prompts
+
+    def _calibration_prompts(self, settings: PromptSettings) -> list[Prompt]:
+        unlinked = replace(settings, references=None)
+        found = self._read(settings.calibration, unlinked, memorized=False) if settings.calibration else []
+        return found[: settings.calibration_limit]
+
+    def _note_prompts(self, file: str, settings: PromptSettings) -> str:
+        return counted(len(self._read(file, settings)), "prompt")
+
+    def _note_general(self, config: CellConfig) -> str:
+        settings = config.settings.prompts
+        if not settings.calibration:
+            check_general(config.names["method"], [])
+        note = counted(len(self._calibration_prompts(replace(settings, calibration_limit=None))), "prompt")
+        if settings.calibration in settings.files:
+            note += ", which are benchmarked too: give prompts.calibration a list of its own for results"
+        return note
+
+    def _note_training_images(self, prompts: Sequence[Prompt], files: str) -> None:
+        if damaged := list(dict.fromkeys(file for prompt in prompts for file in prompt.damaged_references)):
+            note = f"{len(damaged)} can't be decoded, such as {damaged[0]}, and are left out; replace them"
+            self.needs["damaged training images", files] = Need("training images", files, "partly", note)
+        memorized = [prompt for prompt in prompts if prompt.kind]
+        if without := sum(not prompt.references for prompt in memorized):
+            note = (
+                f"{without} of {len(memorized)} memorized prompts have none; measures against training images leave "
+                "them out, or have no value at all. `nemo-bench references` fetches those that the list has links to"
+            )
+            self.needs["training images", files] = Need("training images", files, "partly", note)
+
+
+def _weights(source: Source, what: str) -> Need:
+    source.check()
+    if source.is_downloaded:
+        return Need("weights", what, "there")
+    return Need("weights", what, "fetched", "some gigabytes, from the hub at the first use")
+
+
+def _weights_of_metric(metric: BenchMetric, what: str) -> Need:
+    metric.check()
+    if metric.space.is_fetched:
+        return Need("metric", what, "there")
+    return Need("metric", what, "fetched", "its weights, from the hub before the first image")
+
+
+def _check_model(source: Source, model: ModelSettings, method: Method) -> None:
+    """Makes sure that model and method go together, before weights load."""
+    method.check(source.family.pipeline.__name__, model.guidance, model.dtype, compiled=model.compiled)
+    predicts = any("guidance" in m.needs or m.makes_passes or m.needs_calibration for m in lineage(method))
+    check_scheduler(source, model, predicts=predicts)
+    if size := source.latent_size:
+        check_similarity(size, model, method)
+
+
+def find_unmitigated(spec: Spec, run: Path, asked: Iterable[Cell] = ()) -> Store | None:
+    """Finds the images of the same prompts, seeds and model without mitigation.
+
+    Args:
+        spec: Of the mitigated images.
+        run: Folder of the run.
+        asked: Cells that are asked for as well.
+
+    Returns:
+        The folder of a cell that was asked for, or else of the latest one whose images are all there.
+    """
+    wanted = _unmitigated_identity(spec)
+    for cell in asked:
+        if not cell.is_mitigated and _unmitigated_identity(cell.spec) == wanted:
+            return cell.store
+    done = sorted(run.glob(f"*/{ImageRecord.stage}.done"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in done:
+        try:
+            other = read_spec(path.parent)
+        except StoreError:
+            continue  # it is named where that cell is read
+        if other.settings.get("method") == UNMITIGATED and _unmitigated_identity(other) == wanted:
+            return Store(path.parent)
+    return None
+
+
+def _unmitigated_identity(spec: Spec) -> str:
+    """Equal for cells whose images differ by the method alone."""
+    of_method = ("method", "calibration", "images", "shared_from")
+    return digest({key: value for key, value in spec.settings.items() if key not in of_method})
 
 
 def _serves(cell: Cell, source: Cell) -> bool:
     """Whether a cell localizes the prompts of another one just as that would, though it may have more of them."""
-    if cell.localization != source.localization or (cell.method.source and cell.prompts != source.prompts):
+    if cell.localization != source.localization:
         return False
-    own = {prompt.id: prompt.text for prompt in cell.prompts}
-    return all(own.get(prompt.id) == prompt.text for prompt in source.prompts)
-
-
-def _unmitigated(
-    cell: Cell, asked: Mapping[str, Cell], cache: dict[str, list[Prompt]], weights: Mapping[Source, str]
-) -> Cell | None:
-    if not cell.is_mitigated:
-        return None
-    settings = replace(cell.config.settings, method=UNMITIGATED)
-    none = _cell(CellConfig({**cell.config.names, "method": "none"}, settings), cache, weights)
-    found = asked.get(digest(none.spec["settings"]))
-    return found or (none if none.store.is_done("generate") else None)
+    if cell.method is not None and cell.method.source and cell.prompts != source.prompts:
+        return False
+    texts = {prompt.id: prompt.text for prompt in cell.prompts}
+    return all(texts.get(prompt.id) == prompt.text for prompt in source.prompts)
 
 
 def read_listed(settings: PromptSettings) -> list[Prompt]:
@@ -227,7 +554,7 @@ def read_files(
 
     Args:
         files: Prompt files; ``package:`` stands for the folder of this package.
-        limit: Take so many prompts of each file.
+        limit: At most this many prompts per file.
         references: Folder that ``nemo-bench references`` filled.
         memorized: Those of the files whose prompts are memorized where no kind is annotated.
 
@@ -240,97 +567,25 @@ def read_files(
         for file in files
         for p in read_prompts(resolve(file), references=folder, memorized=file in memorized, limit=limit)
     ]
+    check_ids(files, prompts)
+    return prompts
+
+
+def check_ids(files: Sequence[str], prompts: Sequence[Prompt]) -> None:
+    """Raises ConfigError where two files have a prompt of the same id."""
     seen: set[str] = set()
     for prompt in prompts:
         if prompt.id in seen:
             raise ConfigError(f"prompts.files={list(files)}: two files have a prompt with id '{prompt.id}'")
         seen.add(prompt.id)
-    return prompts
 
 
-def _read(cache: dict[str, list[Prompt]], *arguments: Any) -> list[Prompt]:
-    key = digest(arguments)
-    if key not in cache:
-        cache[key] = read_files(*arguments)
-    return cache[key]
-
-
-def _cell(config: CellConfig, cache: dict[str, list[Prompt]], weights: Mapping[Source, str]) -> Cell:
-    settings = config.settings
-    model = settings.model
-    method: Method = build(settings.method, "method")
-    method.batch_size = rows_at_once(settings)
-    source = source_of(model)
-    if source not in weights:
-        source.check()
-        method.check(source.family.pipeline.__name__, model.guidance, model.dtype, compiled=model.compiled)
-        predicts = any("guidance" in m.needs or m.makes_passes or m.needs_calibration for m in _lineage(method))
-        check_scheduler(source, model, predicts=predicts)
-        if size := source.latent_size:
-            check_similarity(size, model, method)
-    check_metrics(settings)
-    listed = settings.prompts
-    prompts = _read(cache, listed.files, listed.limit, listed.references, listed.memorized)
-    published = read_statistics(Path(resolve(model.statistics))) if model.statistics else None
-    measured = to_measure(method, model)
-    general = [listed.calibration] if measured and listed.calibration else []
-    calibration_prompts = _read(cache, general, listed.calibration_limit)
-    if measured:
-        check_general(config.names["method"], calibration_prompts)
-    commit = {"commit": source.commit} if source not in weights and source.commit else {}
-    network = {
-        "weights": weights.get(source) or source.digest(),
-        "dtype": model.dtype,
-        "layers": model.layers,
-        "similarity": asdict(model.similarity),
-    }
-    calibration = {
-        **network,
-        "statistics": digest([[v.tolist() for v in side] for side in published]) if published else None,
-        "seeds": settings.localize_seeds,
-        "prompts": prompts_digest(calibration_prompts),
-        "protocol": next((m.protocol.of_threshold for m in _lineage(method) if m.needs_calibration), None),
-    }
-    general_prompts = {"file": listed.calibration, "digest": calibration["prompts"]} if measured else None
-    uses_calibration = any(m.needs_calibration for m in _lineage(method))
-    identity = {
-        "model": {**network, "steps": model.steps, "guidance": model.guidance},
-        "method": identity_settings(settings.method, method, prompts),
-        "prompts": prompts_digest(prompts),
-        "calibration": digest(calibration) if uses_calibration else None,
-        "seeds": settings.seeds,
-        "localize_seeds": settings.localize_seeds,
-    }
-    if listed.shared_from and is_pooled(method):
-        shared = _read(cache, listed.shared_from, listed.limit)
-        identity["shared_from"] = prompts_digest(shared)
-    names = [config.names.get(group, group) for group in ("model", "method", "prompts")]
-    root = Path(settings.root)
-    folder = "__".join([*names, digest(identity, 8)])
-    calibration_folder = f"{names[0]}__{digest(calibration, 8)}"
-    spec = {
-        "cell": folder,
-        "model": names[0],
-        "method": names[1],
-        "prompts": names[2],
-        "title": method.title,
-        "settings": identity,
-        "families": [str(found) for found in config.families],
-        "digests": {"model": network["weights"], "prompts": identity["prompts"], **commit},
-        "citations": _citations(method),
-        "calibration": f"../../calibration/{calibration_folder}" if THRESHOLD in measured else None,
-        "general_prompts": general_prompts,
-    }
-    return Cell(
-        config=config,
-        method=method,
-        prompts=prompts,
-        calibration_prompts=calibration_prompts,
-        spec=spec,
-        store=Store(root / settings.name / folder),
-        calibration=Store(root / "calibration" / calibration_folder),
-        measured=measured,
-    )
+def _metric(name: str, node: Mapping[str, Any]) -> BenchMetric:
+    metric: BenchMetric = build(node, f"metrics.{name}")
+    if not metric.needs <= FIELDS:
+        needed, known = (", ".join(sorted(those)) for those in (metric.needs, FIELDS))
+        raise ConfigError(f"metrics.{name}: it needs {needed}; expected some of {known}")
+    return metric
 
 
 def check_metrics(settings: RunSettings) -> None:
@@ -341,12 +596,8 @@ def check_metrics(settings: RunSettings) -> None:
     """
     lacking: dict[tuple[type[NemoBenchError], str], list[str]] = {}
     for name, node in settings.metrics.items():
-        metric: BenchMetric = build(node, f"metrics.{name}")
-        if not metric.needs <= FIELDS:
-            needed, known = (", ".join(sorted(those)) for those in (metric.needs, FIELDS))
-            raise ConfigError(f"metrics.{name}: it needs {needed}; expected some of {known}")
         try:
-            metric.check()
+            _metric(name, node).check()
         except NemoBenchError as error:
             lacking.setdefault((type(error), str(error)), []).append(f"metrics.{name}")
     if lacking:
@@ -377,7 +628,7 @@ def check_similarity(size: Sequence[int], model: ModelSettings, method: Method) 
     Raises:
         ConfigError: Its latents are too small for ``model.similarity``; the message has the values that fit.
     """
-    searches = [each.protocol.similarity for each in _lineage(method) if each.needs_calibration]
+    searches = [each.protocol.similarity for each in lineage(method) if each.needs_calibration]
     for measure in ("fixed", *searches):
         similarity_of(model).check(size, measure)
 
@@ -406,31 +657,31 @@ def similarity_of(settings: ModelSettings) -> Similarity:
     return Similarity(settings.similarity.sigma, tuple(settings.similarity.betas))
 
 
-def metrics_of(cell: ImageCell) -> dict[str, BenchMetric]:
+def metrics_of(cell: Cell) -> dict[str, BenchMetric]:
     """The cell's metrics by name, in the order of the settings."""
     return {name: build(node, f"metrics.{name}") for name, node in cell.config.settings.metrics.items()}
 
 
 def to_measure(method: Method, model: ModelSettings) -> list[str]:
     """What a method and its sources take from general prompts, since nobody gave it."""
-    calibrated = [m for m in _lineage(method) if m.needs_calibration]
+    calibrated = [m for m in lineage(method) if m.needs_calibration]
     given = {STATISTICS: model.statistics is not None, THRESHOLD: not any(m.calibrates_threshold for m in calibrated)}
     return [name for name, present in given.items() if calibrated and not present]
 
 
 def is_measured(threshold: Path) -> bool:
     """Whether a threshold's file is there and holds what it should; a threshold may be None in it."""
-    return is_whole(threshold, "threshold", "mean", "std", "maxima")
+    return is_whole(threshold, Threshold)
 
 
 def is_pooled(method: Method) -> bool:
     """Whether a method, or a source of it, does the same for all prompts by what was found for memorized ones."""
-    return any(m.pools for m in _lineage(method))
+    return any(m.pools for m in lineage(method))
 
 
-def _lineage(method: Method) -> list[Method]:
+def lineage(method: Method) -> list[Method]:
     """A method, its source, the source of that, and so on."""
-    return [method, *(_lineage(method.source) if method.source else [])]
+    return [method, *(lineage(method.source) if method.source else [])]
 
 
 def identity_settings(settings: dict[str, Any], method: Method, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -440,7 +691,7 @@ def identity_settings(settings: dict[str, Any], method: Method, prompts: Sequenc
 
 
 def _citations(method: Method) -> dict[str, str]:
-    return {m.title: m.citation for m in _lineage(method) if m.citation}
+    return {m.title: m.citation for m in lineage(method) if m.citation}
 
 
 def with_sources(cells: Sequence[Cell]) -> list[Cell]:

@@ -1,4 +1,4 @@
-"""Scoring images that are there: those of a run, or images made elsewhere; no diffusion model is loaded."""
+"""Scoring images that are there: those of a run, or external images; no diffusion model is loaded."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nemo_bench.benchmark.plan import UNMITIGATED, ImageCell, check_metrics, read_listed
-from nemo_bench.benchmark.run import finish, renew_scores, tell_damaged
+from nemo_bench.benchmark.plan import Cell, check_metrics, find_unmitigated, read_listed
+from nemo_bench.benchmark.run import finish, renew_scores, report_damaged
 from nemo_bench.benchmark.runner import Runner, is_main, note_start, open_folder
 from nemo_bench.config import CellConfig, about_method, one, rescore
 from nemo_bench.errors import ConfigError, StoreError, counted
-from nemo_bench.prompts import check_references, prompts_digest
+from nemo_bench.prompts import check_references
 from nemo_bench.prompts.external import (
     Content,
     FoundImage,
@@ -24,25 +24,27 @@ from nemo_bench.prompts.external import (
     named_images,
 )
 from nemo_bench.records.data import Prompt
-from nemo_bench.records.io import check_folder, digest, write_json
+from nemo_bench.records.io import check_folder, digest, prompts_digest, write_json
+from nemo_bench.records.schema import ImageRecord, LocalizationRecord, MemorizationRecord, ScoreRecord, Spec
 from nemo_bench.records.store import (
     Store,
-    iterate_records,
-    lack,
-    made_again,
+    missing_records,
     read_cell_prompts,
+    read_records,
     read_run,
     read_settings,
     read_spec,
+    remake,
 )
 
+BEFORE_SCORES = (LocalizationRecord, MemorizationRecord, ImageRecord)
+"""Stages that come before the scores."""
+DONE = f"{ImageRecord.stage}.done"
 OTHER_MODEL = "unnamed"
-"""Name of the model of images made elsewhere that is none of conf/model."""
+"""Name of the model of external images that is none of conf/model."""
 
 
-def score(
-    cells: Sequence[ImageCell], command: str, say: Callable[[str], None] = print, *, progress: bool = True
-) -> Path:
+def score(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print, *, progress: bool = True) -> Path:
     """Scores what is open of some cells, to table and report.
 
     Args:
@@ -58,10 +60,10 @@ def score(
     runner.start()
     if is_main():
         renew_scores(cells)
-        tell_damaged(cells, say)
+        report_damaged(cells, say)
         for cell in cells:
             note_start(cell, command, runner)
-    runner.trainer.strategy.barrier()
+    runner.wait()
     finish(cells, runner, say)
     return cells[0].store.folder.parent
 
@@ -74,16 +76,16 @@ def cells_of(
     mapping: Path | None = None,
     say: Callable[[str], None] = print,
     progress: bool = True,
-) -> list[ImageCell]:
+) -> list[Cell]:
     """The cells of images that are there, all that can be wrong with them checked; no weights are loaded.
 
     Args:
-        folder: A run, a cell of one, or a folder of images that were made elsewhere.
-        overrides: ``key=value`` words. For a run or cell those of :data:`nemo_bench.config.SCORING`. For images made
-            elsewhere those of a run, with at least ``model`` and ``prompts``; ``method`` may be any name, ``none`` for
+        folder: A run, a cell of one, or a folder of images made by other code.
+        overrides: ``key=value`` words. For a run or cell those of :data:`nemo_bench.config.SCORING`. For external
+            images those of a run, with at least ``model`` and ``prompts``; ``method`` may be any name, ``none`` for
             images without mitigation, which others of the same run are then compared with.
         conf: The user's own folder of settings.
-        mapping: List of images made elsewhere (:func:`nemo_bench.prompts.external.mapped_images`); without, they are
+        mapping: List of external images (:func:`nemo_bench.prompts.external.mapped_images`); without, they are
             named ``img_0000_00.jpg`` (:func:`nemo_bench.prompts.external.named_images`).
         say: Where single lines go.
         progress: Whether a bar is shown.
@@ -107,58 +109,49 @@ def cells_of(
     return cells
 
 
-def _of_run(folder: Path, overrides: Sequence[str], conf: Path | None, say: Callable[[str], None]) -> list[ImageCell]:
-    names = [name for name in read_run(folder)["cells"] if (folder / name).is_dir()]
-    lacking = {name: reason for name in names if (reason := _lack(folder / name))}
+def _of_run(folder: Path, overrides: Sequence[str], conf: Path | None, say: Callable[[str], None]) -> list[Cell]:
+    names = [name for name in read_run(folder).cells if (folder / name).is_dir()]
+    lacking = {name: reason for name in names if (reason := _missing(folder / name))}
     finished = [name for name in names if name not in lacking]
     if not finished:
         listed = "; ".join(f"{name}: {reason}" for name, reason in lacking.items()) or "run.json lists none"
         raise StoreError(f"{folder}: no cell has all its images; give the command of the run again to go on ({listed})")
-    for name, reason in lacking.items() if is_main() else ():
-        say(f"{name}: left out, {reason}")
+    if is_main():
+        for name, reason in lacking.items():
+            say(f"{name}: left out, {reason}")
     cells = [reread(folder / name, overrides, conf) for name in finished]
-    unmitigated = {_basis(cell.spec): cell for cell in sorted(cells, key=_made) if not cell.is_mitigated}
+    latest_first = sorted(cells, key=lambda cell: (cell.store.folder / DONE).stat().st_mtime_ns, reverse=True)
     for cell in cells:
-        cell.unmitigated = unmitigated.get(_basis(cell.spec)) if cell.is_mitigated else None
+        if cell.is_mitigated:
+            cell.unmitigated = find_unmitigated(cell.spec, folder, latest_first)
     return cells
 
 
-def _lack(cell: Path) -> str:
-    """Why a cell can't be scored again, if so."""
-    if not (cell / "generate.done").is_file():
+def _missing(cell: Path) -> str:
+    """Why a cell can't be scored again; empty where it can."""
+    if not Store(cell).is_done(ImageRecord):
         return "not all of its images are there"
     spec = read_spec(cell)
-    if reason := lack(cell, spec, read_cell_prompts(cell, spec), ("localize", "generate")):
+    if reason := missing_records(cell, spec, read_cell_prompts(cell, spec), BEFORE_SCORES):
         return reason
     with suppress(FileNotFoundError):  # said of each cell where it is read
-        if changed_images(cell, iterate_records(cell, "generate")):
+        if changed_images(cell, read_records(cell, ImageRecord).values()):
             return "its images are not those that were scored; score their folder again, for a cell of its own"
     return ""
 
 
-def _with_unmitigated(cell: ImageCell, conf: Path | None) -> list[ImageCell]:
+def _with_unmitigated(cell: Cell, conf: Path | None) -> list[Cell]:
     """The cell, and before it the latest one of its run without mitigation, to be scored alike, if there is one."""
-    done = cell.store.folder.parent.glob("*/generate.done") if cell.is_mitigated else ()
-    for path in sorted(done, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        spec = read_spec(path.parent)
-        if spec["settings"].get("method") == UNMITIGATED and _basis(spec) == _basis(cell.spec):
-            other = cell.unmitigated = reread(path.parent, (), conf)
-            other.config.settings.metrics = cell.config.settings.metrics
-            return [other, cell]
-    return [cell]
+    if cell.is_mitigated:
+        cell.unmitigated = find_unmitigated(cell.spec, cell.store.folder.parent)
+    if cell.unmitigated is None:
+        return [cell]
+    other = reread(cell.unmitigated.folder, (), conf)
+    other.config.settings.metrics = cell.config.settings.metrics
+    return [other, cell]
 
 
-def _made(cell: ImageCell) -> int:
-    """When the images of a cell were there."""
-    return (cell.store.folder / "generate.done").stat().st_mtime_ns
-
-
-def _basis(spec: dict[str, Any]) -> str:
-    """Equal for cells whose images differ by the method alone."""
-    return digest({k: v for k, v in spec["settings"].items() if k not in ("method", "calibration", "images")})
-
-
-def reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> ImageCell:
+def reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> Cell:
     """A cell whose images are there, from what it wrote down.
 
     Args:
@@ -170,14 +163,14 @@ def reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> ImageCe
         NemoBenchError: Its images are not all there, or an override is wrong.
     """
     spec, store = read_spec(folder), Store(folder)
-    if "detector" in spec:
+    if spec.detector is not None:
         raise StoreError(f"{folder} was made by a detector and holds no images; name the cell of a method")
-    if not store.is_done("generate"):
+    if not store.is_done(ImageRecord):
         raise StoreError(f"{folder}: not all images are there; give the command of the run again to go on")
     prompts = read_cell_prompts(folder, spec)
-    if reason := lack(folder, spec, prompts, ("localize", "generate")):
+    if reason := missing_records(folder, spec, prompts, BEFORE_SCORES):
         raise StoreError(f"{folder}: {reason}")
-    names = {group: spec[group] for group in ("model", "method", "prompts")}
+    names = {"model": spec.model, "method": str(spec.method), "prompts": spec.prompts}
     config = rescore(overrides, names, read_settings(folder), conf)
     settings = config.settings
     settings.root, settings.name = str(folder.parent.parent), folder.parent.name
@@ -188,19 +181,17 @@ def reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> ImageCe
         msg = f"{folder}: {counted(len(missing), 'reference image')} gone, such as {missing[0]}"
         raise StoreError(f"{msg}; put them back, or name a folder of fetched ones with prompts.references")
     prompts = check_references(str(folder), prompts)
-    records = [record for record in iterate_records(folder, "generate") if "image" in record]
-    lost = [record["image"] for record in records if not (folder / record["image"]).is_file()]
-    if lost:
+    images = {r.id: r.image for r in read_records(folder, ImageRecord).values() if r.image is not None}
+    if lost := [image for image in images.values() if not (folder / image).is_file()]:
         msg = f"{folder}: {counted(len(lost), 'image')} gone, such as {lost[0]}"
-        raise StoreError(f"{msg}; {made_again(folder)}")
-    if changed := changed_images(folder, records):
+        raise StoreError(f"{msg}; {remake(folder)}")
+    if changed := changed_images(folder, read_records(folder, ImageRecord).values()):
         msg = f"{folder}: {counted(len(changed), 'image')} not as scored, such as {changed[0]}"
         raise StoreError(f"{msg}; score their folder again, for a cell of its own, or put the former images back")
-    ids = {record["id"]: record["image"] for record in records}
-    if cut := store.pending_ids("generate", ids):
-        msg = f"{folder}: {counted(len(cut), 'image')} cut or not as recorded, such as {ids[cut[0]]}"
-        raise StoreError(f"{msg}; {made_again(folder)}")
-    return ImageCell(config=config, prompts=prompts, spec=spec, store=store)
+    if cut := store.pending_ids(ImageRecord, images):
+        msg = f"{folder}: {counted(len(cut), 'image')} cut or not as recorded, such as {images[cut[0]]}"
+        raise StoreError(f"{msg}; {remake(folder)}")
+    return Cell(config=config, prompts=prompts, spec=spec, store=store)
 
 
 def _with_references(folder: Path, prompts: Sequence[Prompt], config: CellConfig) -> list[Prompt]:
@@ -220,17 +211,15 @@ def _of_images(
     say: Callable[[str], None],
     *,
     progress: bool,
-) -> ImageCell:
-    """A cell of images that were made elsewhere; its records point to them."""
+) -> Cell:
+    """A cell of images made by other code; its records point to them."""
     method = next((word.partition("=")[2] for word in overrides if word.startswith("method=")), folder.resolve().name)
     if not re.fullmatch(r"[A-Za-z0-9._-]+", method):
         raise ConfigError(f"method={method}: expected letters, digits, '.', '_' and '-' only; give method=NAME")
     keys = {word.partition("=")[0] for word in overrides}
     is_named = "model" in keys
     if not (is_named or {"model.clip", "model.clip_pretrained"} <= keys) or not keys & {"prompts", "prompts.files"}:
-        msg = (
-            f"{folder} holds no run, so its images were made elsewhere: name their model, which decides the CLIP model"
-        )
+        msg = f"{folder} holds no run, so its images are external: name their model, which decides the CLIP model"
         raise ConfigError(
             f"{msg} they are judged by, and their prompts: model=sd14 prompts.files=[list.csv]. Of another model name "
             "CLIP alone: model.clip=ViT-L-14 model.clip_pretrained=FILE"
@@ -244,9 +233,9 @@ def _of_images(
     settings.method, title, citation = about_method(method, conf)
     counts = Counter(image.task.prompt.id for image in found)
     settings.seeds = max(counts.values())
-    _tell(contents, len(prompts) - len(counts), say)
+    _report_sizes(contents, len(prompts) - len(counts), say)
     model = config.names["model"] if is_named else OTHER_MODEL
-    identity = {
+    identity: dict[str, Any] = {
         "model": {"name": model},
         "method": settings.method,
         "prompts": prompts_digest(prompts),
@@ -254,27 +243,28 @@ def _of_images(
     }
     listed = config.names["prompts"] if "prompts" in keys else Path(settings.prompts.files[0]).stem
     name = "__".join([model, method, listed, digest(identity, 8)])
-    spec = {
-        "cell": name,
-        "model": model,
-        "method": method,
-        "prompts": listed,
-        "title": title,
-        "settings": identity,
-        "digests": {"images": identity["images"], "prompts": identity["prompts"]},
-        "citations": {title: citation} if citation else {},
-        "calibration": None,
-    }
+    spec = Spec(
+        task="external",
+        stages=[ImageRecord.stage, ScoreRecord.stage],
+        cell=name,
+        model=model,
+        method=method,
+        prompts=listed,
+        title=title,
+        settings=identity,
+        digests={"images": identity["images"], "prompts": identity["prompts"]},
+        citations={title: citation} if citation else {},
+    )
     run = Path(settings.root) / settings.name
-    cell = ImageCell(config=config, prompts=prompts, spec=spec, store=Store(run / name))
+    cell = Cell(config=config, prompts=prompts, spec=spec, store=Store(run / name))
     if is_main():
         open_folder(run, [cell])
         cell.store.open(spec)
-        _point_to(cell.store, found, contents)
+        _record_images(cell.store, found, contents)
     return cell
 
 
-def _tell(contents: Sequence[Content], without: int, say: Callable[[str], None]) -> None:
+def _report_sizes(contents: Sequence[Content], without: int, say: Callable[[str], None]) -> None:
     """Says what is scored in another way than may be expected."""
     if not is_main():
         return
@@ -286,25 +276,23 @@ def _tell(contents: Sequence[Content], without: int, say: Callable[[str], None])
         say(f"images of {len(sizes)} sizes ({shown}): metrics of pixels bring all to the first; they are counted")
 
 
-def _point_to(store: Store, found: Sequence[FoundImage], contents: Sequence[Content]) -> None:
-    """Records of images where they are, as generating them would have written, and of what is in them."""
+def _record_images(store: Store, found: Sequence[FoundImage], contents: Sequence[Content]) -> None:
+    """Records external images where they are, and what is in them."""
     ids = [image.task.id for image in found]
     write_json(store.folder / "layers.json", {})
-    if store.is_done("generate") and not store.pending_ids("generate", ids):
+    if store.is_done(ImageRecord) and not store.pending_ids(ImageRecord, ids):
         return
-    store.forget("generate")
-    lines = (
-        {
-            "id": task.id,
-            "prompt": task.prompt.id,
-            "seed": task.seed,
-            "image": str(Path(path).resolve()),
-            "sha256": content.sha256,
-            "size": content.size,
-            "written": Path(path).stat().st_mtime_ns,
-        }
+    store.forget(ImageRecord)
+    store.writer(ImageRecord)(
+        ImageRecord(
+            id=task.id,
+            prompt=task.prompt.id,
+            seed=task.seed,
+            image=str(Path(path).resolve()),
+            sha256=content.sha256,
+            size=content.size,
+            written=Path(path).stat().st_mtime_ns,
+        )
         for (task, path), content in zip(found, contents, strict=True)
     )
-    store.writer("generate")(lines)
-    store.finish("localize", [])
-    store.finish("generate", ids)
+    store.finish(ImageRecord, ids)

@@ -4,36 +4,39 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from nemo_bench.benchmark.plan import STAGES, Cell, ImageCell, metrics_of, with_sources
+from nemo_bench.benchmark.plan import Cell, metrics_of, with_sources
 from nemo_bench.benchmark.runner import (
-    SETS,
+    SETS_FILE,
     Runner,
-    by_prompt,
     is_main,
     mostly_failed,
     note_start,
     open_folder,
+    read_by_prompt,
     scored_tasks,
+    tasks_of,
 )
-from nemo_bench.benchmark.stages.localize import localization_of
-from nemo_bench.benchmark.summary import summary_of
+from nemo_bench.benchmark.summary import summarize
 from nemo_bench.errors import ModelError, NemoBenchError
 from nemo_bench.localization.published import PublishedRow, by_position, published_text
-from nemo_bench.methods import Method
 from nemo_bench.prompts import references_digest
-from nemo_bench.records.io import as_json, is_whole, read_json, write_json, write_text
+from nemo_bench.records.io import LAYERS, as_json, is_whole, read_file, write_json, write_text
 from nemo_bench.records.pictures import unreadable
-from nemo_bench.records.store import Store, iterate_records
+from nemo_bench.records.results import Results, load_results
+from nemo_bench.records.schema import ImageRecord, LocalizationRecord, ScoreRecord, Scoring
+from nemo_bench.records.store import Store
 from nemo_bench.report import write_report
 from nemo_bench.report.detection import write_detection
 from nemo_bench.tracking import sweep_trial, track
 
+_SCORING = "scoring.json"
+
 
 def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print, *, progress: bool = True) -> Path:
-    """Runs what is open of some cells, to the report.
+    """Runs what is pending of some cells, to the report.
 
     Args:
         cells: From :func:`nemo_bench.benchmark.plan.plan`, of one name and root.
@@ -51,7 +54,7 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
     settings = cells[0].config.settings
     folder = Path(settings.root) / settings.name
     if settings.logger.wandb:
-        sweep_trial({cell.id: cell.spec["method"] for cell in cells})
+        sweep_trial({cell.id: str(cell.spec.method) for cell in cells})
     runner = Runner(settings.trainer, progress=progress)
     runner.start()
     if is_main():
@@ -61,10 +64,10 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
             note_start(cell, command, runner)
             _reopen(cell)
         renew_scores(cells)
-        tell_damaged(cells, say)
-    runner.trainer.strategy.barrier()
+        report_damaged(cells, say)
+    runner.wait()
     for cell in cells:
-        runner.make(cell)
+        runner.generate(cell)
     if is_main():
         for cell in cells:
             _publish(cell)
@@ -72,7 +75,7 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
     return folder
 
 
-def tell_damaged(cells: Sequence[ImageCell], say: Callable[[str], None]) -> None:
+def report_damaged(cells: Sequence[Cell], say: Callable[[str], None]) -> None:
     """Says how many training images can't be decoded, and how many prompts have no similarity to any for it."""
     prompts = {prompt.id: prompt for cell in cells for prompt in cell.prompts}.values()
     files = list(dict.fromkeys(file for prompt in prompts for file in prompt.damaged_references))
@@ -85,93 +88,104 @@ def tell_damaged(cells: Sequence[ImageCell], say: Callable[[str], None]) -> None
         say(f"{what}{more}. Prompts that have no other, so no similarity to training images: {alone}")
 
 
-def renew_scores(cells: Sequence[ImageCell]) -> None:
-    """Downloads what open metrics are to download; forgets scores that can't stay."""
-    stale = [cell for cell in cells if _scores_are_stale(cell)]
+def renew_scores(cells: Sequence[Cell]) -> None:
+    """Downloads the weights of metrics that are pending; forgets scores that can't stay."""
+    stale = [cell for cell in cells if _has_stale_scores(cell)]
     for cell in cells:
-        cell.store.recount("score", [task.id for task in scored_tasks(cell)])
-    for cell in cells:
-        for metric in metrics_of(cell).values() if cell in stale or not cell.store.is_done("score") else ():
-            metric.space.fetch()
+        cell.store.recount(ScoreRecord, [task.id for task in scored_tasks(cell)])
+        if cell in stale or not cell.store.is_done(ScoreRecord):
+            for metric in metrics_of(cell).values():
+                metric.space.fetch()
     for cell in stale:
         _forget_scores(cell.store)
-        write_json(cell.store.folder / "scoring.json", _scoring(cell))
+        write_json(cell.store.folder / _SCORING, _scoring(cell))
 
 
-def finish(cells: Sequence[ImageCell], runner: Runner, say: Callable[[str], None] = print) -> None:
-    """Scores what is open of cells whose images are there, to the report of their run.
+def finish(cells: Sequence[Cell], runner: Runner, say: Callable[[str], None] = print) -> None:
+    """Scores pending images of cells, to the report of their run.
 
     Args:
-        cells: Cells of one run.
+        cells: Cells of one run whose images are there.
         runner: The trainer.
         say: Where single lines go.
     """
     for cell in cells:
         runner.score(cell)
     if is_main():
-        folder, logger = cells[0].store.folder.parent, cells[0].config.settings.logger
+        folder = cells[0].store.folder.parent
         for cell in cells:
-            write_json(cell.store.folder / "metrics.json", summary_of(cell))
+            write_json(cell.store.folder / "metrics.json", summarize(cell))
         # Another command of this name may have taken them off the list while they were not finished.
         open_folder(folder, cells)
-        write_report(folder)
-        if (folder / "detection.html").is_file():
-            write_detection(folder)  # the pages link to one another
+        results = write_pages(folder)
         try:
-            track(folder, logger, cells=[cell.id for cell in cells], say=say)
+            track(results, cells[0].config.settings.logger, cells=[cell.id for cell in cells], say=say)
         except NemoBenchError as error:
             say(str(error))
 
 
+def write_pages(folder: Path) -> Results:
+    """Writes the report of a run, and the page of its detectors where there are any: the pages link to each other."""
+    results = load_results(folder)
+    write_report(results)
+    if (folder / "detection.html").is_file():
+        write_detection(folder)
+    return results
+
+
 def _reopen(cell: Cell) -> None:
-    """Opens stages again that were done once and miss something now; what is made again is scored again."""
+    """Reopens finished stages that miss something; images that are made again are scored again."""
     store = cell.store
-    for stage in STAGES[:-1]:
-        if store.is_done(stage) and store.pending_ids(stage, cell.ids(stage)):
-            store.reopen(stage)
+    for kind in cell.stages:
+        if kind is ScoreRecord or not store.is_done(kind):
+            continue
+        if store.pending_ids(kind, [task.id for task in tasks_of(cell, kind)]):
+            store.reopen(kind)
             _forget_scores(store)
 
 
 def _forget_scores(store: Store) -> None:
-    store.forget("score")
-    (store.folder / SETS).unlink(missing_ok=True)
+    store.forget(ScoreRecord)
+    (store.folder / SETS_FILE).unlink(missing_ok=True)
 
 
-def _scoring(cell: ImageCell) -> dict[str, Any]:
+def _scoring(cell: Cell) -> Scoring:
     """What decides the scores of given images."""
-    nodes, metrics = cell.config.settings.metrics, metrics_of(cell)
-    paired = cell.unmitigated and any("unmitigated" in metric.needs for metric in metrics.values())
-    content = {
-        "metrics": {name: {**nodes[name], **metric.fingerprint()} for name, metric in metrics.items()},
-        "unmitigated": cell.unmitigated.id if cell.unmitigated and paired else None,
-        "references": references_digest(cell.prompts),
-    }
-    return json.loads(as_json(content))  # as it will be read again
+    nodes = cell.config.settings.metrics
+    metrics = metrics_of(cell)
+    is_paired = cell.unmitigated and any("unmitigated" in metric.needs for metric in metrics.values())
+    fingerprints = {name: {**nodes[name], **metric.fingerprint()} for name, metric in metrics.items()}
+    return Scoring(
+        metrics=json.loads(as_json(fingerprints)),  # as it will be read again
+        unmitigated=cell.unmitigated.folder.name if cell.unmitigated and is_paired else None,
+        references=references_digest(cell.prompts),
+    )
 
 
-def _scores_are_stale(cell: ImageCell) -> bool:
+def _has_stale_scores(cell: Cell) -> bool:
     """Whether scores are of other metrics or reference images, or some of them were lost.
 
     The scores of a prompt are written after those of its images, so no kill leaves the first without the others.
     """
-    path = cell.store.folder / "scoring.json"
-    if not is_whole(path) or read_json(path) != _scoring(cell):
+    path = cell.store.folder / _SCORING
+    if not is_whole(path, Scoring) or read_file(path, Scoring) != _scoring(cell):
         return True
-    scored = {(record["prompt"], record["seed"]) for record in iterate_records(cell.store.folder, "score")}
-    images = [(r["prompt"], r["seed"]) for r in iterate_records(cell.store.folder, "generate") if "image" in r]
+    scored = {(record.prompt, record.seed) for record in cell.store.records(ScoreRecord).values()}
+    images = [(r.prompt, r.seed) for r in cell.store.records(ImageRecord).values() if r.image]
     return any((prompt, None) in scored and (prompt, seed) not in scored for prompt, seed in images)
 
 
 def _publish(cell: Cell) -> None:
-    """Writes what a method found in the published form, beside the records; without prompts that failed."""
-    if type(cell.method).localize is Method.localize:
+    """Writes the neurons in the published form, beside the records; without prompts that failed."""
+    if LocalizationRecord not in cell.stages:
         return
-    widths, found = read_json(cell.store.folder / "layers.json"), by_prompt(cell.store)
+    widths = read_file(cell.store.folder / "layers.json", LAYERS)
+    records = read_by_prompt(cell.store, LocalizationRecord)
     rows = []
     for prompt in cell.prompts:
-        if "neurons" not in found[prompt.id]:
+        if records[prompt.id].neurons is None:
             continue
-        result = localization_of(found[prompt.id])
+        result = records[prompt.id].localization
         initial = by_position(result.listed_initial or result.initial, widths)
         refined = by_position(result.listed or result.neurons, widths)
         url = next(iter(prompt.links), "")
@@ -179,13 +193,13 @@ def _publish(cell: Cell) -> None:
     write_text(cell.store.folder / "neurons.csv", published_text(rows))
 
 
-def check_made(cells: Sequence[ImageCell]) -> None:
-    """Looks whether most images of each cell are there, once everything else is done and written.
+def check_images(cells: Sequence[Cell]) -> None:
+    """Makes sure that most images of each cell are there, once everything else is done and written.
 
     Raises:
         ModelError: More than half of a cell's images failed; the reasons are named, and what may help.
     """
-    if lines := mostly_failed([cell.store for cell in cells], "generate", "images"):
+    if lines := mostly_failed([cell.store for cell in cells], ImageRecord, "images"):
         hint = (
             "half precision may overflow: try model.dtype=float32 or bfloat16; else the weights, the scheduler or the "
             "method's settings are at fault. Failed images are recorded, and have no score"
@@ -193,25 +207,36 @@ def check_made(cells: Sequence[ImageCell]) -> None:
         raise ModelError("\n".join([*lines, hint]))
 
 
-def outlook(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """What a run would do, without loading or writing anything.
+@dataclass(frozen=True)
+class Pending:
+    """Work that is left of a cell.
+
+    Attributes:
+        cell: The cell.
+        records: Number of missing records by stage.
+        calibrated: Whether its calibration is there; None where it needs none.
+    """
+
+    cell: Cell
+    records: dict[str, int]
+    calibrated: bool | None
+
+
+def pending_work(cells: Sequence[Cell]) -> list[Pending]:
+    """Work that is left, without loading or writing anything.
 
     Returns:
-        One entry a cell, and before them one for each source that was not asked for: open records by stage, whether it
-        is calibrated (None where it need not be), missing references.
+        One entry a cell, and before them one for each source that was not asked for, of which the neurons alone count.
     """
     rows = []
     for cell in with_sources(cells):
-        stages = STAGES if cell in cells else STAGES[:1]
-        pending_ids = {stage: len(cell.store.pending_ids(stage, cell.ids(stage))) for stage in stages}
-        if "score" in pending_ids and _scores_are_stale(cell):
-            pending_ids["score"] = len(cell.prompts)
-        rows.append(
-            {
-                "cell": cell.id,
-                "pending": pending_ids,
-                "calibrated": cell.is_calibrated if cell.method.needs_calibration else None,
-                "prompts_without_reference": sum(bool(p.kind) and not p.references for p in cell.prompts),
-            }
-        )
+        is_asked = cell in cells
+        kinds = [kind for kind in cell.stages if is_asked or kind is LocalizationRecord]
+        records = {
+            kind.stage: len(cell.store.pending_ids(kind, [task.id for task in tasks_of(cell, kind)])) for kind in kinds
+        }
+        if ScoreRecord.stage in records and _has_stale_scores(cell):
+            records[ScoreRecord.stage] = len(cell.prompts)
+        needs_calibration = cell.method is not None and cell.method.needs_calibration
+        rows.append(Pending(cell, records, cell.is_calibrated if needs_calibration else None))
     return rows

@@ -1,10 +1,9 @@
-"""One Lightning trainer, and the stages that it takes cells through."""
+"""Runs the stages of cells with one Lightning trainer."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import logging
 import math
 import platform
@@ -15,37 +14,38 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
 from nemo_bench.benchmark.plan import (
     STATISTICS,
     THRESHOLD,
     Cell,
-    ImageCell,
-    Work,
     check_similarity,
     is_measured,
+    lineage,
     metrics_of,
     similarity_of,
     source_of,
 )
 from nemo_bench.benchmark.processes import together
-from nemo_bench.benchmark.stages.base import Stage
-from nemo_bench.benchmark.stages.calibrate import CalibrationStage, PromptChunk, StatisticsStage
-from nemo_bench.benchmark.stages.features import FeatureStage, FolderChunk, read_features
+from nemo_bench.benchmark.stages.base import Chunk, Stage
+from nemo_bench.benchmark.stages.calibrate import CalibrationStage, StatisticsStage
+from nemo_bench.benchmark.stages.features import FeatureStage, read_features
 from nemo_bench.benchmark.stages.generate import GenerationStage
-from nemo_bench.benchmark.stages.localize import LocalizationStage, localization_of
+from nemo_bench.benchmark.stages.localize import LocalizationStage
+from nemo_bench.benchmark.stages.memorization import MemorizationStage
 from nemo_bench.benchmark.stages.score import SampleReader, ScoringStage
 from nemo_bench.benchmark.stopping import stop_at_sigterm
-from nemo_bench.config import ModelSettings, TrainerSettings, resolve, rows_at_once
+from nemo_bench.config import ModelSettings, TrainerSettings, build, resolve, rows_at_once
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, StoreError
 from nemo_bench.localization import (
@@ -57,15 +57,34 @@ from nemo_bench.localization import (
     thresholds,
     write_statistics,
 )
+from nemo_bench.methods import Method, Setup
 from nemo_bench.metrics import BenchMetric, SetMetric
-from nemo_bench.prompts import PromptDataModule, PromptTask
-from nemo_bench.records.data import Neurons, Record
-from nemo_bench.records.io import digest, is_whole, read_object, write_json, write_text
+from nemo_bench.prompts.data import ImageTask, PromptDataModule, PromptTask
+from nemo_bench.records.data import Neurons, Prompt
+from nemo_bench.records.io import LAYERS, SETS, digest, is_whole, read_file, write_json
 from nemo_bench.records.pictures import visible
+from nemo_bench.records.schema import (
+    CalibrationRecord,
+    Environment,
+    FeatureRecord,
+    ImageRecord,
+    LocalizationRecord,
+    MemorizationRecord,
+    PromptRecord,
+    Record,
+    Run,
+    ScoreRecord,
+    Spec,
+    Start,
+    StatisticsRecord,
+    Threshold,
+)
 from nemo_bench.records.statistics import GROUPS
-from nemo_bench.records.store import SCHEMA, Store, image_digests, iterate_records, read_run
+from nemo_bench.records.store import Store, read_record_set, read_run, write_prompts
 
-SETS = "sets.json"
+P = TypeVar("P", bound=PromptRecord)
+
+SETS_FILE = "sets.json"
 """Scores of whole sets of images in a cell's folder, by group and metric."""
 
 
@@ -74,8 +93,8 @@ def is_main() -> bool:
     return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
-def open_folder(folder: Path, cells: Sequence[ImageCell], *, instead: bool = False) -> None:
-    """Makes the folder of a run, or adds cells to it; a list of cells that was lost is made again from what is there.
+def open_folder(folder: Path, cells: Sequence[Cell], *, instead: bool = False) -> None:
+    """Makes the folder of a run, or adds cells to it; a list of cells that was lost is made again from the folders.
 
     Args:
         folder: The folder.
@@ -86,55 +105,44 @@ def open_folder(folder: Path, cells: Sequence[ImageCell], *, instead: bool = Fal
         StoreError: It holds something else.
     """
     path = folder / "run.json"
-    is_begun = path.exists() or any(is_whole(place, "cell") for place in folder.glob("*/spec.json"))
+    begun = [place.parent.name for place in sorted(folder.glob("*/spec.json")) if is_whole(place, Spec)]
+    is_begun = path.exists() or begun
     if not is_begun and folder.exists() and any(p.suffix != ".part" for p in visible(folder.iterdir(), folder)):
         raise StoreError(f"{folder} is not empty and holds no run of nemo_bench; choose another name=... or root=...")
     folder.mkdir(parents=True, exist_ok=True)
-    present = read_run(folder) if is_whole(path, "cells") else {"cells": _cells_in(folder)}
-    token = present.get("token") or secrets.token_hex(4)
+    if is_whole(path, Run):
+        present = read_run(folder)
+    else:
+        methods = [name for name in begun if read_file(folder / name / "spec.json", Spec).method is not None]
+        present = Run(name=folder.name, token=secrets.token_hex(4), cells=methods)
     names = [cell.id for cell in cells]
-    listed = [name for name in present["cells"] if name in names or not instead or is_finished(folder / name)]
+    listed = [name for name in present.cells if name in names or not instead or is_finished(folder / name)]
     listed += [name for name in names if name not in listed]
-    write_json(path, {"schema": SCHEMA, "name": folder.name, "token": token, "cells": listed})
-
-
-def _cells_in(folder: Path) -> list[str]:
-    """Cells with images, or begun ones, that lie in the folder of a run, in the order of their names."""
-    found = {path.parent.name: path for path in sorted(folder.glob("*/spec.json"))}
-    return [name for name, path in found.items() if is_whole(path, "cell", "method")]
+    write_json(path, present.model_copy(update={"name": folder.name, "cells": listed}))
 
 
 def is_finished(folder: Path) -> bool:
     """Whether a cell was taken to its scores."""
-    return Store(folder).is_done("score") and (folder / "metrics.json").is_file()
+    return Store(folder).is_done(ScoreRecord) and (folder / "metrics.json").is_file()
 
 
-def note_start(cell: Work, command: str, runner: Runner) -> None:
-    """Writes down how a cell is gone on with, and its prompts."""
+def note_start(cell: Cell, command: str, runner: Runner) -> None:
+    """Writes down a start of a cell, and its prompts."""
     path = cell.store.folder / "env.json"
-    starts = read_object(path, "starts")["starts"] if is_whole(path, "starts") else []
+    starts = read_file(path, Environment).starts if is_whole(path, Environment) else []
     packages = ("nemo-bench", "torch", "diffusers", "transformers", "lightning", "torchmetrics", "open_clip_torch")
-    start = {
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
+    start = Start(
+        time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        command=command,
         **_git_state(),
-        "world_size": runner.trainer.world_size,
-        "device": _device_name(runner.trainer),
-        "python": platform.python_version(),
-        "settings": asdict(cell.config.settings),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }
-    write_json(path, {"starts": [*starts, start]})
-    files = ("references", "damaged_references")
-    lines = [
-        {
-            **p._asdict(),
-            "group": p.group,
-            **{name: [str(file.resolve()) for file in getattr(p, name)] for name in files},
-        }
-        for p in cell.prompts
-    ]
-    write_text(cell.store.folder / "prompts.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        world_size=runner.trainer.world_size,
+        device=_device_name(runner.trainer),
+        python=platform.python_version(),
+        settings=asdict(cell.config.settings),
+        versions={name: importlib.metadata.version(name) for name in packages},
+    )
+    write_json(path, Environment(starts=[*starts, start]))
+    write_prompts(cell.store.folder, cell.prompts)
 
 
 def _git_state() -> dict[str, Any]:
@@ -193,7 +201,7 @@ class _Nothing(L.LightningModule):
 
 
 class Runner:
-    """One Lightning trainer and the models loaded so far.
+    """One Lightning trainer, the model loaded last, and the method set up last.
 
     Args:
         settings: The trainer's settings.
@@ -223,6 +231,7 @@ class Runner:
         except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise ConfigError(f"trainer settings do not fit this machine: {str(error).strip()}") from error
         self._models: dict[str, Diffusion] = {}
+        self._methods: dict[str, Method] = {}
         self._rows: dict[str, int] = {}
 
     def start(self) -> None:
@@ -235,202 +244,259 @@ class Runner:
                 nothing: DataLoader[Any] = DataLoader([])  # type: ignore[arg-type] # a list is a data set
                 self.trainer.predict(_Nothing(), nothing, return_predictions=False)
 
-    def make(self, cell: Cell) -> None:
+    def wait(self) -> None:
+        """Waits for all processes."""
+        self.trainer.strategy.barrier()
+
+    def generate(self, cell: Cell) -> None:
         """Takes a cell to its images, through the stages that are not done."""
-        self._localize(cell)
-        self._generate(cell)
+        self.localize(cell)
+        seeds = cell.config.settings.localize_seeds
 
-    def calibrate(self, cell: Cell) -> None:
-        """Gives the method its calibration: what was given, and the rest from the cache or measured now."""
-        method, given = cell.method, cell.config.settings.model.statistics
-        if not method.needs_calibration:
-            return
-        store = cell.calibration
-        if is_main() and cell.measured:
-            settings = {"model": cell.spec["model"], "prompts": len(cell.calibration_prompts)}
-            store.open({"settings": settings, "general_prompts": cell.spec["general_prompts"]}, is_named=True)
-        if STATISTICS in cell.measured:
-            self._measure_statistics(cell)
-        path = Path(resolve(given)) if given else store.folder / STATISTICS
-        if not given and not path.exists():
-            # No activations are finite: localizing fails prompt by prompt, and what else was asked for goes on.
-            method.calibration = Calibration({}, {}, math.nan)
-            return
-        mean, std = name_layers(read_statistics(path), self.model(cell).masks.widths)
-        if THRESHOLD in cell.measured:
-            self._measure_threshold(cell)
-        about = read_object(store.folder / THRESHOLD) if THRESHOLD in cell.measured else {}
-        own = method.threshold
-        tau = measured_threshold(store.folder) if own is None else own
-        maxima = about["maxima"]["threshold"] if about else None
-        method.calibration = Calibration(mean, std, tau, len(cell.calibration_prompts), maxima)
+        def measure() -> Stage[Any]:
+            rows = self.rows(cell)
+            neurons = localized_neurons(cell.store, cell.spec, cell.prompts)
+            method = partial(self.method, cell)
+            return MemorizationStage(self.model(cell), method, neurons, seeds, rows, cell.store)
 
-    def _measure_statistics(self, cell: Cell) -> None:
-        store, path = cell.calibration, cell.calibration.folder / STATISTICS
-        if is_readable(path):
-            return
-        chunks = PromptChunk.split(cell.calibration_prompts)
-        label = cell.config.names["model"]
-        self.run_stage("statistics", label, chunks, store, lambda: StatisticsStage(self.model(cell), store), 1)
-        if is_main() and (merged := merge_statistics(store.folder / chunk.file for chunk in chunks)):
-            write_statistics(path, merged)
-        self.trainer.strategy.barrier()
+        def generate() -> Stage[Any]:
+            neurons = localized_neurons(cell.store, cell.spec, cell.prompts)
+            return GenerationStage(self.model(cell), partial(self.method, cell), neurons, cell.store)
 
-    def _measure_threshold(self, cell: Cell) -> None:
-        store, path = cell.calibration, cell.calibration.folder / THRESHOLD
-        if is_measured(path):
-            return
-        rows = self.rows(cell)
-        tasks, seeds = (
-            [PromptTask.from_prompt(p) for p in cell.calibration_prompts],
-            cell.config.settings.localize_seeds,
-        )
+        label = str(cell.spec.method)
+        self.run_stage(MemorizationRecord, label, prompt_tasks(cell), cell.store, measure, 1)
+        if not cell.store.is_done(ImageRecord):
+            rows = self.rows(cell)
+            self.run_stage(ImageRecord, label, image_tasks(cell), cell.store, generate, rows)
 
-        def make() -> Stage:
-            return CalibrationStage(self.model(cell), seeds, store, cell.method.protocol, rows)
-
-        self.run_stage("calibrate", cell.config.names["model"], tasks, store, make, max(1, rows // seeds))
-        if is_main():
-            records = store.records("calibrate")
-            usable = [records[task.id]["pairs"] for task in tasks if "pairs" in records[task.id]]
-            failed = len(tasks) - len(usable)
-            unknown = {"threshold": None, "mean": None, "std": None, "passed_gate": None}
-            found = thresholds(usable) if failed <= len(usable) else {**unknown, "prompts": 0, "maxima": unknown}
-            write_json(path, {**found, "failed": failed, **cell.method.protocol.of_threshold})
-        self.trainer.strategy.barrier()
-
-    def _localize(self, cell: Cell) -> None:
-        if cell.store.is_done("localize"):
-            self._write_layers(cell)
+    def localize(self, cell: Cell) -> None:
+        """Localizes the neurons of a cell's prompts, and before them those that its method starts from."""
+        store = cell.store
+        if is_main() and not is_whole(store.folder / "layers.json", LAYERS):
+            write_json(store.folder / "layers.json", self.model(cell).masks.widths)
+        if LocalizationRecord not in cell.stages or store.is_done(LocalizationRecord):
             return
         if cell.source:
-            self._localize(cell.source)
+            self.localize(cell.source)
         self.calibrate(cell)
 
-        def make() -> Stage:
-            self._write_layers(cell)
-            widths = self.model(cell).masks.widths
-            records = by_prompt(cell.source.store) if cell.source else {}
-            cell.method.batch_size = self.rows(cell)
-            found = {p.id: localization_of(records[p.id]) for p in cell.source_prompts if "neurons" in records[p.id]}
-            cell.method.fit(found, widths, cell.source_prompts)
+        def build_stage() -> Stage[Any]:
             seeds = cell.config.settings.localize_seeds
-            return LocalizationStage(self.model(cell), cell.method, seeds, cell.store, cell.prompts)
+            return LocalizationStage(self.model(cell), partial(self.method, cell), seeds, store)
 
-        self.run_stage("localize", cell.spec["method"], cell.prompt_tasks, cell.store, make, 1)
+        self.run_stage(LocalizationRecord, str(cell.spec.method), prompt_tasks(cell), store, build_stage, 1)
 
-    def _write_layers(self, cell: Cell) -> None:
-        path = cell.store.folder / "layers.json"
-        if is_main() and not is_whole(path):
-            write_json(path, self.model(cell).masks.widths)
+    def method(self, cell: Cell) -> Method:
+        """The cell's mitigation, set up: the only place where a method is given anything.
 
-    def _generate(self, cell: Cell) -> None:
-        def make() -> Stage:
-            neurons = neurons_by_prompt(cell.store)
-            return GenerationStage(self.model(cell), cell.method, neurons, cell.store, cell.prompts)
+        Raises:
+            NotFiniteError: What all prompts share is not finite.
+        """
+        if cell.id not in self._methods:
+            method: Method = build(cell.config.settings.method, "method")
+            records = read_by_prompt(cell.source.store, LocalizationRecord) if cell.source else {}
+            chosen = [prompt for prompt in cell.source_prompts if records[prompt.id].neurons is not None]
+            method.setup(
+                self.model(cell),
+                Setup(
+                    prompts=cell.prompts,
+                    calibration=self._calibration(cell, method),
+                    source_localizations={prompt.id: records[prompt.id].localization for prompt in chosen},
+                    source_prompts=cell.source_prompts,
+                    batch_size=self.rows(cell),
+                ),
+            )
+            self._methods.clear()
+            self._methods[cell.id] = method
+        return self._methods[cell.id]
 
-        if cell.store.is_done("generate"):
+    def calibrate(self, cell: Cell) -> None:
+        """Measures on general prompts what the method needs and what is not in the cache."""
+        store = cell.calibration
+        if not cell.measured or store is None:
             return
-        size = cell.method.batch_size = self.rows(cell)
-        self.run_stage("generate", cell.spec["method"], cell.image_tasks, cell.store, make, size)
+        if is_main():
+            settings = {"model": cell.spec.model, "prompts": len(cell.calibration_prompts)}
+            spec = Spec(task="calibrate", settings=settings, general_prompts=cell.spec.general_prompts)
+            store.open(spec, is_named=True)
+        if STATISTICS in cell.measured:
+            self._measure_statistics(cell, store)
+        has_statistics = STATISTICS not in cell.measured or (store.folder / STATISTICS).exists()
+        # Without finite activations localizing fails prompt by prompt, and the rest of the run goes on.
+        if THRESHOLD in cell.measured and has_statistics:
+            self._measure_threshold(cell, store)
 
-    def score(self, cell: ImageCell) -> None:
+    def _calibration(self, cell: Cell, method: Method) -> Calibration | None:
+        """What localizing compares with."""
+        if not method.needs_calibration:
+            return None
+        given = cell.config.settings.model.statistics
+        path = Path(resolve(given)) if given else cell.calibration_file(STATISTICS)
+        if not path.exists():
+            return Calibration({}, {}, math.nan)
+        mean, std = name_layers(read_statistics(path), self.model(cell).masks.widths)
+        threshold = method.threshold
+        highest = None
+        if THRESHOLD in cell.measured:
+            measured = read_file(cell.calibration_file(THRESHOLD), Threshold)
+            highest = measured.maxima.threshold
+            if threshold is None:
+                threshold = measured.threshold
+        tau = math.nan if threshold is None else threshold
+        return Calibration(mean, std, tau, len(cell.calibration_prompts), highest)
+
+    def _measure_statistics(self, cell: Cell, store: Store) -> None:
+        path = store.folder / STATISTICS
+        if is_readable(path):
+            return
+        chunks = Chunk.from_prompts(cell.calibration_prompts)
+
+        def build_stage() -> Stage[Any]:
+            return StatisticsStage(self.model(cell), store)
+
+        self.run_stage(StatisticsRecord, cell.spec.model, chunks, store, build_stage, 1)
+        records = store.records(StatisticsRecord)
+        files = (store.folder / str(records[chunk.id].file) for chunk in chunks)
+        if is_main() and (merged := merge_statistics(files)):
+            write_statistics(path, merged)
+        self.wait()
+
+    def _measure_threshold(self, cell: Cell, store: Store) -> None:
+        path = store.folder / THRESHOLD
+        if is_measured(path):
+            return
+        assert cell.method is not None
+        protocol = next(m for m in lineage(cell.method) if m.needs_calibration).protocol
+        rows = self.rows(cell)
+        tasks = [PromptTask.from_prompt(prompt) for prompt in cell.calibration_prompts]
+        seeds = cell.config.settings.localize_seeds
+
+        def build_stage() -> Stage[Any]:
+            return CalibrationStage(self.model(cell), seeds, store, protocol, rows)
+
+        self.run_stage(CalibrationRecord, cell.spec.model, tasks, store, build_stage, max(1, rows // seeds))
+        if is_main():
+            records = store.records(CalibrationRecord)
+            usable = [pairs for task in tasks if (pairs := records[task.id].pairs) is not None]
+            failed = len(tasks) - len(usable)
+            found = thresholds(usable) if failed <= len(usable) else {}
+            write_json(path, Threshold.model_validate({**found, "failed": failed, **protocol.of_threshold}))
+        self.wait()
+
+    def score(self, cell: Cell) -> None:
         """Scores the images of a cell, where that is not done; those without mitigation must be there."""
-        metrics, store = metrics_of(cell), cell.store
+        metrics = metrics_of(cell)
+        store = cell.store
         for metric in metrics.values():
             if isinstance(metric, SetMetric):
                 self._embed_real(metric, cell)
 
-        def make() -> Stage:
-            return ScoringStage(
-                metrics, store, list(dict.fromkeys(path for p in cell.prompts for path in p.references))
-            )
+        def build_stage() -> Stage[Any]:
+            pool = list(dict.fromkeys(path for p in cell.prompts for path in p.references))
+            return ScoringStage(metrics, store, pool)
 
-        settings, images = cell.config.settings, iterate_records(store.folder, "generate")
-        digests = image_digests(store.folder)
+        images = read_record_set(store.folder, ImageRecord)
+        measured = store.records(MemorizationRecord).values()
         reader = SampleReader(
-            metrics.values(), store.folder, images, by_prompt(store), unmitigated_images(cell), digests=digests
+            metrics.values(),
+            store.folder,
+            images.by_id.values(),
+            neurons=localized_neurons(store, cell.spec, cell.prompts),
+            memorization={record.prompt: record.score for record in measured if record.score is not None},
+            unmitigated=unmitigated_images(cell),
+            digests=images.digests,
         )
+        settings = cell.config.settings
         size = max(1, rows_at_once(settings) // settings.seeds)
-        tasks = scored_tasks(cell)
-        self.run_stage("score", cell.spec["method"], tasks, store, make, size, reader, settings.workers)
-        if is_main() and not is_whole(store.folder / SETS):
-            write_json(store.folder / SETS, score_sets(cell, metrics))
+        label = str(cell.spec.method)
+        self.run_stage(ScoreRecord, label, scored_tasks(cell), store, build_stage, size, reader, settings.workers)
+        if is_main() and not is_whole(store.folder / SETS_FILE, SETS):
+            write_json(store.folder / SETS_FILE, score_sets(cell, metrics))
 
-    def _embed_real(self, metric: SetMetric, cell: ImageCell) -> None:
+    def _embed_real(self, metric: SetMetric, cell: Cell) -> None:
         """Takes the features of the real pictures that sets are compared with; once, then they are cached."""
-        chunks, store = FolderChunk.split(metric.files), real_store(metric, cell)
+        chunks = Chunk.from_files(metric.files)
+        store = real_store(metric, cell)
         if is_main():
-            store.open({"settings": dict(metric.space.fingerprint())}, is_named=True)
-        self.trainer.strategy.barrier()
-        self.run_stage("features", metric.title, chunks, store, lambda: FeatureStage(metric.space, store), 1)
+            store.open(Spec(task="features", settings=dict(metric.space.fingerprint())), is_named=True)
+        self.wait()
+
+        def build_stage() -> Stage[Any]:
+            return FeatureStage(metric.space, store)
+
+        self.run_stage(FeatureRecord, metric.title, chunks, store, build_stage, 1)
 
     def run_stage(
         self,
-        stage: str,
+        kind: type[Record],
         label: str,
         tasks: Sequence[Any],
         store: Store,
-        make: Callable[[], Stage],
+        build_stage: Callable[[], Stage[Any]],
         batch_size: int,
         read: Callable[[list[Any]], Any] = list,
         workers: int = 0,
     ) -> None:
-        """Runs a stage over those of its tasks that have no record; what was done before is counted again.
+        """Runs a stage over its tasks without a record; what was done before is counted again.
 
         Args:
-            stage: Its name.
+            kind: Class of its records.
             label: What stands beside the bar.
             tasks: All tasks.
             store: Where the records go.
-            make: Makes the stage.
+            build_stage: Makes the stage.
             batch_size: Tasks in a batch.
             read: Makes a batch of tasks into what the stage takes.
             workers: Processes that read ahead.
         """
+        by_id = {task.id: task for task in tasks}
         if is_main():
-            store.recount(stage, [task.id for task in tasks])
-        self.trainer.strategy.barrier()
-        if store.is_done(stage):
+            store.recount(kind, by_id)
+        self.wait()
+        if store.is_done(kind):
             return
-        self.describe(stage, label)
-        data: PromptDataModule[Any] = PromptDataModule(tasks, store, stage, batch_size, read, workers)
-        self.predict(make(), data)
+
+        def pending() -> list[Any]:
+            return [by_id[name] for name in store.pending_ids(kind, by_id)]
+
+        self.describe(kind.stage, label)
+        self.predict(build_stage(), PromptDataModule(pending, batch_size, read, workers))
         if is_main():
-            store.finish(stage, [task.id for task in tasks])
-        self.trainer.strategy.barrier()
+            store.finish(kind, by_id)
+        self.wait()
 
     def describe(self, stage: str, label: str) -> None:
         """Says beside the bar what comes next."""
-        self.bar.description = f"{stage:>10} {label:<8}"
+        self.bar.description = f"{stage:>12} {label:<8}"
 
     def predict(self, stage: L.LightningModule, data: L.LightningDataModule) -> None:
-        """Runs a stage over all that is open; every process goes on when all are through."""
+        """Runs a stage over all pending tasks; every process goes on when all are through."""
         with _quiet():
             self.trainer.predict(stage, datamodule=data, return_predictions=False)
-        self.trainer.strategy.barrier()
+        self.wait()
 
-    def model(self, cell: Work) -> Diffusion:
+    def model(self, cell: Cell) -> Diffusion:
         """The cell's model, loaded at the first need.
 
         Raises:
             NemoBenchError: It can't be loaded, or its noise differences can't be compared.
         """
         settings = cell.config.settings.model
-        key = digest(cell.spec["settings"]["model"])
+        key = digest(cell.spec.settings["model"])
         if key not in self._models:
             self._models.clear()
+            self._methods.clear()
             self._models[key] = load_model(settings)
-        if isinstance(cell, Cell):
+        if cell.method is not None:
             check_similarity(self._models[key].latent_shape[1:], settings, cell.method)
         return self._models[key].to(self.trainer.strategy.root_device)
 
-    def rows(self, cell: Work) -> int:
+    def rows(self, cell: Cell) -> int:
         """Images in a batch of the cell's model: as many as were asked for or, by ``auto``, as fit on the GPU."""
         settings, device = cell.config.settings, self.trainer.strategy.root_device
         if settings.batch_size != "auto" or device.type != "cuda":
             return rows_at_once(settings)
-        key = digest(cell.spec["settings"]["model"])
+        key = digest(cell.spec.settings["model"])
         if key not in self._rows:
             model = self.model(cell)
             self._rows[key] = largest_batch(lambda rows: try_batch(model, rows))
@@ -480,21 +546,21 @@ def load_model(settings: ModelSettings) -> Diffusion:
     )
 
 
-def mostly_failed(stores: Iterable[Store], stage: str, what: str) -> list[str]:
+def mostly_failed(stores: Iterable[Store], kind: type[Record], what: str) -> list[str]:
     """A line for each cell of which more than half of a stage's records failed.
 
     Args:
         stores: Folders of cells.
-        stage: The stage.
-        what: What its records are of, such as ``images``.
+        kind: Class of the records.
+        what: What they are of, such as ``images``.
 
     Returns:
         Cell, numbers, and the most frequent reason.
     """
     lines = []
     for store in stores:
-        records = store.records(stage).values()
-        reasons = Counter(record["failed"] for record in records if "failed" in record)
+        records = store.records(kind).values()
+        reasons = Counter(record.failed for record in records if record.failed)
         if 2 * reasons.total() > len(records):
             reason, count = reasons.most_common(1)[0]
             of_them = "" if len(reasons) == 1 else f" ({count} of them)"
@@ -502,43 +568,56 @@ def mostly_failed(stores: Iterable[Store], stage: str, what: str) -> list[str]:
     return lines
 
 
-def by_prompt(store: Store) -> dict[str, Record]:
-    """Localization records by prompt id."""
-    return {record["prompt"]: record for record in store.records("localize").values()}
+def prompt_tasks(cell: Cell) -> list[PromptTask]:
+    """All prompts of a cell."""
+    return [PromptTask.from_prompt(prompt) for prompt in cell.prompts]
 
 
-def neurons_by_prompt(store: Store) -> dict[str, Neurons]:
-    """Neurons by prompt id, of the prompts that were localized without failing."""
-    return {name: Neurons(record["neurons"]) for name, record in by_prompt(store).items() if "neurons" in record}
+def image_tasks(cell: Cell) -> list[ImageTask]:
+    """All images of a cell, prompt by prompt."""
+    seeds = range(cell.config.settings.seeds)
+    return [ImageTask.from_prompt(prompt, seed) for prompt in cell.prompts for seed in seeds]
 
 
-def measured_threshold(calibration: Path) -> float:
-    """The memorization threshold in a calibration's folder; nan where most prompts of the calibration failed."""
-    found = read_object(calibration / THRESHOLD, "threshold")["threshold"]
-    return math.nan if found is None else float(found)
-
-
-def scored_tasks(cell: ImageCell) -> list[PromptTask]:
+def scored_tasks(cell: Cell) -> list[PromptTask]:
     """The prompts of a cell that have images."""
-    having = {record["prompt"] for record in iterate_records(cell.store.folder, "generate")}
-    return [task for task in cell.prompt_tasks if task.prompt.id in having]
+    having = {record.prompt for record in cell.store.records(ImageRecord).values()}
+    return [task for task in prompt_tasks(cell) if task.prompt.id in having]
 
 
-def unmitigated_images(cell: ImageCell) -> dict[str, Path]:
+def tasks_of(cell: Cell, kind: type[Record]) -> Sequence[PromptTask | ImageTask]:
+    """All tasks of a stage of a cell."""
+    return image_tasks(cell) if kind is ImageRecord else prompt_tasks(cell)
+
+
+def read_by_prompt(store: Store, kind: type[P]) -> dict[str, P]:
+    """The records of a stage by prompt id."""
+    return {record.prompt: record for record in store.records(kind).values()}
+
+
+def localized_neurons(store: Store, spec: Spec, prompts: Sequence[Prompt]) -> dict[str, Neurons]:
+    """Neurons by prompt id, without prompts that failed; none for every prompt where the method localizes nothing."""
+    if LocalizationRecord.stage not in spec.stages:
+        return {prompt.id: Neurons() for prompt in prompts}
+    records = store.records(LocalizationRecord).values()
+    return {record.prompt: Neurons(record.neurons) for record in records if record.neurons is not None}
+
+
+def unmitigated_images(cell: Cell) -> dict[str, Path]:
     """Files of the images without mitigation by record id, none where no cell has them."""
     if cell.unmitigated is None:
         return {}
-    folder = cell.unmitigated.store.folder
-    made = (record for record in iterate_records(folder, "generate") if "image" in record)
-    return {record["id"]: (folder / record["image"]).resolve() for record in made}
+    folder = cell.unmitigated.folder
+    records = cell.unmitigated.records(ImageRecord).values()
+    return {record.id: (folder / record.image).resolve() for record in records if record.image}
 
 
-def real_store(metric: SetMetric, cell: ImageCell) -> Store:
+def real_store(metric: SetMetric, cell: Cell) -> Store:
     """Where the features of a metric's real pictures are, for all runs under one root."""
     return Store(Path(cell.config.settings.root) / "real_images" / digest(metric.fingerprint(), 8))
 
 
-def score_sets(cell: ImageCell, metrics: Mapping[str, BenchMetric]) -> dict[str, dict[str, float | None]]:
+def score_sets(cell: Cell, metrics: Mapping[str, BenchMetric]) -> dict[str, dict[str, float | None]]:
     """Scores of whole sets of images, by group and metric; groups of the same prompts are scored once.
 
     A score is None where it is not finite. Prompts all of whose images failed are left out.
@@ -546,11 +625,8 @@ def score_sets(cell: ImageCell, metrics: Mapping[str, BenchMetric]) -> dict[str,
     wholes = {name: metric for name, metric in metrics.items() if isinstance(metric, SetMetric)}
     if not wholes:
         return {}
-    files = {
-        record["prompt"]: cell.store.folder / record["file"]
-        for record in cell.store.records("score").values()
-        if "file" in record
-    }
+    records = cell.store.records(ScoreRecord).values()
+    files = {record.prompt: cell.store.folder / record.file for record in records if record.file}
     known: dict[tuple[str, ...], dict[str, float | None]] = {}
     table = {}
     for group in GROUPS:
@@ -559,8 +635,10 @@ def score_sets(cell: ImageCell, metrics: Mapping[str, BenchMetric]) -> dict[str,
             known[members] = {}
             for name, metric in wholes.items():
                 images = read_features([files[i] for i in members], digest(metric.space.fingerprint()))
-                store = real_store(metric, cell)
-                real = read_features([store.folder / c.file for c in FolderChunk.split(metric.files)], "real")
+                features = real_store(metric, cell).records(FeatureRecord)
+                chunks = Chunk.from_files(metric.files)
+                folder = real_store(metric, cell).folder
+                real = read_features([folder / str(features[chunk.id].file) for chunk in chunks], "real")
                 for value in metric.score(images=images, real=real).tolist():
                     known[members][name] = value if math.isfinite(value) else None
         if members:

@@ -1,16 +1,16 @@
-"""Work for the predict loops: what is still open, shared out over processes."""
+"""Tasks of the predict loops, and how pending ones are shared out over processes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import lightning as L
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
 from nemo_bench.records.data import Prompt
-from nemo_bench.records.io import digest
-from nemo_bench.records.store import Store
+from nemo_bench.records.io import digest, seed_of
 
 
 def seeds_of(prompt: Prompt, purpose: str, seeds: Iterable[int]) -> list[int]:
@@ -24,7 +24,7 @@ def seeds_of(prompt: Prompt, purpose: str, seeds: Iterable[int]) -> list[int]:
     Returns:
         Seeds from 0 to 2^63 - 1.
     """
-    return [int(digest([purpose, prompt.id, seed]), 16) >> 1 for seed in seeds]
+    return [seed_of([purpose, prompt.id, seed]) for seed in seeds]
 
 
 class PromptTask(NamedTuple):
@@ -63,19 +63,14 @@ class ImageTask(NamedTuple):
         return cls(digest([prompt.id, seed]), prompt, seed)
 
 
-Task = TypeVar("Task", PromptTask, ImageTask)
+class PromptDataModule(L.LightningDataModule):
+    """Gives every process its part of the pending tasks.
 
-
-class PromptDataModule(L.LightningDataModule, Generic[Task]):
-    """Gives every process its part of the tasks that have no record yet.
-
-    Lightning's own sampler is not used: it fails where fewer tasks than processes are open. Rank 0 alone reads what is
-    done, so that all ranks share out the same list while records are being written.
+    Lightning's own sampler is not used: it fails where fewer tasks than processes are pending. Rank 0 alone reads what
+    is done, so that all ranks share out the same list while records are being written.
 
     Args:
-        tasks: All tasks of the stage.
-        store: Where the records are.
-        stage: Name of the stage.
+        pending: Finds the pending tasks, in their order; called on rank 0.
         batch_size: Tasks in a batch.
         read: Makes a batch of tasks into what the stage takes.
         workers: Processes that read ahead.
@@ -83,30 +78,28 @@ class PromptDataModule(L.LightningDataModule, Generic[Task]):
 
     def __init__(
         self,
-        tasks: Sequence[Task],
-        store: Store,
-        stage: str,
+        pending: Callable[[], Sequence[Any]],
         batch_size: int,
-        read: Callable[[list[Task]], Any] = list,
+        read: Callable[[list[Any]], Any] = list,
         workers: int = 0,
     ) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True
-        self.tasks: dict[str, Task] = {task.id: task for task in tasks}
-        self.store, self.stage_name, self.batch_size = store, stage, batch_size
-        self.read: Callable[[list[Task]], Any] = read
+        self.pending = pending
+        self.batch_size = batch_size
+        self.read = read
         self.workers = workers
-        self.open: list[Task] = []
+        self.tasks: Sequence[Any] = []
 
+    @override
     def setup(self, stage: str) -> None:
-        """Shares out the open tasks: rank r of w takes every w-th, beginning with the r-th."""
         trainer = self.trainer
         assert trainer is not None
-        todo = self.store.pending_ids(self.stage_name, self.tasks) if trainer.is_global_zero else []
-        todo = trainer.strategy.broadcast(todo)
-        self.open = [self.tasks[i] for i in todo[trainer.global_rank :: trainer.world_size]]
+        pending = trainer.strategy.broadcast(self.pending() if trainer.is_global_zero else [])
+        # Rank r of w takes every w-th, beginning with the r-th.
+        self.tasks = pending[trainer.global_rank :: trainer.world_size]
 
+    @override
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Batches of open tasks, read."""
-        options: dict[str, Any] = {"collate_fn": self.read, "num_workers": min(self.workers, len(self.open))}
-        return DataLoader(self.open, batch_size=self.batch_size, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"collate_fn": self.read, "num_workers": min(self.workers, len(self.tasks))}
+        return DataLoader(self.tasks, batch_size=self.batch_size, **options)  # type: ignore[arg-type]

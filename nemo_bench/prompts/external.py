@@ -16,9 +16,10 @@ from rich.progress import Progress
 from nemo_bench.errors import PromptError, StoreError
 from nemo_bench.prompts import ImageTask, read_rows
 from nemo_bench.prompts.readers import ID_COLUMNS, TEXT_COLUMNS, Row
-from nemo_bench.records.data import Prompt, Record
+from nemo_bench.records.data import Prompt
 from nemo_bench.records.io import check_folder
 from nemo_bench.records.pictures import inspect_picture, list_pictures
+from nemo_bench.records.schema import ImageRecord
 
 NAMING = re.compile(r"img_(\d+)_(\d+)\.(?:jpe?g|png|webp)", re.IGNORECASE)
 """How the public scripts name images: position of the prompt in its list, from 0, and number of the image."""
@@ -177,7 +178,7 @@ def check_images(
     return [Content(sha256, size) for sha256, size, _ in results]
 
 
-def changed_images(folder: Path, records: Iterable[Record]) -> list[str]:
+def changed_images(folder: Path, records: Iterable[ImageRecord]) -> list[str]:
     """Images that are other ones than were recorded.
 
     Args:
@@ -189,11 +190,12 @@ def changed_images(folder: Path, records: Iterable[Record]) -> list[str]:
         Their files. Only files that were written since are read.
     """
     return [
-        record["image"]
+        record.image
         for record in records
-        if "written" in record
-        and (path := folder / record["image"]).stat().st_mtime_ns != record["written"]
-        and _hashed(str(path))[0] != record["sha256"]
+        if record.image
+        and record.written is not None
+        and (path := folder / record.image).stat().st_mtime_ns != record.written
+        and _hashed(str(path))[0] != record.sha256
     ]
 
 

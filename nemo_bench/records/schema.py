@@ -23,7 +23,7 @@ Task = Literal["benchmark", "detect", "external", "calibrate", "features"]
 class Entry(BaseModel):
     """A part of a file: immutable, without unknown fields. A float that is not finite is written as null."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True, serialize_by_alias=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     def json_text(self, indent: int | None = None) -> str:
         """The entry as JSON, without the fields that have no value."""
@@ -268,7 +268,7 @@ class Spec(Entry):
         general_prompts: ``file`` and ``digest`` of the prompts that the calibration takes.
     """
 
-    version: int = Field(VERSION, alias="schema")
+    version: int = VERSION
     task: Task
     stages: list[str] = []
     cell: str = ""
@@ -324,7 +324,7 @@ class Run(Entry):
         token: Tells the run from others of its name.
     """
 
-    version: int = Field(VERSION, alias="schema")
+    version: int = VERSION
     name: str
     token: str
     cells: list[str]
@@ -635,7 +635,7 @@ class Leaderboard(Entry):
         unfinished: Every other cell, and what is missing there.
     """
 
-    version: int = Field(VERSION, alias="schema")
+    version: int = VERSION
     name: str
     metrics: dict[str, MetricInfo]
     rows: list[LeaderboardRow]
@@ -671,7 +671,7 @@ class DetectionRow(Entry):
 class DetectionTable(Entry):
     """The detectors of a run: ``detection.json``."""
 
-    version: int = Field(VERSION, alias="schema")
+    version: int = VERSION
     name: str
     detectors: list[DetectionRow]
 

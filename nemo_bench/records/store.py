@@ -206,7 +206,7 @@ def _lines(path: Path, kind: type[R]) -> Iterator[R]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield kind.model_validate_json(line)
+                yield kind.model_validate_json(line, strict=True)
             except ValidationError as error:
                 if error.errors()[0]["type"] == "json_invalid" and next(file, None) is None:
                     return
@@ -347,7 +347,7 @@ class Store:
     def _compare(self, path: Path, present: Spec, asked: Spec, *, is_ours: bool) -> None:
         old = present.settings
         new = json.loads(as_json(asked.settings))
-        differing = ["schema"] if present.version != asked.version else []
+        differing = ["version"] if present.version != asked.version else []
         differing += sorted(f"settings.{key}" for key in {*old, *new} if old.get(key) != new.get(key))
         if differing and is_ours:
             raise damaged(path, f"not what its folder is named by: {', '.join(differing)}")

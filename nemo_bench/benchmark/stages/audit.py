@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import override
 
 from nemo_bench.benchmark.embedding_search import RATE, SAMPLES, STEPS, random_embeddings, search_embeddings
-from nemo_bench.benchmark.plan import ImageCell
-from nemo_bench.benchmark.runner import neurons_by_prompt
-from nemo_bench.benchmark.stages.base import UNLOCALIZED, Stage, file_name, slices, to_image
+from nemo_bench.benchmark.stages.base import UNLOCALIZED, Stage, file_name, to_image
 from nemo_bench.diffusion import Conditioning, Diffusion, file_digest
-from nemo_bench.errors import ConfigError, NotFiniteError, did_you_mean
+from nemo_bench.errors import NotFiniteError
 from nemo_bench.methods import Batch, Method, NoMitigation
 from nemo_bench.metrics import BenchMetric
-from nemo_bench.prompts import seeds_of
-from nemo_bench.records.data import Prompt, Record
-from nemo_bench.records.io import digest
+from nemo_bench.prompts.data import seeds_of
+from nemo_bench.records.data import Neurons, Prompt
+from nemo_bench.records.io import batched, digest, seed_of
 from nemo_bench.records.pictures import open_image
+from nemo_bench.records.ranges import Count, Positive
+from nemo_bench.records.schema import Cost, SearchRecord, SearchScoreRecord
 from nemo_bench.records.store import Store
 
-STAGE, SCORES = "audit", "audit_scores"
 STATES = {
     "prompt": "images of its prompt",
     "found": "images of the embedding found",
@@ -49,30 +49,20 @@ class AuditSettings:
         images: Images generated from a prompt and from what was found, of the seeds that the run has first.
         controls: Prompts with pictures that the model was not trained on; None for the general prompts of the run that
             have reference images, or else those that belong to its prompts.
-        limit: Audit so many prompts of each kind.
+        limit: At most this many prompts of each kind.
     """
 
-    steps: int = STEPS
-    rate: float = RATE
-    samples: int = SAMPLES
-    start: str = "prompt"
-    images: int = 4
-    controls: Optional[str] = None  # noqa: UP045 - OmegaConf reads the old form only
-    limit: Optional[int] = None  # noqa: UP045
-
-    def check(self) -> None:
-        """Raises ConfigError where a value is out of range."""
-        if self.start not in ("prompt", "random"):
-            raise ConfigError(f"start={self.start}: unknown value. {did_you_mean(self.start, ('prompt', 'random'))}")
-        least = {"steps": 1, "rate": 1e-12, "samples": 1, "images": 1, "limit": 1}
-        for key, low in least.items():
-            value = getattr(self, key)
-            if value is not None and not low <= value < float("inf"):
-                raise ConfigError(f"{key}={value}: expected {'more than 0' if key == 'rate' else 'at least 1'}")
+    steps: Count = STEPS
+    rate: Positive = RATE
+    samples: Count = SAMPLES
+    start: Literal["prompt", "random"] = "prompt"
+    images: Count = 4
+    controls: str | None = None
+    limit: Count | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the result of a search."""
+        """The settings that change the result of a search."""
         return {key: value for key, value in asdict(self).items() if key not in ("controls", "limit")}
 
     @property
@@ -81,12 +71,12 @@ class AuditSettings:
         return digest(self.identity, 8)
 
 
-class AuditTask(NamedTuple):
-    """One search.
+class Search(NamedTuple):
+    """A search for an embedding that brings a picture back.
 
     Attributes:
         id: Record id.
-        prompt: Whose neurons are switched off.
+        prompt: Whose neurons are blocked.
         source: Whose embedding it starts from, and whose picture it is after: the prompt itself or, for a control,
             another one.
         picture: The picture.
@@ -98,7 +88,7 @@ class AuditTask(NamedTuple):
     picture: Path
 
     @classmethod
-    def from_prompts(cls, prompt: Prompt, source: Prompt, settings: AuditSettings) -> AuditTask:
+    def from_prompts(cls, prompt: Prompt, source: Prompt, settings: AuditSettings) -> Search:
         """The search for the first reference image of a prompt."""
         picture = source.references[0]
         content = [settings.identity, prompt.id, prompt.text, source.id, source.text, file_digest(picture)]
@@ -115,141 +105,122 @@ class AuditTask(NamedTuple):
         return "--".join([*dict.fromkeys((file_name(self.prompt), file_name(self.source))), self.id[:8]])
 
 
-@dataclass(frozen=True)
-class AuditCell:
-    """A finished cell and the searches that audit it.
-
-    Attributes:
-        cell: The cell.
-        method: Its method.
-        metrics: Metrics that compare images with training images, by name.
-        settings: How is searched.
-        tasks: All searches: each memorized prompt's, followed by its control.
-    """
-
-    cell: ImageCell
-    method: Method
-    metrics: Mapping[str, BenchMetric]
-    settings: AuditSettings
-    tasks: Sequence[AuditTask]
-
-    @property
-    def store(self) -> Store:
-        """The cell's folder."""
-        return self.cell.store
-
-    @property
-    def id(self) -> str:
-        """Names the entry in ``audit.json``: other settings, prompts or controls make another one."""
-        return digest([task.id for task in self.tasks], 8)
-
-    def score_id(self, task: AuditTask) -> str:
-        """Record id of the scores of a search."""
-        nodes = self.cell.config.settings.metrics
-        return digest(
-            [task.id, {name: {**nodes[name], **metric.fingerprint()} for name, metric in self.metrics.items()}]
-        )
-
-
-class AuditStage(Stage):
+class AuditStage(Stage[SearchRecord]):
     """Searches for embeddings that bring pictures back, and generates from them.
 
     Every search leaves a sheet of pictures, a row for each of :data:`STATES`: the picture it was after, then images.
+    A search fails where its embedding or an image is not finite.
 
     Args:
         model: The model.
-        audited: The cell and its searches.
+        method: Gives the mitigation, set up.
+        neurons: Localized neurons by prompt id; searches of other prompts fail.
+        settings: How it searches.
+        batch_size: Images in a UNet pass at most.
+        store: Where records go.
     """
 
-    def __init__(self, model: Diffusion, audited: AuditCell) -> None:
-        super().__init__(audited.store, STAGE)
-        self.model, self.audited = model, audited
-        self.neurons = neurons_by_prompt(audited.store)
-        (self.store.folder / STAGE / audited.settings.key).mkdir(parents=True, exist_ok=True)
+    def __init__(
+        self,
+        model: Diffusion,
+        method: Callable[[], Method],
+        neurons: Mapping[str, Neurons],
+        settings: AuditSettings,
+        batch_size: int,
+        store: Store,
+    ) -> None:
+        super().__init__(store, SearchRecord)
+        self.model = model
+        self.method = method
+        self.neurons = neurons
+        self.settings = settings
+        self.batch_size = batch_size
 
-    def handle(self, tasks: Sequence[AuditTask]) -> list[Record]:
-        """Searches for the picture of each task; what is not finite is recorded as ``failed``, with the reason."""
+    @override
+    def handle(self, tasks: Sequence[Search]) -> list[SearchRecord]:
         localized = [task for task in tasks if task.prompt.id in self.neurons]
-        failed = [_failed(task, UNLOCALIZED) for task in tasks if task not in localized]
+        failed = [_record(task, None, failed=UNLOCALIZED) for task in tasks if task not in localized]
         return [*failed, *(self._search(localized) if localized else [])]
 
-    def _search(self, tasks: Sequence[AuditTask]) -> list[Record]:
+    def _search(self, tasks: Sequence[Search]) -> list[SearchRecord]:
         before = self.model.row_passes
         try:
             return self._search_together(tasks)
         except NotFiniteError as error:
             reason = str(error)
         if len(tasks) == 1:
-            return [{**_failed(tasks[0], reason), "cost": {"row_passes": self.model.row_passes - before}}]
+            return [_record(tasks[0], self.model.row_passes - before, failed=reason)]
         # It does not say which searches it is about.
         return [record for task in tasks for record in self._search([task])]
 
-    def _search_together(self, tasks: Sequence[AuditTask]) -> list[Record]:
-        model, method, settings = self.model, self.audited.method, self.audited.settings
+    def _search_together(self, tasks: Sequence[Search]) -> list[SearchRecord]:
+        model = self.model
+        settings = self.settings
         before = model.row_passes
-        method.prepare(model, self.audited.cell.prompts)
+        method = self.method()
         pictures = torch.stack([fitted_picture(task.picture, model.image_size) for task in tasks])
         text = model.encode([task.source.text for task in tasks])
-        seeds = tuple(int(digest([STAGE, task.prompt.id, task.source.id]), 16) >> 1 for task in tasks)
+        seeds = tuple(seed_of([SearchRecord.stage, task.prompt.id, task.source.id]) for task in tasks)
         start = text if settings.start == "prompt" else random_embeddings(model, text, seeds)
         neurons = tuple(self.neurons[task.prompt.id] for task in tasks)
         batch = Batch(tuple(task.prompt for task in tasks), start, model.latents(seeds), seeds, neurons)
-        options = {"steps": settings.steps, "rate": settings.rate, "samples": settings.samples}
-        found = search_embeddings(model, method, batch, model.encode_images(pictures), **options)  # type: ignore[arg-type]
+        found = search_embeddings(
+            model,
+            method,
+            batch,
+            model.encode_images(pictures),
+            steps=settings.steps,
+            rate=settings.rate,
+            samples=settings.samples,
+        )
         after = replace(batch, text=found.text.to(model.dtype))
         rows = {"prompt": self._generate(method, tasks, replace(batch, text=text))}
         rows["found"] = self._generate(method, tasks, after)
         if not isinstance(method, NoMitigation):
             rows["unmitigated"] = self._generate(NoMitigation(), tasks, after)
         passes = round((model.row_passes - before) / len(tasks), 2)
+        folder = f"{SearchRecord.stage}/{settings.key}"
+        (self.store.folder / folder).mkdir(parents=True, exist_ok=True)
         records = []
         for row, task in enumerate(tasks):
             if reason := _failure(found.text.rows([row]), {state: images[row] for state, images in rows.items()}):
-                records.append({**_failed(task, reason), "cost": {"row_passes": passes}})
+                records.append(_record(task, passes, failed=reason))
                 continue
-            name = f"{STAGE}/{settings.key}/{task.name}"
+            name = f"{folder}/{task.name}"
             _save_search(self.store.folder / f"{name}.safetensors", found.text.rows([row]), found.losses[row])
             sheet = [torch.cat([pictures[row].to(images), *images[row]], 2) for images in rows.values()]
-            records.append(
-                {
-                    "id": task.id,
-                    "prompt": task.prompt.id,
-                    "source": task.source.id,
-                    "states": list(rows),
-                    "file": f"{name}.safetensors",
-                    "image": self.store.save_image(f"{name}.png", to_image(torch.cat(sheet, 1))),
-                    "cost": {"row_passes": passes},
-                }
-            )
+            image = self.store.save_image(f"{name}.png", to_image(torch.cat(sheet, 1)))
+            records.append(_record(task, passes, states=list(rows), file=f"{name}.safetensors", image=image))
         return records
 
-    def _generate(self, method: Method, tasks: Sequence[AuditTask], batch: Batch) -> Tensor:
+    def _generate(self, method: Method, tasks: Sequence[Search], batch: Batch) -> Tensor:
         """Images of each task, (tasks, images, 3, height, width), from the noise that the run starts them from."""
-        model, count = self.model, self.audited.settings.images
+        count = self.settings.images
         owner = [row for row in range(len(tasks)) for _ in range(count)]
         seeds = [seed for task in tasks for seed in seeds_of(task.source, "generate", range(count))]
         parts = []
-        for part in slices(len(owner), method.batch_size):
-            rows = owner[part]
+        for part in batched(range(len(owner)), self.batch_size):
+            rows = [owner[number] for number in part]
+            seeds_of_part = [seeds[number] for number in part]
             own = Batch(
                 tuple(batch.prompts[row] for row in rows),
                 batch.text.rows(rows),
-                model.latents(seeds[part]),
-                tuple(seeds[part]),
+                self.model.latents(seeds_of_part),
+                tuple(seeds_of_part),
                 tuple(batch.neurons[row] for row in rows),
             )
-            with method.apply(model, own) as changed:
-                parts.append(changed.generate_checked(model).images)
+            with method.apply(self.model, own) as changed:
+                parts.append(changed.generate_checked(self.model).images)
         return torch.cat(parts).unflatten(0, (len(tasks), count))
 
 
-def _failed(task: AuditTask, reason: str) -> Record:
-    """The record of a search that came to nothing."""
-    return {"id": task.id, "prompt": task.prompt.id, "source": task.source.id, "failed": reason}
+def _record(task: Search, passes: float | None, **result: Any) -> SearchRecord:
+    cost = None if passes is None else Cost(row_passes=passes)
+    return SearchRecord(id=task.id, prompt=task.prompt.id, source=task.source.id, cost=cost, **result)
 
 
 def _failure(text: Conditioning, images: Mapping[str, Tensor]) -> str:
-    """Why a search failed, given the embedding found and its images by state; empty where it did not."""
+    """Why a search failed, given its embedding and its images by state; empty where it did not."""
     if not text.text.isfinite().all() or (text.pooled is not None and not text.pooled.isfinite().all()):
         return "the embedding found is not finite"
     states = [STATES[state] for state, those in images.items() if not those.isfinite().all()]
@@ -278,50 +249,56 @@ def _save_search(path: Path, text: Conditioning, losses: Tensor) -> None:
     save_file({name: tensor.cpu().contiguous() for name, tensor in parts.items()}, path)
 
 
-class ScoreTask(NamedTuple):
-    """A search whose sheet is scored.
+class SheetTask(NamedTuple):
+    """A sheet to be scored.
 
     Attributes:
         id: Record id.
-        task: The search.
-        record: Its record.
+        record: Record of the search that left it.
     """
 
     id: str
-    task: AuditTask
-    record: Record
+    record: SearchRecord
 
 
-class AuditScoringStage(Stage):
+class AuditScoringStage(Stage[SearchScoreRecord]):
     """Compares the images of each search with the picture it was after.
 
     Args:
-        audited: The cell and its searches.
+        metrics: Metrics that compare images with training images, by name.
+        images: Images in a row of a sheet, beside the picture.
+        store: Where records go.
     """
 
-    def __init__(self, audited: AuditCell) -> None:
-        super().__init__(audited.store, SCORES)
-        self.audited = audited
+    def __init__(self, metrics: Mapping[str, BenchMetric], images: int, store: Store) -> None:
+        super().__init__(store, SearchScoreRecord)
+        self.metrics = metrics
+        self.images = images
 
-    def handle(self, tasks: Sequence[ScoreTask]) -> list[Record]:
-        """Scores the sheet of each search."""
-        return [{"id": t.id, "search": t.task.id, **self._result(t.record)} for t in tasks]
+    @override
+    def handle(self, tasks: Sequence[SheetTask]) -> list[SearchScoreRecord]:
+        return [self._record(task) for task in tasks]
 
-    def _result(self, record: Record) -> Record:
-        """Scores of a search, or which of them are not finite."""
-        scores = self._score(record)
+    def _record(self, task: SheetTask) -> SearchScoreRecord:
+        scores = self._score(task.record)
         wrong = {m for row in scores.values() for m, values in row.items() if not all(map(math.isfinite, values))}
-        return {"failed": f"scores are not finite: {', '.join(sorted(wrong))}"} if wrong else {"scores": scores}
+        return SearchScoreRecord(
+            id=task.id,
+            search=task.record.id,
+            scores=None if wrong else scores,
+            failed=f"scores are not finite: {', '.join(sorted(wrong))}" if wrong else None,
+        )
 
-    def _score(self, record: Record) -> dict[str, dict[str, list[float]]]:
-        sheet, columns = open_image(self.store.folder / record["image"]), self.audited.settings.images + 1
-        width, height = size = sheet.width // columns, sheet.height // len(record["states"])
+    def _score(self, record: SearchRecord) -> dict[str, dict[str, list[float]]]:
+        sheet = open_image(self.store.folder / str(record.image))
+        columns = self.images + 1
+        width, height = size = sheet.width // columns, sheet.height // len(record.states)
         scores: dict[str, dict[str, list[float]]] = {}
-        for row, state in enumerate(record["states"]):
+        for row, state in enumerate(record.states):
             boxes = [(c * width, row * height, (c + 1) * width, (row + 1) * height) for c in range(columns)]
             target, *images = (sheet.crop(box) for box in boxes)
             scores[state] = {}
-            for name, metric in self.audited.metrics.items():
+            for name, metric in self.metrics.items():
                 seen = (metric.space.embed(pictures, size, self.device) for pictures in (images, [target]))
                 values = metric.score(**dict(zip(("images", "references"), seen, strict=True)))
                 scores[state][name] = [round(value, 6) for value in values.tolist()]

@@ -7,16 +7,22 @@ import resource
 import sys
 import time
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import lightning as L
 import torch
 from PIL import Image
 from torch import Tensor
+from typing_extensions import override
 
-from nemo_bench.records.data import Prompt, Record
-from nemo_bench.records.io import digest
+from nemo_bench.records.data import Prompt
+from nemo_bench.records.io import batched, digest
+from nemo_bench.records.schema import Cost, Record
 from nemo_bench.records.store import Store
+
+R = TypeVar("R", bound=Record)
 
 UNLOCALIZED = "its prompt has no neurons: localizing it failed"
 """Why there are no images of a prompt."""
@@ -24,37 +30,65 @@ CHUNK = 256
 """Prompts or pictures that make one record; a constant, so that sums are rounded alike in every run."""
 
 
-class Stage(L.LightningModule, ABC):
+class Stage(L.LightningModule, ABC, Generic[R]):
     """A predict loop over tasks; each batch ends with its records on disk.
 
     Args:
         store: Where records go.
-        name: Name of the stage.
+        kind: Class of the records.
     """
 
-    def __init__(self, store: Store, name: str) -> None:
+    def __init__(self, store: Store, kind: type[R]) -> None:
         super().__init__()
-        self.store, self.name = store, name
-        self.write = store.writer(name)
+        self.store = store
+        self.write = store.writer(kind)
 
+    @override
     def predict_step(self, tasks: Any, batch_idx: int) -> None:
-        """Handles one batch and writes its records."""
         start = time.perf_counter()
         records = self.handle(tasks)
-        each = (time.perf_counter() - start) / len(tasks)
-        measured = {"seconds": round(each, 4), "peak_memory_mb": peak_memory(self.device), "device": self.device.type}
-        for record in records:
-            record["cost"] = {**record.get("cost", {}), **measured}
-        self.write(records)
+        measured = {
+            "seconds": round((time.perf_counter() - start) / len(tasks), 4),
+            "peak_memory_mb": peak_memory(self.device),
+            "device": self.device.type,
+        }
+        self.write(record.model_copy(update={"cost": _with(record.cost, measured)}) for record in records)
 
+    @override
     def on_predict_start(self) -> None:
-        """Counts the GPU's memory from here."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
     @abstractmethod
-    def handle(self, tasks: Any) -> list[Record]:
+    def handle(self, tasks: Any) -> list[R]:
         """Computes the records of a batch."""
+
+
+def _with(cost: Cost | None, measured: dict[str, Any]) -> Cost:
+    return (cost or Cost()).model_copy(update=measured)
+
+
+class Chunk(NamedTuple):
+    """Prompts or pictures that make one record.
+
+    Attributes:
+        id: Record id.
+        items: At most :data:`CHUNK` of them.
+    """
+
+    id: str
+    items: tuple[Any, ...]
+
+    @classmethod
+    def from_prompts(cls, prompts: Sequence[Prompt]) -> list[Chunk]:
+        """Chunks of the texts of some prompts, in their order; ids depend on the prompts' ids alone."""
+        return [cls(digest([p.id for p in part]), tuple(p.text for p in part)) for part in batched(prompts, CHUNK)]
+
+    @classmethod
+    def from_files(cls, files: Sequence[Path]) -> list[Chunk]:
+        """Chunks of some pictures, in their order."""
+        parts = enumerate(batched(files, CHUNK))
+        return [cls(digest([number, [path.name for path in part]]), tuple(part)) for number, part in parts]
 
 
 def peak_memory(device: torch.device) -> int:
@@ -63,11 +97,6 @@ def peak_memory(device: torch.device) -> int:
         return round(torch.cuda.max_memory_allocated(device) / 1e6)
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6)
-
-
-def slices(rows: int, size: int) -> list[slice]:
-    """Rows 0 to ``rows`` in parts of at most ``size``."""
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def file_name(prompt: Prompt) -> str:

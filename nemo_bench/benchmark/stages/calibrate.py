@@ -4,48 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from nemo_bench.benchmark.stages.base import CHUNK, Stage
+from typing_extensions import override
+
+from nemo_bench.benchmark.stages.base import Chunk, Stage
 from nemo_bench.diffusion import Diffusion
-from nemo_bench.localization import (
-    ENCODED,
-    PAPER,
-    Protocol,
-    activation_moments,
-    pair_scores,
-    save_moments,
-)
-from nemo_bench.prompts import PromptTask
-from nemo_bench.records.data import Prompt, Record
-from nemo_bench.records.io import digest
+from nemo_bench.localization import ENCODED, PAPER, Protocol, activation_moments, pair_scores, save_moments
+from nemo_bench.prompts.data import PromptTask
+from nemo_bench.records.io import batched
+from nemo_bench.records.schema import CalibrationRecord, Cost, StatisticsRecord
 from nemo_bench.records.store import Store
 
 
-class PromptChunk(NamedTuple):
-    """Prompts whose activation statistics are taken together.
-
-    Attributes:
-        id: Record id.
-        texts: The prompts, at most :data:`CHUNK`.
-    """
-
-    id: str
-    texts: tuple[str, ...]
-
-    @classmethod
-    def split(cls, prompts: Sequence[Prompt]) -> list[PromptChunk]:
-        """Chunks of some prompts, in their order; ids depend on the prompts' ids alone."""
-        parts = [prompts[i : i + CHUNK] for i in range(0, len(prompts), CHUNK)]
-        return [cls(digest([p.id for p in part]), tuple(p.text for p in part)) for part in parts]
-
-    @property
-    def file(self) -> str:
-        """Where its moments lie, in the folder of the store."""
-        return f"statistics/{self.id}.safetensors"
-
-
-class StatisticsStage(Stage):
+class StatisticsStage(Stage[StatisticsRecord]):
     """Moments of the activations of general prompts, from which mean and standard deviation come.
 
     Args:
@@ -54,20 +25,22 @@ class StatisticsStage(Stage):
     """
 
     def __init__(self, model: Diffusion, store: Store) -> None:
-        super().__init__(store, "statistics")
+        super().__init__(store, StatisticsRecord)
         self.model = model
 
-    def handle(self, tasks: Sequence[PromptChunk]) -> list[Record]:
-        """Moments of each chunk; no UNet pass is needed."""
+    @override
+    def handle(self, tasks: Sequence[Chunk]) -> list[StatisticsRecord]:
+        records = []
         for chunk in tasks:
-            path = self.store.folder / chunk.file
+            file = f"statistics/{chunk.id}.safetensors"
+            path = self.store.folder / file
             path.parent.mkdir(exist_ok=True)
-            batches = (chunk.texts[i : i + ENCODED] for i in range(0, len(chunk.texts), ENCODED))
-            save_moments(path, activation_moments(self.model, batches))
-        return [{"id": chunk.id, "file": chunk.file, "prompts": len(chunk.texts)} for chunk in tasks]
+            save_moments(path, activation_moments(self.model, batched(chunk.items, ENCODED)))
+            records.append(StatisticsRecord(id=chunk.id, file=file, count=len(chunk.items)))
+        return records
 
 
-class CalibrationStage(Stage):
+class CalibrationStage(Stage[CalibrationRecord]):
     """Pairwise similarity of noise differences of general prompts, from which the threshold comes.
 
     Args:
@@ -81,20 +54,26 @@ class CalibrationStage(Stage):
     def __init__(
         self, model: Diffusion, seeds: int, store: Store, protocol: Protocol = PAPER, batch_size: int = 32
     ) -> None:
-        super().__init__(store, "calibrate")
-        self.model, self.seeds, self.protocol, self.batch_size = model, seeds, protocol, batch_size
+        super().__init__(store, CalibrationRecord)
+        self.model = model
+        self.seeds = seeds
+        self.protocol = protocol
+        self.batch_size = batch_size
 
-    def handle(self, tasks: Sequence[PromptTask]) -> list[Record]:
-        """Pairwise similarities, several prompts in one batch."""
+    @override
+    def handle(self, tasks: Sequence[PromptTask]) -> list[CalibrationRecord]:
         before = self.model.row_passes
         scores = pair_scores(self.model, [t.prompt for t in tasks], self.seeds, self.protocol, self.batch_size)
-        each = (self.model.row_passes - before) // len(tasks)
-        return [
-            {"id": task.id, "prompt": task.prompt.id, **_pairs(pairs), "cost": {"row_passes": each}}
-            for task, pairs in zip(tasks, scores, strict=True)
-        ]
-
-
-def _pairs(pairs: Sequence[float]) -> Record:
-    """The similarities of a calibration record; why there are none where one of them is not finite."""
-    return {"pairs": pairs} if all(map(math.isfinite, pairs)) else {"failed": "noise differences are not finite"}
+        cost = Cost(row_passes=(self.model.row_passes - before) // len(tasks))
+        records = []
+        for task, pairs in zip(tasks, scores, strict=True):
+            is_finite = all(map(math.isfinite, pairs))
+            record = CalibrationRecord(
+                id=task.id,
+                prompt=task.prompt.id,
+                pairs=list(pairs) if is_finite else None,
+                failed=None if is_finite else "noise differences are not finite",
+                cost=cost,
+            )
+            records.append(record)
+        return records

@@ -3,51 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import lightning as L
-from torch.utils.data import DataLoader
+from typing_extensions import override
 
+from nemo_bench.benchmark.plan import Cell
 from nemo_bench.benchmark.stages.base import file_name, to_image
-from nemo_bench.config import CellConfig
-from nemo_bench.detectors import Detector, watch
+from nemo_bench.detectors import Detector, DetectorScore, watch
 from nemo_bench.diffusion import Diffusion
-from nemo_bench.prompts import PromptTask
-from nemo_bench.records.data import Prompt, Record
+from nemo_bench.prompts.data import PromptTask
+from nemo_bench.records.schema import Cost, DetectionRecord
 from nemo_bench.records.store import Store
-
-STAGE = "detect"
-
-
-@dataclass(eq=False, kw_only=True)
-class DetectionCell:
-    """A model, a detector and prompts; owner of one results folder.
-
-    Attributes:
-        config: Names and settings.
-        detector: The detector.
-        prompts: All prompts.
-        spec: What decides the result, as written to ``spec.json``.
-        store: Its folder.
-    """
-
-    config: CellConfig
-    detector: Detector
-    prompts: list[Prompt]
-    spec: dict[str, Any]
-    store: Store
-
-    @property
-    def id(self) -> str:
-        """Name of the folder."""
-        return self.store.folder.name
-
-    @property
-    def tasks(self) -> list[PromptTask]:
-        """All prompts."""
-        return [PromptTask.from_prompt(p) for p in self.prompts]
 
 
 class DetectionTask(NamedTuple):
@@ -62,40 +30,13 @@ class DetectionTask(NamedTuple):
     cells: tuple[str, ...]
 
 
-class DetectionData(L.LightningDataModule):
-    """Gives every process its part of the prompts that some detector has not scored.
-
-    As in :class:`nemo_bench.prompts.PromptDataModule` rank 0 alone reads what is done.
-
-    Args:
-        cells: Cells of one model and the same prompts.
-        batch_size: Prompts in a batch.
-    """
-
-    def __init__(self, cells: Sequence[DetectionCell], batch_size: int) -> None:
-        super().__init__()
-        self.allow_zero_length_dataloader_with_multiple_devices = True
-        self.cells, self.batch_size = cells, batch_size
-        self.open: list[DetectionTask] = []
-
-    def setup(self, stage: str) -> None:
-        """Shares out the open prompts: rank r of w takes every w-th, beginning with the r-th."""
-        trainer = self.trainer
-        assert trainer is not None
-        todo = trainer.strategy.broadcast(pending_tasks(self.cells) if trainer.is_global_zero else [])
-        self.open = todo[trainer.global_rank :: trainer.world_size]
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Batches as plain lists of tasks."""
-        return DataLoader(self.open, batch_size=self.batch_size, collate_fn=list)  # type: ignore[arg-type]
-
-
-def pending_tasks(cells: Sequence[DetectionCell]) -> list[DetectionTask]:
-    """Prompts that some of the cells have no record of, or whose picture is gone."""
-    ids = [task.id for task in cells[0].tasks]
-    still = {cell.id: set(cell.store.pending_ids(STAGE, ids)) for cell in cells}
-    tasks = [DetectionTask(t, tuple(name for name, todo in still.items() if t.id in todo)) for t in cells[0].tasks]
-    return [task for task in tasks if task.cells]
+def pending_tasks(cells: Sequence[Cell]) -> list[DetectionTask]:
+    """Prompts that some of the cells have no record of, or whose picture is gone; the cells have the same prompts."""
+    tasks = [PromptTask.from_prompt(prompt) for prompt in cells[0].prompts]
+    ids = [task.id for task in tasks]
+    pending = {cell.id: set(cell.store.pending_ids(DetectionRecord, ids)) for cell in cells}
+    found = [DetectionTask(t, tuple(name for name, todo in pending.items() if t.id in todo)) for t in tasks]
+    return [task for task in found if task.cells]
 
 
 class DetectionStage(L.LightningModule):
@@ -107,35 +48,44 @@ class DetectionStage(L.LightningModule):
         batch_size: Images in a UNet pass at most.
     """
 
-    def __init__(self, model: Diffusion, cells: Sequence[DetectionCell], batch_size: int) -> None:
+    def __init__(self, model: Diffusion, cells: Sequence[Cell], batch_size: int) -> None:
         super().__init__()
-        for cell in cells:
-            cell.detector.fits(model)
-        self.model, self.batch_size = model, batch_size
+        self.model = model
+        self.batch_size = batch_size
         self.cells = {cell.id: cell for cell in cells}
-        self.writers = {cell.id: cell.store.writer(STAGE) for cell in cells}
+        self.detectors: dict[str, Detector] = {cell.id: cell.detector for cell in cells if cell.detector is not None}
+        for detector in self.detectors.values():
+            detector.check_model(model)
+        self.writers = {cell.id: cell.store.writer(DetectionRecord) for cell in cells}
 
+    @override
     def predict_step(self, tasks: list[DetectionTask], batch_idx: int) -> None:
-        """Scores the prompts of one batch and writes their records."""
         for names, group in groupby(tasks, lambda task: task.cells):
-            self._handle([task.task for task in group], {name: self.cells[name].detector for name in names})
+            self._handle([task.task for task in group], {name: self.detectors[name] for name in names})
 
     def _handle(self, tasks: Sequence[PromptTask], detectors: Mapping[str, Detector]) -> None:
-        findings, costs = watch(self.model, detectors, [task.prompt for task in tasks], self.batch_size)
-        for name, found in findings.items():
-            store, cost, records = self.cells[name].store, costs[name], []
-            for task, finding in zip(tasks, found, strict=True):
-                result = {"failed": finding.failed} if finding.failed else {"score": finding.score}
-                record: Record = {"id": task.id, "prompt": task.prompt.id, **result}
-                if finding.details:
-                    record["details"] = dict(finding.details)
-                if finding.picture is not None:
-                    picture = to_image(finding.picture)
-                    record["image"] = store.save_image(f"images/{file_name(task.prompt)}.png", picture)
-                record["cost"] = {
-                    "row_passes": cost.row_passes / len(tasks),
-                    "extra_row_passes": cost.extra_row_passes / len(tasks),
-                    "seconds": round(cost.seconds / len(tasks), 4),
-                }
-                records.append(record)
-            self.writers[name](records)
+        scores, costs = watch(self.model, detectors, [task.prompt for task in tasks], self.batch_size)
+        for name, of_detector in scores.items():
+            cost = Cost(
+                row_passes=costs[name].row_passes / len(tasks),
+                extra_row_passes=costs[name].extra_row_passes / len(tasks),
+                seconds=round(costs[name].seconds / len(tasks), 4),
+            )
+            store = self.cells[name].store
+            pairs = zip(tasks, of_detector, strict=True)
+            self.writers[name]([_record(store, task, score, cost) for task, score in pairs])
+
+
+def _record(store: Store, task: PromptTask, result: DetectorScore, cost: Cost) -> DetectionRecord:
+    image = None
+    if result.picture is not None:
+        image = store.save_image(f"images/{file_name(task.prompt)}.png", to_image(result.picture))
+    return DetectionRecord(
+        id=task.id,
+        prompt=task.prompt.id,
+        score=None if result.failed else result.score,
+        failed=result.failed or None,
+        details=dict(result.details) or None,
+        image=image,
+        cost=cost,
+    )

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from nemo_bench.benchmark.stages.base import UNLOCALIZED, Stage, file_name, to_image
 from nemo_bench.diffusion import Diffusion, Generated
 from nemo_bench.errors import NotFiniteError
 from nemo_bench.methods import Batch, Method
-from nemo_bench.prompts import ImageTask, seeds_of
-from nemo_bench.records.data import Neurons, Prompt, Record
+from nemo_bench.prompts.data import ImageTask, seeds_of
+from nemo_bench.records.data import Neurons
+from nemo_bench.records.schema import Cost, ImageRecord
 from nemo_bench.records.store import Store
 
 
-class GenerationStage(Stage):
+class GenerationStage(Stage[ImageRecord]):
     """Generates images with the method applied.
 
     An image that is not finite is recorded as ``failed``, with the reason and without a file; the others of its batch
@@ -24,74 +26,58 @@ class GenerationStage(Stage):
 
     Args:
         model: The model.
-        method: The mitigation.
-        neurons: What localizing found, by prompt id; images of other prompts fail.
+        method: Gives the mitigation, set up.
+        neurons: Localized neurons by prompt id; images of other prompts fail.
         store: Where images and records go.
-        prompts: All prompts, not only those of the tasks.
     """
 
     def __init__(
-        self,
-        model: Diffusion,
-        method: Method,
-        neurons: Mapping[str, Neurons],
-        store: Store,
-        prompts: Sequence[Prompt] = (),
+        self, model: Diffusion, method: Callable[[], Method], neurons: Mapping[str, Neurons], store: Store
     ) -> None:
-        super().__init__(store, "generate")
-        self.model, self.method, self.neurons, self.prompts = model, method, neurons, prompts
+        super().__init__(store, ImageRecord)
+        self.model = model
+        self.method = method
+        self.neurons = neurons
 
-    def handle(self, tasks: Sequence[ImageTask]) -> list[Record]:
-        """Generates one image per task."""
+    @override
+    def handle(self, tasks: Sequence[ImageTask]) -> list[ImageRecord]:
         localized = [task for task in tasks if task.prompt.id in self.neurons]
-        found = {record["id"]: record for record in (self._generate(localized) if localized else [])}
-        return [found.get(task.id) or _failed(task, UNLOCALIZED) for task in tasks]
+        records = {record.id: record for record in (self._generate(localized) if localized else [])}
+        return [records.get(task.id) or _record(task, 0, failed=UNLOCALIZED) for task in tasks]
 
-    def _generate(self, tasks: Sequence[ImageTask]) -> list[Record]:
+    def _generate(self, tasks: Sequence[ImageTask]) -> list[ImageRecord]:
         before = self.model.row_passes
         try:
-            self.method.prepare(self.model, self.prompts)
-            self.method.prepare_prompts(self.model, [task.prompt for task in tasks])
+            method = self.method()
+            method.prepare_prompts(self.model, [task.prompt for task in tasks])
             before = self.model.row_passes  # what images share is no cost of theirs
-            generated, notes = self._sample(tasks)
+            generated, notes = self._sample(method, tasks)
         except NotFiniteError as error:
             # It does not say which images it is about.
             if len(tasks) > 1:
                 return [record for task in tasks for record in self._generate([task])]
-            return [_failed(tasks[0], str(error), self.model.row_passes - before)]
-        each = round((self.model.row_passes - before) / len(tasks), 2)
+            return [_record(tasks[0], self.model.row_passes - before, failed=str(error))]
+        passes = round((self.model.row_passes - before) / len(tasks), 2)
         records = []
         for row, (task, image, reason) in enumerate(zip(tasks, *generated, strict=True)):
-            record = _failed(task, reason, each) if reason else self._save(task, image, each)
-            records.append({**record, **({"notes": dict(notes[row])} if notes else {})})
+            result = {"failed": reason} if reason else {"image": self._save(task, image)}
+            records.append(_record(task, passes, **result, notes=dict(notes[row]) if notes else None))
         return records
 
-    def _sample(self, tasks: Sequence[ImageTask]) -> tuple[Generated, Sequence[Mapping[str, Any]]]:
+    def _sample(self, method: Method, tasks: Sequence[ImageTask]) -> tuple[Generated, Sequence[Mapping[str, Any]]]:
         """The images of a batch, and what the method notes of each."""
         prompts = tuple(t.prompt for t in tasks)
         seeds = tuple(seeds_of(t.prompt, "generate", [t.seed])[0] for t in tasks)
         neurons = tuple(self.neurons[p.id] for p in prompts)
         text = self.model.encode([p.text for p in prompts])
         batch = Batch(prompts, text, self.model.latents(seeds), seeds, neurons)
-        with self.method.apply(self.model, batch) as changed:
+        with method.apply(self.model, batch) as changed:
             return changed.generate_checked(self.model), changed.notes
 
-    def _save(self, task: ImageTask, image: Tensor, passes: float) -> Record:
-        return {
-            "id": task.id,
-            "prompt": task.prompt.id,
-            "seed": task.seed,
-            "image": self.store.save_image(f"images/{file_name(task.prompt)}_{task.seed:02d}.png", to_image(image)),
-            "cost": {"row_passes": passes},
-        }
+    def _save(self, task: ImageTask, image: Tensor) -> str:
+        return self.store.save_image(f"images/{file_name(task.prompt)}_{task.seed:02d}.png", to_image(image))
 
 
-def _failed(task: ImageTask, reason: str, passes: float = 0) -> Record:
-    """The record of an image that there is none of."""
-    return {
-        "id": task.id,
-        "prompt": task.prompt.id,
-        "seed": task.seed,
-        "failed": reason,
-        "cost": {"row_passes": passes},
-    }
+def _record(task: ImageTask, passes: float, **result: Any) -> ImageRecord:
+    cost = Cost(row_passes=passes)
+    return ImageRecord(id=task.id, prompt=task.prompt.id, seed=task.seed, cost=cost, **result)

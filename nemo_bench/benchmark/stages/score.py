@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nemo_bench.benchmark.stages.base import CHUNK, Stage, file_name
 from nemo_bench.benchmark.stages.features import save_features, set_spaces
 from nemo_bench.errors import StoreError
 from nemo_bench.metrics import BenchMetric, ImageSpace, Network, OpenClip, SetMetric
-from nemo_bench.prompts import PromptTask
-from nemo_bench.records.data import Record
-from nemo_bench.records.io import digest
+from nemo_bench.prompts.data import PromptTask
+from nemo_bench.records.data import Neurons
+from nemo_bench.records.io import batched, digest
 from nemo_bench.records.pictures import open_image
+from nemo_bench.records.schema import ImageRecord, ScoreRecord
 from nemo_bench.records.store import Store
 
 
@@ -28,10 +30,10 @@ class PromptSample:
 
     Args:
         task: The prompt to be scored.
-        records: Id and seed of its images, by seed.
+        images: Records of its images, by seed.
         files: Its pictures: ``images``, none where all failed; ``references`` and ``unmitigated`` as far as they are
             needed and there are images.
-        localization: Its localization record, or None.
+        values: ``localization``, its :class:`Neurons`, and ``memorization``, its score, where there are any.
         paired: Which of its images there are unmitigated ones of, in the order of those.
         size: Width and height that pictures are compared in; None for those of the first image.
     """
@@ -39,13 +41,16 @@ class PromptSample:
     def __init__(
         self,
         task: PromptTask,
-        records: Sequence[Record],
+        images: Sequence[ImageRecord],
         files: Mapping[str, Sequence[Path]],
-        localization: Record | None = None,
+        values: Mapping[str, Any],
         paired: Sequence[int] = (),
         size: tuple[int, int] | None = None,
     ) -> None:
-        self.task, self.records, self.localization, self.paired = task, records, localization, list(paired)
+        self.task = task
+        self.images = images
+        self.values = values
+        self.paired = list(paired)
         self.pictures = {name: [open_image(path) for path in paths] for name, paths in files.items() if paths}
         self.seen: dict[tuple[str, Hashable], Tensor] = {}
         self.truncated = False
@@ -58,12 +63,12 @@ class PromptSample:
 
     def has(self, field: str) -> bool:
         """Whether there is anything of the kind."""
-        return field in self.pictures or field == "text" or (field == "localization" and self.localization is not None)
+        return field == "text" or field in self.pictures or field in self.values
 
     def field(self, field: str, space: ImageSpace, device: torch.device) -> Any:
         """See :class:`BenchMetric` for the fields."""
-        if field == "localization":
-            return self.localization
+        if field in self.values:
+            return self.values[field]
         key = (field, space.view)
         if key not in self.seen:
             if field == "text":
@@ -81,8 +86,9 @@ class SampleReader:
     Args:
         metrics: Metrics; what none of them needs is not read.
         folder: Where the files in ``images`` are.
-        images: Generation records, with ``image`` a path in the folder or an absolute one.
-        localizations: Localization records by prompt id.
+        images: Records of images.
+        neurons: Localized neurons by prompt id.
+        memorization: Memorization scores by prompt id.
         unmitigated: Files of the images without mitigation by id of the image's record.
         digests: SHA-256 that an image may have, by its path in the records; of others nothing is known.
     """
@@ -91,47 +97,49 @@ class SampleReader:
         self,
         metrics: Iterable[BenchMetric],
         folder: Path,
-        images: Iterable[Record],
-        localizations: Mapping[str, Record] | None = None,
+        images: Iterable[ImageRecord],
+        neurons: Mapping[str, Neurons] | None = None,
+        memorization: Mapping[str, float] | None = None,
         unmitigated: Mapping[str, Path] | None = None,
         digests: Mapping[str, Collection[str]] | None = None,
     ) -> None:
-        self.folder, self.localizations, self.unmitigated = folder, localizations or {}, unmitigated or {}
+        self.folder = folder
+        self.values: dict[str, Mapping[str, Any]] = {"localization": neurons or {}, "memorization": memorization or {}}
+        self.unmitigated = unmitigated or {}
         self.needed = {field for metric in metrics for field in metric.needs}
         self.digests = digests or {}
         self.sizes: Counter[tuple[int, int]] = Counter()
-        # No more than this is kept of the records: there may be very many.
-        self.images: dict[str, list[tuple[int, str, str]]] = {}
+        self.images: dict[str, list[ImageRecord]] = {}
         for record in images:
-            if "image" in record:
-                found = self.images.setdefault(record["prompt"], [])
-                found.append((record["seed"], record["id"], record["image"]))
-            if "size" in record:
-                self.sizes[tuple(record["size"])] += 1
+            if record.image:
+                self.images.setdefault(record.prompt, []).append(record)
+            if record.size:
+                self.sizes[record.size] += 1
 
     def __call__(self, tasks: Sequence[PromptTask]) -> list[PromptSample] | StoreError:
-        """The scenes of some prompts, or why a picture can't be read.
+        """The samples of some prompts, or why a picture can't be read.
 
         Raised in a process of the loader, an error would arrive with that process's traceback for its message.
         """
         try:
-            return [self._scene(task) for task in tasks]
+            return [self._sample(task) for task in tasks]
         except StoreError as error:
             return error
 
-    def _scene(self, task: PromptTask) -> PromptSample:
-        images = sorted(self.images.get(task.prompt.id, ()))
-        for _, _, image in images:
-            self._check(image)
-        files: dict[str, Sequence[Path]] = {"images": [self.folder / image for _, _, image in images]}
-        paired = [row for row, (_, name, _) in enumerate(images) if name in self.unmitigated]
+    def _sample(self, task: PromptTask) -> PromptSample:
+        name = task.prompt.id
+        images = sorted(self.images.get(name, ()), key=lambda record: record.seed)
+        for record in images:
+            self._check(str(record.image))
+        files: dict[str, Sequence[Path]] = {"images": [self.folder / str(record.image) for record in images]}
+        paired = [row for row, record in enumerate(images) if record.id in self.unmitigated]
         if "references" in self.needed and images:
             files["references"] = task.prompt.references
         if "unmitigated" in self.needed:
-            files["unmitigated"] = [self.unmitigated[images[row][1]] for row in paired]
-        records = [{"id": name, "seed": seed} for seed, name, _ in images]
+            files["unmitigated"] = [self.unmitigated[images[row].id] for row in paired]
+        values = {field: by_prompt[name] for field, by_prompt in self.values.items() if name in by_prompt}
         size = self.sizes.most_common(1)[0][0] if self.sizes else None
-        return PromptSample(task, records, files, self.localizations.get(task.prompt.id), paired, size)
+        return PromptSample(task, images, files, values, paired, size)
 
     def _check(self, image: str) -> None:
         """Makes sure that an image is the one that was recorded: read before it is decoded, it costs next to nothing.
@@ -151,7 +159,7 @@ class SampleReader:
             raise StoreError(f"{msg}; delete it, and the command that made it makes it again")
 
 
-class ScoringStage(Stage):
+class ScoringStage(Stage[ScoreRecord]):
     """Scores the images of each prompt with every metric, and keeps the features that metrics of whole sets need.
 
     It takes what :class:`SampleReader` reads.
@@ -163,19 +171,15 @@ class ScoringStage(Stage):
     """
 
     def __init__(self, metrics: Mapping[str, BenchMetric], store: Store, pool: Sequence[Path] = ()) -> None:
-        super().__init__(store, "score")
+        super().__init__(store, ScoreRecord)
         self.metrics = {name: metric for name, metric in metrics.items() if metric.per != "set"}
         self.set_spaces = set_spaces(metrics.values())
         self.whole_sets = {n: digest(m.space.fingerprint()) for n, m in metrics.items() if isinstance(m, SetMetric)}
         self._pool_files = tuple(pool)
         self._pools: dict[tuple[Hashable, tuple[int, int]], Tensor] = {}
 
-    def handle(self, tasks: Sequence[PromptSample] | StoreError) -> list[Record]:
-        """Scores the images of each prompt.
-
-        Raises:
-            StoreError: A picture could not be read.
-        """
+    @override
+    def handle(self, tasks: Sequence[PromptSample] | StoreError) -> list[ScoreRecord]:
         if isinstance(tasks, StoreError):
             raise tasks
         wanted = {(field, metric.space) for metric in self.metrics.values() for field in metric.needs}
@@ -183,42 +187,42 @@ class ScoringStage(Stage):
         for field, space in wanted:
             if isinstance(space, Network) and field in ("images", "references", "unmitigated"):
                 embed_together(tasks, field, space, self.device)
-        return [line for scene in tasks for line in self._score(scene)]
+        return [line for sample in tasks for line in self._score(sample)]
 
-    def _score(self, scene: PromptSample) -> list[Record]:
-        prompt = scene.task.prompt
+    def _score(self, sample: PromptSample) -> list[ScoreRecord]:
+        prompt = sample.task.prompt
         of_prompt: dict[str, float] = {}
-        of_images: list[dict[str, float]] = [{} for _ in scene.records]
+        of_images: list[dict[str, float]] = [{} for _ in sample.images]
         for name, metric in self.metrics.items():
-            if not all(scene.has(field) or (field == "pool" and self._pool_files) for field in metric.needs):
+            if not all(sample.has(field) or (field == "pool" and self._pool_files) for field in metric.needs):
                 continue
-            values = self._values(metric, scene)
+            values = self._values(metric, sample)
             if metric.per == "image":
                 for row, value in values.items():
                     of_images[row][name] = round(value, 6)
             elif values:
                 of_prompt[name] = round(values[0], 6)
-        whole: Record = {"id": scene.task.id, "prompt": prompt.id, "seed": None}
+        whole: dict[str, Any] = {}
         if any("text" in metric.needs for metric in self.metrics.values()):
-            whole["truncated"] = scene.truncated
-        if self.set_spaces and scene.records:
+            whole["truncated"] = sample.truncated
+        if self.set_spaces and sample.images:
             whole["file"] = f"features/{file_name(prompt)}.safetensors"
-            features = {name: scene.field("images", space, self.device) for name, space in self.set_spaces.items()}
+            features = {name: sample.field("images", space, self.device) for name, space in self.set_spaces.items()}
             save_features(self.store.folder / whole["file"], features)
             finite = {name: bool(values.isfinite().all()) for name, values in features.items()}
             of_prompt |= {name: math.nan for name, space in self.whole_sets.items() if not finite[space]}
-        lines = [
-            {"id": record["id"], "prompt": prompt.id, "seed": record["seed"], **_finite_scores(scores)}
-            for record, scores in zip(scene.records, of_images, strict=True)
+        records = [
+            ScoreRecord(id=image.id, prompt=prompt.id, seed=image.seed, **_finite_scores(scores))
+            for image, scores in zip(sample.images, of_images, strict=True)
         ]
-        return [*lines, {**whole, **_finite_scores(of_prompt)}]
+        return [*records, ScoreRecord(id=sample.task.id, prompt=prompt.id, **whole, **_finite_scores(of_prompt))]
 
-    def _values(self, metric: BenchMetric, scene: PromptSample) -> dict[int, float]:
+    def _values(self, metric: BenchMetric, sample: PromptSample) -> dict[int, float]:
         """A metric's values by number of the image, nan for images that can't be compared; one of a prompt as 0."""
-        fields = {field: self._field(field, metric.space, scene) for field in metric.needs}
-        rows = scene.paired if "unmitigated" in fields else list(range(len(scene.records)))
+        fields = {field: self._field(field, metric.space, sample) for field in metric.needs}
+        rows = sample.paired if "unmitigated" in fields else list(range(len(sample.images)))
         compared = [field for field in ("images", "unmitigated") if field in fields]
-        if compared and len(rows) < len(scene.records):
+        if compared and len(rows) < len(sample.images):
             fields["images"] = fields["images"][rows]
         finite = [all(one) for one in zip(*(_finite_rows(fields[field]) for field in compared), strict=True)]
         if not all(finite):
@@ -232,13 +236,13 @@ class ScoringStage(Stage):
         kept = [row for row, is_finite in zip(rows, finite, strict=True) if is_finite]
         return dict.fromkeys(rows, math.nan) | dict(zip(kept, values, strict=True)) if values else {}
 
-    def _field(self, field: str, space: ImageSpace, scene: PromptSample) -> Any:
+    def _field(self, field: str, space: ImageSpace, sample: PromptSample) -> Any:
         if field != "pool":
-            return scene.field(field, space, self.device)
-        key = (space.view, scene.size)
+            return sample.field(field, space, self.device)
+        key = (space.view, sample.size)
         if key not in self._pools:
-            parts = [self._pool_files[i : i + CHUNK] for i in range(0, len(self._pool_files), CHUNK)]
-            seen = (space.embed([open_image(path) for path in part], scene.size, self.device) for part in parts)
+            parts = batched(self._pool_files, CHUNK)
+            seen = (space.embed([open_image(path) for path in part], sample.size, self.device) for part in parts)
             self._pools[key] = torch.cat(list(seen))
         return self._pools[key]
 
@@ -248,18 +252,18 @@ def _finite_rows(embedded: Tensor) -> list[bool]:
     return embedded.isfinite().flatten(1).all(1).tolist()
 
 
-def _finite_scores(scores: Mapping[str, float]) -> Record:
+def _finite_scores(scores: Mapping[str, float]) -> dict[str, Any]:
     """Scores by metric as they are recorded: those that are not finite under ``failed``, with the reason."""
     failed = {name: f"the score is {value}" for name, value in scores.items() if not math.isfinite(value)}
     finite = {name: value for name, value in scores.items() if name not in failed}
-    return {"scores": finite, **({"failed": failed} if failed else {})}
+    return {"scores": finite, "failed": failed or None}
 
 
-def embed_together(scenes: Sequence[PromptSample], field: str, space: Network, device: torch.device) -> None:
+def embed_together(samples: Sequence[PromptSample], field: str, space: Network, device: torch.device) -> None:
     """Embeds the pictures of some prompts at once; networks are slow on few."""
-    having = [scene for scene in scenes if scene.has(field)]
+    having = [sample for sample in samples if sample.has(field)]
     if having:
-        pictures = [picture for scene in having for picture in scene.pictures[field]]
+        pictures = [picture for sample in having for picture in sample.pictures[field]]
         vectors = space.embed(pictures, having[0].size, device)
-        for scene, part in zip(having, vectors.split([len(scene.pictures[field]) for scene in having]), strict=True):
-            scene.seen[field, space.view] = part
+        for sample, part in zip(having, vectors.split([len(sample.pictures[field]) for sample in having]), strict=True):
+            sample.seen[field, space.view] = part
