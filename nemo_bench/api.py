@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from nemo_bench.benchmark.dry_run import check_needs
-from nemo_bench.benchmark.plan import plan, read_files, read_listed
+from nemo_bench.benchmark.plan import Planner, read_files, read_listed
 from nemo_bench.benchmark.run import run as run_cells
 from nemo_bench.benchmark.runner import load_model
 from nemo_bench.config import grid, quoted
@@ -13,8 +13,8 @@ from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError
 from nemo_bench.prompts.datasets import DatasetPlace
 from nemo_bench.prompts.readers import READERS
-from nemo_bench.records.data import Prompt, Record
-from nemo_bench.report import load_results
+from nemo_bench.records.data import Prompt
+from nemo_bench.records.results import load_results
 
 
 def load(model: str = "planted", *overrides: str) -> Diffusion:
@@ -84,12 +84,13 @@ def run(*overrides: str, conf: Path | str | None = None, progress: bool = False)
     """
     if not all(isinstance(word, str) for word in overrides):
         raise ConfigError(f"run{overrides}: expected words, each by itself, such as 'seeds=8'")
-    choices = grid(overrides, Path(conf) if conf else None)
-    check_needs(choices)
-    return run_cells(plan(choices), f"nemo_bench.run({', '.join(map(repr, overrides))})", progress=progress)
+    planner = Planner()
+    cells = planner.plan(grid(overrides, Path(conf) if conf else None))
+    planner.check()
+    return run_cells(cells, f"nemo_bench.run({', '.join(map(repr, overrides))})", progress=progress)
 
 
-def read_scores(folder: Path | str) -> list[Record]:
+def read_scores(folder: Path | str) -> list[dict[str, Any]]:
     """All scores of a run as rows, for a data frame.
 
     Args:
@@ -102,7 +103,7 @@ def read_scores(folder: Path | str) -> list[Record]:
     Raises:
         StoreError: The folder holds no finished run.
     """
-    rows: list[Record] = []
+    rows: list[dict[str, Any]] = []
     for cell in load_results(folder).cells:
         own = {"cell": cell.name, "label": cell.label, "model": cell.model, "method": cell.method}
         for prompt in cell.prompts:

@@ -234,22 +234,30 @@ def _run(options: argparse.Namespace) -> None:
     if options.dry_run:
         _dry_run(choices, options.json)
         return
-    from nemo_bench.benchmark.dry_run import check_needs
-    from nemo_bench.benchmark.plan import plan
-    from nemo_bench.benchmark.run import check_made, outlook, run
-    from nemo_bench.benchmark.runner import is_main
+    from nemo_bench.benchmark.pending import check_images, is_complete, pending_work, track_cells
+    from nemo_bench.benchmark.plan import Planner
+    from nemo_bench.benchmark.processes import is_main
+    from nemo_bench.records.results import load_results
 
-    check_needs(choices)
-    cells = plan(choices)
+    planner = Planner()
+    cells = planner.plan(choices)
+    planner.check()
     start = time.perf_counter()
-    open_before = sum(sum(row["pending"].values()) for row in outlook(cells))
     say = _aside if options.json else print
-    folder = run(cells, options.line, say=say, progress=not options.json)
+    folder = cells[0].store.folder.parent
+    pending = sum(sum(work.records.values()) for work in pending_work(cells))
+    if is_complete(cells):
+        if is_main():
+            track_cells(load_results(folder), cells, say)
+    else:
+        from nemo_bench.benchmark.run import run  # with it Lightning loads
+
+        run(cells, options.line, say=say, progress=not options.json)
     if is_main():
-        done = "everything was done already" if not open_before else f"{open_before} records computed"
+        done = f"{pending} records computed" if pending else "everything was done already"
         _show(folder, f"{done}, {time.perf_counter() - start:.0f} s", as_json=options.json)
         _warn_of_limits(choices)
-    check_made(cells)
+    check_images(cells)
 
 
 def _detect(options: argparse.Namespace) -> None:
@@ -260,7 +268,7 @@ def _detect(options: argparse.Namespace) -> None:
         _print_settings(choices, options.json)
         return
     from nemo_bench.benchmark import detect as detection
-    from nemo_bench.benchmark.runner import is_main
+    from nemo_bench.benchmark.processes import is_main
     from nemo_bench.report.detection import load_detections, terminal_detection
     from nemo_bench.report.terminal import show
 
@@ -274,7 +282,7 @@ def _detect(options: argparse.Namespace) -> None:
         show(*terminal_detection(load_detections(folder)))
         for cell in cells:
             for found in cell.config.families:
-                print(f"{cell.spec['detector']} on {cell.spec['model']}, settings {found}")
+                print(f"{cell.spec.detector} on {cell.spec.model}, settings {found}")
         done = "everything was done already" if is_done else "done"
         print(f"{done}, {time.perf_counter() - start:.0f} s\nreport:  {folder / 'detection.html'}\nrecords: {folder}")
     detection.check_scored(cells)
@@ -301,7 +309,8 @@ def _aside(line: str) -> None:
 
 def _show(folder: Path, done: str, *, as_json: bool) -> None:
     """The table of a run, and where to look further."""
-    from nemo_bench.report import load_results, terminal_table
+    from nemo_bench.records.results import load_results
+    from nemo_bench.report import terminal_table
     from nemo_bench.report.terminal import show
 
     if as_json:
@@ -354,16 +363,17 @@ def _print_forecast(expected: Mapping[str, Any]) -> None:
         console.print(f"{counted(expected['uncounted'], 'cell')} can't be counted before the files are there")
     if not rows:
         return
-    titles = ("open records", "localize", "generate", "score", "UNet passes", "time")
+    stages = ("localize", "memorization", "generate", "score")
+    titles = ("pending records", *stages, "UNet passes", "time")
     table = Table(*(Column(title, no_wrap=True) for title in titles))
     for row in rows:
-        counts = [str(row["pending"].get(stage, "-")) for stage in ("localize", "generate", "score")]
+        counts = [str(row["pending"].get(stage, "-")) for stage in stages]
         least = "≥ " if row["at_least"] else ""
         table.add_row(row["cell"], *counts, f"{least}{sum(row['passes'].values()):,}", _duration(row["seconds"], least))
     show(table)
     least, passes = ("≥ " if total["at_least"] else ""), total["passes"]
-    stages = ", ".join(f"{least * (s == 'localize')}{count:,} to {s}" for s, count in passes.items())
-    console.print(f"UNet passes of one sample: {stages}")
+    counts = [f"{least * (stage == 'localize')}{count:,} to {stage}" for stage, count in passes.items()]
+    console.print(f"UNet passes of one sample: {', '.join(counts)}")
     if least:
         console.print("≥: what a search takes depends on the prompt; no record of this model tells yet, so the least")
     for model, pace in expected["pace"].items():
@@ -404,33 +414,34 @@ def _calibrate(options: argparse.Namespace) -> None:
         _print_settings(choices, options.json)
         return
     from nemo_bench.benchmark.calibrate import calibrate
-    from nemo_bench.benchmark.dry_run import check_needs
-    from nemo_bench.benchmark.plan import plan
-    from nemo_bench.benchmark.runner import is_main
+    from nemo_bench.benchmark.plan import Planner
+    from nemo_bench.benchmark.processes import is_main
 
-    check_needs([replace(choice, settings=replace(choice.settings, metrics={})) for choice in choices])
-    rows = calibrate(plan(choices), progress=not options.json)
+    planner = Planner()
+    cells = planner.plan([replace(choice, settings=replace(choice.settings, metrics={})) for choice in choices])
+    planner.check()
+    results = calibrate(cells, progress=not options.json)
     if not is_main():
         return
     if options.json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps([result.model_dump() for result in results], indent=2))
         return
-    for row in rows:
-        failed = f", {row['failed']} more failed" if row["failed"] else ""
-        print(f"{row['model']}: threshold {row['threshold']:.4f}, {row['prompts']} general prompts{failed}")
-        if row["general_prompts"]:
-            print(f"general prompts: {row['general_prompts']}")
-        if row["mean"] is not None:
-            print(f"pairwise scores: {row['mean']:.4f} ± {row['std']:.4f}")
-            for gate, about in (("pairs", row), ("maxima", row["maxima"])):
-                share = about["passed_gate"] / row["prompts"]
+    for result in results:
+        failed = f", {result.failed} more failed" if result.failed else ""
+        print(f"{result.model}: threshold {result.threshold:.4f}, {result.prompts} general prompts{failed}")
+        if result.general_prompts:
+            print(f"general prompts: {result.general_prompts}")
+        if result.mean is not None:
+            print(f"pairwise scores: {result.mean:.4f} ± {result.std:.4f}")
+            for name, gate in (("pairs", result), ("maxima", result.maxima)):
+                passed = gate.passed_gate or 0
                 print(
-                    f"gate={gate}: above {about['threshold']:.4f} are {about['passed_gate']} of these "
-                    f"{row['prompts']} prompts ({share:.0%}), though none is memorized"
+                    f"gate={name}: above {gate.threshold:.4f} are {passed} of these {result.prompts} prompts "
+                    f"({passed / result.prompts:.0%}), though none is memorized"
                 )
-        print(f"statistics: {row['statistics']}")
-        if row["folder"]:
-            print(f"records: {row['folder']}")
+        print(f"statistics: {result.statistics}")
+        if result.folder:
+            print(f"records: {result.folder}")
 
 
 def _ls(options: argparse.Namespace) -> None:
@@ -462,8 +473,9 @@ def _ls(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from nemo_bench.records.results import load_results
     from nemo_bench.records.store import read_run
-    from nemo_bench.report import load_results, terminal_table, write_report
+    from nemo_bench.report import terminal_table, write_report
     from nemo_bench.report.detection import load_detections, terminal_detection, write_detection
     from nemo_bench.report.terminal import show
 
@@ -472,18 +484,19 @@ def _report(options: argparse.Namespace) -> None:
         page = write_detection(folder)
         show(*terminal_detection(load_detections(folder)))
         print(page)
-        if not read_run(folder)["cells"]:
+        if not read_run(folder).cells:
             return
-    write_report(folder)
-    show(terminal_table(load_results(folder)))
+    results = load_results(folder)
+    write_report(results)
+    show(terminal_table(results))
     print(folder / "report.html")
 
 
 def _track(options: argparse.Namespace) -> None:
     from nemo_bench.config import logger_settings
-    from nemo_bench.tracking import track
+    from nemo_bench.tracking import track_folder
 
-    track(options.folder, logger_settings(options.overrides), again=options.again)
+    track_folder(options.folder, logger_settings(options.overrides), again=options.again)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -494,9 +507,9 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
+    from nemo_bench.benchmark.pending import check_images
+    from nemo_bench.benchmark.processes import is_main
     from nemo_bench.benchmark.rescore import cells_of, score
-    from nemo_bench.benchmark.run import check_made
-    from nemo_bench.benchmark.runner import is_main
 
     start = time.perf_counter()
     say, progress = (_aside, False) if options.json else (print, True)
@@ -506,13 +519,14 @@ def _score(options: argparse.Namespace) -> None:
     folder = score(cells, options.line, say, progress=progress)
     if is_main():
         _show(folder, f"{time.perf_counter() - start:.0f} s", as_json=options.json)
-    check_made(cells)
+    check_images(cells)
 
 
 def _audit(options: argparse.Namespace) -> None:
     from nemo_bench.benchmark.audit import audit, cells_of
-    from nemo_bench.benchmark.runner import is_main
-    from nemo_bench.report.audit import load_audits, terminal_audits
+    from nemo_bench.benchmark.processes import is_main
+    from nemo_bench.records.results import load_results
+    from nemo_bench.report.audit import audits_of, terminal_audits
     from nemo_bench.report.terminal import show
 
     start = time.perf_counter()
@@ -521,7 +535,7 @@ def _audit(options: argparse.Namespace) -> None:
     folder = audit(cells, options.line, progress=not options.json)
     if not is_main():
         return
-    audits = load_audits(folder)
+    audits = audits_of(load_results(folder))
     if options.json:
         print(json.dumps([{"cell": found.cell, **found.content} for found in audits], indent=2))
         return

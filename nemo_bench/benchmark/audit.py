@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_bench.benchmark.embedding_search import UNCHANGED
+from nemo_bench.benchmark.pending import localized_neurons
 from nemo_bench.benchmark.plan import Cell, identity_settings, metrics_of, read_files, source_of
+from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.rescore import reread
 from nemo_bench.benchmark.run import write_pages
-from nemo_bench.benchmark.runner import Runner, is_main, localized_neurons
+from nemo_bench.benchmark.runner import Runner
 from nemo_bench.benchmark.stages.audit import STATES, AuditScoringStage, AuditSettings, AuditStage, Search, SheetTask
 from nemo_bench.config import SCORING, build, check_stored, named_classes, overridden, rows_at_once
 from nemo_bench.diffusion import GRADIENT_MEMORY

@@ -9,9 +9,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from nemo_bench.benchmark.pending import mostly_failed, prompt_tasks
 from nemo_bench.benchmark.plan import Cell, check_same, check_scheduler, read_listed, similarity_of, source_of
+from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.run import write_pages
-from nemo_bench.benchmark.runner import Runner, is_main, mostly_failed, note_start, open_folder, prompt_tasks
+from nemo_bench.benchmark.runner import Runner, note_start, open_folder
 from nemo_bench.benchmark.stages.detect import DetectionStage, pending_tasks
 from nemo_bench.config import CellConfig, build
 from nemo_bench.detectors import Detector, NoiseDifference

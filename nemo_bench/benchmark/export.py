@@ -9,9 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from nemo_bench.benchmark.runner import (
-    load_model,
-)
+from nemo_bench.benchmark.runner import load_model
 from nemo_bench.config import ModelSettings, SimilaritySettings
 from nemo_bench.diffusion import Diffusion, folder_digest
 from nemo_bench.errors import ConfigError, StoreError, counted, did_you_mean

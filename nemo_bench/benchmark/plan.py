@@ -355,7 +355,7 @@ class Planner:
             "prompts": prompts_digest(calibration_prompts),
             "protocol": next((m.protocol.of_threshold for m in methods if m.needs_calibration), None),
         }
-        uses_calibration = any(m.needs_calibration for m in lineage)
+        uses_calibration = any(m.needs_calibration for m in methods)
         identity: dict[str, Any] = {
             "model": {**network, "steps": model.steps, "guidance": model.guidance},
             "method": identity_settings(settings.method, method, prompts),

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Mapping
-
-from lightning.fabric.plugins.environments.lsf import LSFEnvironment
-from lightning.fabric.plugins.environments.mpi import MPIEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from torch.distributed import is_torchelastic_launched
 
 from nemo_bench.errors import ConfigError
 
@@ -19,6 +15,16 @@ STARTER = "NEMO_BENCH_STARTER"
 PATIENCE = 5.0
 """Seconds that a launcher may take to answer."""
 _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+def is_main() -> bool:
+    """Whether this process is rank 0; known before Lightning starts the others."""
+    if "lightning" in sys.modules:  # and so knows better, once there is a trainer
+        from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+        return bool(getattr(rank_zero_only, "rank", 0) == 0)
+    ranks = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+    return next((os.environ[name] for name in ranks if name in os.environ), "0") == "0"
 
 
 def together(devices: int | None, nodes: int) -> tuple[int, int]:
@@ -31,6 +37,12 @@ def together(devices: int | None, nodes: int) -> tuple[int, int]:
     Raises:
         ConfigError: Ranks are left over from a job that is over, or are others than were asked for.
     """
+    # Lightning takes seconds to import.
+    from lightning.fabric.plugins.environments.lsf import LSFEnvironment
+    from lightning.fabric.plugins.environments.mpi import MPIEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from torch.distributed import is_torchelastic_launched
+
     environment = os.environ
     if environment.get(STARTER) in (str(os.getpid()), str(os.getppid())):
         return devices or 1, nodes

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bench.benchmark.plan import Cell, check_metrics, find_unmitigated, read_listed
+from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.run import finish, renew_scores, report_damaged
-from nemo_bench.benchmark.runner import Runner, is_main, note_start, open_folder
+from nemo_bench.benchmark.runner import Runner, note_start, open_folder
 from nemo_bench.config import CellConfig, about_method, one, rescore
 from nemo_bench.errors import ConfigError, StoreError, counted
 from nemo_bench.prompts import check_references

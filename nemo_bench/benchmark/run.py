@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_bench.benchmark.plan import Cell, metrics_of, with_sources
-from nemo_bench.benchmark.runner import (
+from nemo_bench.benchmark.pending import (
+    SCORING_FILE,
     SETS_FILE,
-    Runner,
-    is_main,
-    mostly_failed,
-    note_start,
-    open_folder,
+    has_stale_scores,
     read_by_prompt,
     scored_tasks,
+    scoring_of,
     tasks_of,
+    track_cells,
 )
+from nemo_bench.benchmark.plan import Cell, metrics_of, with_sources
+from nemo_bench.benchmark.processes import is_main
+from nemo_bench.benchmark.runner import Runner, note_start, open_folder
 from nemo_bench.benchmark.summary import summarize
-from nemo_bench.errors import ModelError, NemoBenchError
 from nemo_bench.localization.published import PublishedRow, by_position, published_text
-from nemo_bench.prompts import references_digest
-from nemo_bench.records.io import LAYERS, as_json, is_whole, read_file, write_json, write_text
+from nemo_bench.records.io import LAYERS, read_file, write_json, write_text
 from nemo_bench.records.pictures import unreadable
 from nemo_bench.records.results import Results, load_results
-from nemo_bench.records.schema import ImageRecord, LocalizationRecord, ScoreRecord, Scoring
+from nemo_bench.records.schema import LocalizationRecord, ScoreRecord
 from nemo_bench.records.store import Store
 from nemo_bench.report import write_report
 from nemo_bench.report.detection import write_detection
-from nemo_bench.tracking import sweep_trial, track
-
-_SCORING = "scoring.json"
+from nemo_bench.tracking import sweep_trial
 
 
 def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print, *, progress: bool = True) -> Path:
@@ -90,7 +85,7 @@ def report_damaged(cells: Sequence[Cell], say: Callable[[str], None]) -> None:
 
 def renew_scores(cells: Sequence[Cell]) -> None:
     """Downloads the weights of metrics that are pending; forgets scores that can't stay."""
-    stale = [cell for cell in cells if _has_stale_scores(cell)]
+    stale = [cell for cell in cells if has_stale_scores(cell)]
     for cell in cells:
         cell.store.recount(ScoreRecord, [task.id for task in scored_tasks(cell)])
         if cell in stale or not cell.store.is_done(ScoreRecord):
@@ -98,7 +93,7 @@ def renew_scores(cells: Sequence[Cell]) -> None:
                 metric.space.fetch()
     for cell in stale:
         _forget_scores(cell.store)
-        write_json(cell.store.folder / _SCORING, _scoring(cell))
+        write_json(cell.store.folder / SCORING_FILE, scoring_of(cell))
 
 
 def finish(cells: Sequence[Cell], runner: Runner, say: Callable[[str], None] = print) -> None:
@@ -118,10 +113,7 @@ def finish(cells: Sequence[Cell], runner: Runner, say: Callable[[str], None] = p
         # Another command of this name may have taken them off the list while they were not finished.
         open_folder(folder, cells)
         results = write_pages(folder)
-        try:
-            track(results, cells[0].config.settings.logger, cells=[cell.id for cell in cells], say=say)
-        except NemoBenchError as error:
-            say(str(error))
+        track_cells(results, cells, say)
 
 
 def write_pages(folder: Path) -> Results:
@@ -149,32 +141,6 @@ def _forget_scores(store: Store) -> None:
     (store.folder / SETS_FILE).unlink(missing_ok=True)
 
 
-def _scoring(cell: Cell) -> Scoring:
-    """What decides the scores of given images."""
-    nodes = cell.config.settings.metrics
-    metrics = metrics_of(cell)
-    is_paired = cell.unmitigated and any("unmitigated" in metric.needs for metric in metrics.values())
-    fingerprints = {name: {**nodes[name], **metric.fingerprint()} for name, metric in metrics.items()}
-    return Scoring(
-        metrics=json.loads(as_json(fingerprints)),  # as it will be read again
-        unmitigated=cell.unmitigated.folder.name if cell.unmitigated and is_paired else None,
-        references=references_digest(cell.prompts),
-    )
-
-
-def _has_stale_scores(cell: Cell) -> bool:
-    """Whether scores are of other metrics or reference images, or some of them were lost.
-
-    The scores of a prompt are written after those of its images, so no kill leaves the first without the others.
-    """
-    path = cell.store.folder / _SCORING
-    if not is_whole(path, Scoring) or read_file(path, Scoring) != _scoring(cell):
-        return True
-    scored = {(record.prompt, record.seed) for record in cell.store.records(ScoreRecord).values()}
-    images = [(r.prompt, r.seed) for r in cell.store.records(ImageRecord).values() if r.image]
-    return any((prompt, None) in scored and (prompt, seed) not in scored for prompt, seed in images)
-
-
 def _publish(cell: Cell) -> None:
     """Writes the neurons in the published form, beside the records; without prompts that failed."""
     if LocalizationRecord not in cell.stages:
@@ -191,52 +157,3 @@ def _publish(cell: Cell) -> None:
         url = next(iter(prompt.links), "")
         rows.append(PublishedRow(prompt.text, url, initial, result.initial_score, refined, result.refined_score))
     write_text(cell.store.folder / "neurons.csv", published_text(rows))
-
-
-def check_images(cells: Sequence[Cell]) -> None:
-    """Makes sure that most images of each cell are there, once everything else is done and written.
-
-    Raises:
-        ModelError: More than half of a cell's images failed; the reasons are named, and what may help.
-    """
-    if lines := mostly_failed([cell.store for cell in cells], ImageRecord, "images"):
-        hint = (
-            "half precision may overflow: try model.dtype=float32 or bfloat16; else the weights, the scheduler or the "
-            "method's settings are at fault. Failed images are recorded, and have no score"
-        )
-        raise ModelError("\n".join([*lines, hint]))
-
-
-@dataclass(frozen=True)
-class Pending:
-    """Work that is left of a cell.
-
-    Attributes:
-        cell: The cell.
-        records: Number of missing records by stage.
-        calibrated: Whether its calibration is there; None where it needs none.
-    """
-
-    cell: Cell
-    records: dict[str, int]
-    calibrated: bool | None
-
-
-def pending_work(cells: Sequence[Cell]) -> list[Pending]:
-    """Work that is left, without loading or writing anything.
-
-    Returns:
-        One entry a cell, and before them one for each source that was not asked for, of which the neurons alone count.
-    """
-    rows = []
-    for cell in with_sources(cells):
-        is_asked = cell in cells
-        kinds = [kind for kind in cell.stages if is_asked or kind is LocalizationRecord]
-        records = {
-            kind.stage: len(cell.store.pending_ids(kind, [task.id for task in tasks_of(cell, kind)])) for kind in kinds
-        }
-        if ScoreRecord.stage in records and _has_stale_scores(cell):
-            records[ScoreRecord.stage] = len(cell.prompts)
-        needs_calibration = cell.method is not None and cell.method.needs_calibration
-        rows.append(Pending(cell, records, cell.is_calibrated if needs_calibration else None))
-    return rows

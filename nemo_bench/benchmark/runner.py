@@ -10,8 +10,7 @@ import platform
 import secrets
 import subprocess
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -22,9 +21,18 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
+from nemo_bench.benchmark.pending import (
+    SETS_FILE,
+    image_tasks,
+    is_finished,
+    localized_neurons,
+    prompt_tasks,
+    read_by_prompt,
+    scored_tasks,
+    unmitigated_images,
+)
 from nemo_bench.benchmark.plan import (
     STATISTICS,
     THRESHOLD,
@@ -36,7 +44,7 @@ from nemo_bench.benchmark.plan import (
     similarity_of,
     source_of,
 )
-from nemo_bench.benchmark.processes import together
+from nemo_bench.benchmark.processes import is_main, together
 from nemo_bench.benchmark.stages.base import Chunk, Stage
 from nemo_bench.benchmark.stages.calibrate import CalibrationStage, StatisticsStage
 from nemo_bench.benchmark.stages.features import FeatureStage, read_features
@@ -59,8 +67,8 @@ from nemo_bench.localization import (
 )
 from nemo_bench.methods import Method, Setup
 from nemo_bench.metrics import BenchMetric, SetMetric
-from nemo_bench.prompts.data import ImageTask, PromptDataModule, PromptTask
-from nemo_bench.records.data import Neurons, Prompt
+from nemo_bench.prompts.data import PromptDataModule
+from nemo_bench.prompts.tasks import PromptTask
 from nemo_bench.records.io import LAYERS, SETS, digest, is_whole, read_file, write_json
 from nemo_bench.records.pictures import visible
 from nemo_bench.records.schema import (
@@ -83,14 +91,6 @@ from nemo_bench.records.statistics import GROUPS
 from nemo_bench.records.store import Store, read_record_set, read_run, write_prompts
 
 P = TypeVar("P", bound=PromptRecord)
-
-SETS_FILE = "sets.json"
-"""Scores of whole sets of images in a cell's folder, by group and metric."""
-
-
-def is_main() -> bool:
-    """Whether this process is rank 0; known before Lightning starts the others."""
-    return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
 def open_folder(folder: Path, cells: Sequence[Cell], *, instead: bool = False) -> None:
@@ -119,11 +119,6 @@ def open_folder(folder: Path, cells: Sequence[Cell], *, instead: bool = False) -
     listed = [name for name in present.cells if name in names or not instead or is_finished(folder / name)]
     listed += [name for name in names if name not in listed]
     write_json(path, present.model_copy(update={"name": folder.name, "cells": listed}))
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a cell was taken to its scores."""
-    return Store(folder).is_done(ScoreRecord) and (folder / "metrics.json").is_file()
 
 
 def note_start(cell: Cell, command: str, runner: Runner) -> None:
@@ -544,72 +539,6 @@ def load_model(settings: ModelSettings) -> Diffusion:
         similarity=similarity_of(settings),
         compiled=settings.compiled,
     )
-
-
-def mostly_failed(stores: Iterable[Store], kind: type[Record], what: str) -> list[str]:
-    """A line for each cell of which more than half of a stage's records failed.
-
-    Args:
-        stores: Folders of cells.
-        kind: Class of the records.
-        what: What they are of, such as ``images``.
-
-    Returns:
-        Cell, numbers, and the most frequent reason.
-    """
-    lines = []
-    for store in stores:
-        records = store.records(kind).values()
-        reasons = Counter(record.failed for record in records if record.failed)
-        if 2 * reasons.total() > len(records):
-            reason, count = reasons.most_common(1)[0]
-            of_them = "" if len(reasons) == 1 else f" ({count} of them)"
-            lines.append(f"{store.folder.name}: {reasons.total()} of {len(records)} {what} failed: {reason}{of_them}")
-    return lines
-
-
-def prompt_tasks(cell: Cell) -> list[PromptTask]:
-    """All prompts of a cell."""
-    return [PromptTask.from_prompt(prompt) for prompt in cell.prompts]
-
-
-def image_tasks(cell: Cell) -> list[ImageTask]:
-    """All images of a cell, prompt by prompt."""
-    seeds = range(cell.config.settings.seeds)
-    return [ImageTask.from_prompt(prompt, seed) for prompt in cell.prompts for seed in seeds]
-
-
-def scored_tasks(cell: Cell) -> list[PromptTask]:
-    """The prompts of a cell that have images."""
-    having = {record.prompt for record in cell.store.records(ImageRecord).values()}
-    return [task for task in prompt_tasks(cell) if task.prompt.id in having]
-
-
-def tasks_of(cell: Cell, kind: type[Record]) -> Sequence[PromptTask | ImageTask]:
-    """All tasks of a stage of a cell."""
-    return image_tasks(cell) if kind is ImageRecord else prompt_tasks(cell)
-
-
-def read_by_prompt(store: Store, kind: type[P]) -> dict[str, P]:
-    """The records of a stage by prompt id."""
-    return {record.prompt: record for record in store.records(kind).values()}
-
-
-def localized_neurons(store: Store, spec: Spec, prompts: Sequence[Prompt]) -> dict[str, Neurons]:
-    """Neurons by prompt id, without prompts that failed; none for every prompt where the method localizes nothing."""
-    if LocalizationRecord.stage not in spec.stages:
-        return {prompt.id: Neurons() for prompt in prompts}
-    records = store.records(LocalizationRecord).values()
-    return {record.prompt: Neurons(record.neurons) for record in records if record.neurons is not None}
-
-
-def unmitigated_images(cell: Cell) -> dict[str, Path]:
-    """Files of the images without mitigation by record id, none where no cell has them."""
-    if cell.unmitigated is None:
-        return {}
-    folder = cell.unmitigated.folder
-    records = cell.unmitigated.records(ImageRecord).values()
-    return {record.id: (folder / record.image).resolve() for record in records if record.image}
 
 
 def real_store(metric: SetMetric, cell: Cell) -> Store:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from nemo_bench.benchmark.pending import SETS_FILE, unmitigated_images
 from nemo_bench.benchmark.plan import Cell, metrics_of
-from nemo_bench.benchmark.runner import SETS_FILE, unmitigated_images
 from nemo_bench.metrics import BenchMetric, detection
 from nemo_bench.prompts import dead_references
 from nemo_bench.records.data import Prompt

@@ -1,6 +1,6 @@
 """Prompts: reading published and own lists, and sharing them out to the predict loops."""
 
-from nemo_bench.prompts.data import ImageTask, PromptDataModule, PromptTask, seeds_of
+from nemo_bench.prompts.data import PromptDataModule
 from nemo_bench.prompts.manifest import MANIFEST, read_manifest
 from nemo_bench.prompts.readers import (
     check_references,
@@ -10,6 +10,7 @@ from nemo_bench.prompts.readers import (
     read_rows,
     references_digest,
 )
+from nemo_bench.prompts.tasks import ImageTask, PromptTask, seeds_of
 from nemo_bench.records.data import prompts_digest
 
 __all__ = [

@@ -21,7 +21,7 @@ from nemo_bench.diffusion import Conditioning, Diffusion, file_digest
 from nemo_bench.errors import NotFiniteError
 from nemo_bench.methods import Batch, Method, NoMitigation
 from nemo_bench.metrics import BenchMetric
-from nemo_bench.prompts.data import seeds_of
+from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.data import Neurons, Prompt
 from nemo_bench.records.io import batched, digest, seed_of
 from nemo_bench.records.pictures import open_image

@@ -10,7 +10,7 @@ from typing_extensions import override
 from nemo_bench.benchmark.stages.base import Chunk, Stage
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.localization import ENCODED, PAPER, Protocol, activation_moments, pair_scores, save_moments
-from nemo_bench.prompts.data import PromptTask
+from nemo_bench.prompts.tasks import PromptTask
 from nemo_bench.records.io import batched
 from nemo_bench.records.schema import CalibrationRecord, Cost, StatisticsRecord
 from nemo_bench.records.store import Store

@@ -13,7 +13,7 @@ from nemo_bench.benchmark.plan import Cell
 from nemo_bench.benchmark.stages.base import file_name, to_image
 from nemo_bench.detectors import Detector, DetectorScore, watch
 from nemo_bench.diffusion import Diffusion
-from nemo_bench.prompts.data import PromptTask
+from nemo_bench.prompts.tasks import PromptTask
 from nemo_bench.records.schema import Cost, DetectionRecord
 from nemo_bench.records.store import Store
 

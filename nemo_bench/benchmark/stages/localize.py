@@ -11,7 +11,7 @@ from nemo_bench.benchmark.stages.base import Stage
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import NotFiniteError
 from nemo_bench.methods import Method
-from nemo_bench.prompts.data import PromptTask, seeds_of
+from nemo_bench.prompts.tasks import PromptTask, seeds_of
 from nemo_bench.records.schema import Cost, LocalizationRecord
 from nemo_bench.records.store import Store
 

@@ -16,7 +16,7 @@ from nemo_bench.diffusion.noise import require_finite
 from nemo_bench.errors import NotFiniteError
 from nemo_bench.localization import noise_differences, pair_similarities, pair_values
 from nemo_bench.methods import Batch, Method
-from nemo_bench.prompts.data import PromptTask, seeds_of
+from nemo_bench.prompts.tasks import PromptTask, seeds_of
 from nemo_bench.records.data import Neurons, Prompt
 from nemo_bench.records.io import batched
 from nemo_bench.records.schema import Cost, MemorizationRecord

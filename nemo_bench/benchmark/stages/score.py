@@ -17,7 +17,7 @@ from nemo_bench.benchmark.stages.base import CHUNK, Stage, file_name
 from nemo_bench.benchmark.stages.features import save_features, set_spaces
 from nemo_bench.errors import StoreError
 from nemo_bench.metrics import BenchMetric, ImageSpace, Network, OpenClip, SetMetric
-from nemo_bench.prompts.data import PromptTask
+from nemo_bench.prompts.tasks import PromptTask
 from nemo_bench.records.data import Neurons
 from nemo_bench.records.io import batched, digest
 from nemo_bench.records.pictures import open_image

@@ -1,0 +1,191 @@
+"""Tasks of a cell and what is left of them, found without loading a model or starting Lightning."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from nemo_bench.benchmark.plan import Cell, metrics_of, with_sources
+from nemo_bench.errors import ModelError, NemoBenchError
+from nemo_bench.prompts import references_digest
+from nemo_bench.prompts.tasks import ImageTask, PromptTask
+from nemo_bench.records.data import Neurons, Prompt
+from nemo_bench.records.io import as_json, is_whole, read_file
+from nemo_bench.records.results import Results
+from nemo_bench.records.schema import ImageRecord, LocalizationRecord, PromptRecord, Record, ScoreRecord, Scoring, Spec
+from nemo_bench.records.store import Store
+from nemo_bench.tracking import track
+
+P = TypeVar("P", bound=PromptRecord)
+
+SCORING_FILE = "scoring.json"
+SETS_FILE = "sets.json"
+
+
+def prompt_tasks(cell: Cell) -> list[PromptTask]:
+    """All prompts of a cell."""
+    return [PromptTask.from_prompt(prompt) for prompt in cell.prompts]
+
+
+def image_tasks(cell: Cell) -> list[ImageTask]:
+    """All images of a cell, prompt by prompt."""
+    seeds = range(cell.config.settings.seeds)
+    return [ImageTask.from_prompt(prompt, seed) for prompt in cell.prompts for seed in seeds]
+
+
+def scored_tasks(cell: Cell) -> list[PromptTask]:
+    """The prompts of a cell that have images."""
+    having = {record.prompt for record in cell.store.records(ImageRecord).values()}
+    return [task for task in prompt_tasks(cell) if task.prompt.id in having]
+
+
+def tasks_of(cell: Cell, kind: type[Record]) -> Sequence[PromptTask | ImageTask]:
+    """All tasks of a stage of a cell."""
+    return image_tasks(cell) if kind is ImageRecord else prompt_tasks(cell)
+
+
+def read_by_prompt(store: Store, kind: type[P]) -> dict[str, P]:
+    """The records of a stage by prompt id."""
+    return {record.prompt: record for record in store.records(kind).values()}
+
+
+def localized_neurons(store: Store, spec: Spec, prompts: Sequence[Prompt]) -> dict[str, Neurons]:
+    """Neurons by prompt id, without prompts that failed; none for every prompt where the method localizes nothing."""
+    if LocalizationRecord.stage not in spec.stages:
+        return {prompt.id: Neurons() for prompt in prompts}
+    records = store.records(LocalizationRecord).values()
+    return {record.prompt: Neurons(record.neurons) for record in records if record.neurons is not None}
+
+
+def unmitigated_images(cell: Cell) -> dict[str, Path]:
+    """Files of the images without mitigation by record id, none where no cell has them."""
+    if cell.unmitigated is None:
+        return {}
+    folder = cell.unmitigated.folder
+    records = cell.unmitigated.records(ImageRecord).values()
+    return {record.id: (folder / record.image).resolve() for record in records if record.image}
+
+
+def scoring_of(cell: Cell) -> Scoring:
+    """What decides the scores of given images."""
+    nodes = cell.config.settings.metrics
+    metrics = metrics_of(cell)
+    is_paired = cell.unmitigated and any("unmitigated" in metric.needs for metric in metrics.values())
+    fingerprints = {name: {**nodes[name], **metric.fingerprint()} for name, metric in metrics.items()}
+    return Scoring(
+        metrics=json.loads(as_json(fingerprints)),  # as it will be read again
+        unmitigated=cell.unmitigated.folder.name if cell.unmitigated and is_paired else None,
+        references=references_digest(cell.prompts),
+    )
+
+
+def has_stale_scores(cell: Cell) -> bool:
+    """Whether scores are of other metrics or reference images, or some of them were lost.
+
+    The scores of a prompt are written after those of its images, so no kill leaves the first without the others.
+    """
+    path = cell.store.folder / SCORING_FILE
+    if not is_whole(path, Scoring) or read_file(path, Scoring) != scoring_of(cell):
+        return True
+    scored = {(record.prompt, record.seed) for record in cell.store.records(ScoreRecord).values()}
+    images = [(r.prompt, r.seed) for r in cell.store.records(ImageRecord).values() if r.image]
+    return any((prompt, None) in scored and (prompt, seed) not in scored for prompt, seed in images)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a cell was taken to its scores."""
+    return Store(folder).is_done(ScoreRecord) and (folder / "metrics.json").is_file()
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Work that is left of a cell.
+
+    Attributes:
+        cell: The cell.
+        records: Number of missing records by stage.
+        calibrated: Whether its calibration is there; None where it needs none.
+    """
+
+    cell: Cell
+    records: dict[str, int]
+    calibrated: bool | None
+
+
+def pending_work(cells: Sequence[Cell]) -> list[Pending]:
+    """Work that is left, without loading or writing anything.
+
+    Returns:
+        One entry a cell, and before them one for each source that was not asked for, of which the neurons alone count.
+    """
+    rows = []
+    for cell in with_sources(cells):
+        is_asked = cell in cells
+        kinds = [kind for kind in cell.stages if is_asked or kind is LocalizationRecord]
+        records = {
+            kind.stage: len(cell.store.pending_ids(kind, [task.id for task in tasks_of(cell, kind)])) for kind in kinds
+        }
+        if ScoreRecord.stage in records and has_stale_scores(cell):
+            records[ScoreRecord.stage] = len(cell.prompts)
+        needs_calibration = cell.method is not None and cell.method.needs_calibration
+        rows.append(Pending(cell, records, cell.is_calibrated if needs_calibration else None))
+    return rows
+
+
+def is_complete(cells: Sequence[Cell]) -> bool:
+    """Whether a run has nothing to do: all records are there, and the report was written after the last of them."""
+    report = cells[0].store.folder.parent / "report.html"
+    tables = [cell.store.folder / "metrics.json" for cell in cells]
+    if not report.is_file() or not all(is_finished(cell.store.folder) for cell in cells):
+        return False
+    if report.stat().st_mtime_ns < max(table.stat().st_mtime_ns for table in tables):
+        return False
+    return not any(sum(work.records.values()) for work in pending_work(cells))
+
+
+def track_cells(results: Results, cells: Sequence[Cell], say: Callable[[str], None]) -> None:
+    """Logs finished cells of a run; a logger that fails costs a line, and the results nothing."""
+    try:
+        track(results, cells[0].config.settings.logger, cells=[cell.id for cell in cells], say=say)
+    except NemoBenchError as error:
+        say(str(error))
+
+
+def mostly_failed(stores: Iterable[Store], kind: type[Record], what: str) -> list[str]:
+    """A line for each cell of which more than half of a stage's records failed.
+
+    Args:
+        stores: Folders of cells.
+        kind: Class of the records.
+        what: What they are of, such as ``images``.
+
+    Returns:
+        Cell, numbers, and the most frequent reason.
+    """
+    lines = []
+    for store in stores:
+        records = store.records(kind).values()
+        reasons = Counter(record.failed for record in records if record.failed)
+        if 2 * reasons.total() > len(records):
+            reason, count = reasons.most_common(1)[0]
+            of_them = "" if len(reasons) == 1 else f" ({count} of them)"
+            lines.append(f"{store.folder.name}: {reasons.total()} of {len(records)} {what} failed: {reason}{of_them}")
+    return lines
+
+
+def check_images(cells: Sequence[Cell]) -> None:
+    """Makes sure that most images of each cell are there, once everything else is done and written.
+
+    Raises:
+        ModelError: More than half of a cell's images failed; the reasons are named, and what may help.
+    """
+    if lines := mostly_failed([cell.store for cell in cells], ImageRecord, "images"):
+        hint = (
+            "half precision may overflow: try model.dtype=float32 or bfloat16; else the weights, the scheduler or the "
+            "method's settings are at fault. Failed images are recorded, and have no score"
+        )
+        raise ModelError("\n".join([*lines, hint]))
