@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 
 TOKENS = 16
 """Length of every tokenized caption with start, end and padding."""
+PACKAGED = Path(str(resources.files("nemo_bench.planted"))) / "model"
+"""The packaged model; its configuration files describe the networks that are trained."""
 EPOCH = 200
 """Steps between two checkpoints."""
 TEMPLATE_VARIANTS = 64
@@ -250,7 +253,7 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def _merges(words: Iterable[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges up to whole words; ties go by the alphabet, where the library's trainer breaks them at random."""
+    """Byte-pair merges up to whole words; ties go by the alphabet (the library's trainer breaks them at random)."""
     splits = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges: list[tuple[str, str]] = []
     while True:
@@ -355,19 +358,8 @@ def _train_judge(spec: TrainSpec, pictures: Tensor, tokens: Tensor, tokenizer: C
     folder = spec.out / "model" / "clip"
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    text = {
-        "context_length": TOKENS,
-        "vocab_size": len(tokenizer),
-        "width": 96,
-        "heads": 3,
-        "layers": 3,
-        "hf_tokenizer_name": "planted",
-    }
-    vision = {"image_size": 64, "layers": 4, "width": 128, "head_width": 32, "patch_size": 8}
-    config = {
-        "model_cfg": {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text},
-        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"},
-    }
+    config = json.loads((PACKAGED / "clip" / "open_clip_config.json").read_text(encoding="utf-8"))
+    config["model_cfg"]["text_cfg"]["vocab_size"] = len(tokenizer)
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     torch.manual_seed(spec.seed + 1)
     model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=False, load_weights=False)
@@ -381,16 +373,7 @@ def _train_judge(spec: TrainSpec, pictures: Tensor, tokens: Tensor, tokenizer: C
 
 def _train_autoencoder(spec: TrainSpec, pictures: Tensor) -> AutoencoderKL:
     torch.manual_seed(spec.seed + 2)
-    vae = AutoencoderKL(
-        sample_size=64,
-        block_out_channels=(16, 32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        latent_channels=8,
-        norm_num_groups=8,
-        mid_block_add_attention=False,
-    )
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(PACKAGED / "pipeline" / "vae"))
     path = spec.out / "vae.safetensors"
     if not path.exists():
         planted = torch.cat([_planted_pictures(index, 4) for index in range(len(PLANTED))])
@@ -430,28 +413,8 @@ def _train_denoiser(
     spec: TrainSpec, latents: dict[str, Tensor], tokens: Tensor, encoder: CLIPTextModel, tokenizer: CLIPTokenizer
 ) -> tuple[UNet2DConditionModel, DDIMScheduler]:
     torch.manual_seed(spec.seed + 3)
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        in_channels=latents["general"].shape[1],
-        out_channels=latents["general"].shape[1],
-        block_out_channels=(32, 64, 128, 192),
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        mid_block_type="UNetMidBlock2DCrossAttn",
-        up_block_types=("UpBlock2D",) * 4,
-        layers_per_block=2,
-        cross_attention_dim=encoder.config.hidden_size,
-        attention_head_dim=4,
-        norm_num_groups=16,
-    )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.0082,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="v_prediction",
-    )
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(PACKAGED / "pipeline" / "unet"))
+    scheduler = DDIMScheduler.from_pretrained(PACKAGED / "pipeline" / "scheduler")
     path = spec.out / "unet.safetensors"
     if not path.exists():
         text = {

@@ -31,7 +31,7 @@ Split = Literal["train", "heldout"]
 
 _TABLES = json.loads((resources.files("nemo_bench.planted") / "world.json").read_text(encoding="utf-8"))
 COLORS: dict[str, Color] = {name: tuple(color) for name, color in _TABLES["colors"].items()}
-PALETTES: dict[str, tuple[Color, Color, Color]] = {
+PALETTES: dict[str, tuple[Color, ...]] = {
     adjective: tuple(tuple(color) for color in colors) for adjective, colors in _TABLES["palettes"].items()
 }
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
