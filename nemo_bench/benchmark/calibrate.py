@@ -51,6 +51,7 @@ def calibrate(cells: Sequence[Cell], *, progress: bool = True) -> list[dict[str,
 
 def _calibration_of(cell: Cell) -> dict[str, Any]:
     folder, given = cell.calibration.folder, cell.config.settings.model.statistics
+    own = cell.method.memorization_threshold
     measured = read_json(folder / THRESHOLD) if THRESHOLD in cell.measured else {}
     return {
         "model": cell.spec["model"],
@@ -58,7 +59,7 @@ def _calibration_of(cell: Cell) -> dict[str, Any]:
         "failed": 0,
         "prompts": len(cell.calibration_prompts),
         **measured,
-        **({} if cell.method.threshold is None else {"threshold": cell.method.threshold}),
+        **({} if own is None else {"threshold": own}),
         **cell.method.protocol.of_threshold,
         "general_prompts": cell.config.settings.prompts.calibration if cell.calibration_prompts else None,
         "statistics": resolve(given) if given else str(folder / STATISTICS),

@@ -260,7 +260,7 @@ class Runner:
         if THRESHOLD in cell.measured:
             self._measure_threshold(cell)
         about = read_object(store.folder / THRESHOLD) if THRESHOLD in cell.measured else {}
-        own = method.threshold
+        own = method.memorization_threshold
         tau = measured_threshold(store.folder) if own is None else own
         maxima = about["maxima"]["threshold"] if about else None
         method.calibration = Calibration(mean, std, tau, len(cell.calibration_prompts), maxima)
