@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -21,13 +21,14 @@ from nemo_bench.diffusion.noise import unit
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method, Setup, Threshold
 from nemo_bench.methods.descent import check_precision
-from nemo_bench.metrics import SSCD
-from nemo_bench.metrics.spaces import to_tensor
 from nemo_bench.prompts import references_digest
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.pictures import open_image
 from nemo_bench.records.ranges import Count, NotNegative, Positive
+
+if TYPE_CHECKING:
+    from nemo_bench.metrics import SSCD
 
 NEAREST = 1000
 """Nearest images whose captions count."""
@@ -85,9 +86,6 @@ class AMG(Method):
         strength: Weight of dissimilarity, c3.
         captions: See above.
         legacy_ungated: Despecify at any similarity above 0, as the public code does; the paper has the threshold.
-
-    Raises:
-        ConfigError: An argument is out of range.
     """
 
     title = "Anti-memorization guidance"
@@ -124,11 +122,13 @@ class AMG(Method):
         references = {"references": references_digest(prompts)}
         if not self.sscd:
             return references
-        SSCD(self.sscd).check_file()
+        sscd_of(self.sscd).check_file()
         return {**references, "sscd": file_digest(Path(self.sscd))}
 
     @override
     def setup(self, model: Diffusion, setup: Setup) -> None:
+        from nemo_bench.metrics.spaces import to_tensor
+
         super().setup(model, setup)
         self.fingerprint(setup.prompts)  # for its checks
         pairs = [(path, prompt.text) for prompt in setup.prompts for path in prompt.references]
@@ -159,7 +159,7 @@ class AMG(Method):
         if self._network is None:
             # Weights made in inference mode take no part in gradients.
             with torch.inference_mode(False):
-                self._network = SSCD(self.sscd).load().eval().to(images.device)
+                self._network = sscd_of(self.sscd).load().eval().to(images.device)
                 for parameter in self._network.parameters():
                     parameter.requires_grad = False
         small = nn.functional.interpolate(images, (SSCD_SIZE, SSCD_SIZE), mode="bilinear", align_corners=False)
@@ -256,6 +256,13 @@ class Guidance:
             above = torch.where(nearest.detach() > limit, nearest.detach() - self.method.threshold, 0)
             noise[rows] += (factor * above)[:, None, None, None] * gradient
         return noise
+
+
+def sscd_of(file: str) -> SSCD:
+    """SSCD of a file; the networks of metrics take seconds to import, and pixels need none."""
+    from nemo_bench.metrics import SSCD
+
+    return SSCD(file)
 
 
 def rows_differ(one: Tensor, other: Tensor) -> Tensor:

@@ -34,9 +34,6 @@ class AnisotropyOptimization(OptimizedEmbedding):
         angle_weight: Weight of K.
         angle_of: K compares predicted noise, or the network's own prediction, which may be velocity, as in the public
             code of the score.
-
-    Raises:
-        ConfigError: An argument is out of range.
     """
 
     title = "Anisotropy optimization"

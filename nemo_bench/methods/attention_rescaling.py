@@ -35,7 +35,7 @@ class AttentionRescaling(Method):
         mask_end: Whether the end token is masked with them.
 
     Raises:
-        ConfigError: The factor is out of range, or ``mask_end`` is set without ``mask``.
+        ConfigError: ``mask_end`` is set without ``mask``.
     """
 
     title = "Attention rescaling"

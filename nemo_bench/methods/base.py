@@ -78,6 +78,8 @@ class Batch:
 class Method(Checked, ABC):
     """A mitigation: set up once, it localizes neurons for a prompt (optional) and changes how a batch is generated.
 
+    Constructors raise a ConfigError for an argument outside the range in its annotation.
+
     Attributes:
         title: Name in tables; an object replaces it where its settings make it another method.
         summary: One line for ``nemo-bench ls``.

@@ -28,9 +28,6 @@ class BrightEndingOptimization(OptimizedEmbedding):
         target: Largest value that suffices.
         steps: AdamW steps at most.
         rate: Learning rate.
-
-    Raises:
-        ConfigError: An argument is out of range.
     """
 
     title = "Bright-Ending optimization"

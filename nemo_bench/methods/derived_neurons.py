@@ -37,11 +37,14 @@ class DerivedNeurons(BlockNeurons):
         super().__init__(factor)
         self.source = source
         self._localizations: Mapping[str, Localization] = {}
+        self._memorized: list[str] = []
 
     @override
     def setup(self, model: Diffusion, setup: Setup) -> None:
         super().setup(model, setup)
         self._localizations = setup.source_localizations
+        memorized = memorized_ids(setup.source_prompts) or [*self._localizations]
+        self._memorized = [name for name in memorized if name in self._localizations]
 
     def _with_gate(self, neurons: Neurons, prompt: Prompt) -> Localization:
         """A localization with the source's score of the gate for the prompt."""
@@ -66,12 +69,11 @@ class SharedNeurons(DerivedNeurons):
         factor: Multiplies the outputs of blocked neurons.
 
     Raises:
-        ConfigError: k is out of range.
         NotFiniteError: When localizing: the source failed for all memorized prompts.
     """
 
     title = "Shared neurons"
-    summary = "the neurons that another method found most often for memorized prompts, for all prompts at once"
+    summary = "the most frequent neurons of another method for memorized prompts, blocked for all prompts"
     sourcing = "paper"
     citation = NeMo.citation
     pools = True
@@ -89,22 +91,15 @@ class SharedNeurons(DerivedNeurons):
         if k is None:
             self.title = f"{source.title}, one edit for all prompts"
         self._shared: Neurons | None = None
-        self._source_failed = False
 
     @override
     def setup(self, model: Diffusion, setup: Setup) -> None:
         super().setup(model, setup)
-        localizations = setup.source_localizations
-        counted = memorized_ids(setup.source_prompts) or [*localizations]
-        sets = [localizations[name].neurons for name in counted if name in localizations]
-        self._source_failed = not sets
-        self._shared = self._most_frequent(sets, list(model.masks.widths))
-
-    def _most_frequent(self, sets: Sequence[Neurons], layers: Sequence[str]) -> Neurons:
+        layers = list(model.masks.widths)
         # (position of the layer, index in it), so that neurons sort in network order.
         subgroups = [
-            tuple((place, index) for place, layer in enumerate(layers) for index in neurons.get(layer, ()))
-            for neurons in sets
+            tuple((place, index) for place, layer in enumerate(layers) for index in localized.neurons.get(layer, ()))
+            for localized in (self._localizations[name] for name in self._memorized)
         ]
         neurons = [*chain(*subgroups)]
         if self.of == "subgroups":
@@ -114,13 +109,14 @@ class SharedNeurons(DerivedNeurons):
             shared = [*chain(*(most_common(own, self.k) for own in by_layer))]
         else:
             shared = most_common(neurons, self.k)
-        return Neurons({layer: [index for p, index in shared if p == place] for place, layer in enumerate(layers)})
+        by_name = {layer: [index for p, index in shared if p == place] for place, layer in enumerate(layers)}
+        self._shared = Neurons(by_name)
 
     @override
     def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor | None = None) -> Localization:
         if self._shared is None:
             raise ConfigError("SharedNeurons: call setup with the localizations of the source first")
-        if self._source_failed:
+        if not self._memorized:
             raise NotFiniteError(f"there are no neurons to share: {self.source.title} failed for all memorized prompts")
         return self._with_gate(self._shared, prompt)
 
@@ -140,14 +136,13 @@ class OtherNeurons(DerivedNeurons):
     """
 
     title = "Another prompt's neurons"
-    summary = "what another method found for one memorized prompt, for other prompts: what the edit costs those"
+    summary = "neurons of another memorized prompt: the cost of an edit for other prompts (control)"
     sourcing = "a control"
     pools = True
 
     def __init__(self, source: Method, factor: float = 0.0) -> None:
         super().__init__(source, factor)
         self.title = f"{source.title}, edit for another prompt"
-        self._edited: list[str] = []
 
     @override
     def check_source(self, prompts: Sequence[Prompt], source_prompts: Sequence[Prompt]) -> None:
@@ -160,14 +155,8 @@ class OtherNeurons(DerivedNeurons):
             )
 
     @override
-    def setup(self, model: Diffusion, setup: Setup) -> None:
-        super().setup(model, setup)
-        edited = memorized_ids(setup.source_prompts) or [*self._localizations]
-        self._edited = [name for name in edited if name in self._localizations]
-
-    @override
     def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor | None = None) -> Localization:
-        others = [name for name in self._edited if name != prompt.id]
+        others = [name for name in self._memorized if name != prompt.id]
         if not others:
             msg = f"{self.source.title} found no neurons for another memorized prompt than '{prompt.id}'"
             raise NotFiniteError(msg)
@@ -191,7 +180,7 @@ class RandomNeurons(DerivedNeurons):
     """
 
     title = "Random neurons"
-    summary = "as many neurons as another method blocks, elsewhere (control)"
+    summary = "as many neurons as another method blocks, drawn from the others (control)"
     sourcing = "a control"
 
     def __init__(self, source: Method, seed: int = 0, per_prompt: bool = True, factor: float = 0.0) -> None:

@@ -42,9 +42,6 @@ class OptimizedEmbedding(Method):
         rate: Learning rate.
         images: All images of a prompt share one embedding, optimized on the starting noise of its first ``images``
             images; None gives every image its own.
-
-    Raises:
-        ConfigError: An argument is out of range.
     """
 
     touches = "encoded prompt"
@@ -161,9 +158,6 @@ class EmbeddingOptimization(OptimizedEmbedding):
         rate: Learning rate.
         images: See :class:`OptimizedEmbedding`; None is the n = 1 of Chen et al. 2025.
         legacy_batch_norm: Take one norm over all images that share an embedding, as the public script does.
-
-    Raises:
-        ConfigError: An argument is out of range.
     """
 
     title = "Prompt-embedding optimization"

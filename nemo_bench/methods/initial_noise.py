@@ -44,9 +44,6 @@ class AdjustedNoise(Method):
         timestep: Guidance starts where the timestep is at most this; 900 leaves the first five of 50 steps
             unconditional.
         of: d is a difference of predicted noise, or of the network's own predictions.
-
-    Raises:
-        ConfigError: An argument is out of range.
     """
 
     title = "Adjusted initial noise"
@@ -99,9 +96,6 @@ class OptimizedNoise(Method):
         steps: AdamW steps at most.
         rate: Learning rate.
         of: The norm is that of predicted noise, or of the network's own predictions.
-
-    Raises:
-        ConfigError: An argument is out of range.
     """
 
     title = "Optimized initial noise"

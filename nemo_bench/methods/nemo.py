@@ -78,7 +78,7 @@ class NeMo(BlockNeurons):
             conditional + scale (unconditional - conditional). None takes the conditional prediction.
 
     Raises:
-        ConfigError: An argument is out of range, or there are no candidates.
+        ConfigError: theta starts below its end, or there are no candidates; without a calibration when localizing.
     """
 
     title = "NeMo"

@@ -33,9 +33,6 @@ class Insertion(Method):
     Args:
         times: Number of words.
         seed: Another seed draws other words.
-
-    Raises:
-        ConfigError: An argument is negative.
     """
 
     touches = "prompt text"
@@ -125,9 +122,6 @@ class EmbeddingNoise(Method):
         scale: Standard deviation of the noise.
         both: Whether the unconditional embedding gets its own noise as well.
         seed: Another seed draws other noise.
-
-    Raises:
-        ConfigError: The scale is out of range.
     """
 
     title = "Gaussian noise on embeddings"

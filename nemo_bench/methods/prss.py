@@ -65,9 +65,6 @@ class PRSS(Method):
             (``"none"``).
         steps: AdamW steps at most where embeddings are optimized.
         rate: Learning rate, likewise.
-
-    Raises:
-        ConfigError: An argument is out of range.
     """
 
     title = "PRSS"

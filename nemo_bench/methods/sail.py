@@ -71,7 +71,7 @@ class SAIL(Method):
             optimizer moves on until enough images are accepted; here images are searched for one by one.
 
     Raises:
-        ConfigError: An argument is out of range, or the paper's objective has no target.
+        ConfigError: The paper's objective has no target.
     """
 
     title = "SAIL"

@@ -45,7 +45,7 @@ class SavedNeurons(BlockNeurons):
 
     title = "Saved neurons"
     summary = "neurons from a file: a published CSV, an earlier cell, or one set as JSON or safetensors"
-    sourcing = "what the file holds"
+    sourcing = "depends on the file"
 
     def __init__(
         self,

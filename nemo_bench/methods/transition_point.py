@@ -36,9 +36,6 @@ class StaticTransition(Method):
             schedule of 200 steps; we do not.)
         before: Guidance scale until then: 0 is unconditional (the paper), 1 the plain prompt, below 0 opposite guidance
             (-2 in the paper). The scale after it is the model's own.
-
-    Raises:
-        ConfigError: An argument is out of range.
     """
 
     title = "Static transition point"
@@ -69,9 +66,6 @@ class DynamicTransition(Method):
             0 opposite guidance (-7.5 in the public script, which first makes a whole pass and takes the minimum of 1
             minus the cosine between successive latents, or the second one where the first is at step 1, or step 5 where
             there is none; ours is one pass, by the magnitude).
-
-    Raises:
-        ConfigError: The scale is not finite.
     """
 
     title = "Dynamic transition point"

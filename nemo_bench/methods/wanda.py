@@ -44,9 +44,6 @@ class Wanda(Method):
         calls: Number of first UNet calls that are compared; all, where there are fewer.
         agreement: A weight must be chosen in more than this share of them, below 1.
         seed: All prompts start from the noise of this seed.
-
-    Raises:
-        ConfigError: An argument is out of range.
     """
 
     title = "Wanda-style pruning"
