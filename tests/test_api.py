@@ -13,6 +13,7 @@ from nemo_bench.benchmark.plan import plan
 from nemo_bench.benchmark.run import run as run_cells
 from nemo_bench.config import grid
 from nemo_bench.localization import REFERENCE, pair_scores
+from nemo_bench.methods import Setup
 from nemo_bench.prompts import seeds_of
 from nemo_bench.records.store import read_records
 from small_runs import small
@@ -50,7 +51,7 @@ def test_a_prompt_and_seeds_give_what_conditioning_and_latents_give(tiny: Diffus
 
 def test_localize_draws_the_noise_of_a_run(tiny: Diffusion, tiny_calibration: Calibration) -> None:
     nemo, prompt = NeMo(), Prompt("a", tiny_texts(1)[0])
-    nemo.calibration = tiny_calibration
+    nemo.setup(tiny, Setup(calibration=tiny_calibration))
     found = nemo.localize(tiny, prompt)
     assert found.neurons
     assert found == nemo.localize(tiny, prompt, tiny.latents(seeds_of(prompt, "localize", range(10))))

@@ -1,21 +1,19 @@
-"""Mitigations, a file for each source, and what several of them share."""
+"""Mitigations, a file for each source, and their base class."""
 
 from nemo_bench.methods.amg import AMG
 from nemo_bench.methods.anisotropy import AnisotropyOptimization
 from nemo_bench.methods.attention_rescaling import AttentionRescaling
-from nemo_bench.methods.base import Batch, Method
+from nemo_bench.methods.base import Batch, Method, Setup
 from nemo_bench.methods.bright_ending import BrightEndingOptimization
+from nemo_bench.methods.derived_neurons import OtherNeurons, RandomNeurons, SharedNeurons
 from nemo_bench.methods.embedding_optimization import EmbeddingOptimization
 from nemo_bench.methods.initial_noise import AdjustedNoise, OptimizedNoise
 from nemo_bench.methods.nemo import BlockNeurons, NeMo
 from nemo_bench.methods.no_mitigation import NoMitigation
-from nemo_bench.methods.other_neurons import OtherNeurons
 from nemo_bench.methods.perturbed_prompts import EmbeddingNoise, RandomNumbers, RandomTokens, RepeatedWords
 from nemo_bench.methods.prss import PRSS
-from nemo_bench.methods.random_neurons import RandomNeurons
 from nemo_bench.methods.sail import SAIL
 from nemo_bench.methods.saved import SavedNeurons
-from nemo_bench.methods.shared_neurons import SharedNeurons
 from nemo_bench.methods.transition_point import DynamicTransition, StaticTransition
 from nemo_bench.methods.wanda import Wanda
 
@@ -42,6 +40,7 @@ __all__ = [
     "RandomTokens",
     "RepeatedWords",
     "SavedNeurons",
+    "Setup",
     "SharedNeurons",
     "StaticTransition",
     "Wanda",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
+from typing_extensions import override
 
 from nemo_bench.diffusion import Conditioning, Diffusion
 from nemo_bench.diffusion.noise import LATE, mean_cosine, norms
@@ -17,30 +18,26 @@ from nemo_bench.records.data import Prompt
 class AnisotropyOptimization(OptimizedEmbedding):
     """Optimizes the embedding by magnitude and angle of the text-conditional noise (Asthana and Belagiannis 2026).
 
-    The value is norm_weight N + angle_weight K, both taken on the starting noise: N is the norm of what the prompt adds
-    to the noise predicted at the first timestep; K, at a late timestep and without denoising, the cosine over the
-    channels between the unconditional noise and what the prompt adds to it, averaged over positions. Gradients go
-    through both passes. The paper's mitigation is the loop of Wen et al. (2024) with this value; its settings and its
-    code were not published, so those of :class:`EmbeddingOptimization` are taken, and a target of our own. As there, it
-    should be one that prompts that are not memorized stay below.
+    The value is norm_weight N + angle_weight K, both on the starting noise: N is the norm of the noise that the prompt
+    adds at the first timestep; K, at a late timestep and without denoising, the cosine over channels between the
+    unconditional noise and the added noise, averaged over positions. Gradients go through both passes. The paper's
+    mitigation is the loop of Wen et al. (2024) with this value; neither its settings nor its code are published, so the
+    settings are those of :class:`EmbeddingOptimization`, and the target is ours: take one above the values of prompts
+    that are not memorized.
 
     Args:
-        target: At most this value, averaged over images, is enough: ours, the 1.5 that Wen's target is for the norm.
+        target: Largest value that suffices, a mean over images: ours, Wen's target for the norm.
         steps: AdamW steps at most.
         rate: Learning rate.
         images: See :class:`OptimizedEmbedding`.
-        norm_weight: Of N.
-        angle_weight: Of K.
-        angle_of: Between what K is: the noise predicted, or what the network itself predicts, which may be velocity, as
-            in the public code of the score.
-
-    Raises:
-        ConfigError: A number is out of range.
+        norm_weight: Weight of N.
+        angle_weight: Weight of K.
+        angle_of: K compares predicted noise, or the network's own prediction, which may be velocity, as in the public
+            code of the score.
     """
 
     title = "Anisotropy optimization"
     summary = "the encoded prompt, optimized by norm and angle of the text-conditional noise"
-    touches = "encoded prompt"
     sourcing = "public code of the score; the mitigation's settings were not published"
     citation = cite("asthana2026detecting")
 
@@ -55,12 +52,15 @@ class AnisotropyOptimization(OptimizedEmbedding):
         angle_of: Literal["noise", "prediction"] = "noise",
     ) -> None:
         super().__init__(target, steps, rate, images)
-        self.norm_weight, self.angle_weight, self.angle_of = norm_weight, angle_weight, angle_of
+        self.norm_weight = norm_weight
+        self.angle_weight = angle_weight
+        self.angle_of = angle_of
 
+    @override
     def measure(self, model: Diffusion, prompts: Sequence[Prompt], text: Conditioning, latents: Tensor) -> Measure:
-        """See :meth:`OptimizedEmbedding.measure`."""
         end = model.timestep(LATE)
-        first, late = (noises_of(model, text, latents, timestep) for timestep in (model.timestep(), end))
+        first = noises_of(model, text, latents, model.timestep())
+        late = noises_of(model, text, latents, end)
 
         def value(images: Sequence[int], embeddings: Tensor) -> Tensor:
             unconditional, added = late(images, embeddings)

@@ -8,33 +8,34 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nemo_bench.diffusion import Diffusion, conditional_rows
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.records.citations import cite
+from nemo_bench.records.ranges import Positive
 
 
 class AttentionRescaling(Method):
     """Masks the padding tokens and multiplies the start token's logit, in all cross-attention (Ren et al. 2024).
 
-    With logits z = q k / sqrt(d) the softmax takes -inf in place of z for tokens after the end of the prompt, and C z
-    for its start token. The mask holds for the unconditional rows as well, with the length of the prompt, as in the
-    public code; the factor for the conditional rows alone. There, the conditional rows are taken to be every other one,
-    which is true of one image at a time; here they are the second half of any batch. Attention is
-    computed step by step, which differs from fused attention by rounding; a factor of 1 without mask leaves it alone.
+    The softmax takes, in place of logits z = q k / sqrt(d), -inf for tokens after the end of the prompt, and C z for
+    its start token. The mask holds for the unconditional rows as well, with the length of the prompt, as in the public
+    code; the factor for the conditional rows alone. The public code takes every other row as conditional, which is
+    right for one image at a time; here it is the second half of any batch. Attention is computed step by step, which
+    differs from fused attention by rounding; a factor of 1 without mask leaves it alone.
 
     Where the start token's logits are negative, a factor above 1 lowers them, and one below 1 draws attention to the
-    start. So it is in most layers of the embedded model, where no factor does much.
+    start. This is so in most layers of the embedded model, where no factor does much.
 
     Args:
-        factor: C, above 0. The public script has 1 unless told otherwise; the published command takes 1.25, others
-            publish 1.1 to 1.5.
+        factor: C. Default of the public script: 1; its published command takes 1.25, others publish 1.1 to 1.5.
         mask: Whether tokens after the end token are masked.
         mask_end: Whether the end token is masked with them.
 
     Raises:
-        ConfigError: The factor is out of range, or ``mask_end`` is set without ``mask``.
+        ConfigError: ``mask_end`` is set without ``mask``.
     """
 
     title = "Attention rescaling"
@@ -44,34 +45,29 @@ class AttentionRescaling(Method):
     citation = cite("ren2024unveiling")
     needs = frozenset({"uncompiled"})
 
-    def __init__(self, factor: float = 1.25, mask: bool = True, mask_end: bool = False) -> None:
-        if not 0 < factor < math.inf:
-            raise ConfigError(f"attention_rescaling needs a factor above 0, given {factor}")
+    def __init__(self, factor: Positive = 1.25, mask: bool = True, mask_end: bool = False) -> None:
         if mask_end and not mask:
-            raise ConfigError("attention_rescaling masks the end token with the padding only: set mask=true as well")
-        self.factor, self.mask, self.mask_end = factor, mask, mask_end
+            raise ConfigError("AttentionRescaling masks the end token with the padding only: set mask=true as well")
+        self.factor = factor
+        self.mask = mask
+        self.mask_end = mask_end
 
+    @override
     @contextmanager
     def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
-        """See :meth:`Method.apply`.
-
-        Raises:
-            ModelError: The UNet is compiled.
-        """
         if self.factor == 1 and not self.mask:
             yield batch
             return
         lengths = torch.tensor([len(model.tokens(prompt.text)) - self.mask_end for prompt in batch.prompts])
 
-        def edit(layer: str, logits: Tensor) -> Tensor:
-            conditional = conditional_rows(len(logits), len(lengths))
+        def rescale(layer: str, logits: Tensor) -> Tensor:
             if self.mask:
                 tokens = torch.arange(logits.shape[-1], device=logits.device)
-                beyond = tokens >= lengths.to(logits.device).repeat(len(logits) // len(lengths))[:, None]
-                logits = logits.masked_fill(beyond[:, None, None], -math.inf)
+                padding = tokens >= lengths.to(logits.device).repeat(len(logits) // len(lengths))[:, None]
+                logits = logits.masked_fill(padding[:, None, None], -math.inf)
             factors = torch.ones(logits.shape[0], logits.shape[-1], device=logits.device)
-            factors[conditional, 0] = self.factor
+            factors[conditional_rows(len(logits), len(lengths)), 0] = self.factor
             return logits * factors[:, None, None]
 
-        with model.edit_attention(edit):
+        with model.edit_attention(rescale):
             yield batch

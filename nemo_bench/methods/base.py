@@ -1,13 +1,14 @@
-"""What a mitigation is."""
+"""The base class of mitigations, and the batches that they change."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from nemo_bench.diffusion import FAMILIES, Conditioning, Diffusion, Generated, Rule
@@ -15,13 +16,34 @@ from nemo_bench.errors import ModelError
 from nemo_bench.localization import PAPER, SEEDS, Calibration, Protocol
 from nemo_bench.methods.descent import check_precision
 from nemo_bench.records.data import Localization, Neurons, Prompt
+from nemo_bench.records.ranges import Checked
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-
 Need = Literal["guidance", "gradients", "uncompiled"]
 """See :attr:`Method.needs`."""
+Threshold = Annotated[float, Field(ge=-1, le=1)]
+"""A threshold of a similarity, -1 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a run gives a method before its first batch.
+
+    Attributes:
+        prompts: All prompts of the cell.
+        calibration: Activation statistics and memorization threshold, for methods with ``needs_calibration``.
+        source_localizations: Localizations of :attr:`Method.source` by prompt id, without prompts that it failed for.
+        source_prompts: Prompts that the source localized.
+        batch_size: Rows in a UNet pass at most; changes results by rounding only.
+    """
+
+    prompts: Sequence[Prompt] = ()
+    calibration: Calibration | None = None
+    source_localizations: Mapping[str, Localization] = field(default_factory=dict)
+    source_prompts: Sequence[Prompt] = ()
+    batch_size: int = 32
 
 
 @dataclass(frozen=True)
@@ -32,10 +54,10 @@ class Batch:
         prompts: Prompt of each row.
         text: Conditioning of each row.
         latents: Starting noise of each row.
-        seeds: Seed of the starting noise of each row; what a method draws for an image follows from it.
-        neurons: What localizing found for the prompt of each row.
-        unconditional: What guidance leads away from, of each row, or None for the model's own.
-        notes: What a method has to tell of each row, for the records; empty where it has nothing to tell.
+        seeds: Seed of the starting noise of each row, from which all random choices for an image follow.
+        neurons: Localized neurons of the prompt of each row.
+        unconditional: Conditioning that guidance leads away from, of each row; None for the model's own.
+        notes: Entries for the record of each image; empty for none.
         rule: Gives the noise of each step in place of guidance; None leaves guidance as it is.
     """
 
@@ -49,38 +71,35 @@ class Batch:
     rule: Rule | None = None
 
     def generate_checked(self, model: Diffusion) -> Generated:
-        """Generates the images; see :meth:`Diffusion.generate_checked`.
-
-        Args:
-            model: The model, as the method that gave this batch has opened it.
-        """
+        """Generates the images while the method is applied; see :meth:`Diffusion.generate_checked`."""
         return model.generate_checked(self.text, self.latents, self.unconditional, self.rule)
 
 
-class Method(ABC):
-    """A mitigation: optionally localizes neurons for a prompt, and changes how a batch is generated.
+class Method(Checked, ABC):
+    """A mitigation: set up once, it localizes neurons for a prompt (optional) and changes how a batch is generated.
+
+    Constructors raise a ConfigError for an argument outside the range in its annotation.
 
     Attributes:
-        title: Name in tables; of an object another one than its class's where settings make it something else.
+        title: Name in tables; an object replaces it where its settings make it another method.
         summary: One line for ``nemo-bench ls``.
-        touches: What it changes of the model or its input.
+        touches: Part of the model or its input that it changes.
         citation: BibTeX of the source, empty for a control of our own.
-        sourcing: What we were able to read of the source.
-        needs_calibration: Whether :attr:`calibration` must be set before localizing.
-        makes_passes: Whether it makes UNet passes of its own where it is prepared or applied.
-        families: Classes of pipelines that it is made for.
-        needs: What it needs of the model: ``"guidance"`` while generating, ``"gradients"``, or an
-            ``"uncompiled"`` UNet.
-        auditable: Whether it changes nothing but neurons or weights of the network, so that an audit can search for
-            an embedding that brings a training image back.
-        threshold: A memorization threshold of its own, or None for the calibrated one.
+        sourcing: Parts of the source that we could read.
+        localizes: Whether :meth:`localize` returns neurons.
+        needs_calibration: Whether localizing needs a calibration.
+        makes_passes: Whether it makes UNet passes of its own during setup or while applied.
+        families: Classes of pipelines that it works with.
+        needs: Requirements on the model: ``"guidance"`` while generating, ``"gradients"``, an ``"uncompiled"`` UNet.
+        auditable: Whether it changes neurons or weights of the network alone, so that an audit can search for an
+            embedding that brings a training image back.
+        pools: Whether it treats all prompts alike, by the localizations of memorized prompts; those may be of another
+            list, ``prompts.shared_from``.
+        memorization_threshold: A threshold of its own, or None for the calibrated one.
         protocol: How it takes noise differences.
-        source: Another method whose localization this one starts from, or None.
-        pools: Whether it does the same for all prompts, by what :attr:`source` found for memorized ones; those may be
-            of another list, ``prompts.shared_from``.
-        calibration: Statistics and threshold of the model, set by the run or by :meth:`calibrate`.
-        found: What :attr:`source` found, by prompt id, set by :meth:`fit`.
-        batch_size: Rows in a UNet pass at most while localizing, set by the run; changes results by rounding only.
+        source: Another method whose localizations this one starts from, or None.
+        calibration: The calibration, from :meth:`setup` or :meth:`calibrate`.
+        batch_size: Rows in a UNet pass at most, from :meth:`setup`.
     """
 
     title: str
@@ -88,25 +107,30 @@ class Method(ABC):
     touches: ClassVar[str] = ""
     citation: ClassVar[str] = ""
     sourcing: ClassVar[str] = ""
+    localizes: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
     makes_passes: ClassVar[bool] = False
     families: ClassVar[frozenset[str]] = frozenset(FAMILIES)
     needs: ClassVar[frozenset[Need]] = frozenset()
     auditable: ClassVar[bool] = False
     pools: ClassVar[bool] = False
-    threshold: float | None = None
+    memorization_threshold: float | None = None
     protocol: Protocol = PAPER
     source: Method | None = None
     calibration: Calibration | None = None
-    found: Mapping[str, Localization] = {}
     batch_size: int = 32
 
+    @property
+    def calibrates_threshold(self) -> bool:
+        """Whether the calibration must include a threshold."""
+        return self.memorization_threshold is None
+
     def check(self, family: str, guidance: float, dtype: str, *, compiled: bool = False) -> None:
-        """Looks whether a model suits, before its weights load.
+        """Checks before weights load that a model suits.
 
         Args:
             family: Class of the pipeline.
-            guidance: Scale of guidance while generating.
+            guidance: Guidance scale while generating.
             dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
             compiled: Whether the UNet is compiled.
 
@@ -125,67 +149,45 @@ class Method(ABC):
             msg = f"{self.title} works inside of the UNet, which can't be reached once it is compiled"
             raise ModelError(f"{msg}; set model.compiled=false, or leave this method out")
 
-    @property
-    def calibrates_threshold(self) -> bool:
-        """Whether it takes a threshold from general prompts, since none of its own takes the place."""
-        return self.threshold is None
-
-    def fingerprint(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
-        """What settings refer to, such as the file behind a path; called before any weights load.
+    def check_source(  # most take any
+        self, prompts: Sequence[Prompt], source_prompts: Sequence[Prompt]
+    ) -> None:
+        """Checks before weights load that the prompts of :attr:`source` suffice.
 
         Args:
-            prompts: All prompts.
-
-        Returns:
-            By setting, what decides the result and takes the setting's place in the hash of the cell, such as the
-            digest of a file; empty unless overridden.
+            prompts: Prompts of this method.
+            source_prompts: Prompts that the source localizes.
 
         Raises:
-            NemoBenchError: It can't be read, or does not serve these prompts.
+            ConfigError: They do not.
+        """
+
+    def fingerprint(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
+        """Content behind settings, such as the digest of a file, for the hash of a cell; read before weights load.
+
+        Args:
+            prompts: All prompts of the cell.
+
+        Returns:
+            Values by setting, which they replace in the hash; empty unless overridden.
+
+        Raises:
+            NemoBenchError: A file can't be read, or does not cover these prompts.
         """
         return {}
 
-    def check_source(  # noqa: B027 # most take any
-        self, prompts: Sequence[Prompt], source_prompts: Sequence[Prompt]
-    ) -> None:
-        """Makes sure that :attr:`source` is asked for prompts that will do; called before any weights load.
-
-        Args:
-            prompts: The prompts of this method.
-            source_prompts: The prompts that the source localizes.
-
-        Raises:
-            ConfigError: They will not.
-        """
-
-    def fit(self, found: Mapping[str, Localization], widths: Mapping[str, int], prompts: Sequence[Prompt] = ()) -> None:
-        """Takes in what :attr:`source` found, before the first prompt is localized.
-
-        Args:
-            found: Localizations by prompt id.
-            widths: Number of neurons of every layer of the model, in network order.
-            prompts: The prompts that were localized.
-        """
-        self.found = found
-
-    def prepare(self, model: Diffusion, prompts: Sequence[Prompt]) -> None:  # noqa: B027 # most share nothing
-        """Measures what all prompts share; called before every batch, it has nothing left to do after the first.
+    def setup(self, model: Diffusion, setup: Setup) -> None:
+        """Stores what a run gives, and measures what all prompts share; called once, before the first batch.
 
         Args:
             model: The model.
-            prompts: All prompts.
+            setup: Prompts, calibration, localizations of the source, and batch size.
         """
-
-    def prepare_prompts(self, model: Diffusion, prompts: Sequence[Prompt]) -> None:  # noqa: B027 # most share nothing
-        """Finds what all images of a prompt share; called before every batch, with nothing left for prompts seen.
-
-        Args:
-            model: The model.
-            prompts: Prompts of the batch.
-        """
+        self.calibration = setup.calibration
+        self.batch_size = setup.batch_size
 
     def calibrate(self, model: Diffusion, prompts: Sequence[Prompt], seeds: int = SEEDS) -> Self:
-        """Measures on general prompts, in the method's own protocol, what localizing compares with.
+        """Measures a calibration in memory, in the method's own protocol.
 
         Args:
             model: The model, nothing blocked.
@@ -193,7 +195,7 @@ class Method(ABC):
             seeds: Seeds a prompt.
 
         Returns:
-            The method itself, with :attr:`calibration` set; see :meth:`Calibration.measured`.
+            The method itself, ready to localize; see :meth:`Calibration.measured`.
 
         Raises:
             ConfigError: There are fewer than two prompts or seeds.
@@ -207,22 +209,36 @@ class Method(ABC):
         Args:
             model: The model, nothing blocked.
             prompt: The prompt.
-            latents: Starting noise of the seeds to localize on, (S, channels, height, width); None for the noise that
-                a run with ten seeds draws for this prompt.
+            latents: Starting noise of the seeds to localize on, (S, channels, height, width); None for the noise of a
+                run with ten seeds.
 
         Returns:
             The localization; empty unless overridden.
         """
         return Localization()
 
-    @abstractmethod
-    def apply(self, model: Diffusion, batch: Batch) -> AbstractContextManager[Batch]:
-        """Opens the mitigation for one batch; on exit the model is as it was.
+    def prepare_prompts(self, model: Diffusion, prompts: Sequence[Prompt]) -> None:  # most share nothing
+        """Measures what all images of a prompt share; called before every batch, it does nothing for known prompts.
 
         Args:
             model: The model.
-            batch: What would be generated without mitigation.
+            prompts: Prompts of the batch.
+        """
+
+    @abstractmethod
+    def apply(self, model: Diffusion, batch: Batch) -> AbstractContextManager[Batch]:
+        """Applies the mitigation to one batch; on exit the model is as it was.
+
+        Args:
+            model: The model.
+            batch: Images without mitigation.
 
         Returns:
             Context manager that gives the batch to generate from.
         """
+
+
+def split(count: int, size: int) -> Iterator[range]:
+    """Splits the numbers from 0 to count - 1 into ranges of at most ``size`` (at least 1)."""
+    numbers = range(count)
+    return (numbers[first : first + max(1, size)] for first in range(0, count, max(1, size)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
+from typing_extensions import override
 
 from nemo_bench.diffusion import Conditioning, Diffusion, conditional_attention
 from nemo_bench.diffusion.noise import FIRST_BLOCK, end_attention, masked_magnitude
@@ -18,25 +19,19 @@ class BrightEndingOptimization(OptimizedEmbedding):
 
     Each image is generated once without mitigation; in its last step, the attention to the end token in the
     cross-attention of the UNet's first block, averaged over heads and layers, is a soft mask m. The value is
-    |d m| / mean(m), d being what the prompt adds to the noise predicted at the first timestep; it is larger than the
-    magnitude of Wen et al. (2024), and has targets of its own. Every image has a mask and an embedding of its own. The
-    published code keeps the mask soft; whether the paper makes it hard is unclear. The target should be one that most
-    prompts that are not memorized stay below.
-
-    SDXL has no cross-attention in its first block, hence no such mask.
+    |d m| / mean(m), where d is the noise that the prompt adds at the first timestep; it is larger than the magnitude of
+    Wen et al. (2024), and needs targets of its own, above the values of most prompts that are not memorized. Every
+    image has its own mask and embedding. The published code keeps the mask soft; the paper leaves this open. SDXL has
+    no cross-attention in its first block, hence no mask.
 
     Args:
-        target: At most this value is enough.
+        target: Largest value that suffices.
         steps: AdamW steps at most.
         rate: Learning rate.
-
-    Raises:
-        ConfigError: A number is out of range.
     """
 
     title = "Bright-Ending optimization"
     summary = "the encoded prompt, optimized where attention to its end is bright"
-    touches = "encoded prompt"
     sourcing = "public code; paper second hand"
     citation = cite("chen2025exploring")
     families = frozenset({"StableDiffusionPipeline"})
@@ -45,19 +40,15 @@ class BrightEndingOptimization(OptimizedEmbedding):
     def __init__(self, target: float = 1.0, steps: int = 10, rate: float = 0.05) -> None:
         super().__init__(target, steps, rate, images=None)
 
+    @override
     def measure(self, model: Diffusion, prompts: Sequence[Prompt], text: Conditioning, latents: Tensor) -> Measure:
-        """See :meth:`OptimizedEmbedding.measure`.
-
-        Raises:
-            ModelError: There is no cross-attention in the first block, or the UNet is compiled.
-        """
         masks = bright_ending(model, prompts, text, latents)
         noises = noises_of(model, text, latents, model.timestep())
         return lambda images, embeddings: masked_magnitude(noises(images, embeddings)[1], masks[list(images)])
 
 
 def bright_ending(model: Diffusion, prompts: Sequence[Prompt], text: Conditioning, latents: Tensor) -> Tensor:
-    """Where images generated without mitigation attend to the end of their prompts in the last step.
+    """Attention of images generated without mitigation to the end of their prompts, in the last step.
 
     Args:
         model: The model.
@@ -73,12 +64,11 @@ def bright_ending(model: Diffusion, prompts: Sequence[Prompt], text: Conditionin
     """
     maps: dict[str, Tensor] = {}
 
-    def look(layer: str, logits: Tensor) -> Tensor:
-        # Later steps take the place of earlier ones.
-        maps[layer] = conditional_attention(logits, len(prompts))
+    def store(layer: str, logits: Tensor) -> Tensor:
+        maps[layer] = conditional_attention(logits, len(prompts))  # later steps replace earlier ones
         return logits
 
-    with model.edit_attention(look, FIRST_BLOCK):
+    with model.edit_attention(store, FIRST_BLOCK):
         model.generate(text, latents)
     lengths = [len(model.tokens(prompt.text)) for prompt in prompts]
     return end_attention([*maps.values()], lengths, (latents.shape[2], latents.shape[3]))

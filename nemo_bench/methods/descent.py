@@ -10,19 +10,20 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from nemo_bench.errors import ModelError
+from nemo_bench.records.data import Record
 
 Loss = Callable[[Sequence[int], Tensor], Tensor]
-"""Losses of some rows, given their numbers and values (rows, ...): (rows, alternatives)."""
+"""Losses of n rows, given their numbers and values (n, ...): (n, alternatives)."""
 
 
 @dataclass(frozen=True)
 class Descent:
-    """Where a descent ended.
+    """The end of a descent.
 
     Attributes:
-        values: The rows, float32, (N, ...), each as it was when it reached the target, or after its last step.
-        losses: Their losses when last looked at, before that step, (N, alternatives).
-        steps: Steps that each row took.
+        values: The rows, float32, (N, ...), each when it reached the target, or after its last step.
+        losses: Their last losses, before the last step, (N, alternatives).
+        steps: Number of steps of each row.
         reached: Whether each row reached the target.
     """
 
@@ -31,52 +32,58 @@ class Descent:
     steps: tuple[int, ...]
     reached: tuple[bool, ...]
 
+    @property
+    def notes(self) -> tuple[Record, ...]:
+        """Steps and success of each row, for records."""
+        return tuple({"steps": n, "reached": there} for n, there in zip(self.steps, self.reached, strict=True))
+
 
 def descend(
     start: Tensor, loss: Loss, *, target: float, steps: int, rate: float, optimizer: type[Optimizer] = AdamW
 ) -> Descent:
     """Follows the gradient of each row's losses until one of them is at most the target.
 
-    Rows have nothing to do with one another: each is a parameter of its own in float32, and is left alone once it is
-    there. The target is looked at before a step, so that a row that starts there stays as it is, and what the last step
-    reaches is not looked at, as in the public scripts of Wen et al. (2024), Jeon et al. (2025) and Han et al. (2025).
+    Rows are independent: each is a parameter of its own in float32, and stops once it reaches the target. The loss is
+    compared before a step, so that a row that starts at the target stays as it is, and the result of the last step is
+    not compared, as in the public scripts of Wen et al. (2024), Jeon et al. (2025) and Han et al. (2025).
 
     Args:
-        start: Rows to start from, (N, ...); works in inference mode as well.
-        loss: Losses of rows that are not there yet; the gradient is that of their sum.
-        target: At most so much is enough.
+        start: Rows to start from, (N, ...); may come from inference mode.
+        loss: Losses of rows that have not reached the target; the gradient is that of their sum.
+        target: Largest loss that suffices.
         steps: Steps at most.
         rate: Learning rate.
-        optimizer: With torch's defaults in all else.
+        optimizer: Takes torch's defaults in all else.
     """
     with torch.inference_mode(False), torch.enable_grad():
         leaves = [row.detach().clone().float().requires_grad_() for row in start]
         optimize = optimizer(leaves, lr=rate)  # type: ignore[call-arg] # every optimizer has a rate
-        taken, last, open_rows = [0] * len(leaves), [Tensor()] * len(leaves), list(range(len(leaves)))
+        taken = [0] * len(leaves)
+        last = [Tensor()] * len(leaves)
+        moving = list(range(len(leaves)))
         for _ in range(steps):
-            losses = loss(open_rows, torch.stack([leaves[row] for row in open_rows]))
-            for row, value in zip(open_rows, losses.detach(), strict=True):
+            losses = loss(moving, torch.stack([leaves[row] for row in moving]))
+            for row, value in zip(moving, losses.detach(), strict=True):
                 last[row] = value
-            above = (~(losses.detach().amin(1) <= target)).tolist()  # not a number is not there
-            open_rows = [row for row, still in zip(open_rows, above, strict=True) if still]
-            if not open_rows:
+            above = (~(losses.detach().amin(1) <= target)).tolist()  # true for nan as well
+            moving = [row for row, is_above in zip(moving, above, strict=True) if is_above]
+            if not moving:
                 break
-            # Rows without a gradient are passed over by the optimizer.
-            optimize.zero_grad()
-            gradients = torch.autograd.grad(losses[above].sum(), [leaves[row] for row in open_rows])
-            for row, gradient in zip(open_rows, gradients, strict=True):
+            optimize.zero_grad()  # the optimizer skips rows without a gradient
+            gradients = torch.autograd.grad(losses[above].sum(), [leaves[row] for row in moving])
+            for row, gradient in zip(moving, gradients, strict=True):
                 leaves[row].grad = gradient
                 taken[row] += 1
             optimize.step()
-        reached = tuple(row not in open_rows for row in range(len(leaves)))
+        reached = tuple(row not in moving for row in range(len(leaves)))
         return Descent(torch.stack(leaves).detach(), torch.stack(last), tuple(taken), reached)
 
 
 def check_precision(title: str, dtype: str | torch.dtype) -> None:
-    """Raises ModelError where gradients would vanish in half precision.
+    """Raises ModelError for float16, in which gradients vanish.
 
     Args:
-        title: What follows them.
+        title: Name of the method that follows gradients.
         dtype: The model's, such as ``"float16"``.
     """
     if str(dtype).removeprefix("torch.") == "float16":

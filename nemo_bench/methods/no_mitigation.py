@@ -1,8 +1,10 @@
-"""No mitigation: the model as it is, against which everything is measured."""
+"""No mitigation: the model as it is, the baseline of all comparisons."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+
+from typing_extensions import override
 
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.methods.base import Batch, Method
@@ -17,6 +19,6 @@ class NoMitigation(Method):
     sourcing = "a control"
     auditable = True
 
+    @override
     def apply(self, model: Diffusion, batch: Batch) -> AbstractContextManager[Batch]:
-        """See :meth:`Method.apply`."""
         return nullcontext(batch)

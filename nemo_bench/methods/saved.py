@@ -1,4 +1,4 @@
-"""Saved neurons: blocks what was found before, here or elsewhere."""
+"""Saved neurons: blocks neurons of an earlier localization, ours or published."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
+from typing_extensions import override
 
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, StoreError
@@ -19,23 +20,32 @@ from nemo_bench.records.data import Localization, Neurons, Prompt, Record
 from nemo_bench.records.io import digest
 from nemo_bench.records.store import read_records
 
+Saved = Callable[[Prompt], Record | None]
+"""Gives the fields of the localization of a prompt; None where the file lacks it."""
+FIELDS = (
+    "neurons", "initial", "gate_score", "initial_score", "refined_score", "threshold", "passed_gate", "exhausted",
+)  # fmt: skip
+
 
 class SavedNeurons(BlockNeurons):
     """Blocks neurons read from a file.
 
     Args:
-        file: A published CSV, whose lines are found by the text of the prompt; a cell's folder
-            (``results/<name>/<cell>``), whose records are found by id and text of the prompt; or JSON or safetensors
-            of :meth:`Neurons.save`, one set for all prompts.
-        neurons: Which set is blocked, ``"refined"`` or the ``"initial"`` candidates; a file of one set has no other.
-        missing: What becomes of prompts that the file does not have: ``"error"``, before any weights load, or
-            ``"none"``: nothing is blocked for them.
-        factor: What the outputs of blocked neurons are multiplied by.
+        file: A published CSV, with lines by text of the prompt; a cell's folder (``results/<name>/<cell>``), with
+            records by id and text of the prompt; or JSON or safetensors of :meth:`Neurons.save`, one set for all
+            prompts.
+        neurons: Blocked set: ``"refined"`` or the ``"initial"`` candidates; the same for a file of one set.
+        missing: Prompts that the file lacks are an ``"error"``, before weights load, or nothing is blocked for them
+            (``"none"``).
+        factor: Multiplies the outputs of blocked neurons.
+
+    Raises:
+        NemoBenchError: When localizing: the neurons are of another model.
     """
 
     title = "Saved neurons"
     summary = "neurons from a file: a published CSV, an earlier cell, or one set as JSON or safetensors"
-    sourcing = "what the file holds"
+    sourcing = "depends on the file"
 
     def __init__(
         self,
@@ -45,36 +55,31 @@ class SavedNeurons(BlockNeurons):
         factor: float = 0.0,
     ) -> None:
         super().__init__(factor)
-        self.file, self.neurons, self.missing = file, neurons, missing
+        self.file = file
+        self.neurons = neurons
+        self.missing = missing
 
     @cached_property
-    def _saved(self) -> Callable[[Prompt], Record | None]:
+    def _saved(self) -> Saved:
         if self.file is None:
-            raise ConfigError(
-                "saved neurons need a file: set file to a CSV, JSON or safetensors file or a cell's folder"
-            )
+            msg = "saved neurons need a file: set file to a CSV, JSON or safetensors file or a cell's folder"
+            raise ConfigError(msg)
         path = Path(self.file)
-        return _cell(path) if path.is_dir() else _published(path) if path.suffix == ".csv" else _one_set(path)
+        if path.is_dir():
+            return _read_cell(path)
+        return _read_published(path) if path.suffix == ".csv" else _read_one_set(path)
 
+    @override
     def fingerprint(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
-        """See :meth:`Method.fingerprint`.
-
-        Raises:
-            NemoBenchError: No file is named, it can't be read, or it lacks a prompt.
-        """
-        found = {prompt.id: self._saved(prompt) for prompt in prompts}
-        lacking = [name for name, saved in found.items() if saved is None]
+        saved = {prompt.id: self._saved(prompt) for prompt in prompts}
+        lacking = [name for name, fields in saved.items() if fields is None]
         if lacking and self.missing == "error":
-            msg = f"{self.file} has no neurons for {len(lacking)} of {len(found)} prompts (first: '{lacking[0]}')"
+            msg = f"{self.file} has no neurons for {len(lacking)} of {len(saved)} prompts (first: '{lacking[0]}')"
             raise ConfigError(f"{msg}; leave these prompts out, or block nothing for them with missing=none")
-        return {"file": digest(found)}
+        return {"file": digest(saved)}
 
+    @override
     def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor | None = None) -> Localization:
-        """See :meth:`Method.localize`.
-
-        Raises:
-            NemoBenchError: The neurons are of another model.
-        """
         saved = self._saved(prompt)
         if saved is None:
             return Localization()
@@ -85,35 +90,25 @@ class SavedNeurons(BlockNeurons):
         return result
 
 
-def _one_set(path: Path) -> Callable[[Prompt], Record | None]:
+def _read_one_set(path: Path) -> Saved:
     layers = dict(Neurons.load(path))
     return lambda prompt: {"neurons": layers, "initial": layers}
 
 
-def _cell(folder: Path) -> Callable[[Prompt], Record | None]:
+def _read_cell(folder: Path) -> Saved:
     records = read_records(folder, "localize").values()
     if not records:
         raise StoreError(f"{folder} holds no localization; give results/<name>/<cell> of a run, or a file")
     texts = {row.cells["id"]: row.cells["text"] for row in read_rows(folder / "prompts.jsonl")}
-    keys = (
-        "neurons",
-        "initial",
-        "gate_score",
-        "initial_score",
-        "refined_score",
-        "threshold",
-        "passed_gate",
-        "exhausted",
-    )
-    saved = {(r["prompt"], texts.get(r["prompt"])): {key: r.get(key) for key in keys} for r in records}
+    saved = {(r["prompt"], texts.get(r["prompt"])): {key: r.get(key) for key in FIELDS} for r in records}
     return lambda prompt: saved.get((prompt.id, prompt.text))
 
 
-def _published(path: Path) -> Callable[[Prompt], Record | None]:
+def _read_published(path: Path) -> Saved:
     saved: dict[str, Record] = {}
     for row in read_published(path):
         scores = {"initial_score": row.initial_score, "refined_score": row.refined_score}
-        # The list of a prompt that did not pass is empty; whether the selection ran out is not published.
+        # Prompts that did not pass the gate have an empty list; whether the selection ran out is not published.
         record: Record = {"neurons": row.refined, "initial": row.initial, **scores, "passed_gate": any(row.initial)}
         if saved.setdefault(row.caption, record) != record:
             raise StoreError(f"{path}: two lines of other neurons for the prompt {row.caption!r}; leave one of them")
@@ -121,5 +116,5 @@ def _published(path: Path) -> Callable[[Prompt], Record | None]:
 
 
 def _neurons(saved: Any, widths: Mapping[str, int]) -> Neurons:
-    """Neurons by name of the layer, whether saved so or by its position."""
+    """Neurons by name of the layer, from that form or from lists in network order."""
     return Neurons(saved) if isinstance(saved, Mapping) else by_name(saved, widths)

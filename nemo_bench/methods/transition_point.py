@@ -1,7 +1,7 @@
 """Guidance that starts late: static and dynamic transition points, and opposite guidance before them.
 
-Published with 50 steps of DPM-Solver; here with the model's own DDIM steps. Negative scales before the
-transition are opposite guidance; Han et al. (2025) try -1 to -9.
+Published with 50 steps of DPM-Solver; here with the model's own DDIM steps. Negative scales before the transition are
+opposite guidance; Han et al. (2025) try -1 to -9.
 """
 
 from __future__ import annotations
@@ -9,96 +9,89 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from math import isfinite
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from nemo_bench.diffusion import Diffusion, Step, guided_from
-from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.records.citations import cite
 
-_CITATION = cite("jain2025classifier")
+Scale = Annotated[float, Field(allow_inf_nan=False)]
+"""A finite guidance scale."""
 
 
 class StaticTransition(Method):
     """Guides from a fixed timestep on (Jain et al. 2025).
 
-    Where guidance has to start so that it no longer leads to the training image depends on the model: in the embedded
-    one so late that other images have lost their prompt as well.
+    The timestep at which guidance no longer leads to the training image depends on the model: in the embedded one it is
+    so late that other images lose their prompt as well.
 
     Args:
-        timestep: Guidance starts where the timestep is at most this, 0 to 1000. Published: 500, 600 or 700 without, 650
-            with opposite guidance, on fine-tuned models. (Where a timestep is equal to it, the public script goes on
-            with a schedule of 200 steps; here nothing of the kind happens.)
+        timestep: Guidance starts where the timestep is at most this. Published: 500, 600 or 700 without, 650 with
+            opposite guidance, on fine-tuned models. (At a timestep equal to it, the public script continues with a
+            schedule of 200 steps; we do not.)
         before: Guidance scale until then: 0 is unconditional (the paper), 1 the plain prompt, below 0 opposite guidance
             (-2 in the paper). The scale after it is the model's own.
-
-    Raises:
-        ConfigError: A number is out of range.
     """
 
     title = "Static transition point"
     summary = "no guidance before a fixed timestep"
     touches = "guidance"
     sourcing = "public code; paper second hand"
-    citation = _CITATION
+    citation = cite("jain2025classifier")
     needs = frozenset({"guidance"})
 
-    def __init__(self, timestep: int = 500, before: float = 0.0) -> None:
-        if not (0 <= timestep <= 1000 and isfinite(before)):
-            msg = f"given timestep={timestep}, before={before}"
-            raise ConfigError(f"static_transition needs a timestep from 0 to 1000 and a finite scale before it, {msg}")
-        self.timestep, self.before = timestep, before
+    def __init__(self, timestep: Annotated[int, Field(ge=0, le=1000)] = 500, before: Scale = 0.0) -> None:
+        self.timestep = timestep
+        self.before = before
 
+    @override
     @contextmanager
     def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
-        """See :meth:`Method.apply`."""
         yield replace(batch, rule=guided_from(self.timestep, self.before))
 
 
 class DynamicTransition(Method):
     """Guides each image from the first local minimum of its own magnitude on (Jain et al. 2025).
 
-    The magnitude is the norm of what the prompt adds to the noise, one an image; the public script takes one norm over
+    The magnitude is the norm of the noise that the prompt adds, one per image; the public script takes one norm over
     the batch, so that images switch together. A minimum shows one step late: where the magnitude rises after it fell.
 
     Args:
         before: Guidance scale until then: 0 is unconditional (the paper), 1 the plain prompt (the public script), below
-            0 opposite guidance (-7.5 in the public script). It is ours to do that in one pass and by the magnitude: the
-            public script first makes a whole pass and takes the minimum of 1 minus the cosine between successive
-            latents, or the second one where the first is at step 1, or step 5 where there is none.
-
-    Raises:
-        ConfigError: The scale is not finite.
+            0 opposite guidance (-7.5 in the public script, which first makes a whole pass and takes the minimum of 1
+            minus the cosine between successive latents, or the second one where the first is at step 1, or step 5 where
+            there is none; ours is one pass, by the magnitude).
     """
 
     title = "Dynamic transition point"
     summary = "no guidance before the first local minimum of the text-conditional noise"
     touches = "guidance"
     sourcing = "public code; paper second hand"
-    citation = _CITATION
+    citation = cite("jain2025classifier")
     needs = frozenset({"guidance"})
 
-    def __init__(self, before: float = 0.0) -> None:
-        if not isfinite(before):
-            raise ConfigError(f"dynamic_transition needs a finite scale before the transition, given before={before}")
+    def __init__(self, before: Scale = 0.0) -> None:
         self.before = before
 
+    @override
     @contextmanager
     def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
-        """See :meth:`Method.apply`."""
-        curve: list[Tensor] = []
+        magnitudes: list[Tensor] = []
         switched = torch.zeros(len(batch.prompts), dtype=torch.bool, device=batch.latents.device)
 
         def rule(step: Step) -> Tensor:
-            nonlocal curve, switched
             if step.number == 0:
-                curve, switched = [], torch.zeros_like(switched)
-            curve.append(step.magnitude)
-            if len(curve) > 2:
-                switched = switched | ((curve[-1] > curve[-2]) & (curve[-3] > curve[-2]))
+                magnitudes.clear()
+                switched.zero_()
+            magnitudes.append(step.magnitude)
+            if len(magnitudes) > 2:
+                before, lowest, now = magnitudes[-3:]
+                switched.logical_or_((now > lowest) & (before > lowest))
             return step.guided(torch.where(switched, step.scale, self.before))
 
         yield replace(batch, rule=rule)

@@ -6,45 +6,44 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import override
 
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, ModelError
-from nemo_bench.methods.base import Batch, Method
+from nemo_bench.methods.base import Batch, Method, Setup, split
 from nemo_bench.prompts import read_prompts
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.io import digest
+from nemo_bench.records.ranges import Count, Index, Share
 
 
 class Wanda(Method):
     """Prunes the second linear layer of every feed-forward block of the UNet (Chavhan et al. 2024).
 
-    The memorized prompts are generated once, and so is the empty one as often as there are prompts. In each UNet call
-    the inputs of these layers, both halves of guidance and every pixel a row, are brought to length 1 row by row; n_j
-    is the norm of column j over all rows. A weight scores |W_ij| n_j, and is pruned where it is among the highest of
-    its row for the memorized prompts and scores higher there than for the empty one, in enough of the first calls.
-    Weights are 0 while images are generated, for all prompts alike, and then what they were.
+    The memorized prompts are generated once, and the empty prompt counts as often as there are prompts. In each UNet
+    call the rows of the inputs of these layers, one per pixel and half of guidance, are scaled to length 1; n_j is the
+    norm of column j over all rows. A weight scores |W_ij| n_j, and is pruned where it is among the highest of its row
+    for the memorized prompts and scores higher there than for the empty one, in enough of the first calls. Pruned
+    weights are 0 while images are generated, for all prompts alike, and are then restored.
 
-    The paper's own code was not published; this follows the first author's sibling work, ConceptPrune, which prunes
-    Stable Diffusion 1.5 by 51 calls of PNDM. How far along the first calls lead depends on the number of steps: ten
-    here are those of the model's own DDIM steps. One in a hundred weights is next to nothing in the small layers of the
+    The paper's own code is not published; this follows the first author's sibling work, ConceptPrune, which prunes
+    Stable Diffusion 1.5 by 51 calls of PNDM. The first ten calls are those of the model's own DDIM steps, so their
+    timesteps depend on the number of steps. One in a hundred weights is next to nothing in the small layers of the
     embedded model, which takes more.
 
     Args:
         file: Prompts to prune for (csv, jsonl, txt or parquet); None takes those of the run that are marked as
             memorized. The public lists have 10 to 50.
-        ratio: Part of each row of weights that can be pruned, 0 to 1.
-        calls: So many of the first UNet calls are looked at, at least 1; all, where there are fewer.
-        agreement: A weight must be chosen in more than this part of them, at least 0 and below 1.
+        ratio: Share of each row of weights that can be pruned.
+        calls: Number of first UNet calls that are compared; all, where there are fewer.
+        agreement: A weight must be chosen in more than this share of them, below 1.
         seed: All prompts start from the noise of this seed.
-
-    Raises:
-        ConfigError: A number is out of range.
     """
 
     title = "Wanda-style pruning"
@@ -57,94 +56,99 @@ class Wanda(Method):
     auditable = True
 
     def __init__(
-        self, file: str | None = None, ratio: float = 0.01, calls: int = 10, agreement: float = 0.0, seed: int = 0
+        self,
+        file: str | None = None,
+        ratio: Share = 0.01,
+        calls: Count = 10,
+        agreement: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        seed: Index = 0,
     ) -> None:
-        if not (0 <= ratio <= 1 and calls >= 1 and 0 <= agreement < 1 and seed >= 0):
-            msg = f"given ratio={ratio}, calls={calls}, agreement={agreement}, seed={seed}"
-            raise ConfigError(f"wanda needs a ratio and an agreement from 0 to 1, at least 1 call and a seed, {msg}")
-        self.file, self.ratio, self.calls, self.agreement, self.seed = file, ratio, calls, agreement, seed
-        self._chosen: WeakKeyDictionary[Diffusion, dict[str, Tensor]] = WeakKeyDictionary()
+        self.file = file
+        self.ratio = ratio
+        self.calls = calls
+        self.agreement = agreement
+        self.seed = seed
+        self._pruned: dict[nn.Linear, Tensor] | None = None
 
     @cached_property
-    def _given(self) -> list[str]:
+    def _listed(self) -> list[str]:
         return [prompt.text for prompt in read_prompts(self.file)] if self.file else []
 
     def _texts(self, prompts: Sequence[Prompt]) -> list[str]:
-        texts = self._given or [prompt.text for prompt in prompts if prompt.kind]
+        texts = self._listed or [prompt.text for prompt in prompts if prompt.kind]
         if not texts:
             raise ConfigError(
                 "wanda needs memorized prompts, and none of those given is marked VM or TM: set file to a list of them"
             )
         return texts
 
+    @override
     def fingerprint(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
-        """See :meth:`Method.fingerprint`.
-
-        Raises:
-            NemoBenchError: There are no memorized prompts, or the file can't be read.
-        """
         return {"file": digest(self._texts(prompts))}
 
-    def prepare(self, model: Diffusion, prompts: Sequence[Prompt]) -> None:
-        """See :meth:`Method.prepare`.
-
-        Raises:
-            ConfigError: There are no memorized prompts.
-            ModelError: The UNet has no such layers, or is compiled.
-        """
-        if model not in self._chosen:
-            self._chosen[model] = self._choose(model, self._texts(prompts))
-
+    @override
     @torch.no_grad()
-    def _choose(self, model: Diffusion, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Which weights are pruned, by layer, (outputs, inputs)."""
+    def setup(self, model: Diffusion, setup: Setup) -> None:
+        super().setup(model, setup)
+        texts = self._texts(setup.prompts)
         layers = feed_forward_layers(model)
-        memorized, empty = self._squares(model, layers, texts), self._squares(model, layers, [""])
-        chosen = {}
-        for name, layer in layers.items():
-            weight, count = layer.weight.abs().float(), torch.zeros_like(layer.weight, dtype=torch.int)
-            own, other = memorized[name].to(weight.device), len(texts) * empty[name].to(weight.device)
-            for target, base in zip(own.sqrt().float(), other.sqrt().float(), strict=True):
-                scores = weight * target
-                # Products such as 0.29 x 100 fall a little short of the number that is meant.
-                highest = scores.topk(math.floor(self.ratio * weight.shape[1] + 1e-9), 1).indices
-                count += torch.zeros_like(count).scatter_(1, highest, 1) * (scores > weight * base)
-            chosen[name] = count > self.agreement * len(own)
-        return chosen
+        memorized = self.input_squares(model, layers, texts)
+        empty = self.input_squares(model, layers, [""])
+        self._pruned = {
+            layer: self.choose(layer.weight, memorized[name], len(texts) * empty[name])
+            for name, layer in layers.items()
+        }
 
-    def _squares(self, model: Diffusion, layers: Mapping[str, nn.Linear], texts: Sequence[str]) -> dict[str, Tensor]:
-        """Squared norms of the columns of the layers' inputs in the first calls, by layer, (calls, inputs)."""
+    def input_squares(
+        self, model: Diffusion, layers: Mapping[str, nn.Linear], texts: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Generates prompts, and sums the squared columns of the layers' inputs, rows scaled to length 1.
+
+        Returns:
+            By layer, for each of the first calls, (calls, inputs); doubles, so that batches of other sizes add up to
+            the same.
+        """
         total: dict[str, Tensor] = {}
-        for first in range(0, len(texts), self.batch_size):
-            part = texts[first : first + self.batch_size]
-            seen: dict[str, list[Tensor]] = {name: [] for name in layers}
-            hooks = [layer.register_forward_pre_hook(partial(self._see, seen[name])) for name, layer in layers.items()]
+        for rows in split(len(texts), self.batch_size):
+            squares: dict[str, list[Tensor]] = {name: [] for name in layers}
+            hooks = [part.register_forward_pre_hook(partial(self._add, squares[name])) for name, part in layers.items()]
             try:
-                model.generate(model.encode(part), model.latents([self.seed] * len(part)))
+                model.generate(model.encode([texts[row] for row in rows]), model.latents([self.seed] * len(rows)))
             finally:
                 for hook in hooks:
                     hook.remove()
-            total = {name: total.get(name, 0) + torch.stack(calls) for name, calls in seen.items()}
+            total = {name: total.get(name, 0) + torch.stack(calls) for name, calls in squares.items()}
         return total
 
-    def _see(self, calls: list[Tensor], layer: nn.Module, args: tuple[Tensor]) -> None:
-        if len(calls) < self.calls:
-            rows = nn.functional.normalize(args[0].flatten(0, -2).float(), dim=1)
-            # Doubles, so that batches of other sizes add up to the same.
-            calls.append(rows.square().double().sum(0).cpu())
+    def _add(self, squares: list[Tensor], layer: nn.Module, args: tuple[Tensor]) -> None:
+        if len(squares) < self.calls:
+            inputs = nn.functional.normalize(args[0].flatten(0, -2).float(), dim=1)
+            squares.append(inputs.square().double().sum(0).cpu())
 
+    def choose(self, weight: Tensor, memorized: Tensor, empty: Tensor) -> Tensor:
+        """The weights of one layer to prune, a boolean of the shape of ``weight``.
+
+        Args:
+            weight: (outputs, inputs).
+            memorized: Squared norms of the inputs for the memorized prompts, (calls, inputs).
+            empty: The same for as many empty prompts.
+        """
+        size = weight.detach().abs().float()
+        # Products such as 0.29 x 100 are slightly below the whole number.
+        highest_count = math.floor(self.ratio * weight.shape[1] + 1e-9)
+        votes = torch.zeros_like(weight, dtype=torch.int)
+        for own, other in zip(memorized.sqrt().to(size), empty.sqrt().to(size), strict=True):
+            scores = size * own
+            highest = scores.topk(highest_count, 1).indices
+            votes += torch.zeros_like(votes).scatter_(1, highest, 1) * (scores > size * other)
+        return votes > self.agreement * len(memorized)
+
+    @override
     @contextmanager
     def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
-        """See :meth:`Method.apply`.
-
-        Raises:
-            ConfigError: Nothing was prepared, and there is no file to prepare from.
-        """
-        if model not in self._chosen:
-            if not self.file:
-                raise ConfigError("wanda needs to see the memorized prompts: call prepare(model, prompts), or set file")
-            self.prepare(model, ())
-        with pruned({layer: self._chosen[model][name] for name, layer in feed_forward_layers(model).items()}):
+        if self._pruned is None:
+            raise ConfigError("wanda compares weights before it prunes: call setup(model, Setup(prompts=...)) first")
+        with pruned(self._pruned):
             yield batch
 
 
@@ -152,7 +156,7 @@ def feed_forward_layers(model: Diffusion) -> dict[str, nn.Linear]:
     """The second linear layers of the UNet's feed-forward blocks by module path.
 
     Raises:
-        ModelError: There is none, or the UNet is compiled, whose inputs can't be looked at.
+        ModelError: There is none, or the UNet is compiled, which hides their inputs.
     """
     layers = {name: part for name, part in model.unet.named_modules() if name.endswith(".ff.net.2")}
     if not layers or model.compiled:
@@ -164,16 +168,16 @@ def feed_forward_layers(model: Diffusion) -> dict[str, nn.Linear]:
 @contextmanager
 @torch.no_grad()
 def pruned(weights: Mapping[nn.Linear, Tensor]) -> Iterator[None]:
-    """Sets chosen weights to 0 while the context is open.
+    """Sets weights to 0 within the context.
 
     Args:
-        weights: For each layer which ones, (outputs, inputs).
+        weights: Boolean masks by layer, (outputs, inputs).
     """
-    kept = {layer: layer.weight[chosen].clone() for layer, chosen in weights.items()}
+    original = {layer: layer.weight[chosen].clone() for layer, chosen in weights.items()}
     try:
         for layer, chosen in weights.items():
             layer.weight.data.masked_fill_(chosen, 0)
         yield
     finally:
         for layer, chosen in weights.items():
-            layer.weight.data[chosen] = kept[layer]
+            layer.weight.data[chosen] = original[layer]

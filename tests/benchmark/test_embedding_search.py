@@ -16,7 +16,7 @@ from nemo_bench.benchmark.embedding_search import random_embeddings, search_embe
 from nemo_bench.benchmark.stages.audit import fitted_picture
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Similarity
 from nemo_bench.errors import ConfigError, ModelError
-from nemo_bench.methods import Batch, BlockNeurons, EmbeddingNoise, NoMitigation, Wanda
+from nemo_bench.methods import Batch, BlockNeurons, EmbeddingNoise, NoMitigation, Setup, Wanda
 from nemo_bench.metrics import SSIM
 from nemo_bench.prompts import seeds_of
 from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl, tiny_texts
@@ -143,7 +143,7 @@ def test_pictures_are_taken_a_few_at_a_time_under_the_neurons_of_their_row(model
     whole = search_embeddings(model, method, batch, clean, steps=2, samples=SAMPLES)
     rows: list[int] = []
     hook = model.unet.register_forward_pre_hook(lambda _unet, args: rows.append(len(args[0])))
-    method.batch_size = 2 * GRADIENT_MEMORY
+    method.setup(model, Setup(batch_size=2 * GRADIENT_MEMORY))
     try:
         parts = search_embeddings(model, method, batch, clean, steps=2, samples=SAMPLES)
     finally:
@@ -160,7 +160,7 @@ def test_it_works_in_inference_mode_and_leaves_no_trace(model: Diffusion, name: 
     with torch.inference_mode():
         batch = searched(model)
         method = BlockNeurons() if name == "neurons" else Wanda(ratio=0.3)
-        method.prepare(model, [prompt._replace(kind="VM") for prompt in batch.prompts])
+        method.setup(model, Setup(prompts=[prompt._replace(kind="VM") for prompt in batch.prompts]))
         found = search_embeddings(model, method, batch, pictures_of(model, 2), steps=2, samples=SAMPLES)
         unmitigated = search_embeddings(model, NoMitigation(), batch, pictures_of(model, 2), steps=2, samples=SAMPLES)
     assert model.state_digest() == before

@@ -42,6 +42,7 @@ from nemo_bench.localization.nemo import (
     select,
 )
 from nemo_bench.localization.noise_differences import noise_differences, pair_similarities, pair_values, similarity
+from nemo_bench.methods import Setup
 from nemo_bench.prompts import seeds_of
 from tiny import tiny_pipeline, tiny_sdxl, tiny_texts
 
@@ -177,7 +178,7 @@ def test_the_gate_and_a_selection_that_ran_out_are_told_and_named(
     assert kept_out.threshold == highest + 1e-3
     for neurons in ("refined", "initial"):
         method = NeMo(neurons=neurons, when_exhausted="nothing")  # type: ignore[arg-type]
-        method.calibration = calibration
+        method.setup(tiny, Setup(calibration=calibration))
         assert method.localize(tiny, Prompt("a", tiny_texts(1)[0]), latents).neurons == Neurons()
 
 
@@ -229,7 +230,7 @@ def as_the_scripts(
     """Asserts that `protocol=reference` gives the neurons of the scripts: all of them, in their order, as often."""
     model, calibration = scripts_model(prediction_type, side)
     method = method or NeMo(protocol="reference")
-    method.calibration = replace(calibration, threshold=tau)
+    method.setup(model, Setup(calibration=replace(calibration, threshold=tau)))
     latents = method.protocol.latents(model, range(seeds))
     found = method.localize(model, Prompt("p", text), latents)
     plain_similarity = {

@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ from batches import batch_of, images_of
 from nemo_bench import ConfigError, Diffusion, ModelError, Prompt, resolve
 from nemo_bench.diffusion import Conditioning, Step
 from nemo_bench.errors import StoreError
-from nemo_bench.methods import AMG
-from nemo_bench.methods.amg import Index, _Guidance
+from nemo_bench.methods import AMG, Setup
+from nemo_bench.methods.amg import Guidance, TrainingImages
 
 
 class Plane(AMG):
@@ -51,28 +50,30 @@ def vectors(*rows: tuple[float, float]) -> torch.Tensor:
     return torch.tensor(rows)[:, :, None, None]
 
 
-def guided(method: AMG, index: Index, steps: int = 1, timestep: int = 500, **given: torch.Tensor) -> list[torch.Tensor]:
-    guidance = _Guidance(method, Flat(), index, len(given["latents"]))  # type: ignore[arg-type]
+def guided(
+    method: AMG, known: TrainingImages, steps: int = 1, timestep: int = 500, **given: torch.Tensor
+) -> list[torch.Tensor]:
+    guidance = Guidance(method, Flat(), known, len(given["latents"]))  # type: ignore[arg-type]
     return [guidance(Step(number, timestep, 7.5, **given)) for number in range(steps)]
 
 
-def similarity(latents: torch.Tensor, noise: torch.Tensor, index: Index) -> float:
+def similarity(latents: torch.Tensor, noise: torch.Tensor, known: TrainingImages) -> float:
     """Of the image that noise leads to: signal and noise are mixed 0.6 to 0.8."""
     image = (latents - 0.8 * noise).flatten() / 0.6
-    return float((image / image.norm() @ index.vectors.T).max())
+    return float((image / image.norm() @ known.vectors.T).max())
 
 
-def slope(latents: torch.Tensor, noise: torch.Tensor, index: Index) -> torch.Tensor:
+def slope(latents: torch.Tensor, noise: torch.Tensor, known: TrainingImages) -> torch.Tensor:
     """Gradient of the similarity by the latents, from finite differences."""
     found = []
     for axis in ((1e-3, 0.0), (0.0, 1e-3)):
-        ahead, behind = (similarity(latents + sign * vectors(axis), noise, index) for sign in (1, -1))
+        ahead, behind = (similarity(latents + sign * vectors(axis), noise, known) for sign in (1, -1))
         found.append((ahead - behind) / 2e-3)
     return vectors((found[0], found[1]))
 
 
 LATENTS, EMPTY, PROMPT = vectors((1.0, 0.2)), vectors((0.1, 0.1)), vectors((0.0, 0.2))
-NEAR = Index(torch.tensor([[0.0, 1.0], [0.8, 0.6]]), ("1", "2"))
+NEAR = TrainingImages(torch.tensor([[0.0, 1.0], [0.8, 0.6]]), ("1", "2"))
 
 
 def test_despecification_lowers_guidance_by_similarity() -> None:
@@ -135,10 +136,11 @@ def test_gradients_are_followed_in_small_parts() -> None:
                 seen.append(len(images))
             return super().embed(images)
 
-    method = Counting(threshold=-0.9, saturation=5.0, strength=0.05)
-    (whole,) = guided(method, NEAR, **given)
-    method.batch_size = 8
-    (parts,) = guided(method, NEAR, **given)
+    class Smaller(Counting):
+        batch_size = 8
+
+    (whole,) = guided(Counting(threshold=-0.9, saturation=5.0, strength=0.05), NEAR, **given)
+    (parts,) = guided(Smaller(threshold=-0.9, saturation=5.0, strength=0.05), NEAR, **given)
     assert seen == [5, 2, 2, 1]
     torch.testing.assert_close(parts, whole)
 
@@ -147,7 +149,7 @@ def test_gradients_are_followed_in_small_parts() -> None:
 def test_the_threshold_falls_with_noise(timestep: int, limit: float) -> None:
     still = vectors((1.0, 0.0))
     for similarity_, acts in ((limit - 2e-3, False), (limit + 2e-3, True)):
-        index = Index(torch.tensor([[similarity_, (1 - similarity_**2) ** 0.5]]), ("1",))
+        index = TrainingImages(torch.tensor([[similarity_, (1 - similarity_**2) ** 0.5]]), ("1",))
         (noise,) = guided(
             Plane(strength=0.0), index, timestep=timestep, latents=still, unconditional=0 * still,
             conditional=torch.full_like(still, 1e-6),
@@ -155,8 +157,8 @@ def test_the_threshold_falls_with_noise(timestep: int, limit: float) -> None:
         assert bool((noise != 7.5e-6).any()) == acts
 
 
-def test_an_image_like_none_is_left_alone_unless_ungated() -> None:
-    index = Index(torch.tensor([[0.1, 0.99**0.5]]), ("1",))
+def test_dissimilar_image_stays_the_same_unless_ungated() -> None:
+    index = TrainingImages(torch.tensor([[0.1, 0.99**0.5]]), ("1",))
     still, prompt = vectors((1.0, 0.0)), vectors((1e-6, 0.0))
     given = {"latents": still, "unconditional": 0 * still, "conditional": prompt}
     assert torch.equal(guided(Plane(), index, **given)[0], 7.5 * prompt)
@@ -164,12 +166,12 @@ def test_an_image_like_none_is_left_alone_unless_ungated() -> None:
     torch.testing.assert_close(ungated, (7.5 - 13 * 0.1) * prompt, rtol=1e-3, atol=0)
 
 
-def test_guidance_leads_away_from_a_caption_that_is_there_often_enough_for_ten_steps() -> None:
+def test_guidance_leads_away_from_a_frequent_caption_for_ten_steps() -> None:
     # Three of one caption, two of another; the image is like them in the first step only.
-    near = Index(torch.tensor([[1.0, 0.0]] * 5), ("0.25", "0.25", "0.25", "2", "2"))
+    near = TrainingImages(torch.tensor([[1.0, 0.0]] * 5), ("0.25", "0.25", "0.25", "2", "2"))
     still, prompt = vectors((1.0, 0.0)), vectors((0.0, 0.0))
     method = Plane(strength=0.0, captions=2, saturation=10.0)
-    guidance = _Guidance(method, Flat(), near, 1)  # type: ignore[arg-type]
+    guidance = Guidance(method, Flat(), near, 1)  # type: ignore[arg-type]
     noises = []
     for number in range(12):
         latents = still if number == 0 else vectors((0.1, 1.0))
@@ -190,11 +192,11 @@ def test_guidance_leads_away_from_a_caption_that_is_there_often_enough_for_ten_s
     assert not rare[0].any()
 
 
-def test_what_a_caption_leads_to_is_looked_at_as_well() -> None:
+def test_noise_moved_away_from_a_caption_is_compared_as_well() -> None:
     """Not near any more, but led near again by going away from the caption: dissimilarity sees to that."""
-    near = Index(torch.tensor([[1.0, 0.0]] * 3), ("0.25",) * 3)
+    near = TrainingImages(torch.tensor([[1.0, 0.0]] * 3), ("0.25",) * 3)
     still, later, nothing = vectors((1.0, 0.0)), vectors((0.1, 1.0)), vectors((0.0, 0.0))
-    guidance = _Guidance(Plane(strength=0.05, captions=2), Flat(), near, 1)  # type: ignore[arg-type]
+    guidance = Guidance(Plane(strength=0.05, captions=2), Flat(), near, 1)  # type: ignore[arg-type]
     guidance(Step(0, 500, 7.5, still, nothing, nothing))
     noise = guidance(Step(1, 500, 7.5, later, nothing, nothing))
     low = similarity(later, nothing, near)
@@ -208,7 +210,7 @@ def test_what_a_caption_leads_to_is_looked_at_as_well() -> None:
 
 
 def test_every_image_is_led_away_from_its_own_caption() -> None:
-    index = Index(torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 3), ("0.25",) * 3 + ("-0.5",) * 3)
+    index = TrainingImages(torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 3), ("0.25",) * 3 + ("-0.5",) * 3)
     latents, nothing = vectors((1.0, 0.05), (0.05, 1.0), (-1.0, -1.0)), vectors((0.0, 0.0)).repeat(3, 1, 1, 1)
     (noise,) = guided(
         Plane(strength=0.0, captions=2, saturation=10.0), index, latents=latents, unconditional=nothing,
@@ -221,7 +223,7 @@ def test_every_image_is_led_away_from_its_own_caption() -> None:
 
 
 def test_captions_of_pictures_unlike_the_image_do_not_count() -> None:
-    index = Index(torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 21), ("0.25",) * 3 + ("2",) * 21)
+    index = TrainingImages(torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 21), ("0.25",) * 3 + ("2",) * 21)
     still, nothing = vectors((1.0, 0.0)), vectors((0.0, 0.0))
     given = {"latents": still, "unconditional": nothing, "conditional": nothing}
     (noise,) = guided(Plane(strength=0.0, captions=2, saturation=10.0), index, **given)
@@ -234,7 +236,7 @@ def references() -> tuple[Path, ...]:
     return tuple(sorted(Path(resolve("package:planted/references")).glob("vm-0*.png")))
 
 
-def test_pixels_are_compared_without_their_brightness() -> None:
+def test_pixels_are_compared_free_of_brightness() -> None:
     images = torch.rand(2, 3, 4, 4)
     found = AMG().embed(images)
     expected = torch.corrcoef(images.flatten(1))[0, 1]
@@ -275,12 +277,13 @@ def test_gradients_go_through_weights_that_were_loaded_in_inference_mode(tmp_pat
 
 def test_the_gradient_through_the_decoder_is_that_of_finite_differences(planted: Diffusion) -> None:
     method, prompts = AMG(), [Prompt("a", "a", references=references())]
-    method.prepare(planted, prompts)
-    index = method._indices[planted].vectors
+    method.setup(planted, Setup(prompts=prompts))
+    assert method.training_images
+    known = method.training_images.vectors
     latents = (0.5 * planted.latents([0])).requires_grad_()
 
     def value(at: torch.Tensor) -> torch.Tensor:
-        return (method.embed(planted.decode(at)) @ index[0]).sum()
+        return (method.embed(planted.decode(at)) @ known[0]).sum()
 
     (gradient,) = torch.autograd.grad(value(latents), [latents])
     direction = gradient / gradient.norm()
@@ -313,8 +316,9 @@ def test_images_above_the_threshold_become_less_similar(planted: Diffusion) -> N
     texts = ["the golden harbor podcast for nine silent stars"]
     batch, method = batch_of(planted, [(0, 0)], texts), AMG()
     prompts = [Prompt("vm-01", texts[0], "VM", (references()[0],))]
-    method.prepare(planted, prompts)
-    known = method._indices[planted].vectors
+    method.setup(planted, Setup(prompts=prompts))
+    assert method.training_images
+    known = method.training_images.vectors
 
     def near(image: torch.Tensor) -> float:
         return float((method.embed(image) @ known.T).max())
@@ -328,16 +332,16 @@ def test_images_above_the_threshold_become_less_similar(planted: Diffusion) -> N
     assert planted.row_passes - before == planted.passes_per_image
 
 
-def test_a_cell_is_another_where_training_images_are_others() -> None:
+def test_fingerprint_follows_the_training_images() -> None:
     one, two = ([Prompt("a", "a", references=(file,))] for file in references()[:2])
     assert AMG().fingerprint(one) == AMG().fingerprint([Prompt("b", "b", references=one[0].references)])
     assert AMG().fingerprint(one) != AMG().fingerprint(two)
 
 
-def test_without_training_images_it_says_what_to_do(tiny: Diffusion, tmp_path: Path) -> None:
+def test_missing_or_broken_training_images_are_errors(tiny: Diffusion, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no prompt has any: give references"):
         AMG().fingerprint([Prompt("a", "a")])
-    with pytest.raises(ConfigError, match=r"call prepare\(model, prompts\)"):
+    with pytest.raises(ConfigError, match=r"call setup\(model, Setup\(prompts=...\)\)"):
         images_of(tiny, AMG(), batch_of(tiny, [(0, 0)]))
     with pytest.raises(ModelError, match="does not exist"):
         AMG("nowhere.pt").fingerprint([Prompt("a", "a", references=references())])
@@ -345,10 +349,4 @@ def test_without_training_images_it_says_what_to_do(tiny: Diffusion, tmp_path: P
     Image.new("RGB", (4, 4)).save(broken)
     broken.write_bytes(broken.read_bytes()[:20])
     with pytest.raises(StoreError, match="can't be read as an image"):
-        AMG().prepare(tiny, [Prompt("a", "a", references=(broken,))])
-
-
-@pytest.mark.parametrize("wrong", [{"threshold": 2.0}, {"saturation": 0.0}, {"strength": -1.0}, {"captions": 0}])
-def test_settings_out_of_range_are_errors(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="amg needs a threshold from -1 to 1"):
-        AMG(**wrong)
+        AMG().setup(tiny, Setup(prompts=[Prompt("a", "a", references=(broken,))]))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from batches import batch_of, images_of
-from nemo_bench import ConfigError, Diffusion
+from nemo_bench import Diffusion
 from nemo_bench.methods import AnisotropyOptimization, EmbeddingOptimization
 from tiny import tiny_pipeline
 
@@ -73,8 +73,3 @@ def test_each_step_takes_two_passes(tiny: Diffusion) -> None:
 def test_below_the_target_the_image_is_the_same(tiny: Diffusion) -> None:
     batch = batch_of(tiny, [(0, 0)])
     assert torch.equal(images_of(tiny, AnisotropyOptimization(1e9), batch), tiny.generate(batch.text, batch.latents))
-
-
-def test_settings_out_of_range_are_errors() -> None:
-    with pytest.raises(ConfigError, match=r"given target=1\.5, steps=-1"):
-        AnisotropyOptimization(steps=-1)

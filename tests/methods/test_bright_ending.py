@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from batches import batch_of, images_of, rows_of
-from nemo_bench import ConfigError, Diffusion, ModelError
+from nemo_bench import Diffusion, ModelError
 from nemo_bench.methods import BrightEndingOptimization
 from nemo_bench.methods.bright_ending import bright_ending
 from tiny import tiny_sdxl
@@ -70,8 +70,3 @@ def test_sdxl_has_no_such_mask() -> None:
     model = Diffusion(tiny_sdxl(), steps=2, guidance=3.0)
     with pytest.raises(ModelError, match=r"no cross-attention in its down_blocks\.0"):
         images_of(model, BrightEndingOptimization(), batch_of(model, [(0, 0)]))
-
-
-def test_settings_out_of_range_are_errors() -> None:
-    with pytest.raises(ConfigError, match=r"given target=1\.0, steps=10, rate=0"):
-        BrightEndingOptimization(rate=0.0)

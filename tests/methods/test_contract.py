@@ -10,9 +10,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from batches import batch_of, images_of, rows_of
-from nemo_bench import Diffusion, ModelError, Prompt, resolve
-from nemo_bench.benchmark.plan import plan
-from nemo_bench.config import grid
+from nemo_bench import Diffusion, Prompt, resolve
 from nemo_bench.diffusion import Similarity
 from nemo_bench.diffusion.noise import LATE, masked_magnitude, mean_cosine, norms, unit
 from nemo_bench.methods import (
@@ -32,6 +30,7 @@ from nemo_bench.methods import (
     RandomNumbers,
     RandomTokens,
     RepeatedWords,
+    Setup,
     StaticTransition,
     Wanda,
 )
@@ -85,13 +84,15 @@ IDLE: dict[str, Callable[[], Method]] = {
 PIPELINES = {"sd1": tiny_pipeline, "sd2": tiny_sd2, "sdxl": tiny_sdxl}
 
 
-def prepared(model: Diffusion, name: str, methods: dict[str, Callable[[], Method]] = METHODS) -> Method:
+def prepared(
+    model: Diffusion, name: str, methods: dict[str, Callable[[], Method]] = METHODS, batch_size: int = 32
+) -> Method:
     if name == "bright_ending_optimization" and model.family.pipeline is StableDiffusionXLPipeline:
         pytest.skip("SDXL has no cross-attention in its first block")
     method = methods[name]()
     references = tuple(Path(resolve("package:planted/references")).glob("vm-0*.png"))
     a, b, c = Prompt("a", "red sun map", "VM", references), Prompt("b", "fox big hat", "TM"), Prompt("c", "cup dog")
-    method.prepare(model, [a, b, c])
+    method.setup(model, Setup(prompts=[a, b, c], batch_size=batch_size))
     return method
 
 
@@ -198,56 +199,8 @@ def test_an_error_inside_leaves_no_trace(model: Diffusion, name: str) -> None:
 def test_rows_are_as_if_they_were_alone(model: Diffusion, name: str) -> None:
     batch = batch_of(model, [(0, 0), (0, 1), (1, 0)])
     together = images_of(model, prepared(model, name), batch)
-    in_parts = prepared(model, name)
-    in_parts.batch_size = 8
+    in_parts = prepared(model, name, batch_size=8)
     torch.testing.assert_close(images_of(model, in_parts, batch), together, rtol=0, atol=2e-2)
     for row in range(3):
         alone = images_of(model, prepared(model, name), rows_of(batch, [row]))
         torch.testing.assert_close(together[[row]], alone, rtol=0, atol=2e-2)
-
-
-SD, XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
-
-
-@pytest.mark.parametrize(
-    ("method", "given", "message"),
-    [
-        (
-            StaticTransition(),
-            (SD, 1.0, "float32", False),
-            r"changes guidance, given model\.guidance=1; give .* above 1",
-        ),
-        (
-            EmbeddingOptimization(),
-            (SD, 7.0, "float16", False),
-            r"vanish in float16; generate with model\.dtype=bfloat16",
-        ),
-        (AttentionRescaling(), (SD, 7.0, "float32", True), r"once it is compiled; set model\.compiled=false"),
-        (
-            BrightEndingOptimization(),
-            (XL, 7.0, "float32", False),
-            f"made for {SD}, given a {XL}; leave this method out",
-        ),
-        (PRSS(bright_ending=True), (XL, 7.0, "float32", False), f"made for {SD}, given a {XL}"),
-        (PRSS(), (SD, 7.0, "float16", False), "vanish in float16"),
-    ],
-)
-def test_what_a_model_lacks_is_said(method: Method, given: tuple[str, float, str, bool], message: str) -> None:
-    family, guidance, dtype, compiled = given
-    with pytest.raises(ModelError, match=message):
-        method.check(family, guidance, dtype, compiled=compiled)
-    method.check(SD, 7.0, "float32")
-
-
-def test_rules_of_guidance_are_not_refused_for_a_compiled_network() -> None:
-    DynamicTransition().check(SD, 7.0, "float32", compiled=True)
-
-
-def test_a_run_says_it_before_weights_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_bench.benchmark.runner.load_model", None)
-    for words, advice in (
-        (["method=static_transition", "model.guidance=1"], "or leave this method out"),
-        (["method=sail", "model.dtype=float16"], "generate with model.dtype=bfloat16 or float32"),
-    ):
-        with pytest.raises(ModelError, match=advice):
-            plan(grid(words))

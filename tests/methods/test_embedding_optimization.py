@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from batches import batch_of, images_of, rows_of
-from nemo_bench import ConfigError, Diffusion
+from nemo_bench import Diffusion
 from nemo_bench.methods import EmbeddingOptimization
 from nemo_bench.prompts import seeds_of
 
@@ -98,14 +98,8 @@ def test_a_single_norm_is_larger_by_the_root_of_the_images() -> None:
     assert EmbeddingOptimization().target == 1.5
     assert EmbeddingOptimization(legacy_batch_norm=True).target == 3
     values = torch.full((1, 4), 1.5)
-    assert float(EmbeddingOptimization().together(values)) == 1.5
-    assert float(EmbeddingOptimization(legacy_batch_norm=True).together(values)) == 3
-
-
-@pytest.mark.parametrize("wrong", [{"steps": -1}, {"rate": 0.0}, {"images": 0}, {"target": float("-inf")}])
-def test_settings_out_of_range_are_errors(wrong: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match=r"rate above 0 and 1 image or more, given target"):
-        EmbeddingOptimization(**wrong)  # type: ignore[arg-type]
+    assert float(EmbeddingOptimization().pool(values)) == 1.5
+    assert float(EmbeddingOptimization(legacy_batch_norm=True).pool(values)) == 3
 
 
 def test_prompts_of_one_text_are_two_prompts(tiny: Diffusion) -> None:
