@@ -17,9 +17,7 @@ Role = Literal[
     "", "training_similarity", "nearest_training_similarity", "memorization_rate", "memorization_score", "neuron_count"
 ]
 
-FIELDS = frozenset(
-    {"images", "references", "pool", "unmitigated", "text", "memorization", "localization", "real"},
-)
+FIELDS = frozenset({"images", "references", "pool", "unmitigated", "text", "memorization", "localization", "real"})
 """Fields that a metric can need; see :class:`BenchMetric`."""
 
 
@@ -68,11 +66,7 @@ class BenchMetric(Checked, ABC):
         self.space = space or PixelDistance()
 
     def check(self) -> None:
-        """Checks that weights, pictures and libraries are there, before anything loads.
-
-        Raises:
-            NemoBenchError: Something is missing; the message says how to get it.
-        """
+        """Raises NemoBenchError if weights, pictures or a library are missing; the message says how to get them."""
         self.space.check()
 
     def fingerprint(self) -> Mapping[str, Any]:
@@ -88,9 +82,7 @@ class BenchMetric(Checked, ABC):
     def score(self, *args: Any, **fields: Any) -> Tensor:
         """Scores one prompt, or one set of images.
 
-        Args:
-            args: None; any signature with the fields by name may override this one.
-            fields: The fields in :attr:`needs`.
+        Overrides take the fields in :attr:`needs`, by name.
 
         Returns:
             (S,) scores of S images, or (1,) of the prompt or set; empty where there is no score.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -95,24 +95,22 @@ class OpenClip(Network):
         import open_clip
 
         if self._folder:
-            own = bool(_quick_by_open_clip(self._folder))
+            architecture = (_read_object(self._folder / "open_clip_config.json") or {}).get("model_cfg", {})
             files = [file for file in self._folder.iterdir() if file.suffix in {".safetensors", ".bin", ".pt", ".pth"}]
-            evidence = {_quick_by_transformers(self._folder), *map(_quick_by_digest, files)}
+            evidence = _evidence(self._folder, files)
             remedy = f"correct quick_gelu in {self._folder / 'open_clip_config.json'}"
         else:
-            own = bool(open_clip.get_model_config(self.model).get("quick_gelu", False))
-            evidence = {bool(self._listed.get("quick_gelu", False))}
-            if self._file:
-                beside = self._file.parent
-                evidence = {_quick_by_digest(self._file), _quick_by_open_clip(beside), _quick_by_transformers(beside)}
+            architecture = open_clip.get_model_config(self.model)
+            evidence = _evidence(self._file.parent, [self._file]) if self._file else {_is_quick(self._listed)}
             remedy = f"name '{self._twin}' as the model" if self._twin else "name a local-dir:FOLDER as the model"
+        own = _is_quick(architecture)
         if (not own) in evidence:
             raise ModelError(
                 f"open_clip model '{self.model}' has {_ACTIVATIONS[own]}, but its weights "
                 f"{'' if self._folder else repr(self.pretrained) + ' '}were trained with {_ACTIVATIONS[not own]}; "
                 f"{remedy}"
             )
-        if evidence == {None} and not own and not self._folder and self._twin:
+        if not evidence and not own and self._twin:
             raise ModelError(
                 f"open_clip model '{self.model}' has GELU, and nothing tells whether its weights '{self.pretrained}' "
                 f"were trained with it. If they were trained with QuickGELU, as those of OpenAI were, {remedy}; if "
@@ -239,24 +237,23 @@ def _check_folder(folder: Path) -> None:
             check_readable(kind, folder / name)
 
 
-def _quick_by_open_clip(folder: Path) -> bool | None:
-    """Whether open_clip's settings in a folder name QuickGELU, None if there are none."""
+def _is_quick(settings: Mapping[str, Any]) -> bool:
+    return bool(settings.get("quick_gelu", False))
+
+
+def _evidence(folder: Path, files: Iterable[Path]) -> set[bool]:
+    """Whether weights were trained with QuickGELU: answers of open_clip's list of files and of settings beside them."""
+    digests = [file_digest(file) for file in files]
+    evidence = {quick for beginning, quick in _listed_digests() if any(d.startswith(beginning) for d in digests)}
     settings = _read_object(folder / "open_clip_config.json")
-    return None if settings is None else bool(settings.get("model_cfg", {}).get("quick_gelu", False))
-
-
-def _quick_by_transformers(folder: Path) -> bool | None:
-    """Whether transformers' settings in a folder name QuickGELU, None if they name no activation."""
-    settings = _read_object(folder / "config.json") or {}
-    towers = [settings.get(tower) for tower in ("vision_config", "text_config")]
-    named = {tower["hidden_act"] for tower in towers if isinstance(tower, dict) and "hidden_act" in tower}
-    return "quick_gelu" in named if named else None
-
-
-def _quick_by_digest(file: Path) -> bool | None:
-    """Whether a file of weights in open_clip's list needs QuickGELU, None if it is another one."""
-    digest = file_digest(file)
-    return next((quick for beginning, quick in _listed_digests() if digest.startswith(beginning)), None)
+    if settings is not None:
+        evidence.add(_is_quick(settings.get("model_cfg", {})))
+    of_transformers = _read_object(folder / "config.json") or {}
+    towers = [of_transformers.get(tower) for tower in ("vision_config", "text_config")]
+    activations = {tower["hidden_act"] for tower in towers if isinstance(tower, dict) and "hidden_act" in tower}
+    if activations:
+        evidence.add("quick_gelu" in activations)
+    return evidence
 
 
 @cache
@@ -268,7 +265,7 @@ def _listed_digests() -> list[tuple[str, bool]]:
     for model, tag in open_clip.list_pretrained():
         listed = open_clip.get_pretrained_cfg(model, tag)
         parts = re.findall(r"/([0-9a-f]{64})/|-([0-9a-f]{8})\.pth?$", listed.get("url", ""))
-        digests += [(long or short, bool(listed.get("quick_gelu", False))) for long, short in parts]
+        digests += [(long or short, _is_quick(listed)) for long, short in parts]
     return digests
 
 

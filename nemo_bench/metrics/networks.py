@@ -35,11 +35,7 @@ class Network(ImageSpace):
 
     @abstractmethod
     def load(self) -> nn.Module:
-        """The network with trained weights, on the CPU.
-
-        Raises:
-            ModelError: The weights are missing or of another network.
-        """
+        """The network with trained weights, on the CPU; raises ModelError if they are missing or of another network."""
 
     @abstractmethod
     def prepare(self, network: Any, picture: Image.Image) -> Tensor:
@@ -123,9 +119,8 @@ class SSCD(Network):
 
     Args:
         file: ``sscd_disc_mixup.torchscript.pt`` (ResNet-50) or ``sscd_disc_large.torchscript.pt`` (ResNeXt-101).
-        protocol: ``disc_mixup``: the first, pictures resized to 320x320, ImageNet statistics; ``disc_large_wen``: the
-            second, shorter side 256, central 224x224, mean and deviation 0.5; ``disc_large_membench``: the second,
-            288x288, ImageNet statistics.
+        protocol: ``disc_mixup``, the first network at 320x320; or the second one as ``disc_large_wen``, the centre at
+            224x224, or ``disc_large_membench``, 288x288.
         sha256: Expected digest of the file, or its beginning.
     """
 
@@ -147,11 +142,7 @@ class SSCD(Network):
         return f"cosine similarity of SSCD embeddings ({protocol.network}, {protocol.description})"
 
     def check_file(self) -> None:
-        """Checks that the file is there and whole; :meth:`check` also loads it, to see that it is of this network.
-
-        Raises:
-            ModelError: It is not; the message says how to get it.
-        """
+        """Raises ModelError if the file is missing or damaged; :meth:`check` loads it too, to recognize the network."""
         name = f"sscd_{_PROTOCOLS[self.protocol].network}.torchscript.pt"
         url = f"https://dl.fbaipublicfiles.com/sscd-copy-detection/{name}"
         _check_download(f"SSCD {self.protocol}", self.file, self.sha256, url)
@@ -316,15 +307,7 @@ def first_line(error: Exception) -> str:
 
 
 def check_readable(kind: str, path: Path) -> None:
-    """Checks that a file of weights was not cut off or damaged.
-
-    Args:
-        kind: Name of the network, for the message.
-        path: The file: safetensors, or any form that torch reads.
-
-    Raises:
-        ModelError: It can't be read.
-    """
+    """Raises ModelError if a file of weights, of safetensors or torch, was cut off or damaged; it names the network."""
     if damage := _damage(path, path.stat().st_mtime_ns):
         raise ModelError(f"no weights for {kind}: {path} can't be read ({damage}); download it again")
 

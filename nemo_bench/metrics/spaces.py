@@ -59,11 +59,7 @@ class ImageSpace(ABC):
         return self
 
     def check(self) -> None:  # noqa: B027 - most spaces need nothing
-        """Checks that weights and libraries are there, before anything loads.
-
-        Raises:
-            NemoBenchError: Something is missing; the message says how to get it.
-        """
+        """Raises NemoBenchError if weights or a library are missing; the message says how to get them."""
 
     @property
     def is_fetched(self) -> bool:
@@ -71,11 +67,7 @@ class ImageSpace(ABC):
         return True
 
     def fetch(self) -> None:  # noqa: B027 - most spaces have nothing to fetch
-        """Downloads weights, before anything runs.
-
-        Raises:
-            ModelError: The download failed.
-        """
+        """Downloads weights, before anything runs; raises ModelError if that fails."""
 
     def fingerprint(self) -> Mapping[str, Any]:
         """Everything that changes the values: settings, with digests in place of paths."""

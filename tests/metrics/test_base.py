@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,10 @@ def test_fingerprints_hold_digests_in_place_of_paths(tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(one.fingerprint())
     assert str(tmp_path) not in json.dumps(Alignment(clip(tmp_path / "a")).fingerprint())
     assert TrainingImage(SSIM()).fingerprint() != TrainingImage(PixelDistance()).fingerprint()
+
+
+def test_importing_metrics_imports_no_library_that_is_needed_later() -> None:
+    heavy = {"diffusers", "matplotlib", "open_clip", "timm", "torchmetrics", "torchvision", "transformers"}
+    code = f"import sys, nemo_bench.metrics; print(*{heavy} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"

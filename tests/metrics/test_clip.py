@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
         (OpenClip("local-dir:gone"), "no open_clip_config.json in that folder"),
     ],
 )
-def test_open_clip_models_that_are_none_are_found_before_anything_loads(space: OpenClip, message: str) -> None:
+def test_unknown_open_clip_models_fail_the_check(space: OpenClip, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         space.check()
 
@@ -54,7 +54,7 @@ def test_the_open_clip_models_of_the_papers_are_known(model: str, tag: str) -> N
 
 
 @pytest.mark.parametrize("model_and_tag", open_clip.list_pretrained(), ids=":".join)
-def test_every_pair_that_open_clip_warns_of_is_refused_and_the_right_one_named(model_and_tag: tuple[str, str]) -> None:
+def test_every_mismatch_that_open_clip_warns_of_is_refused_with_the_right_name(model_and_tag: tuple[str, str]) -> None:
     model, tag = model_and_tag
     architecture, weights = open_clip.get_model_config(model), open_clip.get_pretrained_cfg(model, tag)
     # The condition of the warning in open_clip's create_model.
@@ -105,12 +105,12 @@ def test_weights_are_used_with_the_activation_they_were_trained_with(architectur
 
 
 @pytest.mark.filterwarnings("ignore:QuickGELU mismatch")  # what counts is that it's an error whatever filters are set
-def test_a_mismatch_that_open_clip_warns_of_is_an_error_before_any_picture(architectures: Path) -> None:
+def test_a_mismatch_of_activations_fails_loading(architectures: Path) -> None:
     with pytest.raises(ModelError, match="QuickGELU mismatch"):
         OpenClip("small", "quick").load()
 
 
-def test_a_file_of_weights_tells_its_activation_by_what_it_was_published_with(architectures: Path) -> None:
+def test_the_activation_of_a_file_is_read_from_settings_beside_it(architectures: Path) -> None:
     given, beside = str(architectures), architectures.parent
     OpenClip("small-quickgelu", given).check()
     with pytest.raises(ModelError, match=r"nothing tells whether .* name 'small-quickgelu' as the model; if not, put"):
@@ -127,7 +127,7 @@ def test_a_file_of_weights_tells_its_activation_by_what_it_was_published_with(ar
         OpenClip("small", given).check()
 
 
-def test_a_file_that_open_clip_lists_is_known_by_its_digest(
+def test_the_activation_of_a_listed_file_is_known_by_its_digest(
     architectures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The digest that OpenAI publishes for ViT-B/32, as its address holds it.
@@ -171,7 +171,7 @@ def test_downloaded_weights_of_a_tag_are_used_without_asking_the_hub(
     assert time.perf_counter() - start < 5  # the hub's client alone would try for 46 s
 
 
-def test_an_open_clip_model_without_weights_is_refused(tmp_path: Path) -> None:
+def test_an_open_clip_folder_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_text(json.dumps(CLIP))
     with pytest.raises(ModelError, match=r"no weights for open_clip model 'local-dir:.*give a known pair"):
         loaded(OpenClip(f"local-dir:{tmp_path}"), CPU)
@@ -199,12 +199,12 @@ def test_open_clip_embeds_as_open_clip_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("words", "cut"), [(0, False), (5, False), (6, False), (7, True), (40, True)])
-def test_texts_that_are_cut_are_known(tmp_path: Path, words: int, cut: bool) -> None:
+def test_embedding_a_text_says_whether_it_was_cut(tmp_path: Path, words: int, cut: bool) -> None:
     # Eight tokens, of which the first and the last are marks of beginning and end.
     assert clip(tmp_path).embed_text("car " * words, CPU)[1] is cut
 
 
-def test_a_damaged_folder_of_open_clip_is_found_before_anything_runs(tmp_path: Path) -> None:
+def test_a_damaged_folder_of_open_clip_fails_the_check(tmp_path: Path) -> None:
     space, weights = clip(tmp_path), tmp_path / "open_clip_model.safetensors"
     space.check()
     content = weights.read_bytes()

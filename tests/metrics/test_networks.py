@@ -1,4 +1,4 @@
-"""Networks: preprocessing by hand, weights that are missing or of another network, and that nothing is made twice."""
+"""Networks: preprocessing by hand, missing, damaged and wrong weights, and sharing."""
 
 from __future__ import annotations
 
@@ -61,11 +61,14 @@ def test_sscd_prepares_pictures_as_its_protocol_says(tmp_path: Path, protocol: s
     assert space.pair(vectors[:2], vectors[1:]).numpy() == pytest.approx((unit[:2] * unit[1:]).sum(1), abs=1e-5)
 
 
-def test_protocols_of_sscd_are_not_mixed(tmp_path: Path) -> None:
-    path, _ = descriptor(tmp_path, 1024)
-    with pytest.raises(ModelError, match=r"SSCD disc_mixup: .* gives 1024 values a picture, expected 512"):
-        SSCD(str(path), "disc_mixup").embed([picture(0)], (64, 64), CPU)
-    names = {SSCD(str(path), protocol).title for protocol in ("disc_mixup", "disc_large_wen", "disc_large_membench")}
+def test_sscd_of_another_network_is_refused(tmp_path: Path) -> None:
+    path = str(descriptor(tmp_path, 1024)[0])
+    wrong = SSCD(path, "disc_mixup")
+    for use in (wrong.check, lambda: wrong.embed([picture(0)], (64, 64), CPU)):
+        with pytest.raises(ModelError, match=r"SSCD disc_mixup: .* gives 1024 values a picture, expected 512"):
+            use()
+    SSCD(path, "disc_large_wen").check()
+    names = {SSCD(path, protocol).title for protocol in ("disc_mixup", "disc_large_wen", "disc_large_membench")}
     assert len(names) == 3
 
 
@@ -80,7 +83,7 @@ def test_sscd_without_its_file_says_how_to_get_it(tmp_path: Path) -> None:
         SSCD(str(broken)).embed([picture(0)], (64, 64), CPU)
 
 
-def test_a_file_of_weights_has_the_digest_that_is_asked_for(tmp_path: Path) -> None:
+def test_a_file_with_another_digest_is_refused(tmp_path: Path) -> None:
     path, _ = descriptor(tmp_path, 512)
     right = hashlib.sha256(path.read_bytes()).hexdigest()
     SSCD(str(path), sha256=right).check()
@@ -119,7 +122,7 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_inception_sees_what_torchmetrics_shows_it(inception: Path) -> None:
+def test_inception_embeds_as_torchmetrics_does(inception: Path) -> None:
     space = Inception(str(inception))
     space.check()
     images = [picture(1, (70, 64)), picture(2, (128, 128)), picture(3, (70, 64))]
@@ -141,13 +144,6 @@ def test_inception_without_weights_or_library_says_how_to_get_them(
         Inception(str(inception)).check()
 
 
-def test_sscd_of_another_network_is_found_before_anything_runs(tmp_path: Path) -> None:
-    path, _ = descriptor(tmp_path, 1024)
-    with pytest.raises(ModelError, match=r"SSCD disc_mixup: .* gives 1024 values a picture, expected 512"):
-        SSCD(str(path), "disc_mixup").check()
-    SSCD(str(path), "disc_large_wen").check()
-
-
 def damaged(path: Path) -> Iterator[Path]:
     """A file cut off, altered in the middle, and replaced by a page that says that it is gone."""
     content = path.read_bytes()
@@ -160,7 +156,7 @@ def damaged(path: Path) -> Iterator[Path]:
     path.write_bytes(content)
 
 
-def test_damaged_weights_are_found_before_anything_runs(tmp_path: Path, inception: Path, hub: Path) -> None:
+def test_damaged_weights_fail_the_check(tmp_path: Path, inception: Path, hub: Path) -> None:
     kept = shutil.copy(inception, tmp_path / "inception.pth")
     torch.save(squeezenet1_1(weights=None).state_dict(), hub / "squeezenet1_1-b8a52dc0.pth")
     descriptor(tmp_path, 512)
@@ -186,7 +182,7 @@ def test_damaged_weights_are_found_before_anything_runs(tmp_path: Path, inceptio
         OpenClip("ViT-B-32-quickgelu", str(cut)).check()
 
 
-def test_weights_of_another_network_are_found_before_anything_runs(tmp_path: Path, hub: Path) -> None:
+def test_weights_of_another_network_fail_the_check(tmp_path: Path, hub: Path) -> None:
     torch.save({"a": torch.rand(4)}, hub / "squeezenet1_1-b8a52dc0.pth")
     with pytest.raises(ModelError, match="has no weights of LPIPS squeeze"):
         LPIPS("squeeze").check()
@@ -204,7 +200,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_lpips_without_weights_says_where_they_belong(hub: Path) -> None:
+def test_lpips_without_weights_names_their_place(hub: Path) -> None:
     for net in ("alex", "vgg", "squeeze"):
         with pytest.raises(ModelError, match=rf"no weights for LPIPS {net}: {hub}.*Download https://.*TORCH_HOME"):
             LPIPS(net).check()  # type: ignore[arg-type]
