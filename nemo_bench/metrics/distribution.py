@@ -27,14 +27,6 @@ _ALONE: dict[str, Any] = {"sync_on_compute": False}
 """One process has all features and computes alone; the others must not be waited for."""
 
 
-class _Features(nn.Identity):
-    """Replaces the network of a torchmetrics metric: its input are features already."""
-
-    def __init__(self, features: Tensor) -> None:
-        super().__init__()
-        self.num_features = features.shape[1]
-
-
 class SetMetric(BenchMetric):
     """A distance between all images and the pictures of a folder, in the features of a network.
 
@@ -69,8 +61,7 @@ class SetMetric(BenchMetric):
         files = self.files
         if len(files) < 2:
             given = f"{self.folder} holds {len(files)}" if self.folder else "no folder is given"
-            msg = f"{self.title} compares with at least 2 real pictures, {given}; set real_images=FOLDER"
-            raise ConfigError(msg)
+            raise ConfigError(f"{self.title} compares with at least 2 real pictures, {given}; set real_images=FOLDER")
         if bad := unreadable(files, "real pictures"):
             listed = ", ".join(f"{path} ({why})" for path, why in list(bad.items())[:3])
             more = ", ..." if len(bad) > 3 else ""
@@ -119,7 +110,9 @@ class FID(SetMetric):
     def distance(self, images: Tensor, real: Tensor) -> Metric:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        return FrechetInceptionDistance(_Features(images), **_ALONE)
+        network = nn.Identity()  # features come in already
+        network.num_features = torch.tensor(images.shape[1])
+        return FrechetInceptionDistance(network, **_ALONE)
 
 
 class KID(SetMetric):
@@ -155,7 +148,7 @@ class KID(SetMetric):
         from torchmetrics.image.kid import KernelInceptionDistance
 
         size = min(self.subset_size, len(images), len(real))
-        return KernelInceptionDistance(_Features(images), subsets=self.subsets, subset_size=size, **_ALONE)
+        return KernelInceptionDistance(nn.Identity(), subsets=self.subsets, subset_size=size, **_ALONE)
 
 
 class MiFID(SetMetric):
@@ -186,7 +179,7 @@ class MiFID(SetMetric):
         from torchmetrics.image.mifid import MemorizationInformedFrechetInceptionDistance
 
         limit = float(self.limit)
-        return MemorizationInformedFrechetInceptionDistance(_Features(images), cosine_distance_eps=limit, **_ALONE)
+        return MemorizationInformedFrechetInceptionDistance(nn.Identity(), cosine_distance_eps=limit, **_ALONE)
 
     @override
     def score(self, images: Tensor, real: Tensor) -> Tensor:
