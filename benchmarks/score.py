@@ -43,11 +43,11 @@ def plain_loop(folder: Path, texts: list[str], network: Any) -> list[float]:
     scores = []
     with torch.no_grad():
         for number, prompt in enumerate(texts):
-            text = network.network.encode_text(network.tokenizer([prompt]).to(device), normalize=True)
+            text = network.encode_text(network.tokenizer([prompt]).to(device), normalize=True)
             for seed in range(SEEDS):
                 picture = Image.open(folder / f"img_{number:04d}_{seed:02d}.jpg")
                 pixels = network.preprocess(picture)[None].to(device)
-                scores.append((network.network.encode_image(pixels, normalize=True) @ text.T).item())
+                scores.append((network.encode_image(pixels, normalize=True) @ text.T).item())
     return scores
 
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from nemo_bench.metrics.base import BenchMetric
-from nemo_bench.metrics.networks import OpenClip
+from nemo_bench.metrics.clip import OpenClip
 
 
 class Alignment(BenchMetric):
-    """Cosine of image and text embedding, always against the original prompt.
+    """Cosine of image and text embedding, always against the original prompt."""
 
-    Args:
-        space: The open_clip model.
-    """
-
+    citation = "Radford et al. 2021; Hessel et al. 2021"
     family = "alignment"
     needs = frozenset({"images", "text"})
     higher_is_better = True
@@ -25,8 +23,7 @@ class Alignment(BenchMetric):
         super().__init__(space)
         self.title = f"{space.title} alignment"
         self.description = f"{space.description}, of image and original prompt"
-        self.citation = "Radford et al. 2021; Hessel et al. 2021"
 
-    def score(self, images: Tensor, text: Tensor) -> Tensor:  # type: ignore[override]
-        """Cosines, (S,) in [-1, 1]."""
+    @override
+    def score(self, images: Tensor, text: Tensor) -> Tensor:
         return F.cosine_similarity(images, text[None])

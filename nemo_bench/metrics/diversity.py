@@ -1,4 +1,4 @@
-"""How much the images of a prompt differ from each other."""
+"""Diversity of the images of a prompt."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from nemo_bench.metrics.base import BenchMetric
 from nemo_bench.metrics.networks import Network
@@ -14,13 +15,14 @@ from nemo_bench.metrics.spaces import ImageSpace
 
 
 class Diversity(BenchMetric):
-    """How far apart the images of a prompt's seeds are: pairwise distance, or one minus pairwise similarity.
+    """Pairwise distance, or one minus pairwise similarity, of the images of a prompt; none for a single image.
 
     Args:
-        space: What is compared.
-        average: Mean over the pairs, or their median.
+        space: Space in which images are compared.
+        average: Average over the pairs.
     """
 
+    citation = "pairwise form as D_SSCD in Hintersdorf et al. 2024, section 4"
     family = "diversity"
     per = "prompt"
     needs = frozenset({"images"})
@@ -29,18 +31,18 @@ class Diversity(BenchMetric):
     def __init__(self, space: ImageSpace, average: Literal["mean", "median"] = "mean") -> None:
         super().__init__(space)
         self.average = average
-        low, high = space.bounds
-        if space.is_distance:
-            self.lower, self.upper = low, high
-        else:
-            self.lower, self.upper = high if high is None else 1 - high, low if low is None else 1 - low
-        one_minus = "" if space.is_distance else "one minus "
+        self.lower, self.upper = space.bounds
+        one_minus = ""
+        if not space.is_distance:
+            one_minus = "one minus "
+            low, high = space.bounds
+            self.lower = None if high is None else 1 - high
+            self.upper = None if low is None else 1 - low
         self.title = f"{space.title} diversity"
         self.description = f"{one_minus}{average} over the pairs of seeds of a prompt of: {space.description}"
-        self.citation = "pairwise form as D_SSCD in Hintersdorf et al. 2024, section 4"
 
-    def score(self, images: Tensor) -> Tensor:  # type: ignore[override]
-        """(1,) value; empty for a single image."""
+    @override
+    def score(self, images: Tensor) -> Tensor:
         count = len(images)
         if count < 2:
             return images.new_empty(0)
@@ -57,6 +59,7 @@ class Vendi(BenchMetric):
         space: The network whose cosine similarity is the kernel.
     """
 
+    citation = "Friedman and Dieng 2023"
     family = "diversity"
     per = "prompt"
     needs = frozenset({"images"})
@@ -70,10 +73,9 @@ class Vendi(BenchMetric):
             "exponential of the entropy of the eigenvalues of the similarity matrix, divided by their number, of the "
             f"seeds of a prompt: {space.description}"
         )
-        self.citation = "Friedman and Dieng 2023"
 
-    def score(self, images: Tensor) -> Tensor:  # type: ignore[override]
-        """(1,) value from 1, all alike, to the number of images."""
+    @override
+    def score(self, images: Tensor) -> Tensor:
         unit = F.normalize(images.double())
         shares = torch.linalg.eigvalsh(unit @ unit.T / len(images)).clamp(min=0)
         return torch.special.entr(shares).sum().exp().reshape(1)

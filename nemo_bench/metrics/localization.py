@@ -1,12 +1,13 @@
-"""What localizing and the noise differences say of a prompt."""
+"""Memorization score and number of neurons of a prompt, from its localization."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nemo_bench.metrics.base import BenchMetric
-from nemo_bench.records.data import Neurons, Record
+from nemo_bench.records.data import Neurons
 
 
 class MemorizationScore(BenchMetric):
@@ -17,14 +18,14 @@ class MemorizationScore(BenchMetric):
     citation = "Hintersdorf et al. 2024, section 3.1"
     family = "memorization"
     per = "prompt"
-    needs = frozenset({"localization"})
+    role = "memorization_score"
+    needs = frozenset({"memorization"})
     higher_is_better = False
     lower, upper = -1.0, 1.0
 
-    def score(self, localization: Record) -> Tensor:  # type: ignore[override]
-        """(1,) value in [-1, 1]; empty where measuring it failed."""
-        scores = [localization["memorization"]] if "memorization" in localization else []
-        return torch.tensor(scores, dtype=torch.float64)
+    @override
+    def score(self, memorization: float) -> Tensor:
+        return torch.tensor([memorization], dtype=torch.float64)
 
 
 class NeuronCount(BenchMetric):
@@ -35,10 +36,10 @@ class NeuronCount(BenchMetric):
     citation = "Hintersdorf et al. 2024, section 4"
     family = "localization"
     per = "prompt"
+    role = "neuron_count"
     needs = frozenset({"localization"})
     lower = 0.0
 
-    def score(self, localization: Record) -> Tensor:  # type: ignore[override]
-        """(1,) count; empty where localizing failed."""
-        counts = [Neurons(localization["neurons"]).count] if "neurons" in localization else []
-        return torch.tensor(counts, dtype=torch.float64)
+    @override
+    def score(self, localization: Neurons) -> Tensor:
+        return torch.tensor([localization.count], dtype=torch.float64)

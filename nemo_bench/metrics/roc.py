@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torchmetrics.functional.classification import binary_auroc, binary_average_precision, binary_roc
 
 from nemo_bench.errors import ModelError
 
@@ -40,6 +39,8 @@ def detection(memorized: Sequence[float], other: Sequence[float]) -> dict[str, A
     Raises:
         ModelError: A score is no finite number.
     """
+    from torchmetrics.functional.classification import binary_auroc, binary_average_precision, binary_roc
+
     scores, labels = np.array([*memorized, *other]), torch.tensor([1] * len(memorized) + [0] * len(other))
     if not np.isfinite(scores).all():
         msg = f"{int((~np.isfinite(scores)).sum())} of {len(scores)} scores are not finite, and can't be put in order"

@@ -2,84 +2,88 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nemo_bench.metrics.base import BenchMetric
 from nemo_bench.metrics.spaces import ImageSpace
 
 
 class _Comparison(BenchMetric):
-    """A metric whose range is that of its space."""
+    """A comparison of each image with others, in the range of its space.
+
+    Args:
+        space: Space in which images are compared.
+    """
+
+    name: ClassVar[str]
+    others: ClassVar[str]
 
     def __init__(self, space: ImageSpace) -> None:
         super().__init__(space)
-        self.lower, self.upper = space.bounds
+        self.title = f"{space.title} to {self.name}"
+        self.description = f"{space.description}, to {self.others}"
         self.citation = space.citation
+        self.lower, self.upper = space.bounds
+        if self.family == "memorization":  # far from training images is better
+            self.higher_is_better = space.is_distance
 
 
 class TrainingImage(_Comparison):
-    """How alike an image and its prompt's training image are; of several references the one most alike counts.
+    """Similarity of an image to its prompt's training image; of several references the most similar one counts."""
 
-    Args:
-        space: What is compared.
-    """
-
+    name, others = "training image", "the prompt's own training image, best reference"
     family = "memorization"
+    role = "training_similarity"
     needs = frozenset({"images", "references"})
 
-    def __init__(self, space: ImageSpace) -> None:
-        super().__init__(space)
-        self.title = f"{space.title} to training image"
-        self.description = f"{space.description}, to the prompt's own training image, best reference"
-
-    @property
-    def higher_is_better(self) -> bool:  # type: ignore[override]
-        """Far from the training image is better."""
-        return self.space.is_distance
-
-    def score(self, images: Tensor, references: Tensor) -> Tensor:  # type: ignore[override]
-        """(S,) values; see :meth:`ImageSpace.nearest`."""
+    @override
+    def score(self, images: Tensor, references: Tensor) -> Tensor:
         return self.space.nearest(images, references)
 
 
 class NearestTrainingImage(_Comparison):
-    """How alike an image and the nearest of all known training images are: a method can swap one copy for another.
+    """Similarity of an image to the nearest of all known training images: a method can swap one copy for another."""
 
-    Args:
-        space: What is compared.
-    """
-
+    name = "nearest"
+    others = "the most similar of all reference images of the prompt list, whichever prompt they belong to"
     family = "memorization"
+    role = "nearest_training_similarity"
     needs = frozenset({"images", "pool"})
 
-    def __init__(self, space: ImageSpace) -> None:
-        super().__init__(space)
-        self.title = f"{space.title} to nearest"
-        self.description = (
-            f"{space.description}, to the most similar of all reference images of the prompt list, "
-            "whichever prompt they belong to"
-        )
-
-    @property
-    def higher_is_better(self) -> bool:  # type: ignore[override]
-        """Far from all training images is better."""
-        return self.space.is_distance
-
-    def score(self, images: Tensor, pool: Tensor) -> Tensor:  # type: ignore[override]
-        """(S,) values; see :meth:`ImageSpace.nearest`."""
+    @override
+    def score(self, images: Tensor, pool: Tensor) -> Tensor:
         return self.space.nearest(images, pool)
 
 
+class Change(_Comparison):
+    """Similarity of an image to the image of the same seed without mitigation.
+
+    Images of memorized prompts should change, others should stay: neither direction is better.
+    """
+
+    name, others = "unmitigated", "the image of the same seed without mitigation"
+    family = "change"
+    needs = frozenset({"images", "unmitigated"})
+
+    @override
+    def score(self, images: Tensor, unmitigated: Tensor) -> Tensor:
+        return self.space.pair(images, unmitigated)
+
+
 class MemorizationRate(BenchMetric):
-    """Share of images that are more like their training image than a threshold.
+    """Share of images that are more similar to their training image than a threshold; nan where that is not finite.
 
     Args:
-        space: What is compared.
+        space: Space in which images are compared.
         threshold: Similarity above which, or distance below which, an image counts as memorized.
     """
 
     family = "memorization"
+    role = "memorization_rate"
     needs = frozenset({"images", "references"})
     higher_is_better = False
     lower, upper = 0.0, 1.0
@@ -87,35 +91,15 @@ class MemorizationRate(BenchMetric):
     def __init__(self, space: ImageSpace, threshold: float) -> None:
         super().__init__(space)
         self.threshold = threshold
-        beyond = f"{'below' if space.is_distance else 'above'} {threshold:g}"
-        self.title = f"Memorized ({space.title} {'<' if space.is_distance else '>'} {threshold:g})"
-        self.description = f"share of images {beyond} in {space.description}, to the prompt's best reference"
+        sign, word = ("<", "below") if space.is_distance else (">", "above")
+        self.title = f"Memorized ({space.title} {sign} {threshold:g})"
+        self.description = (
+            f"share of images {word} {threshold:g} in {space.description}, to the prompt's best reference"
+        )
         self.citation = space.citation
 
-    def score(self, images: Tensor, references: Tensor) -> Tensor:  # type: ignore[override]
-        """(S,) ones for memorized images, zeros for others, nan where the similarity is not finite."""
+    @override
+    def score(self, images: Tensor, references: Tensor) -> Tensor:
         values = self.space.nearest(images, references)
         memorized = values < self.threshold if self.space.is_distance else values > self.threshold
         return memorized.double().where(values.isfinite(), torch.nan)
-
-
-class Change(_Comparison):
-    """How alike an image and the image of the same seed without mitigation are.
-
-    Where a prompt is memorized the image should change, where it is not it should stay: neither way is better.
-
-    Args:
-        space: What is compared.
-    """
-
-    family = "change"
-    needs = frozenset({"images", "unmitigated"})
-
-    def __init__(self, space: ImageSpace) -> None:
-        super().__init__(space)
-        self.title = f"{space.title} to unmitigated"
-        self.description = f"{space.description}, to the image of the same seed without mitigation"
-
-    def score(self, images: Tensor, unmitigated: Tensor) -> Tensor:  # type: ignore[override]
-        """(S,) values; see :meth:`ImageSpace.pair`."""
-        return self.space.pair(images, unmitigated)

@@ -95,7 +95,8 @@ def elsewhere(root: Path, method: str, *more: str) -> list[str]:
 def test_other_metrics_of_a_run(finished: Path) -> None:
     before = values(cell(finished, "random"))
     images = {path: path.stat().st_mtime_ns for path in finished.glob("*/images/*")}
-    added = "+metrics.pixels={_target_: nemo_bench.metrics.TrainingImage, space: {_target_: nemo_bench.metrics.Pixels}}"
+    space = "{_target_: nemo_bench.metrics.PixelDistance}"
+    added = f"+metrics.pixels={{_target_: nemo_bench.metrics.TrainingImage, space: {space}}}"
     assert scored(finished, added, "~metrics.neurons") == finished
     after = values(cell(finished, "random"))
     assert before.keys() == after.keys()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -20,6 +22,11 @@ CLIP = {
     },
     "preprocess_cfg": {},
 }
+
+
+def picture(seed: int, size: tuple[int, int] = (300, 400)) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 
 
 class Descriptor(nn.Module):

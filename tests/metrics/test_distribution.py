@@ -51,7 +51,7 @@ def numpy_mmd(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("count", "shift"), [(50, 0.0), (50, 1.0), (3, 0.5)])
-def test_fid_is_that_of_the_definition(count: int, shift: float) -> None:
+def test_fid_follows_its_definition(count: int, shift: float) -> None:
     images, real = features(count, 1, shift), features(60, 2)
     # Fewer images than dimensions give a covariance without full rank, and a value all the same.
     assert FID(SPACE).score(images, real).item() == pytest.approx(numpy_fid(images, real), rel=1e-4, abs=1e-4)
@@ -66,7 +66,7 @@ def test_kid_is_the_mean_of_unbiased_estimates() -> None:
     assert several == KID(SPACE, subsets=200, subset_size=20).score(images, real).item()
 
 
-def test_kid_leaves_the_random_numbers_of_others_alone() -> None:
+def test_kid_does_not_change_the_global_random_state() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -74,7 +74,7 @@ def test_kid_leaves_the_random_numbers_of_others_alone() -> None:
     torch.testing.assert_close(torch.rand(3), expected)
 
 
-def test_mifid_divides_by_how_near_images_are_to_the_nearest_training_image() -> None:
+def test_mifid_divides_by_the_distance_to_the_nearest_training_images() -> None:
     real = features(40, 2)
     copies = torch.cat([real[:20] + 0.01 * features(20, 3), real[:20] * 1.001])
     x, y = copies.double().numpy(), real.double().numpy()
@@ -86,18 +86,25 @@ def test_mifid_divides_by_how_near_images_are_to_the_nearest_training_image() ->
     assert value == pytest.approx(numpy_fid(copies, real) / distance, rel=1e-3)
 
 
-def test_mifid_is_fid_where_images_are_far_from_all_training_images() -> None:
+def test_mifid_of_images_far_from_all_training_images_is_fid() -> None:
     images, real = torch.eye(4)[:2].repeat(9, 1) + 0.01 * features(18, 1), torch.eye(4)[2:].repeat(9, 1)
     value = MiFID(SPACE).score(images, real).item()
     assert value == pytest.approx(numpy_fid(images, real), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", [FID, KID, MiFID])
-def test_two_sets_of_the_same_pictures_are_not_apart_and_one_picture_is_no_set(kind: type[SetMetric]) -> None:
+def test_equal_sets_have_no_distance_and_one_picture_has_no_score(kind: type[SetMetric]) -> None:
     images = features(30, 1)
     assert kind(SPACE).score(images, images).item() < 1e-3
     assert kind(SPACE).score(images[:1], images).shape == (0,)
     assert kind(SPACE).score(images, features(30, 2, 2.0)).item() > 0.5
+
+
+def test_arguments_out_of_range_are_an_error() -> None:
+    with pytest.raises(ConfigError, match="KID: subset_size=1; expected greater than or equal to 2"):
+        KID(SPACE, subset_size=1)
+    with pytest.raises(ConfigError, match="MiFID: limit=0; expected greater than 0"):
+        MiFID(SPACE, limit=0)
 
 
 def test_titles_name_the_extractor() -> None:
@@ -119,7 +126,7 @@ def save(folder: Path, name: str, seed: int) -> None:
     Image.fromarray(pixels).save(path)
 
 
-def test_real_pictures_are_needed(tmp_path: Path) -> None:
+def test_fewer_than_two_real_pictures_fail_the_check(tmp_path: Path) -> None:
     space = sscd(tmp_path)
     with pytest.raises(
         ConfigError, match=r"FID .* at least 2 real pictures, no folder is given; set real_images=FOLDER"
@@ -137,7 +144,7 @@ def test_real_pictures_are_needed(tmp_path: Path) -> None:
         FID(SSCD("gone.pt"), str(real)).check()
 
 
-def test_real_pictures_that_are_damaged_are_found_before_anything_runs(tmp_path: Path) -> None:
+def test_damaged_real_pictures_fail_the_check(tmp_path: Path) -> None:
     space, real = sscd(tmp_path), tmp_path / "real"
     for number in range(6):
         save(real, f"sub/{number}.png", number)
@@ -157,7 +164,7 @@ def test_real_pictures_that_are_damaged_are_found_before_anything_runs(tmp_path:
     assert str(caught.value).endswith(f", ...; replace them, or move them out of {real}")
 
 
-def test_what_real_pictures_are_is_known_by_name_and_size(tmp_path: Path) -> None:
+def test_the_fingerprint_of_real_pictures_is_their_names_and_sizes(tmp_path: Path) -> None:
     space = sscd(tmp_path)
     for folder in ("real", "moved"):
         save(tmp_path / folder, "one.png", 1)

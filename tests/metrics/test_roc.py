@@ -26,7 +26,7 @@ def area(curve: list[list[float]]) -> float:
 
 
 @given(SCORES, SCORES)
-def test_all_numbers_are_those_of_their_definitions(memorized: list[float], other: list[float]) -> None:
+def test_all_numbers_follow_their_definitions(memorized: list[float], other: list[float]) -> None:
     found = detection(memorized, other)
     curve = points(memorized, other)
     right = [(m > o) + 0.5 * (m == o) for m in memorized for o in other]
@@ -47,7 +47,7 @@ def test_all_numbers_are_those_of_their_definitions(memorized: list[float], othe
 
 
 @given(SCORES, SCORES)
-def test_the_curve_keeps_the_area_and_nothing_but_corners(memorized: list[float], other: list[float]) -> None:
+def test_the_curve_keeps_the_area_and_only_corners(memorized: list[float], other: list[float]) -> None:
     found = detection(memorized, other)
     curve = found["curve"]
     assert (curve[0], curve[-1]) == ([0, 0], [1, 1])
@@ -73,7 +73,7 @@ def test_the_two_definitions_of_the_true_positive_rate_differ() -> None:
     assert (found["tpr_at_1_fpr_below"], found["tpr_at_1_fpr_nearest"]) == (0.25, 0.5)
 
 
-def test_a_detector_without_a_mistake_has_one_but_by_the_first_of_the_nearest_points() -> None:
+def test_a_perfect_detector_has_a_rate_of_one_except_at_the_first_of_the_nearest_points() -> None:
     found = detection([2.0, 3.0], [0.0, 1.0])
     assert (found["tpr_at_1_fpr_below"], found["tpr_at_1_fpr_nearest"], found["tpr_at_1_fpr_first"]) == (1, 1, 0)
 
@@ -90,11 +90,11 @@ fpr, tpr, _ = roc_curve([1] * 25 + [0] * others, [*memorized, *other]); tpr[nump
 
 
 @pytest.mark.parametrize("others", FIRST)
-def test_the_first_of_the_nearest_points_is_that_of_scikit_learn(others: int) -> None:
+def test_the_first_of_the_nearest_points_agrees_with_scikit_learn(others: int) -> None:
     assert detection(*drawn(others))["tpr_at_1_fpr_first"] == pytest.approx(FIRST[others], abs=1e-12)
 
 
-def test_the_two_readings_of_nearest_are_far_apart_on_small_sets() -> None:
+def test_the_two_readings_of_nearest_differ_on_small_sets() -> None:
     # One of 100 is 1%: with that mistake there are two catches before one more, and the mistake comes with none.
     found = detection([9.0, 8.0, 6.0, 5.0], [7.0, *[0.0] * 99])
     assert (found["tpr_at_1_fpr_nearest"], found["tpr_at_1_fpr_first"]) == (1.0, 0.5)
@@ -108,7 +108,7 @@ def test_with_few_other_prompts_the_first_of_the_nearest_points_is_the_origin(
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_scores_that_are_no_numbers_are_an_error(wrong: float) -> None:
+def test_scores_that_are_not_finite_are_an_error(wrong: float) -> None:
     with pytest.raises(ModelError, match=r"1 of 3 scores are not finite.*model\.dtype=float32"):
         detection([1.0, wrong], [0.0])
 
@@ -119,7 +119,7 @@ def test_scores_far_from_zero_are_not_rounded_together() -> None:
     assert detection([1e-9, 2e-9], [0.0, 5e-10])["tpr_at_1_fpr_below"] == 1
 
 
-def test_the_interval_is_that_of_drawing_prompts_again() -> None:
+def test_the_interval_agrees_with_a_bootstrap_of_prompts() -> None:
     numbers = np.random.default_rng(3)
     memorized, other = numbers.normal(1, 1, 40), numbers.normal(0, 1, 50)
     found = detection(memorized.tolist(), other.tolist())
