@@ -263,7 +263,7 @@ def _cell(config: CellConfig, cache: dict[str, list[Prompt]], weights: Mapping[S
     source = source_of(model)
     if source not in weights:
         source.check()
-        method.check(source.family.pipeline.__name__, model.guidance, model.dtype, compiled=model.compiled)
+        method.check(source.family.pipeline_class, model.guidance, model.dtype, compiled=model.compiled)
         predicts = any("guidance" in m.needs or m.makes_passes or m.needs_calibration for m in _lineage(method))
         check_scheduler(source, model, predicts=predicts)
         if size := source.latent_size:

@@ -25,7 +25,7 @@ from nemo_bench.benchmark.run import run
 from nemo_bench.benchmark.runner import load_model
 from nemo_bench.config import grid, options
 from nemo_bench.diffusion import Similarity, value_layers
-from nemo_bench.diffusion.model import ddim
+from nemo_bench.diffusion.schedule import ddim
 from nemo_bench.errors import ModelError
 from nemo_bench.localization import Calibration, NemoSettings, activation_statistics, localize
 from nemo_bench.records.store import read_records

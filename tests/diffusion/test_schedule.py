@@ -71,7 +71,7 @@ def test_samplers_of_a_schedule_of_betas_serve(name: str) -> None:
 def test_a_velocity_tells_images_but_no_noise_where_latents_are_noise_alone() -> None:
     velocity = shipped(**ZERO, prediction_type="v_prediction")
     check_schedule(velocity, 50, predicts=False, where="it")
-    with pytest.raises(ModelError, match="no noise can be told"):
+    with pytest.raises(ModelError, match="from which no noise follows"):
         check_schedule(velocity, 50, predicts=True, where="it")
     check_schedule({**velocity, "timestep_spacing": "leading"}, 50, predicts=True, where="it")
 
