@@ -5,7 +5,7 @@ The words key=value are settings of `nemo-bench run`, such as model=sd14. Both s
 the similarity of --similarity, so the plain side makes the passes of the public scripts: for every tested set of
 neurons the text is encoded again and two UNet steps run on all seeds, one prompt at a time; statistics are collected in
 UNet passes, one prompt at a time. It is the slow implementation that the tests compare with. A row pass is one sample
-through the UNet. Passes that start at a replayed prefix compute less, and the gradients of bisection more: `pass` counts
+through the UNet. Passes that start at a replayed prefix compute less, and gradients of bisection more: `pass` counts
 the multiplications of convolutions and linear layers (twice where gradients flow back), in full passes; `row` counts
 samples, whatever part of the UNet they pass.
 """

@@ -83,6 +83,7 @@ class NemoSettings:
     initial_k: int = 0
 
 
+@dataclass(eq=False)
 class Trial:
     """Similarities of the noise differences of one prompt with and without blocked neurons.
 
@@ -94,25 +95,18 @@ class Trial:
         row_passes: UNet passes so far, one for each row, including those that start at a replayed prefix.
     """
 
-    def __init__(
-        self,
-        model: Diffusion,
-        text: Conditioning,
-        latents: Tensor,
-        factor: float = 0.0,
-        protocol: Protocol = PAPER,
-        batch_size: int = 32,
-    ) -> None:
-        self.model = model
-        self.text = text
-        self.latents = latents
-        self.factor = factor
-        self.protocol = protocol
-        self.batch_size = batch_size
-        self.joint = protocol.similarity != "fixed"
+    model: Diffusion
+    text: Conditioning
+    latents: Tensor
+    factor: float = 0.0
+    protocol: Protocol = PAPER
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        self.joint = self.protocol.similarity != "fixed"
         self.row_passes = 0
         self._prefix: Prefix | None = None
-        self._kept = list(range(len(latents)))
+        self._kept = list(range(len(self.latents)))
         self._known: dict[Neurons, Tensor] = {}
 
     @cached_property
@@ -363,25 +357,21 @@ class PlannedTest:
     should_pass: bool
 
 
+@dataclass(eq=False)
 class Refinement:
     """Drops every layer, then every neuron, without which the noise differences stay changed.
 
-    Args:
-        trial: The prompt, with its kept seeds.
-        candidates: Result of the initial selection.
-        values: Similarities of all seeds with the candidates blocked.
-        excess: Limit of the similarities.
-
     Attributes:
-        kept: The remaining candidates, in the same order.
+        trial: The prompt, with its kept seeds.
+        kept: The remaining candidates, first those of the initial selection.
         values: Similarities of all seeds with them blocked.
+        excess: Limit of the similarities.
     """
 
-    def __init__(self, trial: Trial, candidates: Candidates, values: Tensor, excess: Excess) -> None:
-        self.trial = trial
-        self.kept = list(candidates)
-        self.values = values
-        self._excess = excess
+    trial: Trial
+    kept: Candidates
+    values: Tensor
+    excess: Excess
 
     def sequential(self) -> None:
         """Tests one by one, as published: layers from the last to the first, then neurons in the same order."""
@@ -413,7 +403,7 @@ class Refinement:
         for seeds in (order[:1], order[1:3], order[3:]):
             tested = self.trial.similarities([(_without(self.kept, neuron), seeds) for neuron in excesses])
             excesses = {
-                neuron: max([excess, *self._excess(values, seeds).tolist()])
+                neuron: max([excess, *self.excess(values, seeds).tolist()])
                 for (neuron, excess), values in zip(excesses.items(), tested, strict=True)
                 if not self._fails(values, seeds)
             }
@@ -515,11 +505,11 @@ class Refinement:
         return True
 
     def _hardest_first(self) -> list[int]:
-        order: list[int] = self._excess(self.values, range(self.trial.seeds)).argsort(descending=True).tolist()
+        order: list[int] = self.excess(self.values, range(self.trial.seeds)).argsort(descending=True).tolist()
         return order
 
     def _fails(self, values: Tensor, seeds: Sequence[int]) -> bool:
-        return bool((self._excess(values, seeds) >= 0).any())
+        return bool((self.excess(values, seeds) >= 0).any())
 
 
 def _without(candidates: Candidates, neuron: Neuron) -> Candidates:

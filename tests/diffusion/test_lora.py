@@ -59,7 +59,7 @@ def test_a_lora_is_part_of_the_digest(folder: Path, lora: Path, tmp_path: Path) 
     assert len({of(None), of(lora), of(lora, 0.5)}) == 3
 
 
-def test_a_lora_in_place_of_a_model_is_called_one(lora: Path, hub: Path, single_file: Path) -> None:
+def test_a_lora_in_place_of_a_model_is_an_error(lora: Path, hub: Path, single_file: Path) -> None:
     for given in (lora, lora.parent):
         with pytest.raises(ModelError, match=r"is a LoRA, .* set model.lora=.*, and model.source to the model"):
             Source(str(given))

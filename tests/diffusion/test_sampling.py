@@ -232,14 +232,14 @@ def test_images_that_a_rule_leaves_alone_are_exactly_those_without_it(model: Dif
     assert not torch.allclose(guided[0], plain[0])
 
 
-def test_another_scale_is_what_the_pipeline_makes_of_it(model: Diffusion) -> None:
+def test_a_rule_with_another_scale_gives_the_images_of_that_guidance_scale(model: Diffusion) -> None:
     text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
     guided = model.generate(text, latents, rule=lambda step: step.guided(5.0))
     model.guidance = 5.0
     torch.testing.assert_close(guided, model.generate(text, latents), rtol=0, atol=1e-3)
 
 
-def test_a_step_tells_what_the_network_predicts(model: Diffusion) -> None:
+def test_a_step_holds_the_predictions_of_the_network(model: Diffusion) -> None:
     text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
     steps: list[Step] = []
 
@@ -257,7 +257,7 @@ def test_a_step_tells_what_the_network_predicts(model: Diffusion) -> None:
     torch.testing.assert_close(first.magnitude[1], (first.conditional[1] - first.unconditional[1]).norm())
 
 
-def test_what_a_prompt_adds_is_conditional_minus_unconditional_noise(model: Diffusion) -> None:
+def test_text_noise_is_conditional_minus_unconditional_noise(model: Diffusion) -> None:
     text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
     conditional = model.predict_noise(latents, 981, text)
     unconditional = model.predict_noise(latents, 981, model.unconditional(2))
@@ -301,7 +301,7 @@ def test_velocities_of_half_precision_come_back_as_they_were(dtype: torch.dtype)
         torch.testing.assert_close(by_rule.latents.float(), by_output.latents.float(), rtol=eps, atol=eps)
 
 
-def test_where_latents_are_noise_alone_no_noise_is_made_up() -> None:
+def test_velocities_are_not_converted_to_noise_where_latents_are_pure_noise() -> None:
     pipeline = tiny_sd2()
     pipeline.scheduler = pipeline.scheduler.from_config(
         pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
@@ -364,7 +364,7 @@ def test_an_infinite_pixel_is_neither_white_nor_black(sign: int) -> None:
     assert images[1].isnan().all()
 
 
-def test_an_autoencoder_that_overflows_in_half_precision_is_found_out() -> None:
+def test_an_image_whose_autoencoder_overflows_in_half_precision_fails() -> None:
     pipeline = tiny_pipeline()
     pipeline.vae.decoder.conv_out.weight.data *= 1e6
     assert model_of(pipeline).generate_checked("red sun map", [0]).failed == (None,)

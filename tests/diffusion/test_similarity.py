@@ -23,7 +23,7 @@ def test_the_published_window_is_eleven_wide() -> None:
     scales=st.integers(0, 5),
     measure=st.sampled_from(MEASURES),
 )
-def test_what_fits_is_compared_and_what_does_not_is_told_what_fits(
+def test_latents_that_do_not_fit_are_an_error_that_names_settings_that_fit(
     side: int, sigma: float, scales: int, measure: Measure
 ) -> None:
     settings = Similarity(sigma, (0.33,) * scales)
@@ -42,7 +42,7 @@ def test_what_fits_is_compared_and_what_does_not_is_told_what_fits(
             assert Similarity(float(word.split("=")[1].rstrip(",")), settings.betas).fits(side, measure)
 
 
-def test_what_torchmetrics_refuses_does_not_fit() -> None:
+def test_sizes_that_torchmetrics_refuses_do_not_fit() -> None:
     for side, scales in [(43, 3), (32, 3), (16, 2), (8, 1)]:
         a, settings = torch.rand(1, 1, side, side), Similarity(betas=(0.33,) * scales)
         refused = False

@@ -81,9 +81,9 @@ def test_a_single_file_of_another_shape_is_an_error(single_file: Path, tmp_path:
     tiny_pipeline(block_out_channels=(8, 16, 16, 16)).save_pretrained(tmp_path / "model")
     with pytest.raises(
         ModelError, match=r"can't be loaded \(.*size mismatch.*\); check that it is a pipeline like"
-    ) as told:
+    ) as caught:
         Source(str(single_file), config=str(tmp_path / "model")).load()
-    assert len(str(told.value)) < 800
+    assert len(str(caught.value)) < 800
 
 
 def test_a_file_without_networks_is_an_error(folder: Path, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_the_digest_of_a_hub_id_is_that_of_its_commit(hub: Path) -> None:
     ],
 )
 @pytest.mark.usefixtures("no_network")
-def test_what_is_no_pipeline_is_an_error_before_loading(
+def test_a_path_without_a_pipeline_is_an_error_before_loading(
     path: str, config: str | None, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "weights.ckpt").touch()
@@ -153,7 +153,7 @@ def test_what_is_no_pipeline_is_an_error_before_loading(
 
 
 @pytest.mark.usefixtures("no_network", "hub")
-def test_a_hub_id_that_is_not_there_is_an_error_before_loading() -> None:
+def test_a_missing_hub_id_is_an_error_before_loading() -> None:
     with pytest.raises(ModelError, match=r"'some/other': it can't be found among the downloaded.*HF_HOME.*such as"):
         Source("some/other", local_files_only=True).digest()
     with pytest.raises(ModelError, match=r"'some/model': it can't be found at '3+'"):
@@ -256,7 +256,7 @@ def test_one_of_several_variants_must_be_named(tmp_path: Path) -> None:
         Source(str(place)).check()
 
 
-def test_weights_that_can_run_code_are_not_loaded_but_converted_as_told(
+def test_pickled_weights_are_refused_and_the_command_in_the_message_converts_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path / "old"
@@ -264,9 +264,9 @@ def test_weights_that_can_run_code_are_not_loaded_but_converted_as_told(
     for file in place.glob("text_encoder/*.safetensors"):  # transformers writes nothing else any more
         torch.save(tiny_pipeline().text_encoder.state_dict(), file.with_name("pytorch_model.bin"))
         file.unlink()
-    with pytest.raises(ModelError, match=r"weights of its .* as .*\.bin only.*convert it once") as told:
+    with pytest.raises(ModelError, match=r"weights of its .* as .*\.bin only.*convert it once") as caught:
         Source(str(place)).check()
-    command = str(told.value).partition('python -c "')[2].rstrip('"')
+    command = str(caught.value).partition('python -c "')[2].rstrip('"')
     monkeypatch.chdir(tmp_path)
     exec(command, {})
     converted = Diffusion(Source(str(tmp_path / "converted")).load())
@@ -286,14 +286,14 @@ def test_parts_that_nothing_uses_may_be_absent(folder: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["unet/config.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"])
-def test_a_file_that_loading_asks_for_is_missed_before_it(folder: Path, tmp_path: Path, name: str) -> None:
+def test_a_missing_file_is_an_error_before_loading(folder: Path, tmp_path: Path, name: str) -> None:
     place = copied(folder, tmp_path / "model")
     (place / name).unlink()
     with pytest.raises(ModelError, match=name.replace("tokenizer.json", "vocab.json")):
         Source(str(place)).check()
 
 
-def test_a_missing_shard_is_missed_before_loading(tmp_path: Path) -> None:
+def test_a_missing_shard_is_an_error_before_loading(tmp_path: Path) -> None:
     place = tmp_path / "model"
     tiny_pipeline().save_pretrained(place, max_shard_size="20KB")
     Source(str(place)).check()
@@ -341,7 +341,7 @@ def asks(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ("some/status503", r"the network is unreachable.*503"),
     ],
 )
-def test_what_the_hub_answers_is_told_apart(
+def test_every_refusal_of_the_hub_has_its_own_message(
     place: str, message: str, server: str, hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asks(server, monkeypatch)
@@ -360,9 +360,9 @@ def test_a_hub_out_of_reach_is_one_message_within_seconds(
             silent.close()
         asks(f"http://127.0.0.1:{port}", monkeypatch)
         start = time.perf_counter()
-        with pytest.raises(ModelError, match=r"network is unreachable.*HF_HOME.*model.local_files_only=true") as told:
+        with pytest.raises(ModelError, match=r"network is unreachable.*HF_HOME.*model.local_files_only=true") as caught:
             Source("some/other").digest()
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(caught.value)
         # What was downloaded is taken, as ever, but without half a minute of tries.
         assert Source("some/model").digest() == Source("some/model", COMMITS[0], local_files_only=True).digest()
         assert time.perf_counter() - start < 10

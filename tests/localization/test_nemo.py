@@ -47,9 +47,7 @@ from tiny import tiny_pipeline, tiny_sdxl, tiny_texts
 
 
 @pytest.mark.parametrize("where", ["noise", "blocked", "threshold"])
-def test_what_is_not_finite_is_an_error_and_passes_no_test(
-    tiny: Diffusion, tiny_calibration: Calibration, where: str
-) -> None:
+def test_values_that_are_not_finite_are_an_error(tiny: Diffusion, tiny_calibration: Calibration, where: str) -> None:
     text, latents, settings_ = tiny.encode(tiny_texts(1)), tiny.latents(range(3)), NemoSettings()
     if where == "noise":
         latents[1, 0, 0, 0] = torch.nan
@@ -152,7 +150,7 @@ def test_a_prompt_that_is_not_memorized_has_no_neurons(tiny: Diffusion, tiny_cal
     assert found.row_passes == 3
 
 
-def test_the_gate_and_a_selection_that_ran_out_are_told_and_named(
+def test_the_result_says_whether_the_gate_was_passed_and_the_selection_exhausted(
     tiny: Diffusion, tiny_calibration: Calibration
 ) -> None:
     """With a threshold below what any blocking reaches the selection runs out, whoever passed the gate."""
@@ -181,7 +179,7 @@ def test_the_gate_and_a_selection_that_ran_out_are_told_and_named(
         assert method.localize(tiny, Prompt("a", tiny_texts(1)[0]), latents).neurons == Neurons()
 
 
-def test_the_model_is_as_it_was(tiny: Diffusion, tiny_calibration: Calibration) -> None:
+def test_localizing_leaves_the_weights_unchanged(tiny: Diffusion, tiny_calibration: Calibration) -> None:
     before = tiny.state_digest()
     localize(tiny, tiny.encode(tiny_texts(1)), tiny.latents(range(3)), tiny_calibration, NemoSettings())
     assert tiny.state_digest() == before
