@@ -4,10 +4,10 @@ Run: python benchmarks/localize.py [--prompts 20] [--seeds 10] [--similarity fix
 The words key=value are settings of `nemo-bench run`, such as model=sd14. Both sides follow protocol `reference` with
 the similarity of --similarity, so the plain side makes the passes of the public scripts: for every tested set of
 neurons the text is encoded again and two UNet steps run on all seeds, one prompt at a time; statistics are collected in
-UNet passes, one prompt at a time. It is the
-slow implementation that the tests compare with. A row pass is one sample through the UNet. Passes that start at a
-replayed prefix do less, and the gradients of bisect more: `pass` counts what convolutions and linear layers multiply
-(twice where gradients flow back), in full passes; `row` counts samples, however much of the UNet they went through.
+UNet passes, one prompt at a time. It is the slow implementation that the tests compare with. A row pass is one sample
+through the UNet. Passes that start at a replayed prefix compute less, and gradients of bisection more: `pass` counts
+the multiplications of convolutions and linear layers (twice where gradients flow back), in full passes; `row` counts
+samples, whatever part of the UNet they pass.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from nemo_bench.localization import (
     threshold,
 )
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 import reference_nemo as plain
 
 LEAST_CANDIDATES = 20
@@ -87,7 +87,7 @@ _one_step = plain.noise_differences
 
 
 def both_steps(pipe: Any, text: str, latents: Tensor, blocked: Any = None, number: int = 0, *options: Any) -> Tensor:
-    """What the scripts compute: what they predict at the first step as well, and throw away."""
+    """The computation of the scripts, which also predict at the first step and discard the result."""
     for step in range(number):
         _one_step(pipe, text, latents, blocked, step, *options)
     return _one_step(pipe, text, latents, blocked, number, *options)
@@ -169,14 +169,14 @@ def main() -> None:
     lines: list[dict[str, Any]] = []
     bar = tqdm(total=arguments.prompts, desc="prompts", unit="prompt")
     for prompt in prompts:
-        found = {}
+        localized = {}
         spent = {name: Meter() for name in meters}
         for name, kind in (("exact", "sequential"), ("bisect", "bisect")):
             with measured(model, spent[name]):
                 text = model.encode([prompt.text])
                 options = NemoSettings(refinement=kind)  # type: ignore[arg-type]
-                found[name] = localize(model, text, latents, calibration, options, protocol)
-        if found["exact"].initial.count < LEAST_CANDIDATES:
+                localized[name] = localize(model, text, latents, calibration, options, protocol)
+        if localized["exact"].initial.count < LEAST_CANDIDATES:
             continue
         with measured(model, spent["plain"]), REFERENCE.precision(model):
             expected = plain.localize(
@@ -197,12 +197,12 @@ def main() -> None:
         lines.append(
             {
                 "prompt": prompt.id,
-                "candidates": found["exact"].initial.count,
+                "candidates": localized["exact"].initial.count,
                 "neurons": refined.count,
-                "same": found["exact"].neurons == refined,
+                "same": localized["exact"].neurons == refined,
                 "smallest_margin": min((abs(s - t) for s, t in expected.decisions if s != t), default=0.0),
-                "bisect_neurons": found["bisect"].neurons.count,
-                "shared_with_bisect": overlap(refined, found["bisect"].neurons),
+                "bisect_neurons": localized["bisect"].neurons.count,
+                "shared_with_bisect": overlap(refined, localized["bisect"].neurons),
             }
         )
         bar.update()
@@ -250,7 +250,7 @@ def batches(texts: list[str]) -> list[list[str]]:
 
 
 def overlap(a: Neurons, b: Neurons) -> float:
-    """Neurons in both, as a part of those in either."""
+    """Intersection over union."""
     either = (a | b).count
     return 1 - ((a - b).count + (b - a).count) / either if either else 1.0
 

@@ -69,8 +69,8 @@ def _result(cell: Cell) -> CalibrationResult:
     values: dict[str, Any] = {"prompts": len(cell.calibration_prompts)}
     if THRESHOLD in cell.measured:
         values |= dict(read_file(cell.calibration_file(THRESHOLD), Threshold))
-    if cell.method.threshold is not None:
-        values["threshold"] = cell.method.threshold
+    if cell.method.memorization_threshold is not None:
+        values["threshold"] = cell.method.memorization_threshold
     return CalibrationResult(
         **{**values, **cell.method.protocol.of_threshold},
         model=cell.spec.model,

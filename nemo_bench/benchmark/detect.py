@@ -58,7 +58,7 @@ def _cell(config: CellConfig, prompts: list[Prompt]) -> Cell:
     detector: Detector = build(settings.detector, "detector")
     source = source_of(model)
     source.check()
-    detector.check(source.family.pipeline.__name__, model.guidance, compiled=model.compiled)
+    detector.check(source.family.pipeline_class, model.guidance, compiled=model.compiled)
     check_scheduler(source, model, predicts=True)
     if isinstance(detector, NoiseDifference) and (size := source.latent_size):
         similarity_of(model).check(size, detector.protocol.similarity)

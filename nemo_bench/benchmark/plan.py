@@ -489,7 +489,7 @@ def _weights_of_metric(metric: BenchMetric, what: str) -> Need:
 
 def _check_model(source: Source, model: ModelSettings, method: Method) -> None:
     """Makes sure that model and method go together, before weights load."""
-    method.check(source.family.pipeline.__name__, model.guidance, model.dtype, compiled=model.compiled)
+    method.check(source.family.pipeline_class, model.guidance, model.dtype, compiled=model.compiled)
     predicts = any("guidance" in m.needs or m.makes_passes or m.needs_calibration for m in lineage(method))
     check_scheduler(source, model, predicts=predicts)
     if size := source.latent_size:

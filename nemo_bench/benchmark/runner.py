@@ -330,7 +330,7 @@ class Runner:
         if not path.exists():
             return Calibration({}, {}, math.nan)
         mean, std = name_layers(read_statistics(path), self.model(cell).masks.widths)
-        threshold = method.threshold
+        threshold = method.memorization_threshold
         highest = None
         if THRESHOLD in cell.measured:
             measured = read_file(cell.calibration_file(THRESHOLD), Threshold)

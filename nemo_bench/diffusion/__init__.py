@@ -1,20 +1,20 @@
-"""The models: networks of diffusers pipelines, sampled by a loop of our own, with neuron masks for each row."""
+"""Diffusion models: diffusers pipelines with a sampling loop of our own and neuron masks for each row."""
 
-from nemo_bench.diffusion.attention import Edit, conditional_attention, conditional_rows, cross_attentions
+from nemo_bench.diffusion.attention import (
+    Edit,
+    conditional_attention,
+    conditional_rows,
+    cross_attentions,
+    value_layers,
+)
 from nemo_bench.diffusion.digests import file_digest, folder_digest
 from nemo_bench.diffusion.families import FAMILIES, Conditioning
 from nemo_bench.diffusion.lora import Lora
-from nemo_bench.diffusion.model import (
-    GRADIENT_MEMORY,
-    MEASURES,
-    Diffusion,
-    Measure,
-    Similarity,
-    value_layers,
-)
+from nemo_bench.diffusion.model import GRADIENT_MEMORY, Diffusion
 from nemo_bench.diffusion.prefix import Prefix
 from nemo_bench.diffusion.sampling import Generated, Rule, Sampling, Step, guided_from
 from nemo_bench.diffusion.schedule import check_schedule
+from nemo_bench.diffusion.similarity import MEASURES, Measure, Similarity
 from nemo_bench.diffusion.source import Source
 
 __all__ = [

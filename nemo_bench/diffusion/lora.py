@@ -1,4 +1,4 @@
-"""Low-rank changes of a pipeline's weights (LoRA), loaded by diffusers and fused."""
+"""Low-rank adaptations of a pipeline's weights (LoRA, Hu et al. 2021), loaded by diffusers and fused."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from nemo_bench import hub
 from nemo_bench.diffusion.digests import file_digest
 from nemo_bench.errors import ConfigError, ModelError
 from nemo_bench.records.io import digest
 
+if TYPE_CHECKING:
+    from nemo_bench.hub import Repository
+
 WEIGHTS = "pytorch_lora_weights.safetensors"
-"""Name that diffusers saves a LoRA under."""
-_SIGNS = {WEIGHTS, "adapter_config.json"}
+"""Default file name of diffusers."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA that has not been loaded.
+    """A LoRA that is not loaded yet.
 
     Attributes:
-        path: ``.safetensors`` file, folder with one, hub id such as ``user/name``, or a file in one such as
+        path: ``.safetensors`` file, folder with one, hub id such as ``user/name``, or a file in a repository such as
             ``user/name/style.safetensors``.
-        scale: What the change is multiplied by; 1 as it was trained.
-        local_files_only: Never ask the hub, take what it gave before.
+        scale: Factor on the change of the weights; 1 as trained.
+        local_files_only: Use downloaded files only.
     """
 
     path: str
@@ -38,19 +39,20 @@ class Lora:
     local_files_only: bool = False
 
     @cached_property
-    def _place(self) -> tuple[hub.Repository | None, str]:
-        """Repository of the hub, None for what is here, and path of the file."""
+    def _location(self) -> tuple[Repository | None, str]:
+        """Repository, None for local files, and path of the file of weights."""
         path = Path(self.path)
         if path.is_file():
             return None, str(path)
         if path.is_dir():
-            name = self._only([p.name for p in path.iterdir()])
-            return None, str(path / name)
+            return None, str(path / self._weights_among([file.name for file in path.iterdir()]))
         if not (match := re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/(.+))?", self.path)) or path.is_absolute():
             raise ModelError(
                 f"model.lora={self.path} is no file, no folder and no hub id; give a .safetensors file, a folder with "
                 "one, user/name, or user/name/file.safetensors"
             )
+        from nemo_bench import hub
+
         place, name = match.groups()
         try:
             repository = hub.look(place, local_files_only=self.local_files_only)
@@ -58,10 +60,9 @@ class Lora:
             raise ModelError(f"model.lora={self.path}: {error}") from error
         if name and name not in repository.files:
             raise ModelError(f"model.lora={self.path}: '{place}' has no file {name}. {_listed(repository.files)}")
-        return repository, name or self._only(repository.files)
+        return repository, name or self._weights_among(repository.files)
 
-    def _only(self, names: Iterable[str]) -> str:
-        """The file of weights among some names."""
+    def _weights_among(self, names: Iterable[str]) -> str:
         files = sorted(name for name in names if name.endswith(".safetensors"))
         if WEIGHTS in files:
             return WEIGHTS
@@ -70,14 +71,10 @@ class Lora:
         return files[0]
 
     def check(self) -> None:
-        """Makes sure that it can be loaded, as far as that shows before anything is.
-
-        Raises:
-            NemoBenchError: The file is missing or holds no LoRA, or a library is missing.
-        """
+        """Raises NemoBenchError if the file is missing or holds no LoRA, or a library is missing."""
         if find_spec("peft") is None:
             raise ConfigError("model.lora needs peft, with which diffusers loads it: pip install 'nemo-bench[lora]'")
-        repository, name = self._place
+        repository, name = self._location
         if not name.endswith(".safetensors"):
             raise ModelError(f"model.lora={self.path}: expected a .safetensors file; convert it first")
         if repository is None and not holds_lora(Path(name)):
@@ -85,30 +82,19 @@ class Lora:
 
     @property
     def is_downloaded(self) -> bool:
-        """Whether nothing is left to be downloaded."""
-        repository, name = self._place
+        """Whether the file is on this machine."""
+        repository, name = self._location
         return repository is None or repository.has_downloaded(name)
 
     def digest(self) -> str:
-        """Digest of weights and scale, 16 hexadecimal digits; of a file its contents, of the hub id and commit.
-
-        Raises:
-            ModelError: It can't be found.
-        """
-        repository, name = self._place
+        """Digest of weights and scale, 16 hexadecimal digits: of a file by contents, of a hub id by commit."""
+        repository, name = self._location
         content = file_digest(Path(name)) if repository is None else [repository.place, name, repository.commit]
         return digest([content, self.scale])
 
     def fuse(self, pipeline: Any) -> None:
-        """Adds it to the weights of a pipeline.
-
-        Args:
-            pipeline: A diffusers pipeline, changed in place.
-
-        Raises:
-            ModelError: It can't be read, or fits no layer of the pipeline.
-        """
-        repository, name = self._place
+        """Adds the LoRA to the weights of a pipeline; raises ModelError if it can't be read or matches no layer."""
+        repository, name = self._location
         file = Path(name) if repository is None else repository.get(name)
         try:
             pipeline.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True)
@@ -125,7 +111,7 @@ class Lora:
 
 
 def holds_lora(file: Path) -> bool:
-    """Whether the names of the weights in a ``.safetensors`` file are those of a LoRA."""
+    """Whether the weights in a ``.safetensors`` file are named as those of a LoRA."""
     try:
         with safe_open(file, "pt") as weights:
             names = weights.keys()
@@ -134,10 +120,11 @@ def holds_lora(file: Path) -> bool:
         return False
 
 
-def looks_like_lora(names: Iterable[str]) -> bool:
-    """Whether files of these names make up a LoRA; only the names are looked at."""
-    tops = {name for name in names if len(PurePosixPath(name).parts) == 1}
-    return bool(tops & _SIGNS) or any("lora" in n.lower() and n.endswith(".safetensors") for n in tops)
+def looks_like_lora(files: Iterable[str]) -> bool:
+    """Whether the file names of a folder or repository are those of a LoRA."""
+    tops = {name for name in files if len(PurePosixPath(name).parts) == 1}
+    has_lora_file = any("lora" in name.lower() and name.endswith(".safetensors") for name in tops)
+    return has_lora_file or "adapter_config.json" in tops
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -1,8 +1,8 @@
-"""Switching value neurons off, row by row, by one permanent hook per value layer."""
+"""Blocks value neurons row by row, with one permanent hook on each value layer."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,14 +13,17 @@ from nemo_bench.records.data import Neurons
 
 
 class NeuronMasks:
-    """A factor for every neuron of every row, multiplied onto the outputs of the value layers.
+    """Multiplies the output of every value neuron by a factor of its own in every row.
 
-    The hooks are registered once and deal in tensors only: a network that is compiled afterwards has them in its graph,
-    and blocking other neurons does not compile it again. Several neuron sets can share a batch.
+    The hooks are registered once and use tensors only: a network that is compiled afterwards has them in its graph, and
+    is not compiled again for other neurons.
 
     Args:
         layers: Value projections by module path, in network order.
-        network: The network that they are in.
+        network: The network that contains them.
+
+    Attributes:
+        widths: Number of neurons by layer, in network order.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], network: nn.Module) -> None:
@@ -38,7 +41,7 @@ class NeuronMasks:
         if self._blocking:
             self._called.fill_(1)
 
-    def _hook(self, name: str):  # type: ignore[no-untyped-def]
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def multiply(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not self._blocking:
                 return output
@@ -49,14 +52,14 @@ class NeuronMasks:
                 if len(output) % rows:
                     msg = f"{rows} neuron sets can't be shared out over a batch of {len(output)} rows"
                     raise ModelError(msg)
-                # With guidance, whole batches are stacked: all unconditional rows, then all conditional ones.
+                # Guidance stacks whole batches: all unconditional rows, then all conditional ones.
                 factors = factors.repeat(len(output) // rows, 1)
             return output * factors[:, None].to(output.dtype)
 
         return multiply
 
     def check(self, neurons: Neurons) -> None:
-        """Raises ModelError where a layer or an index is not in this model."""
+        """Raises ModelError for a layer or an index that this model does not have."""
         for name, ids in neurons.items():
             if name not in self.widths:
                 raise ModelError(f"no value layer '{name}' in this model. {did_you_mean(name, self.widths)}")
@@ -65,53 +68,30 @@ class NeuronMasks:
                 raise ModelError(msg)
 
     def factors(self, rows: Sequence[Neurons], factor: float = 0.0) -> dict[str, Tensor]:
-        """What each neuron of each row is multiplied by where some neurons are blocked.
-
-        Args:
-            rows: One set for each row.
-            factor: For blocked neurons; others have 1.
-
-        Returns:
-            For every layer (rows, neurons), on the layer's device.
+        """Factors by layer, (rows, neurons): ``factor`` for the blocked neurons of each row, 1 for others.
 
         Raises:
             ModelError: A layer or index does not exist.
         """
-        sets = list(dict.fromkeys(rows))
-        for neurons in sets:
+        numbers = {neurons: number for number, neurons in enumerate(dict.fromkeys(rows))}
+        for neurons in numbers:
             self.check(neurons)
-        place = {neurons: number for number, neurons in enumerate(sets)}
-        index = torch.tensor([place[neurons] for neurons in rows])
-        scales = {}
+        index = torch.tensor([numbers[neurons] for neurons in rows])
+        by_layer = {}
         for name, width in self.widths.items():
-            factors = torch.ones(len(sets), width)
-            for number, neurons in enumerate(sets):
+            factors = torch.ones(len(numbers), width)
+            for neurons, number in numbers.items():
                 factors[number, list(neurons.get(name, ()))] = factor
-            scales[name] = factors[index].to(next(self._layers[name].parameters()).device)
-        return scales
-
-    @contextmanager
-    def block(self, rows: Sequence[Neurons], factor: float = 0.0, replayed: Collection[str] = ()) -> Iterator[None]:
-        """Multiplies the given neurons by a factor while the context is open.
-
-        Args:
-            rows: One set for all rows, or one per row of the coming batches (a batch k times as long repeats them).
-            factor: What the outputs are multiplied by; 0 switches off (Hintersdorf et al. 2024, section 3).
-            replayed: Layers that need not fire, since :class:`Prefix` replays what they led to.
-
-        Raises:
-            ModelError: A layer or index does not exist, blocks are nested, or a hook did not fire in a pass.
-        """
-        with self.scale(self.factors(rows, factor), replayed):
-            yield
+            by_layer[name] = factors[index].to(next(self._layers[name].parameters()).device)
+        return by_layer
 
     @contextmanager
     def scale(self, factors: Mapping[str, Tensor], replayed: Collection[str] = ()) -> Iterator[None]:
-        """Multiplies all neurons by factors of their own while the context is open; gradients reach the factors.
+        """Multiplies every neuron by its own factor inside the context; gradients reach the factors.
 
         Args:
-            factors: For every layer (rows, neurons), on its device; a batch k times as long repeats the rows.
-            replayed: See :meth:`block`.
+            factors: By layer (rows, neurons), on the layer's device; a batch k times as long repeats the rows.
+            replayed: Layers whose output a :class:`Prefix` replays, so that their hooks do not fire.
 
         Raises:
             ModelError: Blocks are nested, or a hook did not fire in a pass.
@@ -125,7 +105,7 @@ class NeuronMasks:
         try:
             yield
             fired = dict(zip(self._fired, torch.stack(list(self._fired.values())).tolist(), strict=True))
-            silent = [name for name, seen in fired.items() if not seen and name not in replayed]
+            silent = [name for name, has_fired in fired.items() if not has_fired and name not in replayed]
             if silent and self._called:
                 msg = (
                     f"blocking had no effect in {len(silent)} of {len(fired)} value layers (first: {silent[0]}): "

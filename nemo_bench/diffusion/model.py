@@ -1,4 +1,4 @@
-"""A diffusers pipeline whose networks are sampled here: encode, predict noise, generate, block neurons.
+"""A diffusers pipeline with a sampling loop of our own: encode, predict noise, generate, block neurons.
 
 Example:
     >>> model = Diffusion.load("path/to/pipeline", steps=20, guidance=3.0)
@@ -10,124 +10,50 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
-from nemo_bench.diffusion.attention import Edit, cross_attentions, edit_attention
+from nemo_bench.diffusion.attention import Edit, Layers, cross_attentions, edit_attention, value_layers
 from nemo_bench.diffusion.families import Conditioning, family_of
-from nemo_bench.diffusion.lora import Lora
 from nemo_bench.diffusion.masks import NeuronMasks
-from nemo_bench.diffusion.sampling import Generated, Rule, sample
+from nemo_bench.diffusion.sampling import Generated, Rule, Sampling
+from nemo_bench.diffusion.schedule import NO_SIGNAL, NOISE_STEPS, ddim
+from nemo_bench.diffusion.similarity import Similarity
 from nemo_bench.diffusion.source import Source, without_advice, without_bars
-from nemo_bench.errors import ConfigError, ModelError, NotFiniteError
+from nemo_bench.errors import ModelError, NotFiniteError
 from nemo_bench.records.data import Neurons
 
-Layers = Literal["down+mid", "all"]
-Measure = Literal["published", "current", "fixed"]
-"""How noise differences are compared, all of SSIM or MS-SSIM. ``fixed``: data range 1, so a value depends on its pair
-alone. ``current``: no range is given and torchmetrics takes it, at every scale, from all pairs compared at once, as the
-public scripts of NeMo have it (Hintersdorf et al. 2024). ``published``: the same with the last scale averaged without
-its border, as in torchmetrics 1.3.2, which those scripts pin."""
-MEASURES: tuple[Measure, ...] = get_args(Measure)
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler, DiffusionPipeline
+
 GRADIENT_MEMORY = 4
-"""A pass with gradients takes the memory of about so many plain ones."""
-NO_SIGNAL = 1e-6
-"""With less of the signal in the latents' variance they are noise alone."""
-NOISE_STEPS = 50
-"""Noise differences are taken at the first of so many DDIM steps (Hintersdorf et al. 2024)."""
-_DDIM = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
-"""Stable Diffusion's own settings, where a shipped scheduler has none; DDIM's defaults are made for pixels."""
-
-
-@dataclass(frozen=True)
-class Similarity:
-    """How noise differences are compared; small latents need other settings than Stable Diffusion's.
-
-    Attributes:
-        sigma: Standard deviation of the Gaussian window, in latent pixels.
-        betas: Weights of the scales of MS-SSIM, or empty for single-scale SSIM. The published settings are sigma 1.5
-            (a window of 11) and betas (0.33, 0.33, 0.33) (Hintersdorf et al. 2024, appendix).
-    """
-
-    sigma: float = 1.5
-    betas: tuple[float, ...] = (0.33, 0.33, 0.33)
-
-    @property
-    def kernel(self) -> int:
-        """Side of the window that torchmetrics takes for this sigma, in latent pixels."""
-        return 2 * int(3.5 * self.sigma + 0.5) + 1
-
-    def fits(self, side: int, measure: Measure = "fixed") -> bool:
-        """Whether latents with this shorter side can be compared."""
-        border, scales = self.kernel // 2, max(1, len(self.betas))
-        sides = [side // 2**scale for scale in range(scales)]
-        # Contrast leaves the border out, the last scale only as published; what is mirrored there must be inside.
-        cropped = sides if measure == "published" else sides[:-1]
-        if not border or sides[-1] <= border or any(each <= 2 * border for each in cropped):
-            return False
-        # torchmetrics asks for more than there must be.
-        return not self.betas or (side >= 2**scales and side // max(1, scales - 1) ** 2 >= self.kernel)
-
-    def check(self, size: Sequence[int], measure: Measure = "fixed") -> None:
-        """Looks whether latents of a size can be compared.
-
-        Args:
-            size: Height and width of a latent.
-            measure: How they are compared.
-
-        Raises:
-            ConfigError: They are too small; the message has the values that fit.
-        """
-        side = min(size)
-        if self.fits(side, measure):
-            return
-        if self.kernel == 1:
-            msg = (
-                f"model.similarity.sigma={self.sigma:g}: a window of one pixel compares nothing; expected 0.15 or more"
-            )
-            raise ConfigError(msg)
-        fewer = [replace(self, betas=self.betas[:scales]) for scales in range(len(self.betas) - 1, -1, -1)]
-        narrower = [replace(self, sigma=tenths / 10) for tenths in range(int(self.sigma * 10), 0, -1)]
-        values = [f"betas={list(kind.betas)}" for kind in fewer if kind.fits(side, measure)][:1]
-        values += [f"sigma={kind.sigma}" for kind in narrower if kind.fits(side, measure)][:1]
-        least = next(each for each in count(1) if self.fits(each, measure))
-        scales = f"{len(self.betas)} scales of MS-SSIM" if self.betas else "SSIM"
-        settings = " or ".join(f"model.similarity.{value}".replace(" ", "") for value in values)
-        raise ConfigError(
-            f"latents of {size[0]}x{size[1]} are too small for model.similarity: {scales} with sigma={self.sigma:g} (a "
-            f"window of {self.kernel}), compared as '{measure}', need sides of {least} or more; "
-            + (f"set {settings}, which fit" if settings else "no window fits; take a model with larger latents")
-        )
+"""Memory of a pass with gradients, in plain passes."""
 
 
 class Diffusion(nn.Module):
-    """A pipeline of Stable Diffusion 1.x, 2.x or XL whose value neurons can be switched off row by row.
+    """A pipeline of Stable Diffusion 1.x, 2.x or XL whose value neurons can be blocked row by row.
 
     Args:
         pipeline: The pipeline; its networks become submodules, so that Lightning moves them.
-        layers: Which cross-attention value layers can be blocked: ``"down+mid"`` as published, or ``"all"``.
+        layers: Value layers that can be blocked.
         steps: DDIM steps of a generation.
-        guidance: Scale of classifier-free guidance while generating.
-        similarity: How noise differences are compared.
+        guidance: Scale of classifier-free guidance.
+        similarity: Settings of the similarity of noise differences.
         compiled: Compile the UNet with torch.compile at its first pass.
 
     Attributes:
-        scheduler: DDIM in the noise schedule of the pipeline's own scheduler, which stays as it was.
-        row_passes: UNet passes of one sample made so far; a derivative of a pass, forward or backward, counts as
-            another one.
+        scheduler: DDIM in the noise schedule of the pipeline's own scheduler, which stays as it is.
+        row_passes: UNet passes made so far, one for each row; a forward or backward derivative counts as another pass.
 
     Raises:
-        ModelError: The pipeline is of another class, its UNet takes the scale of guidance as an input, or there is no
-            such value layer.
+        ModelError: The class of the pipeline is not supported, its UNet takes the guidance scale as an input, or there
+            is no such value layer.
     """
 
     unet: Any
@@ -153,7 +79,8 @@ class Diffusion(nn.Module):
             if isinstance(part, nn.Module):
                 self.add_module(name, part)
         self.scheduler = ddim(pipeline.scheduler.config)
-        self.steps, self.guidance = steps, guidance
+        self.steps = steps
+        self.guidance = guidance
         self.similarity = similarity or Similarity()
         self.requires_grad_(False).eval()
         self.value_layers = value_layers(self.unet, layers)
@@ -163,52 +90,33 @@ class Diffusion(nn.Module):
         ]
         self.compiled = compiled
         if compiled:
-            # Hooks that a network gets after it was compiled are ignored, so the masks come first.
+            # A compiled network ignores hooks that are registered later, so the masks come first.
             self.unet.compile()
         self.row_passes = 0
         self._unconditional: Conditioning | None = None
 
     @classmethod
-    def load(
-        cls,
-        source: str,
-        *,
-        revision: str | None = None,
-        config: str | None = None,
-        dtype: str = "float32",
-        local_files_only: bool = False,
-        variant: str | None = None,
-        lora: Lora | None = None,
-        **options: Any,
-    ) -> Diffusion:
-        """Loads a pipeline folder, a hub id or a single file.
+    def load(cls, source: Source | str, dtype: str = "float32", **options: Any) -> Diffusion:
+        """Loads a model on the CPU.
 
         Args:
-            source: Folder with a ``model_index.json``, a hub id, or a ``.safetensors`` file.
-            revision: Commit, tag or branch of a hub id.
-            config: For a single file, folder or hub id of a pipeline like it.
+            source: A source, or its path: a folder with a ``model_index.json``, or a hub id.
             dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
-            local_files_only: Never ask the hub, take what is cached.
-            variant: Form of the weights, see :class:`Source`.
-            lora: Added to the weights.
-            options: See :class:`Diffusion`.
-
-        Returns:
-            The wrapped pipeline, on the CPU.
+            options: Arguments of :class:`Diffusion`.
 
         Raises:
-            ModelError: The source can't be loaded, see :class:`Source`.
+            ModelError: The source can't be loaded.
         """
-        return cls(Source(source, revision, config, local_files_only, variant, lora).load(dtype), **options)
+        return cls((Source(source) if isinstance(source, str) else source).load(dtype), **options)
 
     @property
     def device(self) -> torch.device:
-        """Where the UNet is."""
+        """Device of the UNet."""
         return next(self.unet.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Number format of the UNet."""
+        """Dtype of the UNet."""
         return next(self.unet.parameters()).dtype
 
     @property
@@ -218,26 +126,23 @@ class Diffusion(nn.Module):
         height, width = (size, size) if isinstance(size, int) else size
         return self.unet.config.in_channels, height, width
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Width and height of an image in pixels."""
+        _, height, width = self.latent_shape
+        return width * self.pipeline.vae_scale_factor, height * self.pipeline.vae_scale_factor
+
+    @property
+    def passes_per_image(self) -> int:
+        """UNet passes of an image: the number of steps, twice as many under guidance."""
+        return self.steps * (2 if self.guidance > 1 else 1)
+
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """Encodes prompts, cut at the tokenizer's length.
-
-        Args:
-            texts: N prompts.
-
-        Returns:
-            Conditioning of N rows.
-        """
+        """Encodes N prompts, truncated to the length of the tokenizer, to N rows."""
         return self._encode(texts, 0)
 
     def unconditional(self, rows: int) -> Conditioning:
-        """What guidance leads away from: the empty prompt or, where the pipeline says so (SDXL), zeros.
-
-        Args:
-            rows: Number N of rows.
-
-        Returns:
-            Conditioning of N rows.
-        """
+        """The conditioning that guidance leads away from: the empty prompt, or zeros if the pipeline (SDXL) says so."""
         if self._unconditional is None or self._unconditional.text.device != self.device:
             self._unconditional = self._encode([""], 1)
         return self._unconditional.rows([0] * rows)
@@ -252,53 +157,50 @@ class Diffusion(nn.Module):
         return Conditioning(*encoded[half::2])
 
     def truncated(self, text: str) -> bool:
-        """Whether a prompt is longer than a text encoder reads."""
+        """Whether a prompt is longer than the input of a text encoder."""
         tokenizers = [part for name, part in self.pipeline.components.items() if name.startswith("tokenizer")]
         return any(len(t(text, truncation=False, verbose=False).input_ids) > t.model_max_length for t in tokenizers)
 
-    def latents(self, seeds: Sequence[int]) -> Tensor:
-        """Starting noise, each row from a CPU generator of its own, so equal on every device and in every batch.
-
-        Args:
-            seeds: N seeds, 0 to 2^63 - 1.
-
-        Returns:
-            Standard normal noise, (N, channels, height, width).
-        """
-        rows = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(rows).to(self.device, self.dtype)
-
     def tokens(self, text: str) -> list[str]:
-        """Tokens that a prompt is read as by the (first) text encoder, from its begin to its end token, no padding."""
+        """Tokens of a prompt for the (first) text encoder, from begin to end token without padding."""
         tokenizer = self.pipeline.tokenizer
         ids = tokenizer(text, truncation=True).input_ids
         return [str(token) for token in tokenizer.convert_ids_to_tokens(ids)]
 
-    def timestep(self, step: int = 0) -> int:
-        """Timestep of one of 50 DDIM steps, as published, however many generate.
+    def latents(self, seeds: Sequence[int]) -> Tensor:
+        """Draws standard normal starting noise, (N, channels, height, width), from N seeds, 0 to 2^63 - 1.
 
-        Args:
-            step: Number of the step from 0, the noisiest (981 for Stable Diffusion); below 0 from the last.
+        Each row has a CPU generator of its own, so that it is equal on every device and in every batch.
         """
+        rows = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(rows).to(self.device, self.dtype)
+
+    def timestep(self, step: int = 0) -> int:
+        """Timestep of one of 50 DDIM steps, as published: 0 is the noisiest (981 for Stable Diffusion), -1 the last."""
         return self.timesteps(NOISE_STEPS)[step]
 
     def timesteps(self, steps: int | None = None) -> list[int]:
-        """Timesteps of so many DDIM steps, or of a generation, the noisiest first."""
+        """Timesteps of a number of DDIM steps, the noisiest first; None takes the steps of a generation."""
         timesteps: list[int] = self.scheduler_of(steps or self.steps).timesteps.tolist()
         return timesteps
 
     def scheduler_of(self, steps: int) -> DDIMScheduler:
-        """A copy of the scheduler, set to so many steps."""
+        """A copy of the scheduler with a number of steps."""
         scheduler = copy.copy(self.scheduler)
         scheduler.set_timesteps(steps, device=self.device)
         return scheduler
+
+    @property
+    def training_timesteps(self) -> int:
+        """Number of noise levels in training."""
+        return int(self.scheduler.config.num_train_timesteps)
 
     def signal(self, timestep: int) -> float:
         """Share of the signal in the variance of a latent at a timestep, in (0, 1); the rest is noise."""
         return float(self.scheduler.alphas_cumprod[timestep])
 
     def predict_noise(self, latents: Tensor, timestep: int, text: Conditioning) -> Tensor:
-        """One UNet pass, converted to predicted noise whatever the network predicts.
+        """Predicts noise in one UNet pass, whether the network predicts noise or velocity.
 
         Args:
             latents: Noisy latents, (N, channels, height, width).
@@ -315,25 +217,12 @@ class Diffusion(nn.Module):
         return self.noise(self.predict_output(latents, timestep, text), timestep, latents)
 
     def predict_output(self, latents: Tensor, timestep: int, text: Conditioning) -> Tensor:
-        """One UNet pass as the network gives it, noise or velocity; see :meth:`predict_noise` for the arguments.
-
-        Returns:
-            Predicted noise or velocity in float32, shaped as the latents.
-        """
-        # A number would be a constant of a compiled network, which would be compiled again for each.
+        """Predicts noise or velocity, the output of the network, with the arguments of :meth:`predict_noise`."""
+        # A compiled network would be compiled again for each number, but not for each tensor.
         return self.network_output(latents, torch.tensor(timestep, device=self.device), text).float()
 
     def network_output(self, latents: Tensor, timestep: Tensor, text: Conditioning) -> Tensor:
-        """One UNet pass in its own number format; the pass is counted.
-
-        Args:
-            latents: Noisy latents, (N, channels, height, width).
-            timestep: Training timestep, one for all rows or (N,), on the model's device.
-            text: Conditioning of N rows.
-
-        Returns:
-            Predicted noise or velocity, shaped as the latents.
-        """
+        """Makes one UNet pass in its own dtype and counts it; the timestep is one for all rows or (N,)."""
         height, width = (side * self.pipeline.vae_scale_factor for side in latents.shape[2:])
         inputs = self.family.unet_inputs(text, (height, width))
         output: Tensor = self.unet(latents, timestep, **inputs, return_dict=False)[0]
@@ -347,77 +236,28 @@ class Diffusion(nn.Module):
     def _count_backward(self, gradient: Tensor) -> None:
         self.row_passes += len(gradient)
 
-    def training_losses(self, clean: Tensor, timesteps: Tensor, noise: Tensor, text: Conditioning) -> Tensor:
-        """What training made small: squared error of what the network predicts, be it noise or velocity.
-
-        Args:
-            clean: Latents of pictures, float32, (N, channels, height, width); see :meth:`encode_images`.
-            timesteps: Training timesteps, (N,), 0 to :attr:`training_timesteps` - 1.
-            noise: Standard normal noise, float32, shaped as the latents.
-            text: Conditioning of N rows.
-
-        Returns:
-            Mean over the elements of each row, float32, (N,); gradients go through it.
-
-        Raises:
-            ModelError: The scheduler's prediction type is neither epsilon nor v_prediction.
-        """
-        scheduler = self.scheduler
-        noisy = scheduler.add_noise(clean, noise, timesteps).to(self.dtype)
-        target = scheduler.get_velocity(clean, noise, timesteps) if self._predicts_velocity else noise
-        return (self.network_output(noisy, timesteps, text).float() - target).square().flatten(1).mean(1)
-
-    @property
-    def training_timesteps(self) -> int:
-        """Number of noise levels that the model was trained on."""
-        return int(self.scheduler.config.num_train_timesteps)
-
     def text_noise(self, latents: Tensor, timestep: int, text: Conditioning) -> Tensor:
-        """What a prompt adds to the predicted noise: conditional minus unconditional, of one UNet pass for both.
-
-        Args:
-            latents: See :meth:`predict_noise`.
-            timestep: Likewise.
-            text: Likewise.
-
-        Returns:
-            The difference in float32, shaped as the latents.
-        """
-        # Copies, since what was made in inference mode takes no part in gradients.
+        """Predicts text-conditional noise, conditional minus unconditional, in one pass (see :meth:`predict_noise`)."""
+        # Gradients don't flow through tensors that were made in inference mode, but through copies.
         both = self.unconditional(len(text)).clone().followed_by(text.clone())
         unconditional, conditional = self.predict_noise(torch.cat([latents, latents]), timestep, both).chunk(2)
         return conditional - unconditional
 
     def noise(self, output: Tensor, timestep: int, latents: Tensor) -> Tensor:
-        """The noise behind what the network predicted, noise or velocity.
-
-        Args:
-            output: What it predicted, shaped as the latents.
-            timestep: Training timestep, 0 to 999.
-            latents: What it was predicted from.
-
-        Returns:
-            Float32, shaped as the latents.
-        """
-        own, of_latents = self._noise_weights(timestep)
-        return own * output.float() + of_latents * latents.float()
+        """Converts an output of the network, noise or velocity, to noise in float32; ``latents`` are its input."""
+        of_output, of_latents = self._noise_weights(timestep)
+        return of_output * output.float() + of_latents * latents.float()
 
     def prediction(self, noise: Tensor, timestep: int, latents: Tensor | None = None) -> Tensor:
-        """What the network itself predicted, noise or velocity, behind predicted noise.
+        """Converts noise to an output of the network, noise or velocity, in float32: the inverse of :meth:`noise`.
 
-        Args:
-            noise: Predicted noise, or a difference of such.
-            timestep: Training timestep, 0 to 999.
-            latents: What it was predicted from, shaped as the noise; None for a difference, where they cancel out.
-
-        Returns:
-            Float32, shaped as the noise.
+        Without latents, converts a difference of predicted noises, in which they cancel out.
         """
-        own, of_latents = self._noise_weights(timestep)
-        return (noise if latents is None else noise - of_latents * latents.float()) / own
+        of_output, of_latents = self._noise_weights(timestep)
+        return (noise if latents is None else noise - of_latents * latents.float()) / of_output
 
     def _noise_weights(self, timestep: int) -> tuple[float, float]:
-        """What output and latents are multiplied by to sum up to the noise predicted (Salimans and Ho 2022)."""
+        """Weights of output and latents whose sum is the predicted noise (Salimans and Ho 2022)."""
         if not self._predicts_velocity:
             return 1.0, 0.0
         alpha = self.signal(timestep)
@@ -436,20 +276,25 @@ class Diffusion(nn.Module):
             raise ModelError(f"prediction type '{kind}' is not supported; use a model with epsilon or v_prediction")
         return bool(kind == "v_prediction")
 
-    def edit_attention(self, edit: Edit, blocks: str | tuple[str, ...] = "") -> AbstractContextManager[None]:
-        """Edits the logits of cross-attention while the context is open.
+    def training_losses(self, clean: Tensor, timesteps: Tensor, noise: Tensor, text: Conditioning) -> Tensor:
+        """The training loss: mean squared error of the predicted noise or velocity.
 
         Args:
-            edit: Called in every UNet pass, once a layer; it sees the rows of the pass, see
-                :func:`nemo_bench.diffusion.attention.conditional_rows`.
-            blocks: Beginning of the paths of the layers, such as ``"down_blocks.0."``, or several; all where empty.
+            clean: Latents of images, float32, (N, channels, height, width); see :meth:`encode_images`.
+            timesteps: Training timesteps, (N,), 0 to :attr:`training_timesteps` - 1.
+            noise: Standard normal noise, float32, shaped as the latents.
+            text: Conditioning of N rows.
+
+        Returns:
+            Loss of each row, float32, (N,), with gradients.
 
         Raises:
-            ModelError: There is no such layer, or the UNet is compiled.
+            ModelError: The scheduler's prediction type is neither epsilon nor v_prediction.
         """
-        if self.compiled:
-            raise ModelError("model.compiled=True: a method that edits attention needs model.compiled=false")
-        return edit_attention(cross_attentions(self.unet, blocks), edit)
+        scheduler = self.scheduler
+        noisy = scheduler.add_noise(clean, noise, timesteps).to(self.dtype)
+        target = scheduler.get_velocity(clean, noise, timesteps) if self._predicts_velocity else noise
+        return (self.network_output(noisy, timesteps, text).float() - target).square().flatten(1).mean(1)
 
     def generate(
         self,
@@ -458,18 +303,17 @@ class Diffusion(nn.Module):
         unconditional: Conditioning | None = None,
         rule: Rule | None = None,
     ) -> Tensor:
-        """Generates one image per row.
+        """Generates one image for each row.
 
         Args:
             text: Conditioning of N rows, or one prompt for all of them.
             latents: Starting noise of N rows, or their seeds; see :meth:`latents`.
-            unconditional: What guidance leads away from, of N rows; None for :meth:`unconditional`.
-            rule: Gives, once a step for all images, the noise that is taken off in place of that under guidance.
-                Images for which it gives what guidance gives anyway are exactly those generated without it.
+            unconditional: Conditioning of N rows that guidance leads away from; None for :meth:`unconditional`.
+            rule: Gives the noise that each step removes, in place of guidance. Images for which it gives the noise
+                under guidance are exactly those generated without it.
 
         Returns:
-            Images in [0, 1], float32, (N, 3, height, width); nan throughout where an image failed, see
-            :meth:`generate_checked`.
+            Images in [0, 1], float32, (N, 3, height, width); all nan for a failed image, see :meth:`generate_checked`.
 
         Raises:
             ModelError: There is a rule, and the model generates without guidance.
@@ -483,40 +327,23 @@ class Diffusion(nn.Module):
         unconditional: Conditioning | None = None,
         rule: Rule | None = None,
     ) -> Generated:
-        """Generates one image per row, and says of each whether its latents and its pixels were finite.
-
-        Args:
-            text: See :meth:`generate`.
-            latents: Likewise.
-            unconditional: Likewise.
-            rule: Likewise.
-
-        Returns:
-            The images, and why those failed that did.
-
-        Raises:
-            ModelError: See :meth:`generate`.
-        """
+        """Generates images as :meth:`generate`, and gives the reason for each image with infinite or nan values."""
         if not isinstance(latents, Tensor):
             latents = self.latents(latents)
         if isinstance(text, str):
             text = self.encode([text]).rows([0] * len(latents))
-        return sample(self, text, latents, unconditional, rule)
+        return Sampling(self, text, latents, unconditional).run(rule)
 
     @property
     def decoding_dtype(self) -> torch.dtype:
-        """Number format that images are decoded in: float32 where the autoencoder asks for it in half precision."""
+        """Dtype of decoding: that of the autoencoder, or float32 if a half-precision autoencoder needs it."""
         dtype: torch.dtype = self.pipeline.vae.dtype
         return self.family.decoding_dtype(self.pipeline.vae.config, dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images of clean latents; gradients go through it, but where :attr:`decoding_dtype` is not that of the model.
+        """Decodes clean latents to images, float32, (N, 3, height, width), 0 black and 1 white, not clamped.
 
-        Args:
-            latents: (N, channels, height, width).
-
-        Returns:
-            Float32, (N, 3, height, width), 0 black and 1 white; values beyond are not cut off.
+        Gradients flow unless :attr:`decoding_dtype` differs from the model's dtype.
         """
         with self._autoencoder() as vae:
             unscaled = self.family.unscaled(vae.config, latents.to(vae.dtype))
@@ -525,21 +352,14 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Clean latents of images: the means that the autoencoder gives.
-
-        Args:
-            images: (N, 3, height, width), 0 black and 1 white, of the size of :attr:`image_size`.
-
-        Returns:
-            Float32, (N, channels, height, width) of a latent.
-        """
+        """Encodes images of :attr:`image_size`, 0 black and 1 white, to clean float32 latents: the encoder's means."""
         with self._autoencoder() as vae:
             posterior = vae.encode((2 * images - 1).to(self.device, vae.dtype)).latent_dist
             return self.family.scaled(vae.config, posterior.mode().float())
 
     @contextmanager
     def _autoencoder(self) -> Iterator[Any]:
-        """The autoencoder in the number format that it works in."""
+        """The autoencoder in :attr:`decoding_dtype`."""
         vae, own = self.pipeline.vae, self.pipeline.vae.dtype
         if self.decoding_dtype == own:
             yield vae
@@ -550,34 +370,39 @@ class Diffusion(nn.Module):
         finally:
             vae.to(own)
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Width and height of an image in pixels."""
-        _, height, width = self.latent_shape
-        return width * self.pipeline.vae_scale_factor, height * self.pipeline.vae_scale_factor
-
-    @property
-    def passes_per_image(self) -> int:
-        """UNet passes of one sample that an image costs: the steps, twice with guidance."""
-        return self.steps * (2 if self.guidance > 1 else 1)
-
     def block(
         self, neurons: Neurons | Sequence[Neurons], factor: float = 0.0, replayed: Collection[str] = ()
     ) -> AbstractContextManager[None]:
-        """Switches value neurons off while the context is open.
+        """Multiplies value neurons by one factor inside a context.
 
         Args:
-            neurons: One set for all rows, or one per row of the coming batches.
-            factor: What their outputs are multiplied by.
-            replayed: Value layers that a :class:`Prefix` replays.
+            neurons: One set for all rows, or one for each row of a batch; a batch k times as long repeats them.
+            factor: The factor; 0 switches neurons off (Hintersdorf et al. 2024, section 3).
+            replayed: Value layers whose output a :class:`Prefix` replays, so that their hooks do not fire.
 
         Raises:
-            ModelError: See :meth:`NeuronMasks.block`.
+            ModelError: A layer or index does not exist, blocks are nested, or a hook did not fire in a pass.
         """
-        return self.masks.block([neurons] if isinstance(neurons, Neurons) else neurons, factor, replayed)
+        rows = [neurons] if isinstance(neurons, Neurons) else neurons
+        return self.masks.scale(self.masks.factors(rows, factor), replayed)
+
+    def edit_attention(self, edit: Edit, blocks: str | tuple[str, ...] = "") -> AbstractContextManager[None]:
+        """Edits the logits of cross-attention inside a context.
+
+        Args:
+            edit: Called in every UNet pass, once a layer, with all rows of the pass; see
+                :func:`nemo_bench.diffusion.attention.conditional_rows`.
+            blocks: Prefix of the module paths of the layers, such as ``"down_blocks.0."``, or several.
+
+        Raises:
+            ModelError: There is no such layer, or the UNet is compiled.
+        """
+        if self.compiled:
+            raise ModelError("model.compiled=True: a method that edits attention needs model.compiled=false")
+        return edit_attention(cross_attentions(self.unet, blocks), edit)
 
     def state_digest(self) -> str:
-        """Hash of all weights as they are now; a method that leaves a trace changes it."""
+        """Digest of all weights, 16 hexadecimal digits; it shows whether a method restored them."""
         total = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             total.update(name.encode())
@@ -586,49 +411,20 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()
     def export(self, folder: Path | str, neurons: Neurons, factor: float = 0.0) -> None:
-        """Saves the pipeline with neurons blocked for good: their weight rows (and biases) are multiplied.
-
-        Args:
-            folder: Where the plain diffusers folder is written.
-            neurons: What is blocked.
-            factor: What they are multiplied by; 0 switches off.
+        """Saves a plain diffusers folder in whose weights the rows (and biases) of neurons are multiplied by a factor.
 
         Raises:
             ModelError: A layer or index does not exist.
         """
         self.masks.check(neurons)
-        kept: list[tuple[nn.Parameter, Tensor]] = []
+        originals: list[tuple[nn.Parameter, Tensor]] = []
         try:
             for name, ids in neurons.items():
                 for parameter in self.value_layers[name].parameters():
-                    kept.append((parameter, parameter.clone()))
+                    originals.append((parameter, parameter.clone()))
                     parameter[list(ids)] *= factor
             with without_bars():
                 self.pipeline.save_pretrained(folder)
         finally:
-            for parameter, original in kept:
+            for parameter, original in originals:
                 parameter.copy_(original)
-
-
-def ddim(shipped: Mapping[str, Any]) -> DDIMScheduler:
-    """The DDIM scheduler of a model, whatever sampler it is shipped with.
-
-    Args:
-        shipped: Configuration of the shipped scheduler: noise schedule, prediction type and spacing of timesteps stay.
-    """
-    unset = {*shipped.get("_use_default_values", ()), "_use_default_values"}
-    return DDIMScheduler.from_config({**_DDIM, **{k: v for k, v in shipped.items() if k not in unset}})
-
-
-def value_layers(unet: nn.Module, layers: Layers = "down+mid") -> dict[str, nn.Module]:
-    """The cross-attention value projections of a UNet by module path, in network order.
-
-    Args:
-        unet: A diffusers UNet.
-        layers: ``"down+mid"``, as published, or ``"all"``.
-
-    Raises:
-        ModelError: There is none.
-    """
-    blocks = "" if layers == "all" else ("down_blocks.", "mid_block.")
-    return {f"{name}.to_v": layer.to_v for name, layer in cross_attentions(unet, blocks).items()}

@@ -1,6 +1,6 @@
-"""Signals of memorization that detectors and metrics read and mitigations make small.
+"""Functions of predicted noise and attention that memorization is detected by and mitigated on.
 
-What a prompt adds to the predicted noise, ``added`` below, is conditional minus unconditional noise.
+The text-conditional noise of a prompt is the conditional minus the unconditional noise prediction (Wen et al. 2024).
 """
 
 from __future__ import annotations
@@ -14,98 +14,73 @@ from torch.nn.functional import adaptive_avg_pool2d
 from nemo_bench.errors import NotFiniteError
 
 FIRST_BLOCK = "down_blocks.0."
-"""Its cross-attention is that of Bright Ending, at the resolution of the latents; SDXL has none there."""
+"""Block whose cross-attention makes the Bright Ending mask, at the resolution of the latents; SDXL has none there."""
 LATE = -3
-"""Anisotropy takes its angle at the third of 50 timesteps from the end, 41 for Stable Diffusion."""
+"""Step of the late anisotropy: the third of 50 timesteps from the end, 41 for Stable Diffusion."""
 
 
 def require_finite(what: str, values: Tensor) -> None:
-    """Raises NotFiniteError where one of some numbers is infinite or not a number.
-
-    Args:
-        what: What the numbers are, for the message, in the plural.
-        values: The numbers, of any shape.
-    """
+    """Raises NotFiniteError if a value is infinite or nan; ``what`` names the values in the message, in the plural."""
     if not values.isfinite().all():
         raise NotFiniteError(f"{what} are not finite")
 
 
 def norms(values: Tensor) -> Tensor:
-    """L2 norms of the rows, (N,); of what prompts add to the noise the magnitude (Wen et al. 2024, section 3)."""
+    """L2 norm of each row, (N,); that of text-conditional noise is its magnitude (Wen et al. 2024, section 3)."""
     return values.flatten(1).norm(dim=1)
 
 
 def unit(values: Tensor) -> Tensor:
-    """The rows divided by their L2 norms; zeros stay zeros."""
+    """Rows divided by their L2 norms; zero rows stay zero."""
     lengths = norms(values).clamp(min=torch.finfo(torch.float32).tiny)
     return values / lengths.view(-1, *[1] * (values.dim() - 1))
 
 
 def end_attention(maps: Sequence[Tensor], lengths: Sequence[int], size: tuple[int, int]) -> Tensor:
-    """Where images look at the end of their prompts: the mask of Bright Ending, soft (Chen et al. 2025).
+    """The Bright Ending mask: attention to the end token, the mean over layers (Chen et al. 2025).
 
     Args:
-        maps: Probabilities of one layer each, the mean over heads, (N, positions, tokens); see :data:`FIRST_BLOCK`.
-        lengths: Tokens of N prompts from begin to end token, padding not counted.
-        size: Height and width of the latents; positions are their pixels row by row.
+        maps: Attention probabilities of each layer, the mean over heads, (N, pixels, tokens); see :data:`FIRST_BLOCK`.
+        lengths: Number of tokens of each of N prompts, from begin to end token without padding.
+        size: Height and width of the latents.
 
     Returns:
-        The mean over layers, (N, height, width).
+        Soft mask, (N, height, width).
     """
     attention = torch.stack([*maps]).mean(0)
     ends = torch.tensor(lengths, device=attention.device) - 1
     return attention[torch.arange(len(ends), device=ends.device), :, ends].unflatten(1, size)
 
 
-def masked_magnitude(added: Tensor, masks: Tensor) -> Tensor:
-    """Norm of what prompts add to the noise under a mask, over the mask's mean (Chen et al. 2025).
+def masked_magnitude(noise: Tensor, masks: Tensor) -> Tensor:
+    """Magnitude of masked text-conditional noise, divided by the mean of the mask, (N,) (Chen et al. 2025).
 
-    Args:
-        added: (N, channels, height, width).
-        masks: At least 0, (N, height, width).
-
-    Returns:
-        (N,); under a mask of equal values everywhere the magnitude.
+    Masks are at least 0, (N, height, width); a constant mask gives the plain magnitude.
     """
-    return norms(added * masks[:, None]) / masks.mean((1, 2))
+    return norms(noise * masks[:, None]) / masks.mean((1, 2))
 
 
 def mean_cosine(one: Tensor, other: Tensor) -> Tensor:
-    """Cosine over channels at each position, the mean over positions (Asthana and Belagiannis 2026).
-
-    Args:
-        one: (N, channels, height, width).
-        other: That shape.
-
-    Returns:
-        (N,) in [-1, 1].
-    """
+    """Cosine similarity over channels, the mean over pixels, (N,) in [-1, 1] (Asthana and Belagiannis 2026)."""
     return torch.cosine_similarity(one, other, dim=1).mean((1, 2))
 
 
-def score_difference(added: Tensor, signal: float) -> Tensor:
-    """What prompts add to the score, the gradient of the log-probability (Jeon et al. 2025).
+def score_difference(noise: Tensor, signal: float) -> Tensor:
+    """Conditional minus unconditional score, the gradient of the log-density (Jeon et al. 2025).
 
-    Args:
-        added: (N, channels, height, width).
-        signal: Share of the signal in the latents' variance, see :meth:`nemo_bench.diffusion.Diffusion.signal`.
-
-    Returns:
-        That shape: the negative over the noise level.
+    It is the negative text-conditional noise over the standard deviation of the noise in the latents, which follows
+    from :meth:`nemo_bench.diffusion.Diffusion.signal`.
     """
-    return -added / (1 - signal) ** 0.5
+    return -noise / (1 - signal) ** 0.5
 
 
 def tiled_distance(one: Tensor, other: Tensor, tiles: int) -> Tensor:
-    """Largest root mean squared difference of tiles in the same place (Carlini et al. 2023, section 4.2).
+    """Largest root mean squared difference of corresponding tiles, (N,) in [0, 1] (Carlini et al. 2023, section 4.2).
 
     Args:
         one: Images in [0, 1], (N, channels, height, width).
-        other: That shape.
-        tiles: Tiles along a side; they overlap by a pixel where they do not divide it.
-
-    Returns:
-        (N,) in [0, 1].
+        other: Images of the same shape.
+        tiles: Tiles along a side; where they do not divide it, they overlap by a pixel.
     """
     squares = (one - other).square().mean(1)
     return adaptive_avg_pool2d(squares, tiles).amax((1, 2)).sqrt()

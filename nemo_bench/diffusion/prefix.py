@@ -1,8 +1,8 @@
-"""Keeping what a UNet computes before a layer, so that later passes can start there."""
+"""Replays the first part of a UNet pass, so that later passes start at a value layer."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,25 +12,31 @@ from torch import Tensor, nn
 
 
 class Prefix:
-    """Outputs of a UNet's parts in one recorded pass, replayed up to a layer in later passes.
+    """Outputs of a UNet's parts in a recorded pass, replayed up to a layer in later passes.
 
-    What comes before a value layer does not change when only neurons of that layer or of later ones are switched. Parts
-    are the input convolution and the resnets, attentions and samplers of the blocks; those before the part that holds
-    the layer give what they gave, the rest is computed.
+    The computation before a value layer stays the same as long as only its neurons and those of later layers change.
+    Parts are the input convolution and the resnets, attentions and samplers of the blocks. Parts before the one with
+    the layer are replayed, the rest is computed.
 
     Args:
         unet: A diffusers UNet, not compiled.
-        layers: Value layers before which passes will start.
+        layers: Value layers at which passes will start.
     """
 
     def __init__(self, unet: nn.Module, layers: Iterable[str]) -> None:
         sections = {"down_blocks", "mid_block", *(layer.split(".")[0] for layer in layers)}
-        self._parts = {name: part for name, part in unet.named_modules() if _is_part(name, sections)}
+        self._parts = {}
+        for name, module in unet.named_modules():
+            section, *rest = name.split(".")
+            # mid_block.resnets.0, but down_blocks.1.resnets.0
+            depth = 2 if section == "mid_block" else 3
+            if name == "conv_in" or (section in sections and len(rest) == depth):
+                self._parts[name] = module
         self._outputs: dict[str, Any] = {}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Records the passes made while the context is open; their rows follow one another."""
+        """Records the passes inside the context; their rows are concatenated."""
         recorded: dict[str, list[Any]] = {}
         hooks = [
             part.register_forward_hook(lambda _m, _a, output, n=name: recorded.setdefault(n, []).append(output))
@@ -41,24 +47,24 @@ class Prefix:
         finally:
             for hook in hooks:
                 hook.remove()
-        self._outputs = {name: _join(outputs) for name, outputs in recorded.items()}
+        self._outputs = {name: _concatenated(outputs) for name, outputs in recorded.items()}
 
-    def skips(self, part: str, layer: str) -> bool:
-        """Whether a module is not called when all that comes before a value layer is replayed."""
-        return any(part.startswith(f"{name}.") for name in self._before(layer))
+    def skips(self, module: str, layer: str) -> bool:
+        """Whether a module is not called when passes start at a value layer; both are module paths."""
+        return any(module.startswith(f"{name}.") for name in self._before(layer))
 
     def _before(self, layer: str) -> list[str]:
         names = list(self._outputs)
-        holder = next(i for i, name in enumerate(names) if layer.startswith(f"{name}."))
-        return names[:holder]
+        containing = next(i for i, name in enumerate(names) if layer.startswith(f"{name}."))
+        return names[:containing]
 
     @contextmanager
     def replaying(self, layer: str, rows: Sequence[int]) -> Iterator[None]:
-        """Replays all that comes before a layer.
+        """Replays the computation before a layer inside the context.
 
         Args:
-            layer: Module path of one of the value layers.
-            rows: Recorded row of each row of the passes to come.
+            layer: Module path of a value layer.
+            rows: The recorded row of each row of the passes.
         """
         index = torch.tensor(rows)
         names = self._before(layer)
@@ -71,14 +77,8 @@ class Prefix:
                 del self._parts[name].forward
 
 
-def _is_part(name: str, sections: Collection[str]) -> bool:
-    section, *rest = name.split(".")
-    # mid_block.resnets.0, but down_blocks.1.resnets.0
-    return name == "conv_in" or (section in sections and len(rest) == (2 if section == "mid_block" else 3))
-
-
-def _join(outputs: Sequence[Any]) -> Any:
-    """Rows of several outputs one after another; diffusers' attentions give tuples of one tensor."""
+def _concatenated(outputs: Sequence[Any]) -> Any:
+    """Rows of several outputs; attentions of diffusers give tuples of one tensor."""
     if isinstance(outputs[0], tuple):
         return tuple(torch.cat(list(tensors)) for tensors in zip(*outputs, strict=True))
     return torch.cat(list(outputs))

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of guided sampling, before its noise is taken off.
+    """The predictions of one step of guided sampling.
 
     Attributes:
-        number: From 0, the noisiest.
+        number: Number of the step; 0 is the noisiest.
         timestep: Training timestep, 0 to 999.
         scale: Guidance scale of the model.
         latents: Noisy latents of N images, (N, channels, height, width).
-        unconditional: Noise predicted for the empty prompt, float32, of that shape.
-        conditional: Noise predicted for the prompt, likewise.
+        unconditional: Noise predicted for the empty prompt, float32, shaped as the latents.
+        conditional: Noise predicted for the prompt, float32, shaped as the latents.
     """
 
     number: int
@@ -40,48 +40,36 @@ class Step:
 
     @property
     def difference(self) -> Tensor:
-        """What the prompt adds to the predicted noise, (N, channels, height, width)."""
+        """Text-conditional noise: conditional minus unconditional, (N, channels, height, width)."""
         return self.conditional - self.unconditional
 
     @property
     def magnitude(self) -> Tensor:
-        """L2 norm of :attr:`difference`, one an image, (N,) (Wen et al. 2024, section 3)."""
+        """L2 norm of the text-conditional noise of each image, (N,) (Wen et al. 2024, section 3)."""
         return norms(self.difference)
 
     def guided(self, scale: float | Tensor) -> Tensor:
-        """Noise under another guidance scale.
-
-        Args:
-            scale: One for all images, or (N,).
-
-        Returns:
-            The unconditional noise plus ``scale`` times :attr:`difference`.
-        """
+        """Noise under another guidance scale, one for all images or one an image, (N,)."""
         if isinstance(scale, Tensor):
             scale = scale.to(self.unconditional)[:, None, None, None]
         return self.unconditional + scale * self.difference
 
 
 Rule = Callable[[Step], Tensor]
-"""Gives the noise that a step takes off, (N, channels, height, width)."""
+"""Gives the noise that a step removes, (N, channels, height, width)."""
 
 
 def guided_from(timestep: float, before: float) -> Rule:
-    """A rule by which guidance starts late.
-
-    Args:
-        timestep: The model's own scale counts where the timestep is at most this.
-        before: The scale until then.
-    """
+    """A rule with the guidance scale ``before`` until a timestep, and the scale of the model from there on."""
     return lambda step: step.guided(step.scale if step.timestep <= timestep else before)
 
 
 class Generated(NamedTuple):
-    """Images, and which of them failed.
+    """Generated images.
 
     Attributes:
-        images: In [0, 1], float32, (N, 3, height, width); nan throughout where an image failed.
-        failed: The reason, one an image; None where the image is finite.
+        images: In [0, 1], float32, (N, 3, height, width); all nan for a failed image.
+        failed: For each image the reason why it failed, or None.
     """
 
     images: Tensor
@@ -89,26 +77,24 @@ class Generated(NamedTuple):
 
 
 class Sampling:
-    """Sampling of N images, one step at a time, by the model's DDIM scheduler and its scale of guidance.
+    """Samples N images step by step, by the model's DDIM schedule and guidance scale.
 
-    Without a rule the images are those of the diffusers pipeline, bit for bit in float32.
+    Without a rule the images equal those of the diffusers pipeline, bit for bit in float32.
 
     Args:
         model: The model.
         text: Conditioning of N rows.
         latents: Starting noise, (N, channels, height, width).
-        unconditional: What guidance leads away from, of N rows; None for that of the model.
+        unconditional: Conditioning of N rows that guidance leads away from; None for that of the model.
 
     Attributes:
-        latents: Noisy latents of the step to come, shaped as the starting noise.
-        number: Number of the step to come, from 0, the noisiest.
+        latents: Noisy latents of the current step, shaped as the starting noise.
+        number: Number of the current step; 0 is the noisiest.
+        output: Output of the network in the current step, with guidance the unconditional rows before the conditional
+            ones; None before :meth:`predict`.
 
     Example:
-        >>> sampling = Sampling(model, model.encode(["a red circle"]), model.latents([0]))
-        >>> for _ in range(model.steps):
-        ...     sampling.predict()
-        ...     sampling.advance()
-        >>> images = sampling.decode().images
+        >>> images = Sampling(model, model.encode(["a red circle"]), model.latents([0])).run().images
     """
 
     def __init__(
@@ -117,51 +103,52 @@ class Sampling:
         self.model = model
         self.latents = latents
         self.number = 0
+        self.output: Tensor | None = None
         self._scheduler = model.scheduler_of(model.steps)
         self._is_guided = model.guidance > 1
         if self._is_guided:
             text = (unconditional or model.unconditional(len(text))).followed_by(text)
         self._text = text
-        self._output: Tensor | None = None
         self._finite: list[Tensor] = []
         self._projected: dict[nn.Module, Tensor] = {}
 
     @property
     def timestep(self) -> int:
-        """Training timestep of the step to come."""
+        """Training timestep of the current step."""
         return int(self._scheduler.timesteps[self.number])
 
     @torch.no_grad()
     def predict(self) -> None:
-        """Predicts, in one UNet pass for both halves, what :attr:`step` and :meth:`advance` take."""
+        """Makes the predictions of the current step in one UNet pass."""
         latents = torch.cat([self.latents] * 2) if self._is_guided else self.latents
-        # A compiled network can't take what was computed outside of it.
+        # A compiled network can't use tensors that were computed outside of it.
         layers = () if self.model.compiled else self.model.text_projections
         with projected_once(layers, self._text.text, self._projected):
-            self._output = self.model.network_output(latents, self._scheduler.timesteps[self.number], self._text)
+            self.output = self.model.network_output(latents, self._scheduler.timesteps[self.number], self._text)
 
     @property
     def step(self) -> Step:
-        """The step predicted, its predictions converted to noise.
+        """The predictions of the current step, converted to noise.
 
         Raises:
-            ModelError: The model samples without guidance.
-            NotFiniteError: No noise follows from what the network predicts at this timestep.
+            ModelError: The model samples without guidance, or :meth:`predict` was not called.
+            NotFiniteError: The network predicts velocity, and latents of this timestep are pure noise.
         """
-        model, timestep = self.model, self.timestep
+        model = self.model
         if not self._is_guided:
             msg = f"model.guidance={model.guidance:g}: what looks at steps or changes them needs model.guidance above 1"
             raise ModelError(msg)
-        unconditional, conditional = (model.noise(half, timestep, self.latents) for half in self._predicted().chunk(2))
-        return Step(self.number, timestep, model.guidance, self.latents, unconditional, conditional)
+        halves = self._predicted().chunk(2)
+        unconditional, conditional = (model.noise(half, self.timestep, self.latents) for half in halves)
+        return Step(self.number, self.timestep, model.guidance, self.latents, unconditional, conditional)
 
     @torch.no_grad()
     def advance(self, noise: Tensor | None = None) -> None:
-        """Takes the noise of a step off.
+        """Removes the noise of the current step.
 
         Args:
-            noise: As a rule gives it, shaped as the latents; None for the noise under the model's guidance. Images for
-                which both are equal get the network's own output, since converting there and back rounds.
+            noise: Noise that a rule gives, shaped as the latents; None for the noise under the model's guidance. Images
+                for which both are equal are stepped by the network's own output, since conversion rounds.
         """
         output = self._predicted()
         if self._is_guided:
@@ -174,66 +161,47 @@ class Sampling:
         timestep = self._scheduler.timesteps[self.number]
         self.latents = self._scheduler.step(output, timestep, self.latents, return_dict=False)[0]
         self._finite.append(_are_finite(self.latents))
-        self._output = None
+        self.output = None
         self.number += 1
 
     def _predicted(self) -> Tensor:
-        if self._output is None:
+        if self.output is None:
             raise ModelError(f"step {self.number} was not predicted; call predict() before each advance()")
-        return self._output
+        return self.output
+
+    @torch.no_grad()
+    def run(self, rule: Rule | None = None) -> Generated:
+        """Samples all steps, by a rule in place of guidance if there is one.
+
+        Raises:
+            ModelError: There is a rule, and the model samples without guidance.
+        """
+        for _ in range(self.model.steps):
+            self.predict()
+            self.advance(rule(self.step) if rule else None)
+        return self.decode()
 
     @torch.no_grad()
     def decode(self) -> Generated:
-        """The images of the latents after the last step, and the reason where one failed."""
+        """Decodes the latents after the last step."""
         self._projected.clear()  # decoding needs the memory
         pixels = self.model.decode(self.latents)
-        by_step, decoded = torch.stack(self._finite).tolist(), _are_finite(pixels).tolist()
-        failed = tuple(self._failure([row[image] for row in by_step], decoded[image]) for image in range(len(pixels)))
+        finite_steps = torch.stack(self._finite, 1).tolist()
+        failed = tuple(map(self._failure, finite_steps, _are_finite(pixels).tolist()))
         images = pixels.clamp(0, 1)
         images[[image for image, reason in enumerate(failed) if reason]] = torch.nan
         return Generated(images, failed)
 
-    def _failure(self, steps: Sequence[bool], pixels: bool) -> str | None:
-        """Why an image failed, given whether its latents after each step, and its pixels, are finite."""
-        if not all(steps):
-            dtype = _name(self.model.dtype)
-            return f"latents are not finite after step {steps.index(False) + 1} of {len(steps)}, in {dtype}"
-        if not pixels:
-            return f"pixels are not finite, decoded from finite latents in {_name(self.model.decoding_dtype)}"
+    def _failure(self, finite_steps: Sequence[bool], finite_pixels: bool) -> str | None:
+        """The reason why an image failed, or None."""
+        if not all(finite_steps):
+            step = f"step {finite_steps.index(False) + 1} of {len(finite_steps)}"
+            return f"latents are not finite after {step}, in {str(self.model.dtype).removeprefix('torch.')}"
+        if not finite_pixels:
+            dtype = str(self.model.decoding_dtype).removeprefix("torch.")
+            return f"pixels are not finite, decoded from finite latents in {dtype}"
         return None
 
 
-@torch.no_grad()
-def sample(
-    model: Diffusion,
-    text: Conditioning,
-    latents: Tensor,
-    unconditional: Conditioning | None = None,
-    rule: Rule | None = None,
-) -> Generated:
-    """Samples one image a row.
-
-    Args:
-        model: The model.
-        text: See :class:`Sampling`.
-        latents: Likewise.
-        unconditional: Likewise.
-        rule: Gives the noise of each step in place of guidance.
-
-    Raises:
-        ModelError: There is a rule, and the model samples without guidance.
-    """
-    sampling = Sampling(model, text, latents, unconditional)
-    for _ in range(model.steps):
-        sampling.predict()
-        sampling.advance(rule(sampling.step) if rule else None)
-    return sampling.decode()
-
-
 def _are_finite(values: Tensor) -> Tensor:
-    """Whether all numbers of each row are finite, (N,)."""
     return values.isfinite().flatten(1).all(1)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Where memorization sits: noise differences, activation statistics, and NeMo's search."""
+"""Localization of memorization: noise differences, activation statistics, and the search of NeMo."""
 
 from nemo_bench.localization.calibration import (
     ENCODED,

@@ -1,4 +1,4 @@
-"""What general prompts look like inside a model: activation statistics and the memorization threshold."""
+"""Calibration on general prompts: activation statistics and the memorization threshold."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -21,26 +22,25 @@ from nemo_bench.diffusion import Conditioning, Diffusion
 from nemo_bench.errors import ConfigError, ModelError, NotFiniteError, StoreError
 from nemo_bench.localization.noise_differences import noise_differences, pair_similarities, pair_values
 from nemo_bench.localization.protocol import PAPER, SEEDS, Protocol
-from nemo_bench.prompts import seeds_of
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.io import parse_json
 
 Statistics = tuple[list[Tensor], list[Tensor]]
-"""Means and standard deviations, one tensor a value layer in network order: the form of the published file."""
+"""Means and standard deviations, one float32 tensor (neurons,) a value layer in network order, as published."""
 ENCODED = 64
-"""Prompts that the text encoder sees at once."""
+"""Prompts in a batch of the text encoder."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Statistics of the value neurons and the threshold of a model.
+    """Activation statistics and memorization threshold of a model.
 
     Attributes:
         mean: Mean activation of every neuron over general prompts, by layer in network order.
-        std: Unbiased standard deviation of the same.
+        std: Unbiased standard deviation of the activation, likewise.
         threshold: Similarity of noise differences above which a prompt counts as memorized.
-        prompts: Number of general prompts behind what was measured; 0 where statistics and threshold were given.
-        maxima: The same threshold from the most alike pair of seeds of each prompt, None where it was not measured.
+        prompts: Number of general prompts that were measured; 0 for given statistics and threshold.
+        maxima: The threshold from the most similar pair of seeds of each prompt, None if not measured.
     """
 
     mean: dict[str, Tensor]
@@ -50,11 +50,7 @@ class Calibration:
     maxima: float | None = None
 
     def gate(self, threshold: float, kind: str) -> float:
-        """What the gate compares the most alike pair of seeds of a prompt with.
-
-        Args:
-            threshold: The memorization threshold in use.
-            kind: ``"pairs"`` or ``"maxima"``; see :class:`NemoSettings`.
+        """Threshold on the most similar pair of seeds of a prompt; see :attr:`NemoSettings.gate` for ``kind``.
 
         Raises:
             ConfigError: No threshold from maxima was measured.
@@ -74,17 +70,17 @@ class Calibration:
         protocol: Protocol = PAPER,
         batch_size: int = 32,
     ) -> Calibration:
-        """Measures statistics and threshold on general prompts, in memory; ``nemo-bench calibrate`` keeps them on disk.
+        """Measures statistics and threshold in memory; ``nemo-bench calibrate`` stores them.
 
         Args:
             model: The model, nothing blocked.
-            prompts: Prompts that are not memorized, at least 2; more make the outliers and the threshold steadier.
+            prompts: General prompts, at least 2; more make outliers and threshold steadier.
             seeds: Seeds a prompt, at least 2.
-            protocol: How noise differences are taken.
-            batch_size: Rows in a UNet pass at most.
+            protocol: Protocol of the noise differences.
+            batch_size: Largest number of rows in a UNet pass.
 
         Raises:
-            ConfigError: There are fewer prompts or seeds.
+            ConfigError: There are too few prompts or seeds.
             NotFiniteError: Noise differences of more than half of the prompts are not finite; fewer are left out.
         """
         if len(prompts) < 2 or seeds < 2:
@@ -103,12 +99,7 @@ class Calibration:
 
     @classmethod
     def published(cls, path: Path, model: Diffusion, threshold: float) -> Calibration:
-        """Published statistics with a threshold, such as the 0.428 of Stable Diffusion 1.4.
-
-        Args:
-            path: See :func:`read_statistics`.
-            model: The model they were measured on.
-            threshold: A similarity in [-1, 1].
+        """Published statistics of a model with a threshold, such as 0.428 for Stable Diffusion 1.4.
 
         Raises:
             ModelError: The file holds no statistics, or those of other layers than the model's.
@@ -117,13 +108,7 @@ class Calibration:
 
 
 def read_statistics(path: Path) -> Statistics:
-    """Reads activation statistics in the form published with the method's code (Hintersdorf et al. 2024).
-
-    Args:
-        path: What ``torch.save`` wrote of (list of means, list of standard deviations).
-
-    Returns:
-        Both lists, float32 tensors of shape (neurons,) on the CPU.
+    """Reads activation statistics in the published form (Hintersdorf et al. 2024), on the CPU.
 
     Raises:
         ModelError: The file is missing or holds something else.
@@ -147,7 +132,7 @@ def read_statistics(path: Path) -> Statistics:
 
 
 def is_readable(path: Path) -> bool:
-    """Whether a file of activation statistics is there and can be read."""
+    """Whether :func:`read_statistics` can read a file."""
     try:
         read_statistics(path)
     except ModelError:
@@ -156,28 +141,23 @@ def is_readable(path: Path) -> bool:
 
 
 def write_statistics(path: Path, statistics: Statistics) -> None:
-    """Writes what :func:`read_statistics` and the public scripts read, under another name first.
-
-    Args:
-        path: The file; equal statistics give equal bytes.
-        statistics: Means and standard deviations in network order.
-    """
-    buffer = io.BytesIO()
+    """Writes activation statistics in the published form; equal statistics give equal bytes."""
+    buffer = io.BytesIO()  # torch.save writes the name of a file into it
     torch.save(statistics, buffer)
+    with _renamed_to(path) as part:
+        part.write_bytes(buffer.getvalue())
+
+
+@contextmanager
+def _renamed_to(path: Path) -> Iterator[Path]:
+    """A temporary name, renamed when the file is complete, so that readers never see half of it."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(buffer.getvalue())
+    yield part
     part.replace(path)
 
 
 def name_layers(statistics: Statistics, widths: Mapping[str, int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Gives statistics the names of a model's layers.
-
-    Args:
-        statistics: Means and standard deviations in network order.
-        widths: Number of neurons of each value layer of the model, in network order.
-
-    Returns:
-        Means and standard deviations by layer.
+    """Means and standard deviations by layer name; ``widths`` are the value layers of the model in network order.
 
     Raises:
         ModelError: Number or widths of the layers differ.
@@ -199,12 +179,8 @@ def activations(model: Diffusion, text: Conditioning) -> dict[str, Tensor]:
     Cross-attention values depend on the text embedding alone, so no UNet pass is needed
     (Hintersdorf et al. 2024, section 3.2).
 
-    Args:
-        model: The model, nothing blocked.
-        text: Conditioning of N rows.
-
     Returns:
-        By layer, in network order, activations of shape (N, neurons) in float32, at least 0.
+        By layer, in network order, float32 activations, at least 0, (N, neurons).
     """
     with torch.no_grad():
         return {name: layer(text.text).float().abs().mean(1) for name, layer in model.value_layers.items()}
@@ -212,12 +188,12 @@ def activations(model: Diffusion, text: Conditioning) -> dict[str, Tensor]:
 
 @dataclass
 class Moments:
-    """Streamed mean and variance in float64, merged as Chan, Golub and LeVeque (1983) do.
+    """Streamed mean and variance in float64 (Chan, Golub and LeVeque 1983).
 
     Attributes:
-        count: Number of rows taken in.
-        mean: Their mean, (neurons,).
-        squares: Sum of their squared deviations from it, (neurons,).
+        count: Number of rows.
+        mean: Mean of the rows, (neurons,).
+        squares: Sum of squared deviations from the mean, (neurons,).
 
     Example:
         >>> moments = Moments()
@@ -231,13 +207,13 @@ class Moments:
     squares: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
     def add(self, values: Tensor) -> None:
-        """Takes in rows of shape (N, neurons), N at least 1."""
+        """Adds rows, (N, neurons), N at least 1."""
         values = values.detach().cpu().double()
         mean = values.mean(0)
         self.merge(Moments(len(values), mean, (values - mean).square().sum(0)))
 
     def merge(self, other: Moments) -> None:
-        """Takes in the rows of another; the order of merging decides the rounding."""
+        """Adds the rows of other moments; the rounding depends on the order of merging."""
         if not other.count:
             return
         total = self.count + other.count
@@ -253,16 +229,13 @@ class Moments:
 
 
 def activation_moments(model: Diffusion, batches: Iterable[Sequence[str]]) -> dict[str, Moments]:
-    """Moments of the activations over prompts, by layer in network order; see :func:`activation_statistics`.
-
-    Prompts with an activation that is not finite are left out.
-    """
+    """Moments of the activations over batches of prompts, by layer; activations that are not finite are left out."""
     moments = {name: Moments() for name in model.value_layers}
     for texts in batches:
-        found = activations(model, model.encode(texts))
-        finite = torch.stack([values.isfinite().all(1) for values in found.values()]).all(0)
-        for name, values in found.items():
-            if finite.any():
+        by_layer = activations(model, model.encode(texts))
+        finite = torch.stack([values.isfinite().all(1) for values in by_layer.values()]).all(0)
+        if finite.any():
+            for name, values in by_layer.items():
                 moments[name].add(values[finite])
     return moments
 
@@ -270,35 +243,23 @@ def activation_moments(model: Diffusion, batches: Iterable[Sequence[str]]) -> di
 def activation_statistics(
     model: Diffusion, batches: Iterable[Sequence[str]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Mean and standard deviation of the activations over prompts, streamed.
-
-    Args:
-        model: The model, nothing blocked.
-        batches: Prompts, some at a time; at least two in all.
-
-    Returns:
-        Mean and unbiased standard deviation by layer, float32 tensors of shape (neurons,).
-    """
+    """Mean and unbiased standard deviation of the activations over batches of prompts, float32 (neurons,) by layer."""
     moments = activation_moments(model, batches)
     mean = {name: m.mean.float() for name, m in moments.items()}
     return mean, {name: m.std.float() for name, m in moments.items()}
 
 
 def save_moments(path: Path, moments: Mapping[str, Moments]) -> None:
-    """Writes moments by layer as safetensors, under another name first."""
+    """Writes moments by layer as safetensors."""
     tensors = {f"mean/{name}": m.mean for name, m in moments.items()}
     tensors |= {f"squares/{name}": m.squares for name, m in moments.items()}
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    save_file(tensors, part, metadata={"counts": json.dumps({name: m.count for name, m in moments.items()})})
-    part.replace(path)
+    counts = json.dumps({name: m.count for name, m in moments.items()})
+    with _renamed_to(path) as part:
+        save_file(tensors, part, metadata={"counts": counts})
 
 
 def load_moments(path: Path) -> dict[str, Moments]:
-    """Reads what :func:`save_moments` wrote.
-
-    Raises:
-        StoreError: The file is missing or holds something else.
-    """
+    """Reads moments by layer; raises StoreError if the file is missing or holds something else."""
     try:
         with safe_open(path, "pt") as file:
             counts = parse_json(file.metadata()["counts"])
@@ -307,19 +268,14 @@ def load_moments(path: Path) -> dict[str, Moments]:
                 for name, count in counts.items()
             }
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        msg = f"{path} can't be read ({error}); delete it and run again"
-        raise StoreError(msg) from error
+        raise StoreError(f"{path} can't be read ({error}); delete it and run again") from error
 
 
 def merge_statistics(files: Iterable[Path]) -> Statistics | None:
-    """Statistics from moments of parts, merged in the order given, so that equal parts give equal bits.
-
-    Args:
-        files: What :func:`save_moments` wrote.
+    """Merges files of moments of disjoint prompts in the given order, so that equal files give equal bits.
 
     Returns:
-        Means and unbiased standard deviations, float32 tensors of shape (neurons,); None where fewer than two prompts
-        have finite activations.
+        The statistics, or None if fewer than two prompts have finite activations.
     """
     merged: dict[str, Moments] = {}
     for file in files:
@@ -333,57 +289,52 @@ def merge_statistics(files: Iterable[Path]) -> Statistics | None:
 def pair_scores(
     model: Diffusion, prompts: Sequence[Prompt], seeds: int, protocol: Protocol = PAPER, batch_size: int = 32
 ) -> list[list[float]]:
-    """Similarities of the noise differences of all pairs of seeds, from which the threshold comes.
+    """Similarities of the noise differences of all pairs of seeds, by prompt.
 
     Args:
         model: The model, nothing blocked.
-        prompts: General prompts.
+        prompts: General prompts; they share batches.
         seeds: Seeds S a prompt.
-        protocol: How noise differences are taken.
-        batch_size: Rows in a UNet pass at most; the prompts share batches.
+        protocol: Protocol of the noise differences.
+        batch_size: Largest number of rows in a UNet pass.
 
     Returns:
-        For each prompt S (S - 1) / 2 similarities in [-1, 1]; not all finite where its noise differences are not.
+        For each prompt S (S - 1) / 2 similarities in [-1, 1]; not all finite if its noise differences are not.
     """
+    from nemo_bench.prompts import seeds_of  # imports Lightning
+
     text = model.encode([prompt.text for prompt in prompts])
     rows = [row for row in range(len(prompts)) for _ in range(seeds)]
     latents = torch.cat([protocol.latents(model, seeds_of(p, "localize", range(seeds))) for p in prompts])
+    batches = [slice(i, i + batch_size) for i in range(0, len(rows), batch_size)]
     differences = torch.cat(
-        [
-            noise_differences(
-                model, text.rows(rows[i : i + batch_size]), latents[i : i + batch_size], protocol, calibrating=True
-            )
-            for i in range(0, len(rows), batch_size)
-        ]
+        [noise_differences(model, text.rows(rows[b]), latents[b], protocol, calibrating=True) for b in batches]
     )
     matrices = (pair_similarities(own, model.similarity, protocol.similarity) for own in differences.split(seeds))
     return [pair_values(matrix).tolist() for matrix in matrices]
 
 
 def threshold(pair_scores: Iterable[float]) -> float:
-    """Mean plus one standard deviation of the pairwise scores over general prompts.
+    """The memorization threshold: mean plus one standard deviation of similarities over general prompts.
 
     Args:
-        pair_scores: Similarities of the noise differences of all pairs of seeds, all prompts together, at least two; or
-            the largest of each prompt, for a threshold from maxima.
-
-    Returns:
-        The threshold (published for Stable Diffusion 1.4: 0.428).
+        pair_scores: Similarities of the noise differences of all pairs of seeds of all prompts, at least two; or the
+            largest of each prompt, for a threshold from maxima.
     """
     values = torch.tensor(list(pair_scores), dtype=torch.float64)
     return float(values.mean() + values.std())
 
 
 def thresholds(pair_scores: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """The memorization threshold, and what it says of the general prompts that it comes from.
+    """The memorization threshold from all pairs and from maxima.
 
     Args:
         pair_scores: Similarities of the noise differences of all pairs of seeds, by prompt; at least two prompts.
 
     Returns:
-        ``threshold``; ``mean`` and ``std`` of the similarities; number of ``prompts``; ``passed_gate``, how many of
-        them have a pair above the threshold, and so pass the gate as if they were memorized; and ``maxima``, the same
-        of the most alike pair of each prompt: ``threshold``, ``mean``, ``std``, ``passed_gate``.
+        ``threshold``; ``mean`` and ``std`` of the similarities; number of ``prompts``; ``passed_gate``, the number of
+        them with a pair above the threshold, which pass the gate as if they were memorized; and ``maxima``, the same
+        from the most similar pair of each prompt: ``threshold``, ``mean``, ``std``, ``passed_gate``.
     """
     highest = [max(values) for values in pair_scores]
 

@@ -1,10 +1,10 @@
 """NeMo: gate, initial selection and refinement for one prompt (Hintersdorf et al. 2024, section 3 and algorithm 1).
 
-The outcome is that of the published sequence of tests, each of which asks whether a set of blocked neurons keeps the
-noise differences of all seeds changed. Fewer passes lead there: a test is lost with its first seed, what comes before
-the layer under test is replayed, and tests are run together on guesses about the ones before them; a test counts only
-if the guesses it was built on came true. Where similarities depend on which seeds are compared at once (see
-:data:`nemo_bench.diffusion.Measure`), every test takes all seeds, alone in its batch, and only replaying is left.
+The result is that of the published sequence of tests. A test blocks a set of neurons, and passes if the noise
+differences of all seeds change. It takes fewer passes here: a test fails with its first failing seed, the computation
+before the tested layer is replayed, and tests run in batches on guesses about the tests before them; a test whose
+guesses were wrong is repeated. Where similarities depend on the seeds compared at once (see
+:data:`nemo_bench.diffusion.Measure`), every test takes all seeds in a batch of its own, and only replaying is left.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,42 +30,41 @@ from nemo_bench.records.data import Localization, Neurons
 
 Neuron = tuple[str, int]
 Candidates = list[Neuron]
-"""Neurons as (layer, index), layer by layer in network order, in a layer in the order of selection."""
+"""Neurons as (layer, index), by layer in network order, within a layer in the order of selection."""
 
-SLOPE_SEEDS, POINTS = 3, 8
-"""Of the hardest seeds so many say which neurons matter least; so many counts of neurons are tried together."""
-ROUNDING, HALF_ROUNDING = 1e-5, 1e-3
-"""A score closer than this below another one is taken to equal it, in single and in half precision, where batches of
-different sizes gave the two."""
+SLOPE_SEEDS = 3
+"""Seeds, the hardest ones, whose slopes rank the neurons in bisection."""
+POINTS = 8
+"""Numbers of neurons that bisection tests in one batch."""
+ROUNDING = 1e-5
+"""Largest difference of similarities between batches of different sizes in single precision."""
+HALF_ROUNDING = 1e-3
+"""The same in half precision."""
 LAST_K = 1280
-"""The selection ends before so many most active neurons of a layer are tried."""
+"""The selection ends before this number of most active neurons of a layer is tested."""
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class NemoSettings:
-    """The numbers of the published algorithm and the variants of its sensitivity studies.
+    """Settings of the published algorithm and of its sensitivity studies; see also :class:`nemo_bench.methods.NeMo`.
 
     Attributes:
-        theta: First outlier threshold, in standard deviations.
-        theta_step: How much it falls per round.
-        theta_min: Where the search ends; never tested itself.
-        factor: What blocked outputs are multiplied by.
-        threshold: Memorization threshold, or None for the calibrated one.
-        outliers: Whether outliers are candidates; without them the search ends with k alone, before 1280.
-        top_k: Whether the most active neurons of each layer are candidates.
-        refine_threshold: Threshold of the refinement, or None for that of the selection. Where the selection runs out,
-            the similarity that it reached is the threshold, whatever is given here.
-        relative: Refine by relative change instead: a neuron is dropped if no seed's similarity differs from the one
-            with all candidates blocked by more than this part of it.
-        gate: What the gate compares the most alike pair of seeds of a prompt with: ``"pairs"``, as published, the
-            threshold, which is calibrated from all pairs; or ``"maxima"``, a threshold calibrated from the most alike
-            pair of each general prompt, which far fewer of those pass.
-        when_exhausted: What is blocked where the selection runs out and the noise differences of some seed still look
-            as before: ``"block"``, as published, what refinement keeps of the last candidates; or ``"nothing"``.
+        theta: First outlier threshold, in standard deviations; it falls by ``theta_step`` per round.
+        theta_min: End of the search; never tested itself.
+        outliers: Whether outliers are candidates; otherwise the search ends with k alone, before 1280.
+        refine_threshold: Threshold of the refinement, or None for that of the selection. If the selection is exhausted,
+            the similarity that it reached is the threshold in any case.
+        relative: Refine by relative change instead: a neuron is dropped if the similarity of every seed stays within
+            this part of the similarity with all candidates blocked.
         refinement: ``"sequential"``, as published, or ``"bisect"``: drops many neurons at a time and then checks that
-            the seeds stay changed and that no neuron that is left can be dropped.
-        gate_threshold: Similarity of two seeds above which they are kept, or None for the threshold of the selection.
-        initial_k: Most active neurons of each layer in the first round; each round takes one more.
+            all seeds stay changed and that no further neuron can be dropped.
+        gate: Threshold on the most similar pair of seeds of a prompt: ``"pairs"``, as published, the memorization
+            threshold, which is calibrated from all pairs; or ``"maxima"``, calibrated from the most similar pair of
+            each general prompt, which far fewer general prompts pass.
+        when_exhausted: Blocked neurons if the selection is exhausted before all seeds have changed: ``"block"``, as
+            published, the refinement of the last candidates; or ``"nothing"``.
+        gate_threshold: Similarity of two seeds above which they are kept, or None for that of ``gate``.
     """
 
     theta: float = 5.0
@@ -83,118 +83,100 @@ class NemoSettings:
     initial_k: int = 0
 
 
+@dataclass(eq=False)
 class Trial:
-    """Noise differences of one prompt with neurons blocked, against those with none blocked.
+    """Similarities of the noise differences of one prompt with and without blocked neurons.
 
-    Args:
-        model: The model, nothing blocked.
-        text: Conditioning of one row.
-        latents: Starting noise of S seeds, (S, channels, height, width).
-        factor: What blocked outputs are multiplied by.
-        protocol: How noise differences are taken.
-        batch_size: Rows in a UNet pass at most.
+    See :func:`localize` for the arguments.
 
     Attributes:
-        original: Noise differences with nothing blocked, of the seeds kept.
-        whole: Whether similarities depend on which seeds are compared at once. Every test then takes all seeds
-            through the UNet in a batch of its own, as the public scripts do, and compares all kept ones at once.
-        row_passes: UNet passes of one sample spent so far, those that start at a replayed prefix included.
+        joint: Whether a similarity depends on the seeds compared at once. Every test then takes all seeds through the
+            UNet in a batch of its own, as the public scripts do, and compares all kept seeds at once.
+        row_passes: UNet passes so far, one for each row, including those that start at a replayed prefix.
     """
 
-    def __init__(
-        self,
-        model: Diffusion,
-        text: Conditioning,
-        latents: Tensor,
-        factor: float = 0.0,
-        protocol: Protocol = PAPER,
-        batch_size: int = 32,
-    ) -> None:
-        self.model, self.text, self.latents, self.factor = model, text, latents, factor
-        self.protocol, self.batch_size = protocol, batch_size
-        self.whole = protocol.similarity != "fixed"
+    model: Diffusion
+    text: Conditioning
+    latents: Tensor
+    factor: float = 0.0
+    protocol: Protocol = PAPER
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        self.joint = self.protocol.similarity != "fixed"
         self.row_passes = 0
         self._prefix: Prefix | None = None
-        self._kept = list(range(len(latents)))
+        self._kept = list(range(len(self.latents)))
         self._known: dict[Neurons, Tensor] = {}
-        self.original = torch.cat([self._differences(rows) for rows in self._batches(range(len(latents)))])
+
+    @cached_property
+    @torch.no_grad()
+    def original(self) -> Tensor:
+        """Noise differences of the kept seeds with nothing blocked."""
+        return torch.cat([self._differences(rows) for rows in _batches(self._kept, self.batch_size)])
 
     @property
     def rounding(self) -> float:
-        """By how much another batch of the tests can change a similarity."""
-        if self.whole:
+        """Largest difference of a similarity between batches."""
+        if self.joint:
             return 0.0
         half = self.protocol.autocast and self.model.device.type == "cuda"
         return HALF_ROUNDING if half or self.model.dtype != torch.float32 else ROUNDING
 
     @property
     def seeds(self) -> int:
-        """Number of seeds kept."""
+        """Number of kept seeds."""
         return len(self.original)
 
     def keep(self, seeds: Tensor) -> None:
-        """Goes on with some of the seeds only.
-
-        Args:
-            seeds: Boolean mask of S entries.
-        """
+        """Keeps the seeds of a boolean mask, (S,)."""
         self.original = self.original[seeds]
-        if self.whole:
-            self._kept = [row for row, kept in zip(self._kept, seeds.tolist(), strict=True) if kept]
+        if self.joint:
+            self._kept = [row for row, is_kept in zip(self._kept, seeds.tolist(), strict=True) if is_kept]
         else:
             self.latents = self.latents[seeds]
             self._kept = list(range(self.seeds))
 
     def similarities(self, tests: Sequence[tuple[Candidates, Sequence[int]]], layer: str | None = None) -> list[Tensor]:
-        """Similarities of the noise differences with and without blocking, several tests in one batch where they may.
+        """Similarities of the noise differences with and without blocked neurons, of several tests in one batch.
 
         Args:
-            tests: What is blocked, and the seeds it is tested on.
-            layer: Where the passes may start: all tests block, before this layer, what was blocked while recording.
-
-        Returns:
-            One similarity per seed for each test, on the CPU.
+            tests: Blocked neurons and tested seeds; each gives one similarity a seed, on the CPU.
+            layer: Value layer at which the passes may start; before it all tests block the neurons of the recording.
         """
-        if self.whole:
-            return [self._of_all(as_neurons(candidates), layer)[list(chosen)] for candidates, chosen in tests]
-        seeds = [seed for _, chosen in tests for seed in chosen]
-        blocked = [as_neurons(candidates) for candidates, _ in tests]
-        rows = [neurons for neurons, (_, chosen) in zip(blocked, tests, strict=True) for _ in chosen]
-        values = []
-        for part in self._batches(range(len(rows))):
-            changed = self._differences([seeds[i] for i in part], [rows[i] for i in part], layer)
-            values.append(self._similarity([seeds[i] for i in part], changed).cpu())
-        return list(torch.cat(values).split([len(chosen) for _, chosen in tests])) if values else []
+        if self.joint:
+            return [self._of_all_seeds(as_neurons(blocked), layer)[list(seeds)] for blocked, seeds in tests]
+        rows: list[tuple[int, Neurons]] = []
+        for blocked, seeds in tests:
+            neurons = as_neurons(blocked)
+            rows += [(seed, neurons) for seed in seeds]
+        values = [torch.empty(0)]
+        for part in _batches(rows, self.batch_size):
+            part_seeds = [seed for seed, _ in part]
+            changed = self._differences(part_seeds, [neurons for _, neurons in part], layer)
+            values.append(self._similarity(part_seeds, changed).cpu())
+        return list(torch.cat(values).split([len(seeds) for _, seeds in tests]))
 
     def record(self, candidates: Candidates) -> Tensor:
-        """Blocks some candidates for all seeds and keeps what the passes compute before each layer.
+        """Blocks candidates for all seeds and records the computation before each layer for later tests.
 
-        A compiled network has no parts that could be replayed, and guidance takes two passes; nothing is kept then.
-
-        Returns:
-            One similarity per seed.
+        Nothing is recorded for a compiled network, which has no parts to replay, and under guidance, which takes two
+        passes. Returns one similarity a seed.
         """
+        seeds = range(self.seeds)
         if self.model.compiled or self.protocol.guidance is not None:
-            return self.similarities([(candidates, range(self.seeds))])[0]
+            return self.similarities([(candidates, seeds)])[0]
         self._known.clear()
         self._prefix = Prefix(self.model.unet, self.model.value_layers)
         with self._prefix.recording():
-            return self.similarities([(candidates, range(self.seeds))])[0]
+            return self.similarities([(candidates, seeds)])[0]
 
     def slopes(self, candidates: Candidates, seeds: Sequence[int]) -> Tensor:
-        """First-order change of the similarities when a candidate is active again, the others staying blocked.
-
-        Args:
-            candidates: What is blocked.
-            seeds: The seeds that count.
-
-        Returns:
-            Changes of shape (candidates, seeds), on the CPU.
-        """
+        """First-order change of the similarities if one candidate becomes active, (candidates, seeds), on the CPU."""
         layers = self.model.masks.widths
         columns = []
         with torch.inference_mode(False), torch.enable_grad():
-            for part in self._batches(seeds, max(1, self.batch_size // GRADIENT_MEMORY)):
+            for part in _batches(seeds, max(1, self.batch_size // GRADIENT_MEMORY)):
                 self.row_passes += 2 * self._passes * len(part)
                 factors = self.model.masks.factors([as_neurons(candidates)] * len(part), self.factor)
                 for values in factors.values():
@@ -215,21 +197,17 @@ class Trial:
     def _similarity(self, seeds: Sequence[int], changed: Tensor) -> Tensor:
         original = self.original[list(seeds)].clone()
         values = similarity(original, changed, self.model.similarity, self.protocol.similarity)
-        # As a comparison that is never true it would pass every test.
+        # A comparison with nan is never true, so nan would pass every test.
         require_finite("noise differences with neurons blocked", values)
         return values
 
-    def _of_all(self, blocked: Neurons, layer: str | None) -> Tensor:
-        """Similarities of all kept seeds; equal neurons have equal ones, so they are computed once."""
+    def _of_all_seeds(self, blocked: Neurons, layer: str | None) -> Tensor:
+        """Similarities of all kept seeds, computed once for equal neurons."""
         if blocked not in self._known:
-            rows = self._batches(range(len(self.latents)))
-            changed = torch.cat([self._differences(part, [blocked] * len(part), layer) for part in rows])
+            parts = _batches(range(len(self.latents)), self.batch_size)
+            changed = torch.cat([self._differences(part, [blocked] * len(part), layer) for part in parts])
             self._known[blocked] = self._similarity(range(self.seeds), changed[self._kept]).cpu()
         return self._known[blocked]
-
-    def _batches(self, rows: Sequence[int], size: int | None = None) -> list[Sequence[int]]:
-        size = size or self.batch_size
-        return [rows[i : i + size] for i in range(0, len(rows), size)]
 
     def _differences(
         self, seeds: Sequence[int], blocked: Sequence[Neurons] | None = None, layer: str | None = None
@@ -246,8 +224,12 @@ class Trial:
             return noise_differences(self.model, text, latents, self.protocol)
 
 
+def _batches(rows: Sequence[_T], size: int) -> list[Sequence[_T]]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
 def as_listed(candidates: Iterable[Neuron]) -> dict[str, tuple[int, ...]]:
-    """The same neurons by layer, in their order and as often as they are there."""
+    """The indices of candidates by layer, in their order and with repetitions."""
     layers: dict[str, list[int]] = {}
     for layer, index in candidates:
         layers.setdefault(layer, []).append(index)
@@ -255,7 +237,7 @@ def as_listed(candidates: Iterable[Neuron]) -> dict[str, tuple[int, ...]]:
 
 
 def as_neurons(candidates: Iterable[Neuron]) -> Neurons:
-    """The same neurons without their order."""
+    """The set of candidates."""
     return Neurons(as_listed(candidates))
 
 
@@ -268,38 +250,53 @@ def select(
     *,
     duplicates: bool = False,
 ) -> Candidates:
-    """Candidates of one round: outliers against general prompts, and the k most active neurons of each layer.
+    """Selects the candidates of one round: in each layer the outliers by index, then the k most active neurons.
 
     Args:
-        activation: Activation of one prompt by layer, each (neurons,).
+        activation: Activations of one prompt by layer, each (neurons,).
         calibration: Statistics over general prompts.
         theta: Outlier threshold, in standard deviations.
-        k: Number of most active neurons taken in each layer.
+        k: Number of most active neurons of each layer, listed from the most active one.
         settings: Which of the two kinds are candidates.
-        duplicates: Whether a neuron that is both is listed twice.
-
-    Returns:
-        Layer by layer the outliers in index order, then the k most active in falling order.
+        duplicates: Whether a neuron of both kinds is listed twice.
     """
-    chosen: Candidates = []
+    candidates: Candidates = []
     for layer, values in activation.items():
         values = values.cpu()
         deviation = (values - calibration.mean[layer]).abs() / calibration.std[layer]
         outliers = (deviation > theta).nonzero()[:, 0].tolist() if settings.outliers else []
         most_active = values.topk(min(k, len(values))).indices.tolist() if settings.top_k else []
-        found = [*outliers, *most_active]
-        chosen += [(layer, index) for index in (found if duplicates else dict.fromkeys(found))]
-    return chosen
+        indices = [*outliers, *most_active]
+        candidates += [(layer, index) for index in (indices if duplicates else dict.fromkeys(indices))]
+    return candidates
+
+
+def selection_rounds(
+    activation: dict[str, Tensor], calibration: Calibration, settings: NemoSettings, *, duplicates: bool
+) -> Iterator[Candidates]:
+    """The candidates of all rounds of the initial selection (see :func:`select`), without repeated rounds."""
+    # Steps such as 0.1 reach the end of the search only up to rounding; the end itself is never tested.
+    steps = math.ceil((settings.theta - settings.theta_min) / settings.theta_step - 1e-9)
+    rounds = LAST_K - settings.initial_k
+    before: Candidates | None = None
+    for number in range(min(steps, rounds) if settings.outliers else rounds):
+        theta = settings.theta - number * settings.theta_step
+        candidates = select(
+            activation, calibration, theta, settings.initial_k + number, settings, duplicates=duplicates
+        )
+        if candidates != before:
+            yield candidates
+        before = candidates
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What the initial selection ended with.
+    """Result of the initial selection.
 
     Attributes:
         candidates: The candidates.
-        values: Similarities of all kept seeds with them blocked.
-        reached: Whether none is above the threshold.
+        values: Similarities of all kept seeds with the candidates blocked.
+        reached: Whether no similarity is above the threshold.
     """
 
     candidates: Candidates
@@ -310,213 +307,230 @@ class Selection:
 def initial_selection(
     trial: Trial, activation: dict[str, Tensor], calibration: Calibration, tau: float, settings: NemoSettings
 ) -> Selection:
-    """Widens the candidates until blocking them changes the noise differences of every kept seed.
+    """Adds candidates round by round until blocking them changes the noise differences of every kept seed.
 
-    The rounds do not depend on one another, so some are tried on one seed together; a round that is lost there is lost.
-
-    Args:
-        trial: The prompt, with its kept seeds.
-        activation: Activation of the prompt by layer.
-        calibration: Statistics over general prompts.
-        tau: Threshold of the selection.
-        settings: Where theta and k start, theta falls and ends.
-
-    Returns:
-        The first round that keeps all seeds at most at ``tau``, or the last one.
+    Rounds do not depend on one another, so several are tested on one seed in a batch; a round that fails there fails.
+    The result is the first round with all similarities at most ``tau``, or the last round.
     """
-    rounds = _rounds(activation, calibration, settings, duplicates=trial.protocol.duplicates)
-    together = 1 if trial.whole else trial.batch_size
-    order, open_rounds, latest = list(range(trial.seeds)), list[Candidates](), Candidates()
+    remaining = selection_rounds(activation, calibration, settings, duplicates=trial.protocol.duplicates)
+    together = 1 if trial.joint else trial.batch_size
+    order = list(range(trial.seeds))
+    pending: list[Candidates] = []
+    latest: Candidates = []
     while True:
-        open_rounds += islice(rounds, together - len(open_rounds))
-        if not open_rounds:
+        pending += islice(remaining, together - len(pending))
+        if not pending:
             return Selection(latest, trial.similarities([(latest, range(trial.seeds))])[0], False)
-        tried = trial.similarities([(candidates, order[:1]) for candidates in open_rounds])
-        chosen = next((place for place, value in enumerate(tried) if float(value) <= tau), None)
-        if chosen is None:
-            latest, open_rounds = open_rounds[-1], []
+        tested = trial.similarities([(candidates, order[:1]) for candidates in pending])
+        passed = next((number for number, value in enumerate(tested) if float(value) <= tau), None)
+        if passed is None:
+            latest = pending[-1]
+            pending = []
             continue
-        latest = open_rounds[chosen]
-        values = tried[0].new_empty(trial.seeds)
-        values[order] = torch.cat([tried[chosen], *trial.similarities([(latest, order[1:])])])
+        latest = pending[passed]
+        values = tested[0].new_empty(trial.seeds)
+        values[order] = torch.cat([tested[passed], *trial.similarities([(latest, order[1:])])])
         if float(values.max()) <= tau:
             return Selection(latest, values, True)
-        order, open_rounds = values.argsort(descending=True).tolist(), open_rounds[chosen + 1 :]
-
-
-def _rounds(
-    activation: dict[str, Tensor], calibration: Calibration, settings: NemoSettings, *, duplicates: bool
-) -> Iterator[Candidates]:
-    """Candidates of each round; one that is the same as the round before is left out, since it changes nothing."""
-    # Steps such as 0.1 add up to the end of the search by rounding only; the end itself is never tested.
-    steps = math.ceil((settings.theta - settings.theta_min) / settings.theta_step - 1e-9)
-    rounds = LAST_K - settings.initial_k
-    before: Candidates | None = None
-    for number in range(min(steps, rounds) if settings.outliers else rounds):
-        theta, k = settings.theta - number * settings.theta_step, settings.initial_k + number
-        candidates = select(activation, calibration, theta, k, settings, duplicates=duplicates)
-        if candidates != before:
-            yield candidates
-        before = candidates
+        order = values.argsort(descending=True).tolist()
+        pending = pending[passed + 1 :]
 
 
 Excess = Callable[[Tensor, Sequence[int]], Tensor]
-"""Similarities of some seeds to how far each is above what refinement allows; one seed above 0 loses a test."""
+"""By how much similarities of seeds exceed the limit of the refinement; a test fails if one is at least 0."""
 
 
+@dataclass(frozen=True)
+class PlannedTest:
+    """A test of dropping a neuron, planned on guesses about the tests before it.
+
+    Attributes:
+        neuron: The neuron.
+        rest: The candidates that stay blocked, if all guesses are right.
+        seeds: The tested seeds, the hardest first.
+        should_pass: Whether the test is expected to pass.
+    """
+
+    neuron: Neuron
+    rest: Candidates
+    seeds: Sequence[int]
+    should_pass: bool
+
+
+@dataclass(eq=False)
 class Refinement:
     """Drops every layer, then every neuron, without which the noise differences stay changed.
 
-    Args:
-        trial: The prompt, with its kept seeds.
-        candidates: What the initial selection found.
-        values: Similarities of all seeds with them blocked.
-        excess: How far similarities are above what is allowed.
-
     Attributes:
-        kept: What remains, in the same order.
-        values: Similarities of all seeds with it blocked.
+        trial: The prompt, with its kept seeds.
+        kept: The remaining candidates, first those of the initial selection.
+        values: Similarities of all seeds with them blocked.
+        excess: Limit of the similarities.
     """
 
-    def __init__(self, trial: Trial, candidates: Candidates, values: Tensor, excess: Excess) -> None:
-        self.trial, self.kept, self.values, self._excess = trial, list(candidates), values, excess
+    trial: Trial
+    kept: Candidates
+    values: Tensor
+    excess: Excess
 
     def sequential(self) -> None:
         """Tests one by one, as published: layers from the last to the first, then neurons in the same order."""
         for layer in self._layers():
-            self._attempt([neuron for neuron in self.kept if neuron[0] != layer])
+            rest = [neuron for neuron in self.kept if neuron[0] != layer]
+            hardest = self._hardest_first()[:1]
+            self._accept(rest, hardest, self.trial.similarities([(rest, hardest)])[0])
         self.values = self.trial.record(self.kept)
         for layer in self._layers():
-            self._drop_in_order([neuron for neuron in self.kept if neuron[0] == layer], layer)
+            self._drop_in_order(layer)
 
     def bisect(self) -> None:
-        """Drops many neurons at a time: first those of little effect by first order, then those that can go alone."""
+        """Drops many neurons at a time: first those with the smallest slopes, then those that can be dropped alone."""
         self.kept = list(dict.fromkeys(self.kept))
         for ranking in (self._by_slope, self._removable):
             while self.kept and self._drop_first_of(ranking()):
                 pass
 
     def _by_slope(self) -> Candidates:
-        """All neurons, least effect first, to first order and on the hardest seeds."""
+        """All neurons by their largest slope on the hardest seeds, the smallest first."""
         slopes = self.trial.slopes(self.kept, self._hardest_first()[:SLOPE_SEEDS]).amax(1).tolist()
         return [neuron for _, neuron in sorted(zip(slopes, self.kept, strict=True))]
 
     def _removable(self) -> Candidates:
-        """The neurons that can each go alone, least effect first; those that can't are mostly lost on one seed."""
-        survivors, order = dict.fromkeys(self.kept, -math.inf), self._hardest_first()
+        """The neurons that can be dropped alone, the one with the smallest effect first."""
+        excesses = dict.fromkeys(self.kept, -math.inf)
+        order = self._hardest_first()
+        # Most tests fail on the hardest seed.
         for seeds in (order[:1], order[1:3], order[3:]):
-            tests = [(_without(self.kept, neuron), seeds) for neuron in survivors]
-            tried = zip(survivors.items(), self.trial.similarities(tests), strict=True)
-            survivors = {
-                neuron: max([worst, *self._excess(values, seeds).tolist()])
-                for (neuron, worst), values in tried
-                if not self._lost(values, seeds)
+            tested = self.trial.similarities([(_without(self.kept, neuron), seeds) for neuron in excesses])
+            excesses = {
+                neuron: max([excess, *self.excess(values, seeds).tolist()])
+                for (neuron, excess), values in zip(excesses.items(), tested, strict=True)
+                if not self._fails(values, seeds)
             }
-        return sorted(survivors, key=survivors.__getitem__)
+        return sorted(excesses, key=excesses.__getitem__)
 
     def _drop_first_of(self, order: Candidates) -> bool:
-        """Drops as many of the first neurons as a search finds can go together; whether it found any."""
-        candidates, low, high = self.kept, 0, len(order)
-        while low < high:
+        """Searches the largest number of first neurons that can be dropped together; returns whether any can."""
+        candidates = self.kept
+        dropped = 0
+        limit = len(order)
+        while dropped < limit:
             hardest = self._hardest_first()[:1]
-            counts = sorted({low + math.ceil((high - low) * step / POINTS) for step in range(1, POINTS + 1)})
-            rests = [[neuron for neuron in candidates if neuron not in order[:count]] for count in counts]
-            tried = self.trial.similarities([(rest, hardest) for rest in rests])
-            passed = [place for place, values in enumerate(tried) if not self._lost(values, hardest)]
-            last = passed[-1] if passed else -1
-            if passed and self._attempt(rests[last], None, hardest, tried[last]):
-                low, high = counts[last], [*counts, high + 1][last + 1] - 1
-            else:
-                high = counts[max(last, 0)] - 1
-        return low > 0
+            counts = sorted({dropped + math.ceil((limit - dropped) * step / POINTS) for step in range(1, POINTS + 1)})
+            rests = {count: [neuron for neuron in candidates if neuron not in order[:count]] for count in counts}
+            tested = dict(zip(counts, self.trial.similarities([(rests[c], hardest) for c in counts]), strict=True))
+            passed = [count for count in counts if not self._fails(tested[count], hardest)]
+            if not passed:
+                limit = counts[0] - 1
+                continue
+            largest = passed[-1]
+            if not self._accept(rests[largest], hardest, tested[largest]):
+                limit = largest - 1
+                continue
+            dropped = largest
+            larger = [count for count in counts if count > largest]
+            if larger:
+                limit = larger[0] - 1
+        return dropped > 0
 
     def _layers(self) -> list[str]:
         return list(dict.fromkeys(layer for layer, _ in self.kept))[::-1]
 
-    def _drop_in_order(self, neurons: Sequence[Neuron], layer: str) -> None:
-        """Tests the neurons of a layer in order, several in a batch, guessing the outcome of each from an older test.
+    def _drop_in_order(self, layer: str) -> None:
+        """Tests the neurons of a layer in order, several in a batch.
 
-        A test that is expected to be lost runs on the hardest seed alone. The first wrong guess ends a batch: what was
-        tested after it started from a state that did not come about, and serves the next guesses only.
+        The first wrong guess ends a batch: the tests after it started from other candidates, and serve as guesses only.
         """
-        queue, effects = deque(neurons), dict[Neuron, float]()
+        queue = deque(neuron for neuron in self.kept if neuron[0] == layer)
+        effects: dict[Neuron, float] = {}
         while queue:
             order = self._hardest_first()
-            if not self._lost(self.values, order):
+            if not self._fails(self.values, order):
                 self._drop_repeated(queue)
-            base = expected = float(self.values[order[0]])
-            state, rows, plan = self.kept, 0, list[tuple[Neuron, Candidates, list[int], bool]]()
-            for neuron in queue:
-                guess = expected + effects.get(neuron, float("inf"))
-                likely = not self._lost(torch.tensor([guess]), order[:1])
-                seeds = order if likely else order[:1]
-                rows += len(seeds)
-                if plan and (rows > self.trial.batch_size or self.trial.whole):
-                    break
-                plan.append((neuron, _without(state, neuron), seeds, likely))
-                if likely:
-                    state, expected = plan[-1][1], guess
-            results = self.trial.similarities([(rest, seeds) for _, rest, seeds, _ in plan], layer)
-            for (neuron, _, _, likely), values in zip(plan, results, strict=True):
-                effects[neuron] = float(values[0]) - base
-                base = float(values[0]) if likely else base
-            for (_, rest, seeds, likely), values in zip(plan, results, strict=True):
+            plan = self._plan(queue, effects, order)
+            results = self.trial.similarities([(test.rest, test.seeds) for test in plan], layer)
+            before = float(self.values[order[0]])
+            for test, values in zip(plan, results, strict=True):
+                effects[test.neuron] = float(values[0]) - before
+                if test.should_pass:
+                    before = float(values[0])
+            for test, values in zip(plan, results, strict=True):
                 queue.popleft()
-                if self._attempt(rest, layer, seeds, values) != likely:
+                has_passed = self._accept(test.rest, test.seeds, values, layer)
+                if has_passed != test.should_pass:
                     break
 
+    def _plan(self, queue: Iterable[Neuron], effects: dict[Neuron, float], order: list[int]) -> list[PlannedTest]:
+        """Plans a batch of tests by the known effects of neurons on the similarity of the hardest seed.
+
+        A test that is expected to fail takes the hardest seed alone.
+        """
+        plan: list[PlannedTest] = []
+        rows = 0
+        rest = self.kept
+        expected = float(self.values[order[0]])
+        for neuron in queue:
+            guess = expected + effects.get(neuron, math.inf)
+            should_pass = not self._fails(torch.tensor([guess]), order[:1])
+            test = PlannedTest(neuron, _without(rest, neuron), order if should_pass else order[:1], should_pass)
+            rows += len(test.seeds)
+            if plan and (rows > self.trial.batch_size or self.trial.joint):
+                break
+            plan.append(test)
+            if should_pass:
+                rest = test.rest
+                expected = guess
+        return plan
+
     def _drop_repeated(self, queue: deque[Neuron]) -> None:
-        """Drops one entry of every neuron listed twice: the other still blocks it, so that test is passed already."""
+        """Drops one entry of every neuron listed twice: the other entry blocks it, so this test passes."""
         for neuron in list(queue):
             if self.kept.count(neuron) > 1:
                 queue.remove(neuron)
                 self.kept = _without(self.kept, neuron)
 
-    def _attempt(
-        self, rest: Candidates, layer: str | None = None, seeds: Sequence[int] = (), values: Tensor | None = None
-    ) -> bool:
-        """Goes on with ``rest`` if no seed is above what is allowed; ``values`` are known of some seeds."""
-        order = self._hardest_first()
-        if values is None:
-            seeds = order[:1]
-            values = self.trial.similarities([(rest, seeds)], layer)[0]
-        if self._lost(values, seeds):
+    def _accept(self, rest: Candidates, seeds: Sequence[int], values: Tensor, layer: str | None = None) -> bool:
+        """Keeps ``rest`` alone if its test passes on all seeds; the similarities of some seeds are known."""
+        if self._fails(values, seeds):
             return False
-        others = [seed for seed in order if seed not in seeds]
+        others = [seed for seed in self._hardest_first() if seed not in seeds]
         complete = values.new_empty(self.trial.seeds)
         complete[list(seeds)] = values
         if others:
             complete[others] = self.trial.similarities([(rest, others)], layer)[0]
-        if self._lost(complete, range(self.trial.seeds)):
+        if self._fails(complete, range(self.trial.seeds)):
             return False
-        self.kept, self.values = rest, complete
+        self.kept = rest
+        self.values = complete
         return True
 
     def _hardest_first(self) -> list[int]:
-        order: list[int] = self._excess(self.values, range(self.trial.seeds)).argsort(descending=True).tolist()
+        order: list[int] = self.excess(self.values, range(self.trial.seeds)).argsort(descending=True).tolist()
         return order
 
-    def _lost(self, values: Tensor, seeds: Sequence[int]) -> bool:
-        return bool((self._excess(values, seeds) >= 0).any())
+    def _fails(self, values: Tensor, seeds: Sequence[int]) -> bool:
+        return bool((self.excess(values, seeds) >= 0).any())
 
 
 def _without(candidates: Candidates, neuron: Neuron) -> Candidates:
-    place = candidates.index(neuron)
-    return candidates[:place] + candidates[place + 1 :]
+    """The candidates without the first entry of a neuron."""
+    rest = list(candidates)
+    rest.remove(neuron)
+    return rest
 
 
 def above(limit: float) -> Excess:
-    """What is lost is a similarity that reaches a limit."""
+    """Limits similarities to values below ``limit``."""
     return lambda values, seeds: values - limit
 
 
 def away_from(base: Tensor, part: float) -> Excess:
-    """What is lost is a similarity that differs from its base, one a seed, by more than a part of it."""
+    """Limits the change of similarities from their base, one a seed, to less than a part of it."""
 
     def excess(values: Tensor, seeds: Sequence[int]) -> Tensor:
         change = (values - base[list(seeds)]).abs() / base[list(seeds)].abs()
-        # MS-SSIM can be exactly 0; what stays 0 has not changed.
-        return change.nan_to_num(nan=0.0, posinf=float("inf")) - part
+        # MS-SSIM can be exactly 0; from 0 to 0 is no change.
+        return change.nan_to_num(nan=0.0, posinf=math.inf) - part
 
     return excess
 
@@ -531,19 +545,19 @@ def localize(
     protocol: Protocol = PAPER,
     batch_size: int = 32,
 ) -> Localization:
-    """Finds the memorization neurons of one prompt.
+    """Localizes the memorization neurons of one prompt.
 
     Args:
         model: The model, nothing blocked.
         text: Conditioning of one row.
         latents: Starting noise of S seeds, S at least 2, (S, channels, height, width).
         calibration: Statistics and threshold of the model.
-        settings: The numbers of the algorithm.
-        protocol: How noise differences are taken.
-        batch_size: Rows in a UNet pass at most.
+        settings: Settings of the algorithm.
+        protocol: Protocol of the noise differences.
+        batch_size: Largest number of rows in a UNet pass.
 
     Returns:
-        What was found; empty where no pair of seeds is more alike than the threshold.
+        The localization, without neurons if no pair of seeds is more similar than the gate's threshold.
 
     Raises:
         ConfigError: There are fewer than two seeds, or the calibration has no threshold from maxima.
@@ -558,7 +572,8 @@ def localize(
     matrix = pair_similarities(trial.original, model.similarity, protocol.similarity)
     require_finite("noise differences with nothing blocked", pair_values(matrix))
     gate = calibration.gate(tau, settings.gate) if settings.gate_threshold is None else settings.gate_threshold
-    gate_score, kept = float(matrix.max()), matrix.amax(1) > gate
+    gate_score = float(matrix.max())
+    kept = matrix.amax(1) > gate
     if not kept.any():
         return Localization(
             gate_score=gate_score, threshold=gate, row_passes=trial.row_passes, passed_gate=False, exhausted=False
@@ -568,26 +583,31 @@ def localize(
     for values in activation.values():
         require_finite("activations of value neurons", values)
     selection = initial_selection(trial, activation, calibration, tau, settings)
-    limit = tau if settings.refine_threshold is None else settings.refine_threshold
     initial_score = float(selection.values.max())
     if not selection.reached and settings.when_exhausted == "nothing":
         return Localization(
             initial=as_neurons(selection.candidates),
             gate_score=gate_score,
             initial_score=initial_score,
-            refined_score=1.0,  # of noise differences that nothing changes
+            refined_score=1.0,  # of unchanged noise differences
             threshold=tau,
             row_passes=trial.row_passes,
             passed_gate=True,
             exhausted=True,
         )
-    if not selection.reached:
+    if selection.reached:
+        limit = tau if settings.refine_threshold is None else settings.refine_threshold
+        least = limit
+    else:
         limit = initial_score
-    # The rest of the tests is compared with a similarity then, which another batch may have rounded.
-    least = limit if selection.reached else limit - trial.rounding
+        # Tests compare with a similarity then, which may be rounded otherwise in another batch.
+        least = limit - trial.rounding
     excess = above(least) if settings.relative is None else away_from(selection.values, settings.relative)
     refinement = Refinement(trial, selection.candidates, selection.values, excess)
-    refinement.sequential() if settings.refinement == "sequential" else refinement.bisect()
+    if settings.refinement == "sequential":
+        refinement.sequential()
+    else:
+        refinement.bisect()
     return Localization(
         neurons=as_neurons(refinement.kept),
         initial=as_neurons(selection.candidates),

@@ -1,14 +1,12 @@
-"""Noise differences and how alike they are (Hintersdorf et al. 2024, section 3.1)."""
+"""Noise differences and their similarity (Hintersdorf et al. 2024, section 3.1)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import combinations
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from nemo_bench.diffusion import Conditioning, Diffusion, Measure, Similarity
 from nemo_bench.localization.protocol import PAPER, Protocol
@@ -17,17 +15,17 @@ from nemo_bench.localization.protocol import PAPER, Protocol
 def noise_differences(
     model: Diffusion, text: Conditioning, latents: Tensor, protocol: Protocol = PAPER, *, calibrating: bool = False
 ) -> Tensor:
-    """Predicted noise minus the noise that went in, each channel of each row scaled to [0, 1] over space.
+    """Predicts noise and subtracts the starting noise; each channel of each row is scaled to [0, 1] over space.
 
     Args:
         model: The model; blocked neurons count.
         text: Conditioning of N rows.
         latents: Starting noise, (N, channels, height, width).
-        protocol: Which timestep, precision and guidance, and what a predicted velocity counts as.
-        calibrating: Take the prediction from which the protocol calibrates its threshold.
+        protocol: Timestep, precision, guidance and kind of the prediction.
+        calibrating: Whether the prediction is for the calibrated threshold.
 
     Returns:
-        Differences in [0, 1], float32, shaped as the latents; a constant channel becomes 0.
+        Noise differences in [0, 1], float32, shaped as the latents; a constant channel becomes 0.
     """
     timestep = model.timestep(protocol.step)
     predict = model.predict_output if protocol.velocity == "raw" else model.predict_noise
@@ -41,15 +39,7 @@ def noise_differences(
 
 
 def scaled_difference(noise: Tensor, latents: Tensor) -> Tensor:
-    """Predicted noise minus the noise that went in, each channel of each row scaled to [0, 1] over space.
-
-    Args:
-        noise: Predicted, float32, (N, channels, height, width).
-        latents: What it was predicted from, that shape.
-
-    Returns:
-        Differences in [0, 1], float32, of that shape; a constant channel becomes 0.
-    """
+    """Noise difference of predicted noise in float32 and starting noise; see :func:`noise_differences`."""
     difference = noise - latents.float()
     low, high = difference.amin((2, 3), keepdim=True), difference.amax((2, 3), keepdim=True)
     return (difference - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
@@ -62,10 +52,10 @@ def similarity(a: Tensor, b: Tensor, settings: Similarity, measure: Measure = "f
     raised to its beta and 0 where it is negative (Wang et al. 2003).
 
     Args:
-        a: Differences in [0, 1], (N, channels, height, width).
+        a: Noise differences, (N, channels, height, width).
         b: The same shape.
         settings: Window and scales.
-        measure: Whose data range and average; with any but ``"fixed"`` a row's value depends on the other rows.
+        measure: Variant; with any but ``"fixed"`` the value of a row depends on the other rows.
 
     Returns:
         N similarities in [-1, 1] (MS-SSIM: [0, 1]); 1 for equal rows.
@@ -88,35 +78,31 @@ def similarity(a: Tensor, b: Tensor, settings: Similarity, measure: Measure = "f
     return (torch.stack(terms).relu() ** betas).prod(0)
 
 
-def _ssim(a: Tensor, b: Tensor, settings: Similarity, measure: Measure, **wanted: bool) -> Tensor:
+def _ssim(a: Tensor, b: Tensor, settings: Similarity, measure: Measure, **output: bool) -> Tensor:
     """The index of every pixel, (N, channels, height, width), or the mean contrast term of every row, (N,)."""
-    given = 1.0 if measure == "fixed" else None
-    found = structural_similarity_index_measure(
-        a, b, sigma=settings.sigma, data_range=given, reduction="none", **wanted
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    data_range = 1.0 if measure == "fixed" else None
+    _, image_or_contrast = structural_similarity_index_measure(
+        a, b, sigma=settings.sigma, data_range=data_range, reduction="none", **output
     )
-    image_or_contrast: Tensor = found[1]
     return image_or_contrast
 
 
 def pair_similarities(differences: Tensor, settings: Similarity, measure: Measure = "fixed") -> Tensor:
-    """Similarity of every pair of seeds of one prompt, all compared at once.
-
-    Args:
-        differences: Noise differences of S seeds, (S, channels, height, width), S at least 2.
-        settings: Window and scales.
-        measure: See :func:`similarity`.
+    """Similarities of all pairs of S seeds of one prompt, S at least 2, compared at once; see :func:`similarity`.
 
     Returns:
-        Symmetric matrix (S, S); the diagonal, a seed with itself, is -inf so that it wins no maximum.
+        Symmetric matrix, (S, S), with -inf on the diagonal, so that a seed with itself is never the maximum.
     """
-    pairs = torch.tensor(list(combinations(range(len(differences)), 2)), device=differences.device)
-    values = similarity(differences[pairs[:, 0]], differences[pairs[:, 1]], settings, measure)
+    rows, columns = torch.tensor(list(combinations(range(len(differences)), 2)), device=differences.device).T
+    values = similarity(differences[rows], differences[columns], settings, measure)
     matrix = differences.new_full((len(differences), len(differences)), float("-inf"))
-    matrix[pairs[:, 0], pairs[:, 1]] = matrix[pairs[:, 1], pairs[:, 0]] = values
+    matrix[rows, columns] = matrix[columns, rows] = values
     return matrix
 
 
 def pair_values(matrix: Tensor) -> Tensor:
     """The S (S - 1) / 2 values above the diagonal of :func:`pair_similarities`."""
-    rows: Sequence[Tensor] = tuple(torch.triu_indices(len(matrix), len(matrix), 1, device=matrix.device))
-    return matrix[rows[0], rows[1]]
+    rows, columns = torch.triu_indices(len(matrix), len(matrix), 1, device=matrix.device)
+    return matrix[rows, columns]

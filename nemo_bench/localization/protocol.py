@@ -1,4 +1,4 @@
-"""The two ways to run NeMo: as the paper describes it, and as its public scripts do."""
+"""The two protocols of NeMo: that of the paper, and that of its public scripts."""
 
 from __future__ import annotations
 
@@ -13,30 +13,29 @@ from torch import Tensor
 from nemo_bench.diffusion import Diffusion, Measure
 
 SEEDS = 10
-"""Seeds a prompt for noise differences, as published."""
+"""Published number of seeds a prompt for noise differences."""
 Velocity = Literal["converted", "raw"]
-"""What a model that predicts velocity counts with: the noise that follows from it, or the velocity as it is."""
+"""Prediction of a model that predicts velocity: noise converted from the velocity, or the velocity itself."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Where the paper's text and the public scripts of Hintersdorf et al. (2024) differ.
+    """The differences between the paper and the public scripts of Hintersdorf et al. (2024).
 
     A protocol concerns localizing. Images start from generators of their own in any case, so that methods stay paired.
 
     Attributes:
         name: Name in settings and records.
-        step: Which of 50 DDIM steps gives the timestep of the noise prediction; the latent is always the initial one.
-        shared_noise: All prompts start from one batch, drawn at once by a generator seeded with 1; otherwise every
-            prompt and seed has a generator of its own.
-        duplicates: A candidate that is both outlier and among the most active is listed, and tested, twice.
-        autocast: On a GPU the UNet runs under float16 autocast.
-        calibration_guidance: Scale of the guided prediction from which the threshold is calibrated, with the two halves
+        step: Step of 50 DDIM steps whose timestep the noise is predicted at; the latent is always the initial one.
+        shared_noise: Whether all prompts start from one batch of noise, drawn by a generator with seed 1; otherwise
+            every prompt and seed has its own generator.
+        duplicates: Whether a candidate that is outlier and among the most active is listed, and tested, twice.
+        autocast: Whether the UNet runs under float16 autocast on a GPU.
+        calibration_guidance: Guidance scale of the prediction for the calibrated threshold, with the two halves
             swapped: conditional + scale (unconditional - conditional). None for the conditional prediction.
-        guidance: The same while localizing.
-        similarity: How noise differences are compared, see :data:`nemo_bench.diffusion.Measure`.
-        velocity: What noise differences of a model that predicts velocity are taken from: the ``"converted"`` noise,
-            or the ``"raw"`` velocity.
+        guidance: The same for localizing.
+        similarity: Variant of the similarity, see :data:`nemo_bench.diffusion.Measure`.
+        velocity: Prediction of a model that predicts velocity: ``"converted"`` noise or ``"raw"`` velocity.
     """
 
     name: str
@@ -52,29 +51,17 @@ class Protocol:
     def changed(
         self, similarity: Measure | None = None, velocity: Velocity | None = None, guidance: float | None = None
     ) -> Protocol:
-        """The same protocol but for what is given."""
-        return replace(
-            self,
-            similarity=similarity or self.similarity,
-            velocity=velocity or self.velocity,
-            guidance=self.guidance if guidance is None else guidance,
-        )
+        """Replaces the arguments that are not None."""
+        changes: dict[str, Any] = {"similarity": similarity, "velocity": velocity, "guidance": guidance}
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
     @property
     def of_threshold(self) -> dict[str, Any]:
-        """What of the protocol decides the calibrated threshold."""
+        """The parts of the protocol that the calibrated threshold depends on."""
         return {"protocol": self.name, "similarity": self.similarity, "velocity": self.velocity}
 
     def latents(self, model: Diffusion, seeds: Sequence[int]) -> Tensor:
-        """Starting noise of one prompt.
-
-        Args:
-            model: The model.
-            seeds: Generator seeds of the prompt, S of them; shared noise depends on their number alone.
-
-        Returns:
-            Standard normal noise, (S, channels, height, width).
-        """
+        """Draws starting noise of one prompt, (S, channels, height, width), by S seeds or by their number if shared."""
         if not self.shared_noise:
             return model.latents(seeds)
         generator = torch.Generator().manual_seed(1)
@@ -82,7 +69,7 @@ class Protocol:
         return noise.to(model.device, model.dtype)
 
     def precision(self, model: Diffusion) -> AbstractContextManager[None]:
-        """Opens float16 autocast where the protocol asks for it and the model is on a GPU."""
+        """Float16 autocast if the protocol asks for it and the model is on a GPU."""
         if self.autocast and model.device.type == "cuda":
             return torch.autocast("cuda", torch.float16)
         return nullcontext()

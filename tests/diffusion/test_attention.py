@@ -73,7 +73,7 @@ def test_an_error_inside_leaves_the_layers_as_they_were(model: Diffusion) -> Non
     assert not any("get_attention_scores" in vars(part) for part in model.unet.modules())
 
 
-def test_layers_that_are_not_there_are_an_error(model: Diffusion) -> None:
+def test_editing_missing_layers_or_a_compiled_network_is_an_error(model: Diffusion) -> None:
     with pytest.raises(ModelError, match=r"no cross-attention in its up_blocks\.9"):
         model.edit_attention(lambda layer, logits: logits, "up_blocks.9")
     compiled = Diffusion(tiny_pipeline(), compiled=True)

@@ -12,9 +12,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
-    DDIMScheduler,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
     StableDiffusionInpaintPipeline,
     UNet2DConditionModel,
 )
@@ -25,11 +22,11 @@ from nemo_bench.benchmark.run import run
 from nemo_bench.benchmark.runner import load_model
 from nemo_bench.config import grid, options
 from nemo_bench.diffusion import Similarity, value_layers
-from nemo_bench.diffusion.model import ddim
+from nemo_bench.diffusion.schedule import ddim
 from nemo_bench.errors import ModelError
 from nemo_bench.localization import Calibration, NemoSettings, activation_statistics, localize
 from nemo_bench.records.store import read_records
-from tiny import NOISE, tiny_pipeline, tiny_sd2, tiny_sdxl, tiny_texts
+from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl, tiny_texts
 
 PIPELINES: dict[str, Callable[..., Any]] = {
     "sd1": tiny_pipeline,
@@ -230,36 +227,6 @@ def test_other_pipelines_are_refused() -> None:
     other = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
     with pytest.raises(ModelError, match="StableDiffusionInpaintPipeline are not supported; give one of Stable"):
         Diffusion(other)
-
-
-SHIPPED = {
-    "the PNDM of 1.4": PNDMScheduler(**NOISE, set_alpha_to_one=False, skip_prk_steps=True),
-    "the DDIM of 2.1": DDIMScheduler(
-        **NOISE, clip_sample=False, set_alpha_to_one=False, prediction_type="v_prediction"
-    ),
-    "the Euler of SDXL": EulerDiscreteScheduler(**NOISE, timestep_spacing="leading"),
-    "one that says little": DDIMScheduler(**{key: value for key, value in NOISE.items() if key != "steps_offset"}),
-}
-
-
-@pytest.mark.parametrize("name", [*SHIPPED])
-def test_any_shipped_scheduler_becomes_stable_diffusions_ddim(name: str) -> None:
-    shipped = SHIPPED[name]
-    scheduler = ddim(shipped.config)
-    scheduler.set_timesteps(50)
-    assert scheduler.timesteps[[0, 1, -1]].tolist() == [981, 961, 1]
-    assert scheduler.config.prediction_type == shipped.config.prediction_type
-    assert not scheduler.config.clip_sample
-    assert not scheduler.config.set_alpha_to_one
-    torch.testing.assert_close(scheduler.alphas_cumprod, shipped.alphas_cumprod)
-
-
-def test_settings_of_a_shipped_scheduler_survive() -> None:
-    shipped = DDIMScheduler(**{**NOISE, "beta_end": 0.02}, timestep_spacing="trailing", rescale_betas_zero_snr=True)
-    scheduler = ddim(shipped.config)
-    scheduler.set_timesteps(50)
-    assert int(scheduler.timesteps[0]) == 999
-    torch.testing.assert_close(scheduler.alphas_cumprod, shipped.alphas_cumprod)
 
 
 # The published configurations of the UNets, as far as they differ from the defaults of their class.

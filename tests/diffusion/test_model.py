@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,3 +114,19 @@ def test_derivatives_of_a_pass_count_as_another_one(tiny: Diffusion) -> None:
     assert spent(lambda: torch.autograd.grad(predict(leaf).sum(), leaf)) == 4
     with sdpa_kernel(SDPBackend.MATH):
         assert spent(lambda: torch.func.jvp(predict, (latents,), (latents,))) == 4
+
+
+def test_importing_the_package_leaves_out_libraries_that_only_loading_needs() -> None:
+    names = [
+        "diffusers",
+        "transformers",
+        "peft",
+        "huggingface_hub.hf_api",
+        "torch._dynamo",
+        "torchmetrics",
+        "lightning",
+    ]
+    code = "import sys, nemo_bench.diffusion, nemo_bench.localization; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" in modules
+    assert not set(names) & set(modules)

@@ -1,4 +1,4 @@
-"""Signals worked out by hand."""
+"""Results computed by hand."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 from nemo_bench import Diffusion, ModelError, Neurons
 from nemo_bench.diffusion import Conditioning, Sampling, Similarity, Step, cross_attentions
-from nemo_bench.diffusion.model import ddim
+from nemo_bench.diffusion.schedule import ddim
 from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl, tiny_texts
 
 
@@ -232,14 +232,14 @@ def test_images_that_a_rule_leaves_alone_are_exactly_those_without_it(model: Dif
     assert not torch.allclose(guided[0], plain[0])
 
 
-def test_another_scale_is_what_the_pipeline_makes_of_it(model: Diffusion) -> None:
+def test_a_rule_with_another_scale_gives_the_images_of_that_guidance_scale(model: Diffusion) -> None:
     text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
     guided = model.generate(text, latents, rule=lambda step: step.guided(5.0))
     model.guidance = 5.0
     torch.testing.assert_close(guided, model.generate(text, latents), rtol=0, atol=1e-3)
 
 
-def test_a_step_tells_what_the_network_predicts(model: Diffusion) -> None:
+def test_a_step_holds_the_predictions_of_the_network(model: Diffusion) -> None:
     text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
     steps: list[Step] = []
 
@@ -257,7 +257,7 @@ def test_a_step_tells_what_the_network_predicts(model: Diffusion) -> None:
     torch.testing.assert_close(first.magnitude[1], (first.conditional[1] - first.unconditional[1]).norm())
 
 
-def test_what_a_prompt_adds_is_conditional_minus_unconditional_noise(model: Diffusion) -> None:
+def test_text_noise_is_conditional_minus_unconditional_noise(model: Diffusion) -> None:
     text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
     conditional = model.predict_noise(latents, 981, text)
     unconditional = model.predict_noise(latents, 981, model.unconditional(2))
@@ -293,14 +293,15 @@ def test_velocities_of_half_precision_come_back_as_they_were(dtype: torch.dtype)
     for _ in range(model.steps):
         by_rule.predict()
         by_output.predict()
-        by_output._output = by_output._predicted().chunk(2)[0].repeat(2, 1, 1, 1)
+        assert by_output.output is not None
+        by_output.output = by_output.output.chunk(2)[0].repeat(2, 1, 1, 1)
         by_rule.advance(by_rule.step.guided(0.0))
         by_output.advance()
         eps = 4 * torch.finfo(dtype).eps
         torch.testing.assert_close(by_rule.latents.float(), by_output.latents.float(), rtol=eps, atol=eps)
 
 
-def test_where_latents_are_noise_alone_no_noise_is_made_up() -> None:
+def test_velocities_are_not_converted_to_noise_where_latents_are_pure_noise() -> None:
     pipeline = tiny_sd2()
     pipeline.scheduler = pipeline.scheduler.from_config(
         pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
@@ -313,3 +314,59 @@ def test_where_latents_are_noise_alone_no_noise_is_made_up() -> None:
     with pytest.raises(ModelError, match=message):
         model.generate(text, latents, rule=lambda step: step.guided(0.0))
     assert model.generate(text, latents).isfinite().all()
+
+
+def model_of(pipeline: object) -> Diffusion:
+    return Diffusion(pipeline, steps=3, guidance=3.0, similarity=Similarity(1.0, ()))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_latents_that_diverge_fail_their_own_image_alone(make: object, wrong: float) -> None:
+    model = model_of(make())  # type: ignore[operator]
+    text, latents = model.encode(tiny_texts(3)), model.latents(range(3))
+    fine = model.generate_checked(text, latents)
+    assert fine.failed == (None, None, None)
+    broken = text.text.clone()
+    broken[1] = wrong
+    images, failed = model.generate_checked(Conditioning(broken, text.pooled), latents)
+    assert failed == (None, "latents are not finite after step 1 of 3, in float32", None)
+    assert images[1].isnan().all()
+    assert torch.equal(images[[0, 2]], fine.images[[0, 2]])
+
+
+def test_the_step_at_which_latents_diverged_is_named(tiny: Diffusion) -> None:
+    def later(step: Step) -> torch.Tensor:
+        noise = step.guided(step.scale).clone()
+        if step.number == 2:
+            noise[0] = torch.inf
+        return noise
+
+    text, latents = tiny.encode(tiny_texts(2)), tiny.latents([0, 1])
+    _, failed = tiny.generate_checked(text, latents, rule=later)
+    assert failed == ("latents are not finite after step 3 of 4, in float32", None)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_infinite_pixel_is_neither_white_nor_black(sign: int) -> None:
+    model = model_of(tiny_pipeline())
+
+    def overflow(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[1, 0, 3, 4] = sign * torch.inf
+        return output
+
+    hook = model.pipeline.vae.decoder.conv_out.register_forward_hook(overflow)
+    images, failed = model.generate_checked("red sun map", [0, 1])
+    hook.remove()
+    assert failed == (None, "pixels are not finite, decoded from finite latents in float32")
+    assert torch.equal(images[0], model.generate("red sun map", [0, 1])[0])
+    assert images[1].isnan().all()
+
+
+def test_an_image_whose_autoencoder_overflows_in_half_precision_fails() -> None:
+    pipeline = tiny_pipeline()
+    pipeline.vae.decoder.conv_out.weight.data *= 1e6
+    assert model_of(pipeline).generate_checked("red sun map", [0]).failed == (None,)
+    _, failed = model_of(pipeline.to(torch.float16)).generate_checked("red sun map", [0])
+    assert failed == ("pixels are not finite, decoded from finite latents in float16",)

@@ -14,93 +14,16 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from checkpoints import original_layout
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from nemo_bench import Diffusion
-from nemo_bench.diffusion import Lora, Source
-from nemo_bench.errors import ConfigError, ModelError
+from nemo_bench.diffusion import Source
+from nemo_bench.errors import ModelError
 from tiny import tiny_pipeline, tiny_sdxl, tiny_texts
 
 COMMITS = ("1" * 40, "2" * 40)
-
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object, **options: object) -> None:
-        raise AssertionError("a connection was attempted")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("folder") / "model"
-    tiny_pipeline().save_pretrained(path)
-    return path
-
-
-@pytest.fixture
-def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Downloaded models, with some/model at two commits, as the hub's client lays them out."""
-    model = tmp_path / "models--some--model"
-    for commit, seed in zip(COMMITS, (0, 1), strict=True):
-        tiny_pipeline(seed).save_pretrained(model / "snapshots" / commit)
-    (model / "refs").mkdir()
-    (model / "refs" / "main").write_text(COMMITS[0])
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    return model
-
-
-@pytest.fixture(scope="module")
-def single_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("single") / "tiny.safetensors"
-    save_file(original_layout(tiny_pipeline()), path)
-    return path
-
-
-def original_layout(pipeline: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
-    """Weights of a pipeline under the names of the checkpoints that Stable Diffusion 1.x was published as."""
-    unet = pipeline.unet.state_dict()
-    names = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
-    names |= {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
-    for block in range(4):
-        for layer in range(3):
-            place, up = 3 * block + layer, f"up_blocks.{block}"
-            names[f"down_blocks.{block}.resnets.{layer}"] = f"input_blocks.{place + 1}.0"
-            names[f"down_blocks.{block}.attentions.{layer}"] = f"input_blocks.{place + 1}.1"
-            names[f"{up}.resnets.{layer}"] = f"output_blocks.{place}.0"
-            names[f"{up}.attentions.{layer}"] = f"output_blocks.{place}.1"
-        names[f"down_blocks.{block}.downsamplers.0.conv"] = f"input_blocks.{3 * block + 3}.0.op"
-        attention = any(name.startswith(f"up_blocks.{block}.attentions") for name in unet)
-        names[f"up_blocks.{block}.upsamplers.0.conv"] = f"output_blocks.{3 * block + 2}.{1 + attention}.conv"
-    names |= {f"mid_block.resnets.{layer}": f"middle_block.{2 * layer}" for layer in range(2)}
-    names["mid_block.attentions.0"] = "middle_block.1"
-    parts = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3"}
-    parts |= {"time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
-    weights = {}
-    for name, tensor in unet.items():
-        start = next(start for start in names if name.startswith(f"{start}."))
-        rest = name.removeprefix(start)
-        if ".resnets." in name:
-            rest = "." + parts[rest.split(".")[1]] + "." + rest.split(".")[2]
-        weights[f"model.diffusion_model.{names[start]}{rest}"] = tensor
-    blocks = len(pipeline.vae.config.block_out_channels)
-    words = {"mid_block.attentions.0": "mid.attn_1", "group_norm": "norm", "to_out.0": "proj_out", "to_q": "q"}
-    words |= {"to_k": "k", "to_v": "v", "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut"}
-    words |= {f"mid_block.resnets.{i}": f"mid.block_{i + 1}" for i in range(2)}
-    for i in range(blocks):
-        words |= {f"down_blocks.{i}.": f"down.{i}.", f"up_blocks.{i}.": f"up.{blocks - 1 - i}."}
-    words |= {".resnets.": ".block.", "downsamplers.0.conv": "downsample.conv", "upsamplers.0.conv": "upsample.conv"}
-    for name, tensor in pipeline.vae.state_dict().items():
-        linear = ".attentions." in name and tensor.dim() == 2
-        for word, other in words.items():
-            name = name.replace(word, other)
-        weights[f"first_stage_model.{name}"] = tensor[:, :, None, None] if linear else tensor
-    for name, tensor in pipeline.text_encoder.state_dict().items():
-        weights[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
-    return {name: tensor.contiguous() for name, tensor in weights.items()}
 
 
 @pytest.mark.usefixtures("no_network")
@@ -116,7 +39,10 @@ def test_half_precision_weights_load_in_the_format_asked_for(tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("no_network")
 def test_a_single_file_is_the_pipeline_it_was_made_of(folder: Path, single_file: Path) -> None:
-    whole, file = Diffusion.load(str(folder), steps=2), Diffusion.load(str(single_file), config=str(folder), steps=2)
+    whole, file = (
+        Diffusion.load(str(folder), steps=2),
+        Diffusion.load(Source(str(single_file), config=str(folder)), steps=2),
+    )
     assert file.state_digest() == whole.state_digest()
     for model in (whole, file):
         assert (model.timestep(), len(model.value_layers)) == (981, 7)
@@ -155,9 +81,9 @@ def test_a_single_file_of_another_shape_is_an_error(single_file: Path, tmp_path:
     tiny_pipeline(block_out_channels=(8, 16, 16, 16)).save_pretrained(tmp_path / "model")
     with pytest.raises(
         ModelError, match=r"can't be loaded \(.*size mismatch.*\); check that it is a pipeline like"
-    ) as told:
+    ) as caught:
         Source(str(single_file), config=str(tmp_path / "model")).load()
-    assert len(str(told.value)) < 800
+    assert len(str(caught.value)) < 800
 
 
 def test_a_file_without_networks_is_an_error(folder: Path, tmp_path: Path) -> None:
@@ -217,7 +143,7 @@ def test_the_digest_of_a_hub_id_is_that_of_its_commit(hub: Path) -> None:
     ],
 )
 @pytest.mark.usefixtures("no_network")
-def test_what_is_no_pipeline_is_an_error_before_loading(
+def test_a_path_without_a_pipeline_is_an_error_before_loading(
     path: str, config: str | None, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "weights.ckpt").touch()
@@ -227,7 +153,7 @@ def test_what_is_no_pipeline_is_an_error_before_loading(
 
 
 @pytest.mark.usefixtures("no_network", "hub")
-def test_a_hub_id_that_is_not_there_is_an_error_before_loading() -> None:
+def test_a_missing_hub_id_is_an_error_before_loading() -> None:
     with pytest.raises(ModelError, match=r"'some/other': it can't be found among the downloaded.*HF_HOME.*such as"):
         Source("some/other", local_files_only=True).digest()
     with pytest.raises(ModelError, match=r"'some/model': it can't be found at '3+'"):
@@ -330,7 +256,7 @@ def test_one_of_several_variants_must_be_named(tmp_path: Path) -> None:
         Source(str(place)).check()
 
 
-def test_weights_that_can_run_code_are_not_loaded_but_converted_as_told(
+def test_pickled_weights_are_refused_and_the_command_in_the_message_converts_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path / "old"
@@ -338,9 +264,9 @@ def test_weights_that_can_run_code_are_not_loaded_but_converted_as_told(
     for file in place.glob("text_encoder/*.safetensors"):  # transformers writes nothing else any more
         torch.save(tiny_pipeline().text_encoder.state_dict(), file.with_name("pytorch_model.bin"))
         file.unlink()
-    with pytest.raises(ModelError, match=r"weights of its .* as .*\.bin only.*convert it once") as told:
+    with pytest.raises(ModelError, match=r"weights of its .* as .*\.bin only.*convert it once") as caught:
         Source(str(place)).check()
-    command = str(told.value).partition('python -c "')[2].rstrip('"')
+    command = str(caught.value).partition('python -c "')[2].rstrip('"')
     monkeypatch.chdir(tmp_path)
     exec(command, {})
     converted = Diffusion(Source(str(tmp_path / "converted")).load())
@@ -360,14 +286,14 @@ def test_parts_that_nothing_uses_may_be_absent(folder: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["unet/config.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"])
-def test_a_file_that_loading_asks_for_is_missed_before_it(folder: Path, tmp_path: Path, name: str) -> None:
+def test_a_missing_file_is_an_error_before_loading(folder: Path, tmp_path: Path, name: str) -> None:
     place = copied(folder, tmp_path / "model")
     (place / name).unlink()
     with pytest.raises(ModelError, match=name.replace("tokenizer.json", "vocab.json")):
         Source(str(place)).check()
 
 
-def test_a_missing_shard_is_missed_before_loading(tmp_path: Path) -> None:
+def test_a_missing_shard_is_an_error_before_loading(tmp_path: Path) -> None:
     place = tmp_path / "model"
     tiny_pipeline().save_pretrained(place, max_shard_size="20KB")
     Source(str(place)).check()
@@ -375,93 +301,6 @@ def test_a_missing_shard_is_missed_before_loading(tmp_path: Path) -> None:
     lost.unlink()
     with pytest.raises(ModelError, match=lost.name):
         Source(str(place)).check()
-
-
-@pytest.fixture(scope="module")
-def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA of the value and query layers of the tiny pipeline, as peft and diffusers save it."""
-    peft = pytest.importorskip("peft")
-    pipeline = tiny_pipeline()
-    pipeline.unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, target_modules=["attn2.to_v", "attn2.to_q"]))
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in pipeline.unet.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator)
-    folder = tmp_path_factory.mktemp("lora")
-    layers = peft.get_peft_model_state_dict(pipeline.unet)
-    StableDiffusionPipeline.save_lora_weights(
-        folder, unet_lora_layers=layers, unet_lora_adapter_metadata=pipeline.unet.peft_config["default"].to_dict()
-    )
-    return folder / "pytorch_lora_weights.safetensors"
-
-
-@pytest.mark.usefixtures("no_network")
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_a_lora_is_added_to_the_weights(folder: Path, lora: Path, scale: float) -> None:
-    changed = Diffusion(Source(str(folder), lora=Lora(str(lora), scale)).load())
-    plain = Diffusion(tiny_pipeline())
-    weights, layer = load_file(lora), "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
-    down, up = (weights[f"unet.{layer}.lora_{part}.weight"] for part in "AB")
-    # Hu et al. 2021: W + alpha / r * B A; here alpha is 4 and r is 2.
-    expected = plain.unet.get_submodule(layer).weight + scale * 2 * up @ down
-    torch.testing.assert_close(changed.unet.get_submodule(layer).weight, expected)
-    assert changed.value_layers.keys() == plain.value_layers.keys()
-    assert type(changed.unet.get_submodule(layer)) is torch.nn.Linear
-    assert set(changed.state_dict()) == set(plain.state_dict())
-
-
-def test_a_lora_is_part_of_the_digest(folder: Path, lora: Path, tmp_path: Path) -> None:
-    def of(path: Path | None, scale: float = 1.0) -> str:
-        return Source(str(folder), lora=Lora(str(path), scale) if path else None).digest()
-
-    moved = tmp_path / "moved.safetensors"
-    shutil.copy(lora, moved)
-    assert of(lora) == of(lora.parent) == of(moved)
-    assert len({of(None), of(lora), of(lora, 0.5)}) == 3
-
-
-def test_a_lora_in_place_of_a_model_is_called_one(lora: Path, hub: Path, single_file: Path) -> None:
-    for given in (lora, lora.parent):
-        with pytest.raises(ModelError, match=r"is a LoRA, .* set model.lora=.*, and model.source to the model"):
-            Source(str(given))
-    with pytest.raises(ModelError, match=r"holds no LoRA; the model itself is model.source"):
-        Lora(str(single_file)).check()
-    snapshot = hub.parent / "models--some--lora" / "snapshots" / COMMITS[0]
-    snapshot.mkdir(parents=True)
-    shutil.copy(lora, snapshot)
-    with pytest.raises(ModelError, match="'some/lora' is a LoRA"):
-        Source("some/lora", COMMITS[0], local_files_only=True).check()
-
-
-@pytest.mark.usefixtures("no_network")
-def test_a_lora_of_the_hub_is_taken_from_what_was_downloaded(folder: Path, lora: Path, hub: Path) -> None:
-    snapshot = hub.parent / "models--some--lora" / "snapshots" / COMMITS[0]
-    snapshot.mkdir(parents=True)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text(COMMITS[0])
-    shutil.copy(lora, snapshot / "style.safetensors")
-    shutil.copy(lora, snapshot / "other.safetensors")
-    with pytest.raises(ModelError, match=r"name one file of weights in it. .*: other.safetensors, style.safetensors"):
-        Lora("some/lora", local_files_only=True).check()
-    given = Lora("some/lora/style.safetensors", local_files_only=True)
-    given.check()
-    here = Diffusion(Source(str(folder), lora=Lora(str(lora))).load()).state_digest()
-    assert Diffusion(Source(str(folder), lora=given).load()).state_digest() == here
-
-
-def test_a_lora_that_fits_nothing_is_an_error(folder: Path, tmp_path: Path) -> None:
-    layer = "unet.no_such_block.attn2.to_v.lora_{}.weight"
-    save_file(
-        {layer.format("A"): torch.ones(2, 8), layer.format("B"): torch.ones(8, 2)}, tmp_path / "other.safetensors"
-    )
-    with pytest.raises(ModelError, match=r"does not fit the model .*give the model that it was trained on"):
-        Source(str(folder), lora=Lora(str(tmp_path / "other.safetensors"))).load()
-
-
-def test_a_lora_without_peft_says_what_to_install(lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_bench.diffusion.lora.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'nemo-bench\[lora\]'"):
-        Lora(str(lora)).check()
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -502,7 +341,7 @@ def asks(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ("some/status503", r"the network is unreachable.*503"),
     ],
 )
-def test_what_the_hub_answers_is_told_apart(
+def test_every_refusal_of_the_hub_has_its_own_message(
     place: str, message: str, server: str, hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asks(server, monkeypatch)
@@ -521,9 +360,9 @@ def test_a_hub_out_of_reach_is_one_message_within_seconds(
             silent.close()
         asks(f"http://127.0.0.1:{port}", monkeypatch)
         start = time.perf_counter()
-        with pytest.raises(ModelError, match=r"network is unreachable.*HF_HOME.*model.local_files_only=true") as told:
+        with pytest.raises(ModelError, match=r"network is unreachable.*HF_HOME.*model.local_files_only=true") as caught:
             Source("some/other").digest()
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(caught.value)
         # What was downloaded is taken, as ever, but without half a minute of tries.
         assert Source("some/model").digest() == Source("some/model", COMMITS[0], local_files_only=True).digest()
         assert time.perf_counter() - start < 10

@@ -104,7 +104,7 @@ def test_statistics_of_parts_on_disk_are_those_of_all_prompts(tiny: Diffusion, t
     assert sorted(tmp_path.iterdir()) == files
 
 
-def test_parts_that_are_gone_or_torn_are_named(tiny: Diffusion, tmp_path: Path) -> None:
+def test_missing_or_torn_moments_are_an_error_that_names_the_file(tiny: Diffusion, tmp_path: Path) -> None:
     save_moments(tmp_path / "a.safetensors", activation_moments(tiny, [tiny_texts(2)]))
     (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:100])
     for name in ("b", "c"):
@@ -155,7 +155,7 @@ def test_a_calibration_is_handed_on_in_the_published_form(
         (Path("unsafe"), Path("unsafe")),
     ],
 )
-def test_what_holds_no_statistics_is_refused(content: object, tmp_path: Path) -> None:
+def test_a_file_without_statistics_is_an_error(content: object, tmp_path: Path) -> None:
     path = tmp_path / "statistics.pt"
     if content is not None:
         torch.save(content, path)

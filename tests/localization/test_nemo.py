@@ -34,12 +34,12 @@ from nemo_bench.localization.nemo import (
     Candidates,
     Refinement,
     Trial,
-    _rounds,
     above,
     as_neurons,
     away_from,
     initial_selection,
     select,
+    selection_rounds,
 )
 from nemo_bench.localization.noise_differences import noise_differences, pair_similarities, pair_values, similarity
 from nemo_bench.methods import Setup
@@ -48,9 +48,7 @@ from tiny import tiny_pipeline, tiny_sdxl, tiny_texts
 
 
 @pytest.mark.parametrize("where", ["noise", "blocked", "threshold"])
-def test_what_is_not_finite_is_an_error_and_passes_no_test(
-    tiny: Diffusion, tiny_calibration: Calibration, where: str
-) -> None:
+def test_values_that_are_not_finite_are_an_error(tiny: Diffusion, tiny_calibration: Calibration, where: str) -> None:
     text, latents, settings_ = tiny.encode(tiny_texts(1)), tiny.latents(range(3)), NemoSettings()
     if where == "noise":
         latents[1, 0, 0, 0] = torch.nan
@@ -153,7 +151,7 @@ def test_a_prompt_that_is_not_memorized_has_no_neurons(tiny: Diffusion, tiny_cal
     assert found.row_passes == 3
 
 
-def test_the_gate_and_a_selection_that_ran_out_are_told_and_named(
+def test_the_result_says_whether_the_gate_was_passed_and_the_selection_exhausted(
     tiny: Diffusion, tiny_calibration: Calibration
 ) -> None:
     """With a threshold below what any blocking reaches the selection runs out, whoever passed the gate."""
@@ -182,7 +180,7 @@ def test_the_gate_and_a_selection_that_ran_out_are_told_and_named(
         assert method.localize(tiny, Prompt("a", tiny_texts(1)[0]), latents).neurons == Neurons()
 
 
-def test_the_model_is_as_it_was(tiny: Diffusion, tiny_calibration: Calibration) -> None:
+def test_localizing_leaves_the_weights_unchanged(tiny: Diffusion, tiny_calibration: Calibration) -> None:
     before = tiny.state_digest()
     localize(tiny, tiny.encode(tiny_texts(1)), tiny.latents(range(3)), tiny_calibration, NemoSettings())
     assert tiny.state_digest() == before
@@ -349,13 +347,6 @@ def test_a_replayed_test_is_that_of_the_scripts_to_the_last_bit() -> None:
             assert torch.equal(trial.similarities([test], layer)[0], plain.similarities([test])[0])
 
 
-def test_reference_protocol_shares_its_noise(tiny: Diffusion) -> None:
-    assert torch.equal(REFERENCE.latents(tiny, [5, 6]), REFERENCE.latents(tiny, [7, 8]))
-    expected = torch.randn((2, *tiny.latent_shape), generator=torch.Generator().manual_seed(1))
-    assert torch.equal(REFERENCE.latents(tiny, [5, 6]), expected)
-    assert not torch.equal(PAPER.latents(tiny, [5, 6]), PAPER.latents(tiny, [7, 8]))
-
-
 @cache
 def draw_rule(salt: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     rng = np.random.default_rng([salt, seed])
@@ -367,8 +358,8 @@ class ScriptedTrial:
 
     protocol, batch_size = REFERENCE, 8
 
-    def __init__(self, seeds: int, salt: int, whole: bool = False) -> None:
-        self.seeds, self.salt, self.whole, self.row_passes = seeds, salt, whole, 0
+    def __init__(self, seeds: int, salt: int, joint: bool = False) -> None:
+        self.seeds, self.salt, self.joint, self.row_passes = seeds, salt, joint, 0
 
     def value(self, candidates: Candidates, seed: int) -> float:
         places = [("abcd".index(layer) * 5 + index) % 16 for layer, index in sorted(set(candidates))]
@@ -416,7 +407,7 @@ candidate_lists = st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 4))
     slack=st.just(0.0) | st.floats(-0.1, 0.6),
 )
 def test_refinement_is_the_plain_sequence_of_tests(candidates: Candidates, seeds: int, salt: int, slack: float) -> None:
-    trial = ScriptedTrial(seeds, salt, whole=bool(salt % 2))
+    trial = ScriptedTrial(seeds, salt, joint=bool(salt % 2))
     tau = trial.highest(candidates) + slack
     refinement = Refinement(trial, candidates, trial.record(candidates), above(tau))  # type: ignore[arg-type]
     refinement.sequential()
@@ -467,7 +458,7 @@ def test_bisection_satisfies_the_same_criterion(candidates: Candidates, seeds: i
 def test_selection_is_the_first_round_that_changes_all_seeds(
     seeds: int, salt: int, tau: float, outliers: bool, initial_k: int
 ) -> None:
-    trial = ScriptedTrial(seeds, salt, whole=bool(salt % 2))
+    trial = ScriptedTrial(seeds, salt, joint=bool(salt % 2))
     rng = np.random.default_rng(salt)
     activation = {layer: torch.from_numpy(rng.uniform(0, 6, 20)) for layer in "abcd"}
     zero, one = ({layer: torch.full((20,), value) for layer in "abcd"} for value in (0.0, 1.0))
@@ -496,10 +487,10 @@ def test_without_outliers_the_selection_goes_on_to_1280_most_active() -> None:
     """Sixteen rounds are not the end where theta is switched off (`outliers=false` of the public scripts)."""
     activation = {"wide": torch.arange(2000.0)}
     calibration = Calibration({"wide": torch.zeros(2000)}, {"wide": torch.ones(2000)}, 0.5, 9)
-    rounds = list(_rounds(activation, calibration, NemoSettings(outliers=False), duplicates=True))
+    rounds = list(selection_rounds(activation, calibration, NemoSettings(outliers=False), duplicates=True))
     assert [len(candidates) for candidates in rounds] == list(range(1280))
     late = NemoSettings(outliers=False, initial_k=1279)
-    assert list(_rounds(activation, calibration, late, duplicates=True)) == rounds[-1:]
+    assert list(selection_rounds(activation, calibration, late, duplicates=True)) == rounds[-1:]
 
 
 @pytest.mark.parametrize("layers", ["down+mid", "all"])
@@ -559,3 +550,11 @@ def test_bisection_keeps_the_prompt_unmemorized(planted: Diffusion, planted_prom
     assert fast.refined_score < fast.threshold == exact.threshold
     assert 0 < fast.neurons.count < fast.initial.count
     assert fast.row_passes < exact.row_passes
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_bisection_needs_no_more_than_two_seeds(tiny: Diffusion, tiny_calibration: Calibration, seeds: int) -> None:
+    text, latents = tiny.encode(tiny_texts(1)), tiny.latents(range(seeds))
+    found = localize(tiny, text, latents, tiny_calibration, NemoSettings(refinement="bisect"))
+    assert 0 < found.neurons.count < found.initial.count
+    assert found.refined_score < found.threshold

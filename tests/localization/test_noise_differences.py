@@ -15,8 +15,7 @@ from torchmetrics.functional.image import (
 import reference_nemo
 import torchmetrics_132
 from nemo_bench import Diffusion
-from nemo_bench.diffusion import MEASURES, Measure, Similarity
-from nemo_bench.errors import ConfigError
+from nemo_bench.diffusion import Measure, Similarity
 from nemo_bench.localization import (
     PAPER,
     REFERENCE,
@@ -80,42 +79,6 @@ def test_other_similarities_are_those_of_the_torchmetrics_installed(measure: Mea
     torch.testing.assert_close(reference_nemo.ssim(a, b, measure), single, rtol=0, atol=1e-5)
 
 
-@given(
-    side=st.integers(1, 100),
-    sigma=st.sampled_from([0.15, 0.4, 0.9, 1.0, 1.5, 3.0]),
-    scales=st.integers(0, 5),
-    measure=st.sampled_from(MEASURES),
-)
-def test_what_fits_is_compared_and_what_does_not_is_told_what_fits(
-    side: int, sigma: float, scales: int, measure: Measure
-) -> None:
-    settings = Similarity(sigma, (0.33,) * scales)
-    a = torch.rand(2, 1, side, side, generator=torch.Generator().manual_seed(side))
-    if settings.fits(side, measure):
-        assert similarity(a, a, settings, measure).tolist() == pytest.approx([1.0, 1.0], abs=1e-4)
-        return
-    with pytest.raises(ConfigError, match=f"latents of {side}x{side} are too small for model.similarity") as caught:
-        similarity(a, a, settings, measure)
-    for word in str(caught.value).split():
-        if word.startswith("model.similarity.betas="):
-            betas = json.loads(word.split("=")[1].rstrip(","))
-            assert Similarity(sigma, tuple(betas)).fits(side, measure)
-            assert not Similarity(sigma, (*betas, 0.33)).fits(side, measure)
-        if word.startswith("model.similarity.sigma="):
-            assert Similarity(float(word.split("=")[1].rstrip(",")), settings.betas).fits(side, measure)
-
-
-def test_what_torchmetrics_refuses_does_not_fit() -> None:
-    for side, scales in [(43, 3), (32, 3), (16, 2), (8, 1)]:
-        a, settings = torch.rand(1, 1, side, side), Similarity(betas=(0.33,) * scales)
-        refused = False
-        try:
-            multiscale_structural_similarity_index_measure(a, a, betas=settings.betas, data_range=1.0)
-        except (ValueError, RuntimeError):
-            refused = True
-        assert settings.fits(side) is not refused
-
-
 def test_raw_velocity_is_not_converted() -> None:
     model = Diffusion(tiny_pipeline(prediction_type="v_prediction"), similarity=Similarity(1.0, ()))
     text, latents = model.encode(tiny_texts(1)), model.latents([0])
@@ -129,12 +92,8 @@ def test_raw_velocity_is_not_converted() -> None:
     assert not torch.allclose(raw, converted, atol=1e-2)
 
 
-def test_the_published_window_is_eleven_wide() -> None:
-    assert Similarity().kernel == 11
-
-
 @given(st.integers(2, 6))
-def test_pairs(count: int) -> None:
+def test_pair_similarities_are_a_symmetric_matrix_without_diagonal(count: int) -> None:
     differences = torch.rand(count, 4, 16, 16, generator=torch.Generator().manual_seed(count))
     settings = Similarity(1.0, ())
     matrix = pair_similarities(differences, settings)

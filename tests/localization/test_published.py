@@ -30,7 +30,7 @@ WRITTEN_BY_SCRIPTS = (
 ).replace('The "One; Two" Podcast', '"The ""One; Two"" Podcast"')
 
 
-def test_what_the_published_scripts_write_is_read(tmp_path: Path) -> None:
+def test_files_of_the_published_scripts_are_read(tmp_path: Path) -> None:
     path = tmp_path / "memorization_statistics.csv"
     path.write_bytes(WRITTEN_BY_SCRIPTS.encode())
     first, second = read_published(path)
@@ -47,14 +47,14 @@ SCORES = st.floats(-1, 1)
 
 @settings(deadline=None)
 @given(st.lists(st.builds(PublishedRow, CAPTIONS, CAPTIONS, LAYERS, SCORES, LAYERS, SCORES), min_size=1, max_size=4))
-def test_round_trip(rows: list[PublishedRow]) -> None:
+def test_written_rows_are_read_back(rows: list[PublishedRow]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "neurons.csv")
         path.write_bytes(published_text(rows).encode())
         assert read_published(path) == rows
 
 
-def test_the_published_scripts_would_read_what_is_written() -> None:
+def test_written_files_have_the_form_of_the_published_scripts() -> None:
     row = PublishedRow("a; b", "", ((3, 17), (), (5,)), 0.4, ((3,), (), ()), 0.3)
     (cells,) = csv.DictReader(published_text([row]).splitlines(), delimiter=";")
     assert tuple(cells) == COLUMNS
@@ -81,7 +81,9 @@ def test_the_published_scripts_would_read_what_is_written() -> None:
         ("https://a.example/1.jpg", "a;b", ["line 2", "7 cells, but 6 columns"]),
     ],
 )
-def test_what_is_wrong_and_where(tmp_path: Path, old: str, new: str, said: list[str]) -> None:
+def test_a_wrong_cell_is_an_error_that_names_file_line_and_column(
+    tmp_path: Path, old: str, new: str, said: list[str]
+) -> None:
     path = tmp_path / "p.csv"
     assert old in WRITTEN_BY_SCRIPTS
     path.write_bytes(WRITTEN_BY_SCRIPTS.replace(old, new).encode())

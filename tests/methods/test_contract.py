@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
 
 from batches import batch_of, images_of, rows_of
 from nemo_bench import Diffusion, Prompt, resolve
@@ -87,7 +86,7 @@ PIPELINES = {"sd1": tiny_pipeline, "sd2": tiny_sd2, "sdxl": tiny_sdxl}
 def prepared(
     model: Diffusion, name: str, methods: dict[str, Callable[[], Method]] = METHODS, batch_size: int = 32
 ) -> Method:
-    if name == "bright_ending_optimization" and model.family.pipeline is StableDiffusionXLPipeline:
+    if name == "bright_ending_optimization" and model.family.pipeline_class == "StableDiffusionXLPipeline":
         pytest.skip("SDXL has no cross-attention in its first block")
     method = methods[name]()
     references = tuple(Path(resolve("package:planted/references")).glob("vm-0*.png"))
@@ -158,7 +157,7 @@ GATED: dict[str, tuple[Callable[[float], Method], Values]] = {
 def test_beside_images_that_change_those_below_the_target_are_exactly_the_models_own(
     model: Diffusion, name: str
 ) -> None:
-    if name == "bright_ending_optimization" and model.family.pipeline is StableDiffusionXLPipeline:
+    if name == "bright_ending_optimization" and model.family.pipeline_class == "StableDiffusionXLPipeline":
         pytest.skip("SDXL has no cross-attention in its first block")
     make, measure = GATED[name]
     batch = batch_of(model, [(0, 0), (1, 0), (2, 0)])
