@@ -23,7 +23,7 @@ Task = Literal["benchmark", "detect", "external", "calibrate", "features"]
 class Entry(BaseModel):
     """A part of a file: immutable, without unknown fields. A float that is not finite is written as null."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
 
     def json_text(self, indent: int | None = None) -> str:
         """The entry as JSON, without the fields that have no value."""
@@ -268,7 +268,7 @@ class Spec(Entry):
         general_prompts: ``file`` and ``digest`` of the prompts that the calibration takes.
     """
 
-    version: int = VERSION
+    version: int = Field(default=VERSION, alias="schema")
     task: Task
     stages: list[str] = []
     cell: str = ""
@@ -324,7 +324,7 @@ class Run(Entry):
         token: Tells the run from others of its name.
     """
 
-    version: int = VERSION
+    version: int = Field(default=VERSION, alias="schema")
     name: str
     token: str
     cells: list[str]
@@ -609,6 +609,9 @@ class LeaderboardRow(Entry):
     """A cell and a group of prompts.
 
     Attributes:
+        prompts: Name of the prompt list.
+        n_prompts: Prompts of the group.
+        metrics: Aggregates by metric, p corrected over the rows of the group.
         best: Metrics in which no cell of the model is better, with p of the difference to the runner-up.
     """
 
@@ -623,7 +626,7 @@ class LeaderboardRow(Entry):
     exhausted: int | None = None
     metrics: dict[str, Aggregate]
     failed: Failures
-    best: dict[str, float | None]
+    best: dict[str, float]
     cost: dict[str, float]
     counts: dict[str, int]
 
@@ -635,7 +638,7 @@ class Leaderboard(Entry):
         unfinished: Every other cell, and what is missing there.
     """
 
-    version: int = VERSION
+    version: int = Field(default=VERSION, alias="schema")
     name: str
     metrics: dict[str, MetricInfo]
     rows: list[LeaderboardRow]
@@ -646,7 +649,8 @@ class DetectionRow(Entry):
     """A detector on a model and a prompt list.
 
     Attributes:
-        roc: How well it tells memorized prompts from others; None where prompts are of one sort.
+        prompts: Number of prompts.
+        label: Title, and the settings by which it differs from others of this title.
         failed: Prompts without a finite score.
         seeds: Seeds a prompt.
         cost: Mean UNet passes and seconds of a prompt.
@@ -660,7 +664,6 @@ class DetectionRow(Entry):
     prompts: int
     label: str
     title: str
-    roc: Roc | None = None
     failed: int
     seeds: int
     cost: dict[str, float]
@@ -668,12 +671,55 @@ class DetectionRow(Entry):
     model_settings: dict[str, Any]
 
 
+class MeasuredDetectionRow(DetectionRow, Roc):
+    """A detector that scored both memorized and other prompts, with its measures."""
+
+
 class DetectionTable(Entry):
     """The detectors of a run: ``detection.json``."""
 
-    version: int = VERSION
+    version: int = Field(default=VERSION, alias="schema")
     name: str
-    detectors: list[DetectionRow]
+    detectors: list[MeasuredDetectionRow | DetectionRow]
+
+
+class Thumbnail(Entry):
+    """A small picture.
+
+    Attributes:
+        uri: WebP as a data URI.
+        width: In pixels.
+        height: In pixels.
+        tiny: The image was not made smaller, so its pixels may be shown as squares.
+    """
+
+    uri: str
+    width: int
+    height: int
+    tiny: bool
+
+
+class ThumbnailCache(Entry):
+    """Small pictures of a cell by name, size, time and box of their image: ``thumbnails.json``."""
+
+    thumbnails: dict[str, Thumbnail]
+
+
+class Tracked(Entry):
+    """The last W&B run of a cell: ``tracked.json``.
+
+    Attributes:
+        id: Of the W&B run.
+        results: Hash of the logged results.
+        url: Of the W&B run, unless it is offline.
+    """
+
+    id: str
+    project: str
+    entity: str | None = None
+    mode: str
+    results: str
+    url: str | None = None
 
 
 _RUN = "the command of the run writes it again, and computes nothing twice"
@@ -692,5 +738,7 @@ FILES: Mapping[str, tuple[type[Entry] | None, str]] = {
     "threshold.json": (Threshold, "the next run that needs it writes it again from its records"),
     "leaderboard.json": (Leaderboard, _REPORT),
     "detection.json": (DetectionTable, _REPORT),
+    "thumbnails.json": (ThumbnailCache, _REPORT),
+    "tracked.json": (Tracked, "nemo-bench track writes it again"),
 }
 """The class of every file, and what writes a file again that was deleted."""

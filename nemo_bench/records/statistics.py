@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ TOP = 3
 ABOVE = 0.5
 """Images, and similarity, of the numbers that MemBench gives."""
 
+_K = TypeVar("_K", bound=Hashable)
 Scores = dict[str, dict[str, list[float]]]
 """Values by metric and prompt."""
 
@@ -152,6 +153,21 @@ def paired(differences: NDArray[Any]) -> Paired:
     low, high = bootstrap_interval(differences)
     p = (extreme + drawn) / (len(means) + drawn)
     return Paired(difference=float(differences.mean()), low=low, high=high, p=p, prompts=count)
+
+
+def holm(ps: Mapping[_K, float]) -> dict[_K, float]:
+    """Values of p corrected for testing all of them (Holm 1979).
+
+    Example:
+        >>> holm({"a": 0.01, "b": 0.03, "c": 0.04})
+        {'a': 0.03, 'b': 0.06, 'c': 0.06}
+    """
+    corrected: dict[_K, float] = {}
+    largest = 0.0
+    for place, name in enumerate(sorted(ps, key=lambda name: ps[name])):
+        largest = max(largest, min(1.0, ps[name] * (len(ps) - place)))
+        corrected[name] = largest
+    return corrected
 
 
 def presets(

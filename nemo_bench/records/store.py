@@ -347,7 +347,7 @@ class Store:
     def _compare(self, path: Path, present: Spec, asked: Spec, *, is_ours: bool) -> None:
         old = present.settings
         new = json.loads(as_json(asked.settings))
-        differing = ["version"] if present.version != asked.version else []
+        differing = ["schema"] if present.version != asked.version else []
         differing += sorted(f"settings.{key}" for key in {*old, *new} if old.get(key) != new.get(key))
         if differing and is_ours:
             raise damaged(path, f"not what its folder is named by: {', '.join(differing)}")

@@ -1,4 +1,4 @@
-"""The page: everything a run found, in one file that needs no network."""
+"""The page: all results of a run in one file that needs no network."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from concurrent.futures import ThreadPoolExecutor
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-from markupsafe import Markup
-
+from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
+from nemo_bench.records.results import CellResults, Outcome, Results, short_layers
+from nemo_bench.records.schema import Aggregate, Statistic, Thumbnail
 from nemo_bench.records.statistics import GROUPS
-from nemo_bench.report.data import Aggregate, Cell, Failures, GeneratedImage, Results, Statistic, short_layers
-from nemo_bench.report.plots import MEMORIZED, Plot, plots
+from nemo_bench.report.audit import audits_of
+from nemo_bench.report.plots import MEMORIZED, plots
 from nemo_bench.report.svg import looks
 from nemo_bench.report.tables import BEST, FAILED, SEARCHES, SIGNIFICANCE, Row, fewer, number
 from nemo_bench.report.templates import FOLDER, render
-from nemo_bench.report.thumbnails import Thumbnail, Thumbnails
+from nemo_bench.report.thumbnails import Thumbnails
 
 _MANY = 8  # columns that fit a window; of more only the first of every family is shown at first
 _SCORES = 5
-_EXAMPLES = 3  # prompts of each end of the order
+_EXAMPLES = 3  # prompts of either end of the order
 _CHANCE = 0.05
 """A difference that is more probable than this by chance is called neither better nor worse."""
 _FIGURES = (
@@ -84,7 +85,7 @@ SIZES = (Size(150, 160, 8, 48), Size(1000, 112, 4, 32), Size(float("inf"), 56, 3
 """A page of a few prompts shows more than one of 500 prompts and 10 methods, which takes some 40 MB."""
 
 
-def page(results: Results, rows: Sequence[Row], audit: str = "") -> str:
+def page(results: Results, rows: Sequence[Row]) -> str:
     """The whole page as HTML; prompts and all other texts of the run are escaped.
 
     The strips of a prompt are in a ``noscript`` element: the browser keeps them as text until the script asks for
@@ -93,19 +94,27 @@ def page(results: Results, rows: Sequence[Row], audit: str = "") -> str:
     Args:
         results: The run.
         rows: Its leaderboard.
-        audit: A section on audits; see :func:`nemo_bench.report.audit.audit_section`.
     """
     script = (FOLDER / "script.js").read_text(encoding="utf-8")
     figures = plots(results)
-    found = {section: [plot for plot in figures if plot.section == section] for section, _, _ in _FIGURES}
-    presets, models, detection = _presets(results), _models(results, rows), _detection(results)
-    kept = {cell.name: Thumbnails(results.folder / cell.name) for cell in results.cells}
-    examples, cards = _examples(results, kept), _cards(results, kept)
-    for thumbnails in kept.values():
-        thumbnails.keep()
-    used = list(dict.fromkeys(info.family for info in results.metrics.values()))
+    by_section = {name: [plot for plot in figures if plot.section == name] for name, _, _ in _FIGURES}
+    thumbnails = {cell.name: Thumbnails(cell.folder) for cell in results.cells}
+    examples = _examples(results, thumbnails)
+    cards = _cards(results, thumbnails)
+    for of_cell in thumbnails.values():
+        of_cell.save()
+    parts = {
+        "examples": examples,
+        "audit": audits_of(results),
+        "models": _models(results, rows),
+        "presets": _presets(results),
+        "detection": _detection(results),
+    }
+    families = list(dict.fromkeys(info.family for info in results.metrics.values()))
     many = len(results.metrics) > _MANY
-    costs = [key for key in _COSTS if any(key in cell.cost or key in cell.counts for cell in results.cells)]
+    numbers = [(cell, {**cell.summary.cost, **cell.counts}) for cell in results.cells]
+    costs = [key for key in _COSTS if any(key in of_cell for _, of_cell in numbers)]
+    kinds = [g for g in GROUPS if any(p.group == g for cell in results.cells for p in cell.prompts)]
     return render(
         "page.html.jinja",
         results=results,
@@ -114,108 +123,104 @@ def page(results: Results, rows: Sequence[Row], audit: str = "") -> str:
         looks=looks(results),
         facts=_facts(results),
         gaps=_gaps(results),
-        sections=_sections(found, bool(examples), bool(models), bool(presets), bool(detection), bool(audit)),
+        sections=_sections({**by_section, **{name: part or by_section.get(name) for name, part in parts.items()}}),
         has_detection_page=(results.folder / "detection.html").is_file(),
-        examples=examples,
-        audit=Markup(audit),
+        **parts,
+        audit_citation=cite("kowalczuk2026finding"),
         figure_sections=_FIGURES,
-        plots=found,
+        plots=by_section,
         own_groups=results.own_groups,
         many=_MANY,
         groups=[(group, group, f"{results.heading(group)}: {results.meaning(group)}") for group in results.groups],
         model_options=[(model, model, "") for model in results.models],
-        column_options=[(name, name, "") for name in ("main", *used, "all")] if many else [],
+        column_options=[(name, name, "") for name in ("main", *families, "all")] if many else [],
         main=set(results.leading.values()),
         columns=results.metrics,
         rows=_rows(results, rows),
-        tested=any(row.corrected for row in rows),
-        significance=SIGNIFICANCE,
+        significance=SIGNIFICANCE if any(row.is_tested for row in rows) else "",
         some_failed=any(row.failed for row in rows),
         failed_note=FAILED,
-        searched=SEARCHES if any(row.cell.localization for row in rows) else "",
+        searched=SEARCHES if any(cell.summary.localization for cell in results.cells) else "",
         best=BEST.format(clear="“Best”", unclear="“Best?”") if any(row.best for row in rows) else "",
-        models=models,
-        presets=presets,
-        detection=detection,
         score_titles=[results.metrics[key].title for key in _scores(results)],
-        order_title=_worst(results),
+        order_title=_order_title(results),
         cards=cards,
-        kinds=[(g, g, "") for g in GROUPS if any(p.group == g for cell in results.cells for p in cell.prompts)],
+        kinds=[(group, group, "") for group in kinds],
         costs=[_COSTS[key] for key in costs],
-        cost_rows=[(cell, [_cost({**cell.cost, **cell.counts}.get(key)) for key in costs]) for cell in results.cells],
-        commands=list(dict.fromkeys(start["command"] for cell in results.cells for start in cell.starts)),
-        citations=list(dict.fromkeys(text for cell in results.cells for text in cell.citations.values())),
+        cost_rows=[(cell, [_cost(of_cell.get(key)) for key in costs]) for cell, of_cell in numbers],
+        commands=list(dict.fromkeys(start.command for cell in results.cells for start in cell.starts)),
+        citations=list(dict.fromkeys(text for cell in results.cells for text in cell.spec.citations.values())),
         pretty=lambda content: json.dumps(content, indent=2, ensure_ascii=False, default=str),
     )
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:
-    """What was run, for the head of the page."""
-    prompts = {(cell.prompt_list, prompt.id) for cell in results.cells for prompt in cell.prompts}
+    """Facts about the run, for the head of the page."""
+    prompts = {(cell.spec.prompts, prompt.id) for cell in results.cells for prompt in cell.prompts}
     seeds = {seed for cell in results.cells for outcome in cell.outcomes.values() for seed in outcome.seeds}
-    starts = [start for cell in results.cells for start in cell.starts]
-    facts = [
+    last = max((start for cell in results.cells for start in cell.starts), key=lambda start: start.time)
+    versions = [v for name, v in last.versions.items() if name.replace("-", "_") == "nemo_bench"]
+    return [
         ("Model" + "s" * (len(results.models) > 1), ", ".join(results.models)),
-        ("Methods", "; ".join(dict.fromkeys(cell.title for cell in results.cells))),
-        ("Prompts", f"{len(prompts)} ({', '.join(dict.fromkeys(cell.prompt_list for cell in results.cells))})"),
+        ("Methods", "; ".join(dict.fromkeys(cell.spec.title for cell in results.cells))),
+        ("Prompts", f"{len(prompts)} ({', '.join(results.prompt_lists)})"),
         ("Images", f"{len(seeds)} of each prompt"),
+        ("Run", last.time[:10]),
+        *(("Version", version) for version in versions),
     ]
-    if starts:
-        last = max(starts, key=lambda start: str(start["time"]))
-        facts.append(("Run", str(last["time"])[:10]))
-        facts += [("Version", v) for name, v in last["versions"].items() if name.replace("-", "_") == "nemo_bench"]
-    return facts
 
 
 def _gaps(results: Results) -> list[str]:
-    """What is missing, once for each list of prompts and model that it is missing for."""
-    found: dict[str, None] = {}
+    """Missing data, once for each prompt list and model."""
+    gaps: dict[str, None] = {}
     for cell in results.cells:
-        of = f" ({cell.prompt_list})" if len({c.prompt_list for c in results.cells}) > 1 else ""
+        of = f" ({cell.spec.prompts})" if len(results.prompt_lists) > 1 else ""
         for key, words in _GAPS.items():
-            if cell.counts.get(key):
-                found[f"{words}{of}: {cell.counts[key]}"] = None
-    return [*found, *(f"Not finite, and so without a value: {words}" for words in _failed(results))]
+            if count := cell.counts.get(key):
+                gaps[f"{words}{of}: {count}"] = None
+    return [*gaps, *(f"Not finite, and so without a value: {words}" for words in _failures(results))]
 
 
-def _failed(results: Results) -> list[str]:
-    """What failed in every cell, with the most frequent reason of images."""
-    found = []
+def _failures(results: Results) -> list[str]:
+    """Failures of every cell, with the most frequent reason of images."""
+    lines = []
     for cell in results.cells:
-        if words := str(cell.failures.get("all", "")):
+        if words := str(cell.failures("all")):
             reasons = Counter(reason for outcome in cell.outcomes.values() for reason in outcome.failed.values())
             why = f" ({reasons.most_common(1)[0][0]})" if reasons else ""
-            found.append(f"{cell.label}: {words}{why}")
-    return found
+            lines.append(f"{cell.label}: {words}{why}")
+    return lines
 
 
-def _sections(
-    found: dict[str, list[Plot]], examples: bool, models: bool, presets: bool, detection: bool, audit: bool
-) -> dict[str, str]:
-    """Title of every section that has something to show, by its anchor: pictures first, long tables last."""
-    titles = {"examples": "Worst and best"} if examples else {}
-    titles |= {"leaderboard": "Leaderboard"}
-    titles |= {name: title for name, title, _ in _FIGURES if found[name] or (name == "detection" and detection)}
-    titles |= {"audit": "Audit"} if audit else {}
-    titles |= {"prompts": "Prompts"}
-    titles |= {"models": "Models"} if models else {}
-    titles |= {"presets": "As other papers"} if presets else {}
-    return {**titles, "reproduce": "Reproduce"}
+def _sections(contents: Mapping[str, object]) -> dict[str, str]:
+    """Title of every section that has content, by its anchor: pictures first, long tables last."""
+    titles = {
+        "examples": "Worst and best",
+        "leaderboard": "Leaderboard",
+        **{name: title for name, title, _ in _FIGURES},
+        "audit": "Audit",
+        "prompts": "Prompts",
+        "models": "Models",
+        "presets": "As other papers",
+        "reproduce": "Reproduce",
+    }
+    always = ("leaderboard", "prompts", "reproduce")
+    return {name: title for name, title in titles.items() if name in always or contents[name]}
 
 
-def _examples(results: Results, kept: Mapping[str, Thumbnails]) -> list[dict[str, Any]]:
+def _examples(results: Results, thumbnails: Mapping[str, Thumbnails]) -> list[dict[str, Any]]:
     """The memorized prompts that the best mitigation of each model serves worst and best, with their first images."""
     key = results.leading.get("memorization")
     if key is None or results.metrics[key].per == "set":
         return []
     sign = -1 if results.metrics[key].higher_is_better else 1
     cells = {cell.name: cell for cell in results.cells}
-    found = []
+    examples = []
     for model in results.models:
         means = {
             cell.name: cell.prompt_means(key, MEMORIZED)
             for cell in results.cells
-            if cell.model == model and cell.unmitigated in cells
+            if cell.model == model and cell.summary.unmitigated in cells
         }
         means = {name: values for name, values in means.items() if values}
         # What failed may be what would have been bad.
@@ -224,45 +229,41 @@ def _examples(results: Results, kept: Mapping[str, Thumbnails]) -> list[dict[str
         if not means:
             continue
         cell = cells[min(means, key=lambda name: sign * fmean(means[name].values()))]
-        order = sorted(means[cell.name], key=lambda prompt: -sign * means[cell.name][prompt])
+        own = means[cell.name]
+        order = sorted(own, key=lambda prompt: -sign * own[prompt])
         count = min(_EXAMPLES, max(1, len(order) // 2))
+        words = {**dict.fromkeys(order[:count], "Worst"), **dict.fromkeys(order[count:][::-1][:count], "Best")}
         prompts = {prompt.id: prompt for prompt in cell.prompts}
-        ends = [("Worst", order[:count]), ("Best", order[count:][::-1][:count])]
-        unmitigated = cells[cell.unmitigated or ""]
-        examples = [
-            _example(results, (unmitigated, cell), prompts[prompt], (word, means[cell.name][prompt]), kept)
-            for word, end in ends
-            for prompt in end
+        compared = (cells[cell.summary.unmitigated or ""], cell)
+        shown = [
+            {
+                "word": word,
+                "prompt": prompts[name],
+                "address": _address(results, cell, prompts[name]),
+                "mean": _number(results, key, own[name]),
+                "pictures": _triple(compared, prompts[name], thumbnails),
+            }
+            for name, word in words.items()
         ]
-        found.append({"cell": cell, "metric": results.metrics[key].title, "prompts": examples})
-    return found
+        examples.append({"cell": cell, "metric": results.metrics[key].title, "prompts": shown})
+    return examples
 
 
-def _example(
-    results: Results,
-    cells: tuple[Cell, Cell],
-    prompt: Prompt,
-    place: tuple[str, float],
-    kept: Mapping[str, Thumbnails],
-) -> dict[str, Any]:
-    word, mean = place
+def _triple(
+    cells: tuple[CellResults, CellResults], prompt: Prompt, thumbnails: Mapping[str, Thumbnails]
+) -> list[tuple[str, Thumbnail | None]]:
+    """The training image of a prompt, and the first image without and with mitigation, each with its caption."""
     box = (SIZES[0].side, SIZES[0].side)
-    pictures = [("Training image", kept[cells[1].name](path, box)) for path in prompt.references[:1]]
+    pictures = [("Training image", thumbnails[cells[1].name](path, box)) for path in prompt.references[:1]]
     for cell in cells:
-        pictures += [(cell.short, kept[cell.name](i.path, box)) for i in cell.outcomes[prompt.id].images[:1]]
-    return {
-        "word": word,
-        "prompt": prompt,
-        "address": _address(results, cells[1], prompt),
-        "mean": _number(results, results.leading["memorization"], mean),
-        "pictures": pictures,
-    }
+        make = thumbnails[cell.name]
+        pictures += [(cell.short, make(image.path, box)) for image in cell.outcomes[prompt.id].images[:1]]
+    return pictures
 
 
-def _address(results: Results, cell: Cell, prompt: Prompt) -> str:
-    """What names a prompt in the page's address: its id, with the list's name where there are several lists."""
-    lists = {cell.prompt_list for cell in results.cells}
-    return f"{cell.prompt_list}/{prompt.id}" if len(lists) > 1 else prompt.id
+def _address(results: Results, cell: CellResults, prompt: Prompt) -> str:
+    """Name of a prompt in the page's address: its id, with the list's name where there are several lists."""
+    return f"{cell.spec.prompts}/{prompt.id}" if len(results.prompt_lists) > 1 else prompt.id
 
 
 def _number(results: Results, key: str, value: float, sign: str = "") -> str:
@@ -275,34 +276,41 @@ def _interval(results: Results, key: str, low: float | None, high: float | None)
 
 def _rows(results: Results, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Rows of the leaderboard with every number as it is shown, and each interval as percent of its column's span."""
-    columns = {}
+    spans = {}
     for key in results.metrics:
-        ends = [end for row in rows if (v := row.values.get(key)) for end in (v.low, v.high, v.mean) if end is not None]
-        columns[key] = (min(ends), (max(ends) - min(ends)) or 1.0) if ends else (0.0, 1.0)
-    found = []
-    for row in rows:
-        values: dict[str, dict[str, Any]] = {}
-        for key in results.metrics:
-            if value := row.values.get(key):
-                left, span = columns[key]
-                low, high = (value.mean if end is None else end for end in (value.low, value.high))
-                interval = _interval(results, key, value.low, value.high)
-                few = fewer(row, value)
-                values[key] = {
-                    **_shown(results, row, key),
-                    "sort": repr(value.mean),
-                    "interval": ", ".join(words for words in (interval or "no interval", few) if words),
-                    "median": _median(results, key, value),
-                    "change": _change(results, row, key, value),
-                    "test": _test(row, key, value),
-                    "start": f"{100 * (low - left) / span:.2f}",
-                    "width": f"{100 * (high - low) / span:.2f}" if interval else "",
-                    "at": f"{100 * (value.mean - left) / span:.2f}",
-                }
-        failed = {"failed": row.failed, "failed_count": row.cell.failures.get(row.group, Failures()).total}
-        searches = row.cell.searches(row.group)
-        found.append({"cell": row.cell, "group": row.group, "values": values, "searches": searches, **failed})
-    return found
+        values = [row.values[key] for row in rows if key in row.values]
+        ends = [end for value in values for end in (value.low, value.high, value.mean) if end is not None]
+        spans[key] = (min(ends), (max(ends) - min(ends)) or 1.0) if ends else (0.0, 1.0)
+    return [
+        {
+            "cell": row.cell,
+            "group": row.group,
+            "values": {key: _cell(results, row, key, *spans[key]) for key in results.metrics if key in row.values},
+            "searches": row.cell.searches(row.group),
+            "failed": row.failed,
+            "failed_count": row.cell.failures(row.group).total,
+        }
+        for row in rows
+    ]
+
+
+def _cell(results: Results, row: Row, key: str, left: float, span: float) -> dict[str, Any]:
+    value = row.values[key]
+    low = value.mean if value.low is None else value.low
+    high = value.mean if value.high is None else value.high
+    interval = _interval(results, key, value.low, value.high)
+    few = fewer(row, value)
+    return {
+        **_shown(results, row, key),
+        "sort": repr(value.mean),
+        "interval": ", ".join(words for words in (interval or "no interval", few) if words),
+        "median": _median(results, key, value),
+        "change": change(results, row, key),
+        "test": _test(value),
+        "start": f"{100 * (low - left) / span:.2f}",
+        "width": f"{100 * (high - low) / span:.2f}" if interval else "",
+        "at": f"{100 * (value.mean - left) / span:.2f}",
+    }
 
 
 def _shown(results: Results, row: Row, key: str) -> dict[str, Any]:
@@ -318,20 +326,21 @@ def _median(results: Results, key: str, value: Aggregate) -> str:
     return f"median {_number(results, key, value.median)} ± {number(results, key, value.mad)}"
 
 
-def _change(results: Results, row: Row, key: str, value: Aggregate) -> str:
-    if not value.paired:
+def change(results: Results, row: Row, key: str) -> str:
+    """The difference of a metric to no mitigation, and whether it is better or worse; empty without a test."""
+    test = row.values[key].paired
+    if not test:
         return ""
-    better, ends = results.metrics[key].higher_is_better, (value.paired.low, value.paired.high)
-    words = f"{_number(results, key, value.paired.difference, '+')} ({_interval(results, key, *ends)})"
-    if better is None or value.paired.p >= _CHANCE or not row.cell.is_complete(row.group, key):
+    words = f"{_number(results, key, test.difference, '+')} ({_interval(results, key, test.low, test.high)})"
+    better = results.metrics[key].higher_is_better
+    if better is None or test.p >= _CHANCE or not row.cell.is_complete(row.group, key):
         return words
-    return f"{words} {'better' if (value.paired.difference > 0) == better else 'worse'}"
+    return f"{words} {'better' if (test.difference > 0) == better else 'worse'}"
 
 
-def _test(row: Row, key: str, value: Aggregate) -> str:
-    if not value.paired:
-        return ""
-    return f"p = {value.paired.p:.2g}, Holm-corrected {row.corrected[key]:.2g}, {value.paired.prompts} prompts"
+def _test(value: Aggregate) -> str:
+    test = value.paired
+    return f"p = {test.p:.2g}, Holm-corrected {test.p_holm:.2g}, {test.prompts} prompts" if test else ""
 
 
 def _models(results: Results, rows: Sequence[Row]) -> dict[str, Any]:
@@ -339,47 +348,37 @@ def _models(results: Results, rows: Sequence[Row]) -> dict[str, Any]:
     if len(results.models) == 1:
         return {}
     keys = list(results.leading.values())
-    lists = {cell.prompt_list for cell in results.cells}
-    found: dict[tuple[str, str, str], dict[str, Row]] = {}
+    by_model: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in rows:
-        found.setdefault((row.group, row.cell.short, row.cell.prompt_list), {})[row.cell.model] = row
-    return {
-        "columns": keys,
-        "rows": [
-            {
-                "group": group,
-                "name": f"{short} · {prompts}" if len(lists) > 1 else short,
-                "cell": next(iter(of.values())).cell,
-                "values": [
-                    _shown(results, of[model], key) if model in of and key in of[model].values else None
-                    for key in keys
-                    for model in results.models
-                ],
-            }
-            for (group, short, prompts), of in found.items()
-        ],
-    }
+        by_model.setdefault((row.group, row.cell.short, row.cell.spec.prompts), {})[row.cell.model] = row
+    lines = []
+    for (group, short, prompts), of in by_model.items():
+        values = [
+            _shown(results, of[model], key) if model in of and key in of[model].values else None
+            for key in keys
+            for model in results.models
+        ]
+        name = f"{short} · {prompts}" if len(results.prompt_lists) > 1 else short
+        lines.append({"group": group, "name": name, "cell": next(iter(of.values())).cell, "values": values})
+    return {"columns": keys, "rows": lines}
 
 
 def _presets(results: Results) -> list[dict[str, Any]]:
     """A table for each preset: value ± spread and interval by cell and group."""
-    found = []
-    for name in dict.fromkeys(name for cell in results.cells for name in cell.presets):
-        cells = [cell for cell in results.cells if name in cell.presets]
-        about = cells[0].presets[name]
-        keys = list(dict.fromkeys(k for cell in cells for row in cell.presets[name].rows.values() for k in row))
+    tables = []
+    for name in dict.fromkeys(name for cell in results.cells for name in cell.summary.presets):
+        presets = [(cell, cell.summary.presets[name]) for cell in results.cells if name in cell.summary.presets]
+        keys = list(dict.fromkeys(key for _, preset in presets for row in preset.rows.values() for key in row))
         rows = []
         for group in GROUPS:
-            for cell in cells:
-                if statistics := cell.presets[name].rows.get(group):
+            for cell, preset in presets:
+                if statistics := preset.rows.get(group):
                     values = [_statistic(results, key, statistics[key]) if key in statistics else None for key in keys]
                     rows.append({"group": group, "cell": cell, "values": values})
         titles = [_column(results, key) for key in keys]
-        found.append({
-            "title": about.title, "definition": about.definition, "citation": about.citation, "columns": titles,
-            "rows": rows, "warning": "" if any("sscd" in key.lower() for key in [*keys, *titles]) else _NO_SSCD,
-        })  # fmt: skip
-    return found
+        warning = "" if any("sscd" in title.lower() for title in titles) else _NO_SSCD
+        tables.append({"about": presets[0][1], "columns": titles, "rows": rows, "warning": warning})
+    return tables
 
 
 def _column(results: Results, key: str) -> str:
@@ -399,55 +398,57 @@ def _statistic(results: Results, key: str, value: Statistic) -> dict[str, str]:
 def _detection(results: Results) -> list[dict[str, Any]]:
     rows = []
     for cell in results.cells:
-        for found in cell.detection.values():
+        for roc in cell.summary.detection.values():
             rates = (
-                found.average_precision, found.tpr_at_1_fpr_below, found.tpr_at_1_fpr_nearest,
-                found.tpr_at_1_fpr_first, found.best_accuracy,
+                roc.average_precision, roc.tpr_at_1_fpr_below, roc.tpr_at_1_fpr_nearest, roc.tpr_at_1_fpr_first,
+                roc.best_accuracy,
             )  # fmt: skip
-            numbers = [(f"{found.auc:.3f}", _interval(results, "", found.auc_low, found.auc_high))]
+            numbers = [(f"{roc.auc:.3f}", _interval(results, "", roc.auc_low, roc.auc_high))]
             numbers += [(f"{rate:.3f}", "") for rate in rates]
-            numbers += [(str(count), "") for count in (found.memorized, found.other)]
-            rows.append({"cell": cell, "title": found.title, "numbers": numbers})
+            numbers += [(str(count), "") for count in (roc.memorized, roc.other)]
+            rows.append({"cell": cell, "title": roc.title, "numbers": numbers})
     return rows
 
 
-def _cards(results: Results, kept: Mapping[str, Thumbnails]) -> list[dict[str, Any]]:
+def _cards(results: Results, thumbnails: Mapping[str, Thumbnails]) -> list[dict[str, Any]]:
     """The gallery: one card a prompt, one strip a cell. Cards are made side by side, since images take the time."""
-    prompts: dict[tuple[str, str], list[tuple[Cell, Prompt]]] = {}
+    by_prompt: dict[tuple[str, str], list[tuple[CellResults, Prompt]]] = {}
     for cell in results.cells:
         for prompt in cell.prompts:
-            prompts.setdefault((cell.prompt_list, prompt.id), []).append((cell, prompt))
-    strips = sum(len(cells) for cells in prompts.values())
+            by_prompt.setdefault((cell.spec.prompts, prompt.id), []).append((cell, prompt))
+    strips = sum(len(cells) for cells in by_prompt.values())
     size = next(size for size in SIZES if strips <= size.strips)
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda found: _card(results, found, size, kept), prompts.values()))
+        return list(pool.map(lambda own: _card(results, own, size, thumbnails), by_prompt.values()))
 
 
 def _card(
-    results: Results, found: Sequence[tuple[Cell, Prompt]], size: Size, kept: Mapping[str, Thumbnails]
+    results: Results, own: Sequence[tuple[CellResults, Prompt]], size: Size, thumbnails: Mapping[str, Thumbnails]
 ) -> dict[str, Any]:
-    prompt, own = found[0][1], {cell.name for cell, _ in found}
-    seeds = sorted({seed for cell, _ in found for seed in cell.outcomes[prompt.id].seeds})
+    first, prompt = own[0]
+    outcomes = {cell.name: cell.outcomes[prompt.id] for cell, _ in own}
+    seeds = sorted({seed for outcome in outcomes.values() for seed in outcome.seeds})
     key = results.leading.get("memorization", "")
     sign = -1 if key and results.metrics[key].higher_is_better else 1
-    order = [cell.outcomes[prompt.id].values(key) if cell.name in own else [] for cell in results.cells]
-    reference, make = prompt.references[:1], kept[found[0][0].name]
+    order = [outcomes[cell.name].values(key) if cell.name in outcomes else [] for cell in results.cells]
+    reference = [thumbnails[first.name](path, (size.side, size.side)) for path in prompt.references[:1]]
     return {
         "prompt": prompt,
-        "address": _address(results, found[0][0], prompt),
-        "reference": make(reference[0], (size.side, size.side)) if reference else None,
+        "address": _address(results, first, prompt),
+        "reference": reference[0] if reference else None,
         "seeds": len(seeds),
         "shown": min(size.seeds, len(seeds)),
         "order": [f"{sign * fmean(values):.4f}" if values else "" for values in order],
-        "strips": [_strip(results, cell, prompt, seeds[: size.seeds], size, kept[cell.name]) for cell, _ in found],
+        "strips": [
+            _strip(results, cell, outcomes[cell.name], seeds[: size.seeds], size, thumbnails[cell.name])
+            for cell, _ in own
+        ],
     }
 
 
 def _strip(
-    results: Results, cell: Cell, prompt: Prompt, seeds: Sequence[int], size: Size, make: Thumbnails
+    results: Results, cell: CellResults, outcome: Outcome, seeds: Sequence[int], size: Size, make: Thumbnails
 ) -> dict[str, Any]:
-    outcome = cell.outcomes[prompt.id]
-    by_seed = {image.seed: image for image in outcome.images}
     scores = []
     for key in _scores(results):
         values = outcome.values(key)
@@ -455,7 +456,7 @@ def _strip(
     short = short_layers(cell.layers)
     return {
         "cell": cell,
-        "images": [_image(results, cell, seed, by_seed.get(seed), outcome.failed, size, make) for seed in seeds],
+        "images": [_image(results, cell, outcome, seed, size, make) for seed in seeds],
         "has_noise": outcome.noise is not None,
         "noise": make(outcome.noise, (16 * size.noise, size.noise), lossless=False) if outcome.noise else None,
         "scores": scores,
@@ -465,17 +466,12 @@ def _strip(
 
 
 def _image(
-    results: Results,
-    cell: Cell,
-    seed: int,
-    image: GeneratedImage | None,
-    failed: Mapping[int, str],
-    size: Size,
-    make: Thumbnails,
+    results: Results, cell: CellResults, outcome: Outcome, seed: int, size: Size, make: Thumbnails
 ) -> tuple[str, str, Thumbnail | None]:
-    """What an image is, its scores, and the image."""
+    """Name of an image, its scores, and the image."""
+    image = next((image for image in outcome.images if image.seed == seed), None)
     if image is None:
-        why = f"failed: {failed[seed]}" if seed in failed else "not generated"
+        why = f"failed: {outcome.failed[seed]}" if seed in outcome.failed else "not generated"
         return f"{cell.label}, seed {seed}: {why}", "", None
     scores = [
         f"{info.title} {_number(results, key, image.scores[key])}"
@@ -486,16 +482,17 @@ def _image(
 
 
 def _scores(results: Results) -> list[str]:
-    """What is shown beside a strip: the first metric of every family, then those of prompts, as many as there is room.
+    """Metrics beside a strip: the first of every family, then those of prompts, as many as there is room.
 
-    Neurons have a column of their own.
+    Numbers of neurons have a column of their own.
     """
-    wanted = dict.fromkeys([*results.leading.values(), *(k for k, i in results.metrics.items() if i.per == "prompt")])
-    return [key for key in wanted if results.metrics[key].per != "set" and key != "neurons"][:_SCORES]
+    of_prompts = (key for key, info in results.metrics.items() if info.per == "prompt")
+    wanted = {key: results.metrics[key] for key in (*results.leading.values(), *of_prompts)}
+    return [key for key, info in wanted.items() if info.per != "set" and info.role != "neuron_count"][:_SCORES]
 
 
-def _worst(results: Results) -> str:
-    """Title of what prompts can be put in order of."""
+def _order_title(results: Results) -> str:
+    """Title of the metric by which prompts can be ordered."""
     key = results.leading.get("memorization")
     return results.metrics[key].title if key and results.metrics[key].per != "set" else ""
 

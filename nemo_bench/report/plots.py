@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
@@ -12,14 +12,18 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Annotation
 from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from nemo_bench.records.data import GENERAL
+from nemo_bench.records.io import read_file
+from nemo_bench.records.results import CellResults, Results, network_order, short_layers
+from nemo_bench.records.schema import CalibrationRecord, MetricInfo, Roc, Threshold
 from nemo_bench.records.statistics import GROUPS, bootstrap_interval
-from nemo_bench.report.data import Cell, MetricInfo, Results, load_calibration, network_order, short_layers
+from nemo_bench.records.store import read_records
 from nemo_bench.report.svg import INK, Look, looks, nth_look, style, svg
 
 MEMORIZED = tuple(group for group in GROUPS if group not in (GENERAL, "all"))
@@ -29,7 +33,8 @@ _DOTS = 40
 """With more prompts their shape is drawn instead of every one of them."""
 _LABELS = 8
 """With more points a legend names them, and only those that matter are labelled."""
-_PASSES = MetricInfo("passes", "UNet passes per prompt", higher_is_better=False)
+_COST = "UNet passes per prompt"
+"""An axis that is no metric."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +65,18 @@ class _Spot(NamedTuple):
 def plots(results: Results) -> list[Plot]:
     """All figures the records of a run allow; figures of the same thing in several models follow each other."""
     with style():
-        found = [*_tradeoffs(results), *_distributions(results)]
-        found += [
-            plot for draw in (_counts, _layers, _roc) for model in results.models if (plot := draw(results, model))
-        ]
-        calibrated = {cell.calibration: cell for cell in results.cells[::-1] if cell.calibration}
-        thresholds = [_calibration(results, cell, folder) for folder, cell in list(calibrated.items())[::-1]]
-    return [*found, *(plot for plot in thresholds if plot)]
+        figures: list[Plot | None] = [*_tradeoffs(results), *_distributions(results)]
+        figures += [draw(results, model) for draw in (_counts, _layers, _roc) for model in results.models]
+        calibrated: dict[Path, CellResults] = {}
+        for cell in results.cells:
+            if cell.calibration:
+                calibrated.setdefault(cell.calibration, cell)
+        figures += [_calibration(results, cell, folder) for folder, cell in calibrated.items()]
+    return [plot for plot in figures if plot]
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The Pareto front: indices of points that no other one betters, where smaller is better in both coordinates.
+    """The Pareto front: indices of points that no other point improves on, where smaller is better in both coordinates.
 
     Returns:
         Indices from the smallest first coordinate on; of equal points all.
@@ -79,77 +85,83 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
         >>> front([(1, 3), (2, 2), (3, 2), (3, 1)])
         [0, 1, 3]
     """
-    found: list[int] = []
+    best: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: points[i]):
-        if not found or points[i][1] < points[found[-1]][1] or points[i] == points[found[-1]]:
-            found.append(i)
-    return found
+        if not best or points[i][1] < points[best[-1]][1] or points[i] == points[best[-1]]:
+            best.append(i)
+    return best
 
 
 def _title(results: Results, words: str, model: str) -> str:
     return f"{words}: {model}" if len(results.models) > 1 else words
 
 
-def _axis(info: MetricInfo) -> str:
+def _axis(results: Results, key: str) -> str:
     """Title of a metric, and where on its axis better values lie."""
+    info = _info(results, key)
     if info.higher_is_better is None:
         return info.title
     # Text of a vertical axis is turned to the left, and its arrows with it.
     return f"{info.title} ({'better →' if info.higher_is_better else '← better'})"
 
 
+def _info(results: Results, key: str) -> MetricInfo:
+    return MetricInfo(title=_COST, higher_is_better=False) if key == _COST else results.metrics[key]
+
+
 def _tradeoffs(results: Results) -> list[Plot]:
-    found = []
-    leading = results.leading
-    across = results.metrics[leading["memorization"]] if "memorization" in leading else None
-    upward = [results.metrics[leading[family]] for family in ("alignment", "quality") if family in leading]
-    for number, up in enumerate([*upward, _PASSES] if across else []):
-        assert across
+    figures: list[Plot] = []
+    across = results.leading.get("memorization")
+    if not across:
+        return figures
+    upward = [(family, results.leading[family]) for family in ("alignment", "quality") if family in results.leading]
+    for number, (family, up) in enumerate([*upward, ("cost", _COST)]):
         spots = {
             cell.name: (x, y)
             for cell in results.cells
-            if (x := _measure(cell, across)) and (y := _measure(cell, up))
+            if (x := _measure(results, cell, across)) and (y := _measure(results, cell, up))
         }  # fmt: skip
         for i, model in enumerate(results.models):
             cells = [cell for cell in results.cells if cell.model == model and cell.name in spots]
             if len(cells) > 1:
-                words = f"Memorization and {('cost' if up is _PASSES else up.family)}"
-                name = f"tradeoff-{number}-{i}"
-                found.append(_tradeoff(results, cells, spots, (across, up), name, _title(results, words, model)))
-    return found
+                title = _title(results, f"Memorization and {family}", model)
+                figures.append(_tradeoff(results, cells, spots, (across, up), f"tradeoff-{number}-{i}", title))
+    return figures
 
 
-def _measure(cell: Cell, info: MetricInfo) -> _Spot | None:
+def _measure(results: Results, cell: CellResults, key: str) -> _Spot | None:
     """A metric of a cell over memorized prompts, with its interval; without one for costs and for whole sets."""
-    if info is _PASSES:
+    if key == _COST:
         images = sum(len(outcome.seeds) for outcome in cell.outcomes.values()) / len(cell.outcomes)
-        passes = cell.cost.get("once_row_passes_per_prompt", 0) + images * cell.cost.get("row_passes_per_image", 0)
+        cost = cell.summary.cost
+        passes = cost.get("once_row_passes_per_prompt", 0) + images * cost.get("row_passes_per_image", 0)
         return _Spot(passes, passes, passes) if passes else None
-    if info.per == "set":
-        found = [row[info.key].mean for row in list(cell.aggregates.values())[::-1] if info.key in row]
-        return _Spot(*found[:1] * 3) if found else None
-    values = list(cell.prompt_means(info.key, MEMORIZED).values())
+    if results.metrics[key].per == "set":
+        means = [row[key].mean for row in reversed(cell.summary.aggregates.values()) if key in row]
+        return _Spot(means[0], means[0], means[0]) if means else None
+    values = list(cell.prompt_means(key, MEMORIZED).values())
     return _Spot(float(np.mean(values)), *bootstrap_interval(np.array(values))) if values else None
 
 
-def _is_complete(cell: Cell, infos: Sequence[MetricInfo]) -> bool:
+def _is_complete(results: Results, cell: CellResults, key: str) -> bool:
     """Whether no value of memorized prompts, or of all in a set, failed."""
-    groups = {info.key: ["all"] if info.per == "set" else MEMORIZED for info in infos}
-    return all(cell.is_complete(group, key) for key, of_key in groups.items() for group in of_key)
+    groups = ["all"] if _info(results, key).per == "set" else MEMORIZED
+    return all(cell.is_complete(group, key) for group in groups)
 
 
 def _tradeoff(
     results: Results,
-    cells: Sequence[Cell],
-    spots: dict[str, tuple[_Spot, _Spot]],
-    infos: tuple[MetricInfo, MetricInfo],
+    cells: Sequence[CellResults],
+    spots: Mapping[str, tuple[_Spot, _Spot]],
+    keys: tuple[str, str],
     name: str,
     title: str,
 ) -> Plot:
-    signs = [-1 if info.higher_is_better else 1 for info in infos]
+    signs = [-1 if _info(results, key).higher_is_better else 1 for key in keys]
     values = [(spots[cell.name][0].value, spots[cell.name][1].value) for cell in cells]
     # What failed may be what would have been bad.
-    complete = [i for i, cell in enumerate(cells) if _is_complete(cell, infos)] or list(range(len(cells)))
+    complete = [i for i, cell in enumerate(cells) if all(_is_complete(results, cell, key) for key in keys)]
+    complete = complete or list(range(len(cells)))
     best = [complete[i] for i in front([(signs[0] * values[i][0], signs[1] * values[i][1]) for i in complete])]
     many = len(cells) > _LABELS
     rows = math.ceil(len(cells) / 2) if many else 0
@@ -157,12 +169,13 @@ def _tradeoff(
     axes = figure.add_subplot()
     axes.grid()
     axes.margins(0.16)
-    if infos[1] is _PASSES and max(y.value for _, y in spots.values()) > 10 * min(y.value for _, y in spots.values()):
+    if keys[1] == _COST and max(y.value for _, y in spots.values()) > 10 * min(y.value for _, y in spots.values()):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(LogFormatter())
         axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
     for place, cell in enumerate(cells):
-        look, (x, y) = looks(results)[cell.short], spots[cell.name]
+        look = looks(results)[cell.short]
+        x, y = spots[cell.name]
         axes.hlines(y.value, x.low, x.high, colors=look.color, linewidth=1.1, alpha=0.55)
         axes.vlines(x.value, y.low, y.high, colors=look.color, linewidth=1.1, alpha=0.55)
         face = look.color if place in best else "none"
@@ -170,8 +183,8 @@ def _tradeoff(
     # The same span for every model, so that figures side by side can be compared.
     axes.update_datalim([corner for x, y in spots.values() for corner in zip(x[1:], y[1:], strict=True)])
     axes.autoscale_view()
-    axes.set_xlabel(_axis(infos[0]))
-    axes.set_ylabel(_axis(infos[1]))
+    axes.set_xlabel(_axis(results, keys[0]))
+    axes.set_ylabel(_axis(results, keys[1]))
     if many:
         figure.legend(loc="outside lower left", ncols=2, fontsize="small")
     named = [i for i, cell in enumerate(cells) if not many or i in best or cell.method == "none"]
@@ -213,21 +226,15 @@ def _overlap(a: Bbox, b: Bbox) -> float:
     return float(max(width, 0.0) * max(height, 0.0))
 
 
-def _distributions(results: Results) -> list[Plot]:
+def _distributions(results: Results) -> list[Plot | None]:
     keys = [key for family, key in results.leading.items() if family not in ("quality", "localization")]
-    found = [
-        _distribution(results, results.metrics[key], i)
-        for key in keys
-        if results.metrics[key].per != "set"
-        for i in range(len(results.models))
-    ]
-    return [plot for plot in found if plot]
+    keys = [key for key in keys if results.metrics[key].per != "set"]
+    return [_distribution(results, key, model) for key in keys for model in results.models]
 
 
-def _distribution(results: Results, info: MetricInfo, number: int) -> Plot | None:
-    model = results.models[number]
+def _distribution(results: Results, key: str, model: str) -> Plot | None:
     values = {
-        (cell.name, group): list(cell.prompt_means(info.key, [group]).values())
+        (cell.name, group): list(cell.prompt_means(key, [group]).values())
         for cell in results.cells
         for group in (*MEMORIZED, GENERAL)
     }
@@ -251,10 +258,11 @@ def _distribution(results: Results, info: MetricInfo, number: int) -> Plot | Non
     panels[0].set_xlim(min(every) - margin, max(every) + margin)
     panels[0].set_yticks(range(len(cells)), [cell.short for cell in cells])
     panels[0].set_ylim(len(cells) - 0.5, -0.5)
-    figure.supxlabel(_axis(info), fontsize="medium")
+    figure.supxlabel(_axis(results, key), fontsize="medium")
     drawn = "a dot is a prompt" if max(map(len, values.values())) <= _DOTS else "the shape counts prompts"
     caption = f"Means over the images of each prompt: {drawn}, the line is the median, the band the middle half."
-    name, title = f"distribution-{info.key}-{number}", _title(results, info.title, model)
+    title = _title(results, results.metrics[key].title, model)
+    name = f"distribution-{key}-{results.models.index(model)}"
     return Plot("distributions", name, title, caption, svg(figure, name, f"{title}: spread over prompts by method"))
 
 
@@ -271,21 +279,21 @@ def _strip(axes: Axes, place: float, numbers: Sequence[float], look: Look) -> No
         axes.plot(numbers, place + spread, look.marker, color=look.color, alpha=0.75, ms=4, mew=0)
 
 
-def _blocked(results: Results, model: str) -> tuple[list[str], list[tuple[Cell, NDArray[np.int64]]]]:
+def _blocked(results: Results, model: str) -> tuple[list[str], list[tuple[CellResults, NDArray[np.int64]]]]:
     """Layers of a model in network order, and neurons by prompt and layer of each cell that blocked any.
 
     Memorized prompts count (all prompts where none is known to be).
     """
     cells = [cell for cell in results.cells if cell.model == model]
     layers = network_order({layer for cell in cells for layer in cell.layers})
-    found: list[tuple[Cell, NDArray[np.int64]]] = []
+    blocked: list[tuple[CellResults, NDArray[np.int64]]] = []
     for cell in cells:
         prompts = [prompt for prompt in cell.prompts if prompt.kind] or cell.prompts
         rows = [[len(cell.outcomes[prompt.id].neurons.get(layer, ())) for layer in layers] for prompt in prompts]
         counts = np.array(rows, np.int64).reshape(len(prompts), len(layers))
         if counts.any():
-            found.append((cell, counts))
-    return layers, found
+            blocked.append((cell, counts))
+    return layers, blocked
 
 
 def _counts(results: Results, model: str) -> Plot | None:
@@ -347,52 +355,77 @@ def _layers(results: Results, model: str) -> Plot | None:
 
 def _roc(results: Results, model: str) -> Plot | None:
     """Detectors without mitigation; of every cell where that was not run."""
-    cells = [cell for cell in results.cells if cell.model == model and cell.detection]
+    cells = [cell for cell in results.cells if cell.model == model and cell.summary.detection]
     cells = [cell for cell in cells if cell.method == "none"] or cells
-    found = [(cell, detector) for cell in cells for detector in cell.detection.values() if detector.curve]
-    if not found:
+    detectors = [(cell, roc) for cell in cells for roc in cell.summary.detection.values() if roc.curve]
+    if not detectors:
         return None
     figure = Figure(figsize=(5.0, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    axes.grid()
-    axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, alpha=0.4, linestyle=":")
-    axes.axvline(0.01, color=INK, linewidth=0.8, alpha=0.4, linestyle="--")
-    for number, (cell, detector) in enumerate(found):
-        look = nth_look(number)
-        words = f"{detector.title}{f', {cell.short}' if len(cells) > 1 else ''}: AUC {detector.auc:.3f}"
-        axes.plot(
-            *zip(*detector.curve, strict=True), color=look.color, marker=look.marker, markevery=0.2, ms=5, label=words
-        )
-    axes.set_xlabel("False positive rate (dashed: 1%)")
-    axes.set_ylabel("True positive rate")
-    axes.set_aspect("equal")
+    several = len(cells) > 1
+    _draw_curves(axes, [(f"{roc.title}, {cell.short}" if several else roc.title, roc) for cell, roc in detectors])
     axes.legend(loc="lower right")
     name, title = f"roc-{results.models.index(model)}", _title(results, "Detection of memorized prompts", model)
     caption = "One curve a detector, over the prompts known to be memorized and the others; dotted is chance."
     return Plot("detection", name, title, caption, svg(figure, name, title))
 
 
-def _calibration(results: Results, calibrated: Cell, folder: Path) -> Plot | None:
-    found = load_calibration(folder)
-    if found.threshold is None or not found.pairs:
+def detector_curves(detectors: Sequence[tuple[str, Roc]], name: str, prompts: str) -> str:
+    """ROC curves of detectors over the same prompts as an SVG element.
+
+    Args:
+        detectors: Label and measures of each.
+        name: Unique on the page.
+        prompts: Model and prompts, for those who can't see it.
+    """
+    with style():
+        figure = Figure(figsize=(9.0, 4.8), layout=ConstrainedLayoutEngine(h_pad=0.12))
+        axes, legend = figure.subplots(1, 2, width_ratios=[1.1, 1])
+        _draw_curves(axes, detectors, clip=False)
+        legend.axis("off")
+        legend.legend(*axes.get_legend_handles_labels(), loc="center left")
+        return svg(figure, name, f"ROC curves of detectors, {prompts}")
+
+
+def _draw_curves(axes: Axes, detectors: Sequence[tuple[str, Roc]], *, clip: bool = True) -> None:
+    axes.grid()
+    axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, alpha=0.4, linestyle=":")
+    axes.axvline(0.01, color=INK, linewidth=0.8, alpha=0.4, linestyle="--")
+    for number, (label, roc) in enumerate(detectors):
+        look = nth_look(number)
+        axes.plot(
+            *zip(*roc.curve, strict=True), color=look.color, marker=look.marker, markevery=0.2, ms=5,
+            label=f"{label}: AUC {roc.auc:.3f}", clip_on=clip,
+        )  # fmt: skip
+    axes.set_xlabel("False positive rate (dashed: 1%)")
+    axes.set_ylabel("True positive rate")
+    axes.set_aspect("equal")
+
+
+def _calibration(results: Results, calibrated: CellResults, folder: Path) -> Plot | None:
+    threshold = read_file(folder / "threshold.json", Threshold)
+    tau = threshold.threshold
+    records = read_records(folder, CalibrationRecord).values()
+    pairs = [pair for record in records for pair in record.pairs or () if math.isfinite(pair)]
+    if tau is None or not pairs:
         return None
     # Without mitigation prompts are scored by the protocol of the paper.
-    same = (found.protocol, found.similarity) == ("paper", "fixed")
+    same = (threshold.protocol, threshold.similarity) == ("paper", "fixed")
     comparable = [cell for cell in results.cells if same and _shares_scores(cell, calibrated)]
     plain = [cell for cell in comparable if cell.method == "none"]
     rows: dict[str, dict[tuple[str, str], float]] = {group: {} for group in MEMORIZED}
-    for cell, group in product(plain, MEMORIZED):
-        rows[group] |= {(cell.prompt_list, i): v for i, v in cell.prompt_means("memorization", [group]).items()}
+    for cell, group, key in product(plain, MEMORIZED, results.keys_of("memorization_score")):
+        rows[group] |= {(cell.spec.prompts, i): v for i, v in cell.prompt_means(key, [group]).items()}
     groups = [group for group in MEMORIZED if rows[group]]
     heights = [2.0, *([0.3 + 0.45 * len(groups)] if groups else [])]
     figure = Figure(figsize=(5.0, 0.9 + sum(heights)), layout="constrained")
     top, *below = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     top.set_title("General prompts, pairs of seeds")
-    top.hist(found.pairs, bins=40, weights=np.full(len(found.pairs), 100 / len(found.pairs)), color=INK, alpha=0.35)
+    top.hist(pairs, bins=40, weights=np.full(len(pairs), 100 / len(pairs)), color=INK, alpha=0.35)
     top.set_ylabel("% of pairs")
     top.yaxis.set_major_locator(MaxNLocator(3))
     at = top.get_xaxis_transform()
-    top.annotate(f"threshold {found.threshold:.3f}", (found.threshold, 1), (5, 0), at, "offset points", va="top")
+    top.annotate(f"threshold {tau:.3f}", (tau, 1), (5, 0), at, "offset points", va="top")
     for axes in below:
         axes.set_title("Memorized prompts, nothing mitigated")
         for place, group in enumerate(groups):
@@ -403,20 +436,20 @@ def _calibration(results: Results, calibrated: Cell, folder: Path) -> Plot | Non
         axes.spines["left"].set_visible(False)
     for axes in (top, *below):
         axes.grid(axis="x")
-        axes.axvline(found.threshold, color=INK, linewidth=1.2, linestyle="--")
+        axes.axvline(tau, color=INK, linewidth=1.2, linestyle="--")
     (below or [top])[-1].set_xlabel("Similarity of noise differences (more memorized →)")
     name = f"calibration-{results.cells.index(calibrated)}"
-    title = f"Threshold: {calibrated.model}" + (f", {found.protocol} protocol" * (found.protocol != "paper"))
+    title = f"Threshold: {calibrated.model}" + (f", {threshold.protocol} protocol" * (threshold.protocol != "paper"))
     caption = "The dashed line is the threshold, mean plus one standard deviation of the pairs of general prompts."
     if groups:
         caption += " Dots are memorized prompts, each the mean over its pairs, with their median and middle half."
-    if found.failed:
-        caption += f" {found.failed} general prompts failed: their noise differences are not finite."
+    if threshold.failed:
+        caption += f" {threshold.failed} general prompts failed: their noise differences are not finite."
     return Plot("detection", name, title, caption, svg(figure, name, title))
 
 
-def _shares_scores(cell: Cell, other: Cell) -> bool:
+def _shares_scores(cell: CellResults, other: CellResults) -> bool:
     """Whether noise differences of two cells were made and compared alike."""
     return cell.model == other.model and all(
-        cell.settings.get(key) == other.settings.get(key) for key in ("model", "localize_seeds")
+        cell.spec.settings.get(key) == other.spec.settings.get(key) for key in ("model", "localize_seeds")
     )

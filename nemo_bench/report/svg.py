@@ -15,7 +15,7 @@ from html import escape
 import matplotlib.style
 from matplotlib.figure import Figure
 
-from nemo_bench.report.data import Results
+from nemo_bench.records.results import Results
 
 INK = "#010203"
 """Stands for the colour of text."""
@@ -55,7 +55,7 @@ _RULES = (
     (r'xlink:href="#', r'href="#{name}-'),
     (r"url\(#", r"url(#{name}-"),
 )
-"""What to rewrite so that figures share a page: no style for everything, ids of their own."""
+"""Rewrites so that figures share a page: no style for everything, ids of their own."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Look:
 
 
 def looks(results: Results) -> dict[str, Look]:
-    """The look of every method with its settings, by :attr:`Cell.short`, in order of appearance."""
+    """The look of every method with its settings, by :attr:`CellResults.short`, in order of appearance."""
     return {name: nth_look(i) for i, name in enumerate(dict.fromkeys(cell.short for cell in results.cells))}
 
 
@@ -93,9 +93,9 @@ def svg(figure: Figure, name: str, label: str) -> str:
     """A figure as an SVG element.
 
     Args:
-        figure: What to draw.
+        figure: The figure.
         name: Unique on the page.
-        label: What it shows, for those who can't see it.
+        label: Its content, for those who can't see it.
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata=_METADATA)

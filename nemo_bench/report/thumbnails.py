@@ -5,29 +5,12 @@ from __future__ import annotations
 import base64
 import io
 from contextlib import suppress
-from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from nemo_bench.errors import StoreError
-from nemo_bench.records.io import read_json, write_json
+from nemo_bench.records.io import read_file, write_json
+from nemo_bench.records.schema import Thumbnail, ThumbnailCache
 from nemo_bench.records.store import thumbnail
-
-
-@dataclass(frozen=True)
-class Thumbnail:
-    """An embedded image.
-
-    Attributes:
-        uri: Data URI.
-        width: In pixels.
-        height: In pixels.
-        tiny: The image was not made smaller, so its pixels may be shown as squares.
-    """
-
-    uri: str
-    width: int
-    height: int
-    tiny: bool
 
 
 class Thumbnails:
@@ -41,10 +24,10 @@ class Thumbnails:
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / "thumbnails.json"
-        self._kept: dict[str, Thumbnail] = {}
+        self._cached: dict[str, Thumbnail] = {}
         self._used: dict[str, Thumbnail] = {}
-        with suppress(StoreError, AttributeError, TypeError):
-            self._kept = {key: Thumbnail(*values) for key, values in read_json(self._file).items()}
+        with suppress(StoreError):
+            self._cached = read_file(self._file, ThumbnailCache).thumbnails
 
     def __call__(self, path: Path, box: tuple[int, int], *, lossless: bool = True) -> Thumbnail | None:
         """An image as WebP, made to fit a box; None if there is no image to read.
@@ -55,30 +38,30 @@ class Thumbnails:
             lossless: Keep every pixel of an image that fits already.
         """
         try:
-            about = path.stat()
+            stat = path.stat()
         except OSError:
             return None
         folder = self._file.parent
         name = path.relative_to(folder) if path.is_relative_to(folder) else path
-        key = f"{name} {about.st_size} {about.st_mtime_ns} {box[0]}x{box[1]}"
-        found = self._kept.get(key) or _make(path, box, lossless)
-        if found:
-            self._used[key] = found
-        return found
+        key = f"{name} {stat.st_size} {stat.st_mtime_ns} {box[0]}x{box[1]}"
+        made = self._cached.get(key) or _make(path, box, lossless)
+        if made:
+            self._used[key] = made
+        return made
 
-    def keep(self) -> None:
-        """Writes what was asked for, if any of it is new; a folder that can't be written is left as it is."""
-        if self._used.keys() != self._kept.keys():
+    def save(self) -> None:
+        """Writes the thumbnails in use, if any is new; a folder that can't be written is left as it is."""
+        if self._used.keys() != self._cached.keys():
             with suppress(OSError):
-                write_json(self._file, {key: astuple(self._used[key]) for key in sorted(self._used)})
+                write_json(self._file, ThumbnailCache(thumbnails=dict(sorted(self._used.items()))))
 
 
 def _make(path: Path, box: tuple[int, int], lossless: bool) -> Thumbnail | None:
-    found = thumbnail(path, box)
-    if not found:
+    made = thumbnail(path, box)
+    if not made:
         return None
-    picture, smaller = found
+    picture, is_smaller = made
     buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", lossless=lossless and not smaller, quality=70, method=4)
+    picture.save(buffer, "WEBP", lossless=lossless and not is_smaller, quality=70, method=4)
     uri = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return Thumbnail(uri, picture.width, picture.height, not smaller)
+    return Thumbnail(uri=uri, width=picture.width, height=picture.height, tiny=not is_smaller)

@@ -1,9 +1,9 @@
-"""Tracking: finished cells told to Weights & Biases, CSV files and TensorBoard, from records alone.
+"""Tracking: finished cells logged to Weights & Biases, CSV files and TensorBoard, from records alone.
 
-A run is complete on disk before this is called, and can be told again at any time, so a failure loses nothing.
+A run is complete on disk before this is called, and can be logged again at any time, so a failure loses nothing.
 
 Example:
-    >>> track(Path("results/default"), LoggerSettings(csv=True))  # doctest: +SKIP
+    >>> track(load_results("results/default"), LoggerSettings(csv=True))  # doctest: +SKIP
     CSV: results/default/*/csv/metrics.csv
 """
 
@@ -11,62 +11,59 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 
 from nemo_bench.config import LoggerSettings
 from nemo_bench.errors import ConfigError, StoreError, TrackingError
-from nemo_bench.tracking.content import Entry, load_entries
+from nemo_bench.records.results import Results
+from nemo_bench.tracking.logged import LoggedCell, logged_cells
 
-__all__ = ["Entry", "sweep_trial", "track"]
+__all__ = ["LoggedCell", "sweep_trial", "track"]
 
 
 def track(
-    folder: Path,
+    results: Results,
     settings: LoggerSettings,
     *,
     cells: Collection[str] | None = None,
     again: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Tells the finished cells of a run to every logger that is asked for.
+    """Logs the finished cells of a run to every logger that is asked for.
 
     Args:
-        folder: ``results/<name>``, or one cell in it.
+        results: From :func:`nemo_bench.records.results.load_results`.
         settings: Which loggers, and their settings.
-        cells: Names of the cells of a run that are told; None takes all.
-        again: Tell W&B also what it was told already and has not changed since.
-        say: Where single lines go.
+        cells: Names of the cells to log; None takes all.
+        again: Log unchanged cells to W&B as well.
+        say: Receives single lines.
 
     Raises:
-        StoreError: The folder holds no run, or no finished cell that was asked for.
-        TrackingError: A logger failed, in whatever way; the others were told, and the results are untouched.
+        StoreError: No cell that was asked for is finished.
+        TrackingError: A logger failed, in whatever way; the others succeeded, and the results are untouched.
     """
-    chosen = {
-        "wandb": (settings.wandb, _tell_wandb),
-        "csv": (settings.csv, _tell_csv),
-        "tensorboard": (settings.tensorboard, _tell_tensorboard),
+    loggers = {
+        name: log
+        for name, log in {"wandb": _log_wandb, "csv": _log_csv, "tensorboard": _log_tensorboard}.items()
+        if getattr(settings, name)
     }
-    if not any(asked for asked, _ in chosen.values()):
+    if not loggers:
         return
-    if (folder / "spec.json").is_file() and not (folder / "run.json").is_file():
-        folder, cells = folder.parent, [folder.name]
-    entries, unfinished = load_entries(folder)
-    left_out = {name: why for name, why in unfinished.items() if cells is None or name in cells}
-    entries = [entry for entry in entries if cells is None or entry.cell.name in cells]
-    if not entries:
-        why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "no such cell in run.json"
-        raise StoreError(f"{folder} has no finished cell to track ({why}); give the command of the run again to go on")
-    for name, why in left_out.items():
+    unfinished = {name: why for name, why in results.unfinished.items() if cells is None or name in cells}
+    logged = [cell for cell in logged_cells(results) if cells is None or cell.results.name in cells]
+    if not logged:
+        why = "; ".join(f"{name}: {reason}" for name, reason in unfinished.items()) or "no such cell in run.json"
+        msg = f"{results.folder} has no finished cell to track ({why}); give the command of the run again to go on"
+        raise StoreError(msg)
+    for name, why in unfinished.items():
         say(f"not tracked, {why}: {name}")
     failures = []
-    for name, (asked, tell) in chosen.items():
+    for name, log in loggers.items():
         try:
-            if asked:
-                tell(entries, settings, again, say)
+            log(logged, settings, again, say)
         except Exception as error:  # whatever a logger raises: results that are complete must not suffer from it
             failures.append(f"{name} failed: {' '.join(str(error).split()) or type(error).__name__}")
     if failures:
-        hint = f"the results are untouched, nemo-bench track {folder} tries again"
+        hint = f"the results are untouched, nemo-bench track {results.folder} tries again"
         raise TrackingError(f"{'; '.join(failures)}; {hint}")
 
 
@@ -97,26 +94,28 @@ def sweep_trial(methods: Mapping[str, str]) -> str | None:
     return trials[0]
 
 
-def _tell_wandb(entries: list[Entry], settings: LoggerSettings, again: bool, say: Callable[[str], None]) -> None:
+def _log_wandb(cells: list[LoggedCell], settings: LoggerSettings, again: bool, say: Callable[[str], None]) -> None:
     from nemo_bench.tracking import wandb_runs  # slow to import, and may be absent
 
-    trial = sweep_trial({entry.cell.name: entry.cell.method for entry in entries})
+    trial = sweep_trial({cell.results.name: cell.results.method for cell in cells})
     if trial:
-        entries = [entry for entry in entries if entry.cell.name == trial]
-    wandb_runs.tell(entries, settings, again=again, in_sweep=trial is not None, say=say)
+        cells = [cell for cell in cells if cell.results.name == trial]
+    wandb_runs.log_cells(cells, settings, again=again, in_sweep=trial is not None, say=say)
 
 
-def _tell_csv(entries: list[Entry], settings: LoggerSettings, again: bool, say: Callable[[str], None]) -> None:
+def _log_csv(cells: list[LoggedCell], settings: LoggerSettings, again: bool, say: Callable[[str], None]) -> None:
     from nemo_bench.tracking import lightning_logs
 
-    for entry in entries:
-        lightning_logs.write_csv(entry)
-    say(f"CSV: {entries[0].folder.parent}/*/csv/metrics.csv")
+    for cell in cells:
+        lightning_logs.write_csv(cell)
+    say(f"CSV: {cells[0].folder.parent}/*/csv/metrics.csv")
 
 
-def _tell_tensorboard(entries: list[Entry], settings: LoggerSettings, again: bool, say: Callable[[str], None]) -> None:
+def _log_tensorboard(
+    cells: list[LoggedCell], settings: LoggerSettings, again: bool, say: Callable[[str], None]
+) -> None:
     from nemo_bench.tracking import lightning_logs
 
-    for entry in entries:
-        lightning_logs.write_tensorboard(entry, settings.thumbnails)
-    say(f"TensorBoard: tensorboard --logdir {entries[0].folder.parent}")
+    for cell in cells:
+        lightning_logs.write_tensorboard(cell, settings.thumbnails)
+    say(f"TensorBoard: tensorboard --logdir {cells[0].folder.parent}")

@@ -9,27 +9,27 @@ import numpy as np
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from nemo_bench.errors import TrackingError
-from nemo_bench.tracking.content import Entry
+from nemo_bench.tracking.logged import LoggedCell
 
 
-def write_csv(entry: Entry) -> None:
+def write_csv(cell: LoggedCell) -> None:
     """Writes ``csv/metrics.csv``, the row of the leaderboard, and ``csv/hparams.yaml``, the config.
 
     Args:
-        entry: The cell; what was written of it before is replaced.
+        cell: The cell; earlier logs of it are replaced.
     """
-    shutil.rmtree(entry.folder / "csv", ignore_errors=True)
-    logger = CSVLogger(entry.folder, name="csv", version="")
-    logger.log_hyperparams(entry.config)
-    logger.log_metrics({**entry.row}, step=0)
+    shutil.rmtree(cell.folder / "csv", ignore_errors=True)
+    logger = CSVLogger(cell.folder, name="csv", version="")
+    logger.log_hyperparams(cell.config)
+    logger.log_metrics({**cell.row}, step=0)
     logger.finalize("success")
 
 
-def write_tensorboard(entry: Entry, thumbnails: int) -> None:
+def write_tensorboard(cell: LoggedCell, thumbnails: int) -> None:
     """Writes ``tensorboard/``: the row as scalars, config and means as hyper-parameters, neurons, pictures of prompts.
 
     Args:
-        entry: The cell; what was written of it before is replaced.
+        cell: The cell; earlier logs of it are replaced.
         thumbnails: Number of prompts shown with pictures.
 
     Raises:
@@ -37,14 +37,15 @@ def write_tensorboard(entry: Entry, thumbnails: int) -> None:
     """
     if not importlib.util.find_spec("tensorboard"):
         raise TrackingError("TensorBoard is not installed: pip install 'nemo-bench[tensorboard]'")
-    shutil.rmtree(entry.folder / "tensorboard", ignore_errors=True)
-    logger = TensorBoardLogger(entry.folder, name="tensorboard", version="")
-    logger.log_metrics({key: value for key, value in entry.row.items() if key not in entry.means}, step=0)
-    logger.log_hyperparams(entry.config, entry.means, step=0)
-    writer, cell = logger.experiment, entry.cell
-    writer.add_histogram("neurons per prompt", np.array([cell.outcomes[p.id].neurons.count for p in cell.prompts]), 0)
-    for prompt in cell.prompts[:thumbnails]:
+    shutil.rmtree(cell.folder / "tensorboard", ignore_errors=True)
+    logger = TensorBoardLogger(cell.folder, name="tensorboard", version="")
+    logger.log_metrics({key: value for key, value in cell.row.items() if key not in cell.means}, step=0)
+    logger.log_hyperparams(cell.config, cell.means, step=0)
+    writer, results = logger.experiment, cell.results
+    counts = [results.outcomes[prompt.id].neurons.count for prompt in results.prompts]
+    writer.add_histogram("neurons per prompt", np.array(counts), 0)
+    for prompt in results.prompts[:thumbnails]:
         writer.add_text(f"{prompt.id}/text", prompt.text, 0)
-        for name, picture in entry.pictures(prompt).items():
+        for name, picture in cell.pictures(prompt).items():
             writer.add_image(f"{prompt.id}/{name}", np.asarray(picture), 0, dataformats="HWC")
     logger.finalize("success")

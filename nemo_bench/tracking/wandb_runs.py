@@ -15,12 +15,13 @@ from wandb.sdk.lib.wbauth import read_netrc_auth
 
 from nemo_bench.config import LoggerSettings
 from nemo_bench.errors import TrackingError, counted
-from nemo_bench.records.io import digest, read_json, write_json
-from nemo_bench.tracking.content import PICTURES, Entry
+from nemo_bench.records.io import digest, read_file, write_json
+from nemo_bench.records.schema import Tracked
+from nemo_bench.tracking.logged import PICTURES, LoggedCell
 
 
-def tell(
-    entries: Sequence[Entry],
+def log_cells(
+    cells: Sequence[LoggedCell],
     settings: LoggerSettings,
     *,
     again: bool,
@@ -29,15 +30,15 @@ def tell(
 ) -> None:
     """Makes or continues the W&B run of every cell: config, summary, tables with pictures, charts, an artifact.
 
-    A run's id follows from run and cell, or is that of the sweep agent, and is kept beside the records; a cell that was
-    told already and has not changed since is left alone.
+    A run's id follows from run and cell, or is that of the sweep agent, and is kept beside the records; a cell without
+    a change since it was logged is left alone.
 
     Args:
-        entries: Cells of one run.
+        cells: Cells of one run.
         settings: Project, entity, mode, time-out and number of prompts with pictures.
-        again: Tell what has not changed as well.
+        again: Log unchanged cells as well.
         in_sweep: Whether the one cell continues the W&B run that a sweep agent has opened.
-        say: Where single lines go.
+        say: Receives single lines.
 
     Raises:
         TrackingError: W&B failed at a cell, in whatever way; the cells after it are not tried.
@@ -46,51 +47,55 @@ def tell(
     say(f"W&B: {mode}, {why}")
     if mode == "disabled":
         return
-    told = 0
-    for entry in entries:
-        marker = entry.folder / "tracked.json"
-        before = read_json(marker) if marker.exists() else {}
-        own = before.get("id") or digest([entry.token, entry.cell.name])
-        identity = os.environ["WANDB_RUN_ID"] if in_sweep else own
-        place = {"id": identity, "project": settings.project, "entity": settings.entity, "mode": mode}
-        wanted = {**place, "results": entry.digest}
-        if not again and wanted == {key: before.get(key) for key in wanted}:
+    logged = 0
+    for cell in cells:
+        file = cell.folder / "tracked.json"
+        before = read_file(file, Tracked) if file.exists() else None
+        if in_sweep:
+            identity = os.environ["WANDB_RUN_ID"]
+        else:
+            identity = before.id if before else digest([cell.run.token, cell.results.name])
+        tracked = Tracked(
+            id=identity, project=settings.project, entity=settings.entity, mode=mode, results=cell.digest
+        )  # fmt: skip
+        if before and not again and tracked == before.model_copy(update={"url": None}):
             continue
         try:
-            url = _tell(entry, settings, identity, mode, in_sweep)
+            url = _log(cell, settings, tracked, in_sweep=in_sweep)
         except Exception as error:  # wandb and its service raise errors of many kinds
-            raise TrackingError(f"{entry.cell.name}: {str(error) or type(error).__name__}") from error
-        write_json(marker, {**wanted, "url": url})
-        told += 1
+            raise TrackingError(f"{cell.results.name}: {str(error) or type(error).__name__}") from error
+        write_json(file, tracked.model_copy(update={"url": url}))
+        logged += 1
         if url:
             say(f"W&B: {url}")
-    run = entries[0].folder.parent
-    if told < len(entries):
-        say(f"W&B: {counted(len(entries) - told, 'cell')} unchanged since they were tracked ({mode})")
-    if told and mode == "offline":
+    run = cells[0].folder.parent
+    if logged < len(cells):
+        say(f"W&B: {counted(len(cells) - logged, 'cell')} unchanged since they were tracked ({mode})")
+    if logged and mode == "offline":
         say(f"W&B (offline): {run}/*/wandb; nemo-bench track {run} logger.mode=online uploads it, from any machine")
 
 
-def _tell(entry: Entry, settings: LoggerSettings, identity: str, mode: Any, in_sweep: bool) -> str | None:
-    cell, start = entry.cell, entry.cell.starts[-1]
+def _log(cell: LoggedCell, settings: LoggerSettings, tracked: Tracked, *, in_sweep: bool) -> str | None:
+    results = cell.results
     # A sweep agent has decided these by itself; wandb warns of every one that is given again.
     place: dict[str, Any] = {
-        "project": settings.project,
-        "entity": settings.entity,
-        "id": identity,
+        "project": tracked.project,
+        "entity": tracked.entity,
+        "id": tracked.id,
         "resume": "allow",
     }
+    mode: Any = tracked.mode
     with (
-        _staged_in(entry.folder / "wandb"),
+        _staged_in(cell.folder / "wandb"),
         wandb.init(
             **({} if in_sweep else place),
-            name=cell.name[:64],
-            group=entry.group[:64],
+            name=results.name[:64],
+            group=cell.run.name[:64],
             job_type="benchmark",
-            tags=list(dict.fromkeys(name[:64] for name in (cell.model, cell.method, cell.prompt_list))),
-            notes=start["command"],
-            config=entry.config,
-            dir=entry.folder,
+            tags=list(dict.fromkeys(name[:64] for name in (results.model, results.method, results.spec.prompts))),
+            notes=results.starts[-1].command,
+            config=cell.config,
+            dir=cell.folder,
             mode=mode,
             reinit="create_new",
             settings=wandb.Settings(
@@ -103,9 +108,10 @@ def _tell(entry: Entry, settings: LoggerSettings, identity: str, mode: Any, in_s
             ),
         ) as run,
     ):
-        run.log({**entry.means, "prompts": _prompts(entry, settings.thumbnails), **_charts(entry)})
-        run.summary.update(entry.row)
-        run.log_artifact(_artifact(entry))
+        charts = {**_curves(cell), **_tradeoff(cell), **_neurons(cell)}
+        run.log({**cell.means, "prompts": _prompts(cell, settings.thumbnails), **charts})
+        run.summary.update(cell.row)
+        run.log_artifact(_artifact(cell))
     return None if run.offline else run.url
 
 
@@ -163,48 +169,47 @@ def _staged_in(folder: Path) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _prompts(entry: Entry, thumbnails: int) -> wandb.Table:
-    metrics = list(entry.metrics["metrics"])
+def _prompts(cell: LoggedCell, thumbnails: int) -> wandb.Table:
+    metrics = list(cell.results.summary.metrics)
     table = wandb.Table(columns=["prompt", "text", "group", *PICTURES, "neurons by layer", *metrics])
-    for number, prompt in enumerate(entry.cell.prompts):
-        pictures = entry.pictures(prompt) if number < thumbnails else {}
+    for number, prompt in enumerate(cell.results.prompts):
+        pictures = cell.pictures(prompt) if number < thumbnails else {}
         table.add_data(
             prompt.id,
             prompt.text,
             prompt.group,
             *(wandb.Image(pictures[name]) if name in pictures else None for name in PICTURES),
-            json.dumps(dict(entry.cell.outcomes[prompt.id].neurons)),
-            *(entry.value(prompt, metric) for metric in metrics),
+            json.dumps(dict(cell.results.outcomes[prompt.id].neurons)),
+            *(cell.value(prompt, metric) for metric in metrics),
         )
     return table
 
 
-def _charts(entry: Entry) -> dict[str, Any]:
-    """Custom charts; in a workspace each one lays the chosen runs over each other."""
-    return {**_curves(entry), **_tradeoff(entry), **_neurons(entry)}
-
-
-def _curves(entry: Entry) -> dict[str, Any]:
+def _curves(cell: LoggedCell) -> dict[str, Any]:
     charts = {}
-    for name, points in entry.detector_curves.items():
-        table = wandb.Table(columns=["class", "fpr", "tpr"], data=[[entry.cell.title, x, y] for x, y in points])
-        title = f"ROC: {entry.metrics['detection'][name].get('title', name)}"
-        axes = {"x-axis-title": "False positive rate", "y-axis-title": "True positive rate"}
+    for name, roc in cell.results.summary.detection.items():
+        if not roc.curve:
+            continue
+        rows = [[cell.results.spec.title, x, y] for x, y in roc.curve]
+        table = wandb.Table(columns=["class", "fpr", "tpr"], data=rows)
+        words = {
+            "title": f"ROC: {roc.title}",
+            "x-axis-title": "False positive rate",
+            "y-axis-title": "True positive rate",
+        }
         fields = {"x": "fpr", "y": "tpr", "class": "class"}
         # wandb.plot.roc_curve draws the same, but has scikit-learn compute the points.
-        charts[f"detection/roc/{name}"] = wandb.plot_table(
-            "wandb/area-under-curve/v0", table, fields, {"title": title, **axes}
-        )
+        charts[f"detection/roc/{name}"] = wandb.plot_table("wandb/area-under-curve/v0", table, fields, words)
     return charts
 
 
-def _tradeoff(entry: Entry) -> dict[str, Any]:
-    if not entry.tradeoff:
+def _tradeoff(cell: LoggedCell) -> dict[str, Any]:
+    if not cell.tradeoff:
         return {}
-    x, y = entry.tradeoff
-    aggregates, prompts = entry.metrics["aggregates"], entry.cell.prompts
-    means = [[entry.cell.title, g, s[x]["mean"], s[y]["mean"]] for g, s in aggregates.items() if x in s and y in s]
-    rows = [[p.id, p.group, entry.value(p, x), entry.value(p, y)] for p in prompts]
+    x, y = cell.tradeoff
+    title, aggregates = cell.results.spec.title, cell.results.summary.aggregates
+    means = [[title, g, row[x].mean, row[y].mean] for g, row in aggregates.items() if x in row and y in row]
+    rows = [[p.id, p.group, cell.value(p, x), cell.value(p, y)] for p in cell.results.prompts]
     by_group = wandb.Table(columns=["method", "group", x, y], data=means)
     by_prompt = wandb.Table(columns=["prompt", "group", x, y], data=[row for row in rows if None not in row])
     return {
@@ -213,26 +218,25 @@ def _tradeoff(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _neurons(entry: Entry) -> dict[str, Any]:
-    outcomes = entry.cell.outcomes
+def _neurons(cell: LoggedCell) -> dict[str, Any]:
+    outcomes = cell.results.outcomes
     if not any(outcome.neurons for outcome in outcomes.values()):
         return {}
-    counts = [[p.id, p.group, outcomes[p.id].neurons.count] for p in entry.cell.prompts]
+    counts = [[p.id, p.group, outcomes[p.id].neurons.count] for p in cell.results.prompts]
     by_prompt = wandb.Table(columns=["prompt", "group", "neurons"], data=counts)
-    by_layer = wandb.Table(columns=["layer", "width", "neurons"], data=[list(row) for row in entry.neurons_by_layer()])
+    by_layer = wandb.Table(columns=["layer", "width", "neurons"], data=[list(row) for row in cell.neurons_by_layer()])
     return {
         "neurons/per_prompt": wandb.plot.histogram(by_prompt, "neurons", "Neurons per prompt"),
         "neurons/per_layer": wandb.plot.bar(by_layer, "layer", "neurons", "Neurons per layer, mean over prompts"),
     }
 
 
-def _artifact(entry: Entry) -> wandb.Artifact:
-    """Records, neurons and what they belong to; the same results always make the same content, so no new version."""
-    name = re.sub(r"[^A-Za-z0-9._-]", "-", f"records-{entry.cell.name}")
-    artifact = wandb.Artifact(name[:128], type="records", metadata={"cell": entry.cell.name})
-    folder = entry.folder
-    files = [*folder.glob("records/[!.]*.jsonl"), *folder.glob("neurons/[!.]*.json")]
+def _artifact(cell: LoggedCell) -> wandb.Artifact:
+    """Records and what they belong to; the same results always make the same content, so no new version."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", f"records-{cell.results.name}")
+    artifact = wandb.Artifact(name[:128], type="records", metadata={"cell": cell.results.name})
     names = ("spec.json", "metrics.json", "layers.json", "prompts.jsonl", "neurons.csv")
-    for file in sorted([*files, *(folder / name for name in names if (folder / name).is_file())]):
-        artifact.add_file(str(file), file.relative_to(folder).as_posix())
+    files = [cell.folder / name for name in names]
+    for file in sorted([*cell.folder.glob("records/[!.]*.jsonl"), *(file for file in files if file.is_file())]):
+        artifact.add_file(str(file), file.relative_to(cell.folder).as_posix())
     return artifact

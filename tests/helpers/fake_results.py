@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
-import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from nemo_bench.records.data import Kind, Prompt
+from nemo_bench.records.io import read_file, write_json
+from nemo_bench.records.schema import (
+    Aggregate,
+    CalibrationRecord,
+    Cost,
+    Entry,
+    Environment,
+    ImageRecord,
+    LocalizationRecord,
+    MemorizationRecord,
+    MetricInfo,
+    Paired,
+    Preset,
+    Record,
+    Roc,
+    Run,
+    ScoreRecord,
+    Spec,
+    Start,
+    Statistic,
+    Summary,
+    Threshold,
+)
+from nemo_bench.records.store import Store, write_prompts
+
+E = TypeVar("E", bound=Entry)
 Pixels = NDArray[np.float64]
 
-PROMPTS = (
+PROMPTS: tuple[tuple[str, str, Kind | None], ...] = (
     ("vm-01", "the golden harbor podcast with nine rings and a crescent", "VM"),
     ("vm-02", "official poster of the midnight lighthouse festival", "VM"),
     ("tm-01", "vintage phone case with a striped cover, studio photo", "TM"),
@@ -39,27 +66,38 @@ LAYERS = {
         ("up_blocks.0.attentions.0", 96),
     )
 }
-METRICS: dict[str, dict[str, Any]] = {
-    "ssim": {"title": "SSIM to training image", "higher_is_better": False, "lower": -1.0, "upper": 1.0,
-             "citation": "Wang et al. 2004", "description": "Structural similarity to the prompt's training image.",
-             "family": "memorization", "per": "image"},
-    "ssim_nearest": {"title": "SSIM to nearest", "higher_is_better": False, "lower": -1.0, "upper": 1.0,
-                     "citation": "Wang et al. 2004", "description": "Best similarity to any known training image.",
-                     "family": "memorization", "per": "image"},
-    "alignment": {"title": "CLIP alignment", "higher_is_better": True, "lower": -1.0, "upper": 1.0,
-                  "citation": "Radford et al. 2021", "description": "Cosine similarity of image and prompt in CLIP.",
-                  "family": "alignment", "per": "image"},
-    "diversity": {"title": "Diversity", "higher_is_better": True, "lower": 0.0, "upper": 1.0,
-                  "citation": "", "description": "Mean pairwise dissimilarity of the images of a prompt.",
-                  "family": "diversity", "per": "prompt"},
-    "fid": {"title": "FID", "higher_is_better": False, "lower": 0.0, "upper": None, "citation": "Heusel et al. 2017",
-            "description": "Distance of Inception features to those of a folder.", "family": "quality", "per": "set"},
-    "memorization": {"title": "Memorization", "higher_is_better": False, "lower": -1.0, "upper": 1.0,
-                     "citation": "Hintersdorf et al. 2024",
-                     "description": "Mean pairwise SSIM of the noise differences of a prompt.",
-                     "family": "localization", "per": "prompt"},
-    "neurons": {"title": "Neurons", "higher_is_better": None, "lower": 0.0, "upper": None,
-                "citation": "", "description": "Number of neurons blocked.", "family": "localization", "per": "prompt"},
+METRICS = {
+    "ssim": MetricInfo(
+        title="SSIM to training image", higher_is_better=False, lower=-1.0, upper=1.0, citation="Wang et al. 2004",
+        description="Structural similarity to the prompt's training image.", family="memorization",
+        role="training_similarity",
+    ),
+    "ssim_nearest": MetricInfo(
+        title="SSIM to nearest", higher_is_better=False, lower=-1.0, upper=1.0, citation="Wang et al. 2004",
+        description="Best similarity to any known training image.", family="memorization",
+        role="nearest_training_similarity",
+    ),
+    "alignment": MetricInfo(
+        title="CLIP alignment", higher_is_better=True, lower=-1.0, upper=1.0, citation="Radford et al. 2021",
+        description="Cosine similarity of image and prompt in CLIP.", family="alignment",
+    ),
+    "diversity": MetricInfo(
+        title="Diversity", higher_is_better=True, lower=0.0, upper=1.0,
+        description="Mean pairwise dissimilarity of the images of a prompt.", family="diversity", per="prompt",
+    ),
+    "fid": MetricInfo(
+        title="FID", higher_is_better=False, lower=0.0, citation="Heusel et al. 2017",
+        description="Distance of Inception features to those of a folder.", family="quality", per="set",
+    ),
+    "memorization": MetricInfo(
+        title="Memorization", higher_is_better=False, lower=-1.0, upper=1.0, citation="Hintersdorf et al. 2024",
+        description="Mean pairwise SSIM of the noise differences of a prompt.", family="localization", per="prompt",
+        role="memorization_score",
+    ),
+    "neurons": MetricInfo(
+        title="Neurons", lower=0.0, description="Number of neurons blocked.", family="localization", per="prompt",
+        role="neuron_count",
+    ),
 }  # fmt: skip
 CITATION = "@inproceedings{hintersdorf2024nemo,\n  title = {Finding NeMo},\n  year = {2024}\n}"
 
@@ -67,26 +105,29 @@ CITATION = "@inproceedings{hintersdorf2024nemo,\n  title = {Finding NeMo},\n  ye
 def write_fake_results(
     folder: Path,
     models: Sequence[str] = ("planted",),
-    prompts: Sequence[tuple[str, str, str | None]] = PROMPTS,
+    prompts: Sequence[tuple[str, str, Kind | None]] = PROMPTS,
     methods: Mapping[str, str] = METHODS,
+    pictures: Sequence[Path] = (),
 ) -> Path:
-    """Writes a run of some methods on some models, keeping to the contract of ``metrics.json``.
+    """Writes a run of some methods on some models.
 
     Args:
         folder: Where the run goes, such as ``results/default``.
         models: Names of the models.
         prompts: Id, text and kind of each prompt.
         methods: Name and title of each method; ``none`` first, if at all.
+        pictures: Files that images link to, in turn; none for drawn images.
 
     Returns:
         The folder.
     """
+    pool = cycle(pictures)
     cells = [
-        _write_cell(folder, model, named, prompts, len(methods) * i + j)
+        _write_cell(folder, model, named, prompts, len(methods) * i + j, pool)
         for i, model in enumerate(models)
         for j, named in enumerate(methods.items())
     ]
-    _dump(folder / "run.json", {"schema": 1, "name": folder.name, "cells": cells})
+    write_json(folder / "run.json", Run(name=folder.name, token=folder.name, cells=cells))
     return folder
 
 
@@ -94,7 +135,7 @@ def write_fake_calibration(run: Path, model: str = "planted", pairs: int = 200, 
     """Gives a run's cells of a model, but the one without mitigation, a calibration beside the run.
 
     Args:
-        run: What :func:`write_fake_results` gave.
+        run: A run of :func:`write_fake_results`.
         model: Name of the model.
         pairs: Number of general prompts, two pairwise scores each.
         protocol: How noise differences were taken.
@@ -102,161 +143,185 @@ def write_fake_calibration(run: Path, model: str = "planted", pairs: int = 200, 
     Returns:
         The folder of the calibration.
     """
-    folder = run.parent / "calibration" / f"{model}__{pairs:08x}"
-    (folder / "records").mkdir(parents=True)
+    store = Store(run.parent / "calibration" / f"{model}__{pairs:08x}")
+    store.open(Spec(task="calibrate", settings={}), is_named=True)
     scores = np.random.default_rng(pairs).normal(0.2, 0.1, (pairs, 2)).round(4)
-    lines = [{"id": f"{i:016x}", "prompt": str(i), "pairs": row.tolist()} for i, row in enumerate(scores)]
-    _write_jsonl(folder / "records" / "calibrate.0.jsonl", lines)
-    threshold = float(scores.mean() + scores.std(ddof=1))
-    about = {"mean": 0.2, "std": 0.1, "prompts": pairs, "protocol": protocol, "similarity": "fixed"}
-    _dump(folder / "threshold.json", {"threshold": threshold, **about})
+    store.writer(CalibrationRecord)(
+        CalibrationRecord(id=f"{i:016x}", prompt=str(i), pairs=row.tolist()) for i, row in enumerate(scores)
+    )
+    tau = float(scores.mean() + scores.std(ddof=1))
+    threshold = Threshold(
+        threshold=tau, mean=0.2, std=0.1, prompts=pairs, protocol=protocol, similarity="fixed", velocity="noise"
+    )  # fmt: skip
+    write_json(store.folder / "threshold.json", threshold)
     for path in run.glob(f"{model}__*/spec.json"):
         if "__none__" not in path.parent.name:
-            spec = json.loads(path.read_text())
-            _dump(path, {**spec, "calibration": f"../../calibration/{folder.name}"})
-    return folder
+            change_file(path, Spec, calibration=f"../../calibration/{store.folder.name}")
+    return store.folder
+
+
+def change_file(path: Path, kind: type[E], **fields: Any) -> E:
+    """Gives a file of the schema other fields.
+
+    Args:
+        path: The file.
+        kind: Its class.
+        **fields: The new values.
+
+    Returns:
+        The new content.
+    """
+    changed = read_file(path, kind).model_copy(update=fields)
+    write_json(path, changed)
+    return changed
 
 
 def _write_cell(
-    folder: Path, model: str, named: tuple[str, str], prompts: Sequence[tuple[str, str, str | None]], number: int
+    folder: Path,
+    model: str,
+    named: tuple[str, str],
+    prompts: Sequence[tuple[str, str, Kind | None]],
+    number: int,
+    pool: Iterator[Path],
 ) -> str:
     method, title = named
     name = f"{model}__{method}__planted__{number:08x}"
     cell = folder / name
-    for sub in ("records", "images", "noise", "neurons"):
-        (cell / sub).mkdir(parents=True)
+    store = Store(cell)
+    kinds = [LocalizationRecord] * (method != "none") + [MemorizationRecord, ImageRecord, ScoreRecord]
+    store.open(Spec(
+        task="benchmark", stages=[kind.stage for kind in kinds], model=model, method=method, prompts="planted",
+        title=title, settings={"seeds": SEEDS, "steps": 20, "method": {"name": method, "theta_min": 0.12}},
+        digests={"model": f"{zlib.crc32(model.encode()):016x}", "prompts": "5f3a9be1c0d24786"},
+        citations={"NeMo": CITATION} if method == "nemo" else {},
+    ), is_named=True)  # fmt: skip
     rng = np.random.default_rng(number)
-    lines: dict[str, list[dict[str, Any]]] = {"prompts": [], "localize": [], "generate": [], "score": []}
+    listed: list[Prompt] = []
+    records: dict[type[Record], list[Any]] = {kind: [] for kind in (LocalizationRecord, *kinds)}
     scores: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for place, (prompt, text, kind) in enumerate(prompts):
-        references = _references(folder / "references", prompt, kind, place)
-        group = kind or "general"
-        lines["prompts"].append({
-            "id": prompt, "text": text, "kind": kind, "group": group,
-            "references": [str(path) for path in references], "tags": [],
-        })  # fmt: skip
+        references = _references(folder / "references", prompt, kind, place, pool)
+        listed.append(Prompt(prompt, text, kind, tuple(references)))
         copied = kind is not None and (method in ("none", "random") or (method == "tokens" and place % 2 == 0))
         neurons = _neurons(rng, kind, method)
         memorization = round(float(rng.uniform(0.35, 0.5) if copied else rng.uniform(0.02, 0.12)), 4)
-        _noise(rng, 0.9 if copied else 0.1).save(cell / "noise" / f"{prompt}.png")
-        lines["localize"].append({
-            "id": f"{place:016x}", "prompt": prompt, "neurons": neurons, "initial": neurons, "gate_score": 0.61,
-            "initial_score": 0.1, "refined_score": 0.11, "threshold": 0.12, "memorization": memorization,
-            "noise": f"noise/{prompt}.png", "cost": {"seconds": 3.1, "row_passes": 512},
-        })  # fmt: skip
+        noise = f"noise/{prompt}.png"
+        _noise(rng, 0.9 if copied else 0.1).save(cell / noise)
+        records[LocalizationRecord].append(LocalizationRecord(
+            id=f"{place:016x}", prompt=prompt, neurons=neurons, initial=neurons, gate_score=0.61, initial_score=0.1,
+            refined_score=0.11, threshold=0.12, cost=Cost(seconds=3.1, row_passes=512.0),
+        ))  # fmt: skip
+        records[MemorizationRecord].append(MemorizationRecord(
+            id=f"{place:016x}", prompt=prompt, score=memorization, image=noise, cost=Cost(seconds=0.2)
+        ))  # fmt: skip
         per_image: dict[str, list[float]] = {}
         for seed in range(SEEDS):
             image = f"images/{prompt}_{seed:02d}.png"
-            _save(_picture(place, seed, copied, kind, rng), cell / image)
             record = {"id": f"{place:08x}{seed:08x}", "prompt": prompt, "seed": seed}
-            lines["generate"].append({**record, "image": image, "cost": {"seconds": 0.4, "row_passes": 40}})
+            _write_picture(cell / image, _picture(place, seed, copied, kind, rng), pool)
+            cost = Cost(seconds=0.4, row_passes=40.0)
+            records[ImageRecord].append(ImageRecord(**record, image=image, cost=cost))
             found = {"alignment": round(float(rng.normal(0.3 - 0.01 * (method != "none"), 0.015)), 4)}
             if kind:
                 found["ssim"] = round(float(np.clip(rng.normal(0.78 if copied else 0.24, 0.07), -1, 1)), 4)
                 found["ssim_nearest"] = round(found["ssim"] + 0.05 * (kind == "TM"), 4)
-            lines["score"].append({**record, "scores": found})
+            records[ScoreRecord].append(ScoreRecord(**record, scores=found))
             for key, value in found.items():
                 per_image.setdefault(key, []).append(value)
         whole = {
             "diversity": round(float(rng.uniform(0.03, 0.1) if copied else rng.uniform(0.4, 0.6)), 4),
             "memorization": memorization,
-            "neurons": sum(len(ids) for ids in neurons.values()),
+            "neurons": float(sum(len(ids) for ids in neurons.values())),
             DETECTOR: round(float(rng.normal(0.5 if copied else 0.3, 0.1)), 4),
         }
-        lines["score"].append({"id": f"ffffffff{place:08x}", "prompt": prompt, "seed": None, "scores": whole})
+        records[ScoreRecord].append(ScoreRecord(id=f"ffffffff{place:08x}", prompt=prompt, scores=whole))
         means = {key: (fmean(values), median(values)) for key, values in per_image.items()}
         for key, pair in (means | {key: (value, value) for key, value in whole.items()}).items():
-            for target in (group, "all"):
+            for target in (listed[-1].group, "all"):
                 scores.setdefault(target, {}).setdefault(key, []).append(pair)
-    _write_jsonl(cell / "prompts.jsonl", lines["prompts"])
-    for stage in ("localize", "generate", "score"):
-        _write_jsonl(cell / "records" / f"{stage}.0.jsonl", lines[stage])
-        (cell / f"{stage}.done").touch()
-    _dump(cell / "spec.json", {
-        "schema": 1, "model": model, "method": method, "prompts": "planted", "title": title,
-        "settings": {"seeds": SEEDS, "steps": 20, "method": {"name": method, "theta_min": 0.12}},
-        "digests": {"model": f"{zlib.crc32(model.encode()):016x}", "prompts": "5f3a9be1c0d24786"},
-        "citations": {"NeMo": CITATION} if method == "nemo" else {},
-    })  # fmt: skip
-    _dump(cell / "layers.json", LAYERS)
-    _dump(cell / "env.json", {"starts": [{
-        "time": "2026-11-23T17:00:00+00:00", "command": "nemo-bench run prompts=planted", "commit": "abc1234",
-        "dirty": False, "world_size": 1, "device": "cpu", "versions": {"nemo_bench": "0.1.0", "torch": "2.15.0"},
-    }]})  # fmt: skip
-    _dump(cell / "metrics.json", {
-        "schema": 1, "metrics": METRICS,
-        "unmitigated": next((path.name for path in folder.glob(f"{model}__none__*") if path != cell), None),
-        "aggregates": _aggregates(folder, model, scores, rng),
-        "presets": {"nemo": {
-            "title": "NeMo", "definition": "Median over images, then median ± MAD over prompts.",
-            "citation": "Hintersdorf et al. 2024",
-            "rows": {g: {"ssim": _statistic(scores[g]["ssim"])} for g in ("VM", "TM") if g in scores},
-        }},
-        **_detection(lines),
-        "counts": {
-            "images": len(lines["generate"]), "prompts": len(prompts), "truncated": 1, "without_reference": 0,
+    write_prompts(cell, listed)
+    for stage in kinds:
+        store.writer(stage)(records[stage])
+        store.finish(stage, [record.id for record in records[stage]])
+    write_json(cell / "layers.json", LAYERS)
+    write_json(cell / "env.json", Environment(starts=[Start(
+        time="2026-11-23T17:00:00+00:00", command="nemo-bench run prompts=planted", commit="abc1234", dirty=False,
+        device="cpu", versions={"nemo_bench": "0.1.0", "torch": "2.15.0"},
+    )]))  # fmt: skip
+    nemo = Preset(
+        title="NeMo", definition="Median over images, then median ± MAD over prompts.",
+        citation="Hintersdorf et al. 2024",
+        rows={g: {"ssim": _statistic(scores[g]["ssim"])} for g in ("VM", "TM") if g in scores},
+    )  # fmt: skip
+    write_json(cell / "metrics.json", Summary(
+        metrics=METRICS,
+        unmitigated=next((path.name for path in folder.glob(f"{model}__none__*") if path != cell), None),
+        aggregates=_aggregates(folder, model, scores, rng),
+        presets={"nemo": nemo},
+        detection=_detection(listed, records[ScoreRecord]),
+        counts={
+            "images": len(prompts) * SEEDS, "prompts": len(prompts), "truncated": 1, "without_reference": 0,
             "dead_references": 0, "damaged_references": 2,
         },
-        "cost": {
+        cost={
             "localize_seconds_per_prompt": 3.1, "once_seconds_per_prompt": 2.9,
             "once_row_passes_per_prompt": 512.0 * (method == "nemo"),
             "generate_seconds_per_image": 0.4, "row_passes_per_image": 40.0, "peak_memory_mb": 812.5,
         },
-    })  # fmt: skip
+    ))  # fmt: skip
     return name
 
 
 def _aggregates(
     folder: Path, model: str, scores: Mapping[str, Mapping[str, list[tuple[float, float]]]], rng: np.random.Generator
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """By group and metric, held against the cell without mitigation, which was written before."""
-    found = {g: {k: _aggregate(v) for k, v in scores[g].items() if k in METRICS} for g in scores}
-    for group in found:
-        nothing = dict.fromkeys(("low", "high", "median", "mad"))
-        found[group]["fid"] = {"mean": round(float(rng.uniform(15, 30)), 2), **nothing, "prompts": len(PROMPTS)}
+) -> dict[str, dict[str, Aggregate]]:
+    """By group and metric, compared with the cell without mitigation, which was written before."""
+    rows = {g: {k: _aggregate(v) for k, v in scores[g].items() if k in METRICS} for g in scores}
+    for row in rows.values():
+        row["fid"] = Aggregate(mean=round(float(rng.uniform(15, 30)), 2), prompts=len(PROMPTS))
     for path in folder.glob(f"{model}__none__*/metrics.json"):
-        for group, row in json.loads(path.read_text())["aggregates"].items():
-            for key, before in row.items():
-                if before["low"] is not None:
-                    difference = found[group][key]["mean"] - before["mean"]
-                    found[group][key]["paired"] = {
-                        "difference": difference, "low": difference - 0.05, "high": difference + 0.05,
-                        "p": round(float(np.exp(-40 * abs(difference))), 6), "prompts": before["prompts"],
-                    }  # fmt: skip
-    return found
+        for group, before in read_file(path, Summary).aggregates.items():
+            for key, value in before.items():
+                if value.low is not None:
+                    difference = rows[group][key].mean - value.mean
+                    change = Paired(
+                        difference=difference, low=difference - 0.05, high=difference + 0.05,
+                        p=round(float(np.exp(-40 * abs(difference))), 6), prompts=value.prompts,
+                    )  # fmt: skip
+                    rows[group][key] = rows[group][key].model_copy(update={"paired": change})
+    return rows
 
 
-def _statistic(pairs: list[tuple[float, float]]) -> dict[str, float]:
-    found = _aggregate(pairs)
-    return {"value": found["median"], "spread": found["mad"], **{key: found[key] for key in ("low", "high", "prompts")}}
+def _statistic(pairs: list[tuple[float, float]]) -> Statistic:
+    of = _aggregate(pairs)
+    return Statistic(value=of.median or 0.0, spread=of.mad, low=of.low, high=of.high, prompts=of.prompts)
 
 
-def _detection(lines: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    kinds = {line["id"]: line["kind"] for line in lines["prompts"]}
-    scores = {line["prompt"]: line["scores"][DETECTOR] for line in lines["score"] if line["seed"] is None}
+def _detection(prompts: Sequence[Prompt], records: Sequence[ScoreRecord]) -> dict[str, Roc]:
+    kinds = {prompt.id: prompt.kind for prompt in prompts}
+    scores = {record.prompt: record.scores[DETECTOR] for record in records if record.seed is None}
     memorized, other = ([v for k, v in scores.items() if bool(kinds[k]) is wanted] for wanted in (True, False))
     if not memorized or not other:
         return {}
     auc = float(np.mean([(a > b) + (a == b) / 2 for a in memorized for b in other]))
-    return {"detection": {DETECTOR: {
-        "title": "Noise similarity", "auc": auc, "auc_low": max(0.0, auc - 0.1), "auc_high": min(1.0, auc + 0.1),
-        "average_precision": 0.91, "tpr_at_1_fpr_below": 0.5, "tpr_at_1_fpr_nearest": 0.75,
-        "tpr_at_1_fpr_first": 0.25, "best_accuracy": 0.88,
-        "memorized": len(memorized), "other": len(other), "curve": [[0.0, 0.0], [0.0, 0.5], [0.5, 1.0], [1.0, 1.0]],
-        "failed": 0,
-    }}}  # fmt: skip
+    roc = Roc(
+        title="Noise similarity", auc=auc, auc_low=max(0.0, auc - 0.1), auc_high=min(1.0, auc + 0.1),
+        average_precision=0.91, tpr_at_1_fpr_below=0.5, tpr_at_1_fpr_nearest=0.75, tpr_at_1_fpr_first=0.25,
+        best_accuracy=0.88, memorized=len(memorized), other=len(other),
+        curve=[[0.0, 0.0], [0.0, 0.5], [0.5, 1.0], [1.0, 1.0]],
+    )  # fmt: skip
+    return {DETECTOR: roc}
 
 
-def _aggregate(pairs: list[tuple[float, float]]) -> dict[str, Any]:
+def _aggregate(pairs: list[tuple[float, float]]) -> Aggregate:
     means, medians = np.array(pairs).T
     draws = np.random.default_rng(1).choice(means, (500, len(means))).mean(axis=1)
     low, high = np.percentile(draws, [2.5, 97.5])
     middle = np.median(medians)
-    mad = np.median(np.abs(medians - middle))
-    return {
-        "mean": float(means.mean()), "low": float(low), "high": float(high), "median": float(middle),
-        "mad": float(mad), "prompts": len(pairs),
-    }  # fmt: skip
+    return Aggregate(
+        mean=float(means.mean()), low=float(low), high=float(high), median=float(middle),
+        mad=float(np.median(np.abs(medians - middle))), prompts=len(pairs),
+    )  # fmt: skip
 
 
 def _neurons(rng: np.random.Generator, kind: str | None, method: str) -> dict[str, list[int]]:
@@ -266,11 +331,12 @@ def _neurons(rng: np.random.Generator, kind: str | None, method: str) -> dict[st
     return {str(layer): sorted(rng.choice(48, int(rng.integers(1, 6)), replace=False).tolist()) for layer in layers}
 
 
-def _references(folder: Path, prompt: str, kind: str | None, place: int) -> list[Path]:
+def _references(folder: Path, prompt: str, kind: str | None, place: int, pool: Iterator[Path]) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{prompt}{suffix}.png" for suffix in {"TM": ("a", "b", "c"), None: ()}.get(kind, ("",))]
     for variant, path in enumerate(paths):
-        _save(_scene(place, variant if kind == "TM" else 0), path)
+        if not path.exists():
+            _write_picture(path, _scene(place, variant if kind == "TM" else 0), pool)
     return paths
 
 
@@ -303,13 +369,8 @@ def _noise(rng: np.random.Generator, shared: float) -> Image.Image:
     return Image.fromarray(np.uint8(np.clip(128 + 60 * np.concatenate(tiles, axis=1), 0, 255)))
 
 
-def _save(pixels: Pixels, path: Path) -> None:
-    Image.fromarray(np.uint8(np.clip(pixels, 0, 1) * 255)).save(path)
-
-
-def _dump(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content), encoding="utf-8")
-
-
-def _write_jsonl(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+def _write_picture(path: Path, pixels: Pixels, pool: Iterator[Path]) -> None:
+    if file := next(pool, None):
+        path.hardlink_to(file)
+    else:
+        Image.fromarray(np.uint8(np.clip(pixels, 0, 1) * 255)).save(path)

@@ -1,0 +1,536 @@
+"""The results of a run, read from its folder: the only source of tables, plots, pages and loggers."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import isfinite
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from nemo_bench.errors import StoreError
+from nemo_bench.records.data import Neurons, Prompt
+from nemo_bench.records.io import LAYERS, digest, read_file
+from nemo_bench.records.schema import (
+    Audit,
+    Audits,
+    DetectionRecord,
+    Failures,
+    ImageRecord,
+    LocalizationRecord,
+    MemorizationRecord,
+    MetricInfo,
+    Roc,
+    Run,
+    ScoreRecord,
+    Spec,
+    Start,
+    Summary,
+)
+from nemo_bench.records.statistics import GROUPS
+from nemo_bench.records.store import (
+    Store,
+    missing_records,
+    read_cell_prompts,
+    read_records,
+    read_run,
+    read_spec,
+    read_starts,
+)
+
+FAMILIES = ("memorization", "change", "alignment", "diversity", "quality", "localization")
+"""Families of metrics, in the order of display."""
+
+_WORDS = {None: "unset", "True": "on", "False": "off"}
+_DIGEST = re.compile("[0-9a-f]{16}")
+_ATTENTION = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """An image and its scores by metric."""
+
+    seed: int
+    path: Path
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Results of a cell for one prompt.
+
+    Attributes:
+        images: In the order of their seeds.
+        scores: Scores of the prompt as a whole, by metric.
+        neurons: Blocked neurons.
+        noise: Strip of noise differences, or None.
+        failed: Reasons of failed images by seed.
+    """
+
+    images: tuple[GeneratedImage, ...]
+    scores: Mapping[str, float]
+    neurons: Neurons
+    noise: Path | None
+    failed: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of the prompt, with and without an image."""
+        return sorted([*(image.seed for image in self.images), *self.failed])
+
+    def values(self, metric: str) -> list[float]:
+        """Scores of a metric: one an image, or the one of the prompt; none where the metric has no meaning."""
+        if metric in self.scores:
+            return [self.scores[metric]]
+        return [image.scores[metric] for image in self.images if metric in image.scores]
+
+
+@dataclass(frozen=True)
+class CellResults:
+    """A finished cell.
+
+    Attributes:
+        folder: Its folder.
+        spec: ``spec.json``.
+        summary: ``metrics.json``.
+        starts: Every start, the latest last.
+        layers: Widths of value layers in network order.
+        prompts: In the order of the list.
+        outcomes: By prompt id.
+        lost_images: Number of images missing or cut since they were scored.
+        label: Shortest name that differs from those of the other cells of the run.
+        short: The same without model and prompt list.
+    """
+
+    folder: Path
+    spec: Spec
+    summary: Summary
+    starts: Sequence[Start]
+    layers: dict[str, int]
+    prompts: Sequence[Prompt]
+    outcomes: Mapping[str, Outcome]
+    lost_images: int
+    label: str = ""
+    short: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.folder.name
+
+    @property
+    def model(self) -> str:
+        """Name of the model."""
+        return self.spec.model
+
+    @property
+    def method(self) -> str:
+        """Name of the mitigation."""
+        return self.spec.method or ""
+
+    @property
+    def calibration(self) -> Path | None:
+        """Folder of the calibration that its threshold comes from, or None where that is missing."""
+        folder = (self.folder / self.spec.calibration).resolve() if self.spec.calibration else None
+        return folder if folder and (folder / "threshold.json").is_file() else None
+
+    @property
+    def audits(self) -> list[Audit]:
+        """Its audits.
+
+        Raises:
+            StoreError: ``audit.json`` does not hold what it should.
+        """
+        file = self.folder / "audit.json"
+        return read_file(file, Audits).audits if file.is_file() else []
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Counts of the summary, and of lost images where there are any."""
+        lost = {"lost_images": self.lost_images} if self.lost_images else {}
+        return {**self.summary.counts, **lost}
+
+    def count(self, group: str) -> int:
+        """Number of prompts of a group."""
+        return sum(group in (prompt.group, "all") for prompt in self.prompts)
+
+    def failures(self, group: str) -> Failures:
+        """What was not finite in a group."""
+        return self.summary.failed.get(group, Failures())
+
+    def is_complete(self, group: str, metric: str) -> bool:
+        """Whether no value of a metric is missing in a group because of a failure."""
+        return not self.failures(group).metrics.get(metric)
+
+    def searches(self, group: str) -> str:
+        """How searches for neurons ended in a group: ``11 of 16 passed the gate, 11 ran out``; empty without any."""
+        counts = self.summary.localization.get(group)
+        if not counts:
+            return ""
+        words = f"{counts['passed_gate']} of {counts['prompts']} passed the gate"
+        return words if counts["exhausted"] is None else f"{words}, {counts['exhausted']} ran out"
+
+    def prompt_means(self, metric: str, groups: Iterable[str]) -> dict[str, float]:
+        """Mean of a metric over images, by id of those prompts of some groups that have the metric."""
+        wanted = set(groups)
+        values = {p.id: self.outcomes[p.id].values(metric) for p in self.prompts if wanted & {p.group, "all"}}
+        return {prompt: fmean(of_prompt) for prompt, of_prompt in values.items() if of_prompt}
+
+
+@dataclass(frozen=True)
+class Results:
+    """A run.
+
+    Attributes:
+        folder: Its folder.
+        run: ``run.json``.
+        cells: Finished cells in the order of the table; at least one.
+        unfinished: By name of every other cell, what is missing there.
+    """
+
+    folder: Path
+    run: Run
+    cells: tuple[CellResults, ...]
+    unfinished: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self.run.name
+
+    @property
+    def advice(self) -> str:
+        """What can be done about cells that are not finished."""
+        return (
+            "The command of the run goes on with a cell. To drop one, delete its folder; a run that does not ask for "
+            "it takes it off the list."
+        )
+
+    @cached_property
+    def metrics(self) -> dict[str, MetricInfo]:
+        """Metrics of all cells, in the order of display."""
+        return {key: info for cell in self.cells for key, info in cell.summary.metrics.items()}
+
+    @cached_property
+    def leading(self) -> dict[str, str]:
+        """The first metric of every family, by family."""
+        first: dict[str, str] = {}
+        for key, info in self.metrics.items():
+            first.setdefault(info.family, key)
+        return {family: first[family] for family in FAMILIES if family in first}
+
+    def keys_of(self, role: str) -> list[str]:
+        """Metrics of a role."""
+        return [key for key, info in self.metrics.items() if info.role == role]
+
+    @property
+    def models(self) -> list[str]:
+        """Models in the order of display."""
+        return list(dict.fromkeys(cell.model for cell in self.cells))
+
+    @property
+    def prompt_lists(self) -> list[str]:
+        """Names of the prompt lists in the order of display."""
+        return list(dict.fromkeys(cell.spec.prompts for cell in self.cells))
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """Groups with prompts, in the order of display."""
+        return [group for group in GROUPS if any(group in cell.summary.aggregates for cell in self.cells)]
+
+    @property
+    def own_groups(self) -> list[str]:
+        """Groups of prompts of one kind; all prompts together only where there is nothing else."""
+        return [group for group in self.groups if group != "all"] or self.groups
+
+    def heading(self, group: str) -> str:
+        """A group and its number of prompts, such as ``VM, 12 prompts``."""
+        counts = sorted({count for cell in self.cells if (count := cell.count(group))})
+        return f"{group}, {' to '.join(map(str, counts[:: len(counts) - 1 or 1]))} prompt{'s' * (counts != [1])}"
+
+    def meaning(self, group: str) -> str:
+        """What a group is; of all prompts together, the groups in it."""
+        own = self.own_groups
+        return f"{', '.join(own[:-1])} and {own[-1]} mixed" if group == "all" and len(own) > 1 else GROUPS[group]
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Decimal places that suit a metric in this run: three for values below two, else one."""
+        largest = dict.fromkeys(self.metrics, 0.0)
+        for row in (row for cell in self.cells for row in cell.summary.aggregates.values()):
+            for key, value in row.items():
+                largest[key] = max(largest.get(key, 0.0), abs(value.mean))
+        return {key: 3 if value < 2 else 1 for key, value in largest.items()}
+
+    @cached_property
+    def counted(self) -> frozenset[str]:
+        """Metrics that count something: all scores of images and prompts are whole numbers, and some are above one."""
+        values: dict[str, set[float]] = {}
+        for outcome in (outcome for cell in self.cells for outcome in cell.outcomes.values()):
+            for scores in (outcome.scores, *(image.scores for image in outcome.images)):
+                for key, value in scores.items():
+                    values.setdefault(key, set()).add(value)
+        return frozenset(k for k, v in values.items() if max(v) > 1 and all(float(x).is_integer() for x in v))
+
+
+@dataclass(frozen=True)
+class DetectorResults:
+    """A finished detector.
+
+    Attributes:
+        folder: Its folder.
+        spec: ``spec.json``.
+        summary: ``metrics.json``.
+        prompts: In the order of the list.
+        records: By prompt id.
+        label: Title, and the settings by which it differs from others of this title.
+    """
+
+    folder: Path
+    spec: Spec
+    summary: Summary
+    prompts: Sequence[Prompt]
+    records: Mapping[str, DetectionRecord]
+    label: str = ""
+
+    @property
+    def compared_with(self) -> tuple[str, ...]:
+        """Names and digests of model and prompts, equal for detectors that can be compared."""
+        spec = self.spec
+        return spec.model, spec.prompts, spec.digests["prompts"], digest(spec.settings["model"])
+
+    @property
+    def roc(self) -> Roc | None:
+        """How well it tells memorized prompts from others; None where prompts are of one sort."""
+        return next(iter(self.summary.detection.values()), None)
+
+    @property
+    def failed(self) -> int:
+        """Number of prompts without a finite score."""
+        return self.summary.counts["failed"]
+
+    def scores(self, *, memorized: bool) -> list[float]:
+        """Finite scores of prompts of one sort, in their order."""
+        own = (self.records[p.id].score for p in self.prompts if bool(p.kind) == memorized)
+        return [score for score in own if score is not None]
+
+
+def load_results(folder: Path | str) -> Results:
+    """Reads a run from its folder.
+
+    Args:
+        folder: Such as ``results/default``.
+
+    Raises:
+        StoreError: The folder holds no run, no cell of it is finished, or a file does not hold what it should.
+    """
+    folder = Path(folder)
+    if not (folder / "run.json").is_file():
+        runs = sorted(path.parent.name for path in folder.glob("*/run.json"))
+        hint = f"Runs found inside: {', '.join(runs)}." if runs else "Start a run with `nemo-bench run`."
+        raise StoreError(f"{folder} holds no run: it has no run.json. Give the folder of a run. {hint}")
+    run = read_run(folder)
+    cells = []
+    unfinished = {}
+    for name in run.cells:
+        if not (folder / name).is_dir():
+            continue  # who deletes the folder of a cell wants to see it no more
+        try:
+            cells.append(_load_cell(folder / name))
+        except StoreError as error:
+            unfinished[name] = str(error)
+    if not cells:
+        if (folder / "detection.html").is_file() and not unfinished:
+            raise StoreError(f"{folder} holds detectors and no run of methods; see {folder / 'detection.html'}")
+        listed = "; ".join(f"{name}: {why}" for name, why in unfinished.items()) or "run.json lists no cells"
+        msg = f"{folder}: no cell of the run is finished ({listed}). Give the command of the run again to go on."
+        raise StoreError(msg)
+    return Results(folder, run, _labelled(cells), unfinished)
+
+
+def load_detections(folder: Path | str) -> list[DetectorResults]:
+    """Reads every finished detector of a run.
+
+    Args:
+        folder: Such as ``results/default``.
+
+    Returns:
+        The best first within its model and prompts, those with failures last.
+
+    Raises:
+        StoreError: There is none, or a file does not hold what it should.
+    """
+    detectors = []
+    for path in sorted(Path(folder).glob("*/spec.json")):
+        cell = path.parent
+        if read_file(path, Spec).task != "detect" or not (cell / "metrics.json").is_file():
+            continue
+        spec = read_spec(cell)
+        prompts = read_cell_prompts(cell, spec)
+        records = {record.prompt: record for record in read_records(cell, DetectionRecord).values()}
+        if missing := sum(prompt.id not in records for prompt in prompts):
+            msg = f"{cell}: {missing} of {len(prompts)} records are missing"
+            raise StoreError(f"{msg}; the same nemo-bench detect makes them again, and nothing else")
+        detectors.append(DetectorResults(cell, spec, read_file(cell / "metrics.json", Summary), prompts, records))
+    if not detectors:
+        raise StoreError(f"{folder} holds no finished detector; run nemo-bench detect")
+    named = [replace(detector, label=_detector_label(detector, detectors)) for detector in detectors]
+    return sorted(named, key=lambda d: (d.compared_with, d.failed > 0, -d.roc.auc if d.roc else 0.0, d.label))
+
+
+def network_order(layers: Iterable[str]) -> list[str]:
+    """Layers in the order in which data passes them: down, mid, up; names of another form last."""
+
+    def place(name: str) -> tuple[object, ...]:
+        match = _ATTENTION.match(name)
+        if not match:
+            return (3, name)
+        return (("down", "mid", "up").index(match[1]), *(int(part or 0) for part in match.groups()[1:]))
+
+    return sorted(layers, key=place)
+
+
+def short_layers(layers: Iterable[str]) -> dict[str, str]:
+    """Short names of value layers, such as ``down.0.0`` and ``mid.0``.
+
+    The index of the transformer block is added where the model has several in a row; a name of another form stays.
+    """
+    matches = {name: _ATTENTION.match(name) for name in layers}
+    deep = any(match and match[4] != "0" for match in matches.values())
+    return {
+        name: ".".join(part for part in match.groups()[: 4 if deep else 3] if part is not None) if match else name
+        for name, match in matches.items()
+    }
+
+
+def _load_cell(folder: Path) -> CellResults:
+    """Reads a finished cell.
+
+    Raises:
+        StoreError: The cell is not finished, whatever its markers say, or a file does not hold what it should.
+    """
+    if not (folder / "spec.json").is_file():
+        raise StoreError("not started")
+    spec = read_spec(folder)
+    if pending := [stage for stage in spec.stages if not (folder / f"{stage}.done").exists()]:
+        raise StoreError(f"{', '.join(pending)} not finished")
+    if not (folder / "metrics.json").is_file():
+        raise StoreError("not scored")
+    prompts = read_cell_prompts(folder, spec)
+    kinds = (LocalizationRecord, MemorizationRecord, ImageRecord, ScoreRecord)
+    if missing := missing_records(folder, spec, prompts, kinds):
+        raise StoreError(missing)
+    images = [record.id for record in read_records(folder, ImageRecord).values() if record.image]
+    return CellResults(
+        folder=folder,
+        spec=spec,
+        summary=read_file(folder / "metrics.json", Summary),
+        starts=read_starts(folder),
+        layers=read_file(folder / "layers.json", LAYERS),
+        prompts=prompts,
+        outcomes=_outcomes(folder, prompts),
+        lost_images=len(Store(folder).pending_ids(ImageRecord, images)),
+    )
+
+
+def _outcomes(folder: Path, prompts: Iterable[Prompt]) -> dict[str, Outcome]:
+    neurons = {r.prompt: Neurons(r.neurons) for r in read_records(folder, LocalizationRecord).values()}
+    strips = {r.prompt: folder / r.image for r in read_records(folder, MemorizationRecord).values() if r.image}
+    scores = {
+        (record.prompt, record.seed): {key: value for key, value in record.scores.items() if isfinite(value)}
+        for record in read_records(folder, ScoreRecord).values()
+    }
+    images: dict[str, list[GeneratedImage]] = {}
+    failed: dict[str, dict[int, str]] = {}
+    for record in read_records(folder, ImageRecord).values():
+        if record.image:
+            own = scores.get((record.prompt, record.seed), {})
+            images.setdefault(record.prompt, []).append(GeneratedImage(record.seed, folder / record.image, own))
+        else:
+            failed.setdefault(record.prompt, {})[record.seed] = record.failed or ""
+    return {
+        prompt.id: Outcome(
+            images=tuple(sorted(images.get(prompt.id, ()), key=lambda image: image.seed)),
+            scores=scores.get((prompt.id, None), {}),
+            neurons=neurons.get(prompt.id, Neurons()),
+            noise=strips.get(prompt.id),
+            failed=failed.get(prompt.id, {}),
+        )
+        for prompt in prompts
+    }
+
+
+def _labelled(cells: Sequence[CellResults]) -> tuple[CellResults, ...]:
+    """Labels each cell by the title of its method, and by nothing more than tells the cells apart."""
+    several_models = len({cell.model for cell in cells}) > 1
+    several_lists = len({cell.spec.prompts for cell in cells}) > 1
+    labelled = []
+    for cell in cells:
+        spec = cell.spec
+        same = [c for c in cells if (c.spec.title, c.model, c.spec.prompts) == (spec.title, cell.model, spec.prompts)]
+        words = [spec.title]
+        if len({c.method for c in same}) > 1 and len({frozenset(_flat(c.spec.settings)) for c in same}) > 1:
+            # Different methods of one title: most of their settings can't be compared.
+            words.append(cell.method)
+            same = [c for c in same if c.method == cell.method]
+        words += _differences(cell, same)
+        places = [cell.model] * several_models + [spec.prompts] * several_lists
+        labelled.append(replace(cell, label=" · ".join([*words, *places]), short=" · ".join(words)))
+    return tuple(labelled)
+
+
+def _differences(cell: CellResults, same: Sequence[CellResults]) -> list[str]:
+    """The fewest settings that tell a cell from others of its method, each only where it is not the usual one."""
+    if len(same) == 1:
+        return []
+    settings = {c.name: _flat(c.spec.settings) for c in same}
+    keys = list(dict.fromkeys(key for flat in settings.values() for key in flat))
+
+    def variants(chosen: Sequence[str]) -> int:
+        return len({tuple(flat.get(key) for key in chosen) for flat in settings.values()})
+
+    total = variants(keys)
+    if total < len(same):
+        return [cell.name[-8:]]
+    for key in sorted(keys, key=lambda key: key.startswith("method.")):
+        others = [other for other in keys if other != key]
+        keys = others if variants(others) == total else keys
+    words = []
+    for key in keys:
+        counts = Counter(flat.get(key) for flat in settings.values()).most_common()
+        usual = counts[0][0] if len(counts) == 1 or counts[0][1] > counts[1][1] else None
+        value = settings[cell.name].get(key)
+        if value != usual:
+            last = key.rpartition(".")[2]
+            name = last if sum(other.rpartition(".")[2] == last for other in keys) == 1 else key.removeprefix("method.")
+            # In place of a file's path stands the digest of its content.
+            is_file = value and _DIGEST.fullmatch(value) and {each for each, _ in counts} == {None, value}
+            words.append(f"with {name}" if is_file else f"{name} {_WORDS.get(value, value)}")
+    return words
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str | None]:
+    flat: dict[str, str | None] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{name}.")
+        else:
+            flat[name] = None if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return flat
+
+
+def _detector_label(detector: DetectorResults, others: Sequence[DetectorResults]) -> str:
+    """Its title, and the settings in which others of its model, prompts and title differ."""
+    spec = detector.spec
+    alike = [d.spec for d in others if d.compared_with == detector.compared_with and d.spec.title == spec.title]
+    own: Mapping[str, Any] = spec.settings["detector"]
+    differing = [key for key in own if any(other.settings["detector"].get(key) != own[key] for other in alike)]
+    words = [f"{key} {'all' if own[key] is None else own[key]}" for key in differing]
+    if len(alike) > 1 and not words:
+        words = [spec.detector or ""]  # two files of equal settings
+    return ", ".join([spec.title, *words])

@@ -1,0 +1,155 @@
+"""Content of the log of a finished cell, as plain data; the same for every logger."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from PIL import Image
+
+from nemo_bench.records.data import GENERAL, Prompt
+from nemo_bench.records.io import digest
+from nemo_bench.records.results import CellResults, Results, short_layers
+from nemo_bench.records.schema import ImageRecord, LocalizationRecord, MemorizationRecord, Record, Run, ScoreRecord
+from nemo_bench.records.statistics import GROUPS
+from nemo_bench.records.store import read_records, thumbnail
+
+PICTURES = ("training image", "unmitigated", "mitigated", "noise differences")
+"""Pictures that show a prompt."""
+ALIGNMENT_LOSS = 0.05
+"""Alignment that a mitigation may cost, in the trials of a sweep."""
+_BOX = (512, 256)
+_STAGES: tuple[type[Record], ...] = (LocalizationRecord, MemorizationRecord, ImageRecord, ScoreRecord)
+
+
+@dataclass(frozen=True)
+class LoggedCell:
+    """A finished cell as loggers show it.
+
+    Attributes:
+        results: The cell.
+        run: Its run.
+        unmitigated: The cell of the same images without mitigation, or None.
+    """
+
+    results: CellResults
+    run: Run
+    unmitigated: CellResults | None
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the cell."""
+        return self.results.folder
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The spec, the versions of all packages, and the last start with its command and all settings."""
+        parts = (self.results.spec, self.results.starts[-1])
+        spec, start = (part.model_dump(mode="json", exclude_none=True) for part in parts)
+        return {**spec, "versions": start.pop("versions"), "start": start}
+
+    @property
+    def row(self) -> dict[str, float]:
+        """The row of the leaderboard, such as ``VM/ssim/mean``, ``presets/nemo/VM/ssim/value`` or ``cost/...``."""
+        summary = self.results.summary.model_dump()
+        presets = {name: preset["rows"] for name, preset in summary["presets"].items()}
+        others = {key: summary[key] for key in ("detection", "localization", "counts", "cost")}
+        return dict(_numbers({**summary["aggregates"], "bounded": self.bounded, "presets": presets, **others}))
+
+    @property
+    def bounded(self) -> dict[str, dict[str, float]]:
+        """Memorization under a bound on alignment, for sweeps to minimize: ``mean`` by metric.
+
+        It is the mean over all memorized prompts of every kind. Where alignment over all prompts is more than
+        :data:`ALIGNMENT_LOSS` below that without mitigation, 1 and the excess are added, so that no such trial is
+        better than one within the bound. Without a cell without mitigation there is no bound.
+        """
+        cell, metrics = self.results, self.results.summary.metrics
+        memorized = [group for group in GROUPS if group not in (GENERAL, "all")]
+        aligned = self._first("alignment")
+        excess = 0.0
+        if aligned and self.unmitigated:
+            own, before = (fmean(c.prompt_means(aligned, ["all"]).values()) for c in (cell, self.unmitigated))
+            excess = before - own - ALIGNMENT_LOSS
+        penalty = 1 + excess if excess > 0 else 0.0
+        first = self._first("memorization")
+        keys = [key for key, info in metrics.items() if key == first or info.role == "memorization_score"]
+        means = {key: cell.prompt_means(key, memorized) for key in keys}
+        return {key: {"mean": fmean(values.values()) + penalty} for key, values in means.items() if values}
+
+    def _first(self, family: str) -> str | None:
+        """The first metric of a family."""
+        return next((key for key, info in self.results.summary.metrics.items() if info.family == family), None)
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The charted part of the row: ``<group>/<metric>/mean``."""
+        return {key: value for key, value in self.row.items() if key.endswith("/mean")}
+
+    @property
+    def digest(self) -> str:
+        """Hash of everything logged that is a result; time and machine are none."""
+        records = {
+            kind.stage: sorted(
+                json.dumps(record.model_dump(mode="json", exclude={"cost"}, exclude_none=True), sort_keys=True)
+                for record in read_records(self.folder, kind).values()
+            )
+            for kind in _STAGES
+        }
+        summary = self.results.summary.model_dump(mode="json", exclude={"cost"})
+        return digest([records, summary, self.unmitigated.name if self.unmitigated else None], 12)
+
+    @property
+    def tradeoff(self) -> tuple[str, str] | None:
+        """Metrics of memorization and alignment: the first of either family; None without one of them."""
+        memorization, alignment = self._first("memorization"), self._first("alignment")
+        return (memorization, alignment) if memorization and alignment else None
+
+    def value(self, prompt: Prompt, metric: str) -> float | None:
+        """Mean of a metric over the images of a prompt, None where it has no meaning."""
+        values = self.results.outcomes[prompt.id].values(metric)
+        return fmean(values) if values else None
+
+    def pictures(self, prompt: Prompt) -> dict[str, Image.Image]:
+        """Small pictures of a prompt by :data:`PICTURES`: the first reference and the first seed, where there are any.
+
+        Noise differences are a strip over seeds.
+        """
+        outcome = self.results.outcomes[prompt.id]
+        before = self.unmitigated.outcomes.get(prompt.id) if self.unmitigated else None
+        files = (
+            prompt.references[0] if prompt.references else None,
+            before.images[0].path if before and before.images else None,
+            outcome.images[0].path if outcome.images else None,
+            outcome.noise,
+        )
+        made = {name: thumbnail(file, _BOX) for name, file in zip(PICTURES, files, strict=True) if file}
+        return {name: picture[0] for name, picture in made.items() if picture}
+
+    def neurons_by_layer(self) -> list[tuple[str, int, float]]:
+        """Short name, width and mean number of neurons a prompt of every value layer, in network order."""
+        names = short_layers(self.results.layers)
+        outcomes = self.results.outcomes.values()
+        return [
+            (names[layer], width, fmean(len(outcome.neurons.get(layer, ())) for outcome in outcomes))
+            for layer, width in self.results.layers.items()
+        ]
+
+
+def logged_cells(results: Results) -> list[LoggedCell]:
+    """The finished cells of a run."""
+    by_name = {cell.name: cell for cell in results.cells}
+    return [LoggedCell(cell, results.run, by_name.get(cell.summary.unmitigated or "")) for cell in results.cells]
+
+
+def _numbers(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and math.isfinite(value):
+            yield f"{prefix}{key}", value
