@@ -108,7 +108,7 @@ def read_scores(folder: Path | str) -> list[dict[str, Any]]:
         own = {"cell": cell.name, "label": cell.label, "model": cell.model, "method": cell.method}
         for prompt in cell.prompts:
             outcome = cell.outcomes[prompt.id]
-            about = {"prompts": cell.prompt_list, "prompt": prompt.id, "text": prompt.text, "group": prompt.group}
+            about = {"prompts": cell.spec.prompts, "prompt": prompt.id, "text": prompt.text, "group": prompt.group}
             scores = [(None, outcome.scores), *((image.seed, image.scores) for image in outcome.images)]
             rows += [
                 {**own, **about, "seed": seed, "metric": metric, "value": value}

@@ -269,8 +269,8 @@ def _detect(options: argparse.Namespace) -> None:
         return
     from nemo_bench.benchmark import detect as detection
     from nemo_bench.benchmark.processes import is_main
-    from nemo_bench.report.detection import load_detections, terminal_detection
-    from nemo_bench.report.terminal import show
+    from nemo_bench.records.results import load_detections
+    from nemo_bench.report.terminal import show, terminal_detection
 
     cells = detection.plan(choices)
     start = time.perf_counter()
@@ -310,8 +310,7 @@ def _aside(line: str) -> None:
 def _show(folder: Path, done: str, *, as_json: bool) -> None:
     """The table of a run, and where to look further."""
     from nemo_bench.records.results import load_results
-    from nemo_bench.report import terminal_table
-    from nemo_bench.report.terminal import show
+    from nemo_bench.report.terminal import show, terminal_table
 
     if as_json:
         print((folder / "leaderboard.json").read_text(encoding="utf-8"))
@@ -473,16 +472,17 @@ def _ls(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from nemo_bench.records.results import load_results
+    from nemo_bench.records.results import load_detections, load_results
     from nemo_bench.records.store import read_run
-    from nemo_bench.report import terminal_table, write_report
-    from nemo_bench.report.detection import load_detections, terminal_detection, write_detection
-    from nemo_bench.report.terminal import show
+    from nemo_bench.report import write_report
+    from nemo_bench.report.detection import write_detection
+    from nemo_bench.report.terminal import show, terminal_detection, terminal_table
 
     folder = options.folder
     if (folder / "detection.json").is_file():
-        page = write_detection(folder)
-        show(*terminal_detection(load_detections(folder)))
+        detectors = load_detections(folder)
+        page = write_detection(detectors)
+        show(*terminal_detection(detectors))
         print(page)
         if not read_run(folder).cells:
             return
@@ -494,9 +494,13 @@ def _report(options: argparse.Namespace) -> None:
 
 def _track(options: argparse.Namespace) -> None:
     from nemo_bench.config import logger_settings
-    from nemo_bench.tracking import track_folder
+    from nemo_bench.records.results import load_results
+    from nemo_bench.tracking import track
 
-    track_folder(options.folder, logger_settings(options.overrides), again=options.again)
+    folder, cells = options.folder, None
+    if (folder / "spec.json").is_file() and not (folder / "run.json").is_file():
+        folder, cells = folder.parent, [folder.name]
+    track(load_results(folder), logger_settings(options.overrides), cells=cells, again=options.again)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -526,8 +530,8 @@ def _audit(options: argparse.Namespace) -> None:
     from nemo_bench.benchmark.audit import audit, cells_of
     from nemo_bench.benchmark.processes import is_main
     from nemo_bench.records.results import load_results
-    from nemo_bench.report.audit import audits_of, terminal_audits
-    from nemo_bench.report.terminal import show
+    from nemo_bench.report.audit import audits_of
+    from nemo_bench.report.terminal import show, terminal_audits
 
     start = time.perf_counter()
     say = _aside if options.json else print
@@ -537,7 +541,9 @@ def _audit(options: argparse.Namespace) -> None:
         return
     audits = audits_of(load_results(folder))
     if options.json:
-        print(json.dumps([{"cell": found.cell, **found.content} for found in audits], indent=2))
+        print(
+            json.dumps([{"cell": found.cell.name, **found.audit.model_dump(mode="json")} for found in audits], indent=2)
+        )
         return
     show(*terminal_audits(audits))
     print(f"{time.perf_counter() - start:.0f} s\nreport:   {folder / 'report.html'}")

@@ -22,6 +22,7 @@ from nemo_bench.metrics import detection
 from nemo_bench.prompts.data import PromptDataModule
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.io import digest, prompts_digest, write_json
+from nemo_bench.records.results import load_detections
 from nemo_bench.records.schema import DetectionRecord, Roc, Spec, Summary
 from nemo_bench.records.store import Store
 from nemo_bench.report.detection import write_detection
@@ -130,7 +131,7 @@ def detect(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Pat
     if is_main():
         for cell in cells:
             write_json(cell.store.folder / "metrics.json", summarize(cell))
-        write_detection(folder)
+        write_detection(load_detections(folder))
         if (folder / "report.html").is_file():
             write_pages(folder)
     return folder

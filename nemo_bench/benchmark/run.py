@@ -22,7 +22,7 @@ from nemo_bench.benchmark.summary import summarize
 from nemo_bench.localization.published import PublishedRow, by_position, published_text
 from nemo_bench.records.io import LAYERS, read_file, write_json, write_text
 from nemo_bench.records.pictures import unreadable
-from nemo_bench.records.results import Results, load_results
+from nemo_bench.records.results import Results, load_detections, load_results
 from nemo_bench.records.schema import LocalizationRecord, ScoreRecord
 from nemo_bench.records.store import Store
 from nemo_bench.report import write_report
@@ -121,7 +121,7 @@ def write_pages(folder: Path) -> Results:
     results = load_results(folder)
     write_report(results)
     if (folder / "detection.html").is_file():
-        write_detection(folder)
+        write_detection(load_detections(folder))
     return results
 
 

@@ -18,6 +18,7 @@ from nemo_bench.methods.nemo import BlockNeurons
 from nemo_bench.prompts import read_rows
 from nemo_bench.records.data import Localization, Neurons, Prompt, Record
 from nemo_bench.records.io import digest
+from nemo_bench.records.schema import LocalizationRecord
 from nemo_bench.records.store import read_records
 
 Saved = Callable[[Prompt], Record | None]
@@ -96,11 +97,11 @@ def _read_one_set(path: Path) -> Saved:
 
 
 def _read_cell(folder: Path) -> Saved:
-    records = read_records(folder, "localize").values()
+    records = read_records(folder, LocalizationRecord).values()
     if not records:
         raise StoreError(f"{folder} holds no localization; give results/<name>/<cell> of a run, or a file")
     texts = {row.cells["id"]: row.cells["text"] for row in read_rows(folder / "prompts.jsonl")}
-    saved = {(r["prompt"], texts.get(r["prompt"])): {key: r.get(key) for key in FIELDS} for r in records}
+    saved = {(r.prompt, texts.get(r.prompt)): {key: getattr(r, key) for key in FIELDS} for r in records}
     return lambda prompt: saved.get((prompt.id, prompt.text))
 
 

@@ -11,7 +11,7 @@ from nemo_bench.prompts.readers import (
     references_digest,
 )
 from nemo_bench.prompts.tasks import ImageTask, PromptTask, seeds_of
-from nemo_bench.records.data import prompts_digest
+from nemo_bench.records.io import prompts_digest
 
 __all__ = [
     "MANIFEST",
