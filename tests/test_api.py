@@ -13,7 +13,7 @@ from nemo_bench.benchmark.plan import plan
 from nemo_bench.benchmark.run import run as run_cells
 from nemo_bench.config import grid
 from nemo_bench.localization import REFERENCE, pair_scores
-from nemo_bench.prompts import seeds_of
+from nemo_bench.prompts.data import seeds_of
 from nemo_bench.records.store import read_records
 from small_runs import small
 from tiny import tiny_texts

@@ -22,7 +22,8 @@ from nemo_bench.errors import ConfigError, NemoBenchError
 from nemo_bench.localization import is_readable, read_statistics
 from nemo_bench.methods import Method
 from nemo_bench.metrics import FIELDS, BenchMetric
-from nemo_bench.prompts import ImageTask, PromptTask, prompts_digest, read_prompts
+from nemo_bench.prompts import prompts_digest, read_prompts
+from nemo_bench.prompts.data import ImageTask, PromptTask
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.io import check_writable, digest, is_whole
 from nemo_bench.records.store import Store

@@ -16,14 +16,14 @@ from nemo_bench.config import CellConfig, about_method, one, rescore
 from nemo_bench.errors import ConfigError, StoreError, counted
 from nemo_bench.prompts import check_references, prompts_digest
 from nemo_bench.prompts.external import (
-    Content,
-    FoundImage,
+    ExternalImage,
     changed_images,
     check_images,
     mapped_images,
     named_images,
 )
 from nemo_bench.records.data import Prompt
+from nemo_bench.records.images import ImageFile
 from nemo_bench.records.io import check_folder, digest, write_json
 from nemo_bench.records.store import (
     Store,
@@ -274,7 +274,7 @@ def _of_images(
     return cell
 
 
-def _tell(contents: Sequence[Content], without: int, say: Callable[[str], None]) -> None:
+def _tell(contents: Sequence[ImageFile], without: int, say: Callable[[str], None]) -> None:
     """Says what is scored in another way than may be expected."""
     if not is_main():
         return
@@ -286,7 +286,7 @@ def _tell(contents: Sequence[Content], without: int, say: Callable[[str], None])
         say(f"images of {len(sizes)} sizes ({shown}): metrics of pixels bring all to the first; they are counted")
 
 
-def _point_to(store: Store, found: Sequence[FoundImage], contents: Sequence[Content]) -> None:
+def _point_to(store: Store, found: Sequence[ExternalImage], contents: Sequence[ImageFile]) -> None:
     """Records of images where they are, as generating them would have written, and of what is in them."""
     ids = [image.task.id for image in found]
     write_json(store.folder / "layers.json", {})

@@ -24,8 +24,8 @@ from nemo_bench.errors import ModelError, NemoBenchError
 from nemo_bench.localization.published import PublishedRow, by_position, published_text
 from nemo_bench.methods import Method
 from nemo_bench.prompts import references_digest
+from nemo_bench.records.images import unreadable
 from nemo_bench.records.io import as_json, is_whole, read_json, write_json, write_text
-from nemo_bench.records.pictures import unreadable
 from nemo_bench.records.store import Store, iterate_records
 from nemo_bench.report import write_report
 from nemo_bench.report.detection import write_detection

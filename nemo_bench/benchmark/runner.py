@@ -58,10 +58,10 @@ from nemo_bench.localization import (
     write_statistics,
 )
 from nemo_bench.metrics import BenchMetric, SetMetric
-from nemo_bench.prompts import PromptDataModule, PromptTask
+from nemo_bench.prompts.data import PromptDataModule, PromptTask
 from nemo_bench.records.data import Neurons, Record
+from nemo_bench.records.images import visible
 from nemo_bench.records.io import digest, is_whole, read_object, write_json, write_text
-from nemo_bench.records.pictures import visible
 from nemo_bench.records.statistics import GROUPS
 from nemo_bench.records.store import SCHEMA, Store, image_digests, iterate_records, read_run
 

@@ -16,7 +16,7 @@ from nemo_bench.detectors.base import Detector, Finding, Predictions, View, now
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, Sampling, conditional_attention
 from nemo_bench.diffusion.noise import require_finite
 from nemo_bench.errors import NotFiniteError
-from nemo_bench.prompts import seeds_of
+from nemo_bench.prompts.data import seeds_of
 from nemo_bench.records.data import Prompt
 
 

@@ -21,7 +21,7 @@ from nemo_bench.diffusion import Conditioning, Diffusion
 from nemo_bench.errors import ConfigError, ModelError, NotFiniteError, StoreError
 from nemo_bench.localization.noise_differences import noise_differences, pair_similarities, pair_values
 from nemo_bench.localization.protocol import PAPER, SEEDS, Protocol
-from nemo_bench.prompts import seeds_of
+from nemo_bench.prompts.data import seeds_of
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.io import parse_json
 

@@ -26,7 +26,7 @@ from nemo_bench.metrics.spaces import to_tensor
 from nemo_bench.prompts import references_digest
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
-from nemo_bench.records.pictures import open_image
+from nemo_bench.records.images import open_image
 
 _HITS, _CAPTION_SATURATION, _LASTING = 1000, 0.3, 10
 """Nearest images whose captions count; similarity from where on guidance away from a caption is full; steps that it

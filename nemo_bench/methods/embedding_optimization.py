@@ -17,7 +17,7 @@ from nemo_bench.diffusion.noise import norms
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.descent import check_precision, descend
-from nemo_bench.prompts import seeds_of
+from nemo_bench.prompts.data import seeds_of
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt, Record
 

@@ -14,7 +14,7 @@ from nemo_bench.diffusion import Diffusion, Measure
 from nemo_bench.errors import ConfigError
 from nemo_bench.localization import LAST_K, PROTOCOLS, SEEDS, NemoSettings, Velocity, localize
 from nemo_bench.methods.base import Batch, Method
-from nemo_bench.prompts import seeds_of
+from nemo_bench.prompts.data import seeds_of
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Localization, Prompt
 

@@ -18,8 +18,8 @@ from torchmetrics.image.mifid import MemorizationInformedFrechetInceptionDistanc
 from nemo_bench.errors import ConfigError
 from nemo_bench.metrics.base import BenchMetric
 from nemo_bench.metrics.networks import Inception, Network
+from nemo_bench.records.images import list_images, unreadable
 from nemo_bench.records.io import digest
-from nemo_bench.records.pictures import list_pictures, unreadable
 
 _ALONE: dict[str, Any] = {"sync_on_compute": False}
 """One process has all features and computes alone; others must not be waited for."""
@@ -44,7 +44,7 @@ class SetMetric(BenchMetric):
 
     Args:
         space: The network whose features are compared.
-        folder: Real pictures (:data:`nemo_bench.records.pictures.ENDINGS`), in subfolders too.
+        folder: Real pictures (:data:`nemo_bench.records.images.ENDINGS`), in subfolders too.
     """
 
     family = "quality"
@@ -61,7 +61,7 @@ class SetMetric(BenchMetric):
     @property
     def files(self) -> list[Path]:
         """The real pictures, sorted by name."""
-        return list_pictures(Path(self.folder), deep=True) if self.folder else []
+        return list_images(Path(self.folder), deep=True) if self.folder else []
 
     def check(self) -> None:
         """See :meth:`BenchMetric.check`."""

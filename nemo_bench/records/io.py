@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bench.errors import StoreError, did_you_mean
-from nemo_bench.records.pictures import visible
+from nemo_bench.records.images import visible
 
 
 def as_json(content: Any, indent: int | None = None) -> str:

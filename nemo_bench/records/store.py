@@ -17,8 +17,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from nemo_bench.errors import StoreError
 from nemo_bench.records.data import Prompt, Record, prompts_digest
+from nemo_bench.records.images import to_rgb, visible
 from nemo_bench.records.io import REPAIRS, as_json, damaged, digest, is_whole, parse_json, read_object, write_json
-from nemo_bench.records.pictures import to_rgb, visible
 
 SCHEMA = 1
 """Version of everything written here."""
@@ -289,7 +289,7 @@ def thumbnail(path: Path, box: tuple[int, int]) -> tuple[Image.Image, bool] | No
         box: Width and height to fit.
 
     Returns:
-        The picture as :func:`nemo_bench.records.pictures.to_rgb` makes it, and whether it was made smaller; None if
+        The picture as :func:`nemo_bench.records.images.to_rgb` makes it, and whether it was made smaller; None if
         there is none to read.
     """
     try:

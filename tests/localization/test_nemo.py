@@ -42,7 +42,7 @@ from nemo_bench.localization.nemo import (
     select,
 )
 from nemo_bench.localization.noise_differences import noise_differences, pair_similarities, pair_values, similarity
-from nemo_bench.prompts import seeds_of
+from nemo_bench.prompts.data import seeds_of
 from tiny import tiny_pipeline, tiny_sdxl, tiny_texts
 
 

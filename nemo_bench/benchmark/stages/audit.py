@@ -22,10 +22,10 @@ from nemo_bench.diffusion import Conditioning, Diffusion, file_digest
 from nemo_bench.errors import ConfigError, NotFiniteError, did_you_mean
 from nemo_bench.methods import Batch, Method, NoMitigation
 from nemo_bench.metrics import BenchMetric
-from nemo_bench.prompts import seeds_of
+from nemo_bench.prompts.data import seeds_of
 from nemo_bench.records.data import Prompt, Record
+from nemo_bench.records.images import open_image
 from nemo_bench.records.io import digest
-from nemo_bench.records.pictures import open_image
 from nemo_bench.records.store import Store
 
 STAGE, SCORES = "audit", "audit_scores"

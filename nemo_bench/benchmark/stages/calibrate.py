@@ -16,7 +16,7 @@ from nemo_bench.localization import (
     pair_scores,
     save_moments,
 )
-from nemo_bench.prompts import PromptTask
+from nemo_bench.prompts.data import PromptTask
 from nemo_bench.records.data import Prompt, Record
 from nemo_bench.records.io import digest
 from nemo_bench.records.store import Store

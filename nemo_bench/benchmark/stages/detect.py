@@ -14,7 +14,7 @@ from nemo_bench.benchmark.stages.base import file_name, to_image
 from nemo_bench.config import CellConfig
 from nemo_bench.detectors import Detector, watch
 from nemo_bench.diffusion import Diffusion
-from nemo_bench.prompts import PromptTask
+from nemo_bench.prompts.data import PromptTask
 from nemo_bench.records.data import Prompt, Record
 from nemo_bench.records.store import Store
 
@@ -65,7 +65,7 @@ class DetectionTask(NamedTuple):
 class DetectionData(L.LightningDataModule):
     """Gives every process its part of the prompts that some detector has not scored.
 
-    As in :class:`nemo_bench.prompts.PromptDataModule` rank 0 alone reads what is done.
+    As in :class:`nemo_bench.prompts.data.PromptDataModule` rank 0 alone reads what is done.
 
     Args:
         cells: Cells of one model and the same prompts.

@@ -14,8 +14,8 @@ from torch import Tensor
 from nemo_bench.benchmark.stages.base import CHUNK, Stage
 from nemo_bench.metrics import BenchMetric, Network, SetMetric
 from nemo_bench.records.data import Record
+from nemo_bench.records.images import open_image
 from nemo_bench.records.io import digest
-from nemo_bench.records.pictures import open_image
 from nemo_bench.records.store import Store
 
 

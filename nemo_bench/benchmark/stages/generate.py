@@ -11,7 +11,7 @@ from nemo_bench.benchmark.stages.base import UNLOCALIZED, Stage, file_name, to_i
 from nemo_bench.diffusion import Diffusion, Generated
 from nemo_bench.errors import NotFiniteError
 from nemo_bench.methods import Batch, Method
-from nemo_bench.prompts import ImageTask, seeds_of
+from nemo_bench.prompts.data import ImageTask, seeds_of
 from nemo_bench.records.data import Neurons, Prompt, Record
 from nemo_bench.records.store import Store
 

@@ -19,7 +19,7 @@ from nemo_bench.localization import (
     pair_values,
 )
 from nemo_bench.methods import Batch, Method
-from nemo_bench.prompts import PromptTask, seeds_of
+from nemo_bench.prompts.data import PromptTask, seeds_of
 from nemo_bench.records.data import Localization, Neurons, Prompt, Record
 from nemo_bench.records.store import Store
 

@@ -16,10 +16,10 @@ from nemo_bench.benchmark.stages.base import CHUNK, Stage, file_name
 from nemo_bench.benchmark.stages.features import save_features, set_spaces
 from nemo_bench.errors import StoreError
 from nemo_bench.metrics import BenchMetric, ImageSpace, Network, OpenClip, SetMetric
-from nemo_bench.prompts import PromptTask
+from nemo_bench.prompts.data import PromptTask
 from nemo_bench.records.data import Record
+from nemo_bench.records.images import open_image
 from nemo_bench.records.io import digest
-from nemo_bench.records.pictures import open_image
 from nemo_bench.records.store import Store
 
 
