@@ -226,17 +226,17 @@ class _Downloader:
 
     async def download(self, url: str) -> Record:
         """Downloads a link, with further tries after temporary failures, and returns its entry in the manifest."""
-        pause = self.limits.backoff
-        for left in range(self.limits.retries, -1, -1):
+        tries = 0
+        while True:
             try:
                 return {"url": url, "status": "ok", **await self._try(url)}
             except _DeadLinkError as error:
-                if not error.may_heal or not left or error.wait > self.limits.longest_wait:
+                if not error.may_heal or tries == self.limits.retries or error.wait > self.limits.longest_wait:
                     return {"url": url, "status": "dead", "why": error.why, "may_heal": error.may_heal}
                 # At random, so that links that failed together are not all tried again together.
-                await asyncio.sleep(max(error.wait, pause * random.uniform(1, 1.5)))
-                pause *= 2
-        raise AssertionError("the last try returns")
+                pause = self.limits.backoff * 2**tries * random.uniform(1, 1.5)
+                await asyncio.sleep(max(error.wait, pause))
+                tries += 1
 
     async def _try(self, url: str) -> Record:
         address = _address(url)
