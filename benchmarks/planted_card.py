@@ -38,8 +38,8 @@ from nemo_bench.localization import (
 from nemo_bench.metrics import SSIM, OpenClip, PixelDistance
 from nemo_bench.planted.training import heldout_captions
 from nemo_bench.planted.world import general_caption, render
-from nemo_bench.prompts import seeds_of
-from nemo_bench.records.pictures import open_image
+from nemo_bench.prompts.tasks import seeds_of
+from nemo_bench.records.images import open_image
 
 CARD = Path(resolve("package:planted/README.md"))
 CPU = torch.device("cpu")

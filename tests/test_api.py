@@ -14,7 +14,7 @@ from nemo_bench.benchmark.run import run as run_cells
 from nemo_bench.config import grid
 from nemo_bench.localization import REFERENCE, pair_scores
 from nemo_bench.methods import Setup
-from nemo_bench.prompts import seeds_of
+from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.store import read_records
 from small_runs import small
 from tiny import tiny_texts

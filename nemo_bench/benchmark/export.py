@@ -14,8 +14,8 @@ from nemo_bench.config import ModelSettings, SimilaritySettings
 from nemo_bench.diffusion import Diffusion, folder_digest
 from nemo_bench.errors import ConfigError, StoreError, counted, did_you_mean
 from nemo_bench.records.data import Neurons
+from nemo_bench.records.images import visible
 from nemo_bench.records.io import damaged, digest, write_text
-from nemo_bench.records.pictures import visible
 from nemo_bench.records.schema import LocalizationRecord
 from nemo_bench.records.store import Store, read_cell_prompts, read_settings, read_spec
 

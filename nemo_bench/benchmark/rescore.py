@@ -18,7 +18,7 @@ from nemo_bench.errors import ConfigError, StoreError, counted
 from nemo_bench.prompts import check_references
 from nemo_bench.prompts.external import (
     Content,
-    FoundImage,
+    ExternalImage,
     changed_images,
     check_images,
     mapped_images,
@@ -277,7 +277,7 @@ def _report_sizes(contents: Sequence[Content], without: int, say: Callable[[str]
         say(f"images of {len(sizes)} sizes ({shown}): metrics of pixels bring all to the first; they are counted")
 
 
-def _record_images(store: Store, found: Sequence[FoundImage], contents: Sequence[Content]) -> None:
+def _record_images(store: Store, found: Sequence[ExternalImage], contents: Sequence[Content]) -> None:
     """Records external images where they are, and what is in them."""
     ids = [image.task.id for image in found]
     write_json(store.folder / "layers.json", {})

@@ -20,8 +20,8 @@ from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.runner import Runner, note_start, open_folder
 from nemo_bench.benchmark.summary import summarize
 from nemo_bench.localization.published import PublishedRow, by_position, published_text
+from nemo_bench.records.images import unreadable
 from nemo_bench.records.io import LAYERS, read_file, write_json, write_text
-from nemo_bench.records.pictures import unreadable
 from nemo_bench.records.results import Results, load_detections, load_results
 from nemo_bench.records.schema import LocalizationRecord, ScoreRecord
 from nemo_bench.records.store import Store

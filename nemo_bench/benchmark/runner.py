@@ -69,8 +69,8 @@ from nemo_bench.methods import Method, Setup
 from nemo_bench.metrics import BenchMetric, SetMetric
 from nemo_bench.prompts.data import PromptDataModule
 from nemo_bench.prompts.tasks import PromptTask
+from nemo_bench.records.images import visible
 from nemo_bench.records.io import LAYERS, SETS, digest, is_whole, read_file, write_json
-from nemo_bench.records.pictures import visible
 from nemo_bench.records.schema import (
     CalibrationRecord,
     Environment,

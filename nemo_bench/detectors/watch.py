@@ -18,7 +18,7 @@ from nemo_bench.detectors.base import Detector, DetectorScore, View, now
 from nemo_bench.diffusion import GRADIENT_MEMORY, Diffusion, Sampling, conditional_attention
 from nemo_bench.diffusion.noise import require_finite
 from nemo_bench.errors import NotFiniteError
-from nemo_bench.prompts import seeds_of
+from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.data import Prompt
 
 

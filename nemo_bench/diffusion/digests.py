@@ -6,8 +6,8 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
+from nemo_bench.records.images import visible
 from nemo_bench.records.io import digest
-from nemo_bench.records.pictures import visible
 
 
 def folder_digest(folder: Path) -> str:

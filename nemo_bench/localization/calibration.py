@@ -22,6 +22,7 @@ from nemo_bench.diffusion import Conditioning, Diffusion
 from nemo_bench.errors import ConfigError, ModelError, NotFiniteError, StoreError
 from nemo_bench.localization.noise_differences import noise_differences, pair_similarities, pair_values
 from nemo_bench.localization.protocol import PAPER, SEEDS, Protocol
+from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.io import parse_json
 
@@ -301,8 +302,6 @@ def pair_scores(
     Returns:
         For each prompt S (S - 1) / 2 similarities in [-1, 1]; not all finite if its noise differences are not.
     """
-    from nemo_bench.prompts import seeds_of  # imports Lightning
-
     text = model.encode([prompt.text for prompt in prompts])
     rows = [row for row in range(len(prompts)) for _ in range(seeds)]
     latents = torch.cat([protocol.latents(model, seeds_of(p, "localize", range(seeds))) for p in prompts])

@@ -24,7 +24,7 @@ from nemo_bench.methods.descent import check_precision
 from nemo_bench.prompts import references_digest
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
-from nemo_bench.records.pictures import open_image
+from nemo_bench.records.images import open_image
 from nemo_bench.records.ranges import Count, NotNegative, Positive
 
 if TYPE_CHECKING:

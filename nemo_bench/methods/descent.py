@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from nemo_bench.errors import ModelError
-from nemo_bench.records.data import Record
 
 Loss = Callable[[Sequence[int], Tensor], Tensor]
 """Losses of n rows, given their numbers and values (n, ...): (n, alternatives)."""
@@ -33,7 +33,7 @@ class Descent:
     reached: tuple[bool, ...]
 
     @property
-    def notes(self) -> tuple[Record, ...]:
+    def notes(self) -> tuple[dict[str, Any], ...]:
         """Steps and success of each row, for records."""
         return tuple({"steps": n, "reached": there} for n, there in zip(self.steps, self.reached, strict=True))
 

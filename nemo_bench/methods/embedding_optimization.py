@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -17,14 +17,14 @@ from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion
 from nemo_bench.diffusion.noise import norms
 from nemo_bench.methods.base import Batch, Method, Setup, split
 from nemo_bench.methods.descent import check_precision, descend
-from nemo_bench.prompts import seeds_of
+from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.citations import cite
-from nemo_bench.records.data import Prompt, Record
+from nemo_bench.records.data import Prompt
 from nemo_bench.records.ranges import Count, Index, Positive
 
 Measure = Callable[[Sequence[int], Tensor], Tensor]
 """Values of n images, given their numbers and embeddings (n, tokens, channels): (n,)."""
-Optimized = tuple[Tensor, Record]
+Optimized = tuple[Tensor, dict[str, Any]]
 """An embedding, (tokens, channels), and its notes."""
 Target = Annotated[float, Field(gt=float("-inf"))]
 """Any number but nan and minus infinity."""

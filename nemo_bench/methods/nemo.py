@@ -15,7 +15,7 @@ from nemo_bench.diffusion import Diffusion, Measure
 from nemo_bench.errors import ConfigError
 from nemo_bench.localization import LAST_K, PROTOCOLS, SEEDS, NemoSettings, Velocity, localize
 from nemo_bench.methods.base import Batch, Method, Threshold
-from nemo_bench.prompts import seeds_of
+from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Localization, Prompt
 from nemo_bench.records.ranges import NotNegative, Positive

@@ -22,7 +22,6 @@ from nemo_bench.methods.base import Batch, Method, Setup
 from nemo_bench.methods.bright_ending import BrightEndingOptimization, bright_ending
 from nemo_bench.methods.embedding_optimization import EmbeddingOptimization
 from nemo_bench.prompts import read_rows
-from nemo_bench.prompts.readers import TEXT_COLUMNS
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.io import digest
@@ -232,6 +231,6 @@ def read_paraphrases(path: Path) -> dict[str, tuple[str, ...]]:
         listed = row.cells.get("paraphrases") or [row.cells[name] for _, name in numbered if row.cells[name]]
         if not isinstance(listed, list) or not all(isinstance(wording, str) and wording for wording in listed):
             raise PromptError(f"{row.where}: paraphrases {str(listed)[:60]!r} are no list of texts")
-        if listed and paraphrases.setdefault(str(row.first(TEXT_COLUMNS)), tuple(listed)) != tuple(listed):
+        if listed and paraphrases.setdefault(str(row.first("prompts")), tuple(listed)) != tuple(listed):
             raise PromptError(f"{row.where}: other paraphrases for a prompt than in a line before; leave one of them")
     return paraphrases

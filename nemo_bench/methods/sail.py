@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method, split
 from nemo_bench.methods.descent import Loss, check_precision, descend
 from nemo_bench.records.citations import cite
-from nemo_bench.records.data import Record
 from nemo_bench.records.io import digest
 from nemo_bench.records.ranges import Count, Index, NotNegative, Positive
 
@@ -31,7 +30,7 @@ class Candidate:
 
     noise: Tensor
     loss: float
-    notes: Record
+    notes: dict[str, Any]
 
 
 class SAIL(Method):
@@ -134,7 +133,7 @@ class SAIL(Method):
                 # The first candidate at the target, or else the best.
                 enough = (end.losses[row] <= target).nonzero()
                 number = int(enough[0]) if len(enough) else int(end.losses[row].argmin())
-                notes: Record = {"restarts": restart, "candidate": number, **end.notes[row]}
+                notes: dict[str, Any] = {"restarts": restart, "candidate": number, **end.notes[row]}
                 candidate = Candidate(values[row, number], float(end.losses[row, number]), notes)
                 if end.reached[row] or image not in best or candidate.loss < best[image].loss:
                     best[image] = candidate

@@ -16,12 +16,12 @@ from nemo_bench.errors import ConfigError, StoreError
 from nemo_bench.localization.published import by_name, read_published
 from nemo_bench.methods.nemo import BlockNeurons
 from nemo_bench.prompts import read_rows
-from nemo_bench.records.data import Localization, Neurons, Prompt, Record
+from nemo_bench.records.data import Localization, Neurons, Prompt
 from nemo_bench.records.io import digest
 from nemo_bench.records.schema import LocalizationRecord
 from nemo_bench.records.store import read_records
 
-Saved = Callable[[Prompt], Record | None]
+Saved = Callable[[Prompt], dict[str, Any] | None]
 """Gives the fields of the localization of a prompt; None where the file lacks it."""
 FIELDS = (
     "neurons", "initial", "gate_score", "initial_score", "refined_score", "threshold", "passed_gate", "exhausted",
@@ -106,11 +106,16 @@ def _read_cell(folder: Path) -> Saved:
 
 
 def _read_published(path: Path) -> Saved:
-    saved: dict[str, Record] = {}
+    saved: dict[str, dict[str, Any]] = {}
     for row in read_published(path):
         scores = {"initial_score": row.initial_score, "refined_score": row.refined_score}
         # Prompts that did not pass the gate have an empty list; whether the selection ran out is not published.
-        record: Record = {"neurons": row.refined, "initial": row.initial, **scores, "passed_gate": any(row.initial)}
+        record: dict[str, Any] = {
+            "neurons": row.refined,
+            "initial": row.initial,
+            **scores,
+            "passed_gate": any(row.initial),
+        }
         if saved.setdefault(row.caption, record) != record:
             raise StoreError(f"{path}: two lines of other neurons for the prompt {row.caption!r}; leave one of them")
     return lambda prompt: saved.get(prompt.text)

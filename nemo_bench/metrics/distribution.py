@@ -16,8 +16,8 @@ from typing_extensions import override
 from nemo_bench.errors import ConfigError
 from nemo_bench.metrics.base import BenchMetric
 from nemo_bench.metrics.networks import Inception, Network
+from nemo_bench.records.images import list_images, unreadable
 from nemo_bench.records.io import digest
-from nemo_bench.records.pictures import list_pictures, unreadable
 from nemo_bench.records.ranges import Count
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class SetMetric(BenchMetric):
 
     Args:
         space: The network.
-        folder: Real pictures (:data:`nemo_bench.records.pictures.ENDINGS`), in subfolders too.
+        folder: Real pictures (:data:`nemo_bench.records.images.ENDINGS`), in subfolders too.
     """
 
     name: ClassVar[str]
@@ -53,7 +53,7 @@ class SetMetric(BenchMetric):
     @property
     def files(self) -> list[Path]:
         """The real pictures, sorted by name."""
-        return list_pictures(Path(self.folder), deep=True) if self.folder else []
+        return list_images(Path(self.folder), deep=True) if self.folder else []
 
     @override
     def check(self) -> None:

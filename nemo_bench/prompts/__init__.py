@@ -1,30 +1,22 @@
-"""Prompts: reading published and own lists, and sharing them out to the predict loops."""
+"""Prompts: published and own lists with their reference images; tasks of the predict loops are in ``tasks``."""
 
-from nemo_bench.prompts.data import PromptDataModule
-from nemo_bench.prompts.manifest import MANIFEST, read_manifest
-from nemo_bench.prompts.readers import (
+from nemo_bench.prompts.readers import is_prompt_source, read_links, read_prompts, read_rows
+from nemo_bench.prompts.references import (
+    MANIFEST,
     check_references,
     dead_references,
-    read_links,
-    read_prompts,
-    read_rows,
+    read_manifest,
     references_digest,
 )
-from nemo_bench.prompts.tasks import ImageTask, PromptTask, seeds_of
-from nemo_bench.records.io import prompts_digest
 
 __all__ = [
     "MANIFEST",
-    "ImageTask",
-    "PromptDataModule",
-    "PromptTask",
     "check_references",
     "dead_references",
-    "prompts_digest",
+    "is_prompt_source",
     "read_links",
     "read_manifest",
     "read_prompts",
     "read_rows",
     "references_digest",
-    "seeds_of",
 ]

@@ -1,11 +1,10 @@
-"""Fetches training images from the links of published prompt lists.
+"""Downloads reference images from the links of published prompt lists.
 
-Published lists name training images by links, of which many are dead by now, and servers answer in every way they can:
-slowly, with pages in place of images, with far too much, or not at all. Whatever happens to a link is noted in a
-manifest, so that what is missing is counted wherever a number depends on it.
+Many of these links are dead by now, and servers answer slowly, with a web page, with far too much, or not at all. The
+manifest records the outcome of every link, so that missing images are counted wherever a number depends on them.
 
 A list may come from anyone, so a link gets nothing of the user's: no login of ``~/.netrc``, of the link itself or of a
-cookie, and no way to addresses that only this machine reaches. Proxies of the environment (``HTTP_PROXY``,
+cookie, and no access to addresses that only this machine reaches. Proxies of the environment (``HTTP_PROXY``,
 ``HTTPS_PROXY``, ``NO_PROXY``) are used.
 """
 
@@ -23,11 +22,11 @@ import random
 import socket
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,132 +34,153 @@ from urllib.parse import quote, urldefrag, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
-from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.abc import ResolveResult
 from PIL import Image, UnidentifiedImageError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing_extensions import override
 from yarl import URL
 
 from nemo_bench.errors import ConfigError
-from nemo_bench.prompts import MANIFEST, read_links, read_manifest
 from nemo_bench.prompts.lists import without_login
-from nemo_bench.records.data import Record
+from nemo_bench.prompts.readers import read_links
+from nemo_bench.prompts.references import MANIFEST, read_manifest
+from nemo_bench.records.images import to_rgb
 from nemo_bench.records.io import write_text
-from nemo_bench.records.pictures import to_rgb
+from nemo_bench.records.ranges import Count, Index, NotNegative, Positive, check_ranges
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-"""Formats that are taken, by what the bytes are."""
+"""Accepted image formats, recognized by content."""
 SMALLEST = 32
-"""Least width and height in pixels; what is smaller stands in for an image."""
+"""Least width and height in pixels; smaller images are placeholders."""
 BUSY = frozenset({408, 425, 429})
-"""Answers that, like all from 500 on, may be others in a while."""
+"""HTTP statuses that, like all from 500 on, may be temporary."""
 MOVED = frozenset({301, 302, 303, 307, 308})
-"""Answers that name another address."""
+"""HTTP statuses of a redirection."""
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _NAT64_LOCAL = ipaddress.ip_network("64:ff9b:1::/48")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is asked of the network, and how much is taken from it.
+    """Limits of downloads.
 
     Attributes:
-        parallel: Links fetched at a time.
-        per_host: Links of one host fetched at a time.
-        retries: Further tries of what may heal.
-        backoff: Seconds before the second try, doubled before each further one; up to half as much again is added by
-            chance.
-        longest_wait: Most seconds that a server may ask to wait (``Retry-After``); above, the link is given up.
+        parallel: Links downloaded at a time.
+        per_host: Links of one host downloaded at a time.
+        retries: Further tries after a temporary failure.
+        backoff: Seconds before the second try, doubled before each further one; up to half as much is added at random.
+        longest_wait: Longest wait in seconds that a server may ask for (``Retry-After``) before its link is given up.
         connect: Seconds to connect.
         read: Seconds without a single byte.
-        total: Seconds a try may take altogether.
-        megabytes: Most bytes of an image, in units of 2^20.
-        megapixels: Most pixels of an image, in millions.
+        total: Seconds of a try.
+        megabytes: Size of an image file, in units of 2^20 bytes.
+        megapixels: Pixels of an image, in millions.
         redirects: Redirections followed.
-        private: Whether addresses may be asked that are not public, such as those of this machine and its network.
+        private: Whether addresses that are not public are allowed, such as those of this machine and its network.
+
+    Raises:
+        ConfigError: A limit is out of range.
     """
 
-    parallel: int = 16
-    per_host: int = 4
-    retries: int = 3
-    backoff: float = 1.0
-    longest_wait: float = 60.0
-    connect: float = 10.0
-    read: float = 20.0
-    total: float = 90.0
-    megabytes: float = 32.0
-    megapixels: float = 64.0
-    redirects: int = 5
+    parallel: Count = 16
+    per_host: Count = 4
+    retries: Index = 3
+    backoff: NotNegative = 1.0
+    longest_wait: NotNegative = 60.0
+    connect: Positive = 10.0
+    read: Positive = 20.0
+    total: Positive = 90.0
+    megabytes: Positive = 32.0
+    megapixels: Positive = 64.0
+    redirects: Index = 5
     private: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("retries", "backoff", "longest_wait", "redirects"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected 0 or more")
-        for name in ("parallel", "per_host", "connect", "read", "total", "megabytes", "megapixels"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected more than 0")
+        check_ranges(type(self).__name__, type(self), vars(self))
 
 
+@dataclass(eq=False)
 class _DeadLinkError(Exception):
-    """Why a link gives no image, whether that may pass, and how long the server asks to wait."""
+    """A link gives no image: why, whether another try may succeed, and the seconds that the server asks to wait."""
 
-    def __init__(self, why: str, *, may_heal: bool = False, wait: float = 0.0) -> None:
-        super().__init__(why)
-        self.why, self.may_heal, self.wait = why, may_heal, wait
+    why: str
+    may_heal: bool = False
+    wait: float = 0.0
 
 
 def fetch(
     lists: Sequence[Path | str], folder: Path | str, limits: Limits | None = None, *, progress: bool = True
 ) -> dict[str, Any]:
-    """Fetches the images that prompt lists link to; a link that several prompts have is fetched once.
+    """Downloads the reference images that prompt lists link to, each link once.
 
-    What lies in the folder already, with the checksum it had, is kept. Links that were dead are tried again only where
-    their failure may pass: a server that was busy or did not answer, a broken connection.
+    Files that are in the folder with their recorded checksum are kept. Dead links are tried again only after a
+    temporary failure.
 
     Args:
         lists: Prompt files with a column ``url`` or ``urls``.
-        folder: Where images and ``manifest.jsonl`` go (see :func:`nemo_bench.prompts.read_manifest`); may hold those of
+        folder: Folder of the images and their manifest (:func:`nemo_bench.prompts.read_manifest`); may hold those of
             other lists.
         limits: Limits; None for the defaults.
-        progress: Whether a bar is shown.
+        progress: Whether to show a progress bar.
 
     Returns:
-        ``links`` in the lists, ``fetched`` now, ``kept`` from before; ``dead``, the manifest's entries of dead links;
-        ``prompts`` with a link, and ``prompts_without_reference``, those of them that have dead links only; ``same``,
-        lists of links that gave the very same file, which may be a picture that stands in for a lost one; ``folder``.
+        ``folder``; ``links``, their number; ``fetched`` now and ``kept`` from before; ``dead``, the manifest's entries
+        of dead links; ``prompts`` with links, and ``prompts_without_reference`` with dead links only; ``same``, groups
+        of links with identical files, which may be placeholders of lost images.
 
     Raises:
         PromptError: A list can't be read or has no links.
-        ConfigError: Two lists have the same file name, the folder is a file, or a proxy is none of http.
+        ConfigError: Two lists have the same file name, the folder is a file, or a proxy is not of http.
     """
-    folder, limits = Path(folder), limits or Limits()
+    folder = Path(folder)
     names = [Path(path).name for path in lists]
     if len(set(names)) < len(names):
-        raise ConfigError(
-            f"two of the lists have the same file name ({', '.join(names)}); fetch each to its own folder"
-        )
+        msg = f"two of the lists have the same file name ({', '.join(names)}); fetch each to its own folder"
+        raise ConfigError(msg)
     links = {name: read_links(path) for name, path in zip(names, lists, strict=True)}
-    prompts: dict[str, dict[str, list[str]]] = {}
+    owners: dict[str, dict[str, list[str]]] = {}
     for name, by_prompt in links.items():
         for prompt, urls in by_prompt.items():
             for url in urls:
-                prompts.setdefault(url, {}).setdefault(name, []).append(prompt)
+                owners.setdefault(url, {}).setdefault(name, []).append(prompt)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is no folder; name one for the images")
     folder.mkdir(parents=True, exist_ok=True)
     manifest = read_manifest(folder)
     for url, entry in manifest.items():
         # An entry keeps the prompts of lists that are not asked for now.
-        entry["prompts"] = {**entry["prompts"], **prompts.get(url, {})}
-    _write(folder, manifest)
-    todo = [url for url in prompts if url not in manifest or not _is_settled(folder, manifest[url])]
-    _Fetcher(folder, limits, progress).run(todo, prompts)
+        entry["prompts"] = {**entry["prompts"], **owners.get(url, {})}
+    _write_manifest(folder, manifest)
+    pending = {url: owners[url] for url in owners if url not in manifest or not _is_settled(folder, manifest[url])}
+    with warnings.catch_warnings():
+        # Pillow only warns of an image that is large enough to be meant to fill the memory.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        asyncio.run(_download_all(pending, folder, limits or Limits(), progress))
     manifest = read_manifest(folder)
-    _write(folder, manifest)
-    return _summary(folder, links, manifest, set(todo))
+    _write_manifest(folder, manifest)
+    alive = [url for url in owners if manifest[url]["status"] == "ok"]
+    by_content: defaultdict[str, list[str]] = defaultdict(list)
+    for url in alive:
+        by_content[manifest[url]["sha256"]].append(url)
+    linked = [urls for by_prompt in links.values() for urls in by_prompt.values() if urls]
+    return {
+        "folder": str(folder),
+        "links": len(owners),
+        "fetched": sum(url in pending for url in alive),
+        "kept": sum(url not in pending for url in alive),
+        "dead": [manifest[url] for url in owners if manifest[url]["status"] != "ok"],
+        "prompts": len(linked),
+        "prompts_without_reference": sum(set(urls).isdisjoint(alive) for urls in linked),
+        "same": [urls for urls in by_content.values() if len(urls) > 1],
+    }
 
 
-def _is_settled(folder: Path, entry: Record) -> bool:
+def _write_manifest(folder: Path, manifest: dict[str, dict[str, Any]]) -> None:
+    write_text(folder / MANIFEST, "".join(json.dumps(entry) + "\n" for entry in manifest.values()))
+
+
+def _is_settled(folder: Path, entry: dict[str, Any]) -> bool:
+    """Whether a link needs no further try: its file is intact, or its failure is permanent."""
     if entry["status"] != "ok":
         return not entry["may_heal"]
     try:
@@ -169,112 +189,75 @@ def _is_settled(folder: Path, entry: Record) -> bool:
         return False
 
 
-def _write(folder: Path, manifest: dict[str, Record]) -> None:
-    write_text(folder / MANIFEST, "".join(json.dumps(entry) + "\n" for entry in manifest.values()))
+async def _download_all(pending: dict[str, dict[str, list[str]]], folder: Path, limits: Limits, progress: bool) -> None:
+    """Downloads links and appends the outcome of each to the manifest at once."""
+    # Host names are looked up and images decoded in threads; a slow name must not hold up the others.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(limits.parallel))
+    downloader = _Downloader(folder, limits)
+    columns = (TextColumn("references"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[dead]} dead"))
+    bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not progress or not pending)
+    line = bar.add_task("", total=len(pending), dead=0)
+    dead = 0
+    with (folder / MANIFEST).open("a", encoding="utf-8") as manifest, bar:
+        async with downloader.direct, downloader.proxied:
+            for outcome in asyncio.as_completed([downloader.download(url) for url in pending]):
+                entry = await outcome
+                manifest.write(json.dumps({**entry, "prompts": pending[entry["url"]]}) + "\n")
+                manifest.flush()
+                dead += entry["status"] == "dead"
+                bar.update(line, advance=1, dead=dead)
 
 
-def _summary(
-    folder: Path, links: dict[str, dict[str, tuple[str, ...]]], manifest: dict[str, Record], tried: set[str]
-) -> dict[str, Any]:
-    urls = list(dict.fromkeys(url for by_prompt in links.values() for some in by_prompt.values() for url in some))
-    alive = [url for url in urls if manifest[url]["status"] == "ok"]
-    of_prompts = [some for by_prompt in links.values() for some in by_prompt.values() if some]
-    by_content: dict[str, list[str]] = {}
-    for url in alive:
-        by_content.setdefault(manifest[url]["sha256"], []).append(url)
-    return {
-        "folder": str(folder),
-        "links": len(urls),
-        "fetched": sum(url in tried for url in alive),
-        "kept": sum(url not in tried for url in alive),
-        "dead": [manifest[url] for url in urls if manifest[url]["status"] != "ok"],
-        "prompts": len(of_prompts),
-        "prompts_without_reference": sum(not set(some) & set(alive) for some in of_prompts),
-        "same": [some for some in by_content.values() if len(some) > 1],
-    }
+class _Downloader:
+    """Downloads images, within a running event loop."""
 
-
-class _Fetcher:
-    def __init__(self, folder: Path, limits: Limits, progress: bool) -> None:
-        self.folder, self.limits, self.progress = folder, limits, progress
+    def __init__(self, folder: Path, limits: Limits) -> None:
+        self.folder = folder
+        self.limits = limits
         self.proxies = _proxies()
-
-    def run(self, urls: Sequence[str], prompts: dict[str, dict[str, list[str]]]) -> None:
-        """Fetches links and notes what became of each at once."""
-        with warnings.catch_warnings():
-            # Pillow only warns of an image that is large enough to be meant to fill the memory.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            asyncio.run(self._run(urls, prompts))
-
-    async def _run(self, urls: Sequence[str], prompts: dict[str, dict[str, list[str]]]) -> None:
-        limits = self.limits
-        # Names are looked up and images decoded in threads; a name that takes long must not hold up the others.
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(limits.parallel))
         self.slots = asyncio.Semaphore(limits.parallel)
-        self.hosts: dict[str | None, asyncio.Semaphore] = {}
+        self.hosts = defaultdict[str | None, asyncio.Semaphore](lambda: asyncio.Semaphore(limits.per_host))
         self.decoders = asyncio.Semaphore(2)
         self.resolver = aiohttp.ThreadedResolver() if limits.private else _PublicResolver()
+        self.direct = _session(limits, self.resolver)
         # A proxy is the user's own, so it may have any address.
-        direct = self._session(aiohttp.TCPConnector(limit=0, resolver=self.resolver))
-        proxied = self._session(aiohttp.TCPConnector(limit=0, resolver=aiohttp.ThreadedResolver()))
-        self.sessions = {False: direct, True: proxied}
-        columns = (TextColumn("references"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[dead]} dead"))
-        bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not self.progress or not urls)
-        line, dead = bar.add_task("", total=len(urls), dead=0), 0
-        with (self.folder / MANIFEST).open("a", encoding="utf-8") as manifest, bar:
-            async with direct, proxied:
-                for done in asyncio.as_completed([self._fetch(url) for url in urls]):
-                    entry = await done
-                    manifest.write(json.dumps({**entry, "prompts": prompts[entry["url"]]}) + "\n")
-                    manifest.flush()
-                    dead += entry["status"] == "dead"
-                    bar.update(line, advance=1, dead=dead)
+        self.proxied = _session(limits, aiohttp.ThreadedResolver())
 
-    def _session(self, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
-        limits = self.limits
-        return aiohttp.ClientSession(
-            connector=connector,
-            timeout=aiohttp.ClientTimeout(limits.total, sock_connect=limits.connect, sock_read=limits.read),
-            headers={
-                "User-Agent": f"nemo-bench/{version('nemo-bench')}",
-                "Accept": "image/*",
-                "Accept-Encoding": "identity",
-            },
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=False,  # which would send logins of ~/.netrc
-        )
-
-    async def _fetch(self, url: str) -> Record:
-        """The entry of a link, tried again while that may help."""
-        left, pause = self.limits.retries, self.limits.backoff
+    async def download(self, url: str) -> dict[str, Any]:
+        """Downloads a link, with further tries after temporary failures, and returns its entry in the manifest."""
+        tries = 0
         while True:
             try:
                 return {"url": url, "status": "ok", **await self._try(url)}
             except _DeadLinkError as error:
-                if not error.may_heal or not left or error.wait > self.limits.longest_wait:
+                if not error.may_heal or tries == self.limits.retries or error.wait > self.limits.longest_wait:
                     return {"url": url, "status": "dead", "why": error.why, "may_heal": error.may_heal}
-                # By chance, so that links that failed together are not all tried again together.
-                await asyncio.sleep(max(error.wait, pause * random.uniform(1, 1.5)))
-                left, pause = left - 1, pause * 2
+                # At random, so that links that failed together are not all tried again together.
+                pause = self.limits.backoff * 2**tries * random.uniform(1, 1.5)
+                await asyncio.sleep(max(error.wait, pause))
+                tries += 1
 
-    async def _try(self, url: str) -> Record:
+    async def _try(self, url: str) -> dict[str, Any]:
         address = _address(url)
-        async with self.hosts.setdefault(address.host, asyncio.Semaphore(self.limits.per_host)), self.slots:
-            content = await self._download(address)
-            # Within its slot, so that no more than the slots hold waits to be decoded.
+        async with self.hosts[address.host], self.slots:
+            content = await self._content(address)
+            # Within its slot, so that no more images than slots wait to be decoded.
             async with self.decoders:
-                return await asyncio.to_thread(partial(_save, self.folder, url, content, self.limits))
+                return await asyncio.to_thread(_save, self.folder, url, content, self.limits)
 
-    async def _download(self, address: URL) -> bytes:
+    async def _content(self, address: URL) -> bytes:
         try:
-            # Followed by ourselves, since every address on the way has to be a public one.
+            # Redirections are followed here, since every address on the way has to be public.
             for _ in range(self.limits.redirects + 1):
-                proxy = self._proxy(address)
-                await self._check_public(address, proxied=proxy is not None)
-                session = self.sessions[proxy is not None]
+                proxy = self.proxies.get(address.scheme)
+                if proxy is not None and proxy_bypass(address.authority):
+                    proxy = None
+                if not self.limits.private:
+                    await self._check_public(address, proxied=proxy is not None)
+                session = self.direct if proxy is None else self.proxied
                 async with session.get(address, proxy=proxy, allow_redirects=False) as answer:
                     if answer.status not in MOVED or "Location" not in answer.headers:
-                        return await self._body(answer)
+                        return await _body(answer, self.limits.megabytes)
                     address = _moved(address, answer.headers["Location"])
             raise _DeadLinkError(f"more than {self.limits.redirects} redirections")
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError, UnicodeError):
@@ -290,76 +273,66 @@ class _Fetcher:
         except aiohttp.ClientError as error:
             raise _DeadLinkError(f"no valid answer ({type(error).__name__})") from None
 
-    def _proxy(self, address: URL) -> str | None:
-        """The proxy that the environment names for an address, if any."""
-        proxy = self.proxies.get(address.scheme)
-        return None if proxy is None or proxy_bypass(address.authority) else proxy
-
     async def _check_public(self, address: URL, *, proxied: bool) -> None:
-        """Raises where the host is an address that is not public. Names are checked where they are looked up.
+        """Refuses hosts that are no public IP address. Names are checked by the resolver of the session.
 
-        Behind a proxy names are looked up by the proxy; here they are too, as far as they are known here.
+        A proxy resolves names itself; they are checked as far as this machine can resolve them too.
         """
         host = (address.host or "").rstrip(".")
-        if self.limits.private:
-            return
-        if ":" in host or host.rpartition(".")[2].isdigit() or host.rpartition(".")[2].startswith("0x"):
+        last = host.rpartition(".")[2]
+        if ":" in host or last.isdigit() or last.startswith("0x"):
             if not _is_public(host):
                 raise _not_public()
         elif proxied:
             with suppress(OSError):
                 await self.resolver.resolve(host, address.port or 0, socket.AF_UNSPEC)
 
-    async def _body(self, answer: aiohttp.ClientResponse) -> bytes:
-        _check_answer(answer)
-        most = int(self.limits.megabytes * 2**20)
-        content = bytearray()
-        if (answer.content_length or 0) > most:
-            raise _DeadLinkError(f"more than {self.limits.megabytes:g} MiB")
-        async for chunk in answer.content.iter_chunked(2**16):
-            content += chunk
-            if len(content) > most:
-                raise _DeadLinkError(f"more than {self.limits.megabytes:g} MiB")
-        return bytes(content)
 
+class _PublicResolver(aiohttp.ThreadedResolver):
+    """Resolves host names to public addresses only, which are then the ones connected to."""
 
-class _PublicResolver(AbstractResolver):
-    """Looks up the addresses of a host, and lets public ones pass only: those are what is connected to."""
-
-    def __init__(self) -> None:
-        self.resolver = aiohttp.ThreadedResolver()
-
+    @override
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        """Public addresses of a host, at least one."""
-        found = await self.resolver.resolve(host, port, family)
-        public = [result for result in found if _is_public(result["host"])]
+        public = [found for found in await super().resolve(host, port, family) if _is_public(found["host"])]
         if not public:
             raise _not_public()
         return public
 
-    async def close(self) -> None:
-        """Nothing is held."""
+
+def _session(limits: Limits, resolver: aiohttp.ThreadedResolver) -> aiohttp.ClientSession:
+    """A session without cookies and logins."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, resolver=resolver),
+        timeout=aiohttp.ClientTimeout(limits.total, sock_connect=limits.connect, sock_read=limits.read),
+        headers={
+            "User-Agent": f"nemo-bench/{version('nemo-bench')}",
+            "Accept": "image/*",
+            "Accept-Encoding": "identity",
+        },
+        cookie_jar=aiohttp.DummyCookieJar(),
+        trust_env=False,  # which would send logins of ~/.netrc
+    )
 
 
 def _not_public() -> _DeadLinkError:
-    """May be another one another day, or be allowed then; but not in a few seconds."""
+    """Heals if the address changes or private ones are allowed, but not within a few seconds."""
     return _DeadLinkError("no public address", may_heal=True, wait=math.inf)
 
 
 def _is_public(host: str) -> bool:
-    """Whether an IP address is one that everybody reaches; also where it stands for an IPv4 address."""
+    """Whether a text is a public IP address; an IPv6 address that embeds an IPv4 address counts as that."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
         return False
     if isinstance(address, ipaddress.IPv6Address):
-        within = address.ipv4_mapped or address.sixtofour
+        embedded = address.ipv4_mapped or address.sixtofour
         if address in _NAT64 or int(address) < 2**32:
-            within = ipaddress.IPv4Address(int(address) % 2**32)
-        if within is not None:
-            return _is_public(str(within))
+            embedded = ipaddress.IPv4Address(int(address) % 2**32)
+        if embedded is not None:
+            return _is_public(str(embedded))
         if address in _NAT64_LOCAL or address.is_site_local:
             return False
     return address.is_global and not address.is_multicast
@@ -369,7 +342,7 @@ def _proxies() -> dict[str, str]:
     """Proxies of the environment by scheme.
 
     Raises:
-        ConfigError: One is of a kind that is not supported.
+        ConfigError: One is of an unsupported kind.
     """
     proxies = {scheme: proxy for scheme, proxy in getproxies().items() if scheme in ("http", "https") and proxy}
     for scheme, proxy in proxies.items():
@@ -380,7 +353,7 @@ def _proxies() -> dict[str, str]:
 
 
 def _moved(address: URL, location: str) -> URL:
-    """The address that another one names as its new place."""
+    """Target of a redirection."""
     moved = _address(urljoin(str(address), location))
     if (address.scheme, moved.scheme) == ("https", "http"):
         raise _DeadLinkError("redirected from https to http")
@@ -388,9 +361,9 @@ def _moved(address: URL, location: str) -> URL:
 
 
 def _address(url: str) -> URL:
-    """A link as it is sent: what is quoted stays as it is, since some servers sign it; what must be quoted is.
+    """Address of a link, without user name and password.
 
-    A user name and password in it are left out.
+    Quoted characters stay as they are, since some servers sign them; others are quoted where necessary.
     """
     try:
         url = without_login(url)
@@ -405,16 +378,26 @@ def _address(url: str) -> URL:
         raise _DeadLinkError("no valid address") from None
 
 
-def _check_answer(answer: aiohttp.ClientResponse) -> None:
+async def _body(answer: aiohttp.ClientResponse, megabytes: float) -> bytes:
+    """Body of an answer, no more than some units of 2^20 bytes."""
     if answer.status != 200:
         may_heal = answer.status in BUSY or answer.status >= 500
         wait = _seconds(answer.headers.get("Retry-After", ""))
         asks = f", asks to wait {wait:.0f} s" if wait else ""
         raise _DeadLinkError(f"answered {answer.status}{asks}", may_heal=may_heal, wait=wait)
+    too_large = _DeadLinkError(f"more than {megabytes:g} MiB")
+    if (answer.content_length or 0) > megabytes * 2**20:
+        raise too_large
+    content = bytearray()
+    async for chunk in answer.content.iter_chunked(2**16):
+        content += chunk
+        if len(content) > megabytes * 2**20:
+            raise too_large
+    return bytes(content)
 
 
 def _seconds(retry_after: str) -> float:
-    """What a server asks to wait, given in seconds or as a date; 0 where it does not say."""
+    """Wait that a server asks for, as seconds or date; 0 if it does not."""
     if retry_after.isascii() and retry_after.strip().isdigit():
         return float(retry_after)
     try:
@@ -423,10 +406,10 @@ def _seconds(retry_after: str) -> float:
         return 0.0
 
 
-def _save(folder: Path, url: str, content: bytes, limits: Limits) -> Record:
-    """Checks that the bytes are an image, whatever they were said to be, and writes them under a lasting name."""
-    kind, width, height = _inspect(content, limits)
-    name = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.{kind.lower()}"
+def _save(folder: Path, url: str, content: bytes, limits: Limits) -> dict[str, Any]:
+    """Checks that bytes are an image, writes them under a name that depends on the link, and returns their entry."""
+    image_format, size = _inspect(content, limits)
+    name = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.{image_format.lower()}"
     part = folder / f"{name}.{os.getpid()}.part"
     part.write_bytes(content)
     part.replace(folder / name)
@@ -434,28 +417,28 @@ def _save(folder: Path, url: str, content: bytes, limits: Limits) -> Record:
         "file": name,
         "sha256": hashlib.sha256(content).hexdigest(),
         "bytes": len(content),
-        "format": kind,
-        "width": width,
-        "height": height,
+        "format": image_format,
+        "width": size[0],
+        "height": size[1],
     }
 
 
-def _inspect(content: bytes, limits: Limits) -> tuple[str, int, int]:
+def _inspect(content: bytes, limits: Limits) -> tuple[str, tuple[int, int]]:
     """Format, width and height of an image that can be decoded to its end."""
+    too_large = _DeadLinkError(f"more than {limits.megapixels:g} megapixels")
     Image.init()
     try:
         with Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
-            width, height = image.size
-            if width * height > limits.megapixels * 1e6:
-                raise _DeadLinkError(f"more than {limits.megapixels:g} megapixels")
-            if min(width, height) < SMALLEST:
-                raise _DeadLinkError(f"{width}x{height} pixels stand in for an image")
+            if image.width * image.height > limits.megapixels * 1e6:
+                raise too_large
+            if min(image.size) < SMALLEST:
+                raise _DeadLinkError(f"{image.width}x{image.height} pixels stand in for an image")
             to_rgb(image)
-            return image.format or FORMATS[0], width, height
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise _DeadLinkError(f"more than {limits.megapixels:g} megapixels") from None
+            return image.format or FORMATS[0], image.size
     except _DeadLinkError:
         raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise too_large from None
     except UnidentifiedImageError:
         is_page = content[:256].lstrip().lower().startswith((b"<!doctype html", b"<html"))
         raise _DeadLinkError("a web page, no image" if is_page else "no image of a known format") from None

@@ -1,41 +1,32 @@
-"""Images made elsewhere: which prompt and seed each belongs to, checked before anything is scored."""
+"""External images, made by other code: matches them to prompts and seeds, and checks them before they are scored."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.progress import Progress
-
 from nemo_bench.errors import PromptError, StoreError
-from nemo_bench.prompts import ImageTask, read_rows
-from nemo_bench.prompts.readers import ID_COLUMNS, TEXT_COLUMNS, Row
+from nemo_bench.prompts.readers import Row, read_rows
+from nemo_bench.prompts.references import first_of
+from nemo_bench.prompts.tasks import ImageTask
 from nemo_bench.records.data import Prompt
+from nemo_bench.records.images import ImageFile, inspect_image, inspect_images, list_images
 from nemo_bench.records.io import check_folder
-from nemo_bench.records.pictures import inspect_picture, list_pictures
 from nemo_bench.records.schema import ImageRecord
 
 NAMING = re.compile(r"img_(\d+)_(\d+)\.(?:jpe?g|png|webp)", re.IGNORECASE)
-"""How the public scripts name images: position of the prompt in its list, from 0, and number of the image."""
-IMAGE_COLUMNS = ("image", "file", "path")
-SEED_COLUMN = "seed"
-EXAMPLES = 3
-"""Shown in an error."""
-TOGETHER = 256
-"""Images that are checked between two steps of the progress bar."""
+"""File names of the public scripts: position of the prompt in its list and number of the image, both from 0."""
 
 
-class FoundImage(NamedTuple):
-    """An image and what it is of.
+class ExternalImage(NamedTuple):
+    """An external image.
 
     Attributes:
-        task: Its prompt, its number among the images of the prompt, and the id of its record.
+        task: Its prompt, its number among the images of the prompt, and its record id.
         path: The file.
     """
 
@@ -43,21 +34,22 @@ class FoundImage(NamedTuple):
     path: str
 
 
-def named_images(folder: Path, prompts: Sequence[Prompt]) -> list[FoundImage]:
-    """Images named as the public scripts do, such as ``img_0000_00.jpg``.
+def named_images(folder: Path, prompts: Sequence[Prompt]) -> list[ExternalImage]:
+    """Finds external images by their names, such as ``img_0000_00.jpg``.
 
     Args:
-        folder: The folder of the images; other images must not be in it.
-        prompts: The prompts, in the order that the images are numbered by.
+        folder: Folder of these images and no others.
+        prompts: The prompts in the order of the numbers.
 
     Returns:
-        Images by prompt and number; every prompt that has any has the same numbers.
+        The images by prompt and number; all prompts with images have the same numbers.
 
     Raises:
-        StoreError: An image is named otherwise, numbered beyond the prompts, there twice, or missing.
+        StoreError: An image has another name, a number beyond the prompts or the number of another image, or is
+            missing.
     """
     check_folder(folder)
-    names = [path.name for path in list_pictures(folder)]
+    names = [path.name for path in list_images(folder)]
     if not names:
         raise StoreError(f"{folder} holds no run, cell or image; images are named img_0000_00.jpg, or given by --map")
     matches = {name: NAMING.fullmatch(name) for name in names}
@@ -74,26 +66,28 @@ def named_images(folder: Path, prompts: Sequence[Prompt]) -> list[FoundImage]:
         f"images are of prompts beyond the {len(prompts)} of the list, which are numbered from 0",
         "give the list that they were made from",
     )
-    found = [FoundImage(ImageTask.from_prompt(prompts[n], seed), str(folder / name)) for n, seed, name in numbered]
-    _refuse_twice(folder, found, [image.path for image in found])
-    seeds = sorted({image.task.seed for image in found})
+    images = [ExternalImage(ImageTask.from_prompt(prompts[n], seed), str(folder / name)) for n, seed, name in numbered]
+    _refuse_duplicates(folder, images, [image.path for image in images])
+    positions = sorted({position for position, _, _ in numbered})
+    seeds = sorted({seed for _, seed, _ in numbered})
     present = {(position, seed) for position, seed, _ in numbered}
-    having = sorted({position for position, _ in present})
     _refuse(
         folder,
-        [f"img_{n:04d}_{seed:02d}" for n in having for seed in seeds if (n, seed) not in present],
-        f"of {len(having) * len(seeds)} images are missing",
+        [f"img_{n:04d}_{seed:02d}" for n in positions for seed in seeds if (n, seed) not in present],
+        f"of {len(positions) * len(seeds)} images are missing",
         "make them, or take out all images of these prompts",
     )
-    return found
+    return images
 
 
-def mapped_images(mapping: Path, folder: Path, prompts: Sequence[Prompt]) -> list[FoundImage]:
-    """Images as a list names them: csv, jsonl or parquet.
+def mapped_images(mapping: Path, folder: Path, prompts: Sequence[Prompt]) -> list[ExternalImage]:
+    """Finds external images by a list of them.
 
-    - ``image``, ``file`` or ``path``: the file, absolute or in the folder;
-    - ``id`` or ``index``: id of the prompt; or, without, ``prompt``, ``caption`` or ``text``: its very text;
-    - ``seed``, if any: number of the image among those of the prompt; without, they are counted from 0.
+    The list is csv, jsonl or parquet with columns:
+
+    - ``image``, ``file`` or ``path``: the file, absolute or relative to the folder;
+    - ``id`` or ``index``: id of the prompt; or else ``prompt``, ``caption`` or ``text``: its text;
+    - ``seed`` (optional): number among the images of the prompt; by default counted from 0.
 
     Args:
         mapping: The list.
@@ -101,119 +95,45 @@ def mapped_images(mapping: Path, folder: Path, prompts: Sequence[Prompt]) -> lis
         prompts: The prompts.
 
     Returns:
-        Images in the order of the list; a prompt may have none.
+        The images in the order of the list; a prompt may have none.
 
     Raises:
-        PromptError: A row names no image, no whole number as seed, or not one prompt.
-        StoreError: A file is missing, or an image or seed is there twice.
+        PromptError: A row names no image, no whole number as seed, or not exactly one prompt.
+        StoreError: A file is missing, or an image or seed is listed twice.
     """
-    rows = read_rows(mapping, IMAGE_COLUMNS, "images")
+    rows = read_rows(mapping, "images")
+    counts: Counter[str] = Counter()
+    images = []
     by_id = {prompt.id: prompt for prompt in prompts}
     by_text: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         by_text.setdefault(prompt.text, []).append(prompt)
-    counts: Counter[str] = Counter()
-    found = []
     for row in rows:
-        name = row.first(IMAGE_COLUMNS)
+        name = row.first("images")
         if not isinstance(name, str) or not name.strip():
             raise PromptError(f"{row.where}: the image is {name!r}; expected the name of a file")
-        prompt = _prompt_of(row, by_id, by_text)
-        found.append(
-            FoundImage(ImageTask.from_prompt(prompt, _seed_of(row, counts[prompt.id])), str(folder / name.strip()))
-        )
+        prompt = _prompt(row, by_id, by_text)
+        task = ImageTask.from_prompt(prompt, _seed(row, counts[prompt.id]))
+        images.append(ExternalImage(task, str(folder / name.strip())))
         counts[prompt.id] += 1
     _refuse(
         mapping,
-        [image.path for image in found if not os.path.isfile(image.path)],
-        f"of {len(found)} images do not exist",
+        [image.path for image in images if not os.path.isfile(image.path)],
+        f"of {len(images)} images do not exist",
         "make them, take their lines out, or name the folder that they are in",
     )
-    _refuse_twice(mapping, found, [row.where for row in rows])
-    return found
+    _refuse_duplicates(mapping, images, [row.where for row in rows])
+    return images
 
 
-class Content(NamedTuple):
-    """What is in an image file.
-
-    Attributes:
-        sha256: Of the file.
-        size: Width and height, None where it was not decoded.
-    """
-
-    sha256: str
-    size: tuple[int, int] | None
-
-
-def check_images(
-    source: Path, found: Sequence[FoundImage], *, decode: bool = True, progress: bool = True
-) -> list[Content]:
-    """Reads all images, several at a time and none for long.
-
-    Args:
-        source: What the images come from, for errors.
-        found: The images.
-        decode: Whether they are decoded too; without, they are only hashed.
-        progress: Whether a bar is shown.
-
-    Returns:
-        What is in each.
-
-    Raises:
-        StoreError: Some can't be decoded to their end.
-    """
-    results: list[tuple[str, tuple[int, int] | None, str]] = []
-    with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 2)) as pool, Progress(disable=not progress) as bar:
-        line = bar.add_task("check images", total=len(found))
-        for start in range(0, len(found), TOGETHER):
-            part = [image.path for image in found[start : start + TOGETHER]]
-            results += pool.map(inspect_picture if decode else _hashed, part)
-            bar.update(line, advance=len(part))
-    _refuse(
-        source,
-        [f"{image.path} ({why})" for image, (_, _, why) in zip(found, results, strict=True) if why],
-        f"of {len(found)} images can't be read",
-        "make them again",
-    )
-    return [Content(sha256, size) for sha256, size, _ in results]
-
-
-def changed_images(folder: Path, records: Iterable[ImageRecord]) -> list[str]:
-    """Images that are other ones than were recorded.
-
-    Args:
-        folder: A cell's folder.
-        records: Of its images; those of images made here do not say when they were written, and are looked at where
-            they are scored.
-
-    Returns:
-        Their files. Only files that were written since are read.
-    """
-    return [
-        record.image
-        for record in records
-        if record.image
-        and record.written is not None
-        and (path := folder / record.image).stat().st_mtime_ns != record.written
-        and _hashed(str(path))[0] != record.sha256
-    ]
-
-
-def _hashed(path: str) -> tuple[str, None, str]:
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest(), None, ""
-    except OSError as error:
-        return "", None, str(error.strerror)
-
-
-def _prompt_of(row: Row, by_id: dict[str, Prompt], by_text: dict[str, list[Prompt]]) -> Prompt:
-    id_, text = row.first(ID_COLUMNS[:2]), row.first(TEXT_COLUMNS)
-    if id_ is not None and str(id_).strip():
-        if (prompt := by_id.get(str(id_).strip())) is None:
-            raise PromptError(
-                f"{row.where}: no prompt has the id {str(id_)!r}; the list begins with {next(iter(by_id))!r}"
-            )
-        return prompt
+def _prompt(row: Row, by_id: dict[str, Prompt], by_text: dict[str, list[Prompt]]) -> Prompt:
+    given = row.first("ids")
+    id_ = "" if given is None else str(given).strip()
+    if id_:
+        if id_ not in by_id:
+            raise PromptError(f"{row.where}: no prompt has the id {id_!r}; the list begins with {next(iter(by_id))!r}")
+        return by_id[id_]
+    text = row.first("prompts")
     same = by_text.get(text, []) if isinstance(text, str) else []
     if len(same) != 1:
         what = f"{len(same)} prompts have the text {text!r}" if text else "names neither id nor text of a prompt"
@@ -221,8 +141,8 @@ def _prompt_of(row: Row, by_id: dict[str, Prompt], by_text: dict[str, list[Promp
     return same[0]
 
 
-def _seed_of(row: Row, counted: int) -> int:
-    value = row.cells.get(SEED_COLUMN)
+def _seed(row: Row, counted: int) -> int:
+    value = row.cells.get("seed")
     if value is None or value == "":
         return counted
     if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,9}", str(value).strip()):
@@ -230,10 +150,57 @@ def _seed_of(row: Row, counted: int) -> int:
     return int(value)
 
 
-def _refuse_twice(source: Path, found: Sequence[FoundImage], places: Sequence[str]) -> None:
+def check_images(
+    source: Path, images: Sequence[ExternalImage], *, decode: bool = True, progress: bool = True
+) -> list[ImageFile]:
+    """Reads all external images, and by default decodes them.
+
+    Args:
+        source: Origin of the images, for errors.
+        images: The images.
+        decode: Whether to decode the files, besides hashing them.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The files in the order of the images.
+
+    Raises:
+        StoreError: Some can't be read to their end.
+    """
+    files = inspect_images([image.path for image in images], "images", decode=decode, progress=progress)
+    _refuse(
+        source,
+        [f"{image.path} ({file.problem})" for image, file in zip(images, files, strict=True) if file.problem],
+        f"of {len(images)} images can't be read",
+        "make them again",
+    )
+    return files
+
+
+def changed_images(folder: Path, records: Iterable[ImageRecord]) -> list[str]:
+    """Finds external images whose file differs from its record; reads only files modified since.
+
+    Args:
+        folder: Folder of a cell.
+        records: Records of its images. Generated images have no ``written`` time and are skipped.
+
+    Returns:
+        The files.
+    """
+    return [
+        record.image
+        for record in records
+        if record.image
+        and record.written is not None
+        and (path := folder / record.image).stat().st_mtime_ns != record.written
+        and inspect_image(path, decode=False).sha256 != record.sha256
+    ]
+
+
+def _refuse_duplicates(source: Path, images: Sequence[ExternalImage], places: Sequence[str]) -> None:
     of_task: dict[str, str] = {}
     of_path: dict[str, str] = {}
-    for (task, path), place in zip(found, places, strict=True):
+    for (task, path), place in zip(images, places, strict=True):
         if task.id in of_task:
             what = f"image {task.seed} of prompt '{task.prompt.id}' is there twice"
             raise StoreError(f"{source}: {what}: {of_task[task.id]} and {place}; keep one, or give another seed")
@@ -244,5 +211,4 @@ def _refuse_twice(source: Path, found: Sequence[FoundImage], places: Sequence[st
 
 def _refuse(source: Path, wrong: Sequence[str], what: str, advice: str) -> None:
     if wrong:
-        more = ", ..." if len(wrong) > EXAMPLES else ""
-        raise StoreError(f"{source}: {len(wrong)} {what}: {', '.join(wrong[:EXAMPLES])}{more}; {advice}")
+        raise StoreError(f"{source}: {len(wrong)} {what}: {first_of(wrong)}; {advice}")

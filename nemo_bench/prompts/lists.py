@@ -1,4 +1,4 @@
-"""Lists in a cell, in all the ways that tables have them."""
+"""Parsing of lists of links or file names in a table cell, in all forms that programs write."""
 
 from __future__ import annotations
 
@@ -9,30 +9,29 @@ from typing import Any
 from nemo_bench.records.io import parse_json
 
 _OPENING = re.compile(r"\s*(?:array\()?[\[({'\"]")
-"""How a written list begins."""
+"""Start of a written list."""
 _CLOSING = {"[": "]", "(": ")", "{": "}", "a": ")", "'": "'", '"': '"'}
-"""How it ends, by its first letter."""
-_TEXT = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+"""Its end, by its first letter."""
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 """A quoted text, as Python and numpy write it."""
 _BETWEEN = re.compile(r"(?:array\(|np\.str_\(|nan|None|null|[\[\](){},|;\s])*")
-"""What may stand between the quoted texts of a list."""
+"""Everything allowed between quoted texts."""
 _TYPE = re.compile(r",\s*dtype=['\"\w<>|]+(?=\)\s*$)")
-"""What numpy writes at the end of an array."""
+"""End of a numpy array."""
 _BETWEEN_LINKS = re.compile(r"[\s,;|]+(?=https?://)", re.IGNORECASE)
-_AROUND_LINKS = " \t\r\n\f\v,;|"
 _NO_LINK = {"", "nan", "none", "null", "[]"}
 _LOGIN = re.compile(r"^(\s*(?:[a-z][a-z0-9+.-]*:)?//)[^/?#]*@", re.IGNORECASE)
 
 
 def split_list(value: Any) -> list[str] | None:
-    """The texts of a list, or of a list that was written out as text.
+    """Parses a cell that holds a list of texts, or such a list written out as text.
 
     Args:
-        value: A list of texts, in which None stands for nothing; None or NaN; one text; or a text that holds such a
-            list as JSON, Python, pandas (``['a', 'b']``) or numpy (``['a' 'b']``, over several lines) write it.
+        value: A list of texts and None; None or NaN; one text; or a text that holds a list as JSON, Python, pandas
+            (``['a', 'b']``) or numpy (``['a' 'b']``, over several lines) write it.
 
     Returns:
-        The texts; a text that is no list, by itself. None where there is something else, or a list was cut (``...``).
+        The texts; a text that is no list is a list of one. None for anything else, and for a list cut short (``...``).
     """
     if value is None or value != value:
         return []
@@ -49,10 +48,10 @@ def split_list(value: Any) -> list[str] | None:
     if isinstance(read, list):
         return split_list(read)
     value = _TYPE.sub("", value).strip()
-    quoted = _TEXT.findall(value)
     if not value.endswith(_CLOSING[value[0]]):
         return None
-    if not all(_BETWEEN.fullmatch(part) for part in _TEXT.split(value)):
+    quoted = _QUOTED.findall(value)
+    if not all(_BETWEEN.fullmatch(part) for part in _QUOTED.split(value)):
         # Brackets around texts without quotes, as some programs write lists.
         return [value[1:-1]] if not quoted and "://" in value else None
     try:
@@ -62,20 +61,20 @@ def split_list(value: Any) -> list[str] | None:
 
 
 def split_links(text: str) -> list[str]:
-    """The links in a text, separated by spaces, lines, ``,``, ``;`` or ``|``.
+    """Splits a text of links separated by spaces, line breaks, ``,``, ``;`` or ``|``.
 
-    These may be part of a link too, so a link only ends where ``http://`` or ``https://`` comes next.
+    A link may hold these characters, so it ends only where ``http://`` or ``https://`` comes next.
 
     Args:
         text: One link, several, or none (also ``nan``, ``None``).
 
     Returns:
-        The links, in their order.
+        The links in order.
     """
-    parts = (part.strip(_AROUND_LINKS) for part in _BETWEEN_LINKS.split(text))
-    return [part for part in parts if part.lower() not in _NO_LINK]
+    links = (part.strip(" \t\r\n\f\v,;|") for part in _BETWEEN_LINKS.split(text))
+    return [link for link in links if link.lower() not in _NO_LINK]
 
 
 def without_login(link: str) -> str:
-    """A link without the user name and password that stand before its host (``https://user:password@host``)."""
+    """Removes user name and password from a link (``https://user:password@host``)."""
     return _LOGIN.sub(r"\1", link)

@@ -147,6 +147,3 @@ class Localization:
     exhausted: bool | None = None
     listed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     listed_initial: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-
-
-Record = dict  # replaced when prompts is merged

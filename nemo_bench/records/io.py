@@ -16,7 +16,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from nemo_bench.errors import StoreError, did_you_mean
 from nemo_bench.records.data import Prompt
-from nemo_bench.records.pictures import visible
+from nemo_bench.records.images import visible
 from nemo_bench.records.schema import FILES
 
 E = TypeVar("E", bound=BaseModel)

@@ -19,9 +19,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from nemo_bench.errors import StoreError
 from nemo_bench.records.data import Prompt
+from nemo_bench.records.images import to_rgb, visible
 from nemo_bench.records.io import as_json, damaged, digest, explain, prompts_digest, read_file, replacing, write_json
 from nemo_bench.records.io import is_whole as is_whole_file
-from nemo_bench.records.pictures import to_rgb, visible
 from nemo_bench.records.schema import (
     FILES,
     Environment,
@@ -292,7 +292,7 @@ def thumbnail(path: Path, box: tuple[int, int]) -> tuple[Image.Image, bool] | No
         box: Width and height to fit.
 
     Returns:
-        The picture as :func:`nemo_bench.records.pictures.to_rgb` makes it, and whether it was made smaller; None if
+        The picture as :func:`nemo_bench.records.images.to_rgb` makes it, and whether it was made smaller; None if
         there is none to read.
     """
     try:

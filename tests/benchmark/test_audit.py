@@ -30,10 +30,10 @@ from nemo_bench.diffusion import Conditioning
 from nemo_bench.diffusion.noise import require_finite
 from nemo_bench.methods import Batch, NeMo
 from nemo_bench.metrics import SSIM, PixelDistance
-from nemo_bench.prompts import seeds_of
+from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.data import Prompt
+from nemo_bench.records.images import open_image
 from nemo_bench.records.io import read_json
-from nemo_bench.records.pictures import open_image
 from nemo_bench.records.store import Store, read_records
 from nemo_bench.report.audit import load_audits, terminal_audits
 from small_runs import small

@@ -18,7 +18,7 @@ from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Similarity
 from nemo_bench.errors import ConfigError, ModelError
 from nemo_bench.methods import Batch, BlockNeurons, EmbeddingNoise, NoMitigation, Setup, Wanda
 from nemo_bench.metrics import SSIM
-from nemo_bench.prompts import seeds_of
+from nemo_bench.prompts.tasks import seeds_of
 from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl, tiny_texts
 
 PIPELINES: dict[str, Callable[[], object]] = {"sd1": tiny_pipeline, "sd2": tiny_sd2, "sdxl": tiny_sdxl}

@@ -35,7 +35,7 @@ from nemo_bench.detectors.bright_ending import picture
 from nemo_bench.diffusion import Conditioning, Diffusion, Similarity, Step, cross_attentions
 from nemo_bench.localization import noise_differences, pair_similarities, pair_values, scaled_difference
 from nemo_bench.methods.bright_ending import bright_ending
-from nemo_bench.prompts import seeds_of
+from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.data import Prompt
 from tiny import tiny_pipeline, tiny_sd2, tiny_texts
 

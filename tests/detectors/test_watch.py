@@ -31,7 +31,7 @@ from nemo_bench.detectors import (
     watch,
 )
 from nemo_bench.diffusion import Diffusion, Similarity
-from nemo_bench.prompts import seeds_of
+from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.data import Prompt
 from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl, tiny_texts
 

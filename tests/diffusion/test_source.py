@@ -329,7 +329,6 @@ def server() -> Iterator[str]:
 
 def asks(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr("nemo_bench.hub.HfApi", lambda: huggingface_hub.HfApi(endpoint=endpoint))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 from nemo_bench import Diffusion, Neurons, Prompt
 from nemo_bench.methods import Batch, Method
-from nemo_bench.prompts import seeds_of
+from nemo_bench.prompts.tasks import seeds_of
 from tiny import tiny_texts
 
 

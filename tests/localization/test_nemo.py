@@ -43,7 +43,7 @@ from nemo_bench.localization.nemo import (
 )
 from nemo_bench.localization.noise_differences import noise_differences, pair_similarities, pair_values, similarity
 from nemo_bench.methods import Setup
-from nemo_bench.prompts import seeds_of
+from nemo_bench.prompts.tasks import seeds_of
 from tiny import tiny_pipeline, tiny_sdxl, tiny_texts
 
 

@@ -6,7 +6,7 @@ import torch
 from batches import batch_of, images_of, rows_of
 from nemo_bench import Diffusion
 from nemo_bench.methods import EmbeddingOptimization
-from nemo_bench.prompts import seeds_of
+from nemo_bench.prompts.tasks import seeds_of
 
 
 def magnitudes(model: Diffusion, latents: torch.Tensor, text: torch.Tensor) -> torch.Tensor:

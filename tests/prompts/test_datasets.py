@@ -1,4 +1,4 @@
-"""Prompts of Hugging Face data sets, made here and saved to disk; what is asked of the hub is caught."""
+"""Prompts of Hugging Face data sets, saved to disk or from a hub that is replaced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 
 from nemo_bench import Prompt, read_prompts
 from nemo_bench.errors import PromptError
-from nemo_bench.prompts.datasets import DatasetPlace
 
 datasets = pytest.importorskip("datasets")
 ROWS = {
@@ -105,10 +104,10 @@ def test_without_a_network_a_data_set_of_the_hub_is_one_message_within_seconds(m
 @pytest.mark.parametrize("source", ["hf://", "hf://name", "hf://user/name/config/more", "hf://user/name:a:b:c"])
 def test_an_address_of_another_form_is_an_error(source: str) -> None:
     with pytest.raises(PromptError, match=r"expected hf://user/name or hf://user/name/config"):
-        DatasetPlace.from_source(source)
+        read_prompts(source)
 
 
-def test_without_the_library_it_is_said_what_to_install(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_the_error_names_what_to_install(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(PromptError, match=r"pip install 'nemo-bench\[datasets\]'"):
         read_prompts(saved)

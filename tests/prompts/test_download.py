@@ -1,4 +1,4 @@
-"""Fetching training images from a real server on the loopback that misbehaves."""
+"""Downloads of reference images from a real, misbehaving server on the loopback."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ from yarl import URL
 from misbehaving import Server, picture, serve
 from nemo_bench.cli import main
 from nemo_bench.errors import ConfigError, PromptError
-from nemo_bench.prompts import MANIFEST, dead_references, read_links, read_manifest, read_prompts
-from nemo_bench.prompts import download as references
+from nemo_bench.prompts import MANIFEST, dead_references, download, read_links, read_manifest, read_prompts
 from nemo_bench.prompts.download import Limits, _address, _is_public, _moved, _seconds, fetch
 
 QUICK = Limits(private=True, retries=2, backoff=0.01, connect=1, read=0.4, total=3, megabytes=1, megapixels=1)
@@ -99,7 +98,7 @@ HEALING = {
 
 
 @pytest.mark.parametrize("path", LASTING)
-def test_what_will_not_heal_is_asked_for_once(tmp_path: Path, server: Server, path: str) -> None:
+def test_a_link_with_a_permanent_failure_is_tried_once(tmp_path: Path, server: Server, path: str) -> None:
     entry = fetch_one(tmp_path, server.url(path))
     assert entry["status"] == "dead"
     assert entry["why"].startswith(LASTING[path])
@@ -109,7 +108,7 @@ def test_what_will_not_heal_is_asked_for_once(tmp_path: Path, server: Server, pa
 
 
 @pytest.mark.parametrize("path", HEALING)
-def test_what_may_heal_is_asked_for_again_and_then_given_up(tmp_path: Path, server: Server, path: str) -> None:
+def test_a_link_with_a_temporary_failure_is_tried_again_and_given_up(tmp_path: Path, server: Server, path: str) -> None:
     start = time.monotonic()
     entry = fetch_one(tmp_path, server.url(path), Limits(private=True, retries=1, backoff=0.01, read=0.4, total=0.6))
     assert time.monotonic() - start < 5
@@ -125,25 +124,25 @@ def test_an_endless_body_is_not_read_to_the_end(tmp_path: Path, server: Server) 
 
 
 @pytest.mark.parametrize(("path", "tries"), [("busy.png", 3), ("short_once.png", 2)])
-def test_what_heals_is_fetched(tmp_path: Path, server: Server, path: str, tries: int) -> None:
+def test_a_link_that_heals_is_downloaded(tmp_path: Path, server: Server, path: str, tries: int) -> None:
     assert fetch_one(tmp_path, server.url(path))["status"] == "ok"
     assert server.seen[f"/{path}"] == tries
 
 
-def test_a_server_is_left_alone_as_long_as_it_asks(tmp_path: Path, server: Server) -> None:
+def test_a_wait_that_the_server_asks_for_is_kept(tmp_path: Path, server: Server) -> None:
     assert fetch_one(tmp_path, server.url("later.png"))["status"] == "ok"
     first, second = server.asked
     assert second - first >= 1
 
 
-def test_nobody_waits_for_an_hour(tmp_path: Path, server: Server) -> None:
+def test_a_link_whose_server_asks_for_an_hour_is_given_up(tmp_path: Path, server: Server) -> None:
     entry = fetch_one(tmp_path, server.url("date.png"))
     assert entry["why"].startswith("answered 429, asks to wait 3")
     assert entry["may_heal"]
     assert server.seen["/date.png"] == 1
 
 
-def test_nobody_listens(tmp_path: Path) -> None:
+def test_a_link_to_a_closed_port_may_heal(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         entry = fetch_one(tmp_path, f"http://127.0.0.1:{free.getsockname()[1]}/a.png")
@@ -169,16 +168,16 @@ def test_only_web_addresses_are_followed(tmp_path: Path, url: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://.example/a.png", f"http://{'a' * 70}.example/a.png", "http://a:99999/b.png"])
-def test_addresses_that_no_host_can_have(tmp_path: Path, url: str) -> None:
+def test_links_to_impossible_hosts_are_dead(tmp_path: Path, url: str) -> None:
     assert fetch_one(tmp_path, url)["status"] == "dead"
 
 
-def test_a_host_that_does_not_exist(tmp_path: Path) -> None:
+def test_a_link_to_an_unknown_host_may_heal(tmp_path: Path) -> None:
     entry = fetch_one(tmp_path, "http://nowhere.invalid/a.png", Limits(private=True, retries=0))
     assert (entry["why"], entry["may_heal"]) == ("host not found", True)
 
 
-def test_links_are_fetched_once_in_parallel_and_politely(tmp_path: Path, server: Server) -> None:
+def test_links_are_downloaded_once_and_few_at_a_time_of_each_host(tmp_path: Path, server: Server) -> None:
     urls = [server.url(f"slow/{number % 10}.png") for number in range(20)]
     summary = fetch_all(tmp_path, urls, Limits(private=True, parallel=8, per_host=3))
     assert len(server.seen) == 10
@@ -191,7 +190,7 @@ def test_links_are_fetched_once_in_parallel_and_politely(tmp_path: Path, server:
     assert sorted(map(len, summary["same"])) == [10]
 
 
-def test_prompts_get_their_images_and_keep_count_of_the_dead(tmp_path: Path, server: Server) -> None:
+def test_prompts_get_their_images_and_dead_links(tmp_path: Path, server: Server) -> None:
     good, blue, gone, page = (server.url(path) for path in ("good.png", "jpeg.jpg", "missing.png", "page.jpg"))
     summary = fetch_all(tmp_path, [[good, gone], blue, [gone, page], None])
     assert (summary["fetched"], len(summary["dead"]), summary["prompts_without_reference"]) == (2, 2, 1)
@@ -209,7 +208,7 @@ def test_the_list_may_lie_beside_its_images(tmp_path: Path, server: Server) -> N
     assert len(read_prompts(path)[0].references) == 1
 
 
-def test_what_is_there_is_kept_and_what_may_heal_is_tried_again(tmp_path: Path, server: Server) -> None:
+def test_intact_files_are_kept_and_temporary_failures_tried_again(tmp_path: Path, server: Server) -> None:
     urls = [server.url(path) for path in ("good.png", "jpeg.jpg", "missing.png", "broken.png", "later.png")]
     limits = Limits(private=True, retries=0)
     assert fetch_all(tmp_path, urls, limits)["fetched"] == 2
@@ -247,7 +246,7 @@ def test_links_that_were_not_tried_are_an_error(tmp_path: Path, server: Server) 
         read_prompts(path, references=tmp_path)
 
 
-def test_a_killed_fetch_goes_on(tmp_path: Path, server: Server) -> None:
+def test_a_killed_download_goes_on(tmp_path: Path, server: Server) -> None:
     path = write_list(tmp_path, [server.url(f"slow/{number}.png") for number in range(12)])
     limits = "Limits(private=True, parallel=1)"
     code = f"from nemo_bench.prompts.download import *; fetch([{str(path)!r}], {str(tmp_path / 'images')!r}, {limits})"
@@ -272,12 +271,6 @@ def test_a_killed_fetch_goes_on(tmp_path: Path, server: Server) -> None:
     assert len(read_manifest(tmp_path / "images")) == 12
 
 
-def test_a_damaged_manifest_names_its_line(tmp_path: Path) -> None:
-    (tmp_path / MANIFEST).write_text('{"url": "a", "status": "dead"}\nnonsense\n{"url": "b", "status": "dead"}\n')
-    with pytest.raises(PromptError, match="line 2 is no entry"):
-        read_manifest(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("cell", "links"),
     [
@@ -291,31 +284,31 @@ def test_a_damaged_manifest_names_its_line(tmp_path: Path) -> None:
         (" ", ()),
     ],
 )
-def test_forms_of_links(tmp_path: Path, cell: Any, links: tuple[str, ...]) -> None:
+def test_links_are_read_in_any_form(tmp_path: Path, cell: Any, links: tuple[str, ...]) -> None:
     assert read_links(write_list(tmp_path, [cell, "x"]))["p0"] == links
 
 
 @pytest.mark.parametrize("cell", ["['a'", "[1]", "[a]", 7, {"a": "b"}])
-def test_what_is_no_link(tmp_path: Path, cell: Any) -> None:
+def test_cells_without_valid_links_are_an_error(tmp_path: Path, cell: Any) -> None:
     with pytest.raises(PromptError, match=r"list.jsonl, line 1"):
         read_links(write_list(tmp_path, [cell, "x"]))
 
 
-def test_a_list_without_links(tmp_path: Path) -> None:
+def test_a_list_without_links_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match=r"no prompt has a link.*Accepted names: url, urls"):
         fetch_all(tmp_path, [None])
     assert not (tmp_path / "images").exists()
 
 
-def test_lists_of_one_name_and_impossible_limits(tmp_path: Path) -> None:
+def test_lists_of_one_name_and_impossible_limits_are_errors(tmp_path: Path) -> None:
     path = write_list(tmp_path, ["http://a"])
     with pytest.raises(ConfigError, match="same file name"):
         fetch([path, path], tmp_path)
     with pytest.raises(ConfigError, match="is no folder"):
         fetch([path], path)
-    with pytest.raises(ConfigError, match="retries=-1: expected 0 or more"):
+    with pytest.raises(ConfigError, match="Limits: retries=-1; expected greater than or equal to 0"):
         Limits(retries=-1)
-    with pytest.raises(ConfigError, match="total=0: expected more than 0"):
+    with pytest.raises(ConfigError, match="Limits: total=0; expected greater than 0"):
         Limits(total=0)
 
 
@@ -376,7 +369,7 @@ def test_this_machine_is_not_asked_unless_allowed(tmp_path: Path, server: Server
 @pytest.fixture
 def inner(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server of the network within, on the port of the other one, which counts as a public one now."""
-    monkeypatch.setattr(references, "_is_public", lambda host: host == "127.0.0.1")
+    monkeypatch.setattr(download, "_is_public", lambda host: host == "127.0.0.1")
     with serve("127.0.0.2", int(server.server_address[1])) as inner:
         yield inner
 
@@ -449,7 +442,7 @@ def test_proxies_of_other_kinds_are_an_error(tmp_path: Path, monkeypatch: pytest
 
 
 @given(st.text(min_size=1))
-def test_any_text_has_an_address_or_is_dead(text: str) -> None:
+def test_any_text_is_an_ascii_address_or_a_dead_link(text: str) -> None:
     for url in (text, f"http://a.example/{text}", f"http://{text}/"):
         try:
             assert str(_address(url)).isascii()
@@ -458,11 +451,13 @@ def test_any_text_has_an_address_or_is_dead(text: str) -> None:
 
 
 @given(st.text())
-def test_any_wish_to_wait_is_a_number(text: str) -> None:
+def test_any_text_of_retry_after_gives_seconds(text: str) -> None:
     assert _seconds(text) >= 0
 
 
-def test_command(tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_counts_and_reasons(
+    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_list(tmp_path, [server.url(name) for name in ("good.png", "slow.png", "missing.png")])
     words = ["references", str(path), str(tmp_path / "images"), "--retries", "0", "--private"]
     assert main(words) == 0
@@ -476,4 +471,4 @@ def test_command(tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[s
     summary = json.loads(capsys.readouterr().out)
     assert (summary["kept"], [entry["why"] for entry in summary["dead"]]) == (2, ["answered 404"])
     assert main([*words, "--total", "0"]) == 1
-    assert "total=0.0: expected more than 0" in capsys.readouterr().err
+    assert "total=0.0; expected greater than 0" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Images made elsewhere: what belongs to what, and everything that can be wrong with it."""
+"""External images: matched to prompts and seeds, and checked."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nemo_bench.errors import NemoBenchError
-from nemo_bench.prompts import ImageTask
-from nemo_bench.prompts.external import FoundImage, check_images, mapped_images, named_images
+from nemo_bench.prompts.external import ExternalImage, check_images, mapped_images, named_images
+from nemo_bench.prompts.tasks import ImageTask
 from nemo_bench.records.data import Prompt
 
 PROMPTS = [Prompt("a", "a red sun"), Prompt("b", "a big map"), Prompt("c", "a big map")]
@@ -41,15 +41,15 @@ def mapping(folder: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
-def told(found: list[FoundImage]) -> list[tuple[str, str, int]]:
+def listed(found: list[ExternalImage]) -> list[tuple[str, str, int]]:
     return [(Path(image.path).name, image.task.prompt.id, image.task.seed) for image in found]
 
 
-def test_names_of_the_public_scripts(tmp_path: Path) -> None:
+def test_images_named_like_those_of_the_public_scripts_are_matched(tmp_path: Path) -> None:
     named(tmp_path, "img_0000_00.jpg", "img_0000_01.JPG", "img_0001_00.png", "img_0001_01.webp")
     (tmp_path / "prompts.txt").write_text("something else")
     found = named_images(tmp_path, PROMPTS[:2])
-    assert told(found) == [
+    assert listed(found) == [
         ("img_0000_00.jpg", "a", 0),
         ("img_0000_01.JPG", "a", 1),
         ("img_0001_00.png", "b", 0),
@@ -79,17 +79,17 @@ def test_hidden_files_are_no_images(tmp_path: Path) -> None:
         (("img_0000_00.jpg", "img_0000_01.jpg", "img_0001_01.jpg"), "1 of 4 images are missing: img_0001_00"),
     ],
 )
-def test_what_is_wrong_with_names(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
+def test_wrong_names_are_an_error(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
     with pytest.raises(NemoBenchError, match=message):
         named_images(named(tmp_path, *names), PROMPTS[:2])
 
 
-def test_no_folder(tmp_path: Path) -> None:
+def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(NemoBenchError, match="does not exist; give a run, a cell, or a folder of images"):
         named_images(tmp_path / "none", PROMPTS)
 
 
-def test_a_mapping_by_id_or_text_with_or_without_seeds(tmp_path: Path) -> None:
+def test_a_mapping_matches_by_id_or_text_with_or_without_seeds(tmp_path: Path) -> None:
     rows = [
         {"image": "x.png", "id": "b", "seed": 3},
         {"image": "y.png", "text": "a red sun"},
@@ -97,14 +97,14 @@ def test_a_mapping_by_id_or_text_with_or_without_seeds(tmp_path: Path) -> None:
         {"image": "w.png", "index": "c", "text": "whatever", "seed": "07"},
     ]
     found = mapped_images(mapping(tmp_path, *rows), tmp_path, PROMPTS)
-    assert told(found) == [("x.png", "b", 3), ("y.png", "a", 0), ("z.png", "a", 1), ("w.png", "c", 7)]
+    assert listed(found) == [("x.png", "b", 3), ("y.png", "a", 0), ("z.png", "a", 1), ("w.png", "c", 7)]
 
 
-def test_a_mapping_as_a_spreadsheet_writes_it(tmp_path: Path) -> None:
+def test_a_mapping_written_by_a_spreadsheet_is_read(tmp_path: Path) -> None:
     image = save(tmp_path / "x.png")
     path = tmp_path / "map.csv"
     path.write_text(f"\ufeff;Path;Caption;Seed\n0;{image};a red sun;5\n", encoding="utf-8")
-    assert told(mapped_images(path, Path("/elsewhere"), PROMPTS[:1])) == [("x.png", "a", 5)]
+    assert listed(mapped_images(path, Path("/other"), PROMPTS[:1])) == [("x.png", "a", 5)]
 
 
 OK = {"image": "a.png", "id": "a"}
@@ -129,19 +129,19 @@ OK = {"image": "a.png", "id": "a"}
         ([OK, {"image": "b.png", "id": "b"}, {**OK, "id": "c"}], r"a\.png is there twice: .*line 1 and .*line 3"),
     ],
 )
-def test_what_is_wrong_with_a_mapping(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
+def test_a_wrong_mapping_is_an_error(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(NemoBenchError, match=message):
         mapped_images(mapping(tmp_path, *rows), tmp_path, PROMPTS)
 
 
 def test_prompts_without_images_are_left_out(tmp_path: Path) -> None:
     found = named_images(named(tmp_path, "img_0000_00.jpg", "img_0002_00.jpg"), PROMPTS)
-    assert told(found) == [("img_0000_00.jpg", "a", 0), ("img_0002_00.jpg", "c", 0)]
-    assert told(mapped_images(mapping(tmp_path, OK), tmp_path, PROMPTS)) == [("a.png", "a", 0)]
+    assert listed(found) == [("img_0000_00.jpg", "a", 0), ("img_0002_00.jpg", "c", 0)]
+    assert listed(mapped_images(mapping(tmp_path, OK), tmp_path, PROMPTS)) == [("a.png", "a", 0)]
 
 
-def found_in(*paths: Path) -> list[FoundImage]:
-    return [FoundImage(ImageTask.from_prompt(PROMPTS[0], seed), str(path)) for seed, path in enumerate(paths)]
+def found_in(*paths: Path) -> list[ExternalImage]:
+    return [ExternalImage(ImageTask.from_prompt(PROMPTS[0], seed), str(path)) for seed, path in enumerate(paths)]
 
 
 def test_images_are_hashed(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_images_are_hashed(tmp_path: Path) -> None:
     expected = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
     for decode in (True, False):
         found = check_images(tmp_path, found_in(*paths), decode=decode, progress=False)
-        assert found == [(sha256, (8, 8) if decode else None) for sha256 in expected]
+        assert found == [(sha256, (8, 8) if decode else None, "") for sha256 in expected]
 
 
 def truncated(path: Path) -> None:
@@ -165,7 +165,7 @@ def truncated(path: Path) -> None:
         (lambda path: path.unlink(), r"1 of 2 images can't be read: .*b\.png .*No such file"),
     ],
 )
-def test_images_that_can_not_be_scored(tmp_path: Path, spoil: Callable[[Path], Any], message: str) -> None:
+def test_unreadable_images_are_an_error(tmp_path: Path, spoil: Callable[[Path], Any], message: str) -> None:
     a, b = save(tmp_path / "a.png"), save(tmp_path / "b.png", (64, 64) if spoil is truncated else (8, 8))
     spoil(b)
     with pytest.raises(NemoBenchError, match=message):
@@ -181,6 +181,6 @@ def test_every_image_finds_its_prompt(
     random.shuffle(names)
     for name in names:
         (folder / name).touch()
-    listed = [Prompt(f"p{number}", "text") for number in range(prompts)]
-    expected = [ImageTask.from_prompt(prompt, seed) for prompt in listed for seed in range(seeds)]
-    assert [image.task for image in named_images(folder, listed)] == expected
+    prompt_list = [Prompt(f"p{number}", "text") for number in range(prompts)]
+    expected = [ImageTask.from_prompt(prompt, seed) for prompt in prompt_list for seed in range(seeds)]
+    assert [image.task for image in named_images(folder, prompt_list)] == expected

@@ -1,4 +1,4 @@
-"""Lists of links and of files in a cell, in every way that tables have them."""
+"""Lists of links and files in a cell, in every form that programs write."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_one_link_stays_whole(url: str) -> None:
 
 
 @pytest.mark.parametrize("separator", [" ", "\n", "\r\n", "\t", ",", ", ", ";", "; ", "|", " | ", ",\n"])
-def test_links_apart_are_several(separator: str) -> None:
+def test_separated_links_are_split(separator: str) -> None:
     assert links(separator.join([A, B, C])) == [A, B, C]
     assert links(separator.join([C, A]) + separator) == [C, A]
     assert links(f"[{separator.join([A, C])}]") == [A, C]
@@ -43,12 +43,12 @@ def test_links_apart_are_several(separator: str) -> None:
 @pytest.mark.parametrize("kind", [list, tuple, np.array, lambda urls: list(np.array(urls))])
 @pytest.mark.parametrize("write", [str, repr])
 @pytest.mark.parametrize("urls", [[A], [A, B, C], [A, *(f"{C}?{n}" for n in range(40))]])
-def test_what_python_and_numpy_write_is_read(kind: Any, write: Any, urls: list[str]) -> None:
+def test_lists_written_by_python_and_numpy_are_read(kind: Any, write: Any, urls: list[str]) -> None:
     assert links(write(kind(urls))) == urls
     assert links(write(np.array(urls, object))) == urls
 
 
-def test_what_pandas_writes_is_read(tmp_path: Path) -> None:
+def test_lists_written_by_pandas_are_read(tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
     rows = [[A, C], np.array([A, B, C], object), [B], None, A]
     frame = pandas.DataFrame({"text": list("vwxyz"), "URL": rows})
@@ -65,7 +65,7 @@ def test_what_pandas_writes_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "cell", [None, "", " ", "nan", "None", "[]", "[None]", "[nan]", [], [None], float("nan"), "{}"]
 )
-def test_no_link_is_none(cell: Any) -> None:
+def test_a_cell_without_links_gives_none(cell: Any) -> None:
     assert links(cell) == []
 
 
@@ -119,7 +119,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
         ("https://host.example#a@b", "https://host.example#a@b"),
     ],
 )
-def test_logins_are_left_out_of_links(tmp_path: Path, link: str, expected: str) -> None:
+def test_logins_are_removed_from_links(tmp_path: Path, link: str, expected: str) -> None:
     assert without_login(link) == expected
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps({"text": "x", "url": [A, link]}))
@@ -138,7 +138,7 @@ def test_an_error_does_not_show_a_login(tmp_path: Path) -> None:
     "cell",
     ["a.png|(b) c, d.png", "a.png | (b) c, d.png |", "['a.png' '(b) c, d.png']", '["a.png", "(b) c, d.png"]'],
 )
-def test_files_are_listed_in_the_same_ways(tmp_path: Path, cell: str) -> None:
+def test_lists_of_files_are_read_in_any_form(tmp_path: Path, cell: str) -> None:
     content = io.BytesIO()
     Image.new("RGB", (2, 2)).save(content, "PNG")
     for name in ("a.png", "(b) c, d.png"):

@@ -1,10 +1,11 @@
-"""Reading lists of prompts: the published forms, what goes wrong, and what never may."""
+"""Lists of prompts in all file formats: published lists, malformed ones, any texts."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -14,10 +15,10 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
+from misbehaving import picture
 from nemo_bench.errors import PromptError
-from nemo_bench.prompts import check_references, prompts_digest, read_prompts, references_digest
+from nemo_bench.prompts import read_prompts
 from nemo_bench.records.data import Prompt
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data"
@@ -43,26 +44,7 @@ JSONL = """\
 """
 
 Write = Callable[..., Path]
-
-
-def png() -> bytes:
-    content = io.BytesIO()
-    Image.new("RGB", (2, 2), "red").save(content, "PNG")
-    return content.getvalue()
-
-
-PNG = png()
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def write(name: str, content: str | bytes) -> Path:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return path
-
-    return write
+PNG = picture()
 
 
 def triples(prompts: list[Prompt]) -> list[tuple[str, str, str | None]]:
@@ -98,12 +80,14 @@ def triples(prompts: list[Prompt]) -> list[tuple[str, str, str | None]]:
         ),
     ],
 )
-def test_published_forms(write: Write, name: str, content: str, expected: list[tuple[str, str, str | None]]) -> None:
+def test_a_list_in_a_published_form_is_read(
+    write: Write, name: str, content: str, expected: list[tuple[str, str, str | None]]
+) -> None:
     assert triples(read_prompts(write(name, content))) == expected
 
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published lists are not beside this checkout")
-def test_published_lists() -> None:
+def test_the_published_lists_are_read_whole() -> None:
     files = sorted(file for file in PUBLISHED.iterdir() if file.suffix in {".csv", ".jsonl", ".txt"})
     lists = {file.name: read_prompts(file) for file in files}
     for prompts in lists.values():
@@ -125,13 +109,13 @@ def test_published_lists() -> None:
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("name", ["p.csv", "p.txt"])
-def test_line_endings_and_byte_order_mark(write: Write, name: str, ending: str) -> None:
+def test_any_line_ending_and_a_byte_order_mark_are_read(write: Write, name: str, ending: str) -> None:
     lines = ["first one", "second one"] if name == "p.txt" else ["ID,Text", "1,first one", "2,second one"]
     prompts = read_prompts(write(name, b"\xef\xbb\xbf" + ending.join(lines).encode()))
     assert [prompt.text for prompt in prompts] == ["first one", "second one"]
 
 
-def test_one_column_is_not_split(write: Write) -> None:
+def test_a_csv_of_one_column_is_not_split(write: Write) -> None:
     prompts = read_prompts(write("p.csv", 'text\na, b; c\n"d, e"\n'))
     assert triples(prompts) == [("p-0001", "a, b; c", None), ("p-0002", "d, e", None)]
 
@@ -141,7 +125,7 @@ def test_texts_keep_their_spaces(write: Write, name: str, content: str) -> None:
     assert read_prompts(write(name, content))[0].text == " a "
 
 
-def test_kind_words(write: Write) -> None:
+def test_all_words_for_a_kind_are_read(write: Write) -> None:
     prompts = read_prompts(write("p.csv", "text,kind\na,VM\nb,mv\nc,TM\nd,TV\ne,\n"))
     assert [prompt.kind for prompt in prompts] == ["VM", "VM", "TM", "TM", None]
     assert read_prompts(write("p.jsonl", '{"text": "a", "type": null}'))[0].kind is None
@@ -152,14 +136,14 @@ def test_the_first_of_several_columns_counts(write: Write) -> None:
     assert triples(read_prompts(path)) == [("9", "b", None)]
 
 
-def test_prompts_of_no_annotated_kind_may_be_memorized(write: Write) -> None:
+def test_prompts_without_a_kind_are_memorized_on_request(write: Write) -> None:
     path = write("p.csv", "text,kind\na,TM\nb,\nc,memorized\n")
     assert [p.kind for p in read_prompts(path)] == ["TM", None, "memorized"]
     prompts = read_prompts(path, memorized=True)
     assert [p.group for p in prompts] == ["TM", "memorized", "memorized"]
 
 
-def test_the_first_prompts(write: Write) -> None:
+def test_a_limit_keeps_the_first_prompts(write: Write) -> None:
     path = write("p.csv", "text;kind\na;TM\nb;VM\nc;VM\nd;VM\n")
     assert triples(read_prompts(path, limit=2, prefix="list")) == [
         ("list-0001", "a", "TM"),
@@ -172,7 +156,7 @@ def test_the_first_prompts(write: Write) -> None:
     ["Index;text\n1;a\n1;b\n", "Index;text\n1;a\n;b\n", ";text\n1;a\n1;b\n", "text;\na;5\nb;6\n"],
     ids=["twice", "empty", "unnamed twice", "unnamed, not first"],
 )
-def test_numbers_where_the_ids_are_no_good(write: Write, content: str) -> None:
+def test_prompts_without_unique_ids_are_numbered(write: Write, content: str) -> None:
     assert [prompt.id for prompt in read_prompts(write("p.csv", content))] == ["p-0001", "p-0002"]
 
 
@@ -180,7 +164,7 @@ def test_the_index_is_used_before_a_column_without_a_name(write: Write) -> None:
     assert [p.id for p in read_prompts(write("p.csv", ";text;Index\n0;a;7\n1;b;7\n"))] == ["0", "1"]
 
 
-def test_references(write: Write, tmp_path: Path) -> None:
+def test_reference_files_are_relative_to_the_list_or_a_folder(write: Write, tmp_path: Path) -> None:
     for name in ("lists/a.png", "lists/sub/b.png", "other/a.png", "other/sub/b.png"):
         write(name, PNG)
     absolute = tmp_path / "other" / "a.png"
@@ -195,34 +179,7 @@ def test_references(write: Write, tmp_path: Path) -> None:
     assert read_prompts(lines)[0].references == (tmp_path / "lists/a.png", absolute)
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", PNG[:45]])
-def test_references_that_are_no_images_are_left_out_and_named(write: Write, tmp_path: Path, content: bytes) -> None:
-    write("a.png", content)
-    write("b.png", PNG)
-    path = write("p.csv", "text,references\nx,a.png\ny,a.png|b.png\n")
-    bad, good = tmp_path / "a.png", tmp_path / "b.png"
-    prompts = read_prompts(path)
-    assert [(p.references, p.damaged_references) for p in prompts] == [((), (bad,)), ((good,), (bad,))]
-    write("a.png", PNG)
-    assert check_references("p", prompts) == [
-        Prompt("p-0001", "x", None, (bad,)),
-        Prompt("p-0002", "y", None, (good, bad)),
-    ]
-
-
-def test_references_of_which_none_is_an_image_are_an_error(write: Write) -> None:
-    for name, content in (("a.png", PNG[:45]), ("b.png", b"")):
-        write(name, content)
-    path = write("p.csv", "text,references\nx,a.png\ny,a.png|b.png\n")
-    with pytest.raises(PromptError) as caught:
-        read_prompts(path)
-    message = str(caught.value)
-    assert "none of the 2 reference files can be read as an image" in message
-    assert "a.png of prompt 'p-0001' (" in message
-    assert "b.png of prompt 'p-0002' (no image); replace them, or take them out of the list" in message
-
-
-def test_references_of_prompts_left_out_may_be_missing(write: Write) -> None:
+def test_references_of_prompts_beyond_the_limit_may_be_missing(write: Write) -> None:
     path = write("p.csv", "text,references\nx,\ny,gone.png\n")
     assert len(read_prompts(path, limit=1)) == 1
 
@@ -255,7 +212,9 @@ def test_references_of_prompts_left_out_may_be_missing(write: Write) -> None:
         pytest.param("p.cvs", "text\na\n", ["p.cvs", "'.cvs'", "Did you mean '.csv'", ".jsonl"], id="ending"),
     ],
 )
-def test_what_is_wrong_and_where(write: Write, name: str, content: str | bytes, said: list[str]) -> None:
+def test_a_malformed_list_is_an_error_that_names_the_line(
+    write: Write, name: str, content: str | bytes, said: list[str]
+) -> None:
     path = write(name, content)
     with pytest.raises(PromptError) as caught:
         read_prompts(path)
@@ -263,7 +222,7 @@ def test_what_is_wrong_and_where(write: Write, name: str, content: str | bytes, 
         assert part in str(caught.value)
 
 
-def test_missing_file_names_the_nearest(write: Write, tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error_that_names_the_nearest(write: Write, tmp_path: Path) -> None:
     write("memorized.csv", MEMORIZED)
     write("memorised.png", "no list")
     with pytest.raises(PromptError, match=r"no such file.*Did you mean 'memorized\.csv'\? Choices: memorized\.csv\."):
@@ -277,32 +236,19 @@ def test_missing_file_names_the_nearest(write: Write, tmp_path: Path) -> None:
         read_prompts(tmp_path / "bare.csv")
 
 
-def test_missing_references_are_counted(write: Write) -> None:
-    write("there.png", "image")
-    path = write("p.csv", "id,text,references\na,x,there.png|1.png|2.png\nb,y,3.png|4.png\nc,z,there.png\n")
-    with pytest.raises(PromptError) as caught:
-        read_prompts(path)
-    message = str(caught.value)
-    assert "4 reference files of 2 prompts" in message
-    for part in ("1.png (prompt 'a')", "2.png (prompt 'a')", "3.png (prompt 'b')"):
-        assert part in message
-    assert "4.png" not in message
-    assert "there.png" not in message
-
-
-def test_a_limit_that_is_too_small(write: Write) -> None:
+def test_a_limit_below_one_is_an_error(write: Write) -> None:
     path = write("p.csv", "text,kind\na,TM\nb,\n")
     with pytest.raises(PromptError, match=r"limit is 0"):
         read_prompts(path, limit=0)
 
 
-def test_parquet_needs_pyarrow(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_without_pyarrow_is_an_error_that_names_it(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(PromptError, match=r"p\.parquet.*pip install pyarrow"):
         read_prompts(write("p.parquet", b"PAR1"))
 
 
-def test_parquet(write: Write) -> None:
+def test_parquet_is_read_and_checked_like_other_lists(write: Write) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     write("a.png", PNG)
@@ -337,7 +283,7 @@ prompt_lists = st.lists(st.tuples(texts, st.sampled_from([None, "VM", "TM"])), m
 @steady
 @given(prompt_lists, st.sampled_from(",;"))
 @example([('a;"b",\r\nc\rd\n\u2028e', "VM"), ("\ufeff", None), ('"', "TM")], ";")
-def test_csv_round_trip(prompts: list[tuple[str, str | None]], delimiter: str) -> None:
+def test_any_prompts_written_as_csv_are_read_back(prompts: list[tuple[str, str | None]], delimiter: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "p.csv"
         with path.open("w", encoding="utf-8", newline="") as file:
@@ -350,7 +296,9 @@ def test_csv_round_trip(prompts: list[tuple[str, str | None]], delimiter: str) -
 @steady
 @given(prompt_lists, st.booleans())
 @example([('a;"b",\r\nc\rd\n\u2028e', "VM"), ("\ufeff", None), ('"', "TM")], False)
-def test_jsonl_round_trip(prompts: list[tuple[str, str | None]], ascii_only: bool) -> None:
+def test_any_prompts_written_as_json_lines_are_read_back(
+    prompts: list[tuple[str, str | None]], ascii_only: bool
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "p.jsonl"
         lines = [json.dumps({"text": text, "kind": kind}, ensure_ascii=ascii_only) for text, kind in prompts]
@@ -359,32 +307,9 @@ def test_jsonl_round_trip(prompts: list[tuple[str, str | None]], ascii_only: boo
         assert triples(read_prompts(path)) == expected
 
 
-@steady
-@given(st.lists(st.tuples(texts, st.binary(max_size=8)), min_size=1, max_size=3))
-def test_digest_does_not_know_folders(prompts: list[tuple[str, bytes]]) -> None:
-    def in_folder(folder: Path, ending: str) -> str:
-        listed = []
-        for n, (text, image) in enumerate(prompts):
-            reference = folder / f"{n}{ending}"
-            reference.write_bytes(image)
-            listed.append(Prompt(str(n), text, None, (reference,)))
-        return prompts_digest(listed) + references_digest(listed)
-
-    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
-        assert in_folder(Path(one), ".png") == in_folder(Path(other), ".jpg")
-
-
-def test_digests_know_prompts_and_contents_of_references(write: Write) -> None:
-    red, blue = write("red.png", "red"), write("blue.png", "blue")
-    prompt = Prompt("1", "a", "VM", (red,))
-    own = [prompt._replace(id="2"), prompt._replace(text="b"), prompt._replace(kind="TM"), prompt._replace(kind=None)]
-    assert len({prompts_digest([p]) for p in [prompt, *own]}) == 5
-    shown = [prompt._replace(references=files) for files in ((blue,), (red, red), ())]
-    assert len({references_digest([p]) for p in [prompt, *shown]}) == 4
-    assert {prompts_digest([p]) for p in shown} == {prompts_digest([prompt])}
-    before = references_digest([prompt])
-    red.write_text("green")
-    assert references_digest([prompt]) != before
-    red.unlink()
-    with pytest.raises(PromptError, match=r"red\.png"):
-        references_digest([prompt])
+def test_importing_prompts_imports_no_library_that_is_needed_later() -> None:
+    code = (
+        "import sys, nemo_bench.prompts, nemo_bench.hub; late = {'torch', 'lightning', 'aiohttp', 'datasets', "
+        "'pyarrow', 'huggingface_hub'}; print(sorted(late & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -23,8 +23,8 @@ from nemo_bench.methods import Batch, Method, NoMitigation
 from nemo_bench.metrics import BenchMetric
 from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.data import Neurons, Prompt
+from nemo_bench.records.images import open_image
 from nemo_bench.records.io import batched, digest, seed_of
-from nemo_bench.records.pictures import open_image
 from nemo_bench.records.ranges import Count, Positive
 from nemo_bench.records.schema import Cost, SearchRecord, SearchScoreRecord
 from nemo_bench.records.store import Store

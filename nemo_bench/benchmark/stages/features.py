@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from nemo_bench.benchmark.stages.base import Chunk, Stage
 from nemo_bench.metrics import BenchMetric, Network, SetMetric
+from nemo_bench.records.images import open_image
 from nemo_bench.records.io import digest, replacing
-from nemo_bench.records.pictures import open_image
 from nemo_bench.records.schema import FeatureRecord
 from nemo_bench.records.store import Store
 

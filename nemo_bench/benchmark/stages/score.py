@@ -19,8 +19,8 @@ from nemo_bench.errors import StoreError
 from nemo_bench.metrics import BenchMetric, ImageSpace, Network, OpenClip, SetMetric
 from nemo_bench.prompts.tasks import PromptTask
 from nemo_bench.records.data import Neurons
+from nemo_bench.records.images import open_image
 from nemo_bench.records.io import batched, digest
-from nemo_bench.records.pictures import open_image
 from nemo_bench.records.schema import ImageRecord, ScoreRecord
 from nemo_bench.records.store import Store
 

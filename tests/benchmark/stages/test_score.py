@@ -31,7 +31,7 @@ from nemo_bench.metrics import (
     TrainingImage,
     Vendi,
 )
-from nemo_bench.prompts import PromptTask
+from nemo_bench.prompts.tasks import PromptTask
 from nemo_bench.records.data import Prompt, Record
 from nemo_bench.records.store import Store
 from small_networks import clip, descriptor, sscd

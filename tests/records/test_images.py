@@ -1,4 +1,4 @@
-"""Every kind of picture file gives the colors that a viewer on white paper shows."""
+"""Images of every format and mode are read in the colors that a viewer shows on white."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from nemo_bench.errors import StoreError
-from nemo_bench.records import pictures
-from nemo_bench.records.pictures import inspect_picture, list_pictures, open_image, unreadable
+from nemo_bench.records import images
+from nemo_bench.records.images import inspect_image, list_images, open_image, unreadable
 from nemo_bench.records.store import thumbnail
 
 SIZE = (8, 8)
@@ -89,13 +89,13 @@ def test_a_transparent_color_lies_on_white(tmp_path: Path) -> None:
     assert seen(saved(tmp_path / "l162.png", deep, transparency=9001)) == (35, 35, 35)
 
 
-def test_premultiplied_pictures_lie_on_white() -> None:
+def test_premultiplied_images_lie_on_white() -> None:
     clear = Image.new("RGBA", SIZE, (*RED, 128)).convert("RGBa")
-    assert pictures.to_rgb(clear).getpixel((0, 0)) == PINK
+    assert images.to_rgb(clear).getpixel((0, 0)) == PINK
     own = palette(RED)
     own.putalpha(128)
     assert own.mode == "PA"
-    assert pictures.to_rgb(own).getpixel((0, 0)) == PINK
+    assert images.to_rgb(own).getpixel((0, 0)) == PINK
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0, 0), (257, 1), (25700, 100), (40000, 156), (65535, 255)])
@@ -137,7 +137,7 @@ def test_floats_of_no_known_range_are_refused(tmp_path: Path, value: float) -> N
         open_image(path)
 
 
-def test_one_bit_is_black_and_white(tmp_path: Path) -> None:
+def test_one_bit_images_are_black_and_white(tmp_path: Path) -> None:
     assert seen(saved(tmp_path / "a.png", Image.new("1", SIZE, 1))) == WHITE
     assert seen(saved(tmp_path / "b.png", Image.new("1", SIZE, 0))) == (0, 0, 0)
 
@@ -150,8 +150,8 @@ def test_palettes_and_gray_are_their_colors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("ending", ["jpg", "png", "tif", "webp"])
-def test_exif_turns_upright(tmp_path: Path, orientation: int, ending: str) -> None:
-    """The corner of an upright picture, by what the EXIF standard says of row 0 and column 0 of the stored one."""
+def test_an_image_with_an_exif_orientation_is_turned_upright(tmp_path: Path, orientation: int, ending: str) -> None:
+    """The corner of an upright image, by what the EXIF standard says of row 0 and column 0 of the stored one."""
     upright = Image.new("RGB", (48, 32), "white")
     upright.paste("black", (0, 0, 16, 16))
     top, left = {1: "TL", 2: "TR", 3: "BR", 4: "BL", 5: "LT", 6: "RT", 7: "RB", 8: "LB"}[orientation]
@@ -170,10 +170,10 @@ def test_exif_turns_upright(tmp_path: Path, orientation: int, ending: str) -> No
     assert shown
     assert (shown[0].size, shown[1]) == ((24, 16), True)
     assert shown[0].getpixel((2, 2))[0] < 60  # type: ignore[index]
-    assert inspect_picture(path)[1:] == ((48, 32), "")
+    assert inspect_image(path)[1:] == ((48, 32), "")
 
 
-def test_damaged_exif_costs_nothing(tmp_path: Path) -> None:
+def test_an_image_with_damaged_exif_is_read(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.jpg", Image.new("RGB", SIZE, RED), exif=b"Exif\0\0MM\0*\0\0\xff\xff\xff")
     assert np.abs(np.subtract(seen(path), RED)).max() < 3
 
@@ -220,57 +220,62 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp", "gif", "tif"])
-def test_damaged_pictures_are_found(tmp_path: Path, ending: str, damage: Callable[[bytes], bytes]) -> None:
+def test_damaged_images_are_refused(tmp_path: Path, ending: str, damage: Callable[[bytes], bytes]) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     good = saved(tmp_path / f"good.{ending}", Image.fromarray(noise))
     bad = tmp_path / f"bad.{ending}"
     bad.write_bytes(damage(good.read_bytes()))
     gone = tmp_path / "gone.png"
-    found = unreadable([good, bad, gone, bad], "pictures")
+    found = unreadable([good, bad, gone, bad], "images")
     assert list(found) == [bad, gone]
     assert found[gone] == "No such file or directory"
-    assert inspect_picture(bad)[1:] == (None, found[bad])
+    assert inspect_image(bad)[1:] == (None, found[bad])
     assert thumbnail(bad, (8, 8)) is None
     with pytest.raises(StoreError, match=rf"bad\.{ending} can't be read as an image"):
         open_image(bad)
 
 
-def test_pictures_that_could_be_read_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readable_images_are_decoded_once_until_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     files = [saved(tmp_path / f"{number}.png", Image.new("RGB", SIZE, (number, 0, 0))) for number in range(3)]
-    files[2].write_bytes(b"no picture")
+    files[2].write_bytes(b"no image")
     decoded: list[Path] = []
-    real = pictures._why
-    monkeypatch.setattr(pictures, "_why", lambda path: decoded.append(path) or real(path))
+
+    def inspect(path: Path, *, decode: bool) -> images.ImageFile:
+        assert decode
+        decoded.append(path)
+        return inspect_image(path)
+
+    monkeypatch.setattr(images, "inspect_image", inspect)
     for expected in (files, files[2:]):
         decoded.clear()
-        assert list(unreadable(files, "pictures")) == files[2:]
+        assert list(unreadable(files, "images")) == files[2:]
         assert sorted(decoded) == expected
     saved(files[0], Image.new("RGB", (9, 9)))
     decoded.clear()
-    assert list(unreadable(files, "pictures")) == files[2:]
+    assert list(unreadable(files, "images")) == files[2:]
     assert sorted(decoded) == [files[0], files[2]]
     # Another process knows of them too.
     code = (
-        "import sys; from pathlib import Path; from nemo_bench import pictures; pictures._open = None; "
-        "print(len(pictures.unreadable(map(Path, sys.argv[1:]), 'pictures')))"
+        "import sys; from pathlib import Path; from nemo_bench.records import images; images.Image.open = None; "
+        "print(len(images.unreadable(map(Path, sys.argv[1:]), 'images')))"
     )
     out = subprocess.run([sys.executable, "-c", code, *map(str, files[:2])], capture_output=True, text=True, check=True)
     assert out.stdout == "0\n"
 
 
-def test_a_cache_that_cannot_be_written_is_no_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_checked_without_a_writable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cache").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert unreadable([saved(tmp_path / "a.png", Image.new("RGB", SIZE))], "pictures") == {}
+    assert unreadable([saved(tmp_path / "a.png", Image.new("RGB", SIZE))], "images") == {}
 
 
-def test_hidden_files_are_no_pictures(tmp_path: Path) -> None:
-    root = tmp_path / ".hidden"  # what the folder itself lies in does not matter
+def test_hidden_files_are_not_listed(tmp_path: Path) -> None:
+    root = tmp_path / ".hidden"  # folders above the listed one do not matter
     names = ["a.PNG", "sub/b.webp", "._a.png", ".DS_Store", "Thumbs.db", "desktop.ini", ".cache/c.png"]
     for name in [*names, "__MACOSX/d.png", "sub/@eaDir/e.jpg", "list.csv"]:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"")
     (root / "folder.png").mkdir()
-    assert list_pictures(root) == [root / "a.PNG"]
-    assert list_pictures(root, deep=True) == [root / "a.PNG", root / "sub/b.webp"]
+    assert list_images(root) == [root / "a.PNG"]
+    assert list_images(root, deep=True) == [root / "a.PNG", root / "sub/b.webp"]
