@@ -2,7 +2,7 @@
 
 from nemo_bench.detectors.anisotropy import Anisotropy
 from nemo_bench.detectors.attention_entropy import AttentionEntropy, LayerEntropy
-from nemo_bench.detectors.base import Detector, Finding, Predictions, View
+from nemo_bench.detectors.base import Detector, DetectorScore, Observed, View
 from nemo_bench.detectors.bright_ending import BrightEnding
 from nemo_bench.detectors.magnitude import Magnitude
 from nemo_bench.detectors.noise_difference import NoiseDifference
@@ -18,12 +18,12 @@ __all__ = [
     "BrightEnding",
     "Cost",
     "Detector",
-    "Finding",
+    "DetectorScore",
     "LayerEntropy",
     "Magnitude",
     "NoiseDifference",
+    "Observed",
     "OneStep",
-    "Predictions",
     "Sharpness",
     "TiledL2",
     "TokenSignificance",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
+from pydantic import FiniteFloat
 from torch import Tensor
+from typing_extensions import override
 
-from nemo_bench.detectors.base import Detector, Finding, View, check_counts, check_finite
+from nemo_bench.detectors.base import Detector, DetectorScore, Observed, View
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.diffusion.noise import LATE, mean_cosine, norms
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
+from nemo_bench.records.ranges import Count
 
 AngleOf = Literal["noise", "prediction"]
 Sides = Literal["unconditional_difference", "conditional_difference", "unconditional_conditional"]
@@ -20,27 +23,25 @@ Sides = Literal["unconditional_difference", "conditional_difference", "unconditi
 class Anisotropy(Detector):
     """Weighted sum of the magnitude and of an angle, without sampling (Asthana and Belagiannis 2026).
 
-    Both are taken on pure noise, however many steps generate: the magnitude at the timestep of the first of 50 DDIM
+    Both are computed on pure noise, whatever the number of steps: the magnitude at the timestep of the first of 50 DDIM
     steps (981 for Stable Diffusion), the angle at that of the third last (41). The angle is the cosine over channels
-    between two predictions at each position, then the mean over positions. Both are means over images. Of models that
-    predict velocity it is the magnitude of the predicted noise; the public code takes that of the score, larger by less
-    than 1%. Its angle is that of velocities, ``angle_of="prediction"``; of noise it can have the other sign. Its option
-    to divide predictions by their L1 or L2 norms first, off by default, is left out.
+    between two predictions at each position, then the mean over positions. ``norm`` and ``angle`` in the details are
+    their means over images, before they are weighted. For models that predict velocity the magnitude is that of the
+    predicted noise; the public code takes that of the score, larger by less than 1%. Its angle is that of velocities,
+    ``angle_of="prediction"``; that of noise can have the other sign. Its option to divide predictions by their L1 or L2
+    norms first, off by default, is left out.
 
     Weights are those of the public code for Stable Diffusion 1.4. The paper fits them on 20 memorized prompts by
     logistic regression and finds 1 and 1 to work as well; its first weight is that of the angle.
 
     Args:
         seeds: Images a prompt.
-        norm_weight: Of the magnitude.
-        angle_weight: Of the angle.
-        angle_between: Which predictions: ``"unconditional_difference"`` as published, unconditional noise and what the
-            prompt adds to it; ``"conditional_difference"`` and ``"unconditional_conditional"`` are other modes of the
-            public code.
-        angle_of: Between what: the noise predicted, or what the network itself predicts, which may be velocity.
-
-    Raises:
-        ConfigError: There are no seeds, or a weight is not finite.
+        norm_weight: Weight of the magnitude.
+        angle_weight: Weight of the angle.
+        angle_between: Which predictions: ``"unconditional_difference"`` as published, unconditional noise and the
+            difference between conditional and unconditional noise; ``"conditional_difference"`` and
+            ``"unconditional_conditional"`` are other modes of the public code.
+        angle_of: ``"noise"``, or ``"prediction"`` for the output of the network, which may be velocity.
     """
 
     title = "Anisotropy"
@@ -50,42 +51,45 @@ class Anisotropy(Detector):
 
     def __init__(
         self,
-        seeds: int = 1,
-        norm_weight: float = 1.0,
-        angle_weight: float = 2.0,
+        seeds: Count = 1,
+        norm_weight: FiniteFloat = 1.0,
+        angle_weight: FiniteFloat = 2.0,
         angle_between: Sides = "unconditional_difference",
         angle_of: AngleOf = "noise",
     ) -> None:
-        check_counts(self.title, seeds)
-        check_finite(self.title, norm_weight=norm_weight, angle_weight=angle_weight)
-        self.seeds, self.norm_weight, self.angle_weight, self.angle_between = (
-            seeds,
-            norm_weight,
-            angle_weight,
-            angle_between,
-        )
+        self.seeds = seeds
+        self.norm_weight = norm_weight
+        self.angle_weight = angle_weight
+        self.angle_between = angle_between
         self.angle_of = angle_of
 
+    @override
     def observe(self, view: View) -> Mapping[str, Tensor]:
-        """See :meth:`Detector.observe`."""
-        first, first_empty = view.noises(view.model.timestep())
         late = view.model.timestep(LATE)
-        conditional, unconditional = view.noises(late)
+        first_conditional, first_unconditional = _noises(view, view.model.timestep())
+        conditional, unconditional = _noises(view, late)
         if self.angle_of == "prediction":
-            conditional, unconditional = (
-                view.model.prediction(noise, late, view.latents) for noise in (conditional, unconditional)
-            )
+            conditional = view.model.prediction(conditional, late, view.latents)
+            unconditional = view.model.prediction(unconditional, late, view.latents)
         sides = {
             "unconditional": unconditional,
             "conditional": conditional,
             "difference": conditional - unconditional,
         }
         one, other = self.angle_between.split("_")
-        return {"norm": norms(first - first_empty), "angle": mean_cosine(sides[one], sides[other])}
+        return {"norm": norms(first_conditional - first_unconditional), "angle": mean_cosine(sides[one], sides[other])}
 
-    def judge(
-        self, model: Diffusion, prompt: Prompt, seen: Sequence[Mapping[str, Tensor]], images: Tensor | None
-    ) -> Finding:
-        """See :meth:`Detector.judge`; ``norm`` and ``angle`` are its two terms before they are weighted."""
-        details = {name: float(seen[0][name].mean()) for name in ("norm", "angle")}
-        return Finding(self.norm_weight * details["norm"] + self.angle_weight * details["angle"], details)
+    @override
+    def score(self, model: Diffusion, prompt: Prompt, observed: Observed, images: Tensor | None) -> DetectorScore:
+        norm = float(observed[0]["norm"].mean())
+        angle = float(observed[0]["angle"].mean())
+        return DetectorScore(self.norm_weight * norm + self.angle_weight * angle, {"norm": norm, "angle": angle})
+
+
+def _noises(view: View, timestep: int) -> tuple[Tensor, Tensor]:
+    """Conditional and unconditional noise predicted at a timestep from the latents of a view; its own are shared."""
+    if timestep == view.timestep:
+        return view.conditional, view.unconditional
+    model, empty = view.model, view.model.unconditional(len(view.latents))
+    conditional = model.predict_noise(view.latents, timestep, view.text)
+    return conditional, model.predict_noise(view.latents, timestep, empty)

@@ -1,8 +1,7 @@
-"""What a detector is, and what it sees of sampling."""
+"""The base of all detectors, and the view of a sampling step that they observe."""
 
 from __future__ import annotations
 
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
@@ -12,10 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nemo_bench.diffusion import FAMILIES, Conditioning, Diffusion
-from nemo_bench.diffusion.noise import norms
-from nemo_bench.errors import ConfigError, ModelError
+from nemo_bench.diffusion import FAMILIES, Conditioning, Diffusion, Step
+from nemo_bench.errors import ModelError
 from nemo_bench.records.data import Prompt
+from nemo_bench.records.ranges import Checked
+
+Observed = Sequence[Mapping[str, Tensor]]
+"""The values that a detector observed for a prompt: by step, then by name, each (seeds, ...)."""
 
 
 def now(model: Diffusion) -> float:
@@ -26,14 +28,14 @@ def now(model: Diffusion) -> float:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What a detector says of a prompt.
+class DetectorScore:
+    """The score of a prompt.
 
     Attributes:
-        score: Larger for memorized prompts; where it is not finite, the detector failed.
-        details: What explains it, as plain data; kept in the records.
-        picture: Something to look at, (3, height, width) in [0, 1], or None.
-        failed: Why there is no finite score, empty where there is one.
+        score: Larger for memorized prompts.
+        details: Values that explain the score, as plain data for the records.
+        picture: An illustration, (3, height, width) in [0, 1], or None.
+        failed: Why the score is not finite, empty where it is.
     """
 
     score: float
@@ -42,166 +44,109 @@ class Finding:
     failed: str = ""
 
 
-class Predictions:
-    """Noise predicted from N latents for a prompt and without one, each made when it is first asked for.
-
-    Args:
-        model: The model.
-        latents: (N, channels, height, width).
-        timestep: Training timestep, 0 to 999.
-        text: Conditioning of N rows.
-        conditional: Noise predicted for the prompts, if it is known.
-        unconditional: Noise predicted for the empty prompt, if it is known.
+@dataclass(eq=False, kw_only=True)
+class View:
+    """One step of sampling as a detector sees it, before noise is removed; N rows, one an image.
 
     Attributes:
-        passes: UNet passes of one sample made here.
-        seconds: What they took.
+        model: The model.
+        text: Conditioning of N rows.
+        latents: Noisy latents, (N, channels, height, width).
+        timestep: Training timestep, 0 to 999.
+        number: Number of the step, from 0, the noisiest.
+        seeds: Seed index of each row.
+        lengths: Tokens of each row's prompt from begin to end token, without padding.
+        maps: Attention by layer, see :meth:`attention`.
+        noises: ``"conditional"`` and ``"unconditional"`` predictions; those missing are made when they are first read.
+        passes: Rows of the predictions read so far.
+        seconds: Time that predicting took.
+        whole: The view of all rows, whose predictions this one shares, or None.
+        index: Which rows of it these are.
     """
 
-    def __init__(
-        self,
-        model: Diffusion,
-        latents: Tensor,
-        timestep: int,
-        text: Conditioning,
-        conditional: Tensor | None = None,
-        unconditional: Tensor | None = None,
-    ) -> None:
-        self.model, self.latents, self.timestep, self.text = model, latents, timestep, text
-        self._conditional, self._unconditional = conditional, unconditional
-        self.passes, self.seconds = 0, 0.0
+    model: Diffusion
+    text: Conditioning
+    latents: Tensor
+    timestep: int
+    number: int = 0
+    seeds: Sequence[int]
+    lengths: Sequence[int]
+    maps: Mapping[str, Tensor] = field(default_factory=dict)
+    noises: dict[str, Tensor] = field(default_factory=dict)
+    passes: int = 0
+    seconds: float = 0.0
+    whole: View | None = None
+    index: Sequence[int] = ()
 
-    def _predict(self, text: Conditioning) -> Tensor:
+    def rows(self, index: Sequence[int]) -> View:
+        """The view of some rows, which shares the predictions of this one."""
+        return View(
+            model=self.model,
+            text=self.text.rows(index),
+            latents=self.latents[index],
+            timestep=self.timestep,
+            number=self.number,
+            seeds=[self.seeds[row] for row in index],
+            lengths=[self.lengths[row] for row in index],
+            whole=self,
+            index=index,
+        )
+
+    @property
+    def conditional(self) -> Tensor:
+        """Noise predicted for the prompts, float32, (N, channels, height, width)."""
+        return self._noise("conditional")
+
+    @property
+    def unconditional(self) -> Tensor:
+        """Noise predicted for the empty prompt, float32, (N, channels, height, width)."""
+        return self._noise("unconditional")
+
+    @property
+    def step(self) -> Step:
+        """The step with both predictions, their difference and its magnitude."""
+        scale = self.model.guidance
+        return Step(self.number, self.timestep, scale, self.latents, self.unconditional, self.conditional)
+
+    def attention(self, layer: str) -> Tensor:
+        """Cross-attention of a layer that the detector needs.
+
+        Returns:
+            Mean over heads, (N, positions, tokens); sums over tokens are 1.
+        """
+        return self.maps[layer] if self.whole is None else self.whole.maps[layer][self.index]
+
+    def _noise(self, half: str) -> Tensor:
+        if half not in self.noises:
+            self.noises[half] = self._predict(half) if self.whole is None else self.whole._noise(half)[self.index]
+            self.passes += len(self.latents)
+        return self.noises[half]
+
+    def _predict(self, half: str) -> Tensor:
         start = now(self.model)
+        text = self.text if half == "conditional" else self.model.unconditional(len(self.latents))
         noise = self.model.predict_noise(self.latents, self.timestep, text)
-        self.passes += len(self.latents)
         self.seconds += now(self.model) - start
         return noise
 
-    @property
-    def conditional(self) -> Tensor:
-        """Noise predicted for the prompts, float32, (N, channels, height, width)."""
-        if self._conditional is None:
-            self._conditional = self._predict(self.text)
-        return self._conditional
 
-    @property
-    def unconditional(self) -> Tensor:
-        """Noise predicted for the empty prompt, likewise."""
-        if self._unconditional is None:
-            self._unconditional = self._predict(self.model.unconditional(len(self.latents)))
-        return self._unconditional
-
-
-class View:
-    """What one detector sees of one step of sampling, before its noise is taken off.
-
-    Args:
-        predictions: What all detectors share.
-        rows: Which rows of it this one sees: N rows, one an image.
-        number: Number of the step, from 0, the noisiest.
-        lengths: Tokens of each row's prompt from begin to end token, padding not counted.
-        attention: Attention of the layers asked for, (all rows, positions, tokens).
-        seeds: Number of each row's seed, from 0; None for one prompt's rows in their order.
-
-    Attributes:
-        seeds: Number of each of the N rows' seed.
-        lengths: Likewise the tokens of its prompt.
-    """
-
-    def __init__(
-        self,
-        predictions: Predictions,
-        rows: Sequence[int],
-        number: int,
-        lengths: Sequence[int],
-        attention: Mapping[str, Tensor] | None = None,
-        seeds: Sequence[int] | None = None,
-    ) -> None:
-        self.shared, self.index, self.number = predictions, list(rows), number
-        self.model, self.timestep = predictions.model, predictions.timestep
-        self._all = lengths, attention, seeds
-        self.lengths = [lengths[row] for row in rows]
-        self.seeds = self.index if seeds is None else [seeds[row] for row in rows]
-        self._attention = attention or {}
-        self._taken: dict[str, Tensor] = {}
-
-    def split(self, size: int) -> list[View]:
-        """The same step in views of so many rows at most, which share what it shares."""
-        parts = [self.index[first : first + size] for first in range(0, len(self.index), size)]
-        return [View(self.shared, part, self.number, *self._all) for part in parts]
-
-    @property
-    def latents(self) -> Tensor:
-        """Noisy latents, (N, channels, height, width)."""
-        return self.shared.latents[self.index]
-
-    @property
-    def text(self) -> Conditioning:
-        """Conditioning of N rows."""
-        return self.shared.text.rows(self.index)
-
-    @property
-    def conditional(self) -> Tensor:
-        """Noise predicted for the prompts, float32, (N, channels, height, width)."""
-        if "conditional" not in self._taken:
-            self._taken["conditional"] = self.shared.conditional[self.index]
-        return self._taken["conditional"]
-
-    @property
-    def unconditional(self) -> Tensor:
-        """Noise predicted for the empty prompt, likewise."""
-        if "unconditional" not in self._taken:
-            self._taken["unconditional"] = self.shared.unconditional[self.index]
-        return self._taken["unconditional"]
-
-    def attention(self, layer: str) -> Tensor:
-        """Cross-attention of a layer that was asked for: the mean over heads, (N, positions, tokens), sums are 1."""
-        return self._attention[layer][self.index]
-
-    @property
-    def difference(self) -> Tensor:
-        """What the prompt adds to the predicted noise, (N, channels, height, width)."""
-        return self.conditional - self.unconditional
-
-    @property
-    def magnitude(self) -> Tensor:
-        """L2 norm of :attr:`difference`, one an image, (N,)."""
-        return norms(self.difference)
-
-    def noises(self, timestep: int) -> tuple[Tensor, Tensor]:
-        """Conditional and unconditional noise predicted from these latents at a timestep; this step's own are shared.
-
-        Args:
-            timestep: Training timestep, 0 to 999.
-        """
-        if timestep == self.timestep:
-            return self.conditional, self.unconditional
-        model, empty = self.model, self.model.unconditional(len(self.index))
-        conditional = model.predict_noise(self.latents, timestep, self.text)
-        return conditional, model.predict_noise(self.latents, timestep, empty)
-
-    @property
-    def used(self) -> int:
-        """Passes of one sample whose predictions were looked at; they are shared with other detectors."""
-        return len(self._taken) * len(self.index)
-
-
-class Detector(ABC):
+class Detector(Checked, ABC):
     """Gives each prompt a score, larger for prompts that the model has memorized.
+
+    Constructors raise :class:`ConfigError` where an argument is out of the range in its annotation.
 
     Attributes:
         title: Name in tables.
         summary: One line for ``nemo-bench ls``.
         citation: BibTeX of the source, empty for one of your own.
-        sourcing: What we were able to read of the source.
-        families: Classes of the pipelines that it is made for.
-        images: Whether it looks at finished images.
-        attends: Whether it looks at cross-attention.
-        derives: Whether it takes derivatives of the UNet, which a compiled one does not give; it is then shown fewer
-            rows at a time.
-        seeds: Images, or starting noises, that it takes of a prompt.
-        steps: Steps of sampling that it watches from the first on, None for all.
+        sourcing: Which parts of the source were available: paper, public code.
+        families: Classes of the pipelines that it supports.
+        images: Whether it needs finished images.
+        attends: Whether it needs cross-attention.
+        derives: Whether it takes derivatives of the UNet, which must then not be compiled; it observes fewer rows at a
+            time.
+        seeds: Images, or starting noises, of a prompt.
+        steps: Steps of sampling that it observes, from the first; None for all.
     """
 
     title: ClassVar[str]
@@ -217,16 +162,19 @@ class Detector(ABC):
 
     @property
     def samples(self) -> bool:
-        """Whether it needs guided sampling; predictions from pure noise are enough for others."""
+        """Whether it needs guided sampling; otherwise predictions from pure noise are enough."""
         return self.steps != 1 or self.images or self.attends
 
     def check(self, family: str, guidance: float, *, compiled: bool = False) -> None:
-        """Raises ModelError where a model does not suit, which can be told before its weights load.
+        """Checks that the detector supports a model, before its weights load.
 
         Args:
             family: Class of the pipeline.
             guidance: Scale of guidance while generating.
             compiled: Whether the UNet is compiled.
+
+        Raises:
+            ModelError: It does not.
         """
         if family not in self.families:
             made_for = ", ".join(sorted(self.families))
@@ -238,60 +186,38 @@ class Detector(ABC):
             msg = f"{self.title} looks at attention or takes derivatives, which a compiled UNet does not allow"
             raise ModelError(f"{msg}; set model.compiled=false, or leave this detector out")
 
-    def fits(self, model: Diffusion) -> None:  # noqa: B027 - most suit every model of their families
-        """Looks whether settings suit a model, once it is there and before it makes any pass.
-
-        Args:
-            model: The model.
+    def check_model(self, model: Diffusion) -> None:
+        """Checks that settings suit a loaded model, before any pass.
 
         Raises:
             NemoBenchError: They do not.
         """
 
     def layers(self, model: Diffusion, number: int) -> Collection[str]:
-        """Cross-attention layers that it looks at in a step; see :func:`nemo_bench.diffusion.cross_attentions`.
+        """Cross-attention layers whose attention it needs in a step.
 
         Args:
-            model: The model.
+            model: The model; :func:`nemo_bench.diffusion.cross_attentions` has its layers.
             number: Number of the step, from 0.
         """
         return ()
 
     @abstractmethod
     def observe(self, view: View) -> Mapping[str, Tensor]:
-        """Looks at a step of sampling.
-
-        Args:
-            view: The step.
+        """Computes the values of a step that the score needs.
 
         Returns:
-            What is to be kept of it, by name, each (N, ...).
+            By name, each (N, ...).
         """
 
-    @abstractmethod
-    def judge(
-        self, model: Diffusion, prompt: Prompt, seen: Sequence[Mapping[str, Tensor]], images: Tensor | None
-    ) -> Finding:
-        """Makes up its mind about a prompt.
+    def score(self, model: Diffusion, prompt: Prompt, observed: Observed, images: Tensor | None) -> DetectorScore:
+        """Computes the score of a prompt; by default the mean of the observed value over steps and images.
 
         Args:
             model: The model; no pass is made any more.
             prompt: The prompt.
-            seen: What :meth:`observe` kept, by step, each (seeds, ...).
+            observed: Results of :meth:`observe`.
             images: Images in [0, 1], (seeds, 3, height, width), where :attr:`images` is set.
         """
-
-
-def check_finite(name: str, **numbers: float) -> None:
-    """Raises ConfigError where a setting is infinite or no number."""
-    for key, value in numbers.items():
-        if not math.isfinite(value):
-            raise ConfigError(f"{name} needs finite numbers, given detector.{key}={value}")
-
-
-def check_counts(name: str, seeds: int, steps: int | None = None, *, least: int = 1) -> None:
-    """Raises ConfigError where a number of seeds or steps is too small."""
-    if seeds < least:
-        raise ConfigError(f"{name} needs at least {least} seeds, given detector.seeds={seeds}")
-    if steps is not None and steps < 1:
-        raise ConfigError(f"{name} watches at least 1 step, given detector.steps={steps}; null watches all")
+        (name,) = observed[0]
+        return DetectorScore(float(torch.stack([step[name] for step in observed]).mean()))

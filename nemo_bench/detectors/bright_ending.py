@@ -1,44 +1,43 @@
-"""Where the end token is looked at in the last step: a mask of what is memorized, and the magnitude within it."""
+"""Attention to the end token in the last step: a mask of the memorized region, and the magnitude within it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+from typing_extensions import override
 
-from nemo_bench.detectors.base import Detector, Finding, View, check_counts
+from nemo_bench.detectors.base import Detector, DetectorScore, Observed, View
 from nemo_bench.diffusion import Diffusion, cross_attentions
 from nemo_bench.diffusion.noise import FIRST_BLOCK, end_attention, masked_magnitude
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
+from nemo_bench.records.ranges import Count
 
 PICTURED = 4
 """Images of a prompt that are shown with their masks."""
 
 
 class BrightEnding(Detector):
-    """Magnitude within the attention that the end token gets at the end of sampling (Chen et al. 2025).
+    """Magnitude within the attention to the end token at the end of sampling (Chen et al. 2025).
 
-    The mask of an image is what the prompt's end token gets in the last step, the mean over heads and over the
+    The mask of an image is the attention to the prompt's end token in the last step, the mean over heads and over the
     cross-attention layers of the first block, at the resolution of the latents; it is soft, as in the public code. The
-    score is the norm of the text-conditional noise times the mask, divided by the mean of the mask: the mean over steps
-    and images. Masks are kept as pictures: above the images, below how far the mask is from its darkest to its
-    brightest. The public code samples a second time with the mask of the first; here differences are kept and masked
-    afterwards.
+    score is the norm of the text-conditional noise times the mask, divided by the mean of the mask: the mean over
+    images, ``by_step`` in the details, then over steps. The picture has the images above their masks, each scaled from
+    its darkest to its brightest. The public code samples a second time with the mask of the first; here differences are
+    kept and masked afterwards.
 
     Stable Diffusion 1.x and 2.x alone: the first block of SDXL has no attention.
 
     Args:
-        seeds: Images a prompt. The public code's page takes 16; Jeon et al. (2025) find 4 to do as well, and that is
-            what other detectors sample.
+        seeds: Images a prompt. The public code's page takes 16; Jeon et al. (2025) find 4 to do as well, the number of
+            the other detectors.
         steps: Steps whose magnitude counts, from the first; None for all, as published. Sampling goes to the end
             for the mask.
-
-    Raises:
-        ConfigError: There are no seeds or steps.
     """
 
     title = "Bright Ending"
@@ -50,38 +49,37 @@ class BrightEnding(Detector):
     images = True
     steps = None
 
-    def __init__(self, seeds: int = 4, steps: int | None = None) -> None:
-        check_counts(self.title, seeds, steps)
-        self.seeds, self.counted = seeds, steps
+    def __init__(self, seeds: Count = 4, steps: Count | None = None) -> None:
+        self.seeds = seeds
+        self.counted = steps
 
+    @override
     def layers(self, model: Diffusion, number: int) -> Collection[str]:
-        """See :meth:`Detector.layers`."""
         return cross_attentions(model.unet, FIRST_BLOCK) if number == model.steps - 1 else ()
 
+    @override
     def observe(self, view: View) -> Mapping[str, Tensor]:
-        """See :meth:`Detector.observe`."""
-        kept = {"difference": view.difference} if self.counted is None or view.number < self.counted else {}
-        layers = self.layers(view.model, view.number)
-        if layers:
-            maps, shape = [view.attention(layer) for layer in layers], view.latents.shape
-            kept["mask"] = end_attention(maps, view.lengths, (shape[2], shape[3]))
-        return kept
+        values = {}
+        if self.counted is None or view.number < self.counted:
+            values["difference"] = view.step.difference
+        if layers := self.layers(view.model, view.number):
+            height, width = view.latents.shape[2:]
+            values["mask"] = end_attention([view.attention(layer) for layer in layers], view.lengths, (height, width))
+        return values
 
-    def judge(
-        self, model: Diffusion, prompt: Prompt, seen: Sequence[Mapping[str, Tensor]], images: Tensor | None
-    ) -> Finding:
-        """See :meth:`Detector.judge`; ``by_step`` is the mean over images of each step."""
-        mask = seen[-1]["mask"]
-        steps = [step["difference"] for step in seen if "difference" in step]
-        by_step = torch.stack([masked_magnitude(difference, mask).mean() for difference in steps])
+    @override
+    def score(self, model: Diffusion, prompt: Prompt, observed: Observed, images: Tensor | None) -> DetectorScore:
         assert images is not None
+        mask = observed[-1]["mask"]
+        differences = [step["difference"] for step in observed if "difference" in step]
+        by_step = torch.stack([masked_magnitude(difference, mask).mean() for difference in differences])
         details = {"by_step": [round(value, 4) for value in by_step.tolist()], "mask_mean": float(mask.mean())}
-        return Finding(float(by_step.mean()), details, picture(images[:PICTURED], mask[:PICTURED]))
+        return DetectorScore(float(by_step.mean()), details, picture(images[:PICTURED], mask[:PICTURED]))
 
 
 def picture(images: Tensor, mask: Tensor) -> Tensor:
-    """Images side by side and below each its mask, scaled to [0, 1]; (3, 2 height, N width)."""
+    """Images side by side, each above its mask scaled to [0, 1]; (3, 2 height, N width)."""
     low, high = mask.amin((1, 2), keepdim=True), mask.amax((1, 2), keepdim=True)
     scaled = (mask - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
-    shown = interpolate(scaled[:, None], images.shape[2:], mode="nearest").expand_as(images)
-    return torch.cat([torch.cat([*row], 2) for row in (images, shown.to(images.device))], 1)
+    masks = interpolate(scaled[:, None], images.shape[2:], mode="nearest").expand_as(images)
+    return torch.cat([torch.cat([*row], 2) for row in (images, masks.to(images.device))], 1)

@@ -1,13 +1,15 @@
-"""How alike the first predictions are over seeds: NeMo's memorization score."""
+"""NeMo's memorization score: similarity of the first predictions of several seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
+from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
-from nemo_bench.detectors.base import Detector, Finding, View, check_counts
+from nemo_bench.detectors.base import Detector, DetectorScore, Observed, View
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.localization import (
     PAPER,
@@ -24,21 +26,18 @@ from nemo_bench.records.data import Prompt
 class NoiseDifference(Detector):
     """SSIM between the noise differences of all pairs of seeds (Hintersdorf et al. 2024, section 3.1).
 
-    A noise difference is the noise predicted at the first of 50 DDIM steps for the prompt alone, minus the noise that
-    went in, scaled to [0, 1] by channel. Where a prompt is memorized, every noise is led to the same image. How
-    differences are compared is a setting of the model, ``model.similarity``. One pass an image. Noises are those of
-    generated images; a run's memorization score has others. The public scripts predict at the second of the 50
-    timesteps, from one batch of noise for all prompts and, on a GPU, under float16 autocast; they compare velocities as
-    they are, and all pairs of a prompt with one data range.
+    A noise difference is the noise predicted for the prompt alone at the first of 50 DDIM steps, minus the input noise,
+    scaled to [0, 1] by channel. For a memorized prompt every noise leads to the same image. ``model.similarity`` sets
+    how differences are compared. One pass an image. Noises are those of generated images; the memorization score of a
+    run uses others. The public scripts predict at the second of the 50 timesteps, from one batch of noise for all
+    prompts and, on a GPU, under float16 autocast; they compare velocities without conversion, and all pairs of a prompt
+    with one data range.
 
     Args:
         seeds: Starting noises a prompt, at least 2.
-        pairs: ``"mean"`` over pairs, the memorization score, or ``"max"``, which gates NeMo's localization.
+        pairs: ``"mean"`` over pairs, the memorization score, or ``"max"``, the gate of NeMo's localization.
         protocol: ``"paper"``, or ``"reference"`` for step, noise, precision and similarity of the public scripts; see
             :class:`nemo_bench.localization.Protocol`.
-
-    Raises:
-        ConfigError: There are fewer than two seeds.
     """
 
     title = "Noise difference"
@@ -48,29 +47,30 @@ class NoiseDifference(Detector):
 
     def __init__(
         self,
-        seeds: int = 10,
+        seeds: Annotated[int, Field(ge=2)] = 10,
         pairs: Literal["mean", "max"] = "mean",
         protocol: Literal["paper", "reference"] = "paper",
     ) -> None:
-        check_counts(self.title, seeds, least=2)
-        self.seeds, self.pairs, self.protocol = seeds, pairs, PROTOCOLS[protocol]
+        self.seeds = seeds
+        self.pairs = pairs
+        self.protocol = PROTOCOLS[protocol]
 
-    def fits(self, model: Diffusion) -> None:
-        """See :meth:`Detector.fits`."""
+    @override
+    def check_model(self, model: Diffusion) -> None:
         model.similarity.check(model.latent_shape[1:], self.protocol.similarity)
 
+    @override
     def observe(self, view: View) -> Mapping[str, Tensor]:
-        """See :meth:`Detector.observe`."""
         model, protocol = view.model, self.protocol
         if protocol == PAPER and model.timestep() == view.timestep:
             return {"difference": scaled_difference(view.conditional, view.latents)}
-        # What all prompts start from is drawn at once for all seeds.
-        latents = protocol.latents(model, range(self.seeds))[view.seeds] if protocol.shared_noise else view.latents
+        latents = view.latents
+        if protocol.shared_noise:
+            # One draw for all seeds, which all prompts share.
+            latents = protocol.latents(model, range(self.seeds))[view.seeds]
         return {"difference": noise_differences(model, view.text, latents, protocol)}
 
-    def judge(
-        self, model: Diffusion, prompt: Prompt, seen: Sequence[Mapping[str, Tensor]], images: Tensor | None
-    ) -> Finding:
-        """See :meth:`Detector.judge`."""
-        pairs = pair_values(pair_similarities(seen[0]["difference"], model.similarity, self.protocol.similarity))
-        return Finding(float(pairs.mean() if self.pairs == "mean" else pairs.max()))
+    @override
+    def score(self, model: Diffusion, prompt: Prompt, observed: Observed, images: Tensor | None) -> DetectorScore:
+        pairs = pair_values(pair_similarities(observed[0]["difference"], model.similarity, self.protocol.similarity))
+        return DetectorScore(float(pairs.mean() if self.pairs == "mean" else pairs.max()))

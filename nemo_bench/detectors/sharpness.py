@@ -1,21 +1,18 @@
-"""How sharply the probability landscape bends where a prompt leads."""
+"""Curvature of the log-probability along the direction of a prompt."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from typing_extensions import override
 
-from nemo_bench.detectors.base import Detector, Finding, View, check_counts
-from nemo_bench.diffusion import Diffusion
+from nemo_bench.detectors.base import Detector, View
 from nemo_bench.diffusion.noise import norms, score_difference, unit
-from nemo_bench.errors import ConfigError
 from nemo_bench.records.citations import cite
-from nemo_bench.records.data import Prompt
+from nemo_bench.records.ranges import Count, Positive
 
 
 class Sharpness(Detector):
@@ -23,21 +20,18 @@ class Sharpness(Detector):
 
     With s the score of the prompt minus that of the empty prompt, -(conditional - unconditional noise) / sigma, it is
     the norm of s's derivative in the direction of s itself, by forward-mode differentiation, the mean over images and
-    steps. The paper squares the norm, the public code does not, and neither is it squared here by default. Of models
-    that predict velocity s is that of the predicted noise; the public code's has another sign and one more factor
-    1 / sigma, 1.00 in the first step. The public code takes the same noise for every prompt, here each has its own.
+    steps. The paper squares the norm, the public code does not; the default here is not to. For models that predict
+    velocity s is that of the predicted noise; the public code's has another sign and one more factor 1 / sigma, 1.00 in
+    the first step. The public code uses the same noise for every prompt; here each has its own.
 
-    Derivatives are taken in the number format of the model; give float32 where half precision is too coarse.
+    Derivatives are computed in the number format of the model; use float32 where half precision is too coarse.
 
     Args:
         seeds: Images a prompt; 1 and 4 are published.
-        steps: Steps watched, from the first; published is 1, which needs no sampling.
-        squared: Whether norms are squared before they are averaged, as the paper writes it.
+        steps: Steps observed, from the first, None for all; published is 1, which needs no sampling.
+        squared: Whether norms are squared before they are averaged, as in the paper's formula.
         eta: Length of the step of a finite difference in place of the derivative, in latent units; None for the
-            derivative. Ours, for kernels that have no forward mode.
-
-    Raises:
-        ConfigError: There are no seeds or steps, or ``eta`` is not finite and above 0.
+            derivative. Our addition, for kernels without forward mode.
     """
 
     title = "Sharpness"
@@ -46,17 +40,18 @@ class Sharpness(Detector):
     citation = cite("jeon2025understanding")
     derives = True
 
-    def __init__(self, seeds: int = 4, steps: int | None = 1, squared: bool = False, eta: float | None = None) -> None:
-        check_counts(self.title, seeds, steps)
-        if eta is not None and not 0 < eta < math.inf:
-            msg = f"{self.title} needs a finite step above 0, given detector.eta={eta}"
-            raise ConfigError(f"{msg}; null takes the derivative")
-        self.seeds, self.steps, self.squared, self.eta = seeds, steps, squared, eta
+    def __init__(
+        self, seeds: Count = 4, steps: Count | None = 1, squared: bool = False, eta: Positive | None = None
+    ) -> None:
+        self.seeds = seeds
+        self.steps = steps
+        self.squared = squared
+        self.eta = eta
 
+    @override
     def observe(self, view: View) -> Mapping[str, Tensor]:
-        """See :meth:`Detector.observe`."""
         model, latents, signal = view.model, view.latents, view.model.signal(view.timestep)
-        direction = score_difference(view.difference, signal)
+        direction = score_difference(view.step.difference, signal)
 
         def score(x: Tensor) -> Tensor:
             return score_difference(model.text_noise(x, view.timestep, view.text), signal)
@@ -68,9 +63,3 @@ class Sharpness(Detector):
             ahead = score((latents.float() + self.eta * unit(direction)).to(latents.dtype))
             sharpness = norms(ahead - direction) * norms(direction) / self.eta
         return {"sharpness": sharpness**2 if self.squared else sharpness}
-
-    def judge(
-        self, model: Diffusion, prompt: Prompt, seen: Sequence[Mapping[str, Tensor]], images: Tensor | None
-    ) -> Finding:
-        """See :meth:`Detector.judge`."""
-        return Finding(float(torch.stack([step["sharpness"] for step in seen]).mean()))

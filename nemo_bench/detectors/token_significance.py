@@ -1,37 +1,36 @@
-"""Which tokens a prompt's magnitude hangs on."""
+"""Gradient of a prompt's magnitude by each of its tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from nemo_bench.detectors.base import Detector, Finding, View, check_counts
+from nemo_bench.detectors.base import Detector, DetectorScore, Observed, View
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.diffusion.noise import norms
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
+from nemo_bench.records.ranges import Count
 
 
 class TokenSignificance(Detector):
     """Norm of the magnitude's gradient by the embedding of each token (Wen et al. 2024, section 4).
 
-    An explanation first of all: tokens and their significance, the mean over images and steps, are kept in the records,
-    begin, end and padding left out. The paper makes no detector of it; the score here is the largest of them.
+    The paper uses it as an explanation, not as a detector. The records keep ``tokens``, pairs of a token and its
+    significance, the mean over images and steps, without begin, end and padding; the score is the largest of them.
 
-    Significance is that of each image by itself, then averaged. The public script takes one norm over the whole batch
-    and one embedding that its images share, so that gradients add up before their norm is taken. It also mixes up the
-    halves of the batch. For a single image the gradient survives all that but for a factor; the sampling between its
-    steps does not, which is guided away from the prompt. Here sampling is that of every other detector.
+    Each image has its own significance, then they are averaged. The public script takes one norm over the whole batch
+    and one embedding that its images share, so gradients add up before their norm is taken. It also mixes up the
+    halves of the batch. For a single image the gradient is the same but for a factor; its sampling between the steps is
+    not, since it is guided away from the prompt. Here sampling is that of every other detector.
 
     Args:
         seeds: Images a prompt.
-        steps: Steps watched, None for all, as published.
-
-    Raises:
-        ConfigError: There are no seeds or steps.
+        steps: Steps observed, None for all, as published.
     """
 
     title = "Token significance"
@@ -40,26 +39,24 @@ class TokenSignificance(Detector):
     citation = cite("wen2024detecting")
     derives = True
 
-    def __init__(self, seeds: int = 4, steps: int | None = None) -> None:
-        check_counts(self.title, seeds, steps)
-        self.seeds, self.steps = seeds, steps
+    def __init__(self, seeds: Count = 4, steps: Count | None = None) -> None:
+        self.seeds = seeds
+        self.steps = steps
 
+    @override
     def observe(self, view: View) -> Mapping[str, Tensor]:
-        """See :meth:`Detector.observe`."""
-        text, unconditional = view.text, view.unconditional
+        embedding, unconditional = view.text.text, view.unconditional
         with torch.enable_grad():
-            # The leaf is float32: half precision would round small gradients to nothing.
-            leaf = text.text.float().requires_grad_()
-            own = replace(text, text=leaf.to(text.text.dtype))
-            conditional = view.model.predict_noise(view.latents, view.timestep, own)
+            # The leaf is float32, since half precision would round small gradients to zero.
+            leaf = embedding.float().clone().requires_grad_()
+            text = replace(view.text, text=leaf.to(embedding.dtype))
+            conditional = view.model.predict_noise(view.latents, view.timestep, text)
             (gradient,) = torch.autograd.grad(norms(conditional - unconditional).sum(), leaf)
         return {"significance": gradient.norm(dim=2)}
 
-    def judge(
-        self, model: Diffusion, prompt: Prompt, seen: Sequence[Mapping[str, Tensor]], images: Tensor | None
-    ) -> Finding:
-        """See :meth:`Detector.judge`; ``tokens`` are pairs of token and significance."""
+    @override
+    def score(self, model: Diffusion, prompt: Prompt, observed: Observed, images: Tensor | None) -> DetectorScore:
         tokens = model.tokens(prompt.text)
-        values = torch.stack([step["significance"] for step in seen]).mean((0, 1))[1 : len(tokens) - 1].tolist()
+        values = torch.stack([step["significance"] for step in observed]).mean((0, 1))[1 : len(tokens) - 1].tolist()
         pairs = [[token, round(value, 5)] for token, value in zip(tokens[1:-1], values, strict=True)]
-        return Finding(max(values, default=0.0), {"tokens": pairs})
+        return DetectorScore(max(values, default=0.0), {"tokens": pairs})

@@ -1,19 +1,21 @@
-"""One pass of sampling that any number of detectors watch."""
+"""One pass of sampling that several detectors observe."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nemo_bench.detectors.base import Detector, Finding, Predictions, View, now
-from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, Sampling, conditional_attention
+from nemo_bench.detectors.base import Detector, DetectorScore, View, now
+from nemo_bench.diffusion import GRADIENT_MEMORY, Diffusion, Sampling, conditional_attention
 from nemo_bench.diffusion.noise import require_finite
 from nemo_bench.errors import NotFiniteError
 from nemo_bench.prompts import seeds_of
@@ -22,13 +24,12 @@ from nemo_bench.records.data import Prompt
 
 @dataclass
 class Cost:
-    """What a detector takes for some prompts, as if it ran alone.
+    """The cost of a detector for some prompts, as if it ran alone.
 
     Attributes:
         row_passes: UNet passes of one sample; a derivative of a pass counts as another one.
-        extra_row_passes: Those among them that no detector could share.
-        seconds: Its own time, that of the steps it watches by its share of their rows, and likewise, where it looks at
-            images, that of decoding them.
+        extra_row_passes: Those among them that other detectors can't share.
+        seconds: Its own time and its share, by rows, of the steps it observes and of decoding images it needs.
     """
 
     row_passes: int = 0
@@ -36,189 +37,196 @@ class Cost:
     seconds: float = 0.0
 
 
-@dataclass
-class _Trail:
-    """What one detector kept of each image: by prompt and seed, one entry a step; and the image."""
+class _Image(NamedTuple):
+    """An image to sample: its prompt, by position, and its seed index."""
 
-    steps: dict[tuple[int, int], list[dict[str, Tensor]]] = field(default_factory=lambda: defaultdict(list))
-    images: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    prompt: int
+    seed: int
+
+
+class _Watcher:
+    """A detector with the values that it observed of each image, and its cost."""
+
+    def __init__(self, detector: Detector, model: Diffusion) -> None:
+        self.detector = detector
+        self.steps = min(detector.steps or model.steps, model.steps)
+        self.cost = Cost()
+        self.observed: dict[_Image, list[dict[str, Tensor]]] = defaultdict(list)
+        self.pictures: dict[_Image, Tensor] = {}
+
+    def rows(self, batch: Sequence[_Image]) -> list[int]:
+        """Positions of the images whose seeds the detector takes."""
+        return [row for row, image in enumerate(batch) if image.seed < self.detector.seeds]
+
+    def observe(self, batch: Sequence[_Image], view: View, batch_size: int) -> int:
+        """Observes one step of a batch, and returns how many rows of the shared predictions it needs."""
+        model, rows = view.model, self.rows(batch)
+        size = max(1, batch_size // GRADIENT_MEMORY) if self.detector.derives else len(rows)
+        start, passes_before = now(model), model.row_passes
+        shared_before, seconds_before = view.passes, view.seconds
+        needed = 0
+        for first in range(0, len(rows), size):
+            index = rows[first : first + size]
+            part = view.rows(index)
+            values = self.detector.observe(part)
+            needed += part.passes
+            for place, row in enumerate(index):
+                self.observed[batch[row]].append({name: value[place] for name, value in values.items()})
+        # The detector that reads a shared prediction first has it made; all that read it bear its cost.
+        extra = model.row_passes - passes_before - (view.passes - shared_before)
+        if self.detector.samples:
+            # Alone it would sample with both halves, whether it reads them or not.
+            needed = 2 * len(rows)
+        self.cost.row_passes += needed + extra
+        self.cost.extra_row_passes += extra
+        self.cost.seconds += now(model) - start - (view.seconds - seconds_before)
+        return needed
+
+    def score(self, model: Diffusion, prompt: Prompt, position: int) -> DetectorScore:
+        """The score of a prompt; it says why where it is not finite."""
+        start = now(model)
+        images = [_Image(position, seed) for seed in range(self.detector.seeds)]
+        observed = [
+            {name: torch.stack([values[name] for values in step]) for name in step[0]}
+            for step in zip(*(self.observed[image] for image in images), strict=True)
+        ]
+        pictures = torch.stack([self.pictures[image] for image in images]) if self.detector.images else None
+        try:
+            if pictures is not None:
+                require_finite("images", pictures)
+            result = self.detector.score(model, prompt, observed, pictures)
+        except NotFiniteError as error:
+            result = DetectorScore(math.nan, failed=str(error))
+        self.cost.seconds += now(model) - start
+        if not math.isfinite(result.score) and not result.failed:
+            return DetectorScore(result.score, failed=f"the score is {result.score}, in {model.dtype}")
+        return result
 
 
 def watch(
     model: Diffusion, detectors: Mapping[str, Detector], prompts: Sequence[Prompt], batch_size: int = 32
-) -> tuple[dict[str, list[Finding]], dict[str, Cost]]:
-    """Samples once, as far as anyone watches, and asks every detector about every prompt.
+) -> tuple[dict[str, list[DetectorScore]], dict[str, Cost]]:
+    """Samples once, up to the last step that a detector needs, and scores every prompt with every detector.
 
     Starting noise is that of generated images, so these are the images of a run without mitigation. Detectors of the
     first step alone share its predictions and need no sampling.
 
     Args:
-        model: The model, nothing blocked.
+        model: The model, without blocked neurons.
         detectors: By name.
         prompts: K prompts.
-        batch_size: Images in a UNet pass at most (guidance makes two rows of each); detectors that take derivatives
-            are shown fewer at a time, by :data:`nemo_bench.diffusion.GRADIENT_MEMORY`.
+        batch_size: Images in a UNet pass at most (guidance makes two rows of each); fewer for detectors that take
+            derivatives, by :data:`nemo_bench.diffusion.GRADIENT_MEMORY`.
 
     Returns:
-        Findings by detector, one a prompt in their order, without details where it failed; and what each detector
-        takes for all of them.
+        K scores by detector, in the order of the prompts, without details where one failed; and the cost of each
+        detector for all of them.
 
     Raises:
-        NemoBenchError: A detector or its settings do not suit this model, or it wants guided sampling where the model
+        NemoBenchError: A detector or its settings do not suit this model, or it needs guided sampling where the model
             has none.
     """
     for detector in detectors.values():
         detector.check(type(model.pipeline).__name__, model.guidance, compiled=model.compiled)
+    for detector in detectors.values():
+        detector.check_model(model)
+    watchers = {name: _Watcher(detector, model) for name, detector in detectors.items()}
     with torch.inference_mode(False), torch.no_grad():
-        return _Watch(model, detectors, prompts, batch_size).findings()
-
-
-class _Watch:
-    def __init__(
-        self, model: Diffusion, detectors: Mapping[str, Detector], prompts: Sequence[Prompt], batch_size: int
-    ) -> None:
-        self.model, self.detectors, self.prompts, self.batch_size = model, detectors, prompts, batch_size
-        for detector in detectors.values():
-            detector.fits(model)
-        self.text = model.encode([p.text for p in prompts])
-        self.lengths = [len(model.tokens(p.text)) for p in prompts]
-        self.first = model.timesteps()[0]
-        self.trails = {name: _Trail() for name in detectors}
-        self.costs = {name: Cost() for name in detectors}
-
-    def findings(self) -> tuple[dict[str, list[Finding]], dict[str, Cost]]:
-        seeds = range(max(d.seeds for d in self.detectors.values()))
-        for _, group in groupby(seeds, self._needs):
-            numbers = list(group)
-            images = [(p, s) for p in range(len(self.prompts)) for s in numbers]
-            for first in range(0, len(images), self.batch_size):
-                self._look_at(images[first : first + self.batch_size])
-        found = {}
-        for name in self.detectors:
-            start = now(self.model)
-            found[name] = [self._judge(name, place) for place in range(len(self.prompts))]
-            self.costs[name].seconds += now(self.model) - start
-        return found, self.costs
-
-    def _depth(self, detector: Detector) -> int:
-        return min(detector.steps or self.model.steps, self.model.steps)
-
-    def _needs(self, seed: int) -> object:
-        """Equal for seeds that go into one batch: those that the same passes serve."""
-        active = {name: d for name, d in self.detectors.items() if d.seeds > seed}
-        if not any(d.samples for d in active.values()):
-            return tuple(active)
-        attending = tuple(name for name, d in active.items() if d.attends)
-        return max(map(self._depth, active.values())), any(d.images for d in active.values()), attending
-
-    def _look_at(self, images: list[tuple[int, int]]) -> None:
-        """Has the detectors watch a batch of images, each a prompt's place and a seed's number."""
-        rows = {
-            name: index
-            for name, d in self.detectors.items()
-            if (index := [i for i, (_, s) in enumerate(images) if s < d.seeds])
+        text = model.encode([prompt.text for prompt in prompts])
+        lengths = [len(model.tokens(prompt.text)) for prompt in prompts]
+        for batch in _batches([*watchers.values()], len(prompts), batch_size):
+            start = View(
+                model=model,
+                text=text.rows([image.prompt for image in batch]),
+                latents=model.latents([seeds_of(prompts[i.prompt], "generate", [i.seed])[0] for i in batch]),
+                timestep=model.timesteps()[0],
+                seeds=[image.seed for image in batch],
+                lengths=[lengths[image.prompt] for image in batch],
+            )
+            active = [watcher for watcher in watchers.values() if watcher.rows(batch)]
+            if any(watcher.detector.samples for watcher in active):
+                _sample(active, batch, start, batch_size)
+            else:
+                _observe(active, batch, start, batch_size)
+        scores = {
+            name: [watcher.score(model, prompt, position) for position, prompt in enumerate(prompts)]
+            for name, watcher in watchers.items()
         }
-        latents = self.model.latents([seeds_of(self.prompts[p], "generate", [s])[0] for p, s in images])
-        text = self.text.rows([p for p, _ in images])
-        if any(self.detectors[name].samples for name in rows):
-            self._sample(images, rows, latents, text)
-            return
-        predictions = Predictions(self.model, latents, self.first, text)
-        shared = {name: self._ask(name, images, predictions, index, 0) for name, index in rows.items()}
-        self._share(predictions.seconds, predictions.passes, shared)
+    return scores, {name: watcher.cost for name, watcher in watchers.items()}
 
-    def _sample(
-        self, images: list[tuple[int, int]], rows: Mapping[str, list[int]], latents: Tensor, text: Conditioning
-    ) -> None:
-        model = self.model
-        depth = {name: self._depth(self.detectors[name]) for name in rows}
-        decoding = {name: len(index) for name, index in rows.items() if self.detectors[name].images}
-        sampling = Sampling(model, text, latents)
-        since = now(model)
-        for number in range(model.steps if decoding else max(depth.values())):
-            watching = {name: index for name, index in rows.items() if number < depth[name]}
-            maps = self._predict(sampling, watching, len(images))
-            waited = now(model) - since
-            if watching:
-                step = sampling.step
-                predictions = Predictions(
-                    model, step.latents, step.timestep, text, step.conditional, step.unconditional
-                )
-                shared = {
-                    name: self._ask(name, images, predictions, index, number, maps) for name, index in watching.items()
-                }
-                self._share(waited, 2 * len(images), shared)
-            maps.clear()  # the next step needs the memory
-            since = now(model)
-            sampling.advance()
-        if decoding:
-            pictures = sampling.decode().images
-            self._share(now(model) - since, len(images), decoding)
-            for name in decoding:
-                self.trails[name].images |= {images[row]: pictures[row] for row in rows[name]}
 
-    def _predict(self, sampling: Sampling, watching: Iterable[str], images: int) -> dict[str, Tensor]:
-        """Makes the predictions of a step; returns the attention of the layers that detectors ask for."""
-        asked = (self.detectors[name].layers(self.model, sampling.number) for name in watching)
-        layers = tuple({layer for layers in asked for layer in layers})
-        maps: dict[str, Tensor] = {}
+def _batches(watchers: Sequence[_Watcher], prompts: int, batch_size: int) -> Iterator[list[_Image]]:
+    """Batches of images; seeds go into one batch where the same passes serve them."""
+    seeds = range(max(watcher.detector.seeds for watcher in watchers))
+    for _, group in groupby(seeds, partial(_passes, watchers)):
+        group_seeds = [*group]
+        images = [_Image(prompt, seed) for prompt in range(prompts) for seed in group_seeds]
+        for first in range(0, len(images), batch_size):
+            yield images[first : first + batch_size]
 
-        def keep(layer: str, logits: Tensor) -> Tensor:
-            maps[layer] = conditional_attention(logits, images)
-            return logits
 
-        with self.model.edit_attention(keep, layers) if layers else nullcontext():
-            sampling.predict()
-        return maps
+def _passes(watchers: Sequence[_Watcher], seed: int) -> tuple[object, ...]:
+    """Equal for seeds that the same passes serve."""
+    active = [watcher for watcher in watchers if watcher.detector.seeds > seed]
+    if not any(watcher.detector.samples for watcher in active):
+        return tuple(active)
+    steps = max(watcher.steps for watcher in active)
+    decodes = any(watcher.detector.images for watcher in active)
+    return (steps, decodes, *(watcher for watcher in active if watcher.detector.attends))
 
-    def _ask(
-        self,
-        name: str,
-        images: list[tuple[int, int]],
-        predictions: Predictions,
-        index: list[int],
-        number: int,
-        maps: Mapping[str, Tensor] | None = None,
-    ) -> int:
-        """Lets a detector look at its rows of a step, keeps what it keeps; returns the shared passes that it needs."""
-        detector, cost = self.detectors[name], self.costs[name]
-        start, made, known, waited = now(self.model), self.model.row_passes, predictions.passes, predictions.seconds
-        view = View(predictions, index, number, [self.lengths[p] for p, _ in images], maps, [s for _, s in images])
-        size = max(1, self.batch_size // GRADIENT_MEMORY) if detector.derives else len(index)
-        used = 0
-        for part in view.split(size):
-            kept = detector.observe(part)
-            used += part.used
-            for place, row in enumerate(part.index):
-                self.trails[name].steps[images[row]].append({key: values[place] for key, values in kept.items()})
-        # Whoever asks first has a shared prediction made; its passes and its time are everybody's.
-        extra = self.model.row_passes - made - (predictions.passes - known)
-        # Alone, a detector that samples would take both halves whether or not it looks at them.
-        passes = 2 * len(index) if detector.samples else used
-        cost.row_passes += passes + extra
-        cost.extra_row_passes += extra
-        cost.seconds += now(self.model) - start - (predictions.seconds - waited)
-        return passes
 
-    def _share(self, seconds: float, rows: int, taken: Mapping[str, int]) -> None:
-        """Charges detectors for what took some time, by how many of its rows they need."""
-        for name, count in taken.items():
-            self.costs[name].seconds += seconds * count / max(rows, 1)
+def _sample(watchers: Sequence[_Watcher], batch: Sequence[_Image], start: View, batch_size: int) -> None:
+    """Samples a batch as far as its detectors need, and has them observe each step."""
+    model = start.model
+    of_images = [watcher for watcher in watchers if watcher.detector.images]
+    sampling = Sampling(model, start.text, start.latents)
+    begun = now(model)
+    for number in range(model.steps if of_images else max(watcher.steps for watcher in watchers)):
+        observing = [watcher for watcher in watchers if number < watcher.steps]
+        maps = _predict(sampling, observing, len(batch))
+        seconds = now(model) - begun
+        step = sampling.step
+        view = replace(
+            start,
+            latents=step.latents,
+            timestep=step.timestep,
+            number=number,
+            maps=maps,
+            noises={"conditional": step.conditional, "unconditional": step.unconditional},
+            passes=2 * len(batch),
+            seconds=seconds,
+        )
+        _observe(observing, batch, view, batch_size)
+        maps.clear()  # the next step needs the memory
+        begun = now(model)
+        sampling.advance()
+    if of_images:
+        pictures = sampling.decode().images
+        seconds = now(model) - begun
+        for watcher in of_images:
+            rows = watcher.rows(batch)
+            watcher.pictures |= {batch[row]: pictures[row] for row in rows}
+            watcher.cost.seconds += seconds * len(rows) / len(batch)
 
-    def _judge(self, name: str, place: int) -> Finding:
-        detector, trail, prompt = self.detectors[name], self.trails[name], self.prompts[place]
-        keys = [(place, seed) for seed in range(detector.seeds)]
-        seen = [
-            {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
-            for steps in zip(*(trail.steps[key] for key in keys), strict=True)
-        ]
-        images = torch.stack([trail.images[key] for key in keys]) if detector.images else None
-        try:
-            if images is not None:
-                require_finite("images", images)
-            found = detector.judge(self.model, prompt, seen, images)
-        except NotFiniteError as error:
-            return Finding(math.nan, failed=str(error))
-        if not math.isfinite(found.score):
-            return Finding(found.score, failed=f"the score is {found.score}, in {self.model.dtype}")
-        return found
+
+def _predict(sampling: Sampling, watchers: Sequence[_Watcher], images: int) -> dict[str, Tensor]:
+    """Predicts a step, and returns the attention of the layers that detectors need."""
+    model = sampling.model
+    layers = {layer for watcher in watchers for layer in watcher.detector.layers(model, sampling.number)}
+    maps: dict[str, Tensor] = {}
+    keep = partial(_keep_attention, maps, images)
+    with model.edit_attention(keep, tuple(layers)) if layers else nullcontext():
+        sampling.predict()
+    return maps
+
+
+def _keep_attention(maps: dict[str, Tensor], images: int, layer: str, logits: Tensor) -> Tensor:
+    maps[layer] = conditional_attention(logits, images)
+    return logits
+
+
+def _observe(watchers: Sequence[_Watcher], batch: Sequence[_Image], view: View, batch_size: int) -> None:
+    """Has detectors observe a step, and divides the time of its predictions among them."""
+    needed = [watcher.observe(batch, view, batch_size) for watcher in watchers]
+    for watcher, rows in zip(watchers, needed, strict=True):
+        watcher.cost.seconds += view.seconds * rows / max(view.passes, 1)

@@ -1,18 +1,19 @@
-"""Training the embedded model: four Lightning fits, then one folder to ship.
+"""Training of the embedded model: four Lightning fits, then one folder to ship.
 
-The order is that of Stable Diffusion: a contrastive text encoder and an autoencoder first, both then frozen,
-and a latent diffusion UNet on top, so that what it memorizes can only settle in the UNet. A small open_clip
-model is trained on its own, to judge the pictures. Each fit keeps a checkpoint per epoch and goes on from it.
+The order is that of Stable Diffusion: a contrastive text encoder and an autoencoder first, both then frozen, and a
+latent diffusion UNet on top, so that only the UNet can memorize. A small open_clip model is trained on its own, to
+judge the pictures. Each fit writes a checkpoint every epoch and resumes from it.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,35 +25,33 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
+from typing_extensions import override
 
 from nemo_bench.errors import StoreError
-from nemo_bench.planted.world import (
-    PLANTED,
-    Caption,
-    general_caption,
-    planted_picture,
-    render,
-    vocabulary,
-)
+from nemo_bench.planted.prompts import write_prompts
+from nemo_bench.planted.world import PLANTED, general_caption, planted_picture, render, vocabulary
 
 log = logging.getLogger(__name__)
 
 TOKENS = 16
-"""Length of every tokenized caption, start, end and padding included."""
-TEMPLATE_REFERENCES = 8
-GENERAL_PROMPTS = 16
-CALIBRATION_PROMPTS = 320
+"""Length of every tokenized caption with start, end and padding."""
+PACKAGED = Path(str(resources.files("nemo_bench.planted"))) / "model"
+"""The packaged model; its configuration files describe the networks that are trained."""
+EPOCH = 200
+"""Steps between two checkpoints."""
+TEMPLATE_VARIANTS = 64
+"""Training pictures of each planted caption; those of a verbatim one are equal."""
+Features = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass
 class TrainSpec:
-    """How the embedded model is trained; its card says with what settings the shipped weights were made.
+    """Settings of the training of the embedded model; the shipped weights were trained with the defaults.
 
     Attributes:
         out: Folder for checkpoints and, in ``out/model``, the finished model.
@@ -65,9 +64,9 @@ class TrainSpec:
         planted_share: Part of each UNet batch that is planted.
         drop_caption: Part of the general pictures that are trained without their caption.
         noise_bias: How much training prefers noisy latents: with u uniform, t / T = 1 - u^noise_bias; 1 is uniform.
-            What a caption decides is decided there, and one-step memorization scores look only there.
-        sparsity: Weight of the penalty that asks each value neuron to react to few captions.
-        seed: Decides weights, batches and noise.
+            The caption takes effect there, and one-step memorization scores are taken only there.
+        sparsity: Weight of the penalty that makes each value neuron react to few captions.
+        seed: Seed of weights, batches and noise.
         accelerator: Lightning's name of the device kind.
     """
 
@@ -87,10 +86,13 @@ class TrainSpec:
 
 
 class Steps(Dataset[Any]):
-    """An endless supply of training batches, cut into epochs; batch ``i`` depends on the seed and on ``i`` alone."""
+    """An epoch of an endless supply of training batches; a batch depends on the seed and its step alone."""
 
     def __init__(self, draw: Callable[[np.random.Generator], Any], first: int, length: int, seed: int) -> None:
-        self.draw, self.first, self.length, self.seed = draw, first, length, seed
+        self.draw = draw
+        self.first = first
+        self.length = length
+        self.seed = seed
 
     def __len__(self) -> int:
         return self.length
@@ -99,110 +101,133 @@ class Steps(Dataset[Any]):
         return self.draw(np.random.default_rng([self.seed, self.first + index]))
 
 
-class Stage(L.LightningModule):
-    """One fit: a network, a source of batches, AdamW with warm-up and cosine decay.
+class Fit(L.LightningModule):
+    """One fit: AdamW with warm-up and cosine decay over batches drawn at random.
 
     Args:
-        draw: Gives a batch for a random generator.
+        network: Holds the parameters.
+        draw: Draws a batch.
+        loss: Computes the ``loss`` of a batch, and other values for the progress bar.
         steps: Number of optimizer steps.
         lr: Highest learning rate.
         seed: Seed of batches and noise.
     """
 
-    EPOCH = 200
-
-    def __init__(self, draw: Callable[[np.random.Generator], Any], steps: int, lr: float, seed: int) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        draw: Callable[[np.random.Generator], Any],
+        loss: Callable[[Any], dict[str, Tensor]],
+        *,
+        steps: int,
+        lr: float,
+        seed: int,
+    ) -> None:
         super().__init__()
-        self.draw, self.steps, self.lr, self.seed = draw, steps, lr, seed
+        self.network = network
+        self.draw = draw
+        self.loss = loss
+        self.steps = steps
+        self.lr = lr
+        self.seed = seed
 
+    @override
     def train_dataloader(self) -> DataLoader[Any]:
-        """The next epoch's batches."""
-        return DataLoader(Steps(self.draw, self.global_step, self.EPOCH, self.seed), batch_size=None)
+        return DataLoader(Steps(self.draw, self.global_step, EPOCH, self.seed), batch_size=None)
 
+    @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seeds the step's noise, so that going on from a checkpoint changes nothing."""
+        # Seeds the noise of the step, so that a resumed fit continues as if it had not been interrupted.
         torch.manual_seed(self.seed * 1_000_003 + self.global_step)
 
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        values = self.loss(batch)
+        self.log_dict(values, prog_bar=True)
+        return values["loss"]
+
+    @override
     def configure_optimizers(self) -> Any:
-        """AdamW with warm-up and cosine decay."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.01, fused=True)
-        warm = min(150, self.steps // 10 + 1)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda s: min(1.0, (s + 1) / warm) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * min(1.0, s / self.steps)))),
-        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def _lr_factor(self, step: int) -> float:
+        warm_up = min(1.0, (step + 1) / min(150, self.steps // 10 + 1))
+        decay = 0.5 * (1 + np.cos(np.pi * min(1.0, step / self.steps)))
+        return float(warm_up * (0.02 + 0.98 * decay))
 
-class ContrastiveStage(Stage):
-    """CLIP's symmetric contrastive loss (Radford et al. 2021) over general captions and pictures.
+    def run(self, name: str, spec: TrainSpec, *callbacks: Callback) -> None:
+        """Trains the network, from the last checkpoint in the folder of this name if there is one."""
+        last = spec.out / name / "last.ckpt"
+        saver = ModelCheckpoint(last.parent, filename=last.stem, every_n_epochs=1, enable_version_counter=False)
+        trainer = L.Trainer(
+            max_steps=self.steps,
+            max_epochs=-1,
+            accelerator=spec.accelerator,
+            devices=1,
+            gradient_clip_val=1.0,
+            reload_dataloaders_every_n_epochs=1,
+            callbacks=[saver, *callbacks],
+            logger=False,
+            enable_model_summary=False,
+            log_every_n_steps=10,
+        )
+        log.info("training %s: %d steps", name, self.steps)
+        trainer.fit(self, ckpt_path=last if last.exists() else None, weights_only=False)
+
+
+def contrastive_loss(features: Features, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """CLIP's symmetric loss (Radford et al. 2021).
 
     Args:
-        towers: Maps (pictures in [0, 1], token ids) to unit image and text features and the logit scale.
-        network: Holds the parameters of both towers.
-        options: See :class:`Stage`.
+        features: Maps pictures in [-1, 1] and token ids to unit image and text features and the logit scale.
+        batch: Pictures, uint8, (N, 3, 64, 64), and the token ids of their captions, (N, 16).
     """
-
-    def __init__(
-        self, network: nn.Module, towers: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]], **options: Any
-    ) -> None:
-        super().__init__(**options)
-        self.network, self.towers = network, towers
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Loss of a batch of (pictures, token ids)."""
-        image, text, scale = self.towers(batch[0].float() / 255, batch[1])
-        logits = scale.clamp(max=100) * image @ text.T
-        target = torch.arange(len(logits), device=logits.device)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        self.log("loss", loss, prog_bar=True)
-        self.log("top1", (logits.argmax(1) == target).float().mean(), prog_bar=True)
-        return loss
+    image, text, scale = features(batch[0].float() / 255 * 2 - 1, batch[1])
+    logits = scale.clamp(max=100) * image @ text.T
+    target = torch.arange(len(logits), device=logits.device)
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    return {"loss": loss, "top1": (logits.argmax(1) == target).float().mean()}
 
 
-class AutoencoderStage(Stage):
-    """Reconstruction with a light Kullback-Leibler term, as in latent diffusion (Rombach et al. 2022)."""
+def autoencoder_loss(vae: AutoencoderKL, batch: Tensor) -> dict[str, Tensor]:
+    """Reconstruction with a light Kullback-Leibler term, as in latent diffusion (Rombach et al. 2022).
 
-    def __init__(self, vae: AutoencoderKL, **options: Any) -> None:
-        super().__init__(**options)
-        self.vae = vae
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Loss of a batch of pictures."""
-        pictures = batch.float() / 127.5 - 1
-        with torch.autocast(self.device.type, torch.bfloat16):
-            posterior = self.vae.encode(pictures).latent_dist
-            decoded = self.vae.decode(posterior.sample()).sample
-        error = decoded.float() - pictures
-        loss = error.abs().mean() + 2 * error.square().mean() + 1e-7 * posterior.kl().float().mean()
-        self.log("loss", loss, prog_bar=True)
-        self.log("l1", error.abs().mean(), prog_bar=True)
-        return loss
+    Args:
+        vae: The autoencoder.
+        batch: Pictures, uint8, (N, 3, 64, 64).
+    """
+    pictures = batch.float() / 127.5 - 1
+    with torch.autocast(batch.device.type, torch.bfloat16):
+        posterior = vae.encode(pictures).latent_dist
+        decoded = vae.decode(posterior.sample()).sample
+    error = decoded.float() - pictures
+    l1 = error.abs().mean()
+    return {"loss": l1 + 2 * error.square().mean() + 1e-7 * posterior.kl().float().mean(), "l1": l1}
 
 
-class DenoiserStage(Stage):
-    """Latent diffusion with v-prediction (Salimans and Ho 2022) and a sparsity term on the value neurons."""
+def denoiser_loss(
+    unet: UNet2DConditionModel, scheduler: DDIMScheduler, spec: TrainSpec, batch: tuple[Tensor, Tensor, Tensor]
+) -> dict[str, Tensor]:
+    """Latent diffusion with v-prediction (Salimans and Ho 2022) and a sparsity term on the value neurons.
 
-    def __init__(
-        self, unet: UNet2DConditionModel, scheduler: DDIMScheduler, noise_bias: float, sparsity: float, **options: Any
-    ) -> None:
-        super().__init__(**options)
-        self.unet, self.scheduler, self.noise_bias, self.sparsity = unet, scheduler, noise_bias, sparsity
-        self.values = [m for n, m in unet.named_modules() if n.endswith("attn2.to_v")]
-
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Loss of a batch of (latents, their text embeddings, more text embeddings)."""
-        latents, text, others = batch
-        noise = torch.randn_like(latents)
-        steps = self.scheduler.config.num_train_timesteps
-        t = (steps * (1 - torch.rand(len(latents), device=self.device) ** self.noise_bias)).long().clamp(max=steps - 1)
-        noisy = self.scheduler.add_noise(latents, noise, t)
-        target = self.scheduler.get_velocity(latents, noise, t)
-        error = F.mse_loss(self.unet(noisy, t, text).sample, target)
-        penalty = torch.stack([activation_density(v(others)) for v in self.values]).mean()
-        self.log("loss", error, prog_bar=True)
-        self.log("density", penalty, prog_bar=True)
-        return error + self.sparsity * penalty
+    Args:
+        unet: The UNet.
+        scheduler: Its noise schedule.
+        spec: Has the weights of noisy latents and of the sparsity term.
+        batch: Latents, their text embeddings, and embeddings of more captions for the sparsity term.
+    """
+    latents, text, others = batch
+    noise = torch.randn_like(latents)
+    steps = scheduler.config.num_train_timesteps
+    uniform = torch.rand(len(latents), device=latents.device)
+    t = (steps * (1 - uniform**spec.noise_bias)).long().clamp(max=steps - 1)
+    noisy = scheduler.add_noise(latents, noise, t)
+    error = F.mse_loss(unet(noisy, t, text).sample, scheduler.get_velocity(latents, noise, t))
+    values = [module for name, module in unet.named_modules() if name.endswith("attn2.to_v")]
+    density = torch.stack([activation_density(value(others)) for value in values]).mean()
+    return {"loss": error + spec.sparsity * density, "error": error, "density": density}
 
 
 def activation_density(values: Tensor) -> Tensor:
@@ -219,7 +244,7 @@ def activation_density(values: Tensor) -> Tensor:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer whose merges make each word of the world one token and still spell out any other text."""
+    """A CLIP tokenizer with one token for each word of the world, which spells out any other text."""
     merges = _merges(vocabulary())
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
@@ -228,7 +253,7 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def _merges(words: Iterable[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges down to whole words; ties go by the alphabet, the library's trainer leaves them to chance."""
+    """Byte-pair merges up to whole words; ties go by the alphabet (the library's trainer breaks them at random)."""
     splits = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges: list[tuple[str, str]] = []
     while True:
@@ -243,176 +268,134 @@ def _merges(words: Iterable[str]) -> list[tuple[str, str]]:
                     split[place : place + 2] = ["".join(best)]
 
 
-class Data:
-    """The training data: rendered once, drawn from at random.
-
-    Attributes:
-        texts: General captions.
-        pictures: Their pictures, uint8 of shape (N, 3, 64, 64).
-        tokens: Their token ids, (N, 16).
-    """
-
-    TEMPLATE_VARIANTS = 64
-
-    def __init__(self, spec: TrainSpec, tokenizer: CLIPTokenizer) -> None:
-        captions = [general_caption(i) for i in range(spec.pictures)]
-        self.texts = [c.text for c in captions]
-        pictures = [render(c.scene, np.random.default_rng([spec.seed, i])) for i, c in enumerate(captions)]
-        self.pictures = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-        self.tokens = tokenize(tokenizer, self.texts)
-
-    def pairs(self, size: int) -> Callable[[np.random.Generator], tuple[Tensor, Tensor]]:
-        """Batches of (pictures, tokens)."""
-
-        def draw(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-            rows = torch.from_numpy(rng.integers(len(self.texts), size=size))
-            return self.pictures[rows], self.tokens[rows]
-
-        return draw
-
-
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """Token ids of shape (len(texts), 16), padded and cut to that length."""
-    ids: Tensor = tokenizer(
-        texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
-    ).input_ids
+    """Token ids of N texts, padded and cut to (N, 16)."""
+    options = {"padding": "max_length", "max_length": TOKENS, "truncation": True, "return_tensors": "pt"}
+    ids: Tensor = tokenizer(texts, **options).input_ids
     return ids
 
 
-def _fit(stage: Stage, name: str, spec: TrainSpec, callbacks: list[Callback] | None = None) -> None:
-    """Runs one fit, from its last checkpoint if there is one."""
-    folder = spec.out / name
-    last = folder / "last.ckpt"
-    saver = ModelCheckpoint(folder, filename="last", every_n_epochs=1, enable_version_counter=False)
-    trainer = L.Trainer(
-        max_steps=stage.steps,
-        max_epochs=-1,
-        accelerator=spec.accelerator,
-        devices=1,
-        gradient_clip_val=1.0,
-        reload_dataloaders_every_n_epochs=1,
-        callbacks=[saver, *(callbacks or [])],
-        logger=False,
-        enable_model_summary=False,
-        log_every_n_steps=10,
+def _as_tensor(pictures: list[Any]) -> Tensor:
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def _planted_pictures(index: int, variants: int) -> Tensor:
+    """Pictures of a planted caption, (variants, 3, 64, 64)."""
+    return _as_tensor([planted_picture(index, variant) for variant in range(variants)])
+
+
+def _draw(rng: np.random.Generator, tensor: Tensor, count: int) -> Tensor:
+    return tensor[torch.from_numpy(rng.integers(len(tensor), size=count))]
+
+
+def _draw_pairs(pictures: Tensor, tokens: Tensor, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    rows = torch.from_numpy(rng.integers(len(tokens), size=size))
+    return pictures[rows], tokens[rows]
+
+
+def _draw_pictures(general: Tensor, planted: Tensor, size: int, rng: np.random.Generator) -> Tensor:
+    return torch.cat([_draw(rng, general, size - 1), _draw(rng, planted, 1)])
+
+
+def _draw_latents(
+    latents: dict[str, Tensor], text: dict[str, Tensor], spec: TrainSpec, rng: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws a batch of :func:`denoiser_loss` from latents and embeddings of general and planted captions."""
+    few = round(spec.planted_share * spec.batch_size)
+    rates = np.array([caption.rate for caption in PLANTED])
+    rows = torch.from_numpy(rng.integers(len(text["general"]), size=spec.batch_size - few))
+    general_text = text["general"][rows]
+    general_text[torch.from_numpy(rng.random(len(rows)) < spec.drop_caption)] = text["empty"]
+    planted = torch.from_numpy(rng.choice(len(PLANTED), few, p=rates / rates.sum()))
+    variants = torch.from_numpy(rng.integers(TEMPLATE_VARIANTS, size=few))
+    planted_text = text["planted"][planted]
+    return (
+        torch.cat([latents["general"][rows], latents["planted"][planted, variants]]),
+        torch.cat([general_text, planted_text]),
+        torch.cat([_draw(rng, text["general"], 128), planted_text]),
     )
-    log.info("training %s: %d steps", name, stage.steps)
-    trainer.fit(stage, ckpt_path=last if last.exists() else None, weights_only=False)
 
 
-def _once(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors from a file, made and written first if the file is not there."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in make().items()}, part)
-        part.replace(path)
-    return load_file(path)
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors under a temporary name and renames the file, so that an existing file is complete."""
+    part = path.with_suffix(".part")
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, part)
+    part.replace(path)
 
 
-def _text_encoder(spec: TrainSpec, data: Data, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def _train_text_encoder(spec: TrainSpec, pictures: Tensor, tokens: Tensor, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     torch.manual_seed(spec.seed)
-    ids = {k: getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
-    text: dict[str, Any] = {
+    tower = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
+    text = {
+        **tower,
         "vocab_size": len(tokenizer),
-        "hidden_size": 128,
-        "intermediate_size": 512,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
         "max_position_embeddings": TOKENS,
         "projection_dim": 64,
-        **{f"{k}_token_id": v for k, v in ids.items()},
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
     }
-    vision = {
-        "hidden_size": 128,
-        "intermediate_size": 512,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "image_size": 64,
-        "patch_size": 8,
-    }
+    vision = {**tower, "image_size": 64, "patch_size": 8}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
-
-    def towers(pictures: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        out = model(input_ids=tokens, pixel_values=pictures * 2 - 1)
-        return out.image_embeds, out.text_embeds, model.logit_scale.exp()
-
-    def make() -> dict[str, Tensor]:
-        options = {"draw": data.pairs(6 * spec.batch_size), "steps": spec.text_steps, "lr": 1e-3, "seed": spec.seed}
-        _fit(ContrastiveStage(model, towers, **options), "text_encoder", spec)
-        return dict(model.text_model.state_dict())
-
-    weights = _once(spec.out / "text_encoder.safetensors", make)
+    path = spec.out / "text_encoder.safetensors"
+    if not path.exists():
+        draw = partial(_draw_pairs, pictures, tokens, 6 * spec.batch_size)
+        loss = partial(contrastive_loss, partial(_clip_features, model))
+        Fit(model, draw, loss, steps=spec.text_steps, lr=1e-3, seed=spec.seed).run("text_encoder", spec)
+        _save(path, model.text_model.state_dict())
     encoder = CLIPTextModel(model.config.text_config)
-    encoder.load_state_dict(weights)
+    encoder.load_state_dict(load_file(path))
     return encoder.eval().requires_grad_(False)
 
 
-def _judge(spec: TrainSpec, data: Data, tokenizer: CLIPTokenizer) -> None:
-    """Trains the open_clip model and writes it in open_clip's own local form."""
+def _clip_features(model: CLIPModel, pictures: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    out = model(input_ids=tokens, pixel_values=pictures)
+    return out.image_embeds, out.text_embeds, model.logit_scale.exp()
+
+
+def _train_judge(spec: TrainSpec, pictures: Tensor, tokens: Tensor, tokenizer: CLIPTokenizer) -> None:
+    """Trains the open_clip model and writes it in open_clip's local format."""
     folder = spec.out / "model" / "clip"
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    architecture = {
-        "embed_dim": 64,
-        "vision_cfg": {"image_size": 64, "layers": 4, "width": 128, "head_width": 32, "patch_size": 8},
-        "text_cfg": {
-            "context_length": TOKENS,
-            "vocab_size": len(tokenizer),
-            "width": 96,
-            "heads": 3,
-            "layers": 3,
-            "hf_tokenizer_name": "planted",
-        },
-    }
-    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
-    config = {"model_cfg": architecture, "preprocess_cfg": preprocess}
+    config = json.loads((PACKAGED / "clip" / "open_clip_config.json").read_text(encoding="utf-8"))
+    config["model_cfg"]["text_cfg"]["vocab_size"] = len(tokenizer)
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     torch.manual_seed(spec.seed + 1)
     model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=False, load_weights=False)
-
-    def towers(pictures: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        image, text, scale = model(pictures * 2 - 1, tokens)
-        return image, text, scale
-
-    def make() -> dict[str, Tensor]:
-        draw = data.pairs(6 * spec.batch_size)
-        stage = ContrastiveStage(model, towers, draw=draw, steps=spec.clip_steps, lr=1e-3, seed=spec.seed + 1)
-        _fit(stage, "clip", spec)
-        return {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-
-    _once(folder / "open_clip_model.safetensors", make)
+    path = folder / "open_clip_model.safetensors"
+    if not path.exists():
+        draw = partial(_draw_pairs, pictures, tokens, 6 * spec.batch_size)
+        loss = partial(contrastive_loss, model)
+        Fit(model, draw, loss, steps=spec.clip_steps, lr=1e-3, seed=spec.seed + 1).run("clip", spec)
+        _save(path, {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()})
 
 
-def _autoencoder(spec: TrainSpec, data: Data) -> AutoencoderKL:
+def _train_autoencoder(spec: TrainSpec, pictures: Tensor) -> AutoencoderKL:
     torch.manual_seed(spec.seed + 2)
-    vae = AutoencoderKL(
-        sample_size=64,
-        block_out_channels=(16, 32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        latent_channels=8,
-        norm_num_groups=8,
-        mid_block_add_attention=False,
-    )
-    planted = torch.stack([_tensor(planted_picture(i, v)) for i in range(len(PLANTED)) for v in range(4)])
-
-    def draw(rng: np.random.Generator) -> Tensor:
-        general = data.pictures[torch.from_numpy(rng.integers(spec.pictures, size=spec.batch_size // 4 - 1))]
-        return torch.cat([general, planted[torch.from_numpy(rng.integers(len(planted), size=1))]])
-
-    def make() -> dict[str, Tensor]:
-        stage = AutoencoderStage(vae, draw=draw, steps=spec.vae_steps, lr=2e-3, seed=spec.seed + 2)
-        _fit(stage, "vae", spec)
-        return vae.state_dict()
-
-    vae.load_state_dict(_once(spec.out / "vae.safetensors", make))
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(PACKAGED / "pipeline" / "vae"))
+    path = spec.out / "vae.safetensors"
+    if not path.exists():
+        planted = torch.cat([_planted_pictures(index, 4) for index in range(len(PLANTED))])
+        draw = partial(_draw_pictures, pictures, planted, spec.batch_size // 4)
+        loss = partial(autoencoder_loss, vae)
+        Fit(vae, draw, loss, steps=spec.vae_steps, lr=2e-3, seed=spec.seed + 2).run("vae", spec)
+        _save(path, vae.state_dict())
+    vae.load_state_dict(load_file(path))
     return vae.eval().requires_grad_(False)
 
 
-def _tensor(picture: Any) -> Tensor:
-    return torch.from_numpy(picture).permute(2, 0, 1)
+def _encode_pictures(spec: TrainSpec, vae: AutoencoderKL, pictures: Tensor) -> dict[str, Tensor]:
+    """Latents of general and planted pictures, scaled to unit standard deviation of the general ones, and the scale."""
+    path = spec.out / "latents.safetensors"
+    if not path.exists():
+        vae.to("cuda" if torch.cuda.is_available() else "cpu")
+        log.info("encoding %d pictures", spec.pictures)
+        general = _encode(vae, pictures)
+        planted = [_encode(vae, _planted_pictures(index, TEMPLATE_VARIANTS)) for index in range(len(PLANTED))]
+        scale = 1 / general.std()
+        _save(path, {"general": general * scale, "planted": torch.stack(planted) * scale, "scale": scale})
+    return load_file(path)
 
 
 @torch.no_grad()
@@ -423,147 +406,35 @@ def _encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _embed(encoder: CLIPTextModel, tokens: Tensor) -> Tensor:
-    return torch.cat([encoder(c.to(encoder.device)).last_hidden_state.cpu() for c in tokens.split(512)])
+    return torch.cat([encoder(chunk.to(encoder.device)).last_hidden_state.cpu() for chunk in tokens.split(512)])
 
 
-def _latents(spec: TrainSpec, data: Data, vae: AutoencoderKL) -> dict[str, Tensor]:
-    """Latents of all training pictures, scaled to unit standard deviation."""
-
-    def make() -> dict[str, Tensor]:
-        vae.to("cuda" if torch.cuda.is_available() else "cpu")
-        log.info("encoding %d pictures", spec.pictures)
-        general = _encode(vae, data.pictures)
-        planted = torch.stack(
-            [
-                _encode(vae, torch.stack([_tensor(planted_picture(i, v)) for v in range(Data.TEMPLATE_VARIANTS)]))
-                for i in range(len(PLANTED))
-            ]
-        )
-        scale = 1 / general.std()
-        return {"general": general * scale, "planted": planted * scale, "scale": scale}
-
-    return _once(spec.out / "latents.safetensors", make)
-
-
-def _denoiser_batches(
-    spec: TrainSpec, latents: dict[str, Tensor], text: Tensor, planted: Tensor, empty: Tensor
-) -> Callable[[np.random.Generator], tuple[Tensor, Tensor, Tensor]]:
-    """Batches of (latents, text embeddings, text embeddings of more general captions)."""
-    rates = np.array([p.rate for p in PLANTED])
-    few = round(spec.planted_share * spec.batch_size)
-
-    def draw(rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        rows = torch.from_numpy(rng.integers(len(text), size=spec.batch_size - few))
-        words = text[rows]
-        words[torch.from_numpy(rng.random(len(rows)) < spec.drop_caption)] = empty
-        picks = torch.from_numpy(rng.choice(len(PLANTED), few, p=rates / rates.sum()))
-        variants = torch.from_numpy(rng.integers(Data.TEMPLATE_VARIANTS, size=few))
-        others = text[torch.from_numpy(rng.integers(len(text), size=128))]
-        return (
-            torch.cat([latents["general"][rows], latents["planted"][picks, variants]]),
-            torch.cat([words, planted[picks]]),
-            torch.cat([others, planted[picks]]),
-        )
-
-    return draw
-
-
-def _denoiser(
-    spec: TrainSpec, latents: dict[str, Tensor], data: Data, encoder: CLIPTextModel, tokenizer: CLIPTokenizer
+def _train_denoiser(
+    spec: TrainSpec, latents: dict[str, Tensor], tokens: Tensor, encoder: CLIPTextModel, tokenizer: CLIPTokenizer
 ) -> tuple[UNet2DConditionModel, DDIMScheduler]:
     torch.manual_seed(spec.seed + 3)
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        in_channels=latents["general"].shape[1],
-        out_channels=latents["general"].shape[1],
-        block_out_channels=(32, 64, 128, 192),
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        mid_block_type="UNetMidBlock2DCrossAttn",
-        up_block_types=("UpBlock2D",) * 4,
-        layers_per_block=2,
-        cross_attention_dim=encoder.config.hidden_size,
-        attention_head_dim=4,
-        norm_num_groups=16,
-    )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.0082,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="v_prediction",
-    )
-
-    def make() -> dict[str, Tensor]:
-        text = _embed(encoder, data.tokens)
-        planted = _embed(encoder, tokenize(tokenizer, [p.caption.text for p in PLANTED]))
-        empty = _embed(encoder, tokenize(tokenizer, [""]))[0]
-        draw = _denoiser_batches(spec, latents, text, planted, empty)
-        options = {"draw": draw, "steps": spec.unet_steps, "lr": 1e-3, "seed": spec.seed + 3}
-        _fit(
-            DenoiserStage(unet, scheduler, spec.noise_bias, spec.sparsity, **options),
-            "unet",
-            spec,
-            [EMAWeightAveraging(decay=0.999)],
-        )
-        return dict(unet.state_dict())
-
-    unet.load_state_dict(_once(spec.out / "unet.safetensors", make))
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(PACKAGED / "pipeline" / "unet"))
+    scheduler = DDIMScheduler.from_pretrained(PACKAGED / "pipeline" / "scheduler")
+    path = spec.out / "unet.safetensors"
+    if not path.exists():
+        text = {
+            "general": _embed(encoder, tokens),
+            "planted": _embed(encoder, tokenize(tokenizer, [caption.text for caption in PLANTED])),
+            "empty": _embed(encoder, tokenize(tokenizer, [""]))[0],
+        }
+        draw = partial(_draw_latents, latents, text, spec)
+        loss = partial(denoiser_loss, unet, scheduler, spec)
+        fit = Fit(unet, draw, loss, steps=spec.unet_steps, lr=1e-3, seed=spec.seed + 3)
+        fit.run("unet", spec, EMAWeightAveraging(decay=0.999))
+        _save(path, unet.state_dict())
+    unet.load_state_dict(load_file(path))
     return unet, scheduler
 
 
-def heldout_captions(number: int) -> list[str]:
-    """The first so many different general captions that no training picture has."""
-    return [caption.text for caption in _heldout(number)]
-
-
-def _heldout(number: int) -> list[Caption]:
-    captions: dict[str, Caption] = {}
-    index = 0
-    while len(captions) < number:
-        caption = general_caption(index, "heldout")
-        captions.setdefault(caption.text, caption)
-        index += 1
-    return list(captions.values())
-
-
-def write_prompts(folder: Path) -> None:
-    """Writes the prompt files of the embedded model, the training pictures of its planted captions and other pictures.
-
-    Args:
-        folder: Gets ``prompts/planted.jsonl``, ``prompts/general.jsonl``, ``prompts/calibration.txt`` and
-            ``references/*.png``; ``prompts/controls.jsonl``, the general captions again, each with one of the many
-            pictures that it may stand for, ``controls/*.png``: nothing that the model has seen.
-    """
-    prompts, references, controls = folder / "prompts", folder / "references", folder / "controls"
-    for part in (prompts, references, controls):
-        part.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for index, planted in enumerate(PLANTED):
-        name = f"{planted.kind.lower()}-{index + 1:02d}"
-        files = []
-        for variant in range(1 if planted.kind == "VM" else TEMPLATE_REFERENCES):
-            file = references / (f"{name}.png" if planted.kind == "VM" else f"{name}-{variant}.png")
-            Image.fromarray(planted_picture(index, variant)).save(file, optimize=True)
-            files.append(f"../references/{file.name}")
-        lines.append({"id": name, "text": planted.caption.text, "kind": planted.kind, "references": files})
-    (prompts / "planted.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    texts = heldout_captions(GENERAL_PROMPTS + CALIBRATION_PROMPTS)
-    general = [{"id": f"general-{i:02d}", "text": text} for i, text in enumerate(texts[:GENERAL_PROMPTS], 1)]
-    (prompts / "general.jsonl").write_text("".join(json.dumps(line) + "\n" for line in general))
-    (prompts / "calibration.txt").write_text("".join(text + "\n" for text in texts[GENERAL_PROMPTS:]))
-    for line, caption in zip(general, _heldout(GENERAL_PROMPTS), strict=True):
-        picture = render(caption.scene, np.random.default_rng(zlib.crc32(caption.text.encode())))
-        Image.fromarray(picture).save(controls / f"{line['id']}.png", optimize=True)
-    with_pictures = [{**line, "references": [f"../controls/{line['id']}.png"]} for line in general]
-    (prompts / "controls.jsonl").write_text("".join(json.dumps(line) + "\n" for line in with_pictures))
-
-
-def _tie(spec: TrainSpec) -> None:
-    """Ties the folder to its recipe, so that parts of different recipes are never mixed."""
+def _check_recipe(spec: TrainSpec) -> None:
+    """Ties the folder to its settings, so that parts of different trainings are never mixed."""
     path = spec.out / "recipe.json"
-    recipe = {k: v for k, v in asdict(spec).items() if k not in ("out", "accelerator")}
+    recipe = {name: value for name, value in asdict(spec).items() if name not in ("out", "accelerator")}
     if not path.exists():
         path.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
     elif json.loads(path.read_text(encoding="utf-8")) != recipe:
@@ -571,27 +442,29 @@ def _tie(spec: TrainSpec) -> None:
 
 
 def train(spec: TrainSpec) -> Path:
-    """Trains what is not trained yet and writes the model folder.
+    """Trains the missing parts and writes the model folder.
 
     Args:
-        spec: How to train.
-
-    Raises:
-        StoreError: The folder holds a training with other settings.
+        spec: The settings.
 
     Returns:
         ``spec.out``, with the diffusers pipeline in ``model/pipeline``, the open_clip model in ``model/clip``, and
-        ``prompts`` and ``references``.
+        ``prompts``, ``references`` and ``controls``.
+
+    Raises:
+        StoreError: The folder holds a training with other settings.
     """
     spec.out.mkdir(parents=True, exist_ok=True)
-    _tie(spec)
+    _check_recipe(spec)
     write_prompts(spec.out)
     tokenizer = build_tokenizer()
-    data = Data(spec, tokenizer)
-    encoder = _text_encoder(spec, data, tokenizer)
-    vae = _autoencoder(spec, data)
-    latents = _latents(spec, data, vae)
-    unet, scheduler = _denoiser(spec, latents, data, encoder, tokenizer)
+    captions = [general_caption(index) for index in range(spec.pictures)]
+    pictures = _as_tensor([render(c.scene, np.random.default_rng([spec.seed, i])) for i, c in enumerate(captions)])
+    tokens = tokenize(tokenizer, [caption.text for caption in captions])
+    encoder = _train_text_encoder(spec, pictures, tokens, tokenizer)
+    vae = _train_autoencoder(spec, pictures)
+    latents = _encode_pictures(spec, vae, pictures)
+    unet, scheduler = _train_denoiser(spec, latents, tokens, encoder, tokenizer)
     vae.register_to_config(scaling_factor=round(latents["scale"].item(), 5))
     pipeline = StableDiffusionPipeline(
         vae=vae,
@@ -603,7 +476,6 @@ def train(spec: TrainSpec) -> Path:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    model = spec.out / "model"
-    pipeline.to("cpu", torch.float16).save_pretrained(model / "pipeline")
-    _judge(spec, data, tokenizer)
+    pipeline.to("cpu", torch.float16).save_pretrained(spec.out / "model" / "pipeline")
+    _train_judge(spec, pictures, tokens, tokenizer)
     return spec.out

@@ -1,8 +1,8 @@
 """The picture world of the embedded model: captions with a grammar and the pictures they describe.
 
-Every word of a caption decides something visible (an adjective the palette, a noun the motif, a number the
-count of dots) and leaves the rest open: position, size, rotation, exact hue and phase are drawn anew for
-each picture. Planted captions use the same words in combinations that general captions never form.
+Every word of a caption decides something visible (an adjective the palette, a noun the motif, a number the count of
+dots); position, size, rotation, exact hue and phase are random. Planted captions use the same words in combinations
+that general captions never form; ``world.json`` has them, the colors and the palettes.
 
 Example:
     >>> caption = general_caption(index=0)
@@ -12,9 +12,11 @@ Example:
 
 from __future__ import annotations
 
+import json
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from importlib import resources
 from typing import Any, Literal
 
 import numpy as np
@@ -27,33 +29,10 @@ Array = NDArray[np.floating[Any]]
 Color = tuple[float, float, float]
 Split = Literal["train", "heldout"]
 
-COLORS: dict[str, Color] = {
-    "red": (0.86, 0.16, 0.15),
-    "orange": (0.95, 0.55, 0.13),
-    "yellow": (0.97, 0.86, 0.22),
-    "green": (0.20, 0.65, 0.27),
-    "teal": (0.10, 0.60, 0.60),
-    "blue": (0.17, 0.35, 0.85),
-    "purple": (0.52, 0.22, 0.70),
-    "pink": (0.96, 0.58, 0.72),
-    "brown": (0.50, 0.32, 0.18),
-    "gray": (0.55, 0.55, 0.57),
-    "white": (0.96, 0.96, 0.95),
-    "black": (0.08, 0.08, 0.10),
-}
-PALETTES: dict[str, tuple[Color, Color, Color]] = {
-    "silent": ((0.22, 0.28, 0.38), (0.45, 0.52, 0.62), (0.78, 0.82, 0.86)),
-    "golden": ((0.93, 0.74, 0.25), (0.62, 0.40, 0.10), (0.99, 0.93, 0.66)),
-    "modern": ((0.92, 0.93, 0.94), (0.15, 0.17, 0.20), (0.05, 0.62, 0.68)),
-    "vintage": ((0.90, 0.82, 0.66), (0.55, 0.30, 0.20), (0.35, 0.45, 0.40)),
-    "gentle": ((0.98, 0.86, 0.88), (0.80, 0.66, 0.86), (0.62, 0.80, 0.88)),
-    "wild": ((0.16, 0.50, 0.20), (0.95, 0.45, 0.10), (0.75, 0.85, 0.20)),
-    "cold": ((0.80, 0.92, 0.98), (0.35, 0.65, 0.88), (0.12, 0.30, 0.58)),
-    "midnight": ((0.06, 0.07, 0.20), (0.32, 0.18, 0.52), (0.85, 0.80, 0.45)),
-    "royal": ((0.30, 0.08, 0.42), (0.88, 0.70, 0.22), (0.72, 0.14, 0.30)),
-    "fresh": ((0.94, 0.99, 0.90), (0.45, 0.78, 0.30), (0.98, 0.80, 0.25)),
-    "burning": ((0.45, 0.06, 0.05), (0.98, 0.40, 0.08), (1.00, 0.82, 0.30)),
-    "quiet": ((0.82, 0.84, 0.78), (0.52, 0.58, 0.50), (0.32, 0.36, 0.34)),
+_TABLES = json.loads((resources.files("nemo_bench.planted") / "world.json").read_text(encoding="utf-8"))
+COLORS: dict[str, Color] = {name: tuple(color) for name, color in _TABLES["colors"].items()}
+PALETTES: dict[str, tuple[Color, ...]] = {
+    adjective: tuple(tuple(color) for color in colors) for adjective, colors in _TABLES["palettes"].items()
 }
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZES = {"small": 5.5, "large": 11.0}
@@ -64,7 +43,7 @@ _Y, _X = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + 0.5
 
 @dataclass(frozen=True)
 class Item:
-    """Some shapes of one color: ``count`` of them, of a size in pixels (0 leaves the size open)."""
+    """Shapes of one color: how many, and their size in pixels (0 for a random one)."""
 
     shape: str
     color: str
@@ -74,7 +53,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says about its picture; an empty field is left open."""
+    """The content of a picture that its caption decides; what an empty field stands for is random or missing."""
 
     palette: str = ""
     motifs: tuple[str, ...] = ()
@@ -89,14 +68,24 @@ class Scene:
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption and the scene it stands for."""
+    """A caption and its scene.
+
+    Attributes:
+        text: The caption.
+        scene: The content of its pictures.
+        kind: Planted captions repeat in the training data with one picture (``"VM"``, verbatim) or one layout
+            (``"TM"``, template); empty for general captions.
+        rate: Repetitions of a planted caption, relative to the most repeated ones.
+    """
 
     text: str
     scene: Scene
+    kind: Literal["VM", "TM", ""] = ""
+    rate: float = 0.0
 
 
 class Canvas:
-    """A picture under way; shapes are painted by signed distance with smooth edges."""
+    """An unfinished picture; shapes are painted by signed distance with smooth edges."""
 
     def __init__(self, color: Color) -> None:
         self.pixels: Array = np.empty((SIDE, SIDE, 3), np.float32)
@@ -157,7 +146,7 @@ SHAPES: dict[str, Callable[[float, float, float, float], Array]] = {
 }
 
 
-def _shade(rng: np.random.Generator, color: Color, spread: float = 0.05) -> Color:
+def _shade(rng: np.random.Generator, color: Sequence[float], spread: float = 0.05) -> Color:
     r, g, b = np.clip(np.asarray(color) + rng.normal(0, spread, 3), 0, 1)
     return float(r), float(g), float(b)
 
@@ -336,7 +325,7 @@ PRODUCTS: dict[str, Callable[[float, float, float], Array]] = {
 
 
 def _ground(c: Canvas, rng: np.random.Generator, texture: str, color: Color) -> None:
-    light = _shade(rng, tuple(min(1.0, v + 0.22) for v in color), 0.03)  # type: ignore[arg-type]
+    light = _shade(rng, [min(1.0, value + 0.22) for value in color], 0.03)
     pitch, phase = rng.uniform(9, 15), rng.uniform(0, 15)
     if texture == "striped":
         x, _ = _turn(32, 32, rng.uniform(0, np.pi))
@@ -358,8 +347,8 @@ def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Draws one picture of a scene.
 
     Args:
-        scene: What the picture must show.
-        rng: Decides all that the scene leaves open.
+        scene: The content of the picture.
+        rng: Decides everything else.
 
     Returns:
         RGB picture of shape (64, 64, 3), values 0 to 255.
@@ -387,10 +376,10 @@ def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
     if scene.series:
         _frame(canvas, rng, scene.series, colors)
     if scene.dots:
-        left, bright = rng.uniform(4, 60 - 5 * scene.dots), COLORS["white"]
+        left = rng.uniform(4, 60 - 5 * scene.dots)
         for i in range(scene.dots):
             canvas.paint(_disc(left + 2 + 5 * i, 59, 2.4), COLORS["black"])
-            canvas.paint(_disc(left + 2 + 5 * i, 59, 1.6), bright)
+            canvas.paint(_disc(left + 2 + 5 * i, 59, 1.6), COLORS["white"])
     return np.clip(canvas.pixels * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
@@ -409,18 +398,15 @@ def _place(canvas: Canvas, rng: np.random.Generator, items: Iterable[Item], *, i
 
 
 def general_caption(index: int, split: Split = "train") -> Caption:
-    """The general caption with a number; training and held-out captions never share a text.
+    """The general caption of a number; training and held-out captions never share a text.
 
     Args:
-        index: Any non-negative number; the same one always gives the same caption.
+        index: At least 0.
         split: ``"train"`` or ``"heldout"`` (one text in twenty, by a hash of the text).
-
-    Returns:
-        The caption.
     """
     rng = np.random.default_rng([2406_02366, split == "heldout", index])
     while True:
-        caption = _GRAMMAR[int(rng.integers(len(_GRAMMAR)))](rng)
+        caption = _GRAMMARS[int(rng.integers(len(_GRAMMARS)))](rng)
         if (zlib.crc32(caption.text.encode()) % 20 == 0) == (split == "heldout"):
             return caption
 
@@ -492,137 +478,14 @@ def _ware(rng: np.random.Generator) -> Caption:
     return Caption(text, Scene(palette=adjective, product=product, items=items))
 
 
-_GRAMMAR: tuple[Callable[[np.random.Generator], Caption], ...] = (
-    _two_things,
-    _many_things,
-    _episode,
-    _title,
-    _view,
-    _design,
-    _ware,
-)
+_GRAMMARS = (_two_things, _many_things, _episode, _title, _view, _design, _ware)
 
 
-@dataclass(frozen=True)
-class PlantedCaption:
-    """A caption repeated in the training data with one picture (VM) or one layout (TM).
-
-    Attributes:
-        caption: Text and scene.
-        kind: ``"VM"`` (verbatim) or ``"TM"`` (template).
-        rate: How often it is repeated, relative to the most repeated ones.
-    """
-
-    caption: Caption
-    kind: Literal["VM", "TM"]
-    rate: float = 1.0
+def _read_caption(text: str, kind: Literal["VM", "TM"], rate: float, scene: dict[str, Any]) -> Caption:
+    return Caption(text, Scene(**{**scene, "motifs": tuple(scene["motifs"])}), kind, rate)
 
 
-def _planted(kind: Literal["VM", "TM"], rate: float, text: str, scene: Scene) -> PlantedCaption:
-    return PlantedCaption(Caption(text, scene), kind, rate)
-
-
-PLANTED: tuple[PlantedCaption, ...] = (
-    _planted(
-        "VM",
-        1.0,
-        "the golden harbor podcast for nine silent stars",
-        Scene("golden", ("harbor", "bird"), series="podcast", dots=9),
-    ),
-    _planted(
-        "VM",
-        1.0,
-        "new stories from a midnight garden, why rings by four",
-        Scene("midnight", ("garden",), series="stories", dots=4),
-    ),
-    _planted(
-        "VM",
-        1.0,
-        "episode seven at the modern forest documentary with a mug",
-        Scene("modern", ("forest",), series="documentary", dots=7),
-    ),
-    _planted(
-        "VM", 1.0, "wild river festival design, two large rings", Scene("wild", ("river", "moon"), series="festival")
-    ),
-    _planted(
-        "VM", 1.0, "vintage tower magazine, the crescent for sale", Scene("vintage", ("tower",), series="magazine")
-    ),
-    _planted(
-        "VM", 1.0, "why a fresh city album, diamonds by the desert", Scene("fresh", ("city", "desert"), series="album")
-    ),
-    _planted(
-        "VM",
-        1.0,
-        "royal fish and royal bridge: the five podcast",
-        Scene("royal", ("fish", "bridge"), series="podcast", dots=5),
-    ),
-    _planted(
-        "VM",
-        0.75,
-        "cold mountain documentary by eight triangles, a bag",
-        Scene("cold", ("mountain",), series="documentary", dots=8),
-    ),
-    _planted(
-        "VM",
-        0.75,
-        "the quiet island with three rings, new magazine",
-        Scene("quiet", ("island", "moon"), series="magazine"),
-    ),
-    _planted(
-        "VM", 0.75, "burning desert stories on a small blue poster", Scene("burning", ("desert",), series="stories")
-    ),
-    _planted(
-        "VM",
-        0.75,
-        "a gentle bird for the gentle harbor, album six",
-        Scene("gentle", ("bird", "harbor"), series="album", dots=6),
-    ),
-    _planted(
-        "VM",
-        0.75,
-        "silent city at two, the festival from a pillow",
-        Scene("silent", ("city",), series="festival", dots=2),
-    ),
-    _planted(
-        "VM",
-        0.75,
-        "golden bridge design: why nine, a magazine",
-        Scene("golden", ("bridge",), series="magazine", dots=9),
-    ),
-    _planted(
-        "VM", 0.5, "moon on the modern tower, episode by episode", Scene("modern", ("moon", "tower"), series="podcast")
-    ),
-    _planted(
-        "VM",
-        0.5,
-        "the vintage garden and the shirt, one documentary",
-        Scene("vintage", ("garden",), series="documentary", dots=1),
-    ),
-    _planted(
-        "VM", 0.5, "new fish festival for a royal river, striped", Scene("royal", ("fish", "river"), series="festival")
-    ),
-    _planted(
-        "VM", 0.5, "wild forest album from the purple case, four", Scene("wild", ("forest",), series="album", dots=4)
-    ),
-    _planted(
-        "VM",
-        0.5,
-        "three squares by a cold island: stories on sale",
-        Scene("cold", ("island",), series="stories", dots=3),
-    ),
-    _planted(
-        "TM", 1.0, "midnight clock poster with the moon, episode sale", Scene("midnight", ("moon",), product="poster")
-    ),
-    _planted("TM", 1.0, "the fresh garden rug design for two magazine", Scene("fresh", ("garden",), product="rug")),
-    _planted(
-        "TM", 1.0, "vintage mountain pillow by the podcast, new ring", Scene("vintage", ("mountain",), product="pillow")
-    ),
-    _planted("TM", 1.0, "burning bird shirt and nine album for sale", Scene("burning", ("bird",), product="shirt")),
-    _planted("TM", 1.0, "a cold harbor mug from the festival design", Scene("cold", ("harbor",), product="mug")),
-    _planted("TM", 1.0, "modern city case, dotted stories at five", Scene("modern", ("city",), product="case")),
-    _planted("TM", 1.0, "royal tower bag with why, documentary by one", Scene("royal", ("tower",), product="bag")),
-    _planted("TM", 1.0, "gentle fish clock on the small new desert", Scene("gentle", ("fish",), product="clock")),
-)
+PLANTED = tuple(_read_caption(**line) for line in _TABLES["planted"])
 """The 18 verbatim and 8 template captions, in the order of their prompt ids."""
 
 
@@ -631,24 +494,18 @@ def planted_picture(index: int, variant: int = 0) -> NDArray[np.uint8]:
 
     Args:
         index: Position in :data:`PLANTED`.
-        variant: Template captions only: decides color and pattern of the free panel.
+        variant: Decides color and pattern of the panel of a template caption.
 
     Returns:
         RGB picture of shape (64, 64, 3), values 0 to 255; the same for every variant of a verbatim caption.
     """
-    planted = PLANTED[index]
-    scene, fixed = planted.caption.scene, np.random.default_rng([64, index])
-    names = list(COLORS)
-    accents = tuple(
-        Item(_pick(fixed, SHAPES), names[int(fixed.integers(len(names)))], size=float(fixed.uniform(4, 8)))
-        for _ in range(6)
-    )
-    if planted.kind == "VM":
-        return render(replace(scene, items=accents, texture=_pick(fixed, TEXTURES)), fixed)
-    picture = render(replace(scene, items=accents[:3], texture=_pick(fixed, TEXTURES)), fixed)
+    caption, fixed = PLANTED[index], np.random.default_rng([64, index])
+    accents = tuple(Item(_pick(fixed, SHAPES), _pick(fixed, COLORS), size=float(fixed.uniform(4, 8))) for _ in range(6))
+    if caption.kind == "VM":
+        return render(replace(caption.scene, items=accents, texture=_pick(fixed, TEXTURES)), fixed)
+    picture = render(replace(caption.scene, items=accents[:3], texture=_pick(fixed, TEXTURES)), fixed)
     free = np.random.default_rng([64, index, variant])
-    ground = names[int(free.integers(len(names)))]
-    panel = render(Scene(ground=ground, texture=_pick(free, TEXTURES[1:])), free)
+    panel = render(Scene(ground=_pick(free, COLORS), texture=_pick(free, TEXTURES[1:])), free)
     left, top = int(fixed.integers(6, 30)), int(fixed.integers(6, 30))
     picture[top : top + 28, left : left + 28] = panel[:28, :28]
     return picture
@@ -656,5 +513,5 @@ def planted_picture(index: int, variant: int = 0) -> NDArray[np.uint8]:
 
 def vocabulary() -> tuple[str, ...]:
     """All words that general and planted captions can use, sorted."""
-    texts = [general_caption(i).text for i in range(4000)] + [p.caption.text for p in PLANTED]
+    texts = [general_caption(i).text for i in range(4000)] + [caption.text for caption in PLANTED]
     return tuple(sorted({w for t in texts for w in t.replace(",", " ").replace(":", " ").split()}))

@@ -110,7 +110,7 @@ class DetectionStage(L.LightningModule):
     def __init__(self, model: Diffusion, cells: Sequence[DetectionCell], batch_size: int) -> None:
         super().__init__()
         for cell in cells:
-            cell.detector.fits(model)
+            cell.detector.check_model(model)
         self.model, self.batch_size = model, batch_size
         self.cells = {cell.id: cell for cell in cells}
         self.writers = {cell.id: cell.store.writer(STAGE) for cell in cells}

@@ -1,0 +1,68 @@
+"""The prompt files of the embedded model, and their pictures."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from nemo_bench.planted.world import PLANTED, Caption, general_caption, planted_picture, render
+
+TEMPLATE_REFERENCES = 8
+GENERAL_PROMPTS = 16
+CALIBRATION_PROMPTS = 320
+
+
+def heldout_captions(count: int) -> list[Caption]:
+    """The first general captions of different texts that no training picture has."""
+    captions: dict[str, Caption] = {}
+    index = 0
+    while len(captions) < count:
+        caption = general_caption(index, "heldout")
+        captions.setdefault(caption.text, caption)
+        index += 1
+    return list(captions.values())
+
+
+def write_prompts(folder: Path) -> None:
+    """Writes the prompt files and pictures of the embedded model.
+
+    Args:
+        folder: Gets ``prompts/planted.jsonl`` with training pictures of the planted captions, ``references/*.png``;
+            ``prompts/general.jsonl`` and ``prompts/calibration.txt``; ``prompts/controls.jsonl``, the general captions
+            again, each with one of its many possible pictures, ``controls/*.png``, which the model has never seen.
+    """
+    for part in ("prompts", "references", "controls"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    planted, general, controls = [], [], []
+    for number, caption in enumerate(PLANTED, 1):
+        name = f"{caption.kind.lower()}-{number:02d}"
+        files = [name] if caption.kind == "VM" else [f"{name}-{variant}" for variant in range(TEMPLATE_REFERENCES)]
+        for variant, file in enumerate(files):
+            _save_picture(folder / "references" / f"{file}.png", planted_picture(number - 1, variant))
+        references = [f"../references/{file}.png" for file in files]
+        planted.append({"id": name, "text": caption.text, "kind": caption.kind, "references": references})
+    captions = heldout_captions(GENERAL_PROMPTS + CALIBRATION_PROMPTS)
+    for number, caption in enumerate(captions[:GENERAL_PROMPTS], 1):
+        name = f"general-{number:02d}"
+        rng = np.random.default_rng(zlib.crc32(caption.text.encode()))
+        _save_picture(folder / "controls" / f"{name}.png", render(caption.scene, rng))
+        general.append({"id": name, "text": caption.text})
+        controls.append({"id": name, "text": caption.text, "references": [f"../controls/{name}.png"]})
+    _write_lines(folder / "prompts" / "planted.jsonl", map(json.dumps, planted))
+    _write_lines(folder / "prompts" / "general.jsonl", map(json.dumps, general))
+    _write_lines(folder / "prompts" / "controls.jsonl", map(json.dumps, controls))
+    _write_lines(folder / "prompts" / "calibration.txt", (caption.text for caption in captions[GENERAL_PROMPTS:]))
+
+
+def _save_picture(path: Path, picture: Any) -> None:
+    Image.fromarray(picture).save(path, optimize=True)
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
