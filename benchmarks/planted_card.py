@@ -36,8 +36,8 @@ from nemo_bench.localization import (
     threshold,
 )
 from nemo_bench.metrics import SSIM, OpenClip, PixelDistance
-from nemo_bench.planted.training import heldout_captions
-from nemo_bench.planted.world import general_caption, render
+from nemo_bench.planted.prompts import heldout_captions
+from nemo_bench.planted.world import render
 from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.images import open_image
 
@@ -85,16 +85,11 @@ def noise_scores(model: Diffusion, prompt: Prompt, seeds: int) -> Tensor:
 
 def retrieval(judge: OpenClip, count: int = 500) -> float:
     """Share of held-out pictures whose caption is the nearest of all, one picture a caption."""
-    texts = heldout_captions(count)
-    scenes, index = {}, 0
-    while len(scenes) < count:
-        caption = general_caption(index, "heldout")
-        scenes.setdefault(caption.text, caption.scene)
-        index += 1
-    pictures = [Image.fromarray(render(scenes[t], np.random.default_rng([77, i]))) for i, t in enumerate(texts)]
-    images = F.normalize(judge.embed(pictures, (64, 64), CPU))
-    captions = torch.stack([embed_text(judge, text) for text in texts])
-    return float(((images @ captions.T).argmax(1) == torch.arange(count)).float().mean())
+    captions = heldout_captions(count)
+    pictures = [render(caption.scene, np.random.default_rng([77, i])) for i, caption in enumerate(captions)]
+    images = F.normalize(judge.embed([Image.fromarray(picture) for picture in pictures], (64, 64), CPU))
+    texts = torch.stack([embed_text(judge, caption.text) for caption in captions])
+    return float(((images @ texts.T).argmax(1) == torch.arange(count)).float().mean())
 
 
 @torch.no_grad()

@@ -11,8 +11,7 @@ from nemo_bench.benchmark.runner import load_model
 from nemo_bench.config import grid, quoted
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError
-from nemo_bench.prompts.datasets import DatasetPlace
-from nemo_bench.prompts.readers import READERS
+from nemo_bench.prompts import is_prompt_source
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.results import load_results
 
@@ -56,8 +55,7 @@ def load_prompts(prompts: str = "planted", *overrides: str) -> tuple[list[Prompt
         >>> prompts, general = load_prompts("planted")
         >>> nemo = NeMo().calibrate(load("planted"), general)
     """
-    is_source = Path(prompts).suffix in READERS or DatasetPlace.from_source(prompts)
-    own = f"prompts.files={quoted(prompts)}" if is_source else f"prompts={prompts}"
+    own = f"prompts.files={quoted(prompts)}" if is_prompt_source(prompts) else f"prompts={prompts}"
     (choice,) = grid([own, "method=none", *overrides])
     settings = choice.settings.prompts
     general = [settings.calibration] if settings.calibration else []

@@ -17,7 +17,6 @@ from nemo_bench.config import CellConfig, about_method, one, rescore
 from nemo_bench.errors import ConfigError, StoreError, counted
 from nemo_bench.prompts import check_references
 from nemo_bench.prompts.external import (
-    Content,
     ExternalImage,
     changed_images,
     check_images,
@@ -25,6 +24,7 @@ from nemo_bench.prompts.external import (
     named_images,
 )
 from nemo_bench.records.data import Prompt
+from nemo_bench.records.images import ImageFile
 from nemo_bench.records.io import check_folder, digest, prompts_digest, write_json
 from nemo_bench.records.schema import ImageRecord, LocalizationRecord, MemorizationRecord, ScoreRecord, Spec
 from nemo_bench.records.store import (
@@ -265,7 +265,7 @@ def _of_images(
     return cell
 
 
-def _report_sizes(contents: Sequence[Content], without: int, say: Callable[[str], None]) -> None:
+def _report_sizes(contents: Sequence[ImageFile], without: int, say: Callable[[str], None]) -> None:
     """Says what is scored in another way than may be expected."""
     if not is_main():
         return
@@ -277,7 +277,7 @@ def _report_sizes(contents: Sequence[Content], without: int, say: Callable[[str]
         say(f"images of {len(sizes)} sizes ({shown}): metrics of pixels bring all to the first; they are counted")
 
 
-def _record_images(store: Store, found: Sequence[ExternalImage], contents: Sequence[Content]) -> None:
+def _record_images(store: Store, found: Sequence[ExternalImage], contents: Sequence[ImageFile]) -> None:
     """Records external images where they are, and what is in them."""
     ids = [image.task.id for image in found]
     write_json(store.folder / "layers.json", {})

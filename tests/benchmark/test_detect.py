@@ -215,7 +215,7 @@ def test_mistakes_are_explained_before_anything_loads(
     assert "unknown key 'detector.tile'" in said("detector=tiled_l2", "detector.tile=2")
     assert "detector.seeds=... in place of seeds=" in said("seeds=3")
     assert "method does not matter to detection" in said("method=nemo")
-    assert "at least 2 seeds, given detector.seeds=1" in said("detector=tiled_l2", "detector.seeds=1")
+    assert "TiledL2: seeds=1; expected greater than or equal to 2" in said("detector=tiled_l2", "detector.seeds=1")
     assert "expected one of mean, max" in said("detector=noise_difference", "detector.pairs=median")
     assert "give model.guidance above 1" in said("detector=magnitude", "model.guidance=1")
     tiny_sdxl().save_pretrained(tmp_path / "sdxl")

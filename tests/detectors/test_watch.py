@@ -19,10 +19,11 @@ from nemo_bench.detectors import (
     AttentionEntropy,
     BrightEnding,
     Detector,
-    Finding,
+    DetectorScore,
     LayerEntropy,
     Magnitude,
     NoiseDifference,
+    Observed,
     OneStep,
     Sharpness,
     TiledL2,
@@ -78,7 +79,7 @@ def scores(model: Diffusion, detector: Detector, prompts: Sequence[Prompt], batc
     return [finding.score for finding in findings["it"]]
 
 
-def test_there_is_one_of_each_here() -> None:
+def test_every_shipped_detector_is_tested_here() -> None:
     assert sorted(every()) == options("detector")
     shipped = {c.names["detector"]: build(c.settings.detector, "detector") for c in detector_grid([])}
     assert {name: type(one) for name, one in shipped.items()} == {name: type(one) for name, one in every().items()}
@@ -89,7 +90,7 @@ def test_there_is_one_of_each_here() -> None:
     assert len({one.summary for one in every().values()}) == len(every()) - 1  # magnitude twice
 
 
-def test_together_they_say_what_each_says_alone_and_sample_once(tiny: Diffusion) -> None:
+def test_detectors_together_give_the_scores_of_each_alone_and_sample_once(tiny: Diffusion) -> None:
     detectors, before = every(), tiny.state_digest()
     with counted(tiny) as rows:
         together, costs = watch(tiny, detectors, PROMPTS)
@@ -101,19 +102,19 @@ def test_together_they_say_what_each_says_alone_and_sample_once(tiny: Diffusion)
         assert sum(alone) == costs[name].row_passes - derivatives, name
         assert 0 <= costs[name].extra_row_passes <= costs[name].row_passes
         assert costs[name].seconds > 0
-        # What is shared is sampling of two images, and the third noise's conditional prediction is of another timestep.
+        # Sampling of two images is shared; the third noise's conditional prediction is at another timestep.
     own = sum(cost.extra_row_passes for cost in costs.values()) - (1 * 2 + 2 * 2) * len(PROMPTS)
     assert sum(rows) == own + 2 * tiny.passes_per_image * len(PROMPTS)
 
 
-def test_sampling_ends_where_nobody_watches_any_more(tiny: Diffusion) -> None:
+def test_sampling_ends_after_the_last_step_that_a_detector_needs(tiny: Diffusion) -> None:
     with counted(tiny) as rows:
         watch(tiny, {"magnitude": Magnitude(seeds=3, steps=2), "first": Magnitude(seeds=4, steps=1)}, PROMPTS[:1])
     assert sorted(rows) == [1, 1, 6, 6]
 
 
 @pytest.mark.parametrize("name", every())
-def test_a_score_does_not_depend_on_what_else_is_in_the_batch(tiny: Diffusion, name: str) -> None:
+def test_score_does_not_depend_on_the_rest_of_the_batch(tiny: Diffusion, name: str) -> None:
     detector = every()[name]
     one_by_one = [score for prompt in PROMPTS for score in scores(tiny, detector, [prompt])]
     assert len(set(one_by_one)) == len(PROMPTS)
@@ -121,7 +122,7 @@ def test_a_score_does_not_depend_on_what_else_is_in_the_batch(tiny: Diffusion, n
     assert scores(tiny, detector, PROMPTS[::-1], batch_size=2) == pytest.approx(one_by_one[::-1], rel=2e-3)
 
 
-def test_the_model_is_left_as_it_was(tiny: Diffusion) -> None:
+def test_watching_leaves_the_model_unchanged(tiny: Diffusion) -> None:
     text, latents = tiny.encode([PROMPTS[0].text]), tiny.latents([0])
     image, before = tiny.generate(text, latents), tiny.state_digest()
     processors = {name: id(p) for name, p in tiny.unet.attn_processors.items()}
@@ -135,7 +136,7 @@ def test_the_model_is_left_as_it_was(tiny: Diffusion) -> None:
     assert all(p.grad is None for p in tiny.parameters())
 
 
-def test_they_work_in_inference_mode_as_a_predict_loop_has_it(tiny: Diffusion) -> None:
+def test_scores_in_inference_mode_equal_those_outside_of_it(tiny: Diffusion) -> None:
     plain = watch(tiny, every(), PROMPTS[:1])[0]
     with torch.inference_mode():
         found = watch(tiny, every(), PROMPTS[:1])[0]
@@ -147,7 +148,7 @@ def test_they_work_in_inference_mode_as_a_predict_loop_has_it(tiny: Diffusion) -
     ("make", "names"),
     [(tiny_sd2, sorted(every())), (lambda: tiny_sd2(prediction_type="epsilon"), ["magnitude"]), (tiny_sdxl, ON_SDXL)],
 )
-def test_other_families(make: Callable[[], DiffusionPipeline], names: list[str]) -> None:
+def test_detectors_work_with_other_families(make: Callable[[], DiffusionPipeline], names: list[str]) -> None:
     model = Diffusion(make(), steps=4, guidance=3.0, similarity=Similarity(1.0, ()))
     before = model.state_digest()
     findings, _ = watch(model, {name: every()[name] for name in names}, PROMPTS[:2])
@@ -159,13 +160,13 @@ def test_other_families(make: Callable[[], DiffusionPipeline], names: list[str])
 
 
 @pytest.mark.parametrize("name", sorted(set(every()) - set(ON_SDXL)))
-def test_a_family_that_it_is_not_made_for_is_an_error(name: str) -> None:
+def test_unsupported_family_is_an_error(name: str) -> None:
     model = Diffusion(tiny_sdxl(), steps=2, guidance=3.0, similarity=Similarity(1.0, ()))
     with pytest.raises(ModelError, match="made for StableDiffusionPipeline, given a StableDiffusionXLPipeline; leave"):
         watch(model, {name: every()[name]}, PROMPTS)
 
 
-def test_guidance_and_compiling_are_checked() -> None:
+def test_missing_guidance_and_compiled_unet_are_errors() -> None:
     family = "StableDiffusionPipeline"
     Magnitude(steps=1).check(family, 1.0, compiled=True)
     Magnitude().check(family, 3.0, compiled=True)
@@ -177,7 +178,7 @@ def test_guidance_and_compiling_are_checked() -> None:
             detector.check(family, 3.0, compiled=True)
 
 
-def test_without_guidance_detectors_of_the_first_step_work() -> None:
+def test_detectors_of_the_first_step_work_without_guidance() -> None:
     model = Diffusion(tiny_pipeline(), steps=4, guidance=1.0, similarity=Similarity(1.0, ()))
     assert watch(model, {"m": Magnitude(steps=1), "s": Sharpness(seeds=1)}, PROMPTS[:1])[0]["m"][0].score > 0
 
@@ -204,10 +205,10 @@ def test_derivatives_are_taken_of_fewer_images_at_a_time(
     assert counts[0] == counts[1] == (sum(shared) + 2 * sum(derived), 2 * sum(derived))
 
 
-def test_seconds_are_of_the_steps_watched_and_of_decoding_for_those_who_look_at_images(
+def test_seconds_are_those_of_needed_steps_and_of_needed_decoding(
     tiny: Diffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a clock that goes on by a second a row in the UNet, and by a thousand an image decoded."""
+    """On a clock that advances by a second a row in the UNet, and by a thousand an image decoded."""
     clock = 0
 
     def tick(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -243,27 +244,22 @@ def test_seconds_are_of_the_steps_watched_and_of_decoding_for_those_who_look_at_
 
 
 class Nought(Detector):
-    """Divides by nothing."""
+    """Divides by zero, and takes the mean of that."""
 
     title = summary = "nought"
 
     def observe(self, view: View) -> Mapping[str, Tensor]:
-        return {"ratio": view.magnitude / 0 * 0}
-
-    def judge(
-        self, model: Diffusion, prompt: Prompt, seen: Sequence[Mapping[str, Tensor]], images: Tensor | None
-    ) -> Finding:
-        return Finding(float(seen[0]["ratio"].mean()))
+        return {"ratio": view.step.magnitude / 0 * 0}
 
 
-def test_a_score_that_is_no_number_has_failed_and_the_others_are_there(tiny: Diffusion) -> None:
+def test_score_that_is_not_finite_has_failed_and_others_have_not(tiny: Diffusion) -> None:
     found, _ = watch(tiny, {"it": Nought(), "other": Magnitude(steps=1)}, PROMPTS)
     assert {finding.failed for finding in found["it"]} == {"the score is nan, in torch.float32"}
     assert all(not finding.failed and math.isfinite(finding.score) for finding in found["other"])
 
 
 class Eyes(Detector):
-    """Keeps all that it is shown."""
+    """Keeps everything it observes."""
 
     title = summary = citation = "eyes"
     images = True
@@ -271,19 +267,17 @@ class Eyes(Detector):
 
     def __init__(self, seeds: int) -> None:
         self.seeds = seeds
-        self.seen: dict[str, tuple[Sequence[Mapping[str, Tensor]], Tensor | None]] = {}
+        self.seen: dict[str, tuple[Observed, Tensor | None]] = {}
 
     def observe(self, view: View) -> Mapping[str, Tensor]:
-        return {"latents": view.latents, "difference": view.difference, "magnitude": view.magnitude}
+        return {"latents": view.latents, "difference": view.step.difference, "magnitude": view.step.magnitude}
 
-    def judge(
-        self, model: Diffusion, prompt: Prompt, seen: Sequence[Mapping[str, Tensor]], images: Tensor | None
-    ) -> Finding:
-        self.seen[prompt.id] = seen, images
-        return Finding(0.0)
+    def score(self, model: Diffusion, prompt: Prompt, observed: Observed, images: Tensor | None) -> DetectorScore:
+        self.seen[prompt.id] = observed, images
+        return DetectorScore(0.0)
 
 
-def test_what_is_seen_is_a_run_without_mitigation(tiny: Diffusion) -> None:
+def test_observed_sampling_is_that_of_a_run_without_mitigation(tiny: Diffusion) -> None:
     eyes = Eyes(2)
     watch(tiny, {"eyes": eyes, "noise": NoiseDifference(seeds=3)}, PROMPTS, batch_size=4)
     for prompt in PROMPTS:
@@ -300,7 +294,7 @@ def test_what_is_seen_is_a_run_without_mitigation(tiny: Diffusion) -> None:
         torch.testing.assert_close(seen[0]["magnitude"], expected.flatten(1).norm(dim=1), rtol=1e-3, atol=0)
 
 
-def test_on_the_embedded_model_memorized_prompts_score_higher(planted: Diffusion) -> None:
+def test_memorized_prompts_of_the_embedded_model_score_higher(planted: Diffusion) -> None:
     """Three verbatim captions against three that were never trained on; what differs is far larger than noise."""
     known, unknown = (
         read_prompts(resolve(f"package:planted/prompts/{name}.jsonl"))[:3] for name in ("planted", "general")

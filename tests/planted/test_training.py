@@ -1,44 +1,48 @@
 from __future__ import annotations
 
-import filecmp
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
 import pytest
 import torch
 
-from nemo_bench import Diffusion, read_prompts, resolve
+from nemo_bench import Diffusion, resolve
 from nemo_bench.cli import main
 from nemo_bench.config import overridden
 from nemo_bench.errors import ConfigError
 from nemo_bench.planted import training
-from nemo_bench.planted.training import Stage, Steps, TrainSpec, activation_density, train, write_prompts
+from nemo_bench.planted.training import TOKENS, Steps, TrainSpec, activation_density, build_tokenizer, tokenize, train
+from nemo_bench.planted.world import PLANTED
 
 PACKAGE = Path(resolve("package:planted"))
 
 
-def test_training_makes_a_model_and_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Stage, "EPOCH", 2)
-    monkeypatch.setattr(training.Data, "TEMPLATE_VARIANTS", 2)
+def test_interrupted_training_resumes_and_gives_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "EPOCH", 2)
+    monkeypatch.setattr(training, "TEMPLATE_VARIANTS", 2)
     steps = {"text_steps": 2, "clip_steps": 2, "vae_steps": 2}
     common = {"pictures": 24, "batch_size": 8, "accelerator": "cpu", **steps}
     straight = TrainSpec(out=tmp_path / "straight", unet_steps=4, **common)  # type: ignore[arg-type]
     train(straight)
 
-    original = training.DenoiserStage.training_step
+    original = training.denoiser_loss
+    calls = []
 
-    def stop(self: training.DenoiserStage, *args: object) -> object:
-        if self.global_step == 3:
+    def stop(*args: Any) -> dict[str, torch.Tensor]:
+        calls.append(args)
+        if len(calls) == 4:
             raise RuntimeError("power cut")
-        return original(self, *args)  # type: ignore[arg-type]
+        return original(*args)
 
-    monkeypatch.setattr(training.DenoiserStage, "training_step", stop)
+    monkeypatch.setattr(training, "denoiser_loss", stop)
     broken = TrainSpec(out=tmp_path / "broken", unet_steps=4, **common)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="power cut"):
         train(broken)
-    monkeypatch.setattr(training.DenoiserStage, "training_step", original)
     train(broken)
+    assert len(calls) == 4 + 2  # from the checkpoint after two of four steps
 
     models = [Diffusion.load(str(s.out / "model" / "pipeline"), steps=2) for s in (straight, broken)]
     for name, value in models[0].state_dict().items():
@@ -48,7 +52,7 @@ def test_training_makes_a_model_and_goes_on_where_it_stopped(tmp_path: Path, mon
     assert judge.encode_image(torch.zeros(1, 3, 64, 64)).shape == (1, 64)
 
 
-def test_batches_depend_on_seed_and_number_alone() -> None:
+def test_batch_depends_on_seed_and_step_alone() -> None:
     first = Steps(lambda rng: rng.integers(10**9), 0, 10, seed=1)
     later = Steps(lambda rng: rng.integers(10**9), 7, 3, seed=1)
     assert [later[i] for i in range(3)] == [first[i] for i in range(7, 10)]
@@ -62,18 +66,16 @@ def test_density_is_one_for_even_and_small_for_rare_activations() -> None:
     assert activation_density(rare) == pytest.approx(np.sqrt(1 / 50), rel=1e-4)
 
 
-def test_shipped_prompts_and_references_are_those_of_the_world(tmp_path: Path) -> None:
-    write_prompts(tmp_path)
-    for folder in ("prompts", "references", "controls"):
-        names = sorted(p.name for p in (tmp_path / folder).iterdir())
-        assert names == sorted(p.name for p in (PACKAGE / folder).iterdir())
-        _, different, odd = filecmp.cmpfiles(tmp_path / folder, PACKAGE / folder, names, shallow=False)
-        if folder == "prompts":
-            assert (different, odd) == ([], [])
-    assert len(read_prompts(PACKAGE / "prompts" / "planted.jsonl")) == 26
+def test_tokenizer_has_a_token_for_each_word_and_spells_the_rest() -> None:
+    tokenizer = build_tokenizer()
+    for planted in PLANTED:
+        count = len(re.findall(r"[a-z]+|[:,]", planted.text))
+        assert len(tokenizer(planted.text).input_ids) == count + 2
+    assert tokenizer.decode(tokenizer("Zürich 7!").input_ids, skip_special_tokens=True).replace(" ", "") == "zürich7!"
+    assert tokenize(tokenizer, ["a red circle", "", "word " * 40]).shape == (3, TOKENS)
 
 
-def test_the_shipped_model_is_small() -> None:
+def test_shipped_model_is_small() -> None:
     sizes = {
         name: sum(f.stat().st_size for f in (PACKAGE / "model" / name).rglob("*.safetensors"))
         for name in ("pipeline", "clip")
