@@ -1,9 +1,9 @@
 """What every mitigation costs, relative to no mitigation measured in the same run.
 
 Run: python benchmarks/methods.py [--json] [key=value ...]
-The words key=value are settings of `nemo-bench run`; without, the cells are those of experiment=all_methods. An image's
-time is the median over batches, so that neither the first one nor a hiccup counts; what is found once for a prompt is
-told apart from what every image costs.
+The words key=value are settings of `nemo-bench run`; without them, the cells are those of experiment=all_methods. An
+image's time is the median over batches, so that neither the first one nor a hiccup counts. Costs of a prompt, once, and
+of every image are separate.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ FEW = ["prompts.limit=3", "batch_size=8"]
 
 def costs(cell: Path, stage: str, which: str = "") -> tuple[float, float]:
     """Median seconds and mean UNet passes of one sample, for a prompt or an image."""
-    found = [record["cost"] for record in read_records(cell, stage).values()]
-    return median(cost[f"{which}seconds"] for cost in found), fmean(cost[f"{which}row_passes"] for cost in found)
+    records = [record["cost"] for record in read_records(cell, stage).values()]
+    return median(cost[f"{which}seconds"] for cost in records), fmean(cost[f"{which}row_passes"] for cost in records)
 
 
 def measure(words: list[str], root: str) -> list[dict[str, Any]]:
@@ -37,21 +37,23 @@ def measure(words: list[str], root: str) -> list[dict[str, Any]]:
     cells = plan(grid([*words, f"root={root}"]))
     folder = run(cells, "benchmarks/methods.py")
     labels = {cell.name: cell.label for cell in load_results(folder).cells}
-    found = {
-        cell.id: (*costs(folder / cell.id, "localize", "once_"), *costs(folder / cell.id, "generate")) for cell in cells
-    }
-    (none,) = (found[cell.id] for cell in cells if not cell.is_mitigated)
-    return [
-        {
-            "method": labels[name],
-            "image_time_ratio": values[2] / none[2],
-            "image_pass_ratio": values[3] / none[3],
-            "seconds_per_image": values[2],
-            "seconds_once": values[0],
-            "passes_once": values[1],
-        }
-        for name, values in found.items()
-    ]
+    (unmitigated,) = (cell.id for cell in cells if not cell.is_mitigated)
+    base_seconds, base_passes = costs(folder / unmitigated, "generate")
+    rows = []
+    for cell in cells:
+        seconds_once, passes_once = costs(folder / cell.id, "localize", "once_")
+        seconds, passes = costs(folder / cell.id, "generate")
+        rows.append(
+            {
+                "method": labels[cell.id],
+                "image_time_ratio": seconds / base_seconds,
+                "image_pass_ratio": passes / base_passes,
+                "seconds_per_image": seconds,
+                "seconds_once": seconds_once,
+                "passes_once": passes_once,
+            }
+        )
+    return rows
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ def changed(root: Path) -> dict[str, float]:
     }
 
 
-def test_it_runs_with_files_of_ones_own_and_as_a_plugin(folder: Path, tmp_path: Path, prompt_file: Path) -> None:
+def test_own_methods_run_from_a_folder_and_as_a_plugin(folder: Path, tmp_path: Path, prompt_file: Path) -> None:
     words = [*SMALL, f"prompts.files=[{prompt_file}]"]
     command(folder, "run", "--conf", str(folder / "my_conf"), *words, f"root={tmp_path / 'conf'}")
     here = changed(tmp_path / "conf")
@@ -71,7 +71,7 @@ def test_it_runs_with_files_of_ones_own_and_as_a_plugin(folder: Path, tmp_path: 
     assert changed(tmp_path / "plugin") == here
 
 
-def test_a_plugin_that_is_broken_is_named(folder: Path, tmp_path: Path) -> None:
+def test_broken_plugin_is_named(folder: Path, tmp_path: Path) -> None:
     about = tmp_path / "site" / "broken-1.0.dist-info"
     about.mkdir(parents=True)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
@@ -93,14 +93,14 @@ def made(folder: Path, module: str, kind: str, **options: float) -> Method:
     return getattr(found, kind)(**options)
 
 
-def test_at_no_strength_they_change_nothing(folder: Path, tiny: Diffusion) -> None:
+def test_own_methods_without_strength_change_nothing(folder: Path, tiny: Diffusion) -> None:
     batch = batch_of(tiny, [(0, 0), (1, 0)])
     plain = images_of(tiny, NoMitigation(), batch)
     assert torch.equal(images_of(tiny, made(folder, "my_embeddings", "Fainter", share=0.0), batch), plain)
     torch.testing.assert_close(images_of(tiny, made(folder, "my_guidance", "Capped", limit=math.inf), batch), plain)
 
 
-def test_at_full_strength_they_leave_nothing_of_the_prompt(folder: Path, tiny: Diffusion) -> None:
+def test_own_methods_at_full_strength_remove_the_prompt(folder: Path, tiny: Diffusion) -> None:
     batch = batch_of(tiny, [(0, 0), (1, 0)])
     empty = images_of(tiny, NoMitigation(), replace(batch, text=tiny.unconditional(2)))
     for method in (
@@ -110,7 +110,7 @@ def test_at_full_strength_they_leave_nothing_of_the_prompt(folder: Path, tiny: D
         torch.testing.assert_close(images_of(tiny, method, batch), empty, rtol=0, atol=1e-3)
 
 
-def test_a_class_that_is_not_importable_says_where_python_looked(folder: Path, tmp_path: Path) -> None:
+def test_missing_class_lists_the_folders_of_python(folder: Path, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     line = ["-m", "nemo_bench.cli", "run", "--conf", str(folder / "my_conf"), "method=none,words"]
     # Torch takes seconds to import, and is not there when the message comes.

@@ -264,7 +264,7 @@ def test_sscd_sees_prepared_pictures(tmp_path: Path) -> None:
         AMG(str(file)).embed(picture)
 
 
-def test_gradients_go_through_weights_that_were_loaded_in_inference_mode(tmp_path: Path) -> None:
+def test_weights_loaded_in_inference_mode_let_gradients_through(tmp_path: Path) -> None:
     file = tmp_path / "conv.pt"
     torch.jit.script(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten())).save(str(file))
     method = AMG(str(file))
@@ -275,7 +275,7 @@ def test_gradients_go_through_weights_that_were_loaded_in_inference_mode(tmp_pat
             assert torch.autograd.grad(method.embed(picture)[0, 0], [picture])[0].any()
 
 
-def test_the_gradient_through_the_decoder_is_that_of_finite_differences(planted: Diffusion) -> None:
+def test_gradient_through_the_decoder_matches_finite_differences(planted: Diffusion) -> None:
     method, prompts = AMG(), [Prompt("a", "a", references=references())]
     method.setup(planted, Setup(prompts=prompts))
     assert method.training_images

@@ -29,7 +29,7 @@ def test_the_value_is_norm_and_angle_position_by_position(tiny: Diffusion) -> No
         assert float(found[row]) == pytest.approx(expected, rel=1e-3)
 
 
-def test_the_angle_can_be_that_of_velocities_and_gradients_go_through_it() -> None:
+def test_angle_of_velocities_matches_the_network_with_gradients() -> None:
     model = Diffusion(tiny_pipeline(0, "v_prediction"))
     batch = batch_of(model, [(0, 0)])
     method = AnisotropyOptimization(norm_weight=0.0, angle_weight=1.0, angle_of="prediction")
@@ -44,7 +44,7 @@ def test_the_angle_can_be_that_of_velocities_and_gradients_go_through_it() -> No
 
 
 @pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 0.0), (1.0, 2.0)])
-def test_gradients_are_finite_differences(tiny: Diffusion, weights: tuple[float, float]) -> None:
+def test_gradients_match_finite_differences(tiny: Diffusion, weights: tuple[float, float]) -> None:
     batch = batch_of(tiny, [(0, 0)])
     method = AnisotropyOptimization(norm_weight=weights[0], angle_weight=weights[1])
     measure = method.measure(tiny, batch.prompts, batch.text, batch.latents)
@@ -56,7 +56,7 @@ def test_gradients_are_finite_differences(tiny: Diffusion, weights: tuple[float,
     assert float((ahead - behind) / 2e-2) == pytest.approx(float(gradient.norm()), rel=0.05)
 
 
-def test_without_angle_it_is_the_optimization_of_the_norm(tiny: Diffusion) -> None:
+def test_without_angle_the_norm_alone_is_optimized(tiny: Diffusion) -> None:
     batch = batch_of(tiny, [(0, 0), (1, 0)])
     with AnisotropyOptimization(0.0, steps=2, images=None, angle_weight=0.0).apply(tiny, batch) as changed:
         found = changed.text.text

@@ -101,7 +101,7 @@ def model(request: pytest.FixtureRequest) -> Diffusion:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_it_acts_and_leaves_the_model_as_it_was(model: Diffusion, name: str) -> None:
+def test_method_changes_images_and_leaves_the_model_as_it_was(model: Diffusion, name: str) -> None:
     batch, method = batch_of(model, [(0, 0), (0, 1), (1, 0)]), prepared(model, name)
     before, plain = model.state_digest(), model.generate(batch.text, batch.latents)
     hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
@@ -154,9 +154,7 @@ GATED: dict[str, tuple[Callable[[float], Method], Values]] = {
 
 
 @pytest.mark.parametrize("name", GATED)
-def test_beside_images_that_change_those_below_the_target_are_exactly_the_models_own(
-    model: Diffusion, name: str
-) -> None:
+def test_images_below_the_target_stay_the_same_beside_others(model: Diffusion, name: str) -> None:
     if name == "bright_ending_optimization" and model.family.pipeline_class == "StableDiffusionXLPipeline":
         pytest.skip("SDXL has no cross-attention in its first block")
     make, measure = GATED[name]
@@ -177,7 +175,7 @@ def test_images_generated_one_after_the_other_are_the_same(model: Diffusion, nam
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_it_works_in_inference_mode(model: Diffusion, name: str) -> None:
+def test_images_in_inference_mode_are_the_same(model: Diffusion, name: str) -> None:
     batch = batch_of(model, [(0, 0), (1, 0)])
     with torch.inference_mode():
         there = images_of(model, prepared(model, name), batch_of(model, [(0, 0), (1, 0)]))

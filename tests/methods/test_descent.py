@@ -14,7 +14,7 @@ def squares(rows: object, values: torch.Tensor) -> torch.Tensor:
     return values.square().sum(1, keepdim=True)
 
 
-def test_steps_end_where_the_target_is_reached() -> None:
+def test_steps_end_at_the_target() -> None:
     # Each step of 0.25 along the gradient 2x halves x: the squares fall by four, 16, 4, 1, 0.25.
     end = descend(torch.tensor([[4.0], [1.0], [0.5]]), squares, target=1.0, steps=3, rate=0.25, optimizer=SGD)
     torch.testing.assert_close(end.values, torch.tensor([[1.0], [1.0], [0.5]]))
@@ -23,7 +23,7 @@ def test_steps_end_where_the_target_is_reached() -> None:
     torch.testing.assert_close(end.losses, torch.tensor([[1.0], [1.0], [0.25]]))
 
 
-def test_what_the_last_step_reaches_is_not_looked_at() -> None:
+def test_result_of_the_last_step_is_not_compared() -> None:
     end = descend(torch.tensor([[4.0]]), squares, target=1.0, steps=2, rate=0.25, optimizer=SGD)
     assert (end.values.tolist(), end.steps, end.reached) == ([[1.0]], (2,), (False,))
 
@@ -54,7 +54,7 @@ def test_rows_take_the_steps_of_torch_alone(optimizer: type[AdamW], start: list[
         assert torch.equal(end.values[row], leaf.detach())
 
 
-def test_it_works_in_inference_mode_and_in_single_precision() -> None:
+def test_descent_in_inference_mode_has_single_precision() -> None:
     with torch.inference_mode():
         end = descend(torch.ones(2, 1).bfloat16(), squares, target=0.5, steps=9, rate=0.001)
     assert end.values.dtype == torch.float32
@@ -74,6 +74,6 @@ def test_half_precision_is_an_error(dtype: str | torch.dtype) -> None:
         check_precision("SAIL", dtype)
 
 
-def test_what_is_not_a_number_is_not_there() -> None:
+def test_nan_does_not_reach_the_target() -> None:
     end = descend(torch.ones(1, 1), lambda rows, values: values * torch.nan, target=1.0, steps=2, rate=0.1)
     assert end.reached == (False,)

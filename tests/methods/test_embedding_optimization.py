@@ -41,7 +41,7 @@ def test_steps_are_those_of_the_public_script(tiny: Diffusion, legacy: bool) -> 
         assert torch.equal(changed.latents, batch.latents)
 
 
-def test_gradients_are_finite_differences(tiny: Diffusion) -> None:
+def test_gradients_match_finite_differences(tiny: Diffusion) -> None:
     batch = batch_of(tiny, [(0, 0), (1, 0)])
     measure = EmbeddingOptimization().measure(tiny, batch.prompts, batch.text, batch.latents)
     leaf = batch.text.text.clone().requires_grad_()
@@ -73,7 +73,7 @@ def test_images_do_not_depend_on_their_batch(planted: Diffusion, images: int | N
         torch.testing.assert_close(together[[row]], alone, rtol=0, atol=2e-2)
 
 
-def test_images_of_a_prompt_share_what_is_optimized_once(tiny: Diffusion) -> None:
+def test_images_of_a_prompt_share_an_embedding_optimized_once(tiny: Diffusion) -> None:
     method, batch = EmbeddingOptimization(0.0, steps=2, images=3), batch_of(tiny, [(0, 0), (0, 7), (1, 0)])
     before = tiny.row_passes
     with method.apply(tiny, batch) as changed:
@@ -88,7 +88,7 @@ def test_images_of_a_prompt_share_what_is_optimized_once(tiny: Diffusion) -> Non
     assert tiny.row_passes == before
 
 
-def test_each_image_has_its_own_where_none_are_shared(tiny: Diffusion) -> None:
+def test_unshared_embeddings_differ_between_images(tiny: Diffusion) -> None:
     batch = batch_of(tiny, [(0, 0), (0, 1)])
     with EmbeddingOptimization(0.0, steps=2, images=None).apply(tiny, batch) as changed:
         assert not torch.equal(*changed.text.text)

@@ -68,7 +68,7 @@ def test_steps_on_the_noise_are_torchs_own(tiny: Diffusion) -> None:
     assert tiny.row_passes - before == 3 * (2 + 2)
 
 
-def test_the_gradient_is_that_of_finite_differences(tiny: Diffusion) -> None:
+def test_gradient_matches_finite_differences(tiny: Diffusion) -> None:
     batch = batch_of(tiny, [(0, 0)])
     leaf = batch.latents.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(tiny.text_noise(leaf, 981, batch.text).norm(), [leaf])

@@ -43,7 +43,7 @@ def test_numbers_are_drawn_from_the_published_range_and_every_gap(tiny: Diffusio
     assert all(abs(gaps[gap] - 100) < 30 for gap in range(3))
 
 
-def test_tokens_are_drawn_from_the_published_range_as_far_as_there_are_any() -> None:
+def test_tokens_are_drawn_from_the_published_range_within_the_vocabulary() -> None:
     for start, limit in ((49406, 49400), (700, 700)):
         tokenizer = SimpleNamespace(bos_token_id=start, decode=lambda ids: str(*ids))
         model: Any = SimpleNamespace(pipeline=SimpleNamespace(tokenizer=tokenizer))

@@ -53,7 +53,7 @@ def test_the_published_form_of_r_is_the_same() -> None:
         assert found == pytest.approx(-2 + r * (m + 2) + (g - r) * m, rel=1e-5)
 
 
-def test_without_a_way_between_it_is_the_papers_form() -> None:
+def test_reanchoring_without_transition_is_the_papers_form() -> None:
     chosen = torch.tensor([3.0, 3.1])[:, None, None, None]
     found = PRSS(anchor_full=3.0).reanchored(5.0, 0 * chosen, chosen, 0 * chosen + 1).flatten().tolist()
     assert found == pytest.approx([5 * 3.0, 1 + 5 * 2.1])
@@ -143,7 +143,7 @@ def test_without_a_file_embeddings_are_optimized(tiny: Diffusion, masked: bool) 
         assert changed.notes == ({"steps": 2, "reached": False, "triggered": True},)
 
 
-def test_the_search_can_look_where_attention_is_bright(tiny: Diffusion, file: str) -> None:
+def test_search_under_the_mask_takes_the_least_masked_magnitude(tiny: Diffusion, file: str) -> None:
     batch = batch_of(tiny, [(0, 0)], ["red sun map"])
     mask = bright_ending(tiny, batch.prompts, batch.text, batch.latents)
     texts = ("red sun map", *WORDINGS)
@@ -170,19 +170,19 @@ def test_paraphrases_are_read_in_their_order(file: str, tmp_path: Path) -> None:
         (['{"text": "a", "caption1": "b"}', '{"text": "a", "caption1": "c"}'], "line 2: other paraphrases"),
     ],
 )
-def test_files_that_make_no_sense_are_errors(tmp_path: Path, lines: list[str], named: str) -> None:
+def test_malformed_paraphrases_are_errors(tmp_path: Path, lines: list[str], named: str) -> None:
     path = tmp_path / "wrong.jsonl"
     path.write_text("\n".join(lines))
     with pytest.raises(PromptError, match=named):
         read_paraphrases(path)
 
 
-def test_what_stands_for_it_without_a_file_has_a_title_of_its_own(file: str) -> None:
+def test_title_without_a_file_names_the_substitute(file: str) -> None:
     assert (PRSS(file).title, PRSS().title) == ("PRSS", "PRSS by optimization")
     assert AMG("sscd.pt").title + " by pixels" == AMG().title
 
 
-def test_prompts_that_the_file_lacks_are_an_error_unless_allowed(file: str) -> None:
+def test_prompts_missing_in_the_file_are_an_error_unless_allowed(file: str) -> None:
     prompts = [Prompt("a", "red sun map"), Prompt("b", "ice jam")]
     with pytest.raises(ConfigError, match=r"no paraphrases for 1 of 2 prompts \(first: 'b'\)"):
         PRSS(file).fingerprint(prompts)

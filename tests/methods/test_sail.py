@@ -86,7 +86,7 @@ def test_with_its_options_loss_and_gradient_are_those_of_the_public_code(velocit
     assert all((found(**other)[1] - gradient).norm() > 3e-3 * gradient.norm() for other in others)
 
 
-def test_accepted_noise_goes_on_moving_where_that_is_asked_for(tiny: Diffusion) -> None:
+def test_accepted_noise_moves_on_with_legacy_moving(tiny: Diffusion) -> None:
     batch = batch_of(tiny, [(0, 0)])
     at_once = float(loss(tiny, batch, batch.latents, "code")) + 1
     options: dict[str, Any] = {"candidates": 1, "steps": 3, "restarts": 0}
@@ -97,7 +97,7 @@ def test_accepted_noise_goes_on_moving_where_that_is_asked_for(tiny: Diffusion) 
         assert moved.notes[0]["reached"]
 
 
-def test_the_gradient_is_that_of_finite_differences(tiny: Diffusion) -> None:
+def test_gradient_matches_finite_differences(tiny: Diffusion) -> None:
     batch = batch_of(tiny, [(0, 0)])
     measure = SAIL(candidates=1).loss(tiny, batch.text, batch.latents[:, None])
     leaf = batch.latents[:, None].clone().requires_grad_()
@@ -110,7 +110,7 @@ def test_the_gradient_is_that_of_finite_differences(tiny: Diffusion) -> None:
     assert float((ahead - behind) / 0.2) == pytest.approx(float(gradient.norm()), rel=0.05)
 
 
-def test_noise_that_is_smooth_enough_stays(tiny: Diffusion) -> None:
+def test_smooth_noise_stays_the_same(tiny: Diffusion) -> None:
     batch = batch_of(tiny, [(0, 0), (1, 0)])
     assert torch.equal(images_of(tiny, SAIL(1e9), batch), tiny.generate(batch.text, batch.latents))
     # A threshold between own noise and another candidate: whichever is there first is taken, own noise before others.
@@ -120,7 +120,7 @@ def test_noise_that_is_smooth_enough_stays(tiny: Diffusion) -> None:
         assert changed.notes == ({"restarts": 0, "steps": 0, "candidate": 0, "reached": True},)
 
 
-def test_another_candidate_is_taken_where_own_noise_is_not_smooth(tiny: Diffusion) -> None:
+def test_another_candidate_replaces_noise_that_is_not_smooth(tiny: Diffusion) -> None:
     batch = rows_of(batch_of(tiny, [(0, 0)]), [0])
     drawn = SAIL(candidates=4).draw(tiny, batch, 0, 0)
     values = [float(loss(tiny, batch, one[None], "code")) for one in drawn]

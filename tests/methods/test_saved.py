@@ -72,7 +72,7 @@ def localize(model: Diffusion, method: SavedNeurons, prompt: Prompt) -> Localiza
     return method.localize(model, prompt, model.latents([0, 1]))
 
 
-def test_what_was_found_is_found_again(tiny: Diffusion, saved: Path, found: dict[str, Localization]) -> None:
+def test_saved_localizations_are_read_again(tiny: Diffusion, saved: Path, found: dict[str, Localization]) -> None:
     method = SavedNeurons(str(saved))
     for prompt in (A, B):
         expected, result = found[prompt.id], localize(tiny, method, prompt)
@@ -83,7 +83,7 @@ def test_what_was_found_is_found_again(tiny: Diffusion, saved: Path, found: dict
     assert (before.neurons, before.refined_score) == (found["a"].initial, 0.25)
 
 
-def test_the_hash_knows_the_content_and_not_the_path(tmp_path: Path, saved: Path) -> None:
+def test_fingerprint_follows_the_content_and_not_the_path(tmp_path: Path, saved: Path) -> None:
     def fingerprint(path: Path) -> Any:
         return SavedNeurons(str(path)).fingerprint([A, B])
 
@@ -96,7 +96,7 @@ def test_the_hash_knows_the_content_and_not_the_path(tmp_path: Path, saved: Path
     assert fingerprint(moved) != before
 
 
-def test_a_prompt_that_is_missing(tiny: Diffusion, saved: Path) -> None:
+def test_missing_prompt_is_an_error_unless_allowed(tiny: Diffusion, saved: Path) -> None:
     with pytest.raises(ConfigError, match=r"no neurons for 1 of 3 prompts \(first: 'c'\).*missing=none"):
         SavedNeurons(str(saved)).fingerprint([A, OTHER, B])
     lenient = SavedNeurons(str(saved), missing="none")
@@ -104,7 +104,7 @@ def test_a_prompt_that_is_missing(tiny: Diffusion, saved: Path) -> None:
     assert localize(tiny, lenient, OTHER) == Localization()
 
 
-def test_a_prompt_of_the_same_id_and_another_text_is_missing(saved: Path) -> None:
+def test_prompt_of_the_same_id_and_another_text_is_missing(saved: Path) -> None:
     with pytest.raises(ConfigError, match="no neurons for 1 of 1 prompts"):
         SavedNeurons(str(saved)).fingerprint([A._replace(text="another")])
 
@@ -136,7 +136,7 @@ def test_neurons_of_another_model_are_refused(tmp_path: Path, tiny: Diffusion) -
         localize(tiny, method, A)
 
 
-def test_what_can_not_be_read_is_said(tmp_path: Path) -> None:
+def test_unreadable_files_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="saved neurons need a file"):
         SavedNeurons().fingerprint([A])
     with pytest.raises(NemoBenchError, match="holds no localization"):
