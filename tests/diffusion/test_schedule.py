@@ -23,7 +23,10 @@ from tiny import NOISE, tiny_pipeline, tiny_texts
 ZERO: dict[str, Any] = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 WITHOUT_BETAS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
-WITH_BETAS = ("PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+WITH_BETAS = (
+    "PNDMScheduler", "EulerDiscreteScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+)  # fmt: skip
 
 
 def shipped(**changes: Any) -> dict[str, Any]:
@@ -48,25 +51,14 @@ def test_a_schedule_that_can_not_serve_is_refused(changes: dict[str, Any], steps
         check_schedule(shipped(**changes), steps, predicts=False, where="it")
 
 
-@pytest.mark.parametrize(
-    "name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"]
-)
+@pytest.mark.parametrize("name", WITHOUT_BETAS)
 def test_schedulers_without_betas_are_refused(name: str) -> None:
     config = {**getattr(diffusers, name)().config, "_class_name": name}
     with pytest.raises(ModelError, match=f"{name} has no noise schedule of betas"):
         check_schedule(config, 50, predicts=False, where="it")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "PNDMScheduler",
-        "EulerDiscreteScheduler",
-        "DDPMScheduler",
-        "DPMSolverMultistepScheduler",
-        "UniPCMultistepScheduler",
-    ],
-)
+@pytest.mark.parametrize("name", WITH_BETAS)
 def test_samplers_of_a_schedule_of_betas_serve(name: str) -> None:
     check_schedule({**getattr(diffusers, name)().config, "_class_name": name}, 50, predicts=True, where="it")
 
