@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 import os
 import re
-import types
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.utils import get_object
@@ -59,8 +62,7 @@ def _build(node: Mapping[str, Any], key: str, expected: tuple[type, ...]) -> Any
             value = arguments[name] = _build(value, f"{key}.{name}", _classes(hints.get(name)))
         elif isinstance(value, str):
             arguments[name] = resolve(value)
-        if name in hints and not _fits(value, hints[name]):
-            raise ConfigError(f"{key}.{name}={value}: expected {spell(hints[name])}, given {value!r}")
+        check_type(f"{key}.{name}", value, hints.get(name, Any))
     missing = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments and p.kind not in (2, 4)]
     if missing:
         raise ConfigError(f"{key}: {node['_target_']} also needs {', '.join(missing)}")
@@ -96,9 +98,38 @@ def _class_of(node: Mapping[str, Any], key: str, expected: tuple[type, ...]) -> 
 
 def _classes(hint: Any) -> tuple[type, ...]:
     """The classes that an annotation allows; any where there is none."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     found = [get_origin(option) or option for option in options]
     return tuple(kind for kind in found if inspect.isclass(kind) and kind not in (type(None), Any)) or (object,)
+
+
+def check_found(node: Any, key: str, conf: Path | None) -> None:
+    """Checks that Python finds the modules of all classes that a node names, without importing them.
+
+    Args:
+        node: ``_target_`` and arguments, which may be such nodes themselves.
+        key: Where the node is, for messages.
+        conf: The user's folder of YAML files.
+
+    Raises:
+        ConfigError: A module is missing; the message lists the folders that were searched.
+    """
+    if not isinstance(node, Mapping):
+        return
+    target = node.get("_target_")
+    name = target.partition(".")[0] if isinstance(target, str) else ""
+    if name and name not in sys.modules and not find_spec(name):
+        near = [Path.cwd(), *([conf.resolve(), conf.resolve().parent] if conf else [])]
+        folder = next((str(p) for p in near if (p / f"{name}.py").is_file() or (p / name).is_dir()), None)
+        looked = ", ".join(path for path in (path or str(Path.cwd()) for path in sys.path) if Path(path).is_dir())
+        found = f"{name} is in {folder}" if folder else f"name the folder that {name}.py is in"
+        raise ConfigError(
+            f"{key}._target_={target}: can't be imported; there is no module {name} in the folders that Python looks "
+            f"in: {looked}. (--conf is for YAML files alone.) {found}: export PYTHONPATH={folder or 'FOLDER'}, or "
+            "install its package"
+        )
+    for argument, value in node.items():
+        check_found(value, f"{key}.{argument}", conf)
 
 
 def check_stored(node: Any, key: str, known: Collection[str]) -> None:
@@ -146,8 +177,16 @@ def resolve(path: str) -> str:
 
     A ``local-dir:`` before either is kept.
     """
-    prefix, _, rest = path.rpartition("package:")
-    return prefix + str(resources.files("nemo_bench") / rest) if _ else os.path.expanduser(path)
+    prefix, separator, rest = path.rpartition("package:")
+    if not separator:
+        return os.path.expanduser(path)
+    return prefix + str(resources.files(_PACKAGE) / rest)
+
+
+def check_type(key: str, value: Any, hint: Any) -> None:
+    """Raises ConfigError where an argument does not fit its annotation."""
+    if not _fits(value, hint):
+        raise ConfigError(f"{key}={value}: expected {spell(hint)}, given {value!r}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -156,7 +195,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
     if origin is Literal:
         return value in inner
-    if origin in (Union, types.UnionType):
+    if origin in (Union, UnionType):
         return any(_fits(value, option) for option in inner)
     if origin in (list, tuple, Sequence):
         return isinstance(value, list | tuple) and all(_fits(v, inner[0]) for v in value if inner)
@@ -166,19 +205,20 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, kind) if inspect.isclass(kind) else True
 
 
-SPELLED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-"""Types in plain words."""
+def is_text(hint: Any) -> bool:
+    """Whether a type takes text, or text and None, and nothing else."""
+    if get_origin(hint) in (Union, UnionType):
+        options = [option for option in get_args(hint) if option is not NoneType]
+        return bool(options) and all(map(is_text, options))
+    return hint is str or (get_origin(hint) is Literal and all(isinstance(v, str) for v in get_args(hint)))
 
 
 def spell(hint: Any) -> str:
-    """A type hint in plain words."""
-    if hint in SPELLED:
-        return SPELLED[hint]
+    """A type in plain words."""
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
-    if get_origin(hint) is list:
-        return "a list, in brackets"
-    return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "")
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list, in brackets"}
+    return plain.get(hint) or (hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", ""))
 
 
 def first_line(error: BaseException) -> str:

@@ -1,13 +1,13 @@
-"""Text in settings: what was typed or written is what it becomes, whatever it looks like."""
+"""Overrides in Hydra's grammar, and YAML files, whose text stays text whatever it looks like."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, is_dataclass, replace
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any, get_args, get_origin
 
 import yaml
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
@@ -26,20 +26,22 @@ from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
+from typing_extensions import override
 
-from nemo_bench.config.schema import RunSettings
+from nemo_bench.config.schema import RunSettings, type_of
+from nemo_bench.config.targets import is_text
 from nemo_bench.errors import ConfigError
 
 SHOWN = 200
-"""Longest word that an error message shows again."""
+"""Longest word that an error message quotes."""
 FILES = ("prompts.files", "prompts.memorized", "prompts.shared_from")
-"""Lists of files of which a single one needs no brackets."""
+"""Lists of files; a single file needs no brackets."""
 _PLAIN = re.compile(r"[A-Za-z/][A-Za-z/._-]*[./_-][A-Za-z0-9/._-]*")
-"""Paths that no grammar takes for anything else."""
+"""Paths that Hydra's grammar reads as text."""
 
 
 def quoted(text: str) -> str:
-    """A text as Hydra's grammar takes it for just that: in quotes, but for plain paths.
+    """A text as a value in Hydra's grammar: in quotes, except for plain paths.
 
     Example:
         >>> print(quoted("results (new)"))
@@ -52,7 +54,7 @@ def quoted(text: str) -> str:
 
 
 def shell_word(key: str, value: str) -> str:
-    """A setting as it is typed in a shell so that its value is this text.
+    """A ``key=value`` word for a shell whose value is exactly this text.
 
     Example:
         >>> print(shell_word("root", "results (new)"))
@@ -64,17 +66,17 @@ def shell_word(key: str, value: str) -> str:
 def read(word: str) -> Override:
     """Reads a ``key=value`` word.
 
-    Characters that Hydra's grammar has no use for (``~``, ``&``, letters beyond ASCII, ``=`` in a value ...) need no
-    quotes, and a value that it can't read at all is taken as it is where the setting is a text.
+    Characters outside Hydra's grammar (``~``, ``&``, letters beyond ASCII, ``=`` in a value ...) need no quotes. A
+    value that can't be read at all is taken literally where the setting is text.
 
     Raises:
-        ConfigError: It can't be read; the message has the word in quotes.
+        ConfigError: The word can't be read; the message shows it in quotes.
     """
     key, separator, value = word.partition("=")
     try:
         return _parse(f"{key}={_with_quotes(value)}" if separator else word)
     except (HydraException, RecursionError, ValueError) as error:
-        hint = hint_in(RunSettings, key)
+        hint = type_of(key)
         if separator and is_text(hint):
             return _parse(f"{key}={quoted(value)}")
         text = str(error).split("\n")[0][:SHOWN]
@@ -102,7 +104,7 @@ _ESCAPED = re.compile(r"\\[\[\]{}(),:= \t]")
 
 
 def _with_quotes(value: str) -> str:
-    """A value in which parts with characters that Hydra's grammar does not know are in quotes."""
+    """Puts the parts of a value with characters outside Hydra's grammar in quotes."""
     if "${" in value or _ESCAPED.search(value):
         return value
     tokens = _TOKEN.findall(value)
@@ -130,14 +132,14 @@ def _in_quotes(part: str) -> str:
 
 @dataclass(frozen=True)
 class _AsTyped(QuotedString):  # type: ignore[misc]
-    """What looks like a number, a truth value or null, as it was typed."""
+    """The text of a value that looks like a number, a truth value or null."""
 
     def with_quotes(self) -> str:
         return self.text
 
 
 class _Source(HydraOverrideVisitor):  # type: ignore[misc]
-    """Reads values as they were typed; what functions other than ``choice`` are given stays what Hydra makes of it."""
+    """Reads values as text, except in functions other than ``choice``."""
 
     def visitPrimitive(self, ctx: Any) -> Any:  # noqa: N802 - a name of the grammar
         value = super().visitPrimitive(ctx)
@@ -160,71 +162,44 @@ def _as_typed(override: Override) -> Override:
     return found
 
 
-def swept(override: Override) -> Iterator[str]:
-    """The values of a sweep, each as it was typed."""
-    choices = isinstance(override._value, ChoiceSweep)
-    yield from (_as_typed(override) if choices else override).sweep_string_iterator()
+def sweep_words(override: Override) -> Iterator[str]:
+    """One word for each value of a sweep, as it was typed."""
+    is_choice = isinstance(override._value, ChoiceSweep)
+    values = (_as_typed(override) if is_choice else override).sweep_string_iterator()
+    yield from (f"{override.get_key_element()}={value}" for value in values)
 
 
-def kept(override: Override, hint: Any) -> str:
-    """An override of one value as a word for Hydra, in which what is to be text is text.
+def value_of(override: Override, hint: Any) -> Any:
+    """The value of an override; where the setting is text, as it was typed, whatever it looks like.
 
     Args:
-        override: What was typed.
-        hint: The type of the setting; only text and lists of it are looked at.
+        override: An override without a sweep.
+        hint: The type of the setting.
     """
-    items = get_args(hint)[0] if get_origin(hint) is list else hint
-    if override.is_delete() or not is_text(items):
-        return str(override.input_line)
-    typed = _as_typed(override)
-    value = typed._value  # value() takes quotes away
-    is_null = isinstance(value, _AsTyped) and value.text.lower() == "null"
-    found = value
-    if get_origin(hint) is list:
-        if isinstance(value, list):
-            found = [_text(item) for item in value]
-        elif override.key_or_group in FILES and not is_null:
-            found = [_text(value)]
-    elif not (is_null and NoneType in get_args(hint)):
-        found = _text(value)
-    if found == value:
-        return str(override.input_line)
-    return f"{override.get_key_element()}={replace(typed, _value=found).get_value_element_as_str()}"
-
-
-def _text(value: Any) -> Any:
-    return QuotedString(value.text, Quote.single) if isinstance(value, _AsTyped) else value
-
-
-def is_text(hint: Any) -> bool:
-    """Whether a type takes text, or text and None, and nothing else."""
-    if get_origin(hint) in (Union, UnionType):
-        options = [option for option in get_args(hint) if option is not NoneType]
-        return bool(options) and all(map(is_text, options))
-    return hint is str or (get_origin(hint) is Literal and all(isinstance(v, str) for v in get_args(hint)))
-
-
-def hint_in(schema: Any, key: str) -> Any:
-    """The type of a setting in a dataclass of settings, Any where it has no such setting."""
-    hint: Any = schema
-    for part in key.split("."):
-        hint = get_type_hints(hint).get(part, Any) if is_dataclass(hint) else Any
-    return hint
+    value = override.value()
+    is_list = get_origin(hint) is list
+    if override.is_delete() or not is_text(get_args(hint)[0] if is_list else hint):
+        return value
+    if value is None and (is_list or NoneType in get_args(hint)):
+        return None
+    text = _as_typed(override).value()
+    is_single = override.key_or_group in FILES and not isinstance(text, list)
+    return [text] if is_single else text
 
 
 class ConfFolder(FileConfigSource):  # type: ignore[misc]
-    """A folder of YAML files of the user's own, in which settings that are text are read as text."""
+    """A user's folder of YAML files, in which settings that are text are read as text."""
 
     @staticmethod
+    @override
     def scheme() -> str:
-        """What its addresses begin with."""
         return "conf"
 
+    @override
     def load_config(self, config_path: str) -> ConfigResult:
-        """Reads a file; see :class:`hydra.plugins.config_source.ConfigSource`."""
         found = super().load_config(config_path)
         group = config_path.split("/")[0]
-        schema = RunSettings if found.header["package"] == "_global_" else hint_in(RunSettings, group)
+        schema = RunSettings if found.header["package"] == "_global_" else type_of(group)
         with open(f"{self.path}/{self._normalize_file_name(config_path)}", encoding="utf-8") as stream:
             loader = get_yaml_loader()(stream)
             try:
@@ -242,10 +217,10 @@ _CHANGED = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "ti
 
 
 def _keep_text(node: yaml.Node, hint: Any) -> None:
-    """Makes scalars text where the settings are text."""
+    """Marks scalars as text where the settings are text."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            _keep_text(value, hint_in(hint, str(key.value)))
+            _keep_text(value, type_of(str(key.value), hint))
     elif isinstance(node, yaml.SequenceNode) and get_origin(hint) is list:
         for value in node.value:
             _keep_text(value, get_args(hint)[0])
