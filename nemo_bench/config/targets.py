@@ -1,4 +1,4 @@
-"""Objects that settings describe by ``_target_``, their arguments checked."""
+"""Objects described by ``_target_`` and arguments: checked, then built."""
 
 from __future__ import annotations
 
@@ -22,26 +22,23 @@ BASES = {
     "detector": "nemo_bench.detectors.Detector",
     "metrics": "nemo_bench.metrics.BenchMetric",
 }
-"""What the nodes of a group must describe, by the first part of their key."""
+"""Base class of the objects of a group, by the first part of their key."""
 _PACKAGE = "nemo_bench"
 
 
 def build(node: Mapping[str, Any], key: str) -> Any:
-    """Makes the object that a node describes, its arguments checked against the signature.
+    """Builds the object that a node describes, its arguments checked against the constructor.
 
-    Nothing is called before it is known to be a class of what is expected: of :data:`BASES`, and in an argument of the
-    type that the argument is annotated with.
+    A class is called only if it derives from the base class of its group (:data:`BASES`), or fits the annotation of
+    the argument that it is for.
 
     Args:
-        node: ``_target_`` with the class, other keys its arguments; arguments may be such nodes themselves.
-        key: Where the node is, for messages; its first part is one of :data:`BASES`.
-
-    Returns:
-        The object.
+        node: ``_target_`` with the path of a class, and its arguments, which may be nodes themselves.
+        key: Key of the node, for messages; its first part is one of :data:`BASES`.
 
     Raises:
-        ConfigError: The class can't be imported or is none of what is expected, or an argument is unknown, missing or
-            of the wrong type.
+        ConfigError: The class can't be imported or is of another kind, or an argument is unknown, missing or of the
+            wrong type.
     """
     return _build(node, key, (get_object(BASES[key.split(".")[0]]),))
 
@@ -73,7 +70,7 @@ def _build(node: Mapping[str, Any], key: str, expected: tuple[type, ...]) -> Any
 
 
 def hint_of(path: str, argument: str) -> Any:
-    """The type of an argument of a class, Any where that is not known; :func:`build` says what is wrong there."""
+    """The type of an argument of a class, Any where it is unknown; :func:`build` explains the error then."""
     try:
         target = get_object(path)
         return get_type_hints(target.__init__ if inspect.isclass(target) else target).get(argument, Any)
@@ -82,7 +79,7 @@ def hint_of(path: str, argument: str) -> Any:
 
 
 def _class_of(node: Mapping[str, Any], key: str, expected: tuple[type, ...]) -> type:
-    """The class that a node names, not called yet."""
+    """The class that a node names, checked against the expected classes."""
     if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
         raise ConfigError(f"{key}: expected _target_ with the path of a class, given {node}")
     try:
@@ -97,7 +94,7 @@ def _class_of(node: Mapping[str, Any], key: str, expected: tuple[type, ...]) -> 
 
 
 def _classes(hint: Any) -> tuple[type, ...]:
-    """The classes that an annotation allows; any where there is none."""
+    """The classes that an annotation allows, object for others."""
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     found = [get_origin(option) or option for option in options]
     return tuple(kind for kind in found if inspect.isclass(kind) and kind not in (type(None), Any)) or (object,)
@@ -108,7 +105,7 @@ def check_found(node: Any, key: str, conf: Path | None) -> None:
 
     Args:
         node: ``_target_`` and arguments, which may be such nodes themselves.
-        key: Where the node is, for messages.
+        key: Key of the node, for messages.
         conf: The user's folder of YAML files.
 
     Raises:
@@ -133,17 +130,15 @@ def check_found(node: Any, key: str, conf: Path | None) -> None:
 
 
 def check_stored(node: Any, key: str, known: Collection[str]) -> None:
-    """Makes sure that a node of a results folder, which anybody may have written, names no code but what the user has.
-
-    A class of the package or of ``known`` may be named; nothing else is imported.
+    """Checks a node of a results folder, which may come from anybody, without importing unknown code.
 
     Args:
-        node: The node.
-        key: Where it is, for messages.
-        known: Classes that the user named; see :func:`nemo_bench.config.groups.targets`.
+        node: The node; its classes must be of this package or of ``known``.
+        key: Key of the node, for messages.
+        known: Classes of the user's YAML files; see :func:`nemo_bench.config.groups.named_classes`.
 
     Raises:
-        ConfigError: It names something else, or asks Hydra to do more than naming.
+        ConfigError: The node names another class, or holds an interpolation or another key with a meaning for Hydra.
     """
     if isinstance(node, str) and "${" in node:
         raise ConfigError(f"{key}={node}: settings of a results folder are resolved, this one was put in; take it out")
@@ -165,7 +160,7 @@ def _check_known(node: Mapping[str, Any], key: str, known: Collection[str]) -> N
         return
     first, *parts = name.split(".")
     is_ours = first == _PACKAGE and not any(part.startswith("_") for part in parts)
-    # What a module of the package has imported, such as subprocess.Popen, can be reached by its name as well.
+    # Modules of the package also have names that they imported, such as subprocess.Popen.
     if is_ours and _class_of(node, key, (object,)).__module__.split(".")[0] == _PACKAGE:
         return
     msg = f"{key}._target_={name}: a results folder names this, and it is no class of {_PACKAGE} nor of a YAML file of "
@@ -173,10 +168,7 @@ def _check_known(node: Mapping[str, Any], key: str, known: Collection[str]) -> N
 
 
 def resolve(path: str) -> str:
-    """A path as given, from the home folder for ``~``, or one in this package for ``package:...``.
-
-    A ``local-dir:`` before either is kept.
-    """
+    """Replaces ``~`` by the home folder and ``package:`` by the folder of this package; ``local-dir:`` stays."""
     prefix, separator, rest = path.rpartition("package:")
     if not separator:
         return os.path.expanduser(path)
@@ -222,7 +214,7 @@ def spell(hint: Any) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first."""
+    """The first line of an error message."""
     first, *rest = str(error).strip().split("\n")
-    # Hydra may open with where it was, and say what is wrong in the next line.
+    # Hydra may begin with a place, and explain the error in the next line.
     return f"{first} {rest[0]}" if first.endswith(":") and rest else first
