@@ -5,21 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import NoneType
 from typing import Any, get_args, get_origin
 
 import yaml
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
-from hydra.core.override_parser.overrides_parser import (
-    CommonTokenStream,
-    InputStream,
-    OverrideLexer,
-    OverrideParser,
-    OverridesParser,
-    create_functions,
-)
-from hydra.core.override_parser.overrides_visitor import HydraErrorListener, HydraOverrideVisitor
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
@@ -130,43 +121,15 @@ def _in_quotes(part: str) -> str:
     return part if _KNOWN.fullmatch(core) else part.replace(core, quoted(core))
 
 
-@dataclass(frozen=True)
-class _AsTyped(QuotedString):  # type: ignore[misc]
-    """The text of a value that looks like a number, a truth value or null."""
-
-    def with_quotes(self) -> str:
-        return self.text
-
-
-class _Source(HydraOverrideVisitor):  # type: ignore[misc]
-    """Reads values as text, except in functions other than ``choice``."""
-
-    def visitPrimitive(self, ctx: Any) -> Any:  # noqa: N802 - a name of the grammar
-        value = super().visitPrimitive(ctx)
-        return value if isinstance(value, str | QuotedString) else _AsTyped(ctx.getText().strip(), Quote.single)
-
-    def visitFunction(self, ctx: Any) -> Any:  # noqa: N802
-        if ctx.getChild(0).getText() == "choice":
-            return super().visitFunction(ctx)
-        return HydraOverrideVisitor(self.functions).visitFunction(ctx)
-
-
-def _as_typed(override: Override) -> Override:
-    lexer = OverrideLexer(InputStream(override.input_line))
-    parser = OverrideParser(CommonTokenStream(lexer))
-    for reader in (lexer, parser):
-        reader.removeErrorListeners()
-        reader.addErrorListener(HydraErrorListener())
-    found = _Source(create_functions()).visit(parser.override())
-    found.input_line = override.input_line
-    return found
-
-
 def sweep_words(override: Override) -> Iterator[str]:
     """One word for each value of a sweep, as it was typed."""
-    is_choice = isinstance(override._value, ChoiceSweep)
-    values = (_as_typed(override) if is_choice else override).sweep_string_iterator()
-    yield from (f"{override.get_key_element()}={value}" for value in values)
+    values = str(override.input_line).partition("=")[2].strip()
+    function = re.fullmatch(r"(\w+)\((.*)\)", values, re.DOTALL)
+    if not isinstance(override._value, ChoiceSweep) or (function and function[1] != "choice"):
+        items = override.sweep_string_iterator()
+    else:
+        items = iter(_items(function[2] if function else values))
+    yield from (f"{override.get_key_element()}={item}" for item in items)
 
 
 def value_of(override: Override, hint: Any) -> Any:
@@ -182,9 +145,31 @@ def value_of(override: Override, hint: Any) -> Any:
         return value
     if value is None and (is_list or NoneType in get_args(hint)):
         return None
-    text = _as_typed(override).value()
-    is_single = override.key_or_group in FILES and not isinstance(text, list)
-    return [text] if is_single else text
+    text = str(override.input_line).partition("=")[2].strip()
+    if isinstance(value, list):
+        return [_as_text(item, typed) for item, typed in zip(value, _items(text[1:-1]), strict=True)]
+    is_single = override.key_or_group in FILES
+    return [_as_text(value, text)] if is_single else _as_text(value, text)
+
+
+def _as_text(value: Any, text: str) -> Any:
+    """The text of what Hydra reads as a number, a truth value or null; other values as they are."""
+    return text if value is None or isinstance(value, bool | int | float) else value
+
+
+def _items(text: str) -> list[str]:
+    """Splits a text at commas outside quotes and brackets."""
+    if not text.strip():
+        return []
+    items = [""]
+    depth = 0
+    for token in _TOKEN.findall(text):
+        depth += (token in "[{(") - (token in "]})")
+        if token == "," and not depth:
+            items.append("")
+        else:
+            items[-1] += token
+    return [item.strip() for item in items]
 
 
 class ConfFolder(FileConfigSource):  # type: ignore[misc]
