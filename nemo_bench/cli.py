@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_bench.environment import make_ready
+from nemo_bench.environment import prepare_process
 from nemo_bench.errors import NemoBenchError, counted, did_you_mean, shortened
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0, 1 after an error that was explained, or 130 where it was stopped.
     """
     if arguments is None:
-        make_ready()
+        prepare_process()
         arguments = sys.argv[1:]
     options = _options(arguments)
     from nemo_bench.benchmark.stopping import stop_at_sigterm

@@ -1,4 +1,4 @@
-"""A process of the command line made ready, before anything but the standard library is imported."""
+"""Environment and output streams of a command line process, set before any library is imported."""
 
 from __future__ import annotations
 
@@ -7,48 +7,39 @@ import io
 import os
 import sys
 
-_SET = {
-    # Figures are drawn into files. Kernels of notebooks name a back end to what they start that may not be installed
-    # there, and matplotlib, which torchmetrics imports as well, then refuses to be imported.
-    "MPLBACKEND": "agg",
-}
-_UNLESS_SET = {
-    # Neither library has anything to fetch here that a user asked for; an advice line per run is noise.
+_DEFAULTS = {  # no noise in the terminal
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-_UNSET = (
-    # The service of the wandb of who started this: of another version, or gone before this ends.
-    "WANDB_SERVICE",
-)
-_PLAIN = {
+_ASCII = {
     "↓": "v", "↑": "^", "→": "->", "←": "<-", "–": "-", "—": "-", "−": "-", "·": "-", "•": "*", "±": "+-", "×": "x",
     "≥": ">=", "≤": "<=", "…": "...", "‘": "'", "’": "'", "“": '"', "”": '"', "█": "#", "━": "-", "╸": "-", "╺": "-",
 }  # fmt: skip
-"""Characters that tables, bars and messages have, as ASCII."""
+"""Characters of tables, bars and messages, in ASCII."""
 
 
-def make_ready() -> None:
-    """Sets what libraries read of the environment while they are imported, and lets output be written in any encoding.
+def prepare_process() -> None:
+    """Sets environment variables that libraries read on import, and makes output safe for any encoding.
 
-    For a process that is the command line's own; who uses the package as a library keeps environment and streams.
+    Only for the command line; Python programs that import the package keep their environment and streams.
     """
-    os.environ.update(_SET)
-    for name, value in _UNLESS_SET.items():
+    # A notebook's kernel passes on its own backend, without which matplotlib, and so torchmetrics, can't be imported.
+    os.environ["MPLBACKEND"] = "agg"
+    # A parent process may have left the address of a wandb service of another version, or of one that ends before.
+    os.environ.pop("WANDB_SERVICE", None)
+    for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
-    for name in _UNSET:
-        os.environ.pop(name, None)
-    codecs.register_error("nemo_bench.plain", _plain)
+    codecs.register_error("nemo_bench.ascii", _to_ascii)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="nemo_bench.plain")
+            stream.reconfigure(errors="nemo_bench.ascii")
 
 
-def _plain(error: UnicodeError) -> tuple[str, int]:
-    """What can't be written is, in ASCII: a look-alike, or its number."""
+def _to_ascii(error: UnicodeError) -> tuple[str, int]:
+    """Replaces characters that can't be encoded by similar ones of ASCII, or by their code points."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     wanted = error.object[error.start : error.end]
-    plain = (_PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode("ascii") for c in wanted)
+    plain = (_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode("ascii") for c in wanted)
     return "".join(plain), error.end

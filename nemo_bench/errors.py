@@ -1,4 +1,4 @@
-"""All errors that nemo_bench raises on purpose; each says what was given, what was expected and what to do."""
+"""Errors with messages for users: the given value, the expected value and the remedy."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import difflib
 from collections.abc import Iterable
 
 LONGEST = 2000
-"""Characters of a line of a message that are shown: what it quotes may be of any length."""
+"""Most characters of a line of an error message, which may quote values of any length."""
 
 
 def shortened(text: str, most: int = LONGEST) -> str:
-    """A text with its middle left out where it has more than so many characters."""
+    """Leaves out the middle of a text of more than ``most`` characters."""
     if len(text) <= most:
         return text
     half = most // 2
@@ -18,10 +18,10 @@ def shortened(text: str, most: int = LONGEST) -> str:
 
 
 class NemoBenchError(Exception):
-    """Base of every error a user can cause and mend.
+    """Base of all errors that a user can cause and solve.
 
     Args:
-        message: What was given, what was expected and what to do; long lines are shown without their middle.
+        message: Given value, expected value and remedy; long lines lose their middle.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -38,23 +38,23 @@ class PromptError(NemoBenchError):
 
 
 class StoreError(NemoBenchError):
-    """A results folder holds something that does not belong together."""
+    """Files of a results folder are damaged or contradict each other."""
 
 
 class ModelError(NemoBenchError):
-    """A model can't be loaded, or does not do what is asked of it."""
+    """A model can't be loaded, or does not support what was asked."""
 
 
 class NotFiniteError(ModelError):
-    """A number that a result rests on is infinite or not a number; what it belongs to is recorded as failed."""
+    """A number behind a result is infinite or NaN; the prompt, image or search is recorded as failed."""
 
 
 class TrackingError(NemoBenchError):
-    """A logger could not be told of results; the results themselves are complete."""
+    """A logger failed; the results themselves are complete."""
 
 
 def counted(count: int, thing: str) -> str:
-    """A number of things.
+    """A number with its noun, in the plural where needed.
 
     Example:
         >>> counted(1, "image"), counted(1200, "prompt")
@@ -64,17 +64,17 @@ def counted(count: int, thing: str) -> str:
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """A hint for an error message: the nearest choice, then all of them.
+    """A hint for an error message: the nearest choice, then all choices.
 
     Args:
-        word: What was given.
-        choices: What would have been right.
+        word: The given name.
+        choices: All valid names.
 
     Returns:
         Text such as ``Did you mean 'nemo'? Choices: nemo, none, random.``
     """
     choices = sorted(choices)
-    # What is very long is no slip of the pen, and comparing it takes long.
+    # Comparing a very long text takes long, and it is no typing error.
     close = difflib.get_close_matches(word[:LONGEST], choices, n=1, cutoff=0.5)
     hint = f"Did you mean '{close[0]}'? " if close else ""
     return f"{hint}Choices: {', '.join(choices)}."

@@ -533,7 +533,7 @@ def load_model(settings: ModelSettings) -> Diffusion:
     """Loads the model that settings describe, on the CPU."""
     return Diffusion(
         source_of(settings).load(settings.dtype),
-        layers=settings.layers,  # type: ignore[arg-type] # checked with the settings
+        layers=settings.layers,
         steps=settings.steps,
         guidance=settings.guidance,
         similarity=similarity_of(settings),

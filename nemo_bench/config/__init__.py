@@ -1,12 +1,11 @@
-"""Settings: YAML composed by Hydra, turned at once into typed, checked dataclasses.
+"""Settings: YAML files composed by Hydra into typed dataclasses, and checked before anything is loaded.
 
-Everything that can be wrong with settings is found here, before anything is loaded. Nothing else imports hydra.
+No other package imports hydra.
 """
 
 from nemo_bench.config.composition import (
     DEFAULT_METHODS,
     DETECTING,
-    OWN_METRICS,
     SCORING,
     CellConfig,
     detector_grid,
@@ -19,6 +18,7 @@ from nemo_bench.config.composition import (
 from nemo_bench.config.families import FamilySettings
 from nemo_bench.config.groups import GROUPS, named_classes, options
 from nemo_bench.config.listing import about_method, describe_options, explain_option, overview, short
+from nemo_bench.config.overrides import quoted, shell_word
 from nemo_bench.config.schema import (
     LoggerSettings,
     ModelSettings,
@@ -30,13 +30,11 @@ from nemo_bench.config.schema import (
     rows_at_once,
 )
 from nemo_bench.config.targets import build, check_stored, resolve
-from nemo_bench.config.text import quoted, shell_word
 
 __all__ = [
     "DEFAULT_METHODS",
     "DETECTING",
     "GROUPS",
-    "OWN_METRICS",
     "SCORING",
     "CellConfig",
     "FamilySettings",

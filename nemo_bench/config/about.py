@@ -1,66 +1,66 @@
-"""What the package's own classes say of themselves, read from their source: importing them takes seconds of torch."""
+"""Texts of the package's own classes, read from their source: importing them takes seconds of torch."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from functools import cache
 from importlib import resources
 from pathlib import Path
 
 from hydra.utils import get_object
 
+from nemo_bench.records.citations import cite
+
 PACKAGE = "nemo_bench"
 
 
-def said(path: str, name: str) -> str:
-    """A class attribute that is a text.
+def class_text(path: str, name: str) -> str:
+    """A class attribute that is a text; classes outside this package are imported for it.
 
     Args:
-        path: The class, such as ``nemo_bench.methods.NeMo``; a class from elsewhere is imported.
+        path: The class, such as ``nemo_bench.methods.NeMo``.
         name: The attribute, such as ``summary``.
     """
     module, _, class_name = path.rpartition(".")
-    text = None
-    if path.startswith(f"{PACKAGE}."):
-        text = next(_texts(module, class_name, name), None)
+    text = _attribute(module, class_name, name) if path.startswith(f"{PACKAGE}.") else None
     return getattr(get_object(path), name) if text is None else text
 
 
-def _texts(module: str, class_name: str, name: str) -> Iterator[str]:
-    """What the class, then its bases, set an attribute to, as far as their source shows it."""
-    for place, found in _find(module, class_name):
-        if not isinstance(found, ast.ClassDef):
-            continue
-        for statement in found.body:
-            if name in _targets(statement) and (text := _text(place, statement.value)) is not None:  # type: ignore[attr-defined]
-                yield text
-        for base in found.bases:
-            if isinstance(base, ast.Name):
-                yield from _texts(place, base.id, name)
+def _attribute(module: str, class_name: str, name: str) -> str | None:
+    """The text that a class, or the first of its bases, assigns to an attribute; None where the source has none."""
+    place, statement = _definition(module, class_name)
+    if not isinstance(statement, ast.ClassDef):
+        return None
+    own = [_text(place, s.value) for s in statement.body if name in _targets(s)]  # type: ignore[attr-defined]
+    bases = (_attribute(place, base.id, name) for base in statement.bases if isinstance(base, ast.Name))
+    return next((text for texts in (own, bases) for text in texts if text is not None), None)
 
 
 def _text(module: str, node: ast.expr | None) -> str | None:
-    """The text that an expression stands for: written there, a constant, or an attribute of a class."""
-    if isinstance(node, ast.Constant):
-        return node.value if isinstance(node.value, str) else None
-    if isinstance(node, ast.Name):
-        texts = (_text(place, getattr(found, "value", None)) for place, found in _find(module, node.id))
-        return next((text for text in texts if text is not None), None)
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        return next(_texts(module, node.value.id, node.attr), None)
+    """The text of an expression: a literal, a constant, an attribute of a class, or a citation."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.Call(func=ast.Name(id="cite"), args=[ast.Constant(value=str(key))]):
+            return cite(key)
+        case ast.Name(id=name):
+            place, statement = _definition(module, name)
+            return _text(place, getattr(statement, "value", None))
+        case ast.Attribute(value=ast.Name(id=name), attr=attribute):
+            return _attribute(module, name, attribute)
     return None
 
 
-def _find(module: str, name: str) -> Iterator[tuple[str, ast.stmt]]:
-    """Where a module has a name from, followed through imports: the module and the statement."""
+def _definition(module: str, name: str) -> tuple[str, ast.stmt | None]:
+    """The module and statement that define a name, imports followed."""
     for statement in _source(module).body:
         if isinstance(statement, ast.ImportFrom) and statement.module and statement.module.startswith(PACKAGE):
             for alias in statement.names:
                 if name == (alias.asname or alias.name):
-                    yield from _find(statement.module, alias.name)
+                    return _definition(statement.module, alias.name)
         elif name in _targets(statement) or (isinstance(statement, ast.ClassDef) and statement.name == name):
-            yield module, statement
+            return module, statement
+    return module, None
 
 
 def _targets(statement: ast.stmt) -> list[str]:

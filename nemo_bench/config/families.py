@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_bench.config.schema import is_within
 from nemo_bench.errors import ConfigError, did_you_mean
 
 FAMILIES = "families"
@@ -14,14 +15,14 @@ FAMILIES = "families"
 
 @dataclass(frozen=True)
 class FamilySettings:
-    """Which settings were chosen for the family of a model.
+    """Settings of a method or detector that were chosen for the family of a model.
 
     Attributes:
-        node: The method or detector: ``method``, ``method.source``, ``detector``.
+        node: Key of the method or detector: ``method``, ``method.source``, ``detector``.
         family: Family of the model, see :attr:`nemo_bench.config.ModelSettings.family`.
         known: Whether the file of the method has settings for this family.
-        values: What they are; of an unknown family all that differ by family, with the file's defaults.
-        given: Those that the user gave, and so were not chosen.
+        values: Chosen settings; of an unknown family the file's defaults of all settings that differ by family.
+        given: Settings that the user gave instead.
     """
 
     node: str
@@ -31,39 +32,39 @@ class FamilySettings:
     given: Mapping[str, Any]
 
     def __str__(self) -> str:
-        values, given = (
-            ", ".join(f"{name}={value}" for name, value in each.items()) for each in (self.values, self.given)
-        )
-        values = "; as given: ".join(part for part in (values or "the defaults", given) if part)
+        parts = [_listed(self.values) or "the defaults", *([_listed(self.given)] if self.given else [])]
+        source = f"for {self.family}:"
+        if not self.known:
+            source = f"none published for {self.family or 'a model without model.family'}, so the defaults:"
         inner = self.node.partition(".")[2]
-        if self.known:
-            text = f"for {self.family}: {values}"
-        else:
-            text = f"none published for {self.family or 'a model without model.family'}, so the defaults: {values}"
-        return f"{inner} {text}".strip()
+        return f"{inner} {source} {'; as given: '.join(parts)}".strip()
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
 def settle(node: dict[str, Any], key: str, family: str | None, given: Collection[str]) -> list[FamilySettings]:
-    """Puts the settings of a family where the user gave none, in a node and those inside of it.
+    """Sets the settings of a family in a node and in nodes inside it, except for those that the user gave.
 
     Args:
-        node: ``_target_`` and arguments; :data:`FAMILIES` is taken out of it.
-        key: Where the node is.
+        node: ``_target_`` and arguments; :data:`FAMILIES` is removed from it.
+        key: Key of the node.
         family: Family of the model, None for an unknown one.
-        given: Keys that the user set; they stay as they are.
+        given: Keys that the user set.
 
     Returns:
-        What was chosen, for each node that has settings by family.
+        The chosen settings of each node that has settings by family.
 
     Raises:
-        ConfigError: Settings by family are no mappings, or name what the node does not have.
+        ConfigError: Settings by family are not mappings, or name a setting that the node lacks.
     """
     by_family = node.pop(FAMILIES, None)
     found = []
     if by_family is not None:
         names = _names(by_family, node, f"{key}.{FAMILIES}")
+        kept = {name: node[name] for name in names if any(is_within(other, [f"{key}.{name}"]) for other in given)}
         chosen = by_family.get(family)
-        kept = {name: node[name] for name in names if any(f"{own}.".startswith(f"{key}.{name}.") for own in given)}
         values = {name: node[name] for name in names} if chosen is None else chosen
         values = {name: value for name, value in values.items() if name not in kept}
         node.update(values)

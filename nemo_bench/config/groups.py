@@ -1,4 +1,4 @@
-"""Groups of YAML files: those of the package, of installed plugins, and the user's own."""
+"""Groups of YAML files: of the package, of installed plugins and of the user."""
 
 from __future__ import annotations
 
@@ -16,43 +16,62 @@ from nemo_bench.errors import ConfigError, did_you_mean
 
 GROUPS = ("model", "method", "detector", "prompts", "metrics", "trainer", "logger", "experiment")
 LISTED = (*GROUPS, "sweeps")
-"""What there is a list of: the groups, and files for W&B's sweep agent."""
+"""All that is listed: the groups, and files for W&B's sweep agent."""
 PLUGINS = "nemo_bench.conf"
-"""Entry points of installed packages that bring YAML files of their own: ``name = "package.with.folders"``."""
+"""Entry points of installed packages with YAML files: ``name = "package.with.folders"``."""
 
 
 def options(group: str, conf: Path | None = None) -> list[str]:
-    """Names that can be chosen in a group.
+    """Options of a group.
 
     Args:
         group: One of :data:`LISTED`.
-        conf: The user's own folder.
+        conf: The user's folder of YAML files.
 
     Raises:
         ConfigError: There is no such group.
     """
     if group not in LISTED:
         raise ConfigError(f"unknown group '{group}'. {did_you_mean(group, LISTED)}")
-    return sorted({path.stem for folder in folders(group, conf) for path in folder.glob("[!.]*.yaml")})
-
-
-def folders(group: str, conf: Path | None) -> list[Path]:
-    """Where the files of a group are, the package's own first: of two files of one name Hydra takes that one."""
-    packages = ["nemo_bench.conf", *plugins()]
-    return [*(Path(str(resources.files(name))) / group for name in packages), *([conf / group] if conf else [])]
+    return sorted({path.stem for folder in _folders(group, conf) for path in folder.glob("[!.]*.yaml")})
 
 
 def file_of(group: str, name: str, conf: Path | None) -> Path:
-    """The YAML file of an option, which is one of :func:`options`."""
-    return next(path for folder in folders(group, conf) if (path := folder / f"{name}.yaml").is_file())
+    """The YAML file of one of :func:`options`."""
+    return next(path for folder in _folders(group, conf) if (path := folder / f"{name}.yaml").is_file())
+
+
+def read_option(group: str, name: str, conf: Path | None) -> dict[str, Any]:
+    """The content of the YAML file of one of :func:`options`.
+
+    Raises:
+        ConfigError: It can't be read.
+    """
+    path = file_of(group, name, conf)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} can't be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected key: value lines, given {type(content).__name__}")
+    return content
+
+
+def own_folders(conf: Path | None) -> list[Path]:
+    """Folders of YAML files of installed plugins and of the user."""
+    return [*(Path(str(resources.files(name))) for name in _plugins()), *([conf] if conf else [])]
+
+
+def _folders(group: str, conf: Path | None) -> list[Path]:
+    """Folders of a group; of two files of one name Hydra takes the first one."""
+    return [folder / group for folder in (Path(str(resources.files("nemo_bench.conf"))), *own_folders(conf))]
 
 
 def named_classes(conf: Path | None) -> set[str]:
-    """Classes that YAML files of the user's own folder and of installed plugins name as ``_target_``, at any depth."""
-    places = [*(Path(str(resources.files(name))) for name in plugins()), *([conf] if conf else [])]
+    """Classes that YAML files of the user and of installed plugins name as ``_target_``, at any depth."""
     found: set[str] = set()
-    for path in (path for place in places for path in sorted(place.rglob("*.yaml"))):
-        with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # told of where it is chosen
+    for path in (path for folder in own_folders(conf) for path in sorted(folder.rglob("*.yaml"))):
+        with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # an error where the file is chosen
             found |= _targets_in(yaml.safe_load(path.read_text(encoding="utf-8")))
     return found
 
@@ -67,8 +86,8 @@ def _targets_in(node: Any) -> set[str]:
 
 
 @cache
-def plugins() -> list[str]:
-    """Packages of YAML files that installed plugins name, in order of their names.
+def _plugins() -> list[str]:
+    """Packages of YAML files of installed plugins, sorted by the names of the plugins.
 
     Raises:
         ConfigError: One can't be imported.

@@ -1,4 +1,4 @@
-"""What can be chosen, and what it is."""
+"""Lists of options with descriptions."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 import yaml
 from hydra.utils import get_object
 
-from nemo_bench.config.about import said
-from nemo_bench.config.composition import choose, one
-from nemo_bench.config.groups import LISTED, file_of, options
+from nemo_bench.config.about import class_text
+from nemo_bench.config.composition import one
+from nemo_bench.config.groups import LISTED, file_of, options, read_option
 from nemo_bench.config.targets import build
 from nemo_bench.errors import ConfigError, did_you_mean
 
 
 def describe_options(group: str, conf: Path | None = None) -> list[dict[str, str]]:
-    """What ``nemo-bench ls GROUP`` shows.
+    """Describes all options of a group, for ``nemo-bench ls GROUP``.
 
     Args:
-        group: One of :data:`LISTED`.
-        conf: The user's own folder.
+        group: A group, or ``sweeps``.
+        conf: The user's folder of YAML files.
 
     Returns:
         Objects with group, name, summary and citation; a metrics file gives one per metric, ``FILE/METRIC``.
@@ -33,53 +33,49 @@ def describe_options(group: str, conf: Path | None = None) -> list[dict[str, str
     entries = []
     for name in options(group, conf):
         if group == "metrics":
-            settings = choose([f"{group}={name}", "method=none"], conf).settings
-            for metric, node in settings.metrics.items():
-                built = build(node, f"metrics.{metric}")
-                entries.append((f"{name}/{metric}", built.description, built.citation))
+            nodes = one([f"metrics={name}", "method=none"], conf).settings.metrics
+            metrics = {key: build(node, f"metrics.{key}") for key, node in nodes.items()}
+            entries += [(f"{name}/{key}", metric.description, metric.citation) for key, metric in metrics.items()]
             continue
         content = _content(group, name, conf)
-        target = content.get("_target_")
-        if target:
-            entries.append((name, said(target, "summary"), said(target, "citation")))
+        if target := content.get("_target_"):
+            entries.append((name, class_text(target, "summary"), class_text(target, "citation")))
         else:
-            # What has no summary begins with a comment.
             summary = content.get("summary") or _first_comment(file_of(group, name, conf))
             entries.append((name, summary, content.get("citation") or ""))
-    keys = ("name", "summary", "citation")
-    return [{"group": group, **dict(zip(keys, entry, strict=True))} for entry in entries]
+    return [{"group": group, "name": name, "summary": text, "citation": source} for name, text, source in entries]
 
 
 def overview(conf: Path | None = None) -> list[dict[str, str]]:
-    """What ``nemo-bench ls`` shows, without importing any class of the package's own.
+    """Describes the options of all groups, for ``nemo-bench ls``, without importing any class of the package.
 
     Args:
-        conf: The user's own folder.
+        conf: The user's folder of YAML files.
 
     Returns:
-        Objects with group, name and summary; that of a metrics file is the names of its metrics.
+        Objects with group, name and summary; the summary of a metrics file is the names of its metrics.
     """
     entries = []
-    for group in (group for group in LISTED if group not in ("trainer", "logger")):
+    for group in LISTED:
         if group == "metrics":
             for name in options(group, conf):
                 metrics = [key for key in _content(group, name, conf) if key != "defaults"]
                 entries.append({"group": group, "name": name, "summary": ", ".join(metrics)})
-        else:
+        elif group not in ("trainer", "logger"):
             entries += describe_options(group, conf)
     return entries
 
 
 def explain_option(group: str, name: str, conf: Path | None = None) -> str:
-    """What can be set of one option of a group.
+    """Shows everything that can be set of one option.
 
     Args:
-        group: One of :data:`LISTED`.
+        group: A group, or ``sweeps``.
         name: One of its options, or a metric.
-        conf: The user's own folder.
+        conf: The user's folder of YAML files.
 
     Returns:
-        Its YAML file, with the words of the class that it names, if it names one; of a metric what each file says.
+        Its YAML file and the docstring of its class, if it names one; of a metric the part of each file.
 
     Raises:
         ConfigError: There is no such option.
@@ -88,24 +84,19 @@ def explain_option(group: str, name: str, conf: Path | None = None) -> str:
     if name in choices:
         path = file_of(group, name, conf)
         target = _content(group, name, conf).get("_target_")
-        return "\n".join([f"# {path}", path.read_text(encoding="utf-8"), *_words(target)])
-    metrics = {file: _content(group, file, conf) for file in choices} if group == "metrics" else {}
-    having = {file: content[name] for file, content in metrics.items() if name in content and name != "defaults"}
-    if not having:
-        known = {*choices, *(key for content in metrics.values() for key in content)} - {"defaults"}
+        return "\n".join([f"# {path}", path.read_text(encoding="utf-8"), *_docstring(target)])
+    files = {file: _content(group, file, conf) for file in choices} if group == "metrics" else {}
+    nodes = [content[name] for content in files.values() if name in content and name != "defaults"]
+    if not nodes:
+        known = {*choices, *(key for content in files.values() for key in content)} - {"defaults"}
         raise ConfigError(f"unknown {group} '{name}'. {did_you_mean(name, known)}")
     parts = []
-    for node in (node for place, node in enumerate(having.values()) if node not in list(having.values())[:place]):
-        files = [file for file, other in having.items() if other == node]
-        settings = choose([f"metrics={files[0]}", "method=none"], conf).settings
-        built = build(settings.metrics[name], f"metrics.{name}")
-        text = yaml.safe_dump({name: node}, sort_keys=False, allow_unicode=True)
-        parts += [
-            f"# metrics={','.join(files)}",
-            f"# {built.title}: {built.description}",
-            text,
-            *_words(node["_target_"]),
-        ]
+    for node in (node for place, node in enumerate(nodes) if node not in nodes[:place]):
+        same = [file for file, content in files.items() if content.get(name) == node]
+        settings = one([f"metrics={same[0]}", "method=none"], conf).settings
+        metric = build(settings.metrics[name], f"metrics.{name}")
+        parts += [f"# metrics={','.join(same)}", f"# {metric.title}: {metric.description}"]
+        parts += [yaml.safe_dump({name: node}, sort_keys=False, allow_unicode=True), *_docstring(node["_target_"])]
     return "\n".join(parts)
 
 
@@ -124,14 +115,8 @@ def short(citation: str) -> str:
 
 
 def _content(group: str, name: str, conf: Path | None) -> dict[str, Any]:
-    """What a file says, on top of the files of its group that it begins with."""
-    path = file_of(group, name, conf)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} can't be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected key: value lines, given {type(content).__name__}")
+    """The content of a file, on top of the files of its group that it begins with."""
+    content = read_option(group, name, conf)
     for other in content.get("defaults") or []:
         if isinstance(other, str) and other in options(group, conf) and other != name:
             content = {**_content(group, other, conf), **content}
@@ -144,20 +129,20 @@ def _first_comment(path: Path) -> str:
     return next(comments, "")
 
 
-def _words(target: str | None) -> list[str]:
-    words = inspect.getdoc(get_object(target)) if target else None
-    return [f"{target}:", words] if words else []
+def _docstring(target: str | None) -> list[str]:
+    text = inspect.getdoc(get_object(target)) if target else None
+    return [f"{target}:", text] if text else []
 
 
 def about_method(name: str, conf: Path | None) -> tuple[dict[str, Any], str, str]:
-    """What a name says of how images were made.
+    """Describes the method of images made by other code.
 
     Args:
         name: A method of the group, or any other name.
-        conf: The user's own folder.
+        conf: The user's folder of YAML files.
 
     Returns:
-        Settings that stand for it, its title and its citation.
+        Settings that identify it, its title and its citation.
     """
     if name not in options("method", conf):
         return {"name": name}, name, ""

@@ -1,27 +1,38 @@
-"""Settings as typed dataclasses, and what their values may be."""
+"""Settings as typed dataclasses, their ranges and choices in the annotations."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Optional, Union, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from hydra.core.config_store import ConfigStore
+import yaml
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
-from nemo_bench.config.targets import build, first_line
+from nemo_bench.config.targets import build, is_text, spell
 from nemo_bench.errors import ConfigError, did_you_mean, shortened
+
+MOST = 2**31 - 1
+"""Largest setting: libraries take numbers of steps, seeds and processes as 32 bits."""
+Settings = TypeVar("Settings")
+
+
+def at_least(least: float) -> FieldInfo:
+    """The range from a number to :data:`MOST`."""
+    return Field(ge=least, le=MOST)
 
 
 @dataclass
 class SimilaritySettings:
     """Window and scales, see :class:`nemo_bench.diffusion.Similarity`; the measure is a setting of the method."""
 
-    sigma: float = 1.5
+    sigma: Annotated[float, at_least(0.15)] = 1.5
     betas: list[float] = field(default_factory=lambda: [0.33, 0.33, 0.33])
 
 
@@ -32,11 +43,11 @@ class ModelSettings:
     Attributes:
         source: Pipeline folder, hub id or ``.safetensors`` file; ``package:`` stands for the folder of this package.
         revision: Commit, tag or branch of a hub id.
-        config: For a file, folder or hub id of a pipeline like it; a file holds weights alone.
+        config: Folder or hub id of a pipeline of the same form; for a ``source`` that is a file of weights.
         local_files_only: Never ask the hub.
-        variant: Form of the weights, such as ``fp16`` for ``*.fp16.safetensors``; null takes what is there.
-        lora: LoRA that is added to the weights: ``.safetensors`` file, folder, hub id or ``user/name/FILE``.
-        lora_scale: What it is multiplied by, 1 as it was trained.
+        variant: Form of the weights, such as ``fp16`` for ``*.fp16.safetensors``; null for the available one.
+        lora: LoRA added to the weights: ``.safetensors`` file, folder, hub id or ``user/name/FILE``.
+        lora_scale: Factor of the LoRA, 1 as trained.
         dtype: float32, float16 or bfloat16.
         compiled: Compile the UNet with torch.compile; changes results by rounding only.
         layers: Value layers that can be blocked, ``down+mid`` or ``all``.
@@ -44,63 +55,63 @@ class ModelSettings:
         guidance: Scale of classifier-free guidance, 1 for none.
         similarity: How noise differences are compared.
         family: Models that share published settings of methods and detectors, such as ``sd1``, ``sd2`` and ``sdxl``;
-            None where it is none of those.
-        statistics: File of published activation statistics, in place of measured ones.
-        clip: open_clip model that judges alignment and diversity; weights of OpenAI need one of ``-quickgelu``.
-        clip_pretrained: Its weights: tag or file.
+            None for other models.
+        statistics: File of published activation statistics, used in place of measured ones.
+        clip: open_clip model for alignment and diversity; weights of OpenAI need one of ``-quickgelu``.
+        clip_pretrained: Weights of the open_clip model: tag or file.
         summary: One line for ``nemo-bench ls``.
         citation: Source.
     """
 
     source: str = MISSING
-    revision: Optional[str] = None  # noqa: UP045 - OmegaConf reads the old form only
-    config: Optional[str] = None  # noqa: UP045
+    revision: str | None = None
+    config: str | None = None
     local_files_only: bool = False
-    variant: Optional[str] = None  # noqa: UP045
-    lora: Optional[str] = None  # noqa: UP045
+    variant: str | None = None
+    lora: str | None = None
     lora_scale: float = 1.0
-    dtype: str = "float32"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     compiled: bool = False
-    layers: str = "down+mid"
-    steps: int = 50
-    guidance: float = 7.0
+    layers: Literal["down+mid", "all"] = "down+mid"
+    steps: Annotated[int, at_least(1)] = 50
+    guidance: Annotated[float, at_least(0)] = 7.0
     similarity: SimilaritySettings = field(default_factory=SimilaritySettings)
-    family: Optional[str] = None  # noqa: UP045
-    statistics: Optional[str] = None  # noqa: UP045
+    family: str | None = None
+    statistics: str | None = None
     clip: str = "ViT-B-32-quickgelu"
-    clip_pretrained: Optional[str] = "openai"  # noqa: UP045
+    clip_pretrained: str | None = "openai"
     summary: str = ""
     citation: str = ""
 
 
 @dataclass
 class PromptSettings:
-    """Which prompts are benchmarked.
+    """Prompts to benchmark.
 
     Attributes:
         files: Prompt files, csv, jsonl, txt or parquet.
-        memorized: Those of the files whose prompts are memorized where no kind is annotated.
-        references: Folder of reference images: of those that a file names by relative paths, and of those that
-            ``nemo-bench references`` fetched; by default each file's own folder.
+        memorized: Files whose prompts are memorized where no kind is annotated; a part of ``files``.
+        references: Folder of reference images that a file names by relative paths, or that ``nemo-bench references``
+            fetched; by default each file's own folder.
         calibration: General prompts for statistics and threshold.
-        controls: Prompts with reference images that the model has not been trained on, for audits.
+        controls: File of prompts whose reference images the model was not trained on, for audits.
         shared_from: Prompt files whose neurons methods such as ``shared`` switch off for all prompts; none for the
             memorized prompts of ``files``.
-        obtain: Where to get the files, for who does not have them.
-        limit: Take so many prompts of each file, and of each in ``shared_from``.
-        calibration_limit: Take so many general prompts.
+        obtain: Where to get the files.
+        limit: At most this many prompts per file, and per file of ``shared_from``.
+        calibration_limit: At most this many general prompts.
         summary: One line for ``nemo-bench ls``.
         citation: Source.
     """
 
     files: list[str] = MISSING
     memorized: list[str] = field(default_factory=list)
-    references: Optional[str] = None  # noqa: UP045
-    calibration: Optional[str] = None  # noqa: UP045
-    controls: Optional[str] = None  # noqa: UP045
+    references: str | None = None
+    calibration: str | None = None
+    controls: str | None = None
     shared_from: list[str] = field(default_factory=list)
-    limit: Optional[int] = None  # noqa: UP045
-    calibration_limit: Optional[int] = None  # noqa: UP045
+    limit: Annotated[int, at_least(1)] | None = None
+    calibration_limit: Annotated[int, at_least(2)] | None = None
     obtain: str = ""
     summary: str = ""
     citation: str = ""
@@ -112,14 +123,14 @@ class TrainerSettings:
 
     Attributes:
         accelerator: ``auto``, ``cpu``, ``gpu`` and so on.
-        devices: Processes a node; null for as many as torchrun started, or else one.
-        num_nodes: Nodes.
+        devices: Processes per node; null for the number that torchrun started, or one.
+        num_nodes: Number of nodes.
         strategy: ``auto``, ``ddp`` and so on.
     """
 
     accelerator: str = "auto"
-    devices: Optional[int] = None  # noqa: UP045
-    num_nodes: int = 1
+    devices: Annotated[int, at_least(1)] | None = None
+    num_nodes: Annotated[int, at_least(1)] = 1
     strategy: str = "auto"
 
 
@@ -129,23 +140,23 @@ class LoggerSettings:
 
     Attributes:
         wandb: Whether cells become Weights & Biases runs.
-        csv: Whether Lightning's CSV logger is told of every cell.
-        tensorboard: Whether Lightning's TensorBoard logger is told of every cell.
+        csv: Whether Lightning's CSV logger logs every cell.
+        tensorboard: Whether Lightning's TensorBoard logger logs every cell.
         project: W&B project.
         entity: W&B user or team.
-        mode: ``online``, ``offline``, or None: what wandb's settings say, else online only where it finds a key.
-        timeout: Seconds that W&B may take to begin a run, and again to end it.
-        thumbnails: Prompts shown with pictures.
+        mode: ``online``, ``offline``, or None for wandb's own settings, or else online only with a key.
+        timeout: Most seconds for W&B to begin a run, and to end it.
+        thumbnails: Number of prompts shown with images.
     """
 
     wandb: bool = False
     csv: bool = False
     tensorboard: bool = False
     project: str = "nemo-bench"
-    entity: Optional[str] = None  # noqa: UP045
-    mode: Optional[str] = None  # noqa: UP045
-    timeout: float = 120
-    thumbnails: int = 64
+    entity: str | None = None
+    mode: Literal["online", "offline"] | None = None
+    timeout: Annotated[float, at_least(1)] = 120
+    thumbnails: Annotated[int, at_least(0)] = 64
 
 
 @dataclass
@@ -160,15 +171,15 @@ class RunSettings:
         detector: ``_target_`` and arguments of the detector, for ``nemo-bench detect`` alone.
         prompts: The prompts.
         metrics: ``_target_`` and arguments of each metric by name.
-        weights: Folder of the weights that metrics need, each file under the name it is published by.
-        real_images: Folder of real pictures that whole sets of images are compared with.
-        seeds: Images a prompt.
-        localize_seeds: Seeds a prompt for noise differences, at least 2.
-        batch_size: Images in a batch, or ``auto`` for as many as fit on the GPU (32 on a CPU); changes results by
+        weights: Folder of the weights that metrics need, each file under its published name.
+        real_images: Folder of real images for FID and other distances between sets of images.
+        seeds: Images per prompt.
+        localize_seeds: Seeds per prompt for noise differences.
+        batch_size: Images in a batch, or ``auto`` for the number that fits on the GPU (32 on a CPU); changes results by
             rounding only.
-        workers: Processes that read images ahead while others are scored.
-        summary: What an experiment shows, for its file alone: one line for ``nemo-bench ls``.
-        grid: What an experiment consists of, for its file alone: lines of overrides, each read as on the command line.
+        workers: Processes that read images ahead of scoring.
+        summary: One line about an experiment for ``nemo-bench ls``; only in the file of an experiment.
+        grid: Cells of an experiment as lines of overrides; only in the file of an experiment.
         trainer: Lightning's trainer.
         logger: Experiment tracking.
     """
@@ -181,11 +192,11 @@ class RunSettings:
     prompts: PromptSettings = field(default_factory=PromptSettings)
     metrics: dict[str, Any] = field(default_factory=dict)
     weights: str = "weights"
-    real_images: Optional[str] = None  # noqa: UP045
-    seeds: int = 4
-    localize_seeds: int = 10
-    batch_size: Union[int, str] = 32  # noqa: UP007
-    workers: int = 0
+    real_images: str | None = None
+    seeds: Annotated[int, at_least(1)] = 4
+    localize_seeds: Annotated[int, at_least(2)] = 10
+    batch_size: Annotated[int, at_least(1)] | Literal["auto"] = 32
+    workers: Annotated[int, at_least(0)] = 0
     summary: str = ""
     grid: list[str] = field(default_factory=list)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
@@ -193,106 +204,150 @@ class RunSettings:
 
 
 ROWS = 32
-"""Images in a batch where nothing is known of what fits."""
+"""Images in a batch where the fitting number is not known yet."""
 
 
 def rows_at_once(settings: RunSettings) -> int:
-    """Images in a batch, before it is known what fits; see :meth:`nemo_bench.benchmark.runner.Runner.rows`."""
+    """Images in a batch, before the fitting number is known; see :meth:`nemo_bench.benchmark.runner.Runner.rows`."""
     return settings.batch_size if isinstance(settings.batch_size, int) else ROWS
 
 
-ConfigStore.instance().store(name="run_schema", node=RunSettings)
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "model.dtype": ("float32", "float16", "bfloat16"),
-    "model.layers": ("down+mid", "all"),
-    "logger.mode": ("online", "offline"),
-}
-_LEAST: dict[str, float] = {
-    "model.steps": 1,
-    "model.guidance": 0,
-    "model.similarity.sigma": 0.15,
-    "prompts.limit": 1,
-    "prompts.calibration_limit": 2,
-    "seeds": 1,
-    "localize_seeds": 2,
-    "workers": 0,
-    "trainer.devices": 1,
-    "trainer.num_nodes": 1,
-    "logger.timeout": 1,
-    "logger.thumbnails": 0,
-}
-MOST = 2**31 - 1
-"""Largest number that a setting may be: what counts steps, seeds or processes is handed to libraries as 32 bits."""
-LONGEST_NAME = 200
+def typed(content: Mapping[str, Any], schema: type[Settings], prefix: str = "") -> Settings:
+    """Checks plain data against the annotations of a dataclass and of those nested in it.
+
+    Args:
+        content: Values by name; absent ones take their defaults.
+        schema: The dataclass.
+        prefix: Key of the dataclass among all settings, with a dot at its end, for messages.
+
+    Raises:
+        ConfigError: A key is unknown, or a value missing, of the wrong type or out of range.
+    """
+    hints = get_type_hints(schema, include_extras=True)
+    values = dict(content)
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            raise unknown_key(key, key.count("."), hints)
+        if isinstance(value, Mapping) and is_dataclass(hints[name]):
+            values[name] = typed(value, hints[name], f"{key}.")
+        elif value != MISSING:
+            values[name] = check_value(key, value, hints[name])
+    settings = schema(**values)
+    for name in hints:
+        if getattr(settings, name) == MISSING:
+            raise ConfigError(f"{prefix}{name} has no default; give {prefix}{name}=VALUE")
+    return settings
+
+
+def check_value(key: str, value: Any, hint: Any) -> Any:
+    """A value in its type, whole numbers as float where that is the type.
+
+    Raises:
+        ConfigError: The value is of another type or out of range.
+    """
+    if is_dataclass(hint):
+        raise ConfigError(f"{key}={value}: expected settings by name")
+    try:
+        return _validator(hint).validate_python(value)
+    except ValidationError as error:
+        expected = " or ".join(dict.fromkeys(_expected(e["type"], e["msg"]) for e in error.errors()))
+        literals = [option for option in (hint, *get_args(hint)) if get_origin(option) is Literal]
+        choices = [choice for literal in literals for choice in get_args(literal)]
+        advice = f". {did_you_mean(str(value), choices)}" if choices else ""
+        raise ConfigError(f"{key}={shortened(str(value), 40)}: expected {expected}{advice}") from None
+
+
+@cache
+def _validator(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+
+
+def _expected(kind: str, message: str) -> str:
+    """The second half of a message of pydantic, in plain words."""
+    types = {"int_type": int, "float_type": float, "bool_type": bool, "string_type": str, "list_type": list}
+    return spell(types[kind]) if kind in types else message.removeprefix("Input should be ")
+
+
+def type_of(key: str, schema: Any = RunSettings) -> Any:
+    """The type of a setting, Any where there is no such setting."""
+    hint = schema
+    for part in key.split("."):
+        hint = get_type_hints(hint).get(part, Any) if is_dataclass(hint) else Any
+    return hint
+
+
+def is_within(key: str, keys: Iterable[str]) -> bool:
+    """Whether a key is one of some keys, or inside one of them."""
+    return any(f"{key}.".startswith(f"{other}.") for other in keys)
+
+
+def unknown_key(key: str, depth: int, known: Iterable[Any]) -> ConfigError:
+    """The error about a key that has a wrong part.
+
+    Args:
+        key: The key, its parts separated by dots.
+        depth: Index of the wrong part.
+        known: Names that it could have been.
+    """
+    parts = key.split(".")
+    where = f" in '{'.'.join(parts[:depth])}'" if depth else ""
+    return ConfigError(
+        f"unknown key '{key}': there is no '{parts[depth]}'{where}. {did_you_mean(parts[depth], map(str, known))}"
+    )
 
 
 def check_values(settings: RunSettings) -> None:
-    """Checks values against one another and their ranges, and that what they describe can be made.
+    """Checks values against one another, and that method, detector and metrics can be built.
 
     Raises:
         ConfigError: Something is wrong.
     """
-
-    def value_of(key: str) -> Any:
-        value: Any = settings
-        for part in key.split("."):
-            value = getattr(value, part)
-        return value
-
-    for key, choices in _CHOICES.items():
-        value = value_of(key)
-        if value is not None and value not in choices:
-            raise ConfigError(f"{key}={value}: unknown value. {did_you_mean(str(value), choices)}")
-    for key, least in _LEAST.items():
-        value = value_of(key)
-        if value is not None and not least <= value < math.inf:
-            raise ConfigError(f"{key}={shortened(str(value), 40)}: expected at least {least:g}")
-        if value is not None and value > MOST:
-            raise ConfigError(f"{key}: expected at most {MOST:,}, given {shortened(str(value), 40)}")
-    size = settings.batch_size
-    if size != "auto" and not (isinstance(size, int) and 1 <= size <= MOST):
-        given = shortened(str(size), 40)
-        raise ConfigError(f"batch_size={given}: expected a whole number from 1 to {MOST:,}, or auto")
-    if len(settings.name) > LONGEST_NAME:
-        raise ConfigError(f"name: {len(settings.name):,} characters; it names a folder, so at most {LONGEST_NAME}")
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", settings.name) or not settings.name.strip("."):
-        raise ConfigError(f"name={settings.name}: expected letters, digits, '.', '_' and '-' only; it names a folder")
+    name = settings.name
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name) or not name.strip("."):
+        msg = f"name={shortened(name, 40)}: expected letters, digits, '.', '_' and '-' only, at most 200"
+        raise ConfigError(f"{msg}; it names a folder")
     if unlisted := [file for file in settings.prompts.memorized if file not in settings.prompts.files]:
         raise ConfigError(f"prompts.memorized: {unlisted[0]} is none of prompts.files={settings.prompts.files}")
-    build(settings.method, "method")
-    if settings.detector is not None:
-        build(settings.detector, "detector")
-    for name, node in settings.metrics.items():
-        build(node, f"metrics.{name}")
+    for key, node in targets_of(settings).items():
+        build(node, key)
 
 
-def overridden(overrides: Sequence[str], schema: type[Any]) -> Any:
+def targets_of(settings: RunSettings) -> dict[str, Any]:
+    """The nodes that describe method, detector and metrics, by key."""
+    nodes = {"method": settings.method, "detector": settings.detector}
+    nodes |= {f"metrics.{name}": node for name, node in settings.metrics.items()}
+    return {key: node for key, node in nodes.items() if key != "detector" or node is not None}
+
+
+def overridden(overrides: Sequence[str], schema: type[Settings]) -> Settings:
     """A dataclass with some fields overridden.
 
     Args:
         overrides: ``key=value`` words.
-        schema: The dataclass.
-
-    Returns:
-        An instance.
+        schema: The dataclass, with a default for every field.
 
     Raises:
-        ConfigError: A key is unknown or a value of the wrong type.
+        ConfigError: A key is unknown, or a value of the wrong type or out of range.
     """
-    known = list(schema.__dataclass_fields__)
-    for word in overrides:
-        key, separator, _ = word.partition("=")
-        if not separator or key not in known:
-            raise ConfigError(f"unknown setting '{word}'; write key=value. {did_you_mean(key, known)}")
     hints = get_type_hints(schema)
     values: dict[str, Any] = {}
     for word in overrides:
-        key, _, value = word.partition("=")
-        values[key] = value if hints[key] in (str, Path) else OmegaConf.from_dotlist([word])[key]
+        key, separator, text = word.partition("=")
+        if not separator or key not in hints:
+            raise ConfigError(f"unknown setting '{word}'; write key=value. {did_you_mean(key, hints)}")
+        if hints[key] is Path:
+            values[key] = Path(text)
+        elif is_text(hints[key]) and not (text == "null" and NoneType in get_args(hints[key])):
+            values[key] = text
+        else:
+            values[key] = _read_value(word)
+    return typed(values, schema)
+
+
+def _read_value(word: str) -> Any:
     try:
-        found = OmegaConf.structured(schema)
-        for key, value in values.items():
-            found[key] = value
-        return OmegaConf.to_object(found)
-    except OmegaConfBaseException as error:
-        raise ConfigError(first_line(error)) from error
+        (value,) = OmegaConf.to_container(OmegaConf.from_dotlist([word])).values()  # type: ignore[union-attr]
+    except yaml.YAMLError as error:
+        raise ConfigError(f"can't read {word}: {' '.join(str(error).split())}") from error
+    return value

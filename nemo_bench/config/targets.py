@@ -1,13 +1,16 @@
-"""Objects that settings describe by ``_target_``, their arguments checked."""
+"""Objects described by ``_target_`` and arguments: checked, then built."""
 
 from __future__ import annotations
 
 import inspect
 import os
 import re
-import types
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.utils import get_object
@@ -19,26 +22,23 @@ BASES = {
     "detector": "nemo_bench.detectors.Detector",
     "metrics": "nemo_bench.metrics.BenchMetric",
 }
-"""What the nodes of a group must describe, by the first part of their key."""
+"""Base class of the objects of a group, by the first part of their key."""
 _PACKAGE = "nemo_bench"
 
 
 def build(node: Mapping[str, Any], key: str) -> Any:
-    """Makes the object that a node describes, its arguments checked against the signature.
+    """Builds the object that a node describes, its arguments checked against the constructor.
 
-    Nothing is called before it is known to be a class of what is expected: of :data:`BASES`, and in an argument of the
-    type that the argument is annotated with.
+    A class is called only if it derives from the base class of its group (:data:`BASES`), or fits the annotation of
+    the argument that it is for.
 
     Args:
-        node: ``_target_`` with the class, other keys its arguments; arguments may be such nodes themselves.
-        key: Where the node is, for messages; its first part is one of :data:`BASES`.
-
-    Returns:
-        The object.
+        node: ``_target_`` with the path of a class, and its arguments, which may be nodes themselves.
+        key: Key of the node, for messages; its first part is one of :data:`BASES`.
 
     Raises:
-        ConfigError: The class can't be imported or is none of what is expected, or an argument is unknown, missing or
-            of the wrong type.
+        ConfigError: The class can't be imported or is of another kind, or an argument is unknown, missing or of the
+            wrong type.
     """
     return _build(node, key, (get_object(BASES[key.split(".")[0]]),))
 
@@ -59,8 +59,7 @@ def _build(node: Mapping[str, Any], key: str, expected: tuple[type, ...]) -> Any
             value = arguments[name] = _build(value, f"{key}.{name}", _classes(hints.get(name)))
         elif isinstance(value, str):
             arguments[name] = resolve(value)
-        if name in hints and not _fits(value, hints[name]):
-            raise ConfigError(f"{key}.{name}={value}: expected {spell(hints[name])}, given {value!r}")
+        check_type(f"{key}.{name}", value, hints.get(name, Any))
     missing = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments and p.kind not in (2, 4)]
     if missing:
         raise ConfigError(f"{key}: {node['_target_']} also needs {', '.join(missing)}")
@@ -71,7 +70,7 @@ def _build(node: Mapping[str, Any], key: str, expected: tuple[type, ...]) -> Any
 
 
 def hint_of(path: str, argument: str) -> Any:
-    """The type of an argument of a class, Any where that is not known; :func:`build` says what is wrong there."""
+    """The type of an argument of a class, Any where it is unknown; :func:`build` explains the error then."""
     try:
         target = get_object(path)
         return get_type_hints(target.__init__ if inspect.isclass(target) else target).get(argument, Any)
@@ -80,7 +79,7 @@ def hint_of(path: str, argument: str) -> Any:
 
 
 def _class_of(node: Mapping[str, Any], key: str, expected: tuple[type, ...]) -> type:
-    """The class that a node names, not called yet."""
+    """The class that a node names, checked against the expected classes."""
     if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
         raise ConfigError(f"{key}: expected _target_ with the path of a class, given {node}")
     try:
@@ -95,24 +94,51 @@ def _class_of(node: Mapping[str, Any], key: str, expected: tuple[type, ...]) -> 
 
 
 def _classes(hint: Any) -> tuple[type, ...]:
-    """The classes that an annotation allows; any where there is none."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    """The classes that an annotation allows, object for others."""
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     found = [get_origin(option) or option for option in options]
     return tuple(kind for kind in found if inspect.isclass(kind) and kind not in (type(None), Any)) or (object,)
 
 
-def check_stored(node: Any, key: str, known: Collection[str]) -> None:
-    """Makes sure that a node of a results folder, which anybody may have written, names no code but what the user has.
-
-    A class of the package or of ``known`` may be named; nothing else is imported.
+def check_found(node: Any, key: str, conf: Path | None) -> None:
+    """Checks that Python finds the modules of all classes that a node names, without importing them.
 
     Args:
-        node: The node.
-        key: Where it is, for messages.
-        known: Classes that the user named; see :func:`nemo_bench.config.groups.targets`.
+        node: ``_target_`` and arguments, which may be such nodes themselves.
+        key: Key of the node, for messages.
+        conf: The user's folder of YAML files.
 
     Raises:
-        ConfigError: It names something else, or asks Hydra to do more than naming.
+        ConfigError: A module is missing; the message lists the folders that were searched.
+    """
+    if not isinstance(node, Mapping):
+        return
+    target = node.get("_target_")
+    name = target.partition(".")[0] if isinstance(target, str) else ""
+    if name and name not in sys.modules and not find_spec(name):
+        near = [Path.cwd(), *([conf.resolve(), conf.resolve().parent] if conf else [])]
+        folder = next((str(p) for p in near if (p / f"{name}.py").is_file() or (p / name).is_dir()), None)
+        looked = ", ".join(path for path in (path or str(Path.cwd()) for path in sys.path) if Path(path).is_dir())
+        found = f"{name} is in {folder}" if folder else f"name the folder that {name}.py is in"
+        raise ConfigError(
+            f"{key}._target_={target}: can't be imported; there is no module {name} in the folders that Python looks "
+            f"in: {looked}. (--conf is for YAML files alone.) {found}: export PYTHONPATH={folder or 'FOLDER'}, or "
+            "install its package"
+        )
+    for argument, value in node.items():
+        check_found(value, f"{key}.{argument}", conf)
+
+
+def check_stored(node: Any, key: str, known: Collection[str]) -> None:
+    """Checks a node of a results folder, which may come from anybody, without importing unknown code.
+
+    Args:
+        node: The node; its classes must be of this package or of ``known``.
+        key: Key of the node, for messages.
+        known: Classes of the user's YAML files; see :func:`nemo_bench.config.groups.named_classes`.
+
+    Raises:
+        ConfigError: The node names another class, or holds an interpolation or another key with a meaning for Hydra.
     """
     if isinstance(node, str) and "${" in node:
         raise ConfigError(f"{key}={node}: settings of a results folder are resolved, this one was put in; take it out")
@@ -134,7 +160,7 @@ def _check_known(node: Mapping[str, Any], key: str, known: Collection[str]) -> N
         return
     first, *parts = name.split(".")
     is_ours = first == _PACKAGE and not any(part.startswith("_") for part in parts)
-    # What a module of the package has imported, such as subprocess.Popen, can be reached by its name as well.
+    # Modules of the package also have names that they imported, such as subprocess.Popen.
     if is_ours and _class_of(node, key, (object,)).__module__.split(".")[0] == _PACKAGE:
         return
     msg = f"{key}._target_={name}: a results folder names this, and it is no class of {_PACKAGE} nor of a YAML file of "
@@ -142,12 +168,17 @@ def _check_known(node: Mapping[str, Any], key: str, known: Collection[str]) -> N
 
 
 def resolve(path: str) -> str:
-    """A path as given, from the home folder for ``~``, or one in this package for ``package:...``.
+    """Replaces ``~`` by the home folder and ``package:`` by the folder of this package; ``local-dir:`` stays."""
+    prefix, separator, rest = path.rpartition("package:")
+    if not separator:
+        return os.path.expanduser(path)
+    return prefix + str(resources.files(_PACKAGE) / rest)
 
-    A ``local-dir:`` before either is kept.
-    """
-    prefix, _, rest = path.rpartition("package:")
-    return prefix + str(resources.files("nemo_bench") / rest) if _ else os.path.expanduser(path)
+
+def check_type(key: str, value: Any, hint: Any) -> None:
+    """Raises ConfigError where an argument does not fit its annotation."""
+    if not _fits(value, hint):
+        raise ConfigError(f"{key}={value}: expected {spell(hint)}, given {value!r}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -156,7 +187,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
     if origin is Literal:
         return value in inner
-    if origin in (Union, types.UnionType):
+    if origin in (Union, UnionType):
         return any(_fits(value, option) for option in inner)
     if origin in (list, tuple, Sequence):
         return isinstance(value, list | tuple) and all(_fits(v, inner[0]) for v in value if inner)
@@ -166,23 +197,24 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, kind) if inspect.isclass(kind) else True
 
 
-SPELLED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-"""Types in plain words."""
+def is_text(hint: Any) -> bool:
+    """Whether a type takes text, or text and None, and nothing else."""
+    if get_origin(hint) in (Union, UnionType):
+        options = [option for option in get_args(hint) if option is not NoneType]
+        return bool(options) and all(map(is_text, options))
+    return hint is str or (get_origin(hint) is Literal and all(isinstance(v, str) for v in get_args(hint)))
 
 
 def spell(hint: Any) -> str:
-    """A type hint in plain words."""
-    if hint in SPELLED:
-        return SPELLED[hint]
+    """A type in plain words."""
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
-    if get_origin(hint) is list:
-        return "a list, in brackets"
-    return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "")
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list, in brackets"}
+    return plain.get(hint) or (hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", ""))
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first."""
+    """The first line of an error message."""
     first, *rest = str(error).strip().split("\n")
-    # Hydra may open with where it was, and say what is wrong in the next line.
+    # Hydra may begin with a place, and explain the error in the next line.
     return f"{first} {rest[0]}" if first.endswith(":") and rest else first

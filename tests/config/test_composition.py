@@ -34,8 +34,8 @@ from nemo_bench.config import (
     resolve,
     short,
 )
-from nemo_bench.config.about import said
-from nemo_bench.config.text import read, shell_word
+from nemo_bench.config.about import class_text
+from nemo_bench.config.overrides import read, shell_word
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods import Method, NeMo, NoMitigation, OtherNeurons, RandomNeurons, SharedNeurons
 from nemo_bench.metrics import BenchMetric
@@ -215,7 +215,7 @@ def test_what_is_typed_wins_over_the_lines_of_an_experiment(study: Path) -> None
     [
         ("[method=nemo method.thetta=3]", "unknown key 'method.thetta'.*Did you mean 'theta'"),
         ('["method=\'nemo"]', "can't read \"method='nemo\" in the grid of an experiment"),
-        ("{method.theta: 3}", "experiment/study.*raised while composing config: .*(list|ListConfig|sequence)"),
+        ("{method.theta: 3}", "experiment=study: grid={'method.theta': 3}: expected a list"),
         ("[nemo]", "can't read an override"),
     ],
 )
@@ -274,12 +274,12 @@ def test_metrics_can_be_added_and_left_out() -> None:
         ("method=random method.seed=1.5", "method.seed=1.5: expected a whole number, given 1.5"),
         ("method=nemo method.neurons=refind", "method.neurons=refind: expected one of refined, initial"),
         ("method=nemo method.theta=0.5", "theta > theta_min.*given 0.5"),
-        ("seeds=0", "seeds=0: expected at least 1"),
-        ("seeds=9999999999", "seeds: expected at most 2,147,483,647, given 9999999999"),
-        ("batch_size=0", "batch_size=0: expected a whole number from 1 to 2,147,483,647, or auto"),
-        ("batch_size=9999999999", "batch_size=9999999999: expected a whole number from 1 to 2,147,483,647, or auto"),
-        ("localize_seeds=1", "localize_seeds=1: expected at least 2"),
-        ("model.guidance=-1", "model.guidance=-1.0: expected at least 0"),
+        ("seeds=0", "seeds=0: expected greater than or equal to 1"),
+        ("seeds=9999999999", "seeds=9999999999: expected less than or equal to 2147483647"),
+        ("batch_size=0", "batch_size=0: expected greater than or equal to 1 or 'auto'"),
+        ("batch_size=9999999999", "batch_size=9999999999: expected less than or equal to 2147483647 or 'auto'"),
+        ("localize_seeds=1", "localize_seeds=1: expected greater than or equal to 2"),
+        ("model.guidance=-1", "model.guidance=-1: expected greater than or equal to 0"),
         ("model.guidance=nan", "model.guidance=nan"),
         ("model.dtype=float8", "model.dtype=float8: .*Choices: bfloat16, float16, float32"),
         ("model.layers=al", "model.layers=al: .*Did you mean 'all'"),
@@ -404,7 +404,7 @@ def test_settings_of_a_training_are_typed() -> None:
     for word, message in (
         ("stepz=5", "unknown setting 'stepz=5'.*Did you mean 'steps'"),
         ("steps", "unknown setting 'steps'; write key=value"),
-        ("steps=many", "'many'.*Integer"),
+        ("steps=many", "steps=many: expected a whole number"),
     ):
         with pytest.raises(ConfigError, match=message):
             overridden([word], Training)
@@ -461,7 +461,7 @@ def test_what_is_read_of_a_class_without_importing_it_is_what_it_says(group: str
     for option in options(group):
         choice = one(f"{group}={option}") if group != "method" else grid([f"method={option}"])[0]
         node = getattr(choice.settings, group)
-        assert said(node["_target_"], name) == getattr(get_object(node["_target_"]), name)
+        assert class_text(node["_target_"], name) == getattr(get_object(node["_target_"]), name)
 
 
 def test_a_source_is_said_in_a_few_words() -> None:
@@ -498,7 +498,7 @@ def test_settings_of_the_logger_alone() -> None:
         (["logger=wandbb"], "Did you mean 'wandb'"),
         (["logger.modus=online"], "Did you mean 'mode'"),
         (["logger.mode=on"], "Choices: offline, online"),
-        (["logger.timeout=0"], "at least 1"),
+        (["logger.timeout=0"], "logger.timeout=0: expected greater than or equal to 1"),
         (["logger=csv,wandb"], "logger=all takes every logger"),
     ],
 )
