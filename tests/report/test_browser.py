@@ -136,7 +136,7 @@ def test_headers_sort_by_mouse_and_by_keyboard(reader: Reader, run: Path) -> Non
     assert reader.order() == {"ssim": "descending"}
     reader.page.keyboard.press("Tab")
     reader.page.keyboard.press("Tab")
-    reader.page.keyboard.press("ImageSpace")
+    reader.page.keyboard.press("Space")
     assert reader.order() == {"alignment": "descending"}
 
 
