@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tags import Tags
 
 from fake_results import DETECTOR, METHODS, PROMPTS, SEEDS, write_fake_results
 from nemo_bench.records.io import read_file
@@ -20,6 +19,7 @@ from nemo_bench.records.store import read_run
 from nemo_bench.report import html, leaderboard, write_report
 from nemo_bench.report.plots import plots
 from nemo_bench.report.terminal import terminal_table
+from tags import Tags
 
 ATTACK = '<script>alert(1)</script> & "quotes" {{ 7 * 7 }}'
 

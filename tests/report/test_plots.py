@@ -12,7 +12,6 @@ from statistics import fmean
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tags import Tags
 
 from fake_results import DETECTOR, change_file, write_fake_calibration, write_fake_results
 from nemo_bench.errors import StoreError
@@ -22,6 +21,7 @@ from nemo_bench.records.schema import Failures, Run, Spec, Summary, Threshold
 from nemo_bench.records.store import read_run
 from nemo_bench.report import write_report
 from nemo_bench.report.plots import front, plots
+from tags import Tags
 
 
 def test_figures_follow_the_page_and_stand_alone(run: Path) -> None:

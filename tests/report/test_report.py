@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,16 @@ def test_a_report_cut_off_leaves_the_former_one(default: Path, monkeypatch: pyte
         write_report(load_results(default))
     assert (default / "report.html").read_text() == "former"
     assert not [path for path in default.iterdir() if path.suffix in (".tmp", ".part")]
+
+
+def test_a_finished_table_is_shown_without_a_library_for_plots_or_models(default: Path) -> None:
+    code = (
+        "import sys\n"
+        "from nemo_bench.records.results import load_results\n"
+        "from nemo_bench.report.terminal import show, terminal_table\n"
+        "show(terminal_table(load_results(sys.argv[1])))\n"
+        "print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(default)], capture_output=True, text=True, check=True)
+    assert "No mitigation" in done.stdout
+    assert not {"matplotlib", "jinja2", "torch", "lightning", "wandb"} & set(done.stdout.splitlines()[-1].split())

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.mathtext import MathTextParser
-from tags import Tags
 
 from fake_results import METRICS, PROMPTS, change_file, write_fake_results
 from nemo_bench.records.io import read_file
@@ -20,6 +19,7 @@ from nemo_bench.records.statistics import paired
 from nemo_bench.report import Row, html, leaderboard, write_report
 from nemo_bench.report.tables import latex, markdown, tex
 from nemo_bench.report.terminal import terminal_table
+from tags import Tags
 
 
 def test_leaderboards_hold_the_numbers_of_the_cells(run: Path, page: str) -> None:
