@@ -20,8 +20,8 @@ from typing import Any
 from nemo_bench.benchmark.plan import plan
 from nemo_bench.benchmark.run import run
 from nemo_bench.config import grid
+from nemo_bench.records.results import load_results
 from nemo_bench.records.store import read_records
-from nemo_bench.report import load_results
 
 FEW = ["prompts.limit=3", "batch_size=8"]
 

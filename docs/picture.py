@@ -7,7 +7,6 @@ python docs/picture.py results/all_methods docs/assets, after nemo-bench run exp
 from __future__ import annotations
 
 import io
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -19,33 +18,30 @@ import matplotlib.pyplot as plt
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from nemo_bench.records.io import read_json
-from nemo_bench.records.store import read_records
+from nemo_bench.records.results import load_results
 
 METHODS = ("none", "random", "nemo")
 SHOWN = {"VM": 5, "TM": 3}
-"""So many prompts of each kind, the first ones of the list."""
+"""Prompts shown of each kind, the first ones of the list."""
 
 
 def draw_images(folder: Path, out: Path) -> None:
-    """Draws what was trained on, and the first image of each method.
+    """Draws training images, and the first image of each method.
 
     Args:
         folder: A finished run of the three methods on the embedded model.
         out: File to write.
     """
     rows: dict[str, list[Path]] = {}
-    methods = {read_json(path).get("method"): path for path in folder.glob("*/spec.json")}  # detectors have none
-    for path in (methods[name] for name in METHODS):
-        cell = path.parent
-        lines = (cell / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-        prompts = [prompt for kind, count in SHOWN.items() for prompt in _of_kind(lines, kind)[:count]]
-        images = {(r["prompt"], r["seed"]): cell / r["image"] for r in read_records(cell, "generate").values()}
-        rows["Training image"] = [Path(prompt["references"][0]) for prompt in prompts]
-        rows[read_json(path)["title"]] = [images[prompt["id"], 0] for prompt in prompts]
+    cells = {cell.method: cell for cell in load_results(folder).cells}
+    for cell in (cells[name] for name in METHODS):
+        of_kind = {kind: [prompt for prompt in cell.prompts if prompt.kind == kind] for kind in SHOWN}
+        prompts = [prompt for kind, count in SHOWN.items() for prompt in of_kind[kind][:count]]
+        rows["Training image"] = [prompt.references[0] for prompt in prompts]
+        rows[cell.spec.title] = [cell.outcomes[prompt.id].images[0].path for prompt in prompts]
     figure, axes = plt.subplots(len(rows), sum(SHOWN.values()), figsize=(10, 5.1), dpi=128)
     for axis, prompt in zip(axes[0], prompts, strict=True):
-        axis.set_title(prompt["id"], fontsize=11)
+        axis.set_title(prompt.id, fontsize=11)
     for (label, files), line in zip(rows.items(), axes, strict=True):
         line[0].set_ylabel(label.replace(" ", "\n"), fontsize=11)
         for file, axis in zip(files, line, strict=True):
@@ -62,7 +58,7 @@ def photograph(page: Path, out: Path, part: str | None = None) -> None:
     Args:
         page: A ``report.html``.
         out: File to write.
-        part: CSS selector of what is shown; None for the head of the page.
+        part: CSS selector of the part shown; None for the head of the page.
     """
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
@@ -71,10 +67,6 @@ def photograph(page: Path, out: Path, part: str | None = None) -> None:
         shot = view.locator(part).screenshot() if part else view.screenshot()
         browser.close()
     Image.open(io.BytesIO(shot)).convert("RGB").save(out, quality=80, method=6)
-
-
-def _of_kind(lines: list[str], kind: str) -> list[dict[str, object]]:
-    return [prompt for prompt in map(json.loads, lines) if prompt["kind"] == kind]
 
 
 if __name__ == "__main__":

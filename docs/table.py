@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from nemo_bench.report import load_results
+from nemo_bench.records.results import load_results
 from nemo_bench.report.tables import Row, leaderboard, number
 
 COLUMNS = (("VM", "ssim"), ("VM", "memorized"), ("VM", "alignment"), ("VM", "diversity"), ("TM", "ssim"),
@@ -27,11 +27,11 @@ def table(folder: Path) -> str:
     rows = {(row.cell.name, row.group): row for row in leaderboard(results)}
 
     def value(row: Row, metric: str) -> str:
-        found = row.values.get(metric)
-        if found is None:
+        shown = row.values.get(metric)
+        if shown is None:
             return "–"
-        span = "" if found.low is None else f" [{found.low:.2f}, {found.high:.2f}]"
-        return number(results, metric, found.mean) + row.stars(metric).replace("*", "\\*") + span
+        span = "" if shown.low is None else f" [{shown.low:.2f}, {shown.high:.2f}]"
+        return number(results, metric, shown.mean) + row.stars(metric).replace("*", "\\*") + span
 
     columns = [(group, metric) for group, metric in COLUMNS if metric in results.metrics]
     heads = [f"{group}: {results.metrics[metric].title} {results.metrics[metric].arrow}" for group, metric in columns]
@@ -41,7 +41,7 @@ def table(folder: Path) -> str:
     ]
     for cell in results.cells:
         values = [value(rows[cell.name, group], metric) for group, metric in columns]
-        costs = [cell.cost["once_row_passes_per_prompt"], cell.cost["row_passes_per_image"]]
+        costs = [cell.summary.cost[key] for key in ("once_row_passes_per_prompt", "row_passes_per_image")]
         lines.append([cell.label, *values, *(f"{cost:.0f}" for cost in costs)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 import matplotlib.style
 from matplotlib.figure import Figure
@@ -24,29 +25,7 @@ PALETTE = {"vermilion": "#d55e00", "blue": "#0072b2", "green": "#009e73", "purpl
 
 _COLORS = (INK, *PALETTE.values())
 _MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"))
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "nemo_bench",
-    "font.size": 9.5,
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": "medium",
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "grid.color": INK,
-    "grid.alpha": 0.12,
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.handletextpad": 0.5,
-}
+_STYLE = Path(__file__).parent / "page" / "figures.mplstyle"
 _METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 _RULES = (
     (r"<style.*?</style>", ""),

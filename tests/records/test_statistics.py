@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_bench.records.data import Kind, Prompt, Record
-from nemo_bench.records.statistics import aggregate, bootstrap_interval, paired, presets
+from nemo_bench.records.statistics import aggregate, bootstrap_interval, holm, paired, presets
 
 SCORES = st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=5)
 
@@ -228,3 +228,11 @@ def test_the_interval_of_a_median_is_over_prompts() -> None:
     low, high = bootstrap_interval(values, of_median=True)
     error = 1.96 * 1.2533 * values.std() / 20
     assert (low, high) == pytest.approx((np.median(values) - error, np.median(values) + error), abs=0.1)
+
+
+def test_holm_agrees_with_a_case_worked_out_by_hand() -> None:
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx(
+        {"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02}
+    )
+    assert holm({"a": 0.7, "b": 0.9}) == {"a": 1.0, "b": 1.0}
+    assert holm({}) == {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,8 +13,11 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from fake_results import METHODS, MORE_METHODS, PROMPTS, SEEDS, write_fake_results
-from nemo_bench.report import load_results, write_report
+from fake_results import METHODS, METRICS, MORE_METHODS, PROMPTS, SEEDS, change_file, write_fake_results
+from nemo_bench.records.io import read_file
+from nemo_bench.records.results import load_results
+from nemo_bench.records.schema import Summary
+from nemo_bench.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ATTACK = (
@@ -37,7 +39,7 @@ def browser() -> Iterator[Browser]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts = [("vm-01", ATTACK, "VM"), *PROMPTS[1:]]
     run = write_fake_results(tmp_path_factory.mktemp("results") / "default", ["planted", "sd14"], prompts)
-    write_report(run)
+    write_report(load_results(run))
     return run
 
 
@@ -108,7 +110,8 @@ def test_a_prompt_is_shown_as_it_is_and_never_run(reader: Reader) -> None:
 
 def test_strips_are_made_when_they_come_near(browser: Browser, tmp_path: Path) -> None:
     prompts = [(f"vm-{i:02d}", f"prompt {i}", "VM") for i in range(40)]
-    write_report(run := write_fake_results(tmp_path / "long", prompts=prompts))
+    run = write_fake_results(tmp_path / "long", prompts=prompts)
+    write_report(load_results(run))
     reader = Reader(browser.new_page(viewport={"width": 1200, "height": 600})).open(run / "report.html")
     assert reader.page.locator(".strips").count() < 20
     reader.page.get_by_role("button", name="Show 16 more of 16").click()
@@ -125,7 +128,7 @@ def test_headers_sort_by_mouse_and_by_keyboard(reader: Reader, run: Path) -> Non
     cells = load_results(run).cells
     header = reader.page.locator("th[data-key=ssim] button")
     header.click()
-    worst = sorted(cells, key=lambda cell: cell.aggregates["VM"]["ssim"].mean)
+    worst = sorted(cells, key=lambda cell: cell.summary.aggregates["VM"]["ssim"].mean)
     assert reader.rows() == [("VM", cell.model, cell.method) for cell in worst]
     assert reader.order() == {"ssim": "ascending"}
     header.press("Enter")
@@ -133,7 +136,7 @@ def test_headers_sort_by_mouse_and_by_keyboard(reader: Reader, run: Path) -> Non
     assert reader.order() == {"ssim": "descending"}
     reader.page.keyboard.press("Tab")
     reader.page.keyboard.press("Tab")
-    reader.page.keyboard.press("ImageSpace")
+    reader.page.keyboard.press("Space")
     assert reader.order() == {"alignment": "descending"}
 
 
@@ -258,7 +261,9 @@ def test_worst_and_best_prompts_come_first(reader: Reader, run: Path) -> None:
     sections = reader.page.locator("main > section").evaluate_all("all => all.map(section => section.id)")
     assert sections[:2] == ["examples", "leaderboard"]
     assert sections.index("prompts") < sections.index("models") < sections.index("presets")
-    cells = {cell.name: cell for cell in load_results(run).cells if cell.model == "planted" and cell.unmitigated}
+    cells = {
+        cell.name: cell for cell in load_results(run).cells if cell.model == "planted" and cell.summary.unmitigated
+    }
     means = {name: cell.prompt_means("ssim", ["VM", "TM"]) for name, cell in cells.items()}
     best = min(means, key=lambda name: sum(means[name].values()))
     order = sorted(means[best], key=lambda prompt: -means[best][prompt])
@@ -272,7 +277,7 @@ def test_a_table_is_downloaded_as_it_is_shown(reader: Reader, run: Path, tmp_pat
         reader.page.locator("#leaderboard").get_by_role("button", name="Download CSV").click()
     download.value.save_as(tmp_path / "table.csv")
     rows = list(csv.DictReader((tmp_path / "table.csv").open(encoding="utf-8")))
-    expected = [cell.aggregates["TM"]["ssim"].mean for cell in load_results(run).cells]
+    expected = [cell.summary.aggregates["TM"]["ssim"].mean for cell in load_results(run).cells]
     assert [float(row["SSIM to training image"]) for row in rows] == expected
     assert {row["Group"] for row in rows} == {"TM"}
 
@@ -292,7 +297,8 @@ def test_a_figure_is_downloaded_as_svg_and_png(reader: Reader, tmp_path: Path) -
 
 def test_page_of_42_prompts_and_5_methods_stays_short_on_a_phone(browser: Browser, tmp_path: Path) -> None:
     prompts = [(f"vm-{i:02d}", f"prompt {i}", "VM") for i in range(42)]
-    write_report(run := write_fake_results(tmp_path / "long", prompts=prompts, methods=MORE_METHODS))
+    run = write_fake_results(tmp_path / "long", prompts=prompts, methods=MORE_METHODS)
+    write_report(load_results(run))
     page = browser.new_page(viewport={"width": 390, "height": 800})
     page.goto((run / "report.html").as_uri())
     page.locator(".card").first.scroll_into_view_if_needed()
@@ -404,13 +410,11 @@ def test_paper_gets_every_group_and_the_strips_of_what_is_shown(reader: Reader, 
 def test_many_columns_show_the_leading_ones_first(browser: Browser, tmp_path: Path) -> None:
     run = write_fake_results(tmp_path / "many", prompts=PROMPTS[:1])
     for path in run.glob("*/metrics.json"):
-        content = json.loads(path.read_text())
-        extra = {f"ssim_{i}": {**content["metrics"]["ssim"], "title": f"SSIM {i}"} for i in range(4)}
-        content["metrics"] |= extra
-        for row in content["aggregates"].values():
-            row |= dict.fromkeys(extra, row["ssim"])
-        path.write_text(json.dumps(content))
-    write_report(run)
+        summary = read_file(path, Summary)
+        extra = {f"ssim_{i}": METRICS["ssim"].model_copy(update={"title": f"SSIM {i}"}) for i in range(4)}
+        aggregates = {group: {**row, **dict.fromkeys(extra, row["ssim"])} for group, row in summary.aggregates.items()}
+        change_file(path, Summary, metrics={**summary.metrics, **extra}, aggregates=aggregates)
+    write_report(load_results(run))
     reader = Reader(browser.new_page()).open(run / "report.html")
     head = reader.page.locator("#board thead th:not([hidden])")
     main = ["method", "group", "ssim", "alignment", "diversity", "fid", "memorization"]

@@ -14,17 +14,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Column, Table
 
-from fake_results import write_fake_results
 from nemo_bench.cli import main
 from nemo_bench.config import options
-from nemo_bench.report import load_results, terminal_table
-from nemo_bench.report.terminal import fitting
-
-
-@pytest.fixture
-def results(tmp_path: Path) -> Path:
-    """Results that were made up."""
-    return write_fake_results(tmp_path / "default")
+from nemo_bench.records.results import load_results
+from nemo_bench.report import leaderboard
+from nemo_bench.report.terminal import fitting, terminal_table
 
 
 def shown(words: list[str], encoding: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
@@ -45,15 +39,15 @@ def shown(words: list[str], encoding: str, monkeypatch: pytest.MonkeyPatch) -> t
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])
 def test_output_that_is_not_utf_8_is_written_in_look_alikes(
-    encoding: str, results: Path, monkeypatch: pytest.MonkeyPatch
+    encoding: str, default: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    status, said = shown(["report", str(results)], encoding, monkeypatch)
+    status, said = shown(["report", str(default)], encoding, monkeypatch)
     assert status == 0
     assert "ssim" in said
     assert ("v" if encoding != "utf-8" else "↓") in said.replace("variant", "").split()
     assert "95% interval" in said
-    assert (results / "report.html").read_text(encoding="utf-8")
-    status, said = shown(["report", str(results.parent / "größe ☃")], encoding, monkeypatch)
+    assert (default / "report.html").read_text(encoding="utf-8")
+    status, said = shown(["report", str(default.parent / "größe ☃")], encoding, monkeypatch)
     assert status == 1
     assert "größe ☃".encode(encoding, "backslashreplace").decode(encoding) in said
 
@@ -66,8 +60,8 @@ def printed(table: Table, width: int) -> str:
 
 
 @pytest.mark.parametrize("width", [25, 40, 60, 80, 200])
-def test_a_narrow_terminal_cuts_no_number_of_the_leaderboard(width: int, results: Path) -> None:
-    table = terminal_table(load_results(results))
+def test_a_narrow_terminal_cuts_no_number_of_the_leaderboard(width: int, default: Path) -> None:
+    table = terminal_table(load_results(default))
     whole = re.findall(r"\d*\.\d+", printed(table, 1000))
     found = printed(table, width)
     assert len(whole) > 40
@@ -90,6 +84,18 @@ def test_a_table_that_is_split_shows_every_column_once_beside_the_names_of_its_r
     assert [words.count(f"c{n}") for n in range(4)] == [1] * 4
     assert [words.count(f"row{n}") for n in range(len(rows))] == [parts] * len(rows)
     assert sorted(word for word in words if word.isdigit()) == sorted(str(value) for row in rows for value in row)
+
+
+def test_the_terminal_table_keeps_every_number_in_80_columns(default: Path) -> None:
+    results = load_results(default)
+    buffer = io.StringIO()
+    Console(file=buffer, width=80).print(terminal_table(results))
+    text = buffer.getvalue()
+    for row in (row for row in leaderboard(results) if row.group != "all"):
+        assert f"{row.values['alignment'].mean:.3f}" in text
+        assert f"{row.values['fid'].mean:.1f}" in text
+    assert "2 more metrics in leaderboard.md" in text
+    assert "…" not in text
 
 
 @pytest.mark.parametrize("group", ["method", "detector", None])

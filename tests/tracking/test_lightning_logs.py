@@ -14,14 +14,14 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from nemo_bench.config import LoggerSettings
 from nemo_bench.errors import TrackingError
-from nemo_bench.records.io import read_json
+from nemo_bench.records.results import load_results
 from nemo_bench.tracking import track
-from nemo_bench.tracking.content import Entry, load_entries
+from nemo_bench.tracking.logged import LoggedCell, logged_cells
 
 
-def entry_of(cell: Path) -> Entry:
-    (entry,) = (e for e in load_entries(cell.parent)[0] if e.folder == cell)
-    return entry
+def logged(folder: Path) -> LoggedCell:
+    (cell,) = (cell for cell in logged_cells(load_results(folder.parent)) if cell.folder == folder)
+    return cell
 
 
 def events(cell: Path) -> EventAccumulator:
@@ -32,25 +32,25 @@ def events(cell: Path) -> EventAccumulator:
 def test_csv_holds_the_row_and_the_config(run: Path, nemo: Path) -> None:
     said: list[str] = []
     for _ in range(2):
-        track(run, LoggerSettings(csv=True), say=said.append)
+        track(load_results(run), LoggerSettings(csv=True), say=said.append)
     assert said[-1] == f"CSV: {run}/*/csv/metrics.csv"
     assert len(list(run.glob("*/csv/metrics.csv"))) == 2
     with (nemo / "csv" / "metrics.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert row.pop("step") == "0"
-    assert {key: float(value) for key, value in row.items()} == entry_of(nemo).row
-    assert float(row["VM/ssim/mean"]) == read_json(nemo / "metrics.json")["aggregates"]["VM"]["ssim"]["mean"]
-    assert yaml.safe_load((nemo / "csv" / "hparams.yaml").read_text()) == entry_of(nemo).config
+    assert {key: float(value) for key, value in row.items()} == logged(nemo).row
+    assert float(row["VM/ssim/mean"]) == logged(nemo).results.summary.aggregates["VM"]["ssim"].mean
+    assert yaml.safe_load((nemo / "csv" / "hparams.yaml").read_text()) == logged(nemo).config
 
 
 def test_tensorboard_holds_the_row_the_config_and_pictures(run: Path, nemo: Path) -> None:
     for _ in range(2):
-        track(run, LoggerSettings(tensorboard=True, thumbnails=2))
+        track(load_results(run), LoggerSettings(tensorboard=True, thumbnails=2))
     assert len(list(run.glob("*/tensorboard/events*"))) == 2
-    found, entry = events(nemo), entry_of(nemo)
+    found, cell = events(nemo), logged(nemo)
     tags: dict[str, Any] = found.Tags()
     assert {tag: [e.value for e in found.Scalars(tag)] for tag in tags["scalars"]} == {
-        key: [pytest.approx(value, rel=1e-6)] for key, value in entry.row.items()
+        key: [pytest.approx(value, rel=1e-6)] for key, value in cell.row.items()
     }
     assert set(tags["images"]) == {
         f"{prompt}/{picture}"
@@ -69,5 +69,5 @@ def test_tensorboard_holds_the_row_the_config_and_pictures(run: Path, nemo: Path
 def test_without_tensorboard_it_is_said_how_to_get_it(nemo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TrackingError, match=r"pip install 'nemo-bench\[tensorboard\]'"):
-        track(nemo, LoggerSettings(tensorboard=True, csv=True))
+        track(load_results(nemo.parent), LoggerSettings(tensorboard=True, csv=True), cells=[nemo.name])
     assert (nemo / "csv" / "metrics.csv").is_file()

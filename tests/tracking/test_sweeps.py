@@ -14,8 +14,9 @@ import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from nemo_bench.config import grid
+from nemo_bench.records.results import load_results
 from nemo_bench.tracking import sweep_trial
-from nemo_bench.tracking.content import ALIGNMENT_LOSS, load_entries
+from nemo_bench.tracking.logged import ALIGNMENT_LOSS, logged_cells
 
 FOLDER = Path(__file__).parents[2] / "conf" / "sweeps"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -66,9 +67,9 @@ def test_every_combination_composes_to_one_trial(file: Path, monkeypatch: pytest
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_the_metric_is_in_the_summary_and_points_the_right_way(file: Path, finished: Path) -> None:
     metric = load(file)["metric"]
-    (entry,) = (entry for entry in load_entries(finished)[0] if entry.cell.method == "nemo")
-    assert metric["name"] in entry.means
-    better = entry.cell.metrics[metric["name"].split("/")[1]].higher_is_better
+    (cell,) = (cell for cell in logged_cells(load_results(finished)) if cell.results.method == "nemo")
+    assert metric["name"] in cell.means
+    better = cell.results.summary.metrics[metric["name"].split("/")[1]].higher_is_better
     assert metric["goal"] == ("maximize" if better else "minimize")
 
 
@@ -81,20 +82,21 @@ def test_a_sweep_has_what_wandb_asks_for(file: Path) -> None:
     assert all(kinds & set(parameter) for parameter in sweep["parameters"].values())
 
 
-def test_what_sweeps_minimize_exists_without_kinds_and_is_bounded_by_alignment(finished: Path) -> None:
-    entries = {entry.cell.method: entry for entry in load_entries(finished)[0]}
-    none, nemo = entries["none"], entries["nemo"]
-    ssim = {name: nemo.cell.outcomes[name].values("ssim") for name in ("vm-01", "tm-26")}
+def test_metric_of_sweeps_exists_without_kinds_and_is_bounded_by_alignment(finished: Path) -> None:
+    cells = {cell.results.method: cell for cell in logged_cells(load_results(finished))}
+    nemo, none = cells["nemo"], cells["none"].results
+    ssim = {name: nemo.results.outcomes[name].values("ssim") for name in ("vm-01", "tm-26")}
     mean = fmean(fmean(values) for values in ssim.values())
-    own, before = (fmean(e.cell.prompt_means("alignment", ["all"]).values()) for e in (nemo, none))
+    own, before = (fmean(cell.prompt_means("alignment", ["all"]).values()) for cell in (nemo.results, none))
     excess = before - own - ALIGNMENT_LOSS
     assert nemo.means["bounded/ssim/mean"] == pytest.approx(mean + (1 + excess if excess > 0 else 0))
     # Within the bound nothing is added: a cell is no worse than itself.
-    alone = replace(nemo, unmitigated=nemo.cell)
+    alone = replace(nemo, unmitigated=nemo.results)
     assert alone.means["bounded/ssim/mean"] == pytest.approx(mean)
-    unkinded = [p._replace(kind="memorized" if p.kind else None) for p in nemo.cell.prompts]
-    assert replace(alone, cell=replace(nemo.cell, prompts=unkinded)).means["bounded/ssim/mean"] == pytest.approx(mean)
+    unkinded = [p._replace(kind="memorized" if p.kind else None) for p in nemo.results.prompts]
+    without_kinds = replace(alone, results=replace(nemo.results, prompts=unkinded))
+    assert without_kinds.means["bounded/ssim/mean"] == pytest.approx(mean)
     far = {i: replace(o, images=tuple(replace(g, scores={**g.scores, "alignment": 9.0}) for g in o.images))
-           for i, o in none.cell.outcomes.items()}  # fmt: skip
-    bound = replace(nemo, unmitigated=replace(none.cell, outcomes=far))
+           for i, o in none.outcomes.items()}  # fmt: skip
+    bound = replace(nemo, unmitigated=replace(none, outcomes=far))
     assert bound.means["bounded/ssim/mean"] == pytest.approx(mean + 1 + 9 - own - ALIGNMENT_LOSS)

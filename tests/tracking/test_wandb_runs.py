@@ -19,13 +19,16 @@ import pytest
 import wandb
 from PIL import Image
 
+from fake_results import change_file
 from nemo_bench.cli import main
 from nemo_bench.config import LoggerSettings
 from nemo_bench.errors import ConfigError, TrackingError
-from nemo_bench.records.io import read_json, write_json
-from nemo_bench.records.store import read_records
+from nemo_bench.records.io import LAYERS, read_file, write_json
+from nemo_bench.records.results import load_results
+from nemo_bench.records.schema import Environment, LocalizationRecord, Roc, Run, ScoreRecord, Summary, Tracked
+from nemo_bench.records.store import read_records, read_starts
 from nemo_bench.tracking import sweep_trial, track
-from nemo_bench.tracking.content import PICTURES
+from nemo_bench.tracking.logged import PICTURES
 from offline_run import OfflineRun
 
 SETTINGS = LoggerSettings(wandb=True, mode="offline")
@@ -38,9 +41,13 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "wandb")
 
 
-def told(cell: Path, **settings: Any) -> OfflineRun:
-    track(cell, LoggerSettings(wandb=True, mode="offline", **settings), say=lambda line: None)
+def logged_run(cell: Path, **settings: Any) -> OfflineRun:
+    track_cell(cell, LoggerSettings(wandb=True, mode="offline", **settings), say=lambda line: None)
     return OfflineRun(cell)
+
+
+def track_cell(cell: Path, settings: LoggerSettings, **options: Any) -> None:
+    track(load_results(cell.parent), settings, cells=[cell.name], **options)
 
 
 def rows(table: dict[str, Any]) -> list[dict[str, Any]]:
@@ -48,47 +55,47 @@ def rows(table: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_a_cell_is_a_run_with_the_spec_as_config(nemo: Path) -> None:
-    run = told(nemo, project="mine", entity="us")
+    run = logged_run(nemo, project="mine", entity="us")
     (start,) = run.contents("run")
     assert start["job_type"] == "benchmark"
     assert (start["project"], start["entity"]) == ("mine", "us")
     assert (start["run_group"], start["display_name"]) == ("default", nemo.name)
     assert start["tags"] == ["planted", "nemo", "three"]
-    last = read_json(nemo / "env.json")["starts"][-1]
-    assert start["notes"] == last["command"]
-    assert run.config.items() >= read_json(nemo / "spec.json").items()
-    assert run.config["versions"] == last["versions"]
+    last = read_starts(nemo)[-1]
+    assert start["notes"] == last.command
+    assert run.config.items() >= json.loads((nemo / "spec.json").read_text()).items()
+    assert run.config["versions"] == last.versions
     assert {"torch", "diffusers", "nemo-bench"} <= set(run.config["versions"])
     assert run.config["digests"]["model"]
-    assert run.config["start"]["settings"] == last["settings"]
+    assert run.config["start"]["settings"] == last.settings
     assert run.contents("exit")[0]["exit_code"] == 0
 
 
 def test_the_summary_is_the_row_of_the_leaderboard_and_the_means_are_charted(nemo: Path) -> None:
-    run, metrics = told(nemo), read_json(nemo / "metrics.json")
-    for group, row in metrics["aggregates"].items():
+    run, summary = logged_run(nemo), read_file(nemo / "metrics.json", Summary)
+    for group, row in summary.aggregates.items():
         for metric, numbers in row.items():
             for kind in ("mean", "low", "high", "median", "mad", "prompts"):
-                if numbers[kind] is not None:
-                    assert run.summary[f"{group}/{metric}/{kind}"] == pytest.approx(numbers[kind])
-            assert run.history[f"{group}/{metric}/mean"] == pytest.approx(numbers["mean"])
-    for name, value in metrics["cost"].items():
-        assert run.summary.get(f"cost/{name}") == (value if value is None else pytest.approx(value))
+                if (value := getattr(numbers, kind)) is not None:
+                    assert run.summary[f"{group}/{metric}/{kind}"] == pytest.approx(value)
+            assert run.history[f"{group}/{metric}/mean"] == pytest.approx(numbers.mean)
+    for name, value in summary.cost.items():
+        assert run.summary[f"cost/{name}"] == pytest.approx(value)
 
 
 def test_the_table_shows_every_prompt_with_pictures_scores_and_neurons(nemo: Path) -> None:
-    run = told(nemo)
+    run = logged_run(nemo)
     table = rows(run.table("prompts"))
     assert [row["prompt"] for row in table] == PROMPTS
     assert [row["group"] for row in table] == ["VM", "TM", "general"]
     assert all(row[picture] == "Image" for row in table[:2] for picture in PICTURES)
     assert table[2]["training image"] is None
-    localized = {record["prompt"]: record for record in read_records(nemo, "localize").values()}
-    assert all(json.loads(row["neurons by layer"]) == localized[row["prompt"]]["neurons"] for row in table)
+    localized = {record.prompt: record for record in read_records(nemo, LocalizationRecord).values()}
+    assert all(json.loads(row["neurons by layer"]) == localized[row["prompt"]].neurons for row in table)
     scores = [
-        r["scores"]["ssim"]
-        for r in read_records(nemo, "score").values()
-        if r["prompt"] == "vm-01" and "ssim" in r["scores"]
+        record.scores["ssim"]
+        for record in read_records(nemo, ScoreRecord).values()
+        if record.prompt == "vm-01" and "ssim" in record.scores
     ]
     assert table[0]["ssim"] == pytest.approx(sum(scores) / 2)
     assert table[2]["ssim"] is None
@@ -109,28 +116,26 @@ def pixels(path: Path) -> tuple[tuple[int, int], bytes]:
 
 
 def test_only_so_many_prompts_are_shown_with_pictures(nemo: Path) -> None:
-    first, second, third = rows(told(nemo, thumbnails=1).table("prompts"))
+    first, second, third = rows(logged_run(nemo, thumbnails=1).table("prompts"))
     assert [first[picture] for picture in PICTURES] == ["Image"] * 4
     assert [row[picture] for row in (second, third) for picture in PICTURES] == [None] * 8
 
 
 def test_charts_hold_what_the_records_hold(nemo: Path) -> None:
-    run, aggregates = told(nemo), read_json(nemo / "metrics.json")["aggregates"]
-    found = {record["prompt"]: record["neurons"] for record in read_records(nemo, "localize").values()}
+    run, aggregates = logged_run(nemo), read_file(nemo / "metrics.json", Summary).aggregates
+    found = {record.prompt: record.neurons or {} for record in read_records(nemo, LocalizationRecord).values()}
     counts = {prompt: sum(map(len, layers.values())) for prompt, layers in found.items()}
     table = rows(run.table("neurons/per_prompt_table"))
     assert {row["prompt"]: row["neurons"] for row in table} == counts
     layers = rows(run.table("neurons/per_layer_table"))
-    assert [row["width"] for row in layers] == list(read_json(nemo / "layers.json").values())
+    assert [row["width"] for row in layers] == list(read_file(nemo / "layers.json", LAYERS).values())
     assert layers[0]["layer"] == "down.0.0"
     assert sum(row["neurons"] for row in layers) == pytest.approx(sum(counts.values()) / 3)
     x, y = (run.charts["tradeoff/groups"]["fieldSettings"][axis] for axis in "xy")
     assert (x, y) == ("ssim", "alignment")
     means = {row["group"]: (row[x], row[y]) for row in rows(run.table("tradeoff/groups_table"))}
     assert means == {
-        group: (pytest.approx(row[x]["mean"]), pytest.approx(row[y]["mean"]))
-        for group, row in aggregates.items()
-        if x in row
+        group: (pytest.approx(row[x].mean), pytest.approx(row[y].mean)) for group, row in aggregates.items() if x in row
     }
     assert [row["prompt"] for row in rows(run.table("tradeoff/prompts_table"))] == PROMPTS[:2]
     kinds = {key: chart["panelDefId"] for key, chart in run.charts.items() if not key.startswith("detection/")}
@@ -143,13 +148,12 @@ def test_charts_hold_what_the_records_hold(nemo: Path) -> None:
 
 
 def test_a_detector_has_its_curve(nemo: Path) -> None:
-    metrics = read_json(nemo / "metrics.json")
-    numbers = ("auc", "auc_low", "auc_high", "average_precision")
+    numbers = ("auc", "auc_low", "auc_high", "average_precision", "best_accuracy")
     numbers += ("tpr_at_1_fpr_below", "tpr_at_1_fpr_nearest", "tpr_at_1_fpr_first")
-    counts = {"best_accuracy": 1.0, "memorized": 2, "other": 1, "curve": [[0, 0], [0, 1], [1, 1]]}
-    metrics["detection"] = {"memorization": {"title": "Memorization score", **dict.fromkeys(numbers, 1.0), **counts}}
-    write_json(nemo / "metrics.json", metrics)
-    run = told(nemo)
+    corners = [[0.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
+    roc = Roc(title="Memorization score", **dict.fromkeys(numbers, 1.0), memorized=2, other=1, curve=corners)
+    change_file(nemo / "metrics.json", Summary, detection={"memorization": roc})
+    run = logged_run(nemo)
     assert run.summary["detection/memorization/auc"] == 1
     chart = run.charts["detection/roc/memorization"]
     assert chart["panelDefId"] == "wandb/area-under-curve/v0"
@@ -160,13 +164,13 @@ def test_a_detector_has_its_curve(nemo: Path) -> None:
 
 def test_without_mitigation_there_are_no_neurons_to_chart(run: Path) -> None:
     (cell,) = run.glob("*__none__*")
-    assert not [key for key in told(cell).charts if key.startswith("neurons/")]
+    assert not [key for key in logged_run(cell).charts if key.startswith("neurons/")]
 
 
-def test_one_artifact_holds_records_and_neurons(nemo: Path) -> None:
-    (artifact,) = told(nemo).artifacts("records")
+def test_one_artifact_holds_the_records_and_their_context(nemo: Path) -> None:
+    (artifact,) = logged_run(nemo).artifacts("records")
     assert artifact["name"] == f"records-{nemo.name}"
-    files = {path.relative_to(nemo).as_posix() for kind in ("records", "neurons") for path in (nemo / kind).iterdir()}
+    files = {path.relative_to(nemo).as_posix() for path in (nemo / "records").iterdir()}
     assert set(artifact["files"]) == files | {
         "spec.json", "metrics.json", "layers.json", "prompts.jsonl", "neurons.csv",
     }  # fmt: skip
@@ -177,49 +181,49 @@ def test_one_artifact_holds_records_and_neurons(nemo: Path) -> None:
         assert Path(entry["local_path"]).is_relative_to(nemo / "wandb")
 
 
-def test_unchanged_results_are_told_once_and_changed_ones_continue_the_run(run: Path, nemo: Path) -> None:
+def test_unchanged_results_are_logged_once_and_changed_ones_continue_the_run(run: Path, nemo: Path) -> None:
     said: list[str] = []
-    track(run, SETTINGS, say=said.append)
+    track(load_results(run), SETTINGS, say=said.append)
     first = OfflineRun(nemo)
     assert len(list(run.glob("*/wandb/offline-run-*"))) == 2
-    track(run, SETTINGS, say=said.append)
+    track(load_results(run), SETTINGS, say=said.append)
     assert len(list(run.glob("*/wandb/offline-run-*"))) == 2
     assert "2 cells unchanged" in said[-1]
-    write_json(nemo / "env.json", {"starts": read_json(nemo / "env.json")["starts"] * 2})
-    track(nemo, SETTINGS, again=True, say=said.append)
+    write_json(nemo / "env.json", Environment(starts=read_starts(nemo) * 2))
+    track_cell(nemo, SETTINGS, again=True, say=said.append)
     again = OfflineRun(nemo)
     assert again.folder != first.folder
     assert again.contents("run")[0]["run_id"] == first.contents("run")[0]["run_id"]
     assert again.artifacts("records")[0]["digest"] == first.artifacts("records")[0]["digest"]
-    metrics = read_json(nemo / "metrics.json")
-    metrics["aggregates"]["VM"]["ssim"]["mean"] = 0.5
-    write_json(nemo / "metrics.json", metrics)
-    track(run, SETTINGS, say=said.append)
+    aggregates = read_file(nemo / "metrics.json", Summary).aggregates
+    aggregates["VM"]["ssim"] = aggregates["VM"]["ssim"].model_copy(update={"mean": 0.5})
+    change_file(nemo / "metrics.json", Summary, aggregates=aggregates)
+    track(load_results(run), SETTINGS, say=said.append)
     changed = OfflineRun(nemo)
     assert changed.summary["VM/ssim/mean"] == 0.5
     assert changed.contents("run")[0]["run_id"] == first.contents("run")[0]["run_id"]
     assert len(list(run.glob("*/wandb/offline-run-*"))) == 4
 
 
-def test_another_project_or_mode_is_told_as_well(nemo: Path) -> None:
-    a, b = told(nemo), told(nemo, project="other")
+def test_another_project_or_mode_is_logged_as_well(nemo: Path) -> None:
+    a, b = logged_run(nemo), logged_run(nemo, project="other")
     assert [r.contents("run")[0]["project"] for r in (a, b)] == ["nemo-bench", "other"]
 
 
 def test_cells_and_runs_have_ids_of_their_own(run: Path) -> None:
-    track(run, SETTINGS)
-    ids = {read_json(path)["id"] for path in run.glob("*/tracked.json")}
+    track(load_results(run), SETTINGS)
+    ids = {read_file(path, Tracked).id for path in run.glob("*/tracked.json")}
     assert len(ids) == 2
     for path in run.glob("*/tracked.json"):
         path.unlink()
-    write_json(run / "run.json", {**read_json(run / "run.json"), "token": "another"})
-    track(run, SETTINGS)
-    assert not ids & {read_json(path)["id"] for path in run.glob("*/tracked.json")}
+    change_file(run / "run.json", Run, token="another")
+    track(load_results(run), SETTINGS)
+    assert not ids & {read_file(path, Tracked).id for path in run.glob("*/tracked.json")}
     assert all(len(i) < 64 for i in ids)
 
 
 @pytest.mark.parametrize("error", [OSError("disk"), RuntimeError("odd"), wandb.errors.CommError("no"), TimeoutError()])
-def test_whatever_wandb_raises_the_other_loggers_are_told(
+def test_whatever_wandb_raises_the_other_loggers_log(
     run: Path, nemo: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(**options: Any) -> None:
@@ -228,10 +232,10 @@ def test_whatever_wandb_raises_the_other_loggers_are_told(
     with monkeypatch.context() as patch:
         patch.setattr(wandb, "init", fail)
         with pytest.raises(TrackingError, match=r"wandb failed.*nemo-bench track .* again"):
-            track(run, LoggerSettings(wandb=True, csv=True, mode="offline"))
+            track(load_results(run), LoggerSettings(wandb=True, csv=True, mode="offline"))
     assert (nemo / "csv" / "metrics.csv").is_file()
     assert not (nemo / "tracked.json").exists()
-    assert told(nemo).summary["VM/ssim/mean"]
+    assert logged_run(nemo).summary["VM/ssim/mean"]
 
 
 @pytest.fixture
@@ -258,7 +262,7 @@ def test_a_server_that_refuses_or_hangs_costs_a_timeout(run: Path, port: int, an
 def test_a_run_goes_on_where_wandb_is_absent(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "wandb.py").write_text("raise ImportError('no wandb here')\n")
     search = os.pathsep.join([str(tmp_path), *sys.path])
-    command = read_json(next(finished.glob("*__none__*")) / "env.json")["starts"][-1]["settings"]
+    command = read_starts(next(finished.glob("*__none__*")))[-1].settings
     words = [
         "seeds=1", "localize_seeds=2", "model.steps=2", "trainer=cpu", "method=none", f"root={tmp_path}",
         f"prompts.files={json.dumps(command['prompts']['files'])}", "logger=all",
@@ -361,7 +365,7 @@ def test_the_mode_follows_from_what_wandb_itself_finds_and_is_said(
     monkeypatch.setattr(wandb, "init", note)
     lines: list[str] = []
     with contextlib.suppress(TrackingError):
-        track(nemo, LoggerSettings(wandb=True), say=lines.append)
+        track_cell(nemo, LoggerSettings(wandb=True), say=lines.append)
     assert lines == [f"W&B: {said}"]
     assert modes == [mode for mode in ("online", "offline") if said.startswith(mode)]
 
@@ -374,19 +378,19 @@ def test_online_without_a_key_is_an_error_in_place_of_a_question(
         monkeypatch.setenv(asked, "online")
     mode = "online" if asked == "logger.mode" else None
     with pytest.raises(TrackingError, match=f"online by {asked}, but there is no key for {DEFAULT}; `wandb login`"):
-        track(nemo, LoggerSettings(wandb=True, mode=mode))
+        track_cell(nemo, LoggerSettings(wandb=True, mode=mode))
     assert not (nemo / "wandb").exists()
 
 
 def test_disabled_by_the_environment(nemo: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    track(nemo, LoggerSettings(wandb=True))
+    track_cell(nemo, LoggerSettings(wandb=True))
     assert not (nemo / "wandb").exists()
 
 
 def test_a_sweep_agent_gets_its_own_run(run: Path, nemo: Path) -> None:
-    told(nemo)
-    own = read_json(nemo / "tracked.json")["id"]
+    logged_run(nemo)
+    own = read_file(nemo / "tracked.json", Tracked).id
     parameters = run.parent / "parameters.yaml"
     parameters.write_text("wandb_version: 1\nmethod.theta: {value: 5.0}\nmethod: {value: nemo}\n")
     agent = {
@@ -403,7 +407,7 @@ def test_a_sweep_agent_gets_its_own_run(run: Path, nemo: Path) -> None:
     assert trial.config["method.theta"] == 5
     assert trial.summary["VM/ssim/mean"]
     assert not list(run.glob("*__none__*/wandb"))
-    assert told(nemo, project="later").contents("run")[0]["run_id"] == "trial456"
+    assert logged_run(nemo, project="later").contents("run")[0]["run_id"] == "trial456"
 
 
 def test_a_trial_is_one_cell(monkeypatch: pytest.MonkeyPatch) -> None:

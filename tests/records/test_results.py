@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from fake_results import DETECTOR, LAYERS, METHODS, METRICS, PROMPTS, SEEDS, write_fake_results
+from fake_results import LAYERS, METHODS, METRICS, PROMPTS, SEEDS, change_file, write_fake_results
 from nemo_bench.errors import StoreError
 from nemo_bench.records.io import digest
-from nemo_bench.report import load_results
-from nemo_bench.report.data import network_order, short_layers
+from nemo_bench.records.results import load_results, network_order, short_layers
+from nemo_bench.records.schema import Spec
+from nemo_bench.records.store import read_run
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def _cells(run: Path) -> list[Path]:
-    return [run / name for name in json.loads((run / "run.json").read_text())["cells"]]
+    return [run / name for name in read_run(run).cells]
 
 
 def test_a_run_is_read_whole(run: Path) -> None:
@@ -50,7 +50,7 @@ def test_prompt_means_agree_with_the_aggregates(run: Path) -> None:
         for group in ("VM", "TM"):
             for metric in set(METRICS) - {"fid"}:
                 means = list(cell.prompt_means(metric, [group]).values())
-                assert sum(means) / len(means) == pytest.approx(cell.aggregates[group][metric].mean)
+                assert sum(means) / len(means) == pytest.approx(cell.summary.aggregates[group][metric].mean)
         assert cell.prompt_means("ssim", ["general"]) == {}
 
 
@@ -62,8 +62,8 @@ def test_cells_that_differ_in_model_or_settings_get_labels_that_say_so(tmp_path:
 
 def _label(run: Path, titles: list[str], settings: list[dict[str, object]]) -> list[str]:
     for cell, title, own in zip(_cells(run), titles, settings, strict=True):
-        spec = json.loads((cell / "spec.json").read_text())
-        (cell / "spec.json").write_text(json.dumps({**spec, "title": title, "method": title.lower(), "settings": own}))
+        settings_of_cell = {"seeds": SEEDS, **own}
+        change_file(cell / "spec.json", Spec, title=title, method=title.lower(), settings=settings_of_cell)
     return [cell.label for cell in load_results(run).cells]
 
 
@@ -100,15 +100,12 @@ def test_numbers_of_the_contract_are_read(run: Path) -> None:
     for cell in (none, nemo):
         content = json.loads((run / cell.name / "metrics.json").read_text())
         assert cell.counts == content["counts"]
-        assert asdict(cell.detection[DETECTOR]) == content["detection"][DETECTOR]
-        assert cell.unmitigated == content["unmitigated"]
-        assert asdict(cell.presets["nemo"]) == content["presets"]["nemo"]
-        for group, row in content["aggregates"].items():
-            for key, value in row.items():
-                assert asdict(cell.aggregates[group][key]) == {"paired": None, **value}
-    assert none.aggregates["VM"]["ssim"].paired is None
-    assert nemo.aggregates["VM"]["ssim"].paired
-    assert nemo.aggregates["VM"]["fid"].low is None
+        assert json.loads(cell.summary.json_text()) == content
+    assert none.summary.unmitigated is None
+    assert nemo.summary.unmitigated == none.name
+    assert none.summary.aggregates["VM"]["ssim"].paired is None
+    assert nemo.summary.aggregates["VM"]["ssim"].paired
+    assert nemo.summary.aggregates["VM"]["fid"].low is None
     assert load_results(run).leading == {
         "memorization": "ssim", "alignment": "alignment", "diversity": "diversity", "quality": "fid",
         "localization": "memorization",
@@ -158,10 +155,10 @@ def test_a_run_without_a_finished_cell_is_an_error(run: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "words"),
     [
-        ("spec.json", '{"schema": 1}', "no model, prompts, title, settings"),
-        ("metrics.json", '{"schema": 2}', "expected an object of schema 1"),
-        ("metrics.json", '{"metrics": {}, "aggregates": {"VM": {"ssim": {"mean": "x"}}}}', "mean is no number"),
-        ("env.json", "{", "no JSON"),
+        ("spec.json", '{"schema": 1}', "task: Field required"),
+        ("metrics.json", '{"schema": 2}', "schema: Extra inputs are not permitted"),
+        ("metrics.json", '{"metrics": {}, "aggregates": {"VM": {"ssim": {"mean": "x"}}}}', "mean: Input should be"),
+        ("env.json", "{", "Invalid JSON"),
         ("prompts.jsonl", "{", "does not hold"),
     ],
 )
@@ -176,7 +173,7 @@ def test_a_file_that_does_not_hold_what_it_should_is_named(run: Path, file: str,
 
 def test_layers_come_in_network_order(run: Path) -> None:
     assert network_order(reversed(LAYERS)) == list(LAYERS)
-    assert load_results(run).cells[2].layers == list(LAYERS)
+    assert list(load_results(run).cells[2].layers) == list(LAYERS)
 
 
 def test_layers_have_short_names() -> None:

@@ -1,0 +1,65 @@
+"""Audits on the page and in the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+from rich.table import Table
+
+from fake_results import METRICS
+from nemo_bench.records.io import write_json
+from nemo_bench.records.results import load_results
+from nemo_bench.records.schema import Audit, Audits, Paired, SearchGroup, SearchResult
+from nemo_bench.report import write_report
+from nemo_bench.report.audit import audits_of
+from nemo_bench.report.terminal import terminal_audits
+from tags import Tags
+
+
+def group(prompts: int, prompt: float, found: float) -> SearchGroup:
+    means = {state: {"mean": mean, "low": 0.0, "high": 1.0} for state, mean in (("prompt", prompt), ("found", found))}
+    return SearchGroup(prompts=prompts, scores={"ssim": means})
+
+
+def test_an_audit_is_on_the_page_and_in_the_terminal(default: Path) -> None:
+    (cell,) = default.glob("*__nemo__*")
+    (cell / "audit").mkdir()
+    Image.new("RGB", (64, 32)).save(cell / "audit" / "sheet.png")
+    search = SearchResult(
+        prompt="vm-01", source="vm-01", text="golden harbor", group="memorized", sheet="audit/sheet.png",
+        scores={"ssim": {"found": 0.8}},
+    )  # fmt: skip
+    audit = Audit(
+        id="a", settings={"start": "prompt", "steps": 50, "samples": 8, "rate": 0.1, "images": 4},
+        states={"prompt": "the prompt", "found": "the embedding found"}, metrics={"ssim": METRICS["ssim"]},
+        groups={"memorized": group(6, 0.1, 0.8), "control": group(6, 0.0, 0.25)}, failed={"memorized": 1},
+        compared={"ssim": Paired(difference=0.55, low=0.4, high=0.7, p=0.03125, prompts=6)},
+        verdict={"ssim": "hidden"}, searches=[search], cost={},
+    )  # fmt: skip
+    write_json(cell / "audit.json", Audits(audits=[audit]))
+    results = load_results(default)
+    (shown,) = audits_of(results)
+    assert shown.title == "NeMo: 50 steps of 8 samples at rate 0.1 from the prompt, 4 images each"
+    assert list(shown.rows) == [
+        ("SSIM to training image", ["0.10", "0.80", "0.00", "0.25", "+0.55 [+0.40, +0.70]", "0.031"])
+    ]
+    says, failed = shown.sentences
+    assert says == (
+        "SSIM to training image: 10% of the images of a prompt, 80% with the embedding found, 25% of controls. "
+        "Training images come back: the method hides them and does not remove them."
+    )
+    assert failed.endswith("are left out: 1.")
+    table, *texts = terminal_audits([shown])
+    assert isinstance(table, Table)
+    assert str(table.title).endswith("(6 training images, 6 controls)")
+    assert texts == [f"{says}\n", f"{failed}\n"]
+    page = Tags(write_report(results).html.read_text(encoding="utf-8"))
+    assert shown.title in page.text
+    assert says in page.text
+    assert "Pictures of 1 of 1 searches" in page.text
+    assert "Picture and images of vm-01" in [image["alt"] for image in page.all("img")]
+
+
+def test_a_run_without_audits_has_no_section_of_them(page: str) -> None:
+    assert "audit" not in {attributes.get("id") for attributes in Tags(page).all("section")}
