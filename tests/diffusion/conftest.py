@@ -7,9 +7,9 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
-from checkpoints import original_layout
 from safetensors.torch import save_file
 
+from checkpoints import original_layout
 from tiny import tiny_pipeline
 
 COMMITS = ("1" * 40, "2" * 40)

@@ -14,10 +14,10 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
-from checkpoints import original_layout
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
+from checkpoints import original_layout
 from nemo_bench import Diffusion
 from nemo_bench.diffusion import Source
 from nemo_bench.errors import ModelError
