@@ -109,8 +109,9 @@ class Source:
 
     def _read(self, name: str) -> dict[str, Any]:
         """Reads a file of settings, downloaded if necessary."""
+        repository = self._repository
         try:
-            path = self._repository.get(name) if self._repository else Path(self.place) / name
+            path = repository.get(name) if repository else Path(self.place) / name
             content = parse_json(path.read_text(encoding="utf-8"))
         except ModelError as error:
             raise ModelError(f"model '{self.place}': {error}") from error
