@@ -15,7 +15,7 @@ from nemo_bench.config import grid
 from nemo_bench.localization import REFERENCE, pair_scores
 from nemo_bench.methods import Setup
 from nemo_bench.prompts.tasks import seeds_of
-from nemo_bench.records.store import read_records
+from on_disk import read_records
 from small_runs import small
 from tiny import tiny_texts
 

@@ -16,7 +16,7 @@ from nemo_bench.localization.published import read_published
 from nemo_bench.prompts import read_links, read_manifest, read_prompts
 from nemo_bench.prompts.external import mapped_images
 from nemo_bench.records.data import Neurons, Prompt
-from nemo_bench.records.store import read_records
+from on_disk import read_records
 
 PUBLISHED = (
     "Caption;URL;Initial Neurons;Initial SSIM;Refined Neurons;Refined SSIM\na b;;[[3, 17], []];0.5;[[3], []];0.1\n"

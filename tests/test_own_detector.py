@@ -13,8 +13,7 @@ import torch
 
 from nemo_bench import Diffusion, read_prompts
 from nemo_bench.prompts.tasks import seeds_of
-from nemo_bench.records.io import read_json
-from nemo_bench.records.store import read_records
+from on_disk import read_json, read_records
 from shown import write_shown
 
 

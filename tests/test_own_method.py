@@ -17,7 +17,7 @@ import torch
 from batches import batch_of, images_of
 from nemo_bench import Diffusion
 from nemo_bench.methods import Method, NoMitigation
-from nemo_bench.records.store import read_records
+from on_disk import read_records
 from shown import write_shown
 
 SMALL = [

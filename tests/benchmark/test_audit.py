@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 
 from nemo_bench import Diffusion, Neurons, resolve
 from nemo_bench.benchmark.audit import cells_of, verdict
-from nemo_bench.benchmark.runner import by_prompt
 from nemo_bench.benchmark.stages.audit import AuditSettings, fitted_picture
 from nemo_bench.cli import main
 from nemo_bench.config import build, grid, options
@@ -33,9 +32,9 @@ from nemo_bench.metrics import SSIM, PixelDistance
 from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.images import open_image
-from nemo_bench.records.io import read_json
-from nemo_bench.records.store import Store, read_records
+from nemo_bench.records.store import Store
 from nemo_bench.report.audit import load_audits, terminal_audits
+from on_disk import read_json, read_records
 from small_runs import small
 
 QUICK = ["steps=2", "samples=2", "images=2", "trainer=cpu"]

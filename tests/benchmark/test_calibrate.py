@@ -20,8 +20,8 @@ from nemo_bench.cli import main
 from nemo_bench.config import grid
 from nemo_bench.errors import ConfigError, ModelError, StoreError
 from nemo_bench.localization import activation_statistics, read_statistics, threshold, write_statistics
-from nemo_bench.records.io import prompts_digest, read_json
-from nemo_bench.records.store import read_records
+from nemo_bench.records.io import prompts_digest
+from on_disk import read_json, read_records
 
 SMALL = ["localize_seeds=2", "prompts.calibration_limit=10", "trainer=cpu", "method=nemo"]
 

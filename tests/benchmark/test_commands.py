@@ -25,8 +25,8 @@ from nemo_bench.config import grid
 from nemo_bench.diffusion import folder_digest
 from nemo_bench.errors import StoreError
 from nemo_bench.prompts import read_prompts
-from nemo_bench.records.data import Neurons, Record
-from nemo_bench.records.store import read_records
+from nemo_bench.records.data import Neurons
+from on_disk import read_records
 from small_runs import small
 
 SMALL = [*small(), "method=nemo"]
@@ -47,7 +47,7 @@ def execute(words: list[str]) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def records(root: Path, stage: str) -> dict[str, Record]:
+def records(root: Path, stage: str) -> dict[str, dict[str, Any]]:
     (cell,) = (p for p in (root / "default").iterdir() if p.is_dir())
     rounded = ("cost", "sha256", "bytes")  # batches of other sizes round pixels otherwise
     return {n: {k: v for k, v in r.items() if k not in rounded} for n, r in read_records(cell, stage).items()}

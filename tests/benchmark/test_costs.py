@@ -9,7 +9,7 @@ import pytest
 from nemo_bench.benchmark.plan import plan
 from nemo_bench.benchmark.run import run
 from nemo_bench.config import grid
-from nemo_bench.records.io import read_json
+from on_disk import read_json, read_records
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def test_methods_go_through_all_stages(method: str, prompt_file: Path, tmp_path:
     (cell,) = plan(grid(words))
     run([cell], "test", say=lambda line: None, progress=False)
     assert cell.store.is_done("score")
-    assert len(cell.store.records("generate")) == 3
+    assert len(read_records(cell.store.folder, "generate")) == 3
 
 
 def test_records_count_a_methods_own_passes(prompt_file: Path, tmp_path: Path) -> None:
@@ -33,15 +33,15 @@ def test_records_count_a_methods_own_passes(prompt_file: Path, tmp_path: Path) -
     ]  # fmt: skip
     none, optimized = plan(grid(words))
     run([none, optimized], "test", say=lambda line: None, progress=False)
-    plain = {record["id"]: record for record in none.store.records("generate").values()}
+    plain = {record["id"]: record for record in read_records(none.store.folder, "generate").values()}
     assert {record["cost"]["row_passes"] for record in plain.values()} == {8}
     assert all("notes" not in record for record in plain.values())
     # Three images a prompt: unconditional noise, two passes and their gradients. Then two seeds are measured.
     for cell, once in ((none, 0), (optimized, 3 * (1 + 2 * 2))):
-        localized = [record["cost"] for record in cell.store.records("localize").values()]
+        localized = [record["cost"] for record in read_records(cell.store.folder, "localize").values()]
         assert [(cost["once_row_passes"], cost["row_passes"]) for cost in localized] == [(once, once + 2)] * 3
         assert read_json(cell.store.folder / "metrics.json")["cost"]["once_row_passes_per_prompt"] == once
-    records = optimized.store.records("generate").values()
+    records = read_records(optimized.store.folder, "generate").values()
     assert {record["cost"]["row_passes"] for record in records} == {8}
     assert all(record["notes"] == {"steps": 2, "reached": False} for record in records)
     assert read_json(optimized.store.folder / "metrics.json")["cost"]["row_passes_per_image"] == 8
@@ -60,7 +60,7 @@ def test_what_images_share_is_no_cost_of_an_image_wherever_it_is_found(prompt_fi
     (cell.store.folder / "generate.done").unlink()
     (again,) = plan(grid(words))
     run([again], "test", say=lambda line: None, progress=False)
-    assert {record["cost"]["row_passes"] for record in again.store.records("generate").values()} == {8}
+    assert {record["cost"]["row_passes"] for record in read_records(again.store.folder, "generate").values()} == {8}
 
 
 def test_moving_the_noise_costs_each_image(prompt_file: Path, tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_moving_the_noise_costs_each_image(prompt_file: Path, tmp_path: Path) ->
     ]  # fmt: skip
     (cell,) = plan(grid(words))
     run([cell], "test", say=lambda line: None, progress=False)
-    assert {record["cost"]["row_passes"] for record in cell.store.records("generate").values()} == {8 + 8}
+    assert {record["cost"]["row_passes"] for record in read_records(cell.store.folder, "generate").values()} == {8 + 8}
     assert read_json(cell.store.folder / "metrics.json")["cost"]["once_row_passes_per_prompt"] == 0
 
 

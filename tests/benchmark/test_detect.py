@@ -15,9 +15,8 @@ from nemo_bench.benchmark import detect as detection
 from nemo_bench.cli import main
 from nemo_bench.config import detector_grid
 from nemo_bench.errors import ConfigError, StoreError
-from nemo_bench.records.io import read_json
-from nemo_bench.records.store import read_records
 from nemo_bench.report.detection import load_detections, write_detection
+from on_disk import read_json, read_records
 from tiny import tiny_sdxl
 
 SMALL = ["trainer=cpu", "model.steps=3", "batch_size=2"]

@@ -18,8 +18,7 @@ from nemo_bench.cli import main
 from nemo_bench.config import CellConfig, grid, options
 from nemo_bench.errors import ModelError
 from nemo_bench.metrics import Alignment
-from nemo_bench.records.io import read_json
-from nemo_bench.records.store import read_records
+from on_disk import read_json, read_records
 from small_runs import small
 from tiny import tiny_pipeline
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_bench.cli import main
-from nemo_bench.records.io import read_json
-from nemo_bench.records.store import read_records
+from on_disk import read_json, read_records
 from strict import read_strictly
 
 SMALL = ["seeds=2", "localize_seeds=2", "model.steps=2", "trainer=cpu", "logger.csv=true"]

@@ -22,10 +22,9 @@ from nemo_bench.benchmark.run import run
 from nemo_bench.config import grid
 from nemo_bench.errors import ConfigError, ModelError, NemoBenchError, StoreError
 from nemo_bench.prompts import MANIFEST
-from nemo_bench.records.io import read_json
-from nemo_bench.records.store import read_records
 from nemo_bench.report import load_results
 from nemo_bench.tracking import track
+from on_disk import read_json, read_records
 
 LIST = "package:planted/prompts/planted.jsonl"
 SMALL = ["seeds=2", "localize_seeds=2", "model.steps=2", "trainer=cpu", "prompts.limit=2", f"prompts.files=[{LIST}]"]

@@ -11,7 +11,7 @@ import pytest
 from nemo_bench.cli import main
 from nemo_bench.config import build
 from nemo_bench.errors import ConfigError
-from nemo_bench.records.io import read_json
+from on_disk import read_json
 
 READING = {
     "score": lambda folder: ["score", str(folder), "trainer=cpu"],

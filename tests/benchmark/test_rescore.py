@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from nemo_bench import ConfigError, resolve
+from nemo_bench.benchmark.pending import pending_work
 from nemo_bench.benchmark.plan import plan
-from nemo_bench.benchmark.run import outlook, run
+from nemo_bench.benchmark.run import run
 from nemo_bench.config import grid
 from nemo_bench.errors import ModelError
-from nemo_bench.records.io import read_json
-from nemo_bench.records.store import read_records
+from on_disk import read_json, read_records
 from small_runs import small
 
 DISTANCES = [
@@ -80,7 +80,7 @@ def test_images_are_paired_with_those_without_mitigation_whenever_they_come(tmp_
     assert "paired" not in read_json(both["none"] / "metrics.json")["aggregates"]["VM"]["ssim"]
 
     # Asked for alone again, it is still paired with what lies beside it, and nothing is scored anew.
-    assert not any(outlook(plan(grid(words(tmp_path, prompt_file, "method=random"))))[0]["pending"].values())
+    assert not any(pending_work(plan(grid(words(tmp_path, prompt_file, "method=random"))))[0]["pending"].values())
     before = (both["random"] / "metrics.json").read_text()
     execute(tmp_path, prompt_file, "method=random")
     assert (both["random"] / "metrics.json").read_text() == before
@@ -205,8 +205,12 @@ def test_other_weights_score_again_and_other_folders_do_not(tmp_path: Path, prom
     cell = execute(tmp_path, prompt_file, *asked, f"weights={weights}")["none"]
     before = json.loads((cell / "scoring.json").read_text())
     moved = weights.rename(tmp_path / "moved")
-    assert not any(outlook(plan(grid(words(tmp_path, prompt_file, *asked, f"weights={moved}"))))[0]["pending"].values())
+    assert not any(
+        pending_work(plan(grid(words(tmp_path, prompt_file, *asked, f"weights={moved}"))))[0]["pending"].values()
+    )
     assert str(tmp_path) not in json.dumps(before)
     with (moved / "sscd.pt").open("ab") as file:
         file.write(b"another file")
-    assert outlook(plan(grid(words(tmp_path, prompt_file, *asked, f"weights={moved}"))))[0]["pending"]["score"] == 3
+    assert (
+        pending_work(plan(grid(words(tmp_path, prompt_file, *asked, f"weights={moved}"))))[0]["pending"]["score"] == 3
+    )

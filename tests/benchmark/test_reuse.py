@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from nemo_bench import ConfigError, Neurons, read_prompts, resolve
+from nemo_bench.benchmark.pending import pending_work
 from nemo_bench.benchmark.plan import plan
-from nemo_bench.benchmark.run import outlook, run
-from nemo_bench.benchmark.runner import by_prompt
+from nemo_bench.benchmark.run import run
 from nemo_bench.config import grid
 from nemo_bench.localization.published import by_name, read_published
-from nemo_bench.records.io import read_json
-from nemo_bench.records.store import Store, read_records
+from nemo_bench.records.store import Store
 from nemo_bench.report import load_results
+from on_disk import read_json, read_records
 from small_runs import small
 
 
@@ -133,7 +133,7 @@ def test_what_was_found_is_blocked_again(finished: Path, tmp_path: Path, prompts
     moved = file.parent / f"moved-{kind}.csv" if kind == "csv" else tmp_path / "moved"
     (shutil.copy if kind == "csv" else shutil.copytree)(file, moved)
     renamed = plan(grid(words(tmp_path, prompts, "method=saved", f"method.file='{moved}'")))
-    assert [not any(row["pending"].values()) for row in outlook(renamed)] == [True]
+    assert [not any(row["pending"].values()) for row in pending_work(renamed)] == [True]
 
 
 def test_prompts_without_saved_neurons_are_found_before_anything_loads(finished: Path, prompts: str) -> None:

@@ -14,14 +14,14 @@ import pytest
 from rich.console import Console
 
 from nemo_bench import Neurons, Prompt, StoreError
+from nemo_bench.benchmark.pending import pending_work
 from nemo_bench.benchmark.plan import plan
-from nemo_bench.benchmark.run import outlook, run
-from nemo_bench.benchmark.runner import by_prompt
+from nemo_bench.benchmark.run import run
 from nemo_bench.benchmark.summary import _detection
 from nemo_bench.config import grid
-from nemo_bench.records.data import Record
-from nemo_bench.records.store import Store, read_records
+from nemo_bench.records.store import Store
 from nemo_bench.report import load_results, terminal_table
+from on_disk import read_records
 from small_runs import small
 
 SMALL = small()
@@ -31,7 +31,7 @@ def words(root: Path, prompts: Path, *more: str) -> list[str]:
     return [*SMALL, f"root={root}", f"prompts.files=[{prompts}]", *more]
 
 
-def results(folder: Path) -> dict[str, Record]:
+def results(folder: Path) -> dict[str, dict[str, Any]]:
     """All records of a run without what may differ between runs."""
     found = {}
     for cell in sorted(p for p in folder.iterdir() if p.is_dir()):
@@ -86,7 +86,7 @@ def test_every_cell_is_complete(finished: tuple[Path, Path]) -> None:
         assert (folder / name).stat().st_size > 100
 
 
-def found_by(folder: Path, method: str) -> dict[str, Record]:
+def found_by(folder: Path, method: str) -> dict[str, dict[str, Any]]:
     (cell,) = folder.glob(f"*__{method}__*")
     return by_prompt(Store(cell))
 
@@ -160,7 +160,7 @@ def test_again_nothing_is_open_and_nothing_is_loaded(
     folder, prompts = finished
     before = results(folder)
     cells = plan(grid(words(folder.parent, prompts)))
-    assert all(not any(row["pending"].values()) for row in outlook(cells))
+    assert all(not any(row["pending"].values()) for row in pending_work(cells))
 
     def refuse(*args: object) -> None:
         raise AssertionError("a model was loaded")

@@ -12,15 +12,9 @@ from hypothesis import strategies as st
 
 from misbehaving import picture
 from nemo_bench.errors import PromptError
-from nemo_bench.prompts import (
-    MANIFEST,
-    check_references,
-    prompts_digest,
-    read_manifest,
-    read_prompts,
-    references_digest,
-)
+from nemo_bench.prompts import MANIFEST, check_references, read_manifest, read_prompts, references_digest
 from nemo_bench.records.data import Prompt
+from nemo_bench.records.io import prompts_digest
 
 Write = Callable[..., Path]
 PNG = picture()

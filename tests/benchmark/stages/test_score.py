@@ -32,8 +32,9 @@ from nemo_bench.metrics import (
     Vendi,
 )
 from nemo_bench.prompts.tasks import PromptTask
-from nemo_bench.records.data import Prompt, Record
+from nemo_bench.records.data import Prompt
 from nemo_bench.records.store import Store
+from on_disk import read_records
 from small_networks import clip, descriptor, sscd
 
 CPU = torch.device("cpu")
@@ -64,7 +65,7 @@ def prompts(tmp_path: Path) -> list[Prompt]:
 
 
 @pytest.fixture
-def images(store: Store, prompts: Sequence[Prompt]) -> list[Record]:
+def images(store: Store, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
     records = []
     for number, prompt in enumerate(prompts):
         for seed in range(3):
@@ -76,13 +77,13 @@ def images(store: Store, prompts: Sequence[Prompt]) -> list[Record]:
 
 def score(
     metrics: dict[str, BenchMetric], store: Store, prompts: Sequence[Prompt], reader: SampleReader, *, at_once: int = 3
-) -> dict[str, Record]:
+) -> dict[str, dict[str, Any]]:
     pool = [path for prompt in prompts for path in prompt.references]
     stage = ScoringStage(metrics, store, pool)
     tasks = [PromptTask.from_prompt(prompt) for prompt in prompts]
     for start in range(0, len(tasks), at_once):
         stage.predict_step(reader(tasks[start : start + at_once]), 0)
-    records = store.records("score")
+    records = read_records(store.folder, "score")
     return {f"{r['prompt']}{'' if r['seed'] is None else r['seed']}": r for r in records.values()}
 
 
@@ -96,7 +97,7 @@ class Broken(SSCD):
 
 
 def test_features_that_are_not_finite_give_no_score_and_are_told(
-    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[Record]
+    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[dict[str, Any]]
 ) -> None:
     Image.new("RGB", (24, 24)).save(store.folder / images[1]["image"])
     network = Broken(sscd(tmp_path).file)
@@ -123,7 +124,7 @@ def test_features_that_are_not_finite_give_no_score_and_are_told(
 
 
 def test_images_that_failed_are_left_out_and_a_prompt_without_any_has_no_score(
-    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[Record]
+    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[dict[str, Any]]
 ) -> None:
     network = sscd(tmp_path)
     for record in (images[0], *images[3:6]):
@@ -147,7 +148,7 @@ def test_images_that_failed_are_left_out_and_a_prompt_without_any_has_no_score(
 
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_metrics_get_what_they_ask_for(
-    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[Record], at_once: int
+    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[dict[str, Any]], at_once: int
 ) -> None:
     network, text = sscd(tmp_path), clip(tmp_path)
     unmitigated = {record["id"]: save(tmp_path / f"{record['id']}.png", n) for n, record in enumerate(images)}
@@ -187,7 +188,7 @@ def test_metrics_get_what_they_ask_for(
 
 
 def test_pictures_are_embedded_once_by_each_network(
-    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[Record], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: Counter[bytes] = Counter()
     prepare = SSCD.prepare
@@ -210,7 +211,7 @@ def test_pictures_are_embedded_once_by_each_network(
 
 
 def test_features_of_sets_are_kept_and_combined_in_order(
-    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[Record]
+    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[dict[str, Any]]
 ) -> None:
     space = sscd(tmp_path)
     metric: SetMetric = FID(space, str(tmp_path / "references"))
@@ -239,7 +240,7 @@ def test_features_of_sets_are_kept_and_combined_in_order(
     assert real.records("features")[chunks[0].id]["pictures"] == 3
 
 
-def test_costs_say_how_much_memory_was_used(store: Store, prompts: list[Prompt], images: list[Record]) -> None:
+def test_costs_say_how_much_memory_was_used(store: Store, prompts: list[Prompt], images: list[dict[str, Any]]) -> None:
     metrics: dict[str, BenchMetric] = {"ssim": TrainingImage(SSIM())}
     found = score(metrics, store, prompts, SampleReader(metrics.values(), store.folder, images))
     # This process alone has loaded torch, which takes more than 100 MB.
