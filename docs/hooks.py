@@ -7,6 +7,7 @@ A line ``<!-- from code: NAME -->`` of a page is replaced by what the function o
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,7 @@ from nemo_bench import cli
 from nemo_bench.config import build, describe_options, grid, options
 from nemo_bench.metrics import BenchMetric, ImageSpace
 from nemo_bench.records.data import Prompt
+from nemo_bench.records.schema import FILES, RECORDS, Entry, MetricInfo, ScoreRecord
 from nemo_bench.records.statistics import presets
 
 ROOT = Path(__file__).parents[1]
@@ -115,11 +117,57 @@ def _classes(base: type) -> str:
 
 def aggregates() -> str:
     """The presets of aggregation, in their own words."""
-    about = {"measure": "TrainingImage", "family": "memorization", "per": "image", "higher_is_better": False}
-    record = {"prompt": "a", "seed": 0, "scores": {"similarity": 0.5}}
-    found = presets([record], [Prompt("a", "a prompt", "VM")], {"similarity": about})
-    rows = ((f"`{name}`", f"{p['title']} ({p['citation']})", p["definition"]) for name, p in found.items())
+    info = MetricInfo(title="", role="training_similarity", family="memorization", higher_is_better=False)
+    record = ScoreRecord(id="a", prompt="a", seed=0, scores={"similarity": 0.5})
+    found = presets([record], [Prompt("a", "a prompt", "VM")], {"similarity": info})
+    rows = ((f"`{name}`", f"{p.title} ({p.citation})", p.definition) for name, p in found.items())
     return _table(("preset", "after", "definition"), rows)
+
+
+def records() -> str:
+    """The fields of every record, with its JSON schema."""
+    return "\n\n".join(_entry(f"records/{kind.stage}.<n>.jsonl", kind) for kind in RECORDS)
+
+
+def files() -> str:
+    """The fields of every file that has a class, with its JSON schema."""
+    return "\n\n".join(_entry(name, kind) for name, (kind, _) in FILES.items() if kind is not None)
+
+
+def repairs() -> str:
+    """How every file that was lost or damaged is written again."""
+    return _table(("file", "is written again by"), ((f"`{name}`", repair) for name, (_, repair) in FILES.items()))
+
+
+def _entry(file: str, kind: type[Entry]) -> str:
+    """What is in a file or line: a table of its fields, and their schema for other programs."""
+    described = _attributes(kind)
+    schema = kind.model_json_schema(by_alias=True)
+    rows = []
+    for name, field in kind.model_fields.items():
+        shown = field.alias or name
+        type_ = (
+            inspect.formatannotation(field.annotation).replace("typing.", "").replace("nemo_bench.records.schema.", "")
+        )
+        rows.append((f"`{shown}`", f"`{type_}`", "yes" if field.is_required() else "", described.get(name, "")))
+    text = json.dumps(schema, indent=1, ensure_ascii=False)
+    title = f"### `{file}` {{#{kind.__name__.lower()}}}"
+    about = _sentence(_first(kind).replace("``", "`"))
+    table = _table(("field", "type", "always", "what it is"), rows)
+    return "\n\n".join([title, about, table, f'??? abstract "JSON schema"\n\n{_indent(_code("json", text))}'])
+
+
+def _attributes(kind: type[Entry]) -> dict[str, str]:
+    """Descriptions of fields, from the docstrings of a class and its bases."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        _, _, section = (
+            (inspect.getdoc(base) or "").partition("Attributes:\n") if issubclass(base, Entry) else ("",) * 3
+        )
+        for name, text in re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE):
+            plain = re.sub(r":\w+:`([^`]*)`", r"`\1`", " ".join(text.split()))
+            found[name] = plain.replace("``", "`")
+    return found
 
 
 def methods() -> str:
@@ -184,7 +232,8 @@ def names() -> str:
         value = getattr(nemo_bench, name)
         if inspect.isclass(value) or inspect.isfunction(value):
             package = ".".join(value.__module__.split(".")[:2])
-            rows.append((f"[`{name}`][{package}.{name}]", _first(value)))
+            place = value.__module__ if package == "nemo_bench.records" else package
+            rows.append((f"[`{name}`][{place}.{name}]", _first(value)))
     return _table(("name", "what it is"), rows)
 
 
@@ -195,6 +244,7 @@ PARTS: dict[str, Callable[[], str]] = {
         commands,
         detectors,
         experiments,
+        files,
         loggers,
         measures,
         methods,
@@ -202,6 +252,8 @@ PARTS: dict[str, Callable[[], str]] = {
         models,
         names,
         prompts,
+        records,
+        repairs,
         spaces,
     )
 }

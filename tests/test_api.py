@@ -11,11 +11,12 @@ import nemo_bench
 from nemo_bench import Calibration, ConfigError, Diffusion, NeMo, Prompt, PromptError, load, load_prompts, run
 from nemo_bench.benchmark.plan import plan
 from nemo_bench.benchmark.run import run as run_cells
+from nemo_bench.benchmark.runner import Runner
 from nemo_bench.config import grid
 from nemo_bench.localization import REFERENCE, pair_scores
 from nemo_bench.methods import Setup
 from nemo_bench.prompts.tasks import seeds_of
-from on_disk import read_records
+from on_disk import read_json, read_records
 from small_runs import small
 from tiny import tiny_texts
 
@@ -62,7 +63,7 @@ def test_calibrating_in_memory_is_what_a_run_measures(tmp_path: Path, prompt_fil
     words = [*FEW, f"root={tmp_path}", f"prompts.files=[{prompt_file}]", "method=nemo"]
     cells = plan(grid(words))
     run_cells(cells, "test", progress=False)
-    measured = cells[0].method.calibration
+    measured = Runner(cells[0].config.settings.trainer, progress=False).method(cells[0]).calibration
     model, (prompts, general) = load("planted"), load_prompts("planted", *words[:-1])
     nemo = NeMo().calibrate(model, general, seeds=3)
     assert measured is not None
@@ -120,5 +121,5 @@ def test_a_benchmark_and_its_scores_as_rows(tmp_path: Path, prompt_file: Path) -
     assert ssim[0]["value"] in [r["scores"].get("ssim") for r in records.values() if r["prompt"] == "vm-01"]
     assert {row["label"] for row in rows} == {"No mitigation", "Random neurons"}
     assert all(row["seed"] is None for row in rows if row["metric"] == "neurons")
-    (start,) = nemo_bench.records.io.read_json(next(folder.glob("*__none__*")) / "env.json")["starts"]
+    (start,) = read_json(next(folder.glob("*__none__*")) / "env.json")["starts"]
     assert start["command"].startswith("nemo_bench.run('method=none,random', ")

@@ -16,7 +16,8 @@ from nemo_bench.localization.published import read_published
 from nemo_bench.prompts import read_links, read_manifest, read_prompts
 from nemo_bench.prompts.external import mapped_images
 from nemo_bench.records.data import Neurons, Prompt
-from on_disk import read_records
+from nemo_bench.records.schema import ImageRecord
+from nemo_bench.records.store import read_records
 
 PUBLISHED = (
     "Caption;URL;Initial Neurons;Initial SSIM;Refined Neurons;Refined SSIM\na b;;[[3, 17], []];0.5;[[3], []];0.1\n"
@@ -29,7 +30,8 @@ SOURCES = {
     "map.jsonl": '{"image": "a.png", "id": "a", "seed": 3}\n',
     "manifest.jsonl": '{"url": "http://x/1.png", "status": "ok", "file": "1.png", "prompts": {"l": ["a"]}}\n',
     "neurons.json": '{"down": [1, 2], "mid": []}',
-    "records/generate.0.jsonl": '{"id": "a", "prompt": "a", "seed": 0, "image": "images/a.png"}\n{"id": "b"}\n',
+    "records/generate.0.jsonl": '{"id": "a", "prompt": "a", "seed": 0, "image": "a.png"}\n'
+    '{"id": "b", "prompt": "a", "seed": 1, "failed": "not finite"}\n',
 }
 HUGE = [
     "[" * 100_000,
@@ -59,7 +61,7 @@ def readers(folder: Path) -> dict[str, Callable[[], Any]]:
         "map.jsonl": lambda: mapped_images(folder / "map.jsonl", folder, prompts),
         "manifest.jsonl": lambda: read_manifest(folder),
         "neurons.json": lambda: Neurons.load(folder / "neurons.json"),
-        "records/generate.0.jsonl": lambda: read_records(folder, "generate"),
+        "records/generate.0.jsonl": lambda: read_records(folder, ImageRecord),
     }
 
 

@@ -179,7 +179,8 @@ def _cost(work: Pending, model: CostModel, calibrated: set[Path]) -> dict[str, A
         count = work.records.get(stage, 0)
         passes[stage] = count * max(fewest, round(fmean(known)) if known else 0)
         at_least |= varies[stage] and not known and count > 0
-    if work.records.get("localize") and cell.calibration and cell.calibration.folder not in calibrated:
+    waits = method.needs_calibration and work.records.get("localize")  # else its source does, in a row of its own
+    if waits and cell.calibration and cell.calibration.folder not in calibrated:
         calibrated.add(cell.calibration.folder)
         passes["calibrate"] = _calibrating(cell)
     return {

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from nemo_bench.benchmark.plan import Cell, metrics_of, with_sources
-from nemo_bench.errors import ModelError, NemoBenchError
-from nemo_bench.prompts import references_digest
+from nemo_bench.benchmark.plan import Cell, has_stale_scores, with_sources
+from nemo_bench.errors import ModelError, NemoBenchError, StoreError
 from nemo_bench.prompts.tasks import ImageTask, PromptTask
 from nemo_bench.records.data import Neurons, Prompt
-from nemo_bench.records.io import as_json, is_whole, read_file
-from nemo_bench.records.results import Results
-from nemo_bench.records.schema import ImageRecord, LocalizationRecord, PromptRecord, Record, ScoreRecord, Scoring, Spec
+from nemo_bench.records.results import Results, load_results
+from nemo_bench.records.schema import ImageRecord, LocalizationRecord, PromptRecord, Record, ScoreRecord, Spec
 from nemo_bench.records.store import Store
 from nemo_bench.tracking import track
 
 P = TypeVar("P", bound=PromptRecord)
 
-SCORING_FILE = "scoring.json"
 SETS_FILE = "sets.json"
 
 
@@ -70,32 +66,6 @@ def unmitigated_images(cell: Cell) -> dict[str, Path]:
     return {record.id: (folder / record.image).resolve() for record in records if record.image}
 
 
-def scoring_of(cell: Cell) -> Scoring:
-    """What decides the scores of given images."""
-    nodes = cell.config.settings.metrics
-    metrics = metrics_of(cell)
-    is_paired = cell.unmitigated and any("unmitigated" in metric.needs for metric in metrics.values())
-    fingerprints = {name: {**nodes[name], **metric.fingerprint()} for name, metric in metrics.items()}
-    return Scoring(
-        metrics=json.loads(as_json(fingerprints)),  # as it will be read again
-        unmitigated=cell.unmitigated.folder.name if cell.unmitigated and is_paired else None,
-        references=references_digest(cell.prompts),
-    )
-
-
-def has_stale_scores(cell: Cell) -> bool:
-    """Whether scores are of other metrics or reference images, or some of them were lost.
-
-    The scores of a prompt are written after those of its images, so no kill leaves the first without the others.
-    """
-    path = cell.store.folder / SCORING_FILE
-    if not is_whole(path, Scoring) or read_file(path, Scoring) != scoring_of(cell):
-        return True
-    scored = {(record.prompt, record.seed) for record in cell.store.records(ScoreRecord).values()}
-    images = [(r.prompt, r.seed) for r in cell.store.records(ImageRecord).values() if r.image]
-    return any((prompt, None) in scored and (prompt, seed) not in scored for prompt, seed in images)
-
-
 def is_finished(folder: Path) -> bool:
     """Whether a cell was taken to its scores."""
     return Store(folder).is_done(ScoreRecord) and (folder / "metrics.json").is_file()
@@ -137,14 +107,22 @@ def pending_work(cells: Sequence[Cell]) -> list[Pending]:
 
 
 def is_complete(cells: Sequence[Cell]) -> bool:
-    """Whether a run has nothing to do: all records are there, and the report was written after the last of them."""
-    report = cells[0].store.folder.parent / "report.html"
+    """Whether a run has nothing to do: all is there and whole, and the report was written after the last of it."""
+    folder = cells[0].store.folder.parent
+    report = folder / "report.html"
     tables = [cell.store.folder / "metrics.json" for cell in cells]
     if not report.is_file() or not all(is_finished(cell.store.folder) for cell in cells):
         return False
     if report.stat().st_mtime_ns < max(table.stat().st_mtime_ns for table in tables):
         return False
-    return not any(sum(work.records.values()) for work in pending_work(cells))
+    if any(sum(work.records.values()) for work in pending_work(cells)):
+        return False
+    try:
+        results = load_results(folder)
+    except StoreError:
+        return False
+    # Cells that are listed, but neither finished nor asked for, are taken off the list.
+    return not results.unfinished and {cell.id for cell in cells} <= {cell.name for cell in results.cells}
 
 
 def track_cells(results: Results, cells: Sequence[Cell], say: Callable[[str], None]) -> None:

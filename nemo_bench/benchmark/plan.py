@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -22,15 +23,16 @@ from nemo_bench.errors import ConfigError, NemoBenchError, StoreError, counted
 from nemo_bench.localization import is_readable, read_statistics
 from nemo_bench.methods import Method
 from nemo_bench.metrics import FIELDS, BenchMetric
-from nemo_bench.prompts import read_prompts
+from nemo_bench.prompts import read_prompts, references_digest
 from nemo_bench.records.data import Prompt
-from nemo_bench.records.io import check_writable, digest, is_whole, prompts_digest
+from nemo_bench.records.io import as_json, check_writable, digest, is_whole, prompts_digest, read_file
 from nemo_bench.records.schema import (
     ImageRecord,
     LocalizationRecord,
     MemorizationRecord,
     PromptRecord,
     ScoreRecord,
+    Scoring,
     Spec,
     Threshold,
 )
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SCORING_FILE = "scoring.json"
 STATISTICS = "statistics.pt"
 """Activation statistics in a calibration's folder, in the published form."""
 THRESHOLD = "threshold.json"
@@ -221,12 +224,16 @@ class Planner:
         for cell in asked.values():
             if cell.is_mitigated:
                 cell.unmitigated = find_unmitigated(cell.spec, cell.store.folder.parent, asked.values())
+        for cell in known:  # sources are added to it, which may have sources of their own
             if cell.source:
                 serving = next((other for other in known if _serves(other, cell.source)), None)
                 if serving is None:
                     known.append(cell.source)
                 else:
                     cell.source = serving
+        for cell in asked.values():
+            if not cell.store.is_done(ScoreRecord) or has_stale_scores(cell):
+                self._check_metrics(cell)
         return list(asked.values())
 
     def check(self) -> None:
@@ -314,11 +321,7 @@ class Planner:
         weights = f"{source.path} with {source.lora.path}" if source.lora else source.path
         has_weights = self._look("weights", weights, lambda: _weights(source, weights))
         if has_weights:
-            _check_model(source, model, method)
-        if self.strict:
-            check_metrics(settings)
-        else:
-            settings = replace(settings, metrics=self._metrics(settings))
+            method.check(source.family.pipeline_class, model.guidance, model.dtype, compiled=model.compiled)
         published = None
         is_there = [self._look("prompts", file, partial(self._note_prompts, file, listed)) for file in listed.files]
         prompts = self._listed(listed.files, listed) if all(is_there) else []
@@ -387,8 +390,8 @@ class Planner:
             calibration=f"../../calibration/{calibration_folder}" if has_threshold else None,
             general_prompts={"file": str(listed.calibration), "digest": calibration["prompts"]} if measured else None,
         )
-        return Cell(
-            config=replace(config, settings=settings),
+        cell = Cell(
+            config=config,
             method=method,
             prompts=prompts,
             calibration_prompts=calibration_prompts,
@@ -397,9 +400,12 @@ class Planner:
             calibration=Store(root / "calibration" / calibration_folder),
             measured=measured,
         )
+        if has_weights and not cell.store.is_done(ImageRecord):
+            _check_model(source, model, method)
+        return cell
 
     def _set_source(self, cell: Cell) -> None:
-        """Gives a cell the cell of its source, with the prompts whose neurons the method takes."""
+        """Gives a cell the cell of its source, and so on, with the prompts whose neurons the method takes."""
         method = cell.method
         assert method is not None
         settings = cell.config.settings
@@ -413,16 +419,22 @@ class Planner:
         if cell.source is not None:
             cell.source_prompts = cell.source.prompts
             method.check_source(cell.prompts, cell.source.prompts)
+            if cell.source.method is not None and cell.source.method.source:
+                self._set_source(cell.source)
 
-    def _metrics(self, settings: RunSettings) -> dict[str, Any]:
-        """Nodes of the metrics that lack nothing."""
+    def _check_metrics(self, cell: Cell) -> None:
+        """Looks at the metrics of a cell; without raising, the cell goes on without metrics that lack something."""
+        settings = cell.config.settings
+        if self.strict:
+            check_metrics(settings)
+            return
         metrics = {}
         for name, node in settings.metrics.items():
             metric = _metric(name, node)
             what = f"{name} ({metric.title})"
             if self._look("metric", what, partial(_weights_of_metric, metric, what)):
                 metrics[name] = node
-        return metrics
+        cell.config = replace(cell.config, settings=replace(settings, metrics=metrics))
 
     def _read(self, file: str, settings: PromptSettings, *, memorized: bool = True) -> list[Prompt]:
         """All prompts of a file, read once."""
@@ -489,7 +501,6 @@ def _weights_of_metric(metric: BenchMetric, what: str) -> Need:
 
 def _check_model(source: Source, model: ModelSettings, method: Method) -> None:
     """Makes sure that model and method go together, before weights load."""
-    method.check(source.family.pipeline_class, model.guidance, model.dtype, compiled=model.compiled)
     predicts = any("guidance" in m.needs or m.makes_passes or m.needs_calibration for m in lineage(method))
     check_scheduler(source, model, predicts=predicts)
     if size := source.latent_size:
@@ -655,6 +666,32 @@ def check_scheduler(source: Source, model: ModelSettings, *, predicts: bool) -> 
 def similarity_of(settings: ModelSettings) -> Similarity:
     """Window and scales with which noise differences are compared."""
     return Similarity(settings.similarity.sigma, tuple(settings.similarity.betas))
+
+
+def scoring_of(cell: Cell) -> Scoring:
+    """What decides the scores of given images."""
+    nodes = cell.config.settings.metrics
+    metrics = metrics_of(cell)
+    is_paired = cell.unmitigated and any("unmitigated" in metric.needs for metric in metrics.values())
+    fingerprints = {name: {**nodes[name], **metric.fingerprint()} for name, metric in metrics.items()}
+    return Scoring(
+        metrics=json.loads(as_json(fingerprints)),  # as it will be read again
+        unmitigated=cell.unmitigated.folder.name if cell.unmitigated and is_paired else None,
+        references=references_digest(cell.prompts),
+    )
+
+
+def has_stale_scores(cell: Cell) -> bool:
+    """Whether scores are of other metrics or reference images, or some of them were lost.
+
+    The scores of a prompt are written after those of its images, so no kill leaves the first without the others.
+    """
+    path = cell.store.folder / SCORING_FILE
+    if not is_whole(path, Scoring) or read_file(path, Scoring) != scoring_of(cell):
+        return True
+    scored = {(record.prompt, record.seed) for record in cell.store.records(ScoreRecord).values()}
+    images = [(r.prompt, r.seed) for r in cell.store.records(ImageRecord).values() if r.image]
+    return any((prompt, None) in scored and (prompt, seed) not in scored for prompt, seed in images)
 
 
 def metrics_of(cell: Cell) -> dict[str, BenchMetric]:

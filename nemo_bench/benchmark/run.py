@@ -5,17 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nemo_bench.benchmark.pending import (
-    SCORING_FILE,
-    SETS_FILE,
-    has_stale_scores,
-    read_by_prompt,
-    scored_tasks,
-    scoring_of,
-    tasks_of,
-    track_cells,
-)
-from nemo_bench.benchmark.plan import Cell, metrics_of, with_sources
+from nemo_bench.benchmark.pending import SETS_FILE, read_by_prompt, scored_tasks, tasks_of, track_cells
+from nemo_bench.benchmark.plan import SCORING_FILE, Cell, has_stale_scores, metrics_of, scoring_of, with_sources
 from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.runner import Runner, note_start, open_folder
 from nemo_bench.benchmark.summary import summarize

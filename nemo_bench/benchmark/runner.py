@@ -12,7 +12,7 @@ import subprocess
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from nemo_bench.benchmark.pending import (
@@ -284,23 +285,24 @@ class Runner:
     def method(self, cell: Cell) -> Method:
         """The cell's mitigation, set up: the only place where a method is given anything.
 
+        What localizing starts from is given as long as neurons are pending: later it may be gone.
+
         Raises:
             NotFiniteError: What all prompts share is not finite.
         """
         if cell.id not in self._methods:
             method: Method = build(cell.config.settings.method, "method")
-            records = read_by_prompt(cell.source.store, LocalizationRecord) if cell.source else {}
-            chosen = [prompt for prompt in cell.source_prompts if records[prompt.id].neurons is not None]
-            method.setup(
-                self.model(cell),
-                Setup(
-                    prompts=cell.prompts,
+            setup = Setup(prompts=cell.prompts, batch_size=self.rows(cell))
+            if not cell.store.is_done(LocalizationRecord):
+                records = read_by_prompt(cell.source.store, LocalizationRecord) if cell.source else {}
+                chosen = [prompt for prompt in cell.source_prompts if records[prompt.id].neurons is not None]
+                setup = replace(
+                    setup,
                     calibration=self._calibration(cell, method),
                     source_localizations={prompt.id: records[prompt.id].localization for prompt in chosen},
                     source_prompts=cell.source_prompts,
-                    batch_size=self.rows(cell),
-                ),
-            )
+                )
+            method.setup(self.model(cell), setup)
             self._methods.clear()
             self._methods[cell.id] = method
         return self._methods[cell.id]
@@ -316,20 +318,20 @@ class Runner:
             store.open(spec, is_named=True)
         if STATISTICS in cell.measured:
             self._measure_statistics(cell, store)
-        has_statistics = STATISTICS not in cell.measured or (store.folder / STATISTICS).exists()
+        if THRESHOLD not in cell.measured or is_measured(store.folder / THRESHOLD):
+            return
         # Without finite activations localizing fails prompt by prompt, and the rest of the run goes on.
-        if THRESHOLD in cell.measured and has_statistics:
+        if self._statistics(cell) is not None:
             self._measure_threshold(cell, store)
 
     def _calibration(self, cell: Cell, method: Method) -> Calibration | None:
         """What localizing compares with."""
         if not method.needs_calibration:
             return None
-        given = cell.config.settings.model.statistics
-        path = Path(resolve(given)) if given else cell.calibration_file(STATISTICS)
-        if not path.exists():
+        statistics = self._statistics(cell)
+        if statistics is None:
             return Calibration({}, {}, math.nan)
-        mean, std = name_layers(read_statistics(path), self.model(cell).masks.widths)
+        mean, std = statistics
         threshold = method.memorization_threshold
         highest = None
         if THRESHOLD in cell.measured:
@@ -339,6 +341,18 @@ class Runner:
                 threshold = measured.threshold
         tau = math.nan if threshold is None else threshold
         return Calibration(mean, std, tau, len(cell.calibration_prompts), highest)
+
+    def _statistics(self, cell: Cell) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+        """Mean and standard deviation of activations by layer, given or measured; None where none were finite.
+
+        Raises:
+            ModelError: Given statistics are of other layers than the model's.
+        """
+        given = cell.config.settings.model.statistics
+        path = Path(resolve(given)) if given else cell.calibration_file(STATISTICS)
+        if not given and not path.exists():
+            return None
+        return name_layers(read_statistics(path), self.model(cell).masks.widths)
 
     def _measure_statistics(self, cell: Cell, store: Store) -> None:
         path = store.folder / STATISTICS
@@ -357,9 +371,6 @@ class Runner:
         self.wait()
 
     def _measure_threshold(self, cell: Cell, store: Store) -> None:
-        path = store.folder / THRESHOLD
-        if is_measured(path):
-            return
         assert cell.method is not None
         protocol = next(m for m in lineage(cell.method) if m.needs_calibration).protocol
         rows = self.rows(cell)
@@ -375,7 +386,8 @@ class Runner:
             usable = [pairs for task in tasks if (pairs := records[task.id].pairs) is not None]
             failed = len(tasks) - len(usable)
             found = thresholds(usable) if failed <= len(usable) else {}
-            write_json(path, Threshold.model_validate({**found, "failed": failed, **protocol.of_threshold}))
+            result = Threshold.model_validate({**found, "failed": failed, **protocol.of_threshold})
+            write_json(store.folder / THRESHOLD, result)
         self.wait()
 
     def score(self, cell: Cell) -> None:

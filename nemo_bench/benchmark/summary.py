@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from nemo_bench.benchmark.pending import SETS_FILE, unmitigated_images
-from nemo_bench.benchmark.plan import Cell, metrics_of
+from nemo_bench.benchmark.plan import SCORING_FILE, Cell, metrics_of
 from nemo_bench.metrics import BenchMetric, detection
 from nemo_bench.prompts import dead_references
 from nemo_bench.records.data import Prompt
@@ -38,7 +38,6 @@ _REACHED_INFO = MetricInfo(
     family="localization",
     per="image",
 )
-_SCORING = "scoring.json"
 
 
 def summarize(cell: Cell) -> Summary:
@@ -210,7 +209,7 @@ def _unmitigated_scores(cell: Cell) -> Iterable[ScoreRecord]:
     other = cell.unmitigated
     if other is None or not other.is_done(ScoreRecord):
         return ()
-    own, theirs = (read_file(store.folder / _SCORING, Scoring) for store in (cell.store, other))
+    own, theirs = (read_file(store.folder / SCORING_FILE, Scoring) for store in (cell.store, other))
     same = own.metrics == theirs.metrics and own.references == theirs.references
     return other.records(ScoreRecord).values() if same else ()
 

@@ -56,6 +56,8 @@ class Record(Entry):
     """A line of a stage.
 
     Attributes:
+        stage: Name of the stage.
+        result: Field that has a value wherever the record does not say why it failed.
         id: Hash of what the record is of.
         cost: What it took; all that may differ between two runs beside :attr:`sha256` and :attr:`bytes`.
         image: Picture of the record, a path in the cell's folder or an absolute one.
@@ -66,6 +68,7 @@ class Record(Entry):
     """
 
     stage: ClassVar[str]
+    result: ClassVar[str | None] = None
     id: str
     cost: Cost | None = None
     image: str | None = None
@@ -112,6 +115,7 @@ class CalibrationRecord(PromptRecord):
     """Similarities of the noise differences of all pairs of seeds of a general prompt, in [-1, 1]."""
 
     stage = "calibrate"
+    result = "pairs"
     pairs: list[float] | None = None
 
 
@@ -119,6 +123,7 @@ class LocalizationRecord(PromptRecord):
     """The neurons of a prompt; see :class:`nemo_bench.records.data.Localization` for the fields."""
 
     stage = "localize"
+    result = "neurons"
     neurons: dict[str, list[int]] | None = None
     initial: dict[str, list[int]] = {}
     gate_score: float | None = None
@@ -156,6 +161,7 @@ class MemorizationRecord(PromptRecord):
     """
 
     stage = "memorization"
+    result = "score"
     score: float | None = None
     truncated: bool = False
 
@@ -171,6 +177,7 @@ class ImageRecord(PromptRecord):
     """
 
     stage = "generate"
+    result = "image"
     seed: int
     notes: dict[str, Any] | None = None
     size: tuple[int, int] | None = None
@@ -203,6 +210,7 @@ class DetectionRecord(PromptRecord):
     """
 
     stage = "detect"
+    result = "score"
     score: float | None = None
     details: dict[str, Any] | None = None
 
@@ -532,7 +540,7 @@ class Summary(Entry):
     failed: dict[str, Failures] = {}
     detection: dict[str, Roc] = {}
     localization: dict[str, dict[str, int | None]] = {}
-    counts: dict[str, int] = {}
+    counts: dict[str, int]
     cost: dict[str, float] = {}
     peak_memory_of: Literal["process", "GPU"] = "process"
 

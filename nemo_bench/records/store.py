@@ -104,7 +104,8 @@ def read_cell_prompts(folder: Path, spec: Spec) -> list[Prompt]:
     """
     path = folder / "prompts.jsonl"
     try:
-        prompts = [_PROMPT.validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # Lines of bytes end at a line feed alone, those of a text at a line separator in a prompt too.
+        prompts = [_PROMPT.validate_json(line) for line in path.read_bytes().splitlines()]
     except FileNotFoundError:
         raise StoreError(f"{path} is missing; {FILES[path.name][1]}") from None
     except ValidationError as error:
@@ -206,12 +207,16 @@ def _lines(path: Path, kind: type[R]) -> Iterator[R]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield kind.model_validate_json(line, strict=True)
+                record = kind.model_validate_json(line, strict=True)
             except ValidationError as error:
                 if error.errors()[0]["type"] == "json_invalid" and next(file, None) is None:
                     return
                 msg = f"{path}, line {number} is no record of this stage ({explain(error)})"
                 raise StoreError(f"{msg}; delete that line (its item is computed again) or the file") from None
+            if kind.result and getattr(record, kind.result) is None and record.failed is None:
+                msg = f"{path}, line {number}: the record {record.id} has no {kind.result} that it should"
+                raise StoreError(f"{msg}; delete its line (its item is computed again)")
+            yield record
 
 
 def _result(record: Record) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nemo_bench import Diffusion, Neurons, resolve
-from nemo_bench.benchmark.audit import cells_of, verdict
+from nemo_bench.benchmark.audit import Changes, cells_of, verdict
+from nemo_bench.benchmark.pending import read_by_prompt
 from nemo_bench.benchmark.stages.audit import AuditSettings, fitted_picture
 from nemo_bench.cli import main
 from nemo_bench.config import build, grid, options
@@ -32,8 +33,11 @@ from nemo_bench.metrics import SSIM, PixelDistance
 from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.images import open_image
+from nemo_bench.records.results import load_results
+from nemo_bench.records.schema import LocalizationRecord, SearchRecord
 from nemo_bench.records.store import Store
-from nemo_bench.report.audit import load_audits, terminal_audits
+from nemo_bench.report.audit import CellAudit, audits_of
+from nemo_bench.report.terminal import terminal_audits
 from on_disk import read_json, read_records
 from small_runs import small
 
@@ -80,6 +84,11 @@ def audits(run: Path, method: str) -> list[dict[str, Any]]:
     return list(read_json(cell(run, method) / "audit.json")["audits"])
 
 
+def shown_audits(run: Path) -> list[CellAudit]:
+    """Audits as the report shows them."""
+    return audits_of(load_results(run))
+
+
 def losses(place: Path, search: dict[str, Any]) -> list[float]:
     """The losses of the steps of a search."""
     found: list[float] = load_file(place / search["sheet"].replace(".png", ".safetensors"))["losses"].tolist()
@@ -103,7 +112,7 @@ def test_pictures_and_numbers_are_those_of_what_was_found(
     assert set(entry["metrics"]) == {"ssim", "tiled_l2", "memorized"}
 
     store = Store(cell(copy, "nemo"))
-    neurons = {name: Neurons(record["neurons"]) for name, record in by_prompt(store).items()}
+    neurons = {name: Neurons(record.neurons) for name, record in read_by_prompt(store, LocalizationRecord).items()}
     assert all(neurons[name].count for name in ("vm-01", "tm-26"))
     planted.steps, kept = 3, planted.steps
     found = {}
@@ -147,7 +156,7 @@ def test_pictures_and_numbers_are_those_of_what_was_found(
     page = (copy / "report.html").read_text()
     assert 'id="audit"' in page
     assert "To tell more takes at least 6 different controls; searches that share a control count once." in page
-    (shown_audit,) = load_audits(copy)
+    (shown_audit,) = shown_audits(copy)
     rows = {title: dict(zip(shown_audit.headings, cells, strict=True)) for title, cells in shown_audit.rows}
     ssim = rows[entry["metrics"]["ssim"]["title"]]
     for group, name in (("memorized", "Memorized"), ("control", "Controls")):
@@ -177,7 +186,7 @@ def test_it_goes_on_where_it_was_killed_and_any_number_of_processes_finds_the_sa
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    assert len(read_records(place, "audit")) == 4
+    assert len(Store(place).records(SearchRecord)) == 4
     assert lines(place) - count <= 2
     (again,) = audits(copy, "none")
     for before, search in zip(first, again["searches"], strict=True):
@@ -192,7 +201,7 @@ def test_other_settings_and_metrics_stand_beside_the_first(copy: Path) -> None:
     assert main(words) == 0
     place, (prompt,) = cell(copy, "none"), audits(copy, "none")
     assert list(prompt["states"]) == ["prompt", "found"]  # nothing is mitigated
-    (audit,) = load_audits(copy)
+    (audit,) = shown_audits(copy)
     assert not any("unmitigated" in heading for heading in audit.headings)
     assert main([*words, "start=random", "batch_size=64"]) == 0
     first, random = audits(copy, "none")
@@ -206,7 +215,7 @@ def test_other_settings_and_metrics_stand_beside_the_first(copy: Path) -> None:
     assert len(read_records(place, "audit")) == searched
     _, third = audits(copy, "none")
     assert set(third["metrics"]) == {"tiled_l2", "memorized"}
-    tables = terminal_audits(load_audits(copy))
+    tables = terminal_audits(shown_audits(copy))
     assert sum(isinstance(part, str) for part in tables) == 2
 
 
@@ -247,7 +256,7 @@ def set_dtype(place: Path, dtype: str) -> None:
 def test_one_cell_in_half_precision_does_not_stop_the_others(copy: Path) -> None:
     set_dtype(cell(copy, "none"), "float16")
     said: list[str] = []
-    assert [c.cell.spec["method"] for c in cells_of(copy, QUICK, say=said.append)] == ["nemo"]
+    assert [c.spec.method for c in cells_of(copy, QUICK, say=said.append)] == ["nemo"]
     (line,) = (line for line in said if "float16" in line)
     assert line.endswith(cell(copy, "none").name)
 
@@ -299,7 +308,7 @@ def test_what_can_not_be_audited_is_left_out_or_explained(
 ) -> None:
     said: list[str] = []
     cells = cells_of(copy, QUICK, say=said.append)
-    assert [c.cell.spec["method"] for c in cells] == ["none", "nemo"]
+    assert [c.spec.method for c in cells] == ["none", "nemo"]
     assert len(said) == 1
     assert re.fullmatch(
         r"left out, since neurons and weights stay as they are; .*: planted__embedding_noise__\w+", said[0]
@@ -378,7 +387,7 @@ def test_a_verdict_needs_more_than_controls_and_enough_of_them(
     prompt: list[float], found: list[float], control: list[float], expected: str
 ) -> None:
     over_control, prompt_over_control = (np.array(own)[: len(control)] - np.array(control) for own in (found, prompt))
-    differences = np.array(found) - np.array(prompt), over_control, prompt_over_control
-    assert verdict(*differences) == expected
+    changes = Changes(np.array(found) - np.array(prompt), over_control, prompt_over_control)
+    assert verdict(changes) == expected
     unmitigated = "memorized" if expected in ("hidden", "kept", "unclear") else expected
-    assert verdict(*differences, mitigated=False) == unmitigated
+    assert verdict(changes, mitigated=False) == unmitigated

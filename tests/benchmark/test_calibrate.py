@@ -14,12 +14,13 @@ import torch
 
 from nemo_bench.benchmark.plan import Cell, plan
 from nemo_bench.benchmark.runner import Runner, load_model
+from nemo_bench.benchmark.stages import base
 from nemo_bench.benchmark.stages import calibrate as calibrate_stage
 from nemo_bench.benchmark.stages.calibrate import CalibrationStage, StatisticsStage
 from nemo_bench.cli import main
 from nemo_bench.config import grid
 from nemo_bench.errors import ConfigError, ModelError, StoreError
-from nemo_bench.localization import activation_statistics, read_statistics, threshold, write_statistics
+from nemo_bench.localization import Calibration, activation_statistics, read_statistics, threshold, write_statistics
 from nemo_bench.records.io import prompts_digest
 from on_disk import read_json, read_records
 
@@ -35,20 +36,32 @@ def calibrate(cell: Cell) -> Cell:
     return cell
 
 
+def calibration_of(cell: Cell) -> Calibration:
+    """The calibration that the cell's method gets."""
+    found = Runner(cell.config.settings.trainer, progress=False).method(cell).calibration
+    assert found
+    return found
+
+
+def folder_of(cell: Cell) -> Path:
+    assert cell.calibration
+    return cell.calibration.folder
+
+
 def refuse(*args: object, **options: object) -> None:
     raise AssertionError("this was not to be computed")
 
 
 def contents(cell: Cell) -> dict[str, bytes]:
     """What was measured, without records, whose cost may differ."""
-    folder = cell.calibration.folder
+    folder = folder_of(cell)
     files = [*folder.glob("*.pt"), *folder.glob("threshold.json"), *folder.glob("statistics/*")]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate_stage, "CHUNK", 4)
+    monkeypatch.setattr(base, "CHUNK", 4)
     monkeypatch.setattr(calibrate_stage, "ENCODED", 3)
 
 
@@ -56,7 +69,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Cell:
     """A calibration measured in one go."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate_stage, "CHUNK", 4)
+        patch.setattr(base, "CHUNK", 4)
         patch.setattr(calibrate_stage, "ENCODED", 3)
         return calibrate(cell_of(tmp_path_factory.mktemp("measured")))
 
@@ -64,13 +77,12 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Cell:
 def test_statistics_and_threshold_are_those_of_the_library(measured: Cell) -> None:
     texts = [p.text for p in measured.calibration_prompts]
     mean, std = activation_statistics(load_model(measured.config.settings.model), [texts])
-    found = measured.method.calibration
-    assert found
+    found = calibration_of(measured)
     assert (list(found.mean), found.prompts) == (list(mean), len(texts))
     for layer in mean:
         torch.testing.assert_close(found.mean[layer], mean[layer])
         torch.testing.assert_close(found.std[layer], std[layer])
-    folder = measured.calibration.folder
+    folder = folder_of(measured)
     assert len(list((folder / "statistics").iterdir())) == len(read_records(folder, "statistics")) == 3
     pairs = [value for record in read_records(folder, "calibrate").values() for value in record["pairs"]]
     assert found.threshold == pytest.approx(threshold(pairs))
@@ -123,7 +135,7 @@ def test_interrupted_it_goes_on_to_the_same_bits_whatever_the_batches(
 
 def test_the_advice_on_a_damaged_part_works(measured: Cell, tmp_path: Path) -> None:
     cell = calibrate(cell_of(tmp_path))
-    folder = cell.calibration.folder
+    folder = folder_of(cell)
     (folder / "statistics.pt").unlink()
     part = next((folder / "statistics").iterdir())
     part.write_bytes(b"torn")
@@ -137,11 +149,11 @@ def test_the_advice_on_a_damaged_part_works(measured: Cell, tmp_path: Path) -> N
 def test_a_calibration_s_spec_that_was_lost_or_damaged_is_written_again(
     measured: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
 ) -> None:
-    shutil.copytree(measured.calibration.folder.parents[1], tmp_path, dirs_exist_ok=True)
+    shutil.copytree(folder_of(measured).parents[1], tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(StatisticsStage, "handle", refuse)
     monkeypatch.setattr(CalibrationStage, "handle", refuse)
     cell = cell_of(tmp_path)
-    spec = cell.calibration.folder / "spec.json"
+    spec = folder_of(cell) / "spec.json"
     before = spec.read_text()
     spec.unlink()
     if content is not None:
@@ -154,10 +166,10 @@ def test_a_calibration_s_spec_that_was_lost_or_damaged_is_written_again(
 def test_a_threshold_that_lacks_something_is_computed_again_from_its_records(
     measured: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(measured.calibration.folder.parents[1], tmp_path, dirs_exist_ok=True)
+    shutil.copytree(folder_of(measured).parents[1], tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(CalibrationStage, "handle", refuse)
     cell = cell_of(tmp_path)
-    path = cell.calibration.folder / "threshold.json"
+    path = folder_of(cell) / "threshold.json"
     path.write_text(json.dumps({name: read_json(path)[name] for name in ("threshold", "mean", "std")}))
     assert not cell.is_calibrated
     calibrate(cell)
@@ -168,11 +180,9 @@ def test_a_threshold_that_lacks_something_is_computed_again_from_its_records(
 def test_what_is_cached_is_not_measured_again(measured: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StatisticsStage, "handle", refuse)
     monkeypatch.setattr(CalibrationStage, "handle", refuse)
-    root = measured.calibration.folder.parents[1]
-    again = calibrate(cell_of(root, "method.theta=3")).method.calibration
-    assert again
-    assert measured.method.calibration
-    assert again.threshold == measured.method.calibration.threshold
+    root = folder_of(measured).parents[1]
+    again = calibration_of(calibrate(cell_of(root, "method.theta=3")))
+    assert again.threshold == calibration_of(measured).threshold
 
 
 def test_with_a_threshold_only_statistics_are_measured(
@@ -180,9 +190,8 @@ def test_with_a_threshold_only_statistics_are_measured(
 ) -> None:
     monkeypatch.setattr(CalibrationStage, "handle", refuse)
     cell = calibrate(cell_of(tmp_path, "method.threshold=0.428"))
-    assert cell.method.calibration
-    assert cell.method.calibration.threshold == 0.428
-    assert cell.spec["calibration"] is None
+    assert calibration_of(cell).threshold == 0.428
+    assert cell.spec.calibration is None
     assert contents(cell)["statistics.pt"] == contents(measured)["statistics.pt"]
     assert "threshold.json" not in contents(cell)
 
@@ -191,22 +200,19 @@ def test_with_published_statistics_only_the_threshold_is_measured(
     measured: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(StatisticsStage, "handle", refuse)
-    file = measured.calibration.folder / "statistics.pt"
+    file = folder_of(measured) / "statistics.pt"
     cell = calibrate(cell_of(tmp_path, f"model.statistics={file}"))
     assert set(contents(cell)) == {"threshold.json"}
-    found, expected = cell.method.calibration, measured.method.calibration
-    assert found
-    assert expected
+    found, expected = calibration_of(cell), calibration_of(measured)
     assert found.threshold == expected.threshold
     assert all(torch.equal(found.mean[layer], expected.mean[layer]) for layer in expected.mean)
 
 
 def test_with_both_given_no_general_prompt_is_needed(measured: Cell, tmp_path: Path) -> None:
-    file = measured.calibration.folder / "statistics.pt"
+    file = folder_of(measured) / "statistics.pt"
     words = ["prompts.calibration=null", "method.threshold=0.3", f"model.statistics={file}"]
     cell = calibrate(cell_of(tmp_path, *words))
-    found = cell.method.calibration
-    assert found
+    found = calibration_of(cell)
     assert (found.threshold, found.prompts, cell.calibration_prompts) == (0.3, 0, [])
     assert not list(tmp_path.iterdir())
     for left_out in (words[:2], [words[0], words[2]]):
@@ -217,15 +223,15 @@ def test_with_both_given_no_general_prompt_is_needed(measured: Cell, tmp_path: P
 def test_the_content_of_published_statistics_decides_the_result_and_not_their_place(
     measured: Cell, tmp_path: Path
 ) -> None:
-    mean, std = read_statistics(measured.calibration.folder / "statistics.pt")
+    mean, std = read_statistics(folder_of(measured) / "statistics.pt")
     write_statistics(tmp_path / "a.pt", (mean, std))
     torch.save([mean, std], tmp_path / "b.pt")
     write_statistics(tmp_path / "c.pt", ([mean[0] + 1, *mean[1:]], std))
     a, b, c = (cell_of(tmp_path, f"model.statistics={tmp_path / name}.pt") for name in "abc")
-    for of in (lambda cell: cell.id, lambda cell: cell.calibration.folder):
+    for of in (lambda cell: cell.id, folder_of):
         assert of(a) == of(b)
         assert len({of(a), of(c), of(measured)}) == 3
-    assert str(tmp_path) not in json.dumps(a.spec)
+    assert str(tmp_path) not in a.spec.json_text()
     for given in (["method.threshold=0.3"], []):
         ids = {cell_of(tmp_path, f"model.statistics={tmp_path / n}.pt", *given).id for n in "abc"}
         assert len(ids) == 2
@@ -234,7 +240,7 @@ def test_the_content_of_published_statistics_decides_the_result_and_not_their_pl
 def test_unusable_statistics_are_refused_before_anything_long(
     measured: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mean, std = read_statistics(measured.calibration.folder / "statistics.pt")
+    mean, std = read_statistics(folder_of(measured) / "statistics.pt")
     write_statistics(tmp_path / "short.pt", (mean[:-1], std[:-1]))
     monkeypatch.setattr(CalibrationStage, "handle", refuse)
     with pytest.raises(ModelError, match=rf"of {len(mean) - 1} layers .* the model has {len(mean)} value layers"):
@@ -250,7 +256,7 @@ def test_the_command_says_what_it_found_to_people_and_machines(
     measured: Cell, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nemo_bench.benchmark.runner.load_model", refuse)
-    folder = measured.calibration.folder
+    folder = folder_of(measured)
     words = [*SMALL, f"root={folder.parents[1]}"]
     assert main(["calibrate", *words]) == 0
     text = capsys.readouterr().out
@@ -284,8 +290,8 @@ def test_the_command_says_what_it_found_to_people_and_machines(
 
 def test_two_ranks_measure_the_same_bits(tmp_path: Path) -> None:
     script = tmp_path / "calibrate.py"
-    imports = "from nemo_bench import cli\nfrom nemo_bench.benchmark.stages import calibrate\n"
-    script.write_text(f"{imports}calibrate.CHUNK = 4\nraise SystemExit(cli.main())\n")
+    imports = "from nemo_bench import cli\nfrom nemo_bench.benchmark.stages import base\n"
+    script.write_text(f"{imports}base.CHUNK = 4\nraise SystemExit(cli.main())\n")
     # One prompt a pass, so that any number of ranks gives the UNet batches of one shape.
     words = ["calibrate", "--json", *SMALL, "batch_size=2"]
     found = []

@@ -85,7 +85,7 @@ def test_killed_anywhere_it_goes_on_and_two_ranks_find_the_same(tmp_path: Path, 
     execute(command(tmp_path / "killed", prompt_file, "trainer.devices=2"))
     python, *words = command(tmp_path / "ranks", prompt_file, "trainer.devices=2")
     execute([python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words])
-    for stage in ("localize", "generate", "score"):
+    for stage in ("localize", "memorization", "generate", "score"):
         whole = records(tmp_path / "whole", stage)
         assert whole
         assert_close(records(tmp_path / "killed", stage), whole)
@@ -193,8 +193,8 @@ def test_report_and_export_of_a_finished_cell(
     (cell,) = (p for p in folder.iterdir() if p.is_dir())
     assert main(["export", str(cell), str(tmp_path / "exported")]) == 0
     assert (tmp_path / "exported" / "model_index.json").is_file()
-    memorized = [Neurons.load(cell / "neurons" / f"{name}.json") for name in ("vm-01", "tm-26")]
-    together = memorized[0] | memorized[1]
+    localized = {record["prompt"]: Neurons(record["neurons"]) for record in read_records(cell, "localize").values()}
+    together = localized["vm-01"] | localized["tm-26"]
     assert export(cell, tmp_path / "again") == together
     assert_card_says(tmp_path / "exported", cell, together)
     assert main(["export", str(cell), str(tmp_path / "exported")]) == 1

@@ -9,6 +9,7 @@ import pytest
 from nemo_bench.benchmark.plan import plan
 from nemo_bench.benchmark.run import run
 from nemo_bench.config import grid
+from nemo_bench.records.schema import ScoreRecord
 from on_disk import read_json, read_records
 
 
@@ -22,7 +23,7 @@ def test_methods_go_through_all_stages(method: str, prompt_file: Path, tmp_path:
     ]  # fmt: skip
     (cell,) = plan(grid(words))
     run([cell], "test", say=lambda line: None, progress=False)
-    assert cell.store.is_done("score")
+    assert cell.store.is_done(ScoreRecord)
     assert len(read_records(cell.store.folder, "generate")) == 3
 
 
@@ -38,8 +39,8 @@ def test_records_count_a_methods_own_passes(prompt_file: Path, tmp_path: Path) -
     assert all("notes" not in record for record in plain.values())
     # Three images a prompt: unconditional noise, two passes and their gradients. Then two seeds are measured.
     for cell, once in ((none, 0), (optimized, 3 * (1 + 2 * 2))):
-        localized = [record["cost"] for record in read_records(cell.store.folder, "localize").values()]
-        assert [(cost["once_row_passes"], cost["row_passes"]) for cost in localized] == [(once, once + 2)] * 3
+        measured = [record["cost"] for record in read_records(cell.store.folder, "memorization").values()]
+        assert [(cost["once_row_passes"], cost["row_passes"]) for cost in measured] == [(once, once + 2)] * 3
         assert read_json(cell.store.folder / "metrics.json")["cost"]["once_row_passes_per_prompt"] == once
     records = read_records(optimized.store.folder, "generate").values()
     assert {record["cost"]["row_passes"] for record in records} == {8}

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from nemo_bench.benchmark import detect as detection
+from nemo_bench.benchmark.stages import detect as detect_stage
 from nemo_bench.cli import main
 from nemo_bench.config import detector_grid
 from nemo_bench.errors import ConfigError, StoreError
-from nemo_bench.report.detection import load_detections, write_detection
+from nemo_bench.records.results import load_detections
 from on_disk import read_json, read_records
 from tiny import tiny_sdxl
 
@@ -81,11 +82,11 @@ def test_every_detector_has_a_cell_with_its_records(done: Path) -> None:
 def test_table_json_and_page_say_the_same(done: Path) -> None:
     rows = {row["detector"]: row for row in read_json(done / "detection.json")["detectors"]}
     found = load_detections(done)
-    assert {d.spec["detector"] for d in found} == set(rows)
+    assert {d.spec.detector for d in found} == set(rows)
     for d in found:
         memorized, other = d.scores(memorized=True), d.scores(memorized=False)
         right = [(m > o) + 0.5 * (m == o) for m in memorized for o in other]
-        assert rows[d.spec["detector"]]["auc"] == pytest.approx(sum(right) / len(right))
+        assert rows[d.spec.detector]["auc"] == pytest.approx(sum(right) / len(right))
     page = (done / "detection.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 1
     assert page.count("data:image/webp") == 3
@@ -98,7 +99,7 @@ def test_table_json_and_page_say_the_same(done: Path) -> None:
 def test_what_is_done_is_not_sampled_again(done: Path, three_prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = scores(done)
     monkeypatch.setattr("nemo_bench.benchmark.runner.load_model", None)
-    monkeypatch.setattr("nemo_bench.benchmark.detect.watch", None)
+    monkeypatch.setattr(detect_stage, "watch", None)
     assert main(command(done.parent, three_prompts)) == 0
     assert scores(done) == before
 
@@ -111,13 +112,13 @@ def test_a_picture_that_is_gone_is_made_again_and_nothing_else(
     content = picture.read_bytes()
     picture.unlink()
     asked = []
-    watch = detection.watch
+    watch = detect_stage.watch
 
     def spy(model, detectors, prompts, batch_size):  # type: ignore[no-untyped-def]
         asked.append((sorted(detectors), len(prompts)))
         return watch(model, detectors, prompts, batch_size)
 
-    monkeypatch.setattr(detection, "watch", spy)
+    monkeypatch.setattr(detect_stage, "watch", spy)
     assert main(command(done.parent, three_prompts)) == 0
     assert asked == [([cell.name], 1)]
     assert picture.read_bytes() == content
@@ -126,7 +127,7 @@ def test_a_picture_that_is_gone_is_made_again_and_nothing_else(
 def test_interrupted_it_goes_on_and_another_detector_joins_later(
     done: Path, three_prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch, batches = detection.watch, []
+    watch, batches = detect_stage.watch, []
 
     def stop_at_the_second(model, detectors, prompts, batch_size):  # type: ignore[no-untyped-def]
         if batches:
@@ -136,7 +137,7 @@ def test_interrupted_it_goes_on_and_another_detector_joins_later(
 
     few = [word for word in command(tmp_path, three_prompts) if not word.startswith("detector=")]
     first = [*few, "detector=magnitude_first,noise_difference"]
-    monkeypatch.setattr(detection, "watch", stop_at_the_second)
+    monkeypatch.setattr(detect_stage, "watch", stop_at_the_second)
     assert main(first) == 130
     assert batches == [1]
     asked: list[tuple[list[str], list[str]]] = []
@@ -145,7 +146,7 @@ def test_interrupted_it_goes_on_and_another_detector_joins_later(
         asked.append((sorted(name.split("__")[1] for name in detectors), [p.id for p in prompts]))
         return watch(model, detectors, prompts, batch_size)
 
-    monkeypatch.setattr(detection, "watch", spy)
+    monkeypatch.setattr(detect_stage, "watch", spy)
     # The one that is done for the first prompt does not see it again; the one that joins does.
     assert main([*few, "detector=magnitude_first,noise_difference,bright_ending"]) == 0
     ids = [json.loads(line)["id"] for line in three_prompts.read_text().splitlines()]
@@ -184,7 +185,8 @@ def test_memorized_prompts_of_no_kind_count_as_memorized(tmp_path: Path, three_p
     files = [f"prompts.files=[{known},{other}]", f"prompts.memorized=[{known}]"]
     assert main(["detect", *SMALL, "detector=magnitude_first", f"root={tmp_path}", *files]) == 0
     (found,) = load_detections(tmp_path / "default")
-    assert (found.measures["memorized"], found.measures["other"], found.measures["kinds"]) == (2, 1, {})
+    assert found.roc
+    assert (found.roc.memorized, found.roc.other, found.roc.kinds) == (2, 1, {})
     assert len(found.scores(memorized=True)) == 2
 
 
@@ -263,7 +265,7 @@ def test_a_run_of_methods_has_its_report_in_the_same_folder(
 
 def test_a_folder_without_detectors_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="run nemo-bench detect"):
-        write_detection(tmp_path)
+        load_detections(tmp_path)
 
 
 def test_fewer_prompts_of_one_list_stand_apart(tmp_path: Path, three_prompts: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from nemo_bench.cli import main
 from nemo_bench.config import CellConfig, grid, options
 from nemo_bench.errors import ModelError
 from nemo_bench.metrics import Alignment
+from nemo_bench.records.io import write_json
+from nemo_bench.records.schema import Threshold
 from on_disk import read_json, read_records
 from small_runs import small
 from tiny import tiny_pipeline
@@ -43,15 +46,18 @@ def states(expected: dict[str, Any]) -> dict[str, str]:
 
 def test_passes_are_counted_before_anything_is_known(words: list[str], tmp_path: Path) -> None:
     expected = forecast(grid([*words, "method=none,random,nemo"]))
-    assert [row["pending"] for row in expected["cells"]] == [{"localize": 3, "generate": 6, "score": 3}] * 3
+    measure = {"memorization": 3, "generate": 6, "score": 3}
+    assert [row["pending"] for row in expected["cells"]] == [measure, *[{"localize": 3, **measure}] * 2]
     images, measured = 6 * 5 * 2, 3 * 3
     assert [row["passes"] for row in expected["cells"]] == [
-        {"calibrate": 0, "localize": measured, "generate": images},
-        {"calibrate": 0, "localize": measured, "generate": images},
-        {"calibrate": 8 * 3, "localize": 2 * measured, "generate": images},
+        {"calibrate": 0, "localize": 0, "memorization": measured, "generate": images},
+        {"calibrate": 0, "localize": 0, "memorization": measured, "generate": images},
+        {"calibrate": 8 * 3, "localize": measured, "memorization": measured, "generate": images},
     ]
     assert [row["at_least"] for row in expected["cells"]] == [False, False, True]
-    assert expected["total"]["passes"] == {"calibrate": 24, "localize": 4 * measured, "generate": 3 * images}
+    assert expected["total"]["passes"] == {
+        "calibrate": 24, "localize": measured, "memorization": 3 * measured, "generate": 3 * images
+    }  # fmt: skip
     assert expected["total"]["seconds"] is None
     assert set(states(expected).values()) == {"there"}
     assert not (tmp_path / "results").exists()
@@ -61,6 +67,10 @@ def test_what_nobody_asked_for_and_what_was_given_are_counted_too(words: list[st
     (source, random) = forecast(grid([*words, "method=random"]))["cells"]
     assert source["pending"] == {"localize": 3}
     assert (source["passes"]["generate"], random["passes"]["generate"]) == (0, 60)
+    of_sources = forecast(grid([*words, "method=random_shared"]))["cells"]
+    assert [row["pending"].get("localize") for row in of_sources] == [3, 3, 3]
+    assert [row["pending"].get("generate", 0) for row in of_sources] == [0, 0, 6]
+    assert [row["passes"]["calibrate"] for row in of_sources] == [8 * 3, 0, 0]
     (given,) = forecast(grid([*words, "method=nemo", "method.threshold=0.3"]))["cells"]
     assert given["passes"]["calibrate"] == 0
     (guided,) = forecast(grid([*words, "method=nemo", "method.protocol=reference"]))["cells"]
@@ -72,19 +82,20 @@ def test_what_nobody_asked_for_and_what_was_given_are_counted_too(words: list[st
 def test_finished_records_tell_what_a_search_takes_and_how_long(words: list[str], tmp_path: Path) -> None:
     run(plan(grid([*words, "method=nemo"])), "test", progress=False)
     done = forecast(grid([*words, "method=nemo"]))
-    assert done["total"]["passes"] == {"calibrate": 0, "localize": 0, "generate": 0}
+    assert done["total"]["passes"] == {"calibrate": 0, "localize": 0, "memorization": 0, "generate": 0}
     assert done["total"]["seconds"] == 0
     (cell,) = (p for p in (tmp_path / "results" / "default").iterdir() if p.is_dir())
-    found = {stage: list(read_records(cell, stage).values()) for stage in ("localize", "generate", "score")}
+    stages = ("localize", "memorization", "generate", "score")
+    found = {stage: list(read_records(cell, stage).values()) for stage in stages}
     each = sum(r["cost"]["row_passes"] for r in found["localize"]) / 3
     (row,) = forecast(grid([*words, "method=nemo", "seeds=3"]))["cells"]
     assert not row["at_least"]
-    assert row["passes"] == {"calibrate": 0, "localize": 3 * round(each), "generate": 9 * 10}
+    assert row["passes"] == {"calibrate": 0, "localize": 3 * round(each), "memorization": 9, "generate": 9 * 10}
     rates = {
         stage: sum(r["cost"]["seconds"] / r["cost"]["row_passes"] for r in found[stage]) / len(found[stage])
-        for stage in ("localize", "generate")
+        for stage in ("localize", "memorization", "generate")
     }
-    scoring = sum(r["cost"]["seconds"] for r in found["score"] if r["seed"] is None)
+    scoring = sum(r["cost"]["seconds"] for r in found["score"] if "seed" not in r)
     expected = sum(row["passes"][stage] * rate for stage, rate in rates.items()) + scoring
     assert row["seconds"] == pytest.approx(expected)
     pace = forecast(grid([*words, "method=none"]))["pace"]["planted"]
@@ -112,17 +123,19 @@ def test_damaged_folders_beside_it_are_passed_over(words: list[str], tmp_path: P
 
 
 def test_a_finished_calibration_costs_nothing(words: list[str]) -> None:
-    cells = plan(grid([*words, "method=nemo"]))
-    (cells[0].calibration.folder / "records").mkdir(parents=True)
+    (cell,) = plan(grid([*words, "method=nemo"]))
+    assert cell.calibration
+    folder = cell.calibration.folder
+    (folder / "records").mkdir(parents=True)
     record = {"id": "a", "prompt": "a", "pairs": [0.1], "cost": {"row_passes": 3, "seconds": 1.0}}
-    (cells[0].calibration.folder / "records" / "calibrate.0.jsonl").write_text(json.dumps(record) + "\n")
+    (folder / "records" / "calibrate.0.jsonl").write_text(json.dumps(record) + "\n")
     (row,) = forecast(grid([*words, "method=nemo"]))["cells"]
     assert row["passes"]["calibrate"] == 7 * 3
-    path = cells[0].calibration.folder / "threshold.json"
+    path = folder / "threshold.json"
     path.write_text("{}")
     (row,) = forecast(grid([*words, "method=nemo"]))["cells"]
     assert row["passes"]["calibrate"] == 7 * 3  # it lacks what it should hold
-    path.write_text(json.dumps(dict.fromkeys(("threshold", "mean", "std", "maxima"))))
+    write_json(path, Threshold(protocol="paper", similarity="fixed", velocity="noise"))
     (row,) = forecast(grid([*words, "method=nemo"]))["cells"]
     assert row["passes"]["calibrate"] == 0
 
@@ -135,7 +148,7 @@ def test_missing_weights_are_said_and_the_cost_all_the_same(
     said = capsys.readouterr()
     assert "missing  weights" in said.out
     assert "CompVis/stable-diffusion-v1-4" in said.out
-    assert "60 to generate" in said.out
+    assert "60 to generate" in " ".join(said.out.split())
     assert "missing: 1 of what the run needs" in said.err
     assert not (tmp_path / "results").exists()
 
@@ -208,7 +221,8 @@ def test_the_table_is_whole_in_a_narrow_terminal(words: list[str], capsys: pytes
     out = capsys.readouterr().out
     for cell in plan(grid([*words, "method=none,nemo"])):
         assert cell.id in out
-    assert "UNet passes of one sample: 24 to calibrate, ≥ 27 to localize, 120 to generate" in out
+    passes = r"UNet passes of one sample: 24 to calibrate, ≥ 9 to localize, 18 to [\w ]+, 120 to generate"
+    assert re.search(passes, " ".join(out.split()))
     assert "time: ?" in out
 
 
@@ -299,9 +313,7 @@ def test_captions_of_another_list_take_the_neurons_of_the_cell_that_searched_it(
     words = ["experiment=nemo_table", "model=planted", "model.guidance=3", "metrics=default"]
     cells = plan(grid(words))
     by_names = {
-        (c.spec["prompts"], c.spec["method"]): c
-        for c in cells
-        if c.spec["settings"]["method"].get("neurons") != "initial"
+        (c.spec.prompts, c.spec.method): c for c in cells if c.spec.settings["method"].get("neurons") != "initial"
     }
     shared, random = by_names["coco", "shared"], by_names["coco", "random_shared"]
     assert shared.source is by_names["nemo", "nemo"] is by_names["nemo", "random"].source
@@ -311,7 +323,7 @@ def test_captions_of_another_list_take_the_neurons_of_the_cell_that_searched_it(
     (tmp_path / "data" / "memorized_laion_prompts.csv").write_text(
         LISTS["memorized_laion_prompts.csv"].replace("cup", "cap")
     )
-    changed = {c.spec["method"]: c.id for c in plan(grid(words)) if c.spec["prompts"] == "coco"}
+    changed = {c.spec.method: c.id for c in plan(grid(words)) if c.spec.prompts == "coco"}
     assert changed["none"] == by_names["coco", "none"].id
     assert changed["shared"] != shared.id
     assert changed["random_shared"] != random.id

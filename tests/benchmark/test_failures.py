@@ -71,8 +71,10 @@ def test_what_failed_has_no_score_and_is_counted(partly: Path) -> None:
     assert spoils["failed"]["VM"]["metrics"]["ssim"] == 1
     assert spoils["failed"]["VM"]["metrics"]["memorization"] == 1
     assert "memorization" not in spoils["aggregates"]["VM"]
+    measured = read_records(cell(partly, "spoils"), "memorization").values()
+    assert [(r["prompt"], "score" in r) for r in measured if "failed" in r] == [("vm-01", False)]
     scores = read_records(cell(partly, "spoils"), "score").values()
-    own = [r["scores"]["ssim"] for r in scores if r["prompt"] == "vm-01" and r["seed"] is not None]
+    own = [r["scores"]["ssim"] for r in scores if r["prompt"] == "vm-01" and "seed" in r]
     assert len(own) == 1
     assert spoils["aggregates"]["VM"]["ssim"]["mean"] == own[0]
     # Pairs are those that both have: the image that is there is the one of no mitigation.
@@ -104,7 +106,8 @@ def test_a_failed_image_is_done_until_its_line_is_deleted(
         assert main(command(partly, three)) == 0
     capsys.readouterr()
     (file,) = (cell(partly, "spoils") / "records").glob("generate.*.jsonl")
-    kept = [line for line in file.read_text().splitlines(keepends=True) if '"failed": ' not in line]
+    kept = [line for line in file.read_text().splitlines(keepends=True) if "failed" not in json.loads(line)]
+    assert len(kept) == 5
     file.write_text("".join(kept))
     assert main(command(partly, three)) == 0
     # Alone in its batch it is the first row, which this method leaves alone.

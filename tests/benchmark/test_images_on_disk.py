@@ -22,7 +22,7 @@ from nemo_bench.benchmark.run import run
 from nemo_bench.config import grid
 from nemo_bench.errors import ConfigError, ModelError, NemoBenchError, StoreError
 from nemo_bench.prompts import MANIFEST
-from nemo_bench.report import load_results
+from nemo_bench.records.results import load_results
 from nemo_bench.tracking import track
 from on_disk import read_json, read_records
 
@@ -70,7 +70,7 @@ def scored(folder: Path, *words: str, **options: Any) -> Path:
 
 
 def values(path: Path) -> dict[tuple[str, int | None], dict[str, float]]:
-    return {(r["prompt"], r["seed"]): r["scores"] for r in read_records(path, "score").values()}
+    return {(r["prompt"], r.get("seed")): r["scores"] for r in read_records(path, "score").values()}
 
 
 def lines(path: Path) -> int:
@@ -304,7 +304,7 @@ def test_images_made_elsewhere_can_be_tracked(made: Path, tmp_path: Path) -> Non
     folder = scored(export(cell(made, "random"), tmp_path / "images"), *elsewhere(tmp_path / "results", "x"))
     settings = grid(["method=none", "logger=all"])[0].settings.logger
     said: list[str] = []
-    track(folder, settings, say=said.append)
+    track(load_results(folder), settings, say=said.append)
     assert list(cell(folder, "x").glob("wandb/offline-run-*/*.wandb")), said
     assert list(cell(folder, "x").glob("csv/metrics.csv"))
 
@@ -360,7 +360,7 @@ def test_an_unfinished_cell_is_left_out_and_named(finished: Path) -> None:
     (cell(finished, "random") / "generate.done").unlink()
     said: list[str] = []
     cells = cells_of(finished, say=said.append, progress=False)
-    assert [c.spec["method"] for c in cells] == ["none"]
+    assert [c.spec.method for c in cells] == ["none"]
     assert said == [f"{cell(finished, 'random').name}: left out, not all of its images are there"]
     with pytest.raises(StoreError, match="not all images are there; give the command of the run"):
         cells_of(cell(finished, "random"), progress=False)

@@ -55,7 +55,7 @@ def execute(root: Path, prompts: Path, *more: str) -> dict[str, Path]:
 
 def scores(cell: Path, metric: str) -> dict[tuple[str, int | None], float]:
     records = read_records(cell, "score").values()
-    return {(r["prompt"], r["seed"]): r["scores"][metric] for r in records if metric in r["scores"]}
+    return {(r["prompt"], r.get("seed")): r["scores"][metric] for r in records if metric in r["scores"]}
 
 
 def test_images_are_paired_with_those_without_mitigation_whenever_they_come(tmp_path: Path, prompt_file: Path) -> None:
@@ -80,7 +80,8 @@ def test_images_are_paired_with_those_without_mitigation_whenever_they_come(tmp_
     assert "paired" not in read_json(both["none"] / "metrics.json")["aggregates"]["VM"]["ssim"]
 
     # Asked for alone again, it is still paired with what lies beside it, and nothing is scored anew.
-    assert not any(pending_work(plan(grid(words(tmp_path, prompt_file, "method=random"))))[0]["pending"].values())
+    (work,) = pending_work(plan(grid(words(tmp_path, prompt_file, "method=random"))))
+    assert set(work.records.values()) == {0}
     before = (both["random"] / "metrics.json").read_text()
     execute(tmp_path, prompt_file, "method=random")
     assert (both["random"] / "metrics.json").read_text() == before
@@ -106,9 +107,9 @@ def test_detection_counts_and_presets_are_told(tmp_path: Path, prompt_file: Path
     none, random = (read_json(cells[name] / "metrics.json") for name in ("none", "random"))
     found = none["detection"]["memorization"]
     assert (found["memorized"], found["other"]) == (2, 1)
-    localized = {r["prompt"]: r["memorization"] for r in read_records(cells["none"], "localize").values()}
-    general = next(value for name, value in localized.items() if name.startswith("general"))
-    assert found["auc"] == sum(v > general for n, v in localized.items() if not n.startswith("general")) / 2
+    measured = {r["prompt"]: r["score"] for r in read_records(cells["none"], "memorization").values()}
+    general = next(value for name, value in measured.items() if name.startswith("general"))
+    assert found["auc"] == sum(v > general for n, v in measured.items() if not n.startswith("general")) / 2
     assert random["detection"] == {}
     nothing = ("truncated", "without_reference", "dead_references", "damaged_references")
     failed = ("failed_images", "failed_localizations", "failed_scores")
@@ -205,12 +206,10 @@ def test_other_weights_score_again_and_other_folders_do_not(tmp_path: Path, prom
     cell = execute(tmp_path, prompt_file, *asked, f"weights={weights}")["none"]
     before = json.loads((cell / "scoring.json").read_text())
     moved = weights.rename(tmp_path / "moved")
-    assert not any(
-        pending_work(plan(grid(words(tmp_path, prompt_file, *asked, f"weights={moved}"))))[0]["pending"].values()
-    )
+    (work,) = pending_work(plan(grid(words(tmp_path, prompt_file, *asked, f"weights={moved}"))))
+    assert set(work.records.values()) == {0}
     assert str(tmp_path) not in json.dumps(before)
     with (moved / "sscd.pt").open("ab") as file:
         file.write(b"another file")
-    assert (
-        pending_work(plan(grid(words(tmp_path, prompt_file, *asked, f"weights={moved}"))))[0]["pending"]["score"] == 3
-    )
+    (work,) = pending_work(plan(grid(words(tmp_path, prompt_file, *asked, f"weights={moved}"))))
+    assert work.records["score"] == 3

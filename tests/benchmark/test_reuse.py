@@ -13,8 +13,7 @@ from nemo_bench.benchmark.plan import plan
 from nemo_bench.benchmark.run import run
 from nemo_bench.config import grid
 from nemo_bench.localization.published import by_name, read_published
-from nemo_bench.records.store import Store
-from nemo_bench.report import load_results
+from nemo_bench.records.results import load_results
 from on_disk import read_json, read_records
 from small_runs import small
 
@@ -49,7 +48,7 @@ def cells(folder: Path, method: str) -> list[Path]:
 
 
 def neurons(cell: Path) -> dict[str, Neurons]:
-    return {name: Neurons(record["neurons"]) for name, record in by_prompt(Store(cell)).items()}
+    return {record["prompt"]: Neurons(record["neurons"]) for record in read_records(cell, "localize").values()}
 
 
 def test_shared_neurons_are_those_found_by_a_source_nobody_asked_for(finished: Path) -> None:
@@ -133,7 +132,7 @@ def test_what_was_found_is_blocked_again(finished: Path, tmp_path: Path, prompts
     moved = file.parent / f"moved-{kind}.csv" if kind == "csv" else tmp_path / "moved"
     (shutil.copy if kind == "csv" else shutil.copytree)(file, moved)
     renamed = plan(grid(words(tmp_path, prompts, "method=saved", f"method.file='{moved}'")))
-    assert [not any(row["pending"].values()) for row in pending_work(renamed)] == [True]
+    assert [not any(work.records.values()) for work in pending_work(renamed)] == [True]
 
 
 def test_prompts_without_saved_neurons_are_found_before_anything_loads(finished: Path, prompts: str) -> None:

@@ -19,8 +19,9 @@ from nemo_bench.benchmark.plan import plan
 from nemo_bench.benchmark.run import run
 from nemo_bench.benchmark.summary import _detection
 from nemo_bench.config import grid
-from nemo_bench.records.store import Store
-from nemo_bench.report import load_results, terminal_table
+from nemo_bench.records.results import load_results
+from nemo_bench.records.schema import MemorizationRecord, Roc
+from nemo_bench.report.terminal import terminal_table
 from on_disk import read_records
 from small_runs import small
 
@@ -35,7 +36,7 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
     """All records of a run without what may differ between runs."""
     found = {}
     for cell in sorted(p for p in folder.iterdir() if p.is_dir()):
-        for stage in ("localize", "generate", "score"):
+        for stage in ("localize", "memorization", "generate", "score"):
             for name, record in read_records(cell, stage).items():
                 found[f"{cell.name}/{stage}/{name}"] = {k: v for k, v in record.items() if k != "cost"}
     return found
@@ -74,7 +75,8 @@ def test_every_cell_is_complete(finished: tuple[Path, Path]) -> None:
         "nemo", "none", "one_edit", "other_prompt", "random"
     ]  # fmt: skip
     for cell in cells:
-        assert len(read_records(cell, "localize")) == 3
+        assert len(read_records(cell, "localize")) == (0 if "__none__" in cell.name else 3)
+        assert len(read_records(cell, "memorization")) == 3
         assert len(read_records(cell, "generate")) == 6
         assert len(read_records(cell, "score")) == 6 + 3
         assert len(list((cell / "images").glob("*.png"))) == 6
@@ -88,7 +90,7 @@ def test_every_cell_is_complete(finished: tuple[Path, Path]) -> None:
 
 def found_by(folder: Path, method: str) -> dict[str, dict[str, Any]]:
     (cell,) = folder.glob(f"*__{method}__*")
-    return by_prompt(Store(cell))
+    return {record["prompt"]: record for record in read_records(cell, "localize").values()}
 
 
 def test_general_prompts_are_reported_with_the_neurons_of_memorized_ones_off(finished: tuple[Path, Path]) -> None:
@@ -151,7 +153,7 @@ def test_random_neurons_are_as_many_and_elsewhere(finished: tuple[Path, Path]) -
         found, drawn = Neurons(record["neurons"]), Neurons(random[name]["neurons"])
         assert found.count == drawn.count
         assert (drawn - found).count == drawn.count
-    assert not any(r["neurons"] for r in read_records(by_method["none"], "localize").values())
+    assert not read_records(by_method["none"], "localize")
 
 
 def test_again_nothing_is_open_and_nothing_is_loaded(
@@ -160,7 +162,7 @@ def test_again_nothing_is_open_and_nothing_is_loaded(
     folder, prompts = finished
     before = results(folder)
     cells = plan(grid(words(folder.parent, prompts)))
-    assert all(not any(row["pending"].values()) for row in pending_work(cells))
+    assert all(not any(work.records.values()) for work in pending_work(cells))
 
     def refuse(*args: object) -> None:
         raise AssertionError("a model was loaded")
@@ -232,16 +234,15 @@ def test_the_same_id_in_two_files_is_an_error(finished: tuple[Path, Path], tmp_p
         plan(grid([*SMALL, f"root={tmp_path}", f"prompts.files=[{prompts},{prompts}]"]))
 
 
-def test_scores_that_overflowed_leave_the_rest_of_a_summary_alone() -> None:
-    prompts = [Prompt("a", "a", "VM"), Prompt("b", "b")]
-    cell = SimpleNamespace(is_mitigated=False, prompts=prompts)
+def test_prompts_without_a_finite_memorization_score_are_counted_and_left_out_of_detection() -> None:
+    cell = SimpleNamespace(is_mitigated=False, prompts=[Prompt("a", "a", "VM"), Prompt("b", "b")])
+    measured = [MemorizationRecord(id=name, prompt=name, score=score) for name, score in (("a", 0.9), ("b", 0.1))]
 
-    def summed_up(score: float) -> dict[str, Any]:
-        return _detection(cell, [{"prompt": "a", "memorization": score}, {"prompt": "b", "memorization": 0.1}])  # type: ignore[arg-type]
+    def detected(*more: MemorizationRecord) -> Roc:
+        return _detection(cell, [*measured, *more])["memorization"]  # type: ignore[arg-type]
 
-    assert summed_up(0.9)["memorization"]["auc"] == 1
-    assert summed_up(0.9)["memorization"]["failed"] == 0
+    assert detected().auc == 1
+    assert detected().failed == 0
     cell.prompts.append(Prompt("c", "c", "VM"))
-    lost = {"prompt": "c", "failed": "noise differences are not finite"}
-    found = _detection(cell, [*({"prompt": i, "memorization": v} for i, v in (("a", 0.9), ("b", 0.1))), lost])  # type: ignore[arg-type]
-    assert (found["memorization"]["auc"], found["memorization"]["failed"]) == (1, 1)
+    lost = detected(MemorizationRecord(id="c", prompt="c", failed="noise differences are not finite"))
+    assert (lost.auc, lost.failed) == (1, 1)

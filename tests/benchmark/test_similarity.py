@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from nemo_bench import ConfigError, Diffusion
+from nemo_bench import ConfigError, Diffusion, resolve
 from nemo_bench.benchmark import detect as detection
 from nemo_bench.benchmark.plan import plan, similarity_of
 from nemo_bench.benchmark.runner import Runner
+from nemo_bench.benchmark.stages.detect import DetectionStage
 from nemo_bench.config import detector_grid, grid
 from nemo_bench.diffusion import Source
 
@@ -67,10 +68,9 @@ def test_what_is_not_known_before_is_refused_once_the_model_is_there(
     (detecting,) = detection.plan(detector_grid(["detector=noise_difference", f"root={tmp_path}", *PUBLISHED]))
     monkeypatch.setattr(planted, "similarity", similarity_of(detecting.config.settings.model))
     with pytest.raises(ConfigError, match="latents of 16x16 are too small"):
-        detection.DetectionStage(planted, [detecting], 4)
+        DetectionStage(planted, [detecting], 4)
 
 
 def test_latent_size_is_that_of_the_unet_s_settings() -> None:
     (cell,) = plan(grid(["method=none"]))
-    source = Source(cell.config.settings.model.source.replace("package:", f"{Path(detection.__file__).parent}/"))
-    assert source.latent_size == (16, 16)
+    assert Source(resolve(cell.config.settings.model.source)).latent_size == (16, 16)

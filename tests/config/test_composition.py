@@ -273,7 +273,7 @@ def test_metrics_can_be_added_and_left_out() -> None:
         ("method=nemo method.theta=x", "method.theta=x: expected a number, given 'x'"),
         ("method=random method.seed=1.5", "method.seed=1.5: expected a whole number, given 1.5"),
         ("method=nemo method.neurons=refind", "method.neurons=refind: expected one of refined, initial"),
-        ("method=nemo method.theta=0.5", "theta > theta_min.*given 0.5"),
+        ("method=nemo method.theta=0.5", "theta=0.5; expected more than theta_min=1.0"),
         ("seeds=0", "seeds=0: expected greater than or equal to 1"),
         ("seeds=9999999999", "seeds=9999999999: expected less than or equal to 2147483647"),
         ("batch_size=0", "batch_size=0: expected greater than or equal to 1 or 'auto'"),
@@ -427,7 +427,7 @@ def test_a_setting_goes_to_the_methods_that_have_it_and_to_the_source_of_a_contr
 def test_an_option_is_explained_by_its_file_and_its_class() -> None:
     text = explain_option("method", "nemo")
     assert "theta_min: 1.0" in text
-    assert "theta_min: Where the search ends" in text
+    assert "theta_min: The search ends before it reaches this theta" in text
     assert "guidance: 7" in explain_option("model", "sd14")
     with pytest.raises(ConfigError, match=r"unknown model 'sd1'.*Choices"):
         explain_option("model", "sd1")

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 from itertools import product
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_bench.records.data import Kind, Prompt, Record
+from nemo_bench.records.data import Kind, Prompt
+from nemo_bench.records.schema import MetricInfo, Paired, ScoreRecord
 from nemo_bench.records.statistics import aggregate, bootstrap_interval, holm, paired, presets
 
 SCORES = st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=5)
 
 
-def line(prompt: str, **scores: float) -> Record:
-    return {"prompt": prompt, "scores": scores}
+def line(prompt: str, **scores: float) -> ScoreRecord:
+    return seeded(prompt, None, **scores)
+
+
+def seeded(prompt: str, seed: int | None, **scores: float) -> ScoreRecord:
+    return ScoreRecord(id=f"{prompt} {seed}", prompt=prompt, seed=seed, scores=scores)
 
 
 def test_mean_median_and_deviation_by_hand() -> None:
@@ -26,18 +30,18 @@ def test_mean_median_and_deviation_by_hand() -> None:
     records = [line("a", s=0.0), line("b", s=3.0), line("b", s=5.0), line("b", s=13.0), line("c", s=2.0)]
     row = aggregate(records, prompts)["VM"]["s"]
     # Means 0, 7, 2 and medians 0, 5, 2, of which the deviations from 2 are 2, 3, 0.
-    assert row["mean"] == 3
-    assert row["median"] == 2
-    assert row["mad"] == 2
-    assert row["prompts"] == 3
-    assert set(row) == {"mean", "low", "high", "median", "mad", "prompts"}
+    assert row.mean == 3
+    assert row.median == 2
+    assert row.mad == 2
+    assert row.prompts == 3
+    assert set(row.model_dump(exclude_none=True)) == {"mean", "low", "high", "median", "mad", "prompts"}
 
 
 def test_a_prompt_counts_once_however_many_images_it_has() -> None:
     prompts = [Prompt("many", ""), Prompt("one", "")]
     row = aggregate([line("many", s=1.0)] * 99 + [line("one", s=0.0)], prompts)["all"]["s"]
-    assert row["mean"] == row["median"] == 0.5
-    assert row["prompts"] == 2
+    assert row.mean == row.median == 0.5
+    assert row.prompts == 2
 
 
 def test_groups_are_by_kind_and_all() -> None:
@@ -45,7 +49,7 @@ def test_groups_are_by_kind_and_all() -> None:
     prompts = [Prompt(i, "", kind) for i, kind in kinds.items()]
     records = [line("v", s=1.0), line("w", s=3.0), line("t", s=5.0), line("g", s=7.0), line("stranger", s=99.0)]
     table = aggregate(records, prompts)
-    assert {group: (row["s"]["mean"], row["s"]["prompts"]) for group, row in table.items()} == {
+    assert {group: (row["s"].mean, row["s"].prompts) for group, row in table.items()} == {
         "VM": (2, 2),
         "TM": (5, 1),
         "general": (7, 1),
@@ -63,7 +67,7 @@ def test_a_metric_is_missing_where_no_prompt_has_it() -> None:
         "general": {"align"},
         "all": {"ssim", "align"},
     }
-    assert table["all"]["ssim"]["prompts"] == 1
+    assert table["all"]["ssim"].prompts == 1
     assert aggregate([], prompts) == {}
 
 
@@ -103,22 +107,18 @@ def test_any_scores_are_summed_up(drawn: list[tuple[Kind | None, list[float]]]) 
     prompts = [Prompt(f"p{number}", "", kind) for number, (kind, _) in enumerate(drawn)]
     records = [line(p.id, s=v) for p, (_, values) in zip(prompts, drawn, strict=True) for v in values]
     table = aggregate(iter(records), prompts)
-    assert sum(row["s"]["prompts"] for group, row in table.items() if group != "all") == len(prompts)
+    assert sum(row["s"].prompts for group, row in table.items() if group != "all") == len(prompts)
     for group, row in table.items():
         members = [values for kind, values in drawn if group in ("all", kind or "general")]
         means, medians = [np.mean(v) for v in members], [np.median(v) for v in members]
         found = row["s"]
-        assert found["prompts"] == len(members)
-        assert found["mean"] == pytest.approx(np.mean(means), abs=1e-12)
-        assert found["median"] == pytest.approx(np.median(medians), abs=1e-12)
-        assert found["mad"] == pytest.approx(np.median(np.abs(np.array(medians) - np.median(medians))), abs=1e-12)
-        assert found["low"] - 1e-12 <= found["mean"] <= found["high"] + 1e-12
-        assert min(means) - 1e-12 <= found["low"]
-        assert found["high"] <= max(means) + 1e-12
-
-
-def seeded(prompt: str, seed: int | None, **scores: float) -> Record:
-    return {"prompt": prompt, "seed": seed, "scores": scores}
+        assert found.prompts == len(members)
+        assert found.mean == pytest.approx(np.mean(means), abs=1e-12)
+        assert found.median == pytest.approx(np.median(medians), abs=1e-12)
+        assert found.mad == pytest.approx(np.median(np.abs(np.array(medians) - np.median(medians))), abs=1e-12)
+        assert found.low - 1e-12 <= found.mean <= found.high + 1e-12
+        assert min(means) - 1e-12 <= found.low
+        assert found.high <= max(means) + 1e-12
 
 
 def test_pairs_are_of_the_same_prompt_and_seed() -> None:
@@ -134,11 +134,13 @@ def test_pairs_are_of_the_same_prompt_and_seed() -> None:
     ]
     row = aggregate(ours, prompts, none)["VM"]
     # Prompt a: +1 and -1, mean 0; prompt b: -2.
-    assert row["s"]["paired"]["difference"] == -1
-    assert row["s"]["paired"]["prompts"] == 2
-    assert row["d"]["paired"] == {"difference": -1, "low": -1, "high": -1, "p": 1, "prompts": 1}
-    assert "paired" not in row["other"]
-    assert "paired" not in aggregate(ours, prompts)["VM"]["s"]
+    change = row["s"].paired
+    assert change is not None
+    assert change.difference == -1
+    assert change.prompts == 2
+    assert row["d"].paired == Paired(difference=-1, low=-1, high=-1, p=1, prompts=1)
+    assert row["other"].paired is None
+    assert aggregate(ours, prompts)["VM"]["s"].paired is None
 
 
 @given(st.lists(st.integers(-20, 20), min_size=1, max_size=8))
@@ -147,37 +149,40 @@ def test_the_permutation_test_counts_sign_patterns(values: list[int]) -> None:
     patterns = [
         sum(s * v for s, v in zip(signs, values, strict=True)) for signs in product((1, -1), repeat=len(values))
     ]
-    assert found["p"] == np.mean([abs(total) >= abs(sum(values)) for total in patterns])
-    assert found["difference"] == pytest.approx(np.mean(values))
-    assert found["low"] - 1e-9 <= found["difference"] <= found["high"] + 1e-9
+    assert found.p == np.mean([abs(total) >= abs(sum(values)) for total in patterns])
+    assert found.difference == pytest.approx(np.mean(values))
+    assert found.low - 1e-9 <= found.difference <= found.high + 1e-9
 
 
 def test_many_sign_patterns_are_drawn() -> None:
     numbers = np.random.default_rng(0)
     nothing, something = numbers.normal(0, 1, 60), numbers.normal(0.5, 1, 60)
-    assert paired(nothing)["p"] > 0.05
-    assert 1 / 10001 <= paired(something)["p"] < 0.01
+    assert paired(nothing).p > 0.05
+    assert 1 / 10001 <= paired(something).p < 0.01
     # A normal approximation of the same test.
     z = abs(nothing.sum()) / np.sqrt((nothing**2).sum())
-    assert paired(nothing)["p"] == pytest.approx(math.erfc(z / math.sqrt(2)), abs=0.02)
+    assert paired(nothing).p == pytest.approx(math.erfc(z / math.sqrt(2)), abs=0.02)
     assert paired(nothing) == paired(nothing.copy())
-    assert paired(np.full(60, 0.1))["p"] == 1 / 10001
-    assert paired(np.zeros(60))["p"] == 1
+    assert paired(np.full(60, 0.1)).p == 1 / 10001
+    assert paired(np.zeros(60)).p == 1
 
 
-SIMILARITY = {"measure": "TrainingImage", "family": "memorization", "per": "image", "higher_is_better": False}
-METRICS: dict[str, dict[str, Any]] = {
-    "sscd": SIMILARITY,
-    "far": {**SIMILARITY, "higher_is_better": True},
-    "rate": {**SIMILARITY, "measure": "MemorizationRate"},
-    "nearest": {**SIMILARITY, "measure": "NearestTrainingImage"},
-    "clip": {**SIMILARITY, "measure": "Alignment", "family": "alignment"},
-    "change": {**SIMILARITY, "measure": "Change", "family": "change"},
-    "neurons": {"measure": "NeuronCount", "family": "localization", "per": "prompt", "higher_is_better": None},
+def similarity(measure: str = "TrainingImage", family: str = "memorization", *, is_higher: bool = False) -> MetricInfo:
+    return MetricInfo(title=measure, measure=measure, family=family, per="image", higher_is_better=is_higher)
+
+
+METRICS = {
+    "sscd": similarity(),
+    "far": similarity(is_higher=True),
+    "rate": similarity("MemorizationRate"),
+    "nearest": similarity("NearestTrainingImage"),
+    "clip": similarity("Alignment", "alignment"),
+    "change": similarity("Change", "change"),
+    "neurons": MetricInfo(title="Neurons", measure="NeuronCount", family="localization", per="prompt"),
 }
 
 
-def preset_records() -> list[Record]:
+def preset_records() -> list[ScoreRecord]:
     images = {"a": [0.9, 0.8, 0.1, 0.4], "b": [0.6, 0.2], "c": [0.3, 0.3]}
     lines = [
         seeded(prompt, seed, sscd=value, far=-value, rate=value > 0.5, nearest=value, clip=value / 2, change=1 - value)
@@ -194,31 +199,30 @@ def test_the_presets_by_hand() -> None:
     found = presets(preset_records(), PRESET_PROMPTS, METRICS)
     assert list(found) == ["nemo", "membench", "wen"]
     for preset in found.values():
-        assert list(preset) == ["title", "definition", "citation", "rows"]
-        assert all(preset[key] for key in preset)
-        entries = [entry for row in preset["rows"].values() for entry in row.values()]
-        assert all(list(entry) == ["value", "low", "high", "spread", "prompts"] for entry in entries)
-        assert all(entry["low"] - 1e-12 <= entry["value"] <= entry["high"] + 1e-12 for entry in entries)
+        assert all(preset.model_dump().values())
+        entries = [entry for row in preset.rows.values() for entry in row.values()]
+        assert all(entry.low - 1e-12 <= entry.value <= entry.high + 1e-12 for entry in entries)
     # Medians over images 0.6 and 0.4, of which the median is 0.5 and either is 0.1 away.
-    nemo = found["nemo"]["rows"]
+    nemo = found["nemo"].rows
     assert set(nemo) == {"VM", "TM"}
     assert set(nemo["VM"]) == {"sscd", "far", "clip", "change", "neurons"}
-    assert (nemo["VM"]["sscd"]["value"], nemo["VM"]["sscd"]["spread"]) == pytest.approx((0.5, 0.1))
-    assert nemo["VM"]["neurons"]["value"] == 0.5
-    membench = found["membench"]["rows"]
-    assert {key: round(entry["value"], 6) for key, entry in membench["VM"].items()} == {
+    assert (nemo["VM"]["sscd"].value, nemo["VM"]["sscd"].spread) == pytest.approx((0.5, 0.1))
+    assert nemo["VM"]["neurons"].value == 0.5
+    membench = found["membench"].rows
+    assert {key: round(entry.value, 6) for key, entry in membench["VM"].items()} == {
         "sscd, max": 0.75,  # 0.9 and 0.6
         "sscd, top 3": 0.55,  # 0.7 and 0.4
         "sscd, above 0.5": 0.5,  # both a half
     }
-    assert membench["all"]["sscd, above 0.5"]["value"] == pytest.approx(1 / 3)
-    wen = found["wen"]["rows"]
+    assert membench["all"]["sscd, above 0.5"].value == pytest.approx(1 / 3)
+    wen = found["wen"].rows
     assert set(wen["VM"]) == {"sscd", "far", "clip"}
-    assert wen["VM"]["sscd"] == {**wen["VM"]["sscd"], "value": pytest.approx(0.475), "spread": None, "prompts": 2}
+    means = wen["VM"]["sscd"]
+    assert (means.value, means.spread, means.prompts) == (pytest.approx(0.475), None, 2)
 
 
 def test_a_preset_without_its_metrics_is_left_out() -> None:
-    lines = [record for record in preset_records() if record["seed"] is None]
+    lines = [record for record in preset_records() if record.seed is None]
     assert list(presets(lines, PRESET_PROMPTS, METRICS)) == ["nemo"]
     assert presets([], PRESET_PROMPTS, METRICS) == {}
 

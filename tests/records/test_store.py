@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,23 @@ from PIL import Image
 
 from nemo_bench.errors import StoreError
 from nemo_bench.records import store as store_module
-from nemo_bench.records.data import Record
-from nemo_bench.records.io import read_json, write_json
-from nemo_bench.records.store import SCHEMA, Store, read_checked, read_records
+from nemo_bench.records.io import read_file, write_json
+from nemo_bench.records.schema import (
+    VERSION,
+    CalibrationRecord,
+    Cost,
+    DetectionRecord,
+    ImageRecord,
+    LocalizationRecord,
+    MemorizationRecord,
+    Record,
+    ScoreRecord,
+    Spec,
+)
+from nemo_bench.records.store import Store, read_record_set, read_records
+from on_disk import read_json
 
-SPEC = {"settings": {"model": "m", "steps": 3}}
+SPEC = Spec(task="benchmark", settings={"model": "m", "steps": 3})
 TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from('\u2028\u2029\x85\x1e\r\n"\\{}é'), max_size=8)
 
 
@@ -30,87 +44,101 @@ def store(tmp_path: Path) -> Store:
     return opened
 
 
-def lines_of(store: Store, number: int, stage: str = "generate") -> Path:
-    return store.folder / "records" / f"{stage}.{number}.jsonl"
+def lines_of(store: Store, number: int, kind: type[Record] = DetectionRecord) -> Path:
+    return store.folder / "records" / f"{kind.stage}.{number}.jsonl"
 
 
-def record(name: str, **more: Any) -> Record:
-    return {"id": name, "score": 0.5, **more}
+def record(name: str, **more: Any) -> DetectionRecord:
+    return DetectionRecord(**{"id": name, "prompt": name, "score": 0.5, **more})
+
+
+def with_text(name: str, text: str) -> DetectionRecord:
+    return record(name, details={"text": text})
+
+
+def image_record(name: str, **more: Any) -> ImageRecord:
+    return ImageRecord(id=name, prompt=name, seed=0, **more)
 
 
 def test_records_come_back_by_id(store: Store) -> None:
-    store.writer("generate")([record("a"), record("b", score=None)])
-    store.writer("score")([record("a", score=2.0)])
-    assert store.records("generate") == {"a": record("a"), "b": record("b", score=None)}
-    assert read_records(store.folder, "score") == {"a": record("a", score=2.0)}
-    assert store.records("localize") == {}
+    detected = [record("a"), record("b", score=None, failed="not finite")]
+    scored = ScoreRecord(id="a", prompt="a", seed=1, scores={"ssim": 2.0})
+    store.writer(DetectionRecord)(detected)
+    store.writer(ScoreRecord)([scored])
+    assert store.records(DetectionRecord) == {"a": detected[0], "b": detected[1]}
+    assert read_records(store.folder, ScoreRecord) == {"a": scored}
+    assert store.records(LocalizationRecord) == {}
 
 
-def test_a_torn_last_line_is_dropped_and_its_id_is_open_again(store: Store) -> None:
-    store.writer("generate")([record("a"), record("b")])
+def test_a_torn_last_line_is_dropped_and_its_id_is_pending_again(store: Store) -> None:
+    store.writer(DetectionRecord)([record("a"), record("b")])
     path = lines_of(store, 0)
     path.write_bytes(path.read_bytes()[:-9])
-    assert set(store.records("generate")) == {"a"}
-    assert store.pending_ids("generate", ["c", "b", "a"]) == ["c", "b"]
-    store.writer("generate")([record("b"), record("c")])
-    assert set(store.records("generate")) == {"a", "b", "c"}
+    assert set(store.records(DetectionRecord)) == {"a"}
+    assert store.pending_ids(DetectionRecord, ["c", "b", "a"]) == ["c", "b"]
+    store.writer(DetectionRecord)([record("b"), record("c")])
+    assert set(store.records(DetectionRecord)) == {"a", "b", "c"}
 
 
 @pytest.mark.parametrize("garbage", ["garbage", '{"id": "b", "sco', "[]", "7", '"id"', '{"score": 1}', ""])
 def test_garbage_in_the_middle_is_an_error_that_names_file_and_line(store: Store, garbage: str) -> None:
     path = lines_of(store, 0)
-    path.write_text(f'{{"id": "a"}}\n{garbage}\n{{"id": "c"}}\n')
+    good = [record(name).json_text() for name in "ac"]
+    path.write_text(f"{good[0]}\n{garbage}\n{good[1]}\n")
     with pytest.raises(StoreError, match=re.escape(f"{path}, line 2 is no record")):
-        store.records("generate")
+        store.records(DetectionRecord)
 
 
 def test_equal_lines_count_once_whatever_their_cost(store: Store) -> None:
-    first, second = store.writer("generate"), store.writer("generate")
-    first([record("a", cost={"seconds": 1.0})])
-    second([record("a", cost={"seconds": 9.0}), record("a"), record("b")])
-    assert set(store.records("generate")) == {"a", "b"}
-    assert store.records("generate")["a"]["cost"] == {"seconds": 1.0}
+    first, second = store.writer(DetectionRecord), store.writer(DetectionRecord)
+    first([record("a", cost=Cost(seconds=1.0))])
+    second([record("a", cost=Cost(seconds=9.0)), record("a"), record("b")])
+    assert set(store.records(DetectionRecord)) == {"a", "b"}
+    assert store.records(DetectionRecord)["a"].cost == Cost(seconds=1.0)
 
 
 def test_lists_that_differ_by_rounding_are_equal_and_others_are_not(store: Store) -> None:
-    first, second = store.writer("generate"), store.writer("generate")
-    first([record("a", pairs=[0.5, 0.25])])
-    second([record("a", pairs=[0.5, 0.2500001])])
-    assert store.records("generate")["a"]["pairs"] == [0.5, 0.25]
-    store.writer("generate")([record("a", pairs=[0.5, 0.3])])
+    def pairs(*values: float) -> list[CalibrationRecord]:
+        return [CalibrationRecord(id="a", prompt="a", pairs=list(values))]
+
+    first, second = store.writer(CalibrationRecord), store.writer(CalibrationRecord)
+    first(pairs(0.5, 0.25))
+    second(pairs(0.5, 0.2500001))
+    assert store.records(CalibrationRecord)["a"].pairs == [0.5, 0.25]
+    store.writer(CalibrationRecord)(pairs(0.5, 0.3))
     with pytest.raises(StoreError, match="different results for a"):
-        store.records("generate")
+        store.records(CalibrationRecord)
 
 
 def test_different_lines_for_an_id_are_an_error_that_names_both_files(store: Store) -> None:
-    first, second = store.writer("generate"), store.writer("generate")
+    first, second = store.writer(DetectionRecord), store.writer(DetectionRecord)
     first([record("a")])
     second([record("b"), record("a", score=0.6)])
     with pytest.raises(StoreError, match="different results for a; delete the one that is wrong") as error:
-        store.records("generate")
+        store.records(DetectionRecord)
     assert str(lines_of(store, 0)) in str(error.value)
     assert str(lines_of(store, 1)) in str(error.value)
 
 
 def test_every_writer_has_a_file_of_its_own_made_at_the_first_call(store: Store) -> None:
-    writers = [store.writer("generate") for _ in range(3)]
+    writers = [store.writer(DetectionRecord) for _ in range(3)]
     assert not list((store.folder / "records").iterdir())
     for number in (2, 0, 2):
         writers[number]([record(f"w{number}")])
     assert sorted(path.name for path in (store.folder / "records").iterdir()) == [
-        "generate.0.jsonl",
-        "generate.1.jsonl",
+        "detect.0.jsonl",
+        "detect.1.jsonl",
     ]
-    assert lines_of(store, 0).read_text().count('"w2"') == 2
-    assert lines_of(store, 1).read_text().count('"w0"') == 1
+    assert lines_of(store, 0).read_text().count('"id":"w2"') == 2
+    assert lines_of(store, 1).read_text().count('"id":"w0"') == 1
 
 
 def test_a_file_left_by_an_earlier_process_is_never_appended_to(store: Store) -> None:
     # Its last line may be torn: what is appended to it would be lost with it.
-    lines_of(store, 0).write_text('{"id": "a"}\n{"id": "b", "sc')
-    store.writer("generate")([record("b")])
+    lines_of(store, 0).write_text(record("a").json_text() + '\n{"id": "b", "sc')
+    store.writer(DetectionRecord)([record("b")])
     assert lines_of(store, 0).read_text().endswith('"sc')
-    assert set(store.records("generate")) == {"a", "b"}
+    assert set(store.records(DetectionRecord)) == {"a", "b"}
 
 
 @given(st.lists(TEXT, min_size=1, max_size=5))
@@ -119,26 +147,26 @@ def test_any_text_survives(texts: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder))
         store.open(SPEC)
-        written = [record(str(number), text=text) for number, text in enumerate(texts)]
-        store.writer("generate")(written)
-        assert list(store.records("generate").values()) == written
+        written = [with_text(str(number), text) for number, text in enumerate(texts)]
+        store.writer(DetectionRecord)(written)
+        assert list(store.records(DetectionRecord).values()) == written
 
 
 def test_line_separators_of_unicode_do_not_split_a_line(store: Store) -> None:
     text = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven\r\neight\rnine"
-    store.writer("generate")([record("a", text=text), record("b")])
-    assert store.records("generate")["a"]["text"] == text
-    assert set(store.records("generate")) == {"a", "b"}
+    store.writer(DetectionRecord)([with_text("a", text), record("b")])
+    assert store.records(DetectionRecord)["a"].details == {"text": text}
+    assert set(store.records(DetectionRecord)) == {"a", "b"}
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), TEXT), min_size=1, max_size=6), st.data())
 @settings(max_examples=40, deadline=None)
 def test_a_kill_loses_no_complete_record_and_invents_none(split: list[tuple[int, str]], data: st.DataObject) -> None:
-    written = [(writer, record(f"r{number}", text=text)) for number, (writer, text) in enumerate(split)]
+    written = [(writer, with_text(f"r{number}", text)) for number, (writer, text) in enumerate(split)]
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder))
         store.open(SPEC)
-        writers = [store.writer("generate") for _ in range(3)]
+        writers = [store.writer(DetectionRecord) for _ in range(3)]
         for writer, line in written:
             writers[writer]([line])
         torn = data.draw(st.sampled_from(sorted((store.folder / "records").iterdir())))
@@ -148,26 +176,27 @@ def test_a_kill_loses_no_complete_record_and_invents_none(split: list[tuple[int,
 
         # What counts as complete: all bytes of the object are there, with or without the end of the line.
         lost = {json.loads(line)["id"] for line in content.split(b"\n")[:-1] if line not in kept.split(b"\n")}
-        expected = {line["id"]: line for _, line in written if line["id"] not in lost}
-        assert store.records("generate") == expected
+        expected = {line.id: line for _, line in written if line.id not in lost}
+        assert store.records(DetectionRecord) == expected
 
-        names = [line["id"] for _, line in written]
-        missing = store.pending_ids("generate", names)
+        names = [line.id for _, line in written]
+        missing = store.pending_ids(DetectionRecord, names)
         assert missing == [name for name in names if name in lost]
-        store.writer("generate")([line for _, line in written if line["id"] in missing])
-        store.finish("generate", names)
-        assert store.records("generate") == {line["id"]: line for _, line in written}
+        store.writer(DetectionRecord)([line for _, line in written if line.id in missing])
+        store.finish(DetectionRecord, names)
+        assert store.records(DetectionRecord) == {line.id: line for _, line in written}
 
 
-def test_an_id_whose_image_was_deleted_is_open_again(store: Store) -> None:
+def test_an_id_whose_image_was_deleted_is_pending_again(store: Store) -> None:
     image = Image.new("RGB", (4, 4), "red")
     names = [store.save_image(f"images/{i}.png", image) for i in "ab"]
-    store.writer("generate")([record("a", image=names[0]), record("b", image=names[1]), record("c")])
-    assert store.pending_ids("generate", "abc") == []
+    written = [image_record(i, image=name) for i, name in zip("ab", names, strict=True)]
+    store.writer(ImageRecord)([*written, image_record("c", failed="not finite")])
+    assert store.pending_ids(ImageRecord, "abc") == []
     (store.folder / names[0]).unlink()
-    assert store.pending_ids("generate", "abc") == ["a"]
+    assert store.pending_ids(ImageRecord, "abc") == ["a"]
     with pytest.raises(StoreError, match="1 of 3 records of 'generate' are missing"):
-        store.finish("generate", "abc")
+        store.finish(ImageRecord, "abc")
 
 
 def test_an_image_is_saved_whole(store: Store) -> None:
@@ -179,25 +208,31 @@ def test_an_image_is_saved_whole(store: Store) -> None:
     assert [path.name for path in (store.folder / "images").iterdir()] == ["a.png"]
 
 
+def other_spec(**settings: Any) -> Spec:
+    return Spec(task="benchmark", settings=settings)
+
+
 def test_open_again_takes_the_same_configuration_only(store: Store) -> None:
     written = (store.folder / "spec.json").read_bytes()
-    Store(store.folder).open({"settings": {"steps": 3, "model": "m"}, "title": "spelled otherwise"})
+    Store(store.folder).open(other_spec(steps=3, model="m").model_copy(update={"title": "spelled otherwise"}))
     with pytest.raises(StoreError, match=r"another configuration \(differing: settings.seeds, settings.steps\)"):
-        Store(store.folder).open({"settings": {"model": "m", "steps": 4, "seeds": 1}})
+        Store(store.folder).open(other_spec(model="m", steps=4, seeds=1))
     with pytest.raises(StoreError, match=r"differing: settings.model"):
-        Store(store.folder).open({"settings": {"steps": 3}})
+        Store(store.folder).open(other_spec(steps=3))
     assert (store.folder / "spec.json").read_bytes() == written
-    assert read_json(store.folder / "spec.json") == {"schema": SCHEMA, **SPEC}
+    assert read_file(store.folder / "spec.json", Spec) == SPEC
+    content = read_json(store.folder / "spec.json")
+    assert (content["schema"], content["settings"]) == (VERSION, SPEC.settings)
 
 
 def test_what_json_makes_equal_is_the_same_configuration(store: Store) -> None:
     other = Store(store.folder.with_name("other"))
-    other.open({"settings": {"seeds": (1, 2)}})
-    other.open({"settings": {"seeds": [1, 2]}})
+    other.open(other_spec(seeds=(1, 2)))
+    other.open(other_spec(seeds=[1, 2]))
 
 
 def test_results_of_another_schema_are_refused(store: Store) -> None:
-    write_json(store.folder / "spec.json", {"schema": SCHEMA + 1, **SPEC})
+    write_json(store.folder / "spec.json", SPEC.model_copy(update={"version": VERSION + 1}))
     with pytest.raises(StoreError, match="differing: schema"):
         store.open(SPEC)
 
@@ -230,20 +265,21 @@ def test_a_deleted_folder_of_images_is_made_again(store: Store) -> None:
 
 
 def test_finish_recounts_and_forget_starts_over(store: Store) -> None:
-    store.writer("generate")([record("a")])
-    store.writer("score")([record("a")])
-    with pytest.raises(StoreError, match="1 of 2 records of 'generate' are missing; run the command again"):
-        store.finish("generate", iter("ab"))
-    assert not store.is_done("generate")
-    store.writer("generate")([record("b")])
-    store.finish("generate", iter("ab"))
-    assert store.is_done("generate")
-    assert not store.is_done("score")
-    assert read_json(store.folder / "generate.done") == {"records": 2}
-    store.forget("generate")
-    assert not store.is_done("generate")
-    assert store.records("generate") == {}
-    assert store.records("score") == {"a": record("a")}
+    scored = ScoreRecord(id="a", prompt="a")
+    store.writer(DetectionRecord)([record("a")])
+    store.writer(ScoreRecord)([scored])
+    with pytest.raises(StoreError, match="1 of 2 records of 'detect' are missing; run the command again"):
+        store.finish(DetectionRecord, iter("ab"))
+    assert not store.is_done(DetectionRecord)
+    store.writer(DetectionRecord)([record("b")])
+    store.finish(DetectionRecord, iter("ab"))
+    assert store.is_done(DetectionRecord)
+    assert not store.is_done(ScoreRecord)
+    assert read_json(store.folder / "detect.done") == {"records": 2}
+    store.forget(DetectionRecord)
+    assert not store.is_done(DetectionRecord)
+    assert store.records(DetectionRecord) == {}
+    assert store.records(ScoreRecord) == {"a": scored}
 
 
 def test_write_json_leaves_nothing_else(tmp_path: Path) -> None:
@@ -257,30 +293,74 @@ def test_write_json_leaves_nothing_else(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_json_that_is_missing_or_torn_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+def test_a_file_that_is_missing_or_torn_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"gone\.json is missing"):
-        read_json(tmp_path / "gone.json")
+        read_file(tmp_path / "gone.json", Spec)
     (tmp_path / "torn.json").write_bytes(b'{"a": "\xff')
-    with pytest.raises(StoreError, match=r"torn\.json does not hold what it should \(no JSON"):
-        read_json(tmp_path / "torn.json")
+    with pytest.raises(StoreError, match=r"torn\.json does not hold what it should \(Invalid JSON"):
+        read_file(tmp_path / "torn.json", Spec)
 
 
 @pytest.mark.parametrize(
-    ("stage", "content"),
+    ("kind", "content", "result"),
     [
-        ("localize", {"prompt": "a", "neurons": {}, "memorization": 0.5}),
-        ("generate", {"prompt": "a", "seed": 0, "image": "images/a_00.png"}),
-        ("detect", {"prompt": "a", "score": 0.5}),
+        (CalibrationRecord, {"prompt": "a", "pairs": [0.5]}, "pairs"),
+        (LocalizationRecord, {"prompt": "a", "neurons": {}}, "neurons"),
+        (MemorizationRecord, {"prompt": "a", "score": 0.5}, "score"),
+        (ImageRecord, {"prompt": "a", "seed": 0, "image": "images/a_00.png"}, "image"),
+        (DetectionRecord, {"prompt": "a", "score": 0.5}, "score"),
     ],
 )
-def test_a_record_lacks_its_result_only_where_it_says_why_it_failed(store: Store, stage: str, content: Record) -> None:
-    file = lines_of(store, 0, stage)
+def test_a_record_lacks_its_result_only_where_it_says_why_it_failed(
+    store: Store, kind: type[Record], content: dict[str, Any], result: str
+) -> None:
+    file = lines_of(store, 0, kind)
     whole = {"id": "1", **content}
-    *_, result = content
     lacking = {key: value for key, value in whole.items() if key != result}
     for good in (whole, {**lacking, "failed": "not finite"}):
         file.write_text(json.dumps(good) + "\n")
-        assert read_checked(store.folder, stage) == [good]
-    file.write_text(json.dumps(lacking) + "\n")
-    with pytest.raises(StoreError, match=f"the record 1 has no {result} that it should; delete its line"):
-        read_checked(store.folder, stage)
+        assert read_records(store.folder, kind) == {"1": kind(**good)}
+    for bad in (lacking, {**lacking, result: None}):
+        file.write_text(json.dumps(bad) + "\n")
+        words = f"{file}, line 1: the record 1 has no {result} that it should; delete its line"
+        with pytest.raises(StoreError, match=re.escape(words)):
+            read_records(store.folder, kind)
+
+
+def test_a_record_set_is_parsed_once_until_one_of_its_files_changes(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[list[str]] = []
+    parse = store_module._parse
+
+    def counted(files: Iterable[Path], kind: type[Record]) -> object:
+        names = [path.name for path in files]
+        parsed.append(names)
+        return parse([store.folder / "records" / name for name in names], kind)
+
+    monkeypatch.setattr(store_module, "_parse", counted)
+    first, second = store.writer(DetectionRecord), store.writer(DetectionRecord)
+    first([record("a")])
+    known = read_record_set(store.folder, DetectionRecord)
+    assert read_record_set(store.folder, DetectionRecord) is known
+    assert store.records(DetectionRecord) is known.by_id
+    assert store.pending_ids(DetectionRecord, "ab") == ["b"]
+    assert parsed == [["detect.0.jsonl"]]
+
+    # Files of other stages do not matter.
+    store.writer(ScoreRecord)([ScoreRecord(id="a", prompt="a")])
+    assert read_record_set(store.folder, DetectionRecord) is known
+
+    # A line more, a new file, other content of the same size, a file less.
+    first([record("b")])
+    assert set(store.records(DetectionRecord)) == {"a", "b"}
+    second([record("c")])
+    assert set(store.records(DetectionRecord)) == {"a", "b", "c"}
+    file = lines_of(store, 1)
+    time = file.stat().st_mtime_ns
+    file.write_text(record("d").json_text() + "\n")
+    os.utime(file, ns=(time + 1, time + 1))
+    assert set(store.records(DetectionRecord)) == {"a", "b", "d"}
+    file.unlink()
+    assert set(store.records(DetectionRecord)) == {"a", "b"}
+    assert parsed[1:] == [["detect.0.jsonl"], *[["detect.0.jsonl", "detect.1.jsonl"]] * 2, ["detect.0.jsonl"]]

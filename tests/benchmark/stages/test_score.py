@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from nemo_bench.benchmark.stages.features import FeatureStage, FolderChunk, read_features, set_spaces
+from nemo_bench.benchmark.stages.base import Chunk
+from nemo_bench.benchmark.stages.features import FeatureStage, read_features, set_spaces
 from nemo_bench.benchmark.stages.score import SampleReader, ScoringStage
 from nemo_bench.errors import ConfigError
 from nemo_bench.metrics import (
@@ -33,8 +34,8 @@ from nemo_bench.metrics import (
 )
 from nemo_bench.prompts.tasks import PromptTask
 from nemo_bench.records.data import Prompt
+from nemo_bench.records.schema import FeatureRecord, ImageRecord, ScoreRecord, Spec
 from nemo_bench.records.store import Store
-from on_disk import read_records
 from small_networks import clip, descriptor, sscd
 
 CPU = torch.device("cpu")
@@ -49,7 +50,7 @@ def save(path: Path, seed: int, size: tuple[int, int] = (24, 24)) -> Path:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     store = Store(tmp_path / "cell")
-    store.open({"settings": {}})
+    store.open(Spec(task="benchmark", settings={}))
     return store
 
 
@@ -65,26 +66,26 @@ def prompts(tmp_path: Path) -> list[Prompt]:
 
 
 @pytest.fixture
-def images(store: Store, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+def images(store: Store, prompts: Sequence[Prompt]) -> list[ImageRecord]:
     records = []
     for number, prompt in enumerate(prompts):
         for seed in range(3):
             name = f"images/{prompt.id}_{seed}.png"
             save(store.folder / name, 100 if (prompt.id, seed) == ("a", 1) else 10 * number + seed)
-            records.append({"id": f"{prompt.id}{seed}", "prompt": prompt.id, "seed": seed, "image": name})
+            records.append(ImageRecord(id=f"{prompt.id}{seed}", prompt=prompt.id, seed=seed, image=name))
     return records
 
 
 def score(
     metrics: dict[str, BenchMetric], store: Store, prompts: Sequence[Prompt], reader: SampleReader, *, at_once: int = 3
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, ScoreRecord]:
     pool = [path for prompt in prompts for path in prompt.references]
     stage = ScoringStage(metrics, store, pool)
     tasks = [PromptTask.from_prompt(prompt) for prompt in prompts]
     for start in range(0, len(tasks), at_once):
         stage.predict_step(reader(tasks[start : start + at_once]), 0)
-    records = read_records(store.folder, "score")
-    return {f"{r['prompt']}{'' if r['seed'] is None else r['seed']}": r for r in records.values()}
+    records = store.records(ScoreRecord).values()
+    return {f"{r.prompt}{'' if r.seed is None else r.seed}": r for r in records}
 
 
 class Broken(SSCD):
@@ -97,9 +98,9 @@ class Broken(SSCD):
 
 
 def test_features_that_are_not_finite_give_no_score_and_are_told(
-    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[dict[str, Any]]
+    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[ImageRecord]
 ) -> None:
-    Image.new("RGB", (24, 24)).save(store.folder / images[1]["image"])
+    Image.new("RGB", (24, 24)).save(store.folder / str(images[1].image))
     network = Broken(sscd(tmp_path).file)
     metrics: dict[str, BenchMetric] = {
         "sscd": TrainingImage(network),
@@ -110,26 +111,25 @@ def test_features_that_are_not_finite_give_no_score_and_are_told(
         "ssim": TrainingImage(SSIM()),
     }
     found = score(metrics, store, prompts, SampleReader(metrics.values(), store.folder, images))
-    assert set(found["a1"]["scores"]) == {"ssim"}
-    assert found["a1"]["failed"] == {"sscd": "the score is nan", "memorized": "the score is nan"}
-    assert set(found["a0"]["scores"]) == {"sscd", "memorized", "ssim"}
-    assert "failed" not in found["a0"]
-    assert set(found["a"]["scores"]) == {"diversity", "vendi"}
-    assert found["a"]["failed"] == {"fid": "the score is nan"}
-    kept = read_features([store.folder / found["a"]["file"]], *set_spaces(metrics.values()))
+    assert set(found["a1"].scores) == {"ssim"}
+    assert found["a1"].failed == {"sscd": "the score is nan", "memorized": "the score is nan"}
+    assert set(found["a0"].scores) == {"sscd", "memorized", "ssim"}
+    assert found["a0"].failed is None
+    assert set(found["a"].scores) == {"diversity", "vendi"}
+    assert found["a"].failed == {"fid": "the score is nan"}
+    kept = read_features([store.folder / str(found["a"].file)], *set_spaces(metrics.values()))
     assert kept.shape == (2, 512)
     assert float(1 - kept[0] @ kept[1] / kept.norm(dim=1).prod()) == pytest.approx(
-        found["a"]["scores"]["diversity"], abs=1e-5
+        found["a"].scores["diversity"], abs=1e-5
     )
 
 
 def test_images_that_failed_are_left_out_and_a_prompt_without_any_has_no_score(
-    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[dict[str, Any]]
+    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[ImageRecord]
 ) -> None:
     network = sscd(tmp_path)
-    for record in (images[0], *images[3:6]):
-        del record["image"]
-        record["failed"] = "pixels are not finite"
+    for row in (0, 3, 4, 5):
+        images[row] = images[row].model_copy(update={"image": None, "failed": "pixels are not finite"})
     metrics: dict[str, BenchMetric] = {
         "ssim": TrainingImage(SSIM()),
         "sscd": TrainingImage(network),
@@ -138,20 +138,21 @@ def test_images_that_failed_are_left_out_and_a_prompt_without_any_has_no_score(
         "score": MemorizationScore(),
         "fid": FID(network, "unread"),
     }
-    localized = {"b": {"memorization": 0.5}, "a": {"failed": "noise differences are not finite"}}
-    found = score(metrics, store, prompts, SampleReader(metrics.values(), store.folder, images, localized))
+    # Noise differences of prompt a were not finite.
+    reader = SampleReader(metrics.values(), store.folder, images, memorization={"b": 0.5})
+    found = score(metrics, store, prompts, reader)
     assert sorted(found) == ["a", "a1", "a2", "b", "c", "c0", "c1", "c2"]
-    assert found["b"]["scores"] == {"score": 0.5}
-    assert "file" not in found["b"]
-    assert set(found["a"]["scores"]) == {"diversity"}
+    assert found["b"].scores == {"score": 0.5}
+    assert found["b"].file is None
+    assert set(found["a"].scores) == {"diversity"}
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_metrics_get_what_they_ask_for(
-    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[dict[str, Any]], at_once: int
+    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[ImageRecord], at_once: int
 ) -> None:
     network, text = sscd(tmp_path), clip(tmp_path)
-    unmitigated = {record["id"]: save(tmp_path / f"{record['id']}.png", n) for n, record in enumerate(images)}
+    unmitigated = {record.id: save(tmp_path / f"{record.id}.png", n) for n, record in enumerate(images)}
     del unmitigated["b1"]
     metrics: dict[str, BenchMetric] = {
         "ssim": TrainingImage(SSIM()),
@@ -162,33 +163,35 @@ def test_metrics_get_what_they_ask_for(
         "alignment": Alignment(text),
         "score": MemorizationScore(),
     }
-    reader = SampleReader(metrics.values(), store.folder, reversed(images), {"a": {"memorization": 0.5}}, unmitigated)
+    reader = SampleReader(
+        metrics.values(), store.folder, reversed(images), memorization={"a": 0.5}, unmitigated=unmitigated
+    )
     found = score(metrics, store, prompts, reader, at_once=at_once)
     assert len(found) == 12
-    assert set(found["a0"]["scores"]) == {"ssim", "nearest", "sscd", "change", "alignment"}
-    assert set(found["b1"]["scores"]) == {"ssim", "nearest", "sscd", "alignment"}  # an image without a counterpart
-    assert set(found["c0"]["scores"]) == {"nearest", "change", "alignment"}
-    assert found["a"]["scores"]["score"] == 0.5
-    assert set(found["b"]["scores"]) == {"diversity"}
-    assert [found[i]["truncated"] for i in "abc"] == [False, False, True]
+    assert set(found["a0"].scores) == {"ssim", "nearest", "sscd", "change", "alignment"}
+    assert set(found["b1"].scores) == {"ssim", "nearest", "sscd", "alignment"}  # an image without a counterpart
+    assert set(found["c0"].scores) == {"nearest", "change", "alignment"}
+    assert found["a"].scores["score"] == 0.5
+    assert set(found["b"].scores) == {"diversity"}
+    assert [found[i].truncated for i in "abc"] == [False, False, True]
     # The image that is its reference.
-    assert found["a1"]["scores"]["ssim"] == found["a1"]["scores"]["nearest"] == 1
-    assert found["a1"]["scores"]["sscd"] == pytest.approx(1, abs=1e-5)
+    assert found["a1"].scores["ssim"] == found["a1"].scores["nearest"] == 1
+    assert found["a1"].scores["sscd"] == pytest.approx(1, abs=1e-5)
 
     def opened(path: Path) -> Image.Image:
         return Image.open(path).convert("RGB")
 
-    one = [opened(store.folder / record["image"]) for record in images[:3]]
+    one = [opened(store.folder / str(record.image)) for record in images[:3]]
     # Networks see references as they are, pixels are brought to the size of the images.
     seen = network.embed(one, (24, 24), CPU), network.embed([opened(p) for p in prompts[0].references], (24, 24), CPU)
     best = network.nearest(*seen).tolist()
-    assert [found[f"a{seed}"]["scores"]["sscd"] for seed in range(3)] == pytest.approx(best, abs=1e-5)
+    assert [found[f"a{seed}"].scores["sscd"] for seed in range(3)] == pytest.approx(best, abs=1e-5)
     change = np.sqrt(((np.asarray(one[2]) / 255 - np.asarray(opened(unmitigated["a2"])) / 255) ** 2).mean())
-    assert found["a2"]["scores"]["change"] == pytest.approx(change, abs=1e-5)
+    assert found["a2"].scores["change"] == pytest.approx(change, abs=1e-5)
 
 
 def test_pictures_are_embedded_once_by_each_network(
-    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[ImageRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: Counter[bytes] = Counter()
     prepare = SSCD.prepare
@@ -211,41 +214,45 @@ def test_pictures_are_embedded_once_by_each_network(
 
 
 def test_features_of_sets_are_kept_and_combined_in_order(
-    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[dict[str, Any]]
+    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[ImageRecord]
 ) -> None:
     space = sscd(tmp_path)
     metric: SetMetric = FID(space, str(tmp_path / "references"))
     metrics: dict[str, BenchMetric] = {"fid": metric}
     found = score(metrics, store, prompts, SampleReader(metrics.values(), store.folder, images))
-    assert not any(record["scores"] for record in found.values())
+    assert not any(record.scores for record in found.values())
     (name,) = set_spaces([metric])
-    files = [store.folder / found[prompt.id]["file"] for prompt in prompts]
-    pictures = [Image.open(store.folder / record["image"]).convert("RGB") for record in images]
+    files = [store.folder / str(found[prompt.id].file) for prompt in prompts]
+    pictures = [Image.open(store.folder / str(record.image)).convert("RGB") for record in images]
     expected = space.embed(pictures, (24, 24), CPU)
     torch.testing.assert_close(read_features(files, name), expected)
     assert set(load_file(files[0])) == {name}
     # A lost file opens its prompt again.
     ids = [PromptTask.from_prompt(prompt).id for prompt in prompts]
-    assert not store.pending_ids("score", ids)
+    assert not store.pending_ids(ScoreRecord, ids)
     files[1].unlink()
-    assert store.pending_ids("score", ids) == [ids[1]]
+    assert store.pending_ids(ScoreRecord, ids) == [ids[1]]
 
     real = Store(tmp_path / "real")
-    real.open({"settings": {}})
-    chunks = FolderChunk.split(metric.files)
+    real.open(Spec(task="features", settings={}))
+    chunks = Chunk.from_files(metric.files)
     FeatureStage(space, real).predict_step(chunks, 0)
-    kept = read_features([real.folder / chunk.file for chunk in chunks], "real")
+    kept_records = [real.records(FeatureRecord)[chunk.id] for chunk in chunks]
+    kept = read_features([real.folder / str(record.file) for record in kept_records], "real")
     expected = space.embed([Image.open(path).convert("RGB") for path in metric.files], (24, 24), CPU)
     torch.testing.assert_close(kept, expected)
-    assert real.records("features")[chunks[0].id]["pictures"] == 3
+    assert [record.count for record in kept_records] == [3]
 
 
-def test_costs_say_how_much_memory_was_used(store: Store, prompts: list[Prompt], images: list[dict[str, Any]]) -> None:
+def test_costs_say_how_much_memory_was_used(store: Store, prompts: list[Prompt], images: list[ImageRecord]) -> None:
     metrics: dict[str, BenchMetric] = {"ssim": TrainingImage(SSIM())}
     found = score(metrics, store, prompts, SampleReader(metrics.values(), store.folder, images))
     # This process alone has loaded torch, which takes more than 100 MB.
-    assert 100 < found["a"]["cost"]["peak_memory_mb"] < 1e6
-    assert "truncated" not in found["a"]
+    cost = found["a"].cost
+    assert cost is not None
+    assert cost.peak_memory_mb is not None
+    assert 100 < cost.peak_memory_mb < 1e6
+    assert found["a"].truncated is None
 
 
 def test_a_space_must_be_one() -> None:
