@@ -205,10 +205,9 @@ def rescore(
         raise ConfigError("weights and real_images are taken up by metrics: name those too, such as metrics=default")
     settings = _read_stored(stored, conf)
     # Metrics may refer to these.
-    before = {
-        key: attrgetter(key)(settings) for key in ("model.clip", "model.clip_pretrained", "weights", "real_images")
-    }
-    words = [f"{key}={quoted(value)}" for key, value in before.items() if key not in keys and value is not None]
+    referred = ("model.clip", "model.clip_pretrained", "weights", "real_images")
+    before = {key: attrgetter(key)(settings) for key in referred if key not in keys}
+    words = [f"{key}={quoted(value)}" for key, value in before.items() if value is not None]
     metrics = None if "metrics" in keys else settings.metrics
     changed = one([*overrides, *words, "method=none"], conf, metrics).settings
     for part in {"trainer", *(key.split(".")[0] for key in keys)} - {"prompts"}:

@@ -134,7 +134,7 @@ def test_overrides_win_over_the_lines_of_an_experiment(study: Path) -> None:
     [
         ("[method=nemo method.thetta=3]", "unknown key 'method.thetta'.*Did you mean 'theta'"),
         ('["method=\'nemo"]', "can't read \"method='nemo\" in the grid of an experiment"),
-        ("{method.theta: 3}", "experiment=study: grid={'method.theta': 3}: expected a list"),
+        ("{method.theta: 3}", "experiment/study.*raised while composing config: .*(list|ListConfig|sequence)"),
         ("[nemo]", "can't read an override"),
     ],
 )
