@@ -8,7 +8,6 @@ import inspect
 import re
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +16,7 @@ import pytest
 import nemo_bench.metrics
 from nemo_bench import cli
 from nemo_bench.benchmark.stages.audit import AuditSettings
-from nemo_bench.config import composition, describe_options, grid, logger_settings, options, overridden
+from nemo_bench.config import describe_options, grid, logger_settings, options, overridden
 from nemo_bench.errors import ConfigError
 from nemo_bench.metrics import BenchMetric
 from nemo_bench.planted.training import TrainSpec
@@ -80,20 +79,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def first_cell(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a grid, one cell is composed; of the others, the files that they name are looked for."""
-    compose, first = composition.choose, list[composition.CellConfig]()
-
-    def choose(words: Sequence[str], conf: Path | None) -> composition.CellConfig:
-        for override in composition._parse(words):
-            composition._check_option(override, conf)
-        first.extend([] if first else [compose(words, conf)])
-        return first[0]
-
-    monkeypatch.setattr(composition, "choose", choose)
-
-
 def test_pages_show_commands() -> None:
     assert {"README.md", "docs/index.md", "docs/howto/method.md"} <= {page for page, _ in COMMANDS}
     assert ("docs/howto/cluster.md", "nemo-bench run model=sd14 trainer=gpu trainer.devices=4 trainer.num_nodes=2") in (
@@ -108,7 +93,7 @@ def test_the_two_commands_of_the_readme_stay() -> None:
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
-def test_command_parses_and_composes(page: str, command: str, folder: Path, first_cell: None) -> None:
+def test_command_parses_and_composes(page: str, command: str, folder: Path) -> None:
     _, *words = command.split()
     if len(words) == 1:  # the name of a command in a sentence
         assert words[0] in subcommands()

@@ -5,7 +5,6 @@ No other package imports hydra.
 
 from nemo_bench.config.composition import (
     DEFAULT_METHODS,
-    DETECTING,
     SCORING,
     CellConfig,
     detector_grid,
@@ -33,7 +32,6 @@ from nemo_bench.config.targets import build, check_stored, resolve
 
 __all__ = [
     "DEFAULT_METHODS",
-    "DETECTING",
     "GROUPS",
     "SCORING",
     "CellConfig",

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -204,13 +205,9 @@ def rescore(
         raise ConfigError("weights and real_images are taken up by metrics: name those too, such as metrics=default")
     settings = _read_stored(stored, conf)
     # Metrics may refer to these.
-    before = {
-        "model.clip": settings.model.clip,
-        "model.clip_pretrained": settings.model.clip_pretrained,
-        "weights": settings.weights,
-        "real_images": settings.real_images,
-    }
-    words = [f"{key}={quoted(value)}" for key, value in before.items() if key not in keys and value is not None]
+    referred = ("model.clip", "model.clip_pretrained", "weights", "real_images")
+    before = {key: attrgetter(key)(settings) for key in referred if key not in keys}
+    words = [f"{key}={quoted(value)}" for key, value in before.items() if value is not None]
     metrics = None if "metrics" in keys else settings.metrics
     changed = one([*overrides, *words, "method=none"], conf, metrics).settings
     for part in {"trainer", *(key.split(".")[0] for key in keys)} - {"prompts"}:
@@ -230,13 +227,9 @@ def _read_stored(stored: Mapping[str, Any], conf: Path | None) -> RunSettings:
         if key != "method":  # not built for scoring; an audit checks it
             check_stored(value, str(key), classes)
     try:
-        settings = typed(stored, RunSettings)
+        return typed(stored, RunSettings)
     except ConfigError as error:
         raise ConfigError(f"another version wrote these settings ({error}); run again") from error
-    for name, node in settings.metrics.items():
-        if not isinstance(node, Mapping) or "_target_" not in node:
-            raise ConfigError(f"metrics.{name}: expected _target_ with the path of a class, given {node}")
-    return settings
 
 
 def logger_settings(overrides: Sequence[str]) -> LoggerSettings:
@@ -309,7 +302,8 @@ def _with_experiment(
     check_value(f"{' '.join(experiment)}: grid", lines, list[str])
     # Files given here replace all prompts of the experiment.
     keys = _keys_of(given)
-    keys |= {"prompts"} & {key.split(".")[0] for key in keys & {"prompts.files"}}
+    if "prompts.files" in keys:
+        keys.add("prompts")
     rows = []
     for line in lines:
         try:
@@ -358,7 +352,7 @@ def _compose(groups: Sequence[str], conf: Path | None) -> _Composed:
 
 
 def _placed(settings: Sequence[str], base: _Composed, bases: Sequence[_Composed]) -> tuple[tuple[str, str], ...]:
-    """Words for settings with the key that each goes to: where several methods are compared, the one that has it."""
+    """Words for settings, each with its key: of the method, or of its source where only that one has the setting."""
     placed = []
     for word in settings:
         (override,) = _parse([word])
@@ -373,7 +367,7 @@ def _placed(settings: Sequence[str], base: _Composed, bases: Sequence[_Composed]
             elif any(other.has(key) or other.has(in_source) for other in others):
                 continue
             else:
-                nodes = [other.content[group] for other in bases]
+                nodes = [other.content[group] or {} for other in bases]
                 known = {name for node in nodes for name in (*node, *(node.get("source") or ()))}
                 hint = did_you_mean(argument, known - {"_target_", "source", FAMILIES})
                 raise ConfigError(f"unknown key '{key}': none of the {group}s that are compared has it. {hint}")
@@ -400,8 +394,9 @@ def _cell_config(
     if "prompts.files" in own:
         # Other settings of a list of prompts are about its own files.
         content["prompts"] = {key: value for key, value in content["prompts"].items() if f"prompts.{key}" in own}
-        names["prompts"] = name_of_files(content["prompts"]["files"])
     run = typed(content, RunSettings)
+    if "prompts.files" in own:
+        names["prompts"] = name_of_files(run.prompts.files)
     run.root = resolve(run.root)
     families: list[FamilySettings] = []
     for group, node in (("method", run.method), ("detector", run.detector)):

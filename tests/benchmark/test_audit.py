@@ -326,7 +326,7 @@ def test_what_can_not_be_audited_is_left_out_or_explained(
     assert "unknown setting 'step=3'" in error(run, "step=3")
     assert "Did you mean 'steps'?" in error(run, "step=3")
     assert "steps=0: expected at least 1" in error(run, "steps=0")
-    assert "could not be converted" in error(run, "steps=many")
+    assert "steps=many: expected a whole number" in error(run, "steps=many")
     assert "Did you mean 'prompt'?" in error(run, "start=prompts")
     assert "has no picture" in error(run, "controls=package:planted/prompts/general.jsonl")
     assert "is marked VM" in error(run, "controls=package:planted/prompts/planted.jsonl")

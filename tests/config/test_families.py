@@ -1,0 +1,95 @@
+"""Settings by family of models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cell_configs import CONF, FILES, one_cell
+from nemo_bench.config import (
+    detector_grid,
+    grid,
+)
+from nemo_bench.errors import ConfigError
+
+PUBLISHED: dict[tuple[str, str], dict[str, Any]] = {
+    # Jeon et al. 2025, Han et al. 2025, Asthana and Belagiannis 2026: settings of their public code.
+    ("sail", "sd14"): {"target": None, "alpha": 0.05, "form": "noise"},
+    ("sail", "sd20"): {"target": 5.0, "alpha": 0.01, "form": "score"},
+    ("adjusted_noise", "sd14"): {"rounds": 2, "radius": 50.0, "rate": 0.7, "timestep": 900.0},
+    ("adjusted_noise", "sd20"): {"rounds": 4, "radius": 30.0, "rate": 0.7, "timestep": 917.449},
+    ("optimized_noise", "sd14"): {"target": 0.9, "rate": 0.01},
+    ("optimized_noise", "sd21"): {"target": 10.0, "rate": 0.1},
+    ("anisotropy_optimization", "sd15"): {"norm_weight": 1.0, "angle_weight": 2.0},
+    ("anisotropy_optimization", "sd20"): {"norm_weight": 1.0, "angle_weight": 0.1, "angle_of": "prediction"},
+    ("anisotropy_optimization", "realistic_vision"): {"norm_weight": 2.0, "angle_weight": 1.0},
+}
+
+
+@pytest.mark.parametrize(("method", "model"), PUBLISHED)
+def test_published_settings_are_those_of_the_family(method: str, model: str) -> None:
+    (choice,) = grid([f"method={method}", f"model={model}"])
+    assert {key: choice.settings.method[key] for key in PUBLISHED[method, model]} == PUBLISHED[method, model]
+    assert [found.known for found in choice.families] == [True]
+    assert "families" not in choice.settings.method
+
+
+@pytest.mark.parametrize(("model", "weights"), [("sd14", (1, 2)), ("sd20", (1, 0.1)), ("realistic_vision", (2, 1))])
+def test_detectors_take_the_settings_of_a_family(model: str, weights: tuple[float, float]) -> None:
+    (choice,) = detector_grid([f"model={model}", "detector=anisotropy"])
+    assert (choice.settings.detector["norm_weight"], choice.settings.detector["angle_weight"]) == weights
+
+
+def test_override_wins_over_the_setting_of_the_family(study: Path) -> None:
+    (typed,) = grid(["method=sail", "model=sd20", "method.alpha=0.05"])
+    assert (typed.settings.method["alpha"], typed.settings.method["target"]) == (0.05, 5.0)
+    assert str(*typed.families) == "for sd2: target=5.0, form=score; as given: alpha=0.05"
+    # In the file of an experiment as well, and though it is the default.
+    (study / "experiment" / "study.yaml").write_text(
+        "# @package _global_\nmethod: {rounds: 2}\ngrid: [method=adjusted_noise]\n"
+    )
+    (written,) = grid(["experiment=study", "model=sd20"], study)
+    assert (written.settings.method["rounds"], written.settings.method["radius"]) == (2, 30.0)
+
+
+def test_file_of_the_user_wins_over_settings_by_family_of_the_file_it_extends(own: Path) -> None:
+    (own / "method" / "base.yaml").write_text("defaults: [sail, _self_]\ntarget: 7.0\n")
+    (own / "method" / "mine.yaml").write_text("defaults: [base, _self_]\nsteps: 10\n")
+    (choice,) = grid(["method=mine"], own)
+    assert (choice.settings.method["target"], choice.settings.method["steps"]) == (7.0, 10)
+    assert str(*choice.families) == "for planted: rate=0.1, restarts=0; as given: target=7.0, steps=10"
+
+
+def test_family_without_published_settings_is_named() -> None:
+    (sdxl,) = grid(["method=adjusted_noise", "model=sdxl"])
+    values = "rounds=2, radius=50.0, timestep=900.0, of=noise, rate=0.7"
+    assert str(*sdxl.families) == f"none published for sdxl, so the defaults: {values}"
+    (unknown,) = grid(["method=wanda", "model=sdxl", "model.family=null"])
+    assert str(*unknown.families).startswith("none published for a model without model.family, so the defaults: ratio")
+    assert one_cell("model=sdxl").families == ()
+
+
+@pytest.mark.parametrize(("group", "name"), [file for file in FILES if file[0] in ("method", "detector")])
+def test_settings_of_every_family_build(group: str, name: str) -> None:
+    families = yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8")).get("families", {})
+    known = {yaml.safe_load(file.read_text(encoding="utf-8"))["family"] for file in (CONF / "model").glob("*.yaml")}
+    assert set(families) <= known
+    for family in families:
+        grid([f"{group}={name}", f"model.family={family}", *([] if group == "method" else ["method=none"])])
+
+
+@pytest.mark.parametrize(
+    ("families", "message"),
+    [("{sd1: 3}", "expected settings by family"), ("[sd1]", "expected settings by family"),
+     ("{sd9: {strenght: 2}}", "no setting 'strenght' beside it. Did you mean 'strength'"),
+     ("{planted: {strength: much}}", "method.strength=much: expected a number")],
+)  # fmt: skip
+def test_errors_name_mistakes_in_settings_by_family(own: Path, families: str, message: str) -> None:
+    (own / "method" / "mine.yaml").write_text(
+        f"_target_: mine_of_test_config.Mine\nstrength: 1.5\nfamilies: {families}\n"
+    )
+    with pytest.raises(ConfigError, match=message):
+        grid(["method=mine"], own)
