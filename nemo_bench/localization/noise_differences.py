@@ -39,7 +39,7 @@ def noise_differences(
 
 
 def scaled_difference(noise: Tensor, latents: Tensor) -> Tensor:
-    """Predicted minus starting noise, scaled to [0, 1] by channel; see :func:`nemo_bench.localization.noise_differences`."""
+    """Predicted minus starting noise, scaled as :func:`nemo_bench.localization.noise_differences` says."""
     difference = noise - latents.float()
     low, high = difference.amin((2, 3), keepdim=True), difference.amax((2, 3), keepdim=True)
     return (difference - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)

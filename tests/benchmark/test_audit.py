@@ -325,7 +325,7 @@ def test_what_can_not_be_audited_is_left_out_or_explained(
     assert "Choices: embedding_noise, nemo, none" in error(run, "--cell", "nemoo")
     assert "unknown setting 'step=3'" in error(run, "step=3")
     assert "Did you mean 'steps'?" in error(run, "step=3")
-    assert "steps=0: expected at least 1" in error(run, "steps=0")
+    assert "steps=0: expected greater than or equal to 1" in error(run, "steps=0")
     assert "steps=many: expected a whole number" in error(run, "steps=many")
     assert "Did you mean 'prompt'?" in error(run, "start=prompts")
     assert "has no picture" in error(run, "controls=package:planted/prompts/general.jsonl")
