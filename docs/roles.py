@@ -27,7 +27,7 @@ def _rewrite(scope: Object, package: Module) -> None:
 
 
 def _link(name: str, scope: Object, package: Module) -> str:
-    """A link to an object or, where it is told of in the docstring of its class, to that; else a word in code."""
+    """A link to an object or, if the docstring of its class describes it, to that; else a word in code."""
     text = f"`{name.removeprefix('nemo_bench.')}`"
     first, _, rest = name.partition(".")
     try:

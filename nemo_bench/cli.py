@@ -186,20 +186,20 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--json", action="store_true", help="print a list of objects")
     report = add("report", _report, "table, plots and HTML again, from the records of a run")
     report.add_argument("folder", type=Path, metavar="DIR", help="results/<name>")
-    track = add("track", _track, "tell W&B or another logger of a finished run or cell, now or again")
+    track = add("track", _track, "log a finished run or cell to W&B or another logger, now or again")
     track.add_argument("folder", type=Path, metavar="DIR", help="results/<name>, or results/<name>/<cell>")
     track.add_argument("overrides", nargs="*", metavar="key=value", help="logger=..., logger.project=... and so on")
-    track.add_argument("--again", action="store_true", help="tell W&B also what has not changed since it was told")
+    track.add_argument("--again", action="store_true", help="log to W&B what has not changed since as well")
     export = add("export", _export, "save a pipeline with neurons switched off for good")
     export.add_argument("cell", type=Path, metavar="CELL", help="results/<name>/<cell>")
     export.add_argument("folder", type=Path, metavar="DIR", help="where the diffusers folder goes")
     export.add_argument(
         "--prompt", metavar="ID", help="neurons of one prompt; default: of all memorized prompts together"
     )
-    score = add("score", _score, "metrics of images on disk: of a run again, or of images made elsewhere")
+    score = add("score", _score, "metrics of images on disk: of a run again, or of external images")
     score.add_argument("folder", type=Path, metavar="DIR", help="results/<name>, a cell of it, or a folder of images")
-    score.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as metrics=full; for images "
-                       "made elsewhere also model, prompts and method, which may be any name")  # fmt: skip
+    score.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as metrics=full; for "
+                       "external images also model, prompts and method, which may be any name")  # fmt: skip
     score.add_argument("--map", type=Path, metavar="FILE", help="csv, jsonl or parquet: image, id or text of its "
                        "prompt, seed; without, images are named img_0000_00.jpg")  # fmt: skip
     score.add_argument("--conf", type=Path, metavar="DIR", help="folder with more YAML files, in group subfolders")

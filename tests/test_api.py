@@ -16,6 +16,7 @@ from nemo_bench.config import grid
 from nemo_bench.localization import REFERENCE, pair_scores
 from nemo_bench.methods import Setup
 from nemo_bench.prompts.tasks import seeds_of
+from nemo_bench.records.schema import LocalizationRecord
 from on_disk import read_json, read_records
 from small_runs import small
 from tiny import tiny_texts
@@ -63,6 +64,7 @@ def test_calibrating_in_memory_is_what_a_run_measures(tmp_path: Path, prompt_fil
     words = [*FEW, f"root={tmp_path}", f"prompts.files=[{prompt_file}]", "method=nemo"]
     cells = plan(grid(words))
     run_cells(cells, "test", progress=False)
+    cells[0].store.reopen(LocalizationRecord)  # a method is given a calibration as long as neurons are pending
     measured = Runner(cells[0].config.settings.trainer, progress=False).method(cells[0]).calibration
     model, (prompts, general) = load("planted"), load_prompts("planted", *words[:-1])
     nemo = NeMo().calibrate(model, general, seeds=3)

@@ -93,7 +93,7 @@ def cells_of(
             say(f"left out, since {reason}: {', '.join(unfit)}")
     if is_main() and not any(task.is_control for cell in cells for task in cell.searches):
         say(
-            "no controls: whether a search brings back just any picture can't be told; name prompts with pictures that "
+            "no controls: whether a search brings back just any picture is not known; name prompts with pictures that "
             "the model was not trained on by controls=FILE"
         )
     return cells
@@ -201,7 +201,7 @@ def _audits(folder: Path) -> list[Audit]:
 
 
 def _first(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
-    """The first so many prompts of each kind."""
+    """The first prompts of each kind, at most this many of each."""
     return [p for kind in get_args(Kind) for p in [q for q in prompts if q.kind == kind][:limit]]
 
 
@@ -405,7 +405,7 @@ def verdict(changes: Changes, *, mitigated: bool = True) -> str:
     Returns:
         ``hidden``: training images come back more often than controls, and than by their prompts; ``kept``: more often
         than controls, and by their prompts as well; ``unclear``: more often than controls, and whether more often than
-        by their prompts can't be told; ``memorized``: more often than controls, of a model without mitigation; ``not
+        by their prompts is not known; ``memorized``: more often than controls, of a model without mitigation; ``not
         shown``: not more often than controls; ``too few``: fewer than 6 different controls, of which each counts once;
         ``no controls``. "More often" has a chance below :data:`LEVEL` by sign flips.
     """

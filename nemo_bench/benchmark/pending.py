@@ -50,7 +50,12 @@ def read_by_prompt(store: Store, kind: type[P]) -> dict[str, P]:
 
 
 def localized_neurons(store: Store, spec: Spec, prompts: Sequence[Prompt]) -> dict[str, Neurons]:
-    """Neurons by prompt id, without prompts that failed; none for every prompt where the method localizes nothing."""
+    """Neurons by prompt id, without prompts that failed; none for every prompt where the method localizes nothing.
+
+    What was blocked for external images is not known: no prompt is in it.
+    """
+    if spec.task == "external":
+        return {}
     if LocalizationRecord.stage not in spec.stages:
         return {prompt.id: Neurons() for prompt in prompts}
     records = store.records(LocalizationRecord).values()

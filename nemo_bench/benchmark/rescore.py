@@ -1,4 +1,4 @@
-"""Scoring images that are there: those of a run, or external images; no diffusion model is loaded."""
+"""Scoring existing images: those of a run, or external images; no diffusion model is loaded."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def cells_of(
     say: Callable[[str], None] = print,
     progress: bool = True,
 ) -> list[Cell]:
-    """The cells of images that are there, all that can be wrong with them checked; no weights are loaded.
+    """The cells of existing images, checked for everything that can be wrong; no weights are loaded.
 
     Args:
         folder: A run, a cell of one, or a folder of images made by other code.

@@ -515,11 +515,11 @@ def largest_batch(attempt: Callable[[int], None], most: int = 256) -> int:
     """The largest power of two that an attempt has memory for.
 
     Args:
-        attempt: Does what needs memory for so many rows; raises ``torch.OutOfMemoryError`` where there is too little.
+        attempt: Allocates the memory of this many rows; raises ``torch.OutOfMemoryError`` where there is too little.
         most: Tried first.
 
     Returns:
-        1 to ``most``; 1 also where even that does not fit, so that the error is told where it happens.
+        1 to ``most``; 1 also where even that does not fit, so that the error is raised where it happens.
     """
     while most > 1:
         try:

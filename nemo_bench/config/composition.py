@@ -200,7 +200,7 @@ def rescore(
     for key in sorted(keys):
         if not is_within(key, SCORING):
             known = ", ".join(SCORING)
-            raise ConfigError(f"{key} can't be changed for images that are there; settings of scoring: {known}")
+            raise ConfigError(f"{key} can't be changed for existing images; settings of scoring: {known}")
     if keys & {"weights", "real_images"} and "metrics" not in keys:
         raise ConfigError("weights and real_images are taken up by metrics: name those too, such as metrics=default")
     settings = _read_stored(stored, conf)

@@ -14,12 +14,12 @@ _GROUPS = {"memorized": "Memorized", "control": "Controls"}
 _MEANING = {
     "hidden": "Training images come back: the method hides them and does not remove them.",
     "kept": "Training images are there, with a search or without: the method leaves them.",
-    "unclear": "Training images come back more often than controls; whether more often than by their prompts can't be "
-    "told.",
+    "unclear": "Training images come back more often than controls; whether more often than by their prompts is "
+    "unclear.",
     "memorized": "The model gives its training images more readily than other pictures.",
     "not shown": "Training images do not clearly come back more often than others.",
-    "too few": "To tell more takes at least 6 different controls; searches that share a control count once.",
-    "no controls": "Without controls it can't be told from a search that brings back any picture.",
+    "too few": "A verdict takes at least 6 different controls; searches that share a control count once.",
+    "no controls": "Without controls this may be a search that brings back any picture.",
 }
 """Meaning of verdicts; see :func:`nemo_bench.benchmark.audit.verdict`."""
 SHOWN = 8

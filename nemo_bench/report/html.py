@@ -32,7 +32,7 @@ _FIGURES = (
     ("tradeoffs", "Trade-offs", "What less memorization costs: each mark is a row of the leaderboard."),
     ("distributions", "Distributions", "A mean hides prompts on which a method fails."),
     ("neurons", "Neurons", "How many neurons were blocked, and where."),
-    ("detection", "Detection", "How well memorized prompts are told from others."),
+    ("detection", "Detection", "How well detectors separate memorized prompts from others."),
 )
 _NO_SSCD = "Not comparable with the paper: its similarities are of SSCD, and SSCD is not among the metrics of this run."
 _COSTS = {

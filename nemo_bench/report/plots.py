@@ -317,7 +317,7 @@ def _counts(results: Results, model: str) -> Plot | None:
     axes.set_ylabel("Prompts with at most as many")
     figure.legend(loc="outside upper left", ncols=2)
     name, title = f"counts-{results.models.index(model)}", _title(results, "Neurons per prompt", model)
-    caption = "Share of memorized prompts for which at most so many neurons were blocked."
+    caption = "Share of memorized prompts by the largest number of neurons blocked."
     return Plot("neurons", name, title, caption, svg(figure, name, title))
 
 

@@ -242,7 +242,7 @@ def test_without_controls_it_says_so(copy: Path, capsys: pytest.CaptureFixture[s
     path.write_text(json.dumps(content))
     assert main(["audit", str(copy), "--cell", "none", *QUICK, "images=1", "limit=1"]) == 0
     shown = capsys.readouterr().out
-    assert "no controls: whether a search brings back just any picture can't be told" in shown
+    assert "no controls: whether a search brings back just any picture is not known" in shown
     (entry,) = audits(copy, "none")
     assert (entry["compared"], entry["verdict"]) == ({}, {"memorized": "no controls"})
 

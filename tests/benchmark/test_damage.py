@@ -13,7 +13,7 @@ from nemo_bench.cli import main
 from nemo_bench.records.results import load_detections, load_results
 from nemo_bench.records.schema import FILES, ImageRecord
 from nemo_bench.records.store import Store, remake
-from on_disk import read_json, read_records
+from on_disk import read_json, read_records, write_json
 from whole_folder import RUN
 
 READING = {
@@ -102,6 +102,16 @@ def test_the_command_of_the_run_writes_small_files_again_and_computes_nothing(fo
     assert len(load_results(folder).cells) == 2
 
 
+@pytest.mark.parametrize("name", ["run.json", "spec.json", "env.json", "prompts.jsonl", "layers.json"])
+def test_a_single_file_deleted_from_a_finished_run_is_written_again(folder: Path, name: str) -> None:
+    path = folder / name if name == "run.json" else cell(folder) / name
+    path.unlink()
+    assert main(["run", *RUN, f"root={folder.parent}"]) == 0
+    assert path.is_file()
+    results = load_results(folder)
+    assert (len(results.cells), results.unfinished) == (2, {})
+
+
 def read_text_of(path: Path) -> list[str]:
     """Lines, without those of time."""
     return [line for line in path.read_text().splitlines() if "seconds" not in line and "memory" not in line]
@@ -132,11 +142,25 @@ def test_lost_scores_are_said_by_report_and_made_again_by_score(folder: Path, ke
     assert len(load_results(folder).cells) == 2
 
 
-@pytest.mark.parametrize("stage", ["memorization", "generate"])
+def add_localization(folder: Path) -> None:
+    """Makes the cell one of a method that found neurons for every prompt."""
+    path = cell(folder) / "spec.json"
+    spec = read_json(path)
+    write_json(path, {**spec, "stages": ["localize", *spec["stages"]]})
+    measured = read_records(cell(folder), "memorization").values()
+    lines = [json.dumps({"id": r["id"], "prompt": r["prompt"], "neurons": {}}) + "\n" for r in measured]
+    keep(folder, "localize", lines)
+    (cell(folder) / "localize.done").touch()
+
+
+@pytest.mark.parametrize("stage", ["localize", "memorization", "generate"])
 @pytest.mark.parametrize("command", READING)
 def test_lost_records_are_said_with_the_command_that_repairs(
     folder: Path, capsys: pytest.CaptureFixture[str], command: str, stage: str
 ) -> None:
+    if stage == "localize":
+        add_localization(folder)
+        assert len(load_results(folder).cells) == 2
     keep(folder, stage, records(folder, stage)[1:])
     main(READING[command](folder))
     told = " ".join("".join(capsys.readouterr()).split())

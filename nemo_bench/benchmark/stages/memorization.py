@@ -23,7 +23,7 @@ from nemo_bench.records.schema import Cost, MemorizationRecord
 from nemo_bench.records.store import Store
 
 PICTURED_SEEDS = 4
-"""Noise differences of so many seeds are kept as pictures."""
+"""Number of seeds whose noise differences are pictured."""
 
 
 class MemorizationStage(Stage[MemorizationRecord]):
