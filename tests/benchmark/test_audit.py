@@ -95,7 +95,7 @@ def losses(place: Path, search: dict[str, Any]) -> list[float]:
     return found
 
 
-def test_pictures_and_numbers_are_those_of_what_was_found(
+def test_sheets_and_scores_are_those_of_the_embeddings_in_the_files(
     copy: Path, planted: Diffusion, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (cell(copy, "nemo") / "env.json").read_bytes()
@@ -155,7 +155,7 @@ def test_pictures_and_numbers_are_those_of_what_was_found(
     assert (cell(copy, "nemo") / "env.json").read_bytes() == before
     page = (copy / "report.html").read_text()
     assert 'id="audit"' in page
-    assert "To tell more takes at least 6 different controls; searches that share a control count once." in page
+    assert "A verdict takes at least 6 different controls; searches that share a control count once." in page
     (shown_audit,) = shown_audits(copy)
     rows = {title: dict(zip(shown_audit.headings, cells, strict=True)) for title, cells in shown_audit.rows}
     ssim = rows[entry["metrics"]["ssim"]["title"]]
@@ -166,7 +166,7 @@ def test_pictures_and_numbers_are_those_of_what_was_found(
             assert f"{name}: {state}</th>" in page
 
 
-def test_it_goes_on_where_it_was_killed_and_any_number_of_processes_finds_the_same(copy: Path, tmp_path: Path) -> None:
+def test_a_killed_audit_resumes_on_two_processes_with_the_same_result(copy: Path, tmp_path: Path) -> None:
     words = [str(copy), "--cell", "none", *QUICK, "images=1"]
     assert main(["audit", *words]) == 0
     place = cell(copy, "none")
@@ -196,7 +196,7 @@ def test_it_goes_on_where_it_was_killed_and_any_number_of_processes_finds_the_sa
             assert scores == pytest.approx(other["scores"][state], abs=2e-2)
 
 
-def test_other_settings_and_metrics_stand_beside_the_first(copy: Path) -> None:
+def test_audits_of_other_settings_and_metrics_are_kept_beside_the_first(copy: Path) -> None:
     words = ["audit", str(cell(copy, "none")), *QUICK, "images=1", "limit=1"]
     assert main(words) == 0
     place, (prompt,) = cell(copy, "none"), audits(copy, "none")
@@ -219,7 +219,7 @@ def test_other_settings_and_metrics_stand_beside_the_first(copy: Path) -> None:
     assert sum(isinstance(part, str) for part in tables) == 2
 
 
-def test_a_control_used_in_turn_counts_once(copy: Path, tmp_path: Path) -> None:
+def test_a_control_of_several_prompts_counts_once(copy: Path, tmp_path: Path) -> None:
     source = Path(resolve(CONTROLS))
     line = json.loads(source.read_text().splitlines()[0])
     line["references"] = [str((source.parent / path).resolve()) for path in line["references"]]
@@ -235,7 +235,7 @@ def test_a_control_used_in_turn_counts_once(copy: Path, tmp_path: Path) -> None:
     assert entry["compared"]["ssim"]["difference"] == pytest.approx((own - first + other - second) / 2)
 
 
-def test_without_controls_it_says_so(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_audit_without_controls_has_no_verdict_and_says_so(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = cell(copy, "none") / "env.json"
     content = read_json(path)
     content["starts"][-1]["settings"]["prompts"]["controls"] = None
@@ -253,7 +253,7 @@ def set_dtype(place: Path, dtype: str) -> None:
     (place / "env.json").write_text(json.dumps(env))
 
 
-def test_one_cell_in_half_precision_does_not_stop_the_others(copy: Path) -> None:
+def test_a_cell_in_half_precision_is_left_out_and_the_others_are_audited(copy: Path) -> None:
     set_dtype(cell(copy, "none"), "float16")
     said: list[str] = []
     assert [c.spec.method for c in cells_of(copy, QUICK, say=said.append)] == ["nemo"]
@@ -261,9 +261,7 @@ def test_one_cell_in_half_precision_does_not_stop_the_others(copy: Path) -> None
     assert line.endswith(cell(copy, "none").name)
 
 
-def test_a_search_in_which_a_method_meets_what_is_not_finite_fails_alone(
-    copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_search_fails_alone_where_the_method_is_not_finite(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     apply = NeMo.apply
 
     def breaks(self: NeMo, model: Diffusion, batch: Batch) -> AbstractContextManager[Batch]:
@@ -279,14 +277,14 @@ def test_a_search_in_which_a_method_meets_what_is_not_finite_fails_alone(
     }
 
 
-def test_without_a_memorization_rate_there_is_no_search(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_audit_without_a_memorization_rate_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", str(copy), "--cell", "none", *QUICK, "~metrics.memorized"]) == 1
     said = capsys.readouterr().err
     assert "no metric of this run says which images are memorized, so there would be no verdict; add one" in said
     assert not (cell(copy, "none") / "audit").exists()
 
 
-def test_which_methods_can_be_audited() -> None:
+def test_methods_that_change_neurons_or_weights_alone_are_auditable() -> None:
     """Those that change nothing but neurons or weights; whoever adds a method decides."""
     built = {name: build(grid([f"method={name}"])[0].settings.method, "method") for name in options("method")}
     auditable = sorted(name for name, method in built.items() if method.auditable)
@@ -303,7 +301,7 @@ def test_which_methods_can_be_audited() -> None:
     ]
 
 
-def test_what_can_not_be_audited_is_left_out_or_explained(
+def test_cells_that_cannot_be_audited_are_left_out_or_explained(
     copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
@@ -355,7 +353,7 @@ def test_what_can_not_be_audited_is_left_out_or_explained(
 
 
 @pytest.mark.parametrize("change", [lambda s: setattr(s, "steps", 3), lambda s: setattr(s, "start", "random")])
-def test_the_key_is_that_of_what_decides(change: Callable[[AuditSettings], None]) -> None:
+def test_the_key_of_settings_changes_with_those_that_change_a_search(change: Callable[[AuditSettings], None]) -> None:
     settings = AuditSettings(limit=3, controls="a")
     assert settings.key == AuditSettings().key
     change(settings)
@@ -383,7 +381,7 @@ def test_the_key_is_that_of_what_decides(change: Callable[[AuditSettings], None]
         ([0.5] * 7 + [0.0] * 5, [1.0] * 3 + [0.5] * 9, [0.0] * 12, "hidden"),
     ],
 )
-def test_a_verdict_needs_more_than_controls_and_enough_of_them(
+def test_the_verdict_follows_from_differences_to_prompts_and_controls(
     prompt: list[float], found: list[float], control: list[float], expected: str
 ) -> None:
     over_control, prompt_over_control = (np.array(own)[: len(control)] - np.array(control) for own in (found, prompt))

@@ -156,7 +156,8 @@ def test_dry_run_counts_and_writes_nothing(
     (about,) = expected["prompts"].values()
     assert (about["taken"], about["of"]) == (3, 3)
     assert about["first"][0] == {"id": "vm-01", "text": read_prompts(prompt_file)[0].text}
-    assert [row["pending"] for row in rows] == [{"localize": 3, "generate": 6, "score": 3}] * 5
+    measure = {"memorization": 3, "generate": 6, "score": 3}
+    assert [row["pending"] for row in rows] == [measure, *[{"localize": 3, **measure}] * 4]
     assert [row["passes"]["generate"] for row in rows] == [6 * 5 * 2] * 5
     assert not (tmp_path / "results").exists()
 

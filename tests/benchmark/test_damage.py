@@ -76,7 +76,7 @@ def test_a_damaged_small_file_is_named_with_what_repairs_it(
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["run.json", "spec.json", "env.json", "prompts.jsonl", "metrics.json"])
-def test_whatever_a_file_holds_the_report_goes_on_or_names_it(folder: Path, name: str, damage: str) -> None:
+def test_the_report_names_a_damaged_file_and_shows_the_other_cells(folder: Path, name: str, damage: str) -> None:
     path = folder / name if name == "run.json" else cell(folder) / name
     path.write_text(DAMAGES[damage](path.read_text()))
     if name == "run.json":
@@ -117,7 +117,7 @@ def read_text_of(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines() if "seconds" not in line and "memory" not in line]
 
 
-def test_score_makes_its_own_files_again(folder: Path) -> None:
+def test_score_writes_its_own_damaged_files_again(folder: Path) -> None:
     before, metrics = values(folder), read_json(cell(folder) / "metrics.json")
     for name in ("scoring.json", "sets.json", "metrics.json"):
         (cell(folder) / name).write_text('{"metrics"')
@@ -127,7 +127,7 @@ def test_score_makes_its_own_files_again(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [slice(2), slice(4, None), slice(0, None, 3)])
-def test_lost_scores_are_said_by_report_and_made_again_by_score(folder: Path, kept: slice) -> None:
+def test_lost_scores_are_named_by_report_and_computed_again_by_score(folder: Path, kept: slice) -> None:
     before, metrics = values(folder), read_json(cell(folder) / "metrics.json")
     lines = records(folder, "score")
     assert len(lines) == 6
@@ -155,7 +155,7 @@ def add_localization(folder: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["localize", "memorization", "generate"])
 @pytest.mark.parametrize("command", READING)
-def test_lost_records_are_said_with_the_command_that_repairs(
+def test_lost_records_are_named_with_the_command_that_repairs(
     folder: Path, capsys: pytest.CaptureFixture[str], command: str, stage: str
 ) -> None:
     if stage == "localize":
@@ -167,7 +167,7 @@ def test_lost_records_are_said_with_the_command_that_repairs(
     assert f"records of '{stage}' are missing; the command of the run makes them again, and nothing else" in told
 
 
-def test_lost_records_and_images_are_made_again_and_scored(folder: Path) -> None:
+def test_run_makes_lost_records_and_images_again(folder: Path) -> None:
     before = read_records(cell(folder), "generate")
     content = {path.name: path.read_bytes() for path in (cell(folder) / "images").iterdir()}
     keep(folder, "generate", records(folder, "generate")[1:])
@@ -208,7 +208,7 @@ def test_seeds_changed_in_the_spec_are_noticed(
     assert "spec.json does not hold what it should (its settings were changed" in told
 
 
-def test_detections_are_recounted(folder: Path) -> None:
+def test_a_lost_detection_record_is_an_error(folder: Path) -> None:
     (place,) = folder.glob("*__magnitude__*")
     file = place / "records" / "detect.0.jsonl"
     lines = file.read_text().splitlines(keepends=True)

@@ -61,7 +61,7 @@ def test_a_failed_image_has_its_reason_and_no_file_and_spoils_no_other(partly: P
     assert made == {p.name: p.read_bytes() for p in (none / "images").iterdir() if p.name in made}
 
 
-def test_what_failed_has_no_score_and_is_counted(partly: Path) -> None:
+def test_failed_images_and_prompts_have_no_score_and_are_counted(partly: Path) -> None:
     none, spoils = (read_json(cell(partly, name) / "metrics.json") for name in ("none", "spoils"))
     assert none["failed"] == {}
     assert none["counts"]["failed_images"] == 0
@@ -82,7 +82,7 @@ def test_what_failed_has_no_score_and_is_counted(partly: Path) -> None:
     assert not any(r["scores"].get("diversity") for r in scores if r["prompt"] == "vm-01")
 
 
-def test_every_table_says_so_and_every_json_is_one(partly: Path) -> None:
+def test_every_table_counts_failures_and_every_file_is_strict_json(partly: Path) -> None:
     folder = partly / "default"
     assert read_strictly(partly) > 20
     board = read_json(folder / "leaderboard.json")

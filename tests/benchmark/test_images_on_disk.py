@@ -254,7 +254,7 @@ def test_images_made_elsewhere_get_the_scores_of_those_made_here(made: Path, tmp
     assert theirs["aggregates"]["VM"]["ssim"]["paired"]["prompts"] == 2
     assert theirs["cost"] == {}
     results = load_results(folder)
-    assert [c.title for c in results.cells] == ["No mitigation", "theirs"]
+    assert [c.spec.title for c in results.cells] == ["No mitigation", "theirs"]
     assert (folder / "report.html").is_file()
     # Asked for again, everything is there; scoring the run as a whole works too.
     count = lines(cell(folder, "theirs"))

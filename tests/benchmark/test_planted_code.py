@@ -98,7 +98,7 @@ def test_nodes_planted_in_every_file_execute_nothing(folder: Path, trap: Path, c
     assert not trap.exists()
 
 
-def test_a_class_is_known_to_be_what_is_expected_before_it_is_called(trap: Path) -> None:
+def test_a_class_of_another_kind_is_refused_before_it_is_called(trap: Path) -> None:
     shell = f"touch {trap}"
     for target in ("subprocess.getoutput", "subprocess.Popen", "nemo_bench.metrics.SSIM", "builtins.dict"):
         with pytest.raises(ConfigError, match=r"method\._target_=.*expected a class of nemo_bench\.methods"):
@@ -109,7 +109,7 @@ def test_a_class_is_known_to_be_what_is_expected_before_it_is_called(trap: Path)
     assert not trap.exists()
 
 
-def test_a_class_that_a_file_of_ones_own_names_is_taken(
+def test_a_class_named_by_a_file_of_the_user_is_called(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     modules = tmp_path / "own"

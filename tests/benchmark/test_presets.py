@@ -63,7 +63,9 @@ def test_a_study_is_counted_on_the_embedded_model(name: str, tmp_path: Path) -> 
     expected = forecast(grid([f"experiment={name}", "prompts.limit=1", f"root={tmp_path}"]))
     assert expected["uncounted"] == 0
     assert {need["state"] for need in expected["needs"]} == {"there"}
-    assert all(row["passes"]["localize"] > 0 for row in expected["cells"])
+    passes = [row["passes"] for row in expected["cells"]]
+    assert all(each["localize"] + each["memorization"] > 0 for each in passes)
+    assert any(each["localize"] > 0 for each in passes)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -69,7 +69,7 @@ def test_families_decide_the_trade_off(default: Path) -> None:
 
     def axes(**families: str) -> tuple[str, str] | None:
         return with_summary(
-            cell, Summary(metrics={k: MetricInfo(title=k, family=f) for k, f in families.items()})
+            cell, Summary(counts={}, metrics={k: MetricInfo(title=k, family=f) for k, f in families.items()})
         ).tradeoff
 
     assert axes(fid="quality", sscd="memorization", ssim="memorization", clip="alignment") == ("sscd", "clip")
