@@ -156,7 +156,7 @@ def test_a_run_without_a_finished_cell_is_an_error(run: Path) -> None:
     ("file", "text", "words"),
     [
         ("spec.json", '{"schema": 1}', "task: Field required"),
-        ("metrics.json", '{"schema": 2}', "schema: Extra inputs are not permitted"),
+        ("metrics.json", '{"schema": 2, "counts": {}}', "schema: Extra inputs are not permitted"),
         ("metrics.json", '{"metrics": {}, "aggregates": {"VM": {"ssim": {"mean": "x"}}}}', "mean: Input should be"),
         ("env.json", "{", "Invalid JSON"),
         ("prompts.jsonl", "{", "does not hold"),
