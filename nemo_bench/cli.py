@@ -371,7 +371,8 @@ def _print_forecast(expected: Mapping[str, Any]) -> None:
         table.add_row(row["cell"], *counts, f"{least}{sum(row['passes'].values()):,}", _duration(row["seconds"], least))
     show(table)
     least, passes = ("≥ " if total["at_least"] else ""), total["passes"]
-    counts = [f"{least * (stage == 'localize')}{count:,} to {stage}" for stage, count in passes.items()]
+    verbs = {"memorization": "measure memorization"}
+    counts = [f"{least * (s == 'localize')}{count:,} to {verbs.get(s, s)}" for s, count in passes.items()]
     console.print(f"UNet passes of one sample: {', '.join(counts)}")
     if least:
         console.print("≥: what a search takes depends on the prompt; no record of this model tells yet, so the least")

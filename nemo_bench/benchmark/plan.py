@@ -215,6 +215,7 @@ class Planner:
         for config in configs:
             cell = self._asked(config)
             if cell is None:
+                self._metrics(config.settings)  # so that all that is missing is named at once
                 continue
             self.counted.append(config)
             if asked.setdefault(cell.id, cell).config.settings != cell.config.settings:
@@ -428,13 +429,17 @@ class Planner:
         if self.strict:
             check_metrics(settings)
             return
+        cell.config = replace(cell.config, settings=replace(settings, metrics=self._metrics(settings)))
+
+    def _metrics(self, settings: RunSettings) -> dict[str, Any]:
+        """Nodes of the metrics that lack nothing."""
         metrics = {}
         for name, node in settings.metrics.items():
             metric = _metric(name, node)
             what = f"{name} ({metric.title})"
             if self._look("metric", what, partial(_weights_of_metric, metric, what)):
                 metrics[name] = node
-        cell.config = replace(cell.config, settings=replace(settings, metrics=metrics))
+        return metrics
 
     def _read(self, file: str, settings: PromptSettings, *, memorized: bool = True) -> list[Prompt]:
         """All prompts of a file, read once."""
