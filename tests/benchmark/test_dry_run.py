@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -221,8 +220,8 @@ def test_the_table_is_whole_in_a_narrow_terminal(words: list[str], capsys: pytes
     out = capsys.readouterr().out
     for cell in plan(grid([*words, "method=none,nemo"])):
         assert cell.id in out
-    passes = r"UNet passes of one sample: 24 to calibrate, ≥ 9 to localize, 18 to [\w ]+, 120 to generate"
-    assert re.search(passes, " ".join(out.split()))
+    passes = "24 to calibrate, ≥ 9 to localize, 18 to measure memorization, 120 to generate"
+    assert f"UNet passes of one sample: {passes}" in " ".join(out.split())
     assert "time: ?" in out
 
 
