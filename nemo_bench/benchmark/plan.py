@@ -80,6 +80,25 @@ class Need:
     note: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Files of a cell, read.
+
+    Attributes:
+        prompts: The prompts.
+        calibration_prompts: General prompts for the calibration, none where nothing is measured.
+        shared_prompts: Prompts whose neurons a method switches off for all prompts, where they are of other files.
+        statistics: Given activation statistics, mean and standard deviation by layer.
+        measured: Files of the calibration that are measured.
+    """
+
+    prompts: list[Prompt]
+    calibration_prompts: list[Prompt]
+    shared_prompts: list[Prompt] | None
+    statistics: Any
+    measured: list[str]
+
+
 @dataclass(eq=False, kw_only=True)
 class Cell:
     """The unit of work: a model, a method or detector, and prompts; owner of one results folder.
@@ -269,8 +288,14 @@ class Planner:
     def _has(self, kind: str, what: str) -> bool:
         return (kind, what) in self.needs and self.needs[kind, what].state != "missing"
 
-    def _look(self, kind: str, what: str, look: Callable[[], Need | str | None]) -> bool:
-        """Looks at something that is needed, once: a :class:`Need`, or a note of what is there.
+    def _look(self, kind: str, what: str, look: Callable[[], object]) -> bool:
+        """Looks at something that is needed, once.
+
+        Args:
+            kind: See :class:`Need`.
+            what: See :class:`Need`.
+            look: Gives a :class:`Need`, a note of what is there, or anything else; raises NemoBenchError where the
+                thing is missing.
 
         Returns:
             Whether the run can do with what is there.
@@ -283,127 +308,75 @@ class Planner:
                 if self.strict:
                     raise
                 answer = Need(kind, what, "missing", str(error))
-            self.needs[key] = answer if isinstance(answer, Need) else Need(kind, what, "there", answer or "")
+            note = answer if isinstance(answer, str) else ""
+            self.needs[key] = answer if isinstance(answer, Need) else Need(kind, what, "there", note)
         return self.needs[key].state != "missing"
 
     def _asked(self, config: CellConfig) -> Cell | None:
-        """The cell that was asked for with the cell of its source; None where it can't be made."""
-        cells: list[Cell] = []
-
-        def make() -> None:
-            cell = self._cell(config)
-            if cell is None:
-                return
-            if cell.method is not None and cell.method.source:
-                self._set_source(cell)
-            cells.append(cell)
-
-        names = config.names
-        self._try("method", f"{names['method']} on {names['model']}, {names['prompts']}", make)
-        return cells[0] if cells else None
-
-    def _try(self, kind: str, what: str, make: Callable[[], None]) -> None:
-        """Makes something, whose errors are noted."""
+        """The cell that was asked for, with the cell of its source; None where it can't be made."""
         try:
-            make()
+            cell = self._cell(config)
+            if cell is not None and cell.method is not None and cell.method.source:
+                self._set_source(cell)
         except NemoBenchError as error:
             if self.strict:
                 raise
-            self.needs[kind, what] = Need(kind, what, "missing", str(error))
+            what = f"{config.names['method']} on {config.names['model']}, {config.names['prompts']}"
+            self.needs["method", what] = Need("method", what, "missing", str(error))
+            return None
+        return cell
 
     def _cell(self, config: CellConfig) -> Cell | None:
         """The cell of a config; None where anything that it needs is missing."""
-        settings = config.settings
-        model = settings.model
-        listed = settings.prompts
-        method: Method = build(settings.method, "method")
-        methods = lineage(method)
+        model = config.settings.model
+        method: Method = build(config.settings.method, "method")
         source = source_of(model)
         weights = f"{source.path} with {source.lora.path}" if source.lora else source.path
-        has_weights = self._look("weights", weights, lambda: _weights(source, weights))
+        has_weights = self._look("weights", weights, partial(_weights, source, weights))
         if has_weights:
             method.check(source.family.pipeline_class, model.guidance, model.dtype, compiled=model.compiled)
-        published = None
-        is_there = [self._look("prompts", file, partial(self._note_prompts, file, listed)) for file in listed.files]
-        prompts = self._listed(listed.files, listed) if all(is_there) else []
-        if all(is_there):
+        inputs = self._inputs(config, method)
+        if inputs is None:
+            return None
+        digests = {"model": source.digest() if has_weights else "missing"}
+        if has_weights and source.commit:
+            digests["commit"] = source.commit
+        cell = make_cell(config, method, inputs, digests)
+        if has_weights and not cell.store.is_done(ImageRecord):
+            _check_model(source, model, method)
+        return cell
+
+    def _inputs(self, config: CellConfig, method: Method) -> Inputs | None:
+        """The files of a cell, read; None where any of them is missing."""
+        settings = config.settings
+        listed = settings.prompts
+        statistics = settings.model.statistics
+        found = [self._look("prompts", file, partial(self._note_prompts, file, listed)) for file in listed.files]
+        prompts = self._listed(listed.files, listed) if all(found) else []
+        if all(found):
             self._note_training_images(prompts, ", ".join(listed.files))
             if file := settings.method.get("file"):
-                is_there.append(self._look("method's file", file, lambda: str(method.fingerprint(prompts) and "")))
-        if model.statistics:
-            path = Path(resolve(model.statistics))
-            is_there.append(self._look("statistics", str(path), lambda: read_statistics(path) and ""))
-            published = read_statistics(path) if is_there[-1] else None
-        for file in listed.shared_from if is_pooled(method) else ():
-            is_there.append(self._look("prompts of edits", file, partial(self._note_prompts, file, listed)))
-        measured = to_measure(method, model)
+                found.append(self._look("method's file", file, partial(method.fingerprint, prompts)))
+        if statistics:
+            found.append(self._look("statistics", resolve(statistics), partial(read_given_statistics, statistics)))
+        edits = listed.shared_from if is_pooled(method) else []
+        found += [self._look("prompts of edits", file, partial(self._note_prompts, file, listed)) for file in edits]
+        measured = to_measure(method, settings.model)
         if measured:
             general = listed.calibration or f"for method={config.names['method']}"
-            is_there.append(self._look("general prompts", general, partial(self._note_general, config)))
-        if not all(is_there):
+            found.append(self._look("general prompts", general, partial(self._note_general, config)))
+        if not all(found):
             return None
         calibration_prompts = self._calibration_prompts(listed) if measured else []
         if measured:
             check_general(config.names["method"], calibration_prompts)
-        commit = {"commit": source.commit} if has_weights and source.commit else {}
-        network: dict[str, Any] = {
-            "weights": source.digest() if has_weights else "missing",
-            "dtype": model.dtype,
-            "layers": model.layers,
-            "similarity": asdict(model.similarity),
-        }
-        calibration: dict[str, Any] = {
-            **network,
-            "statistics": digest([[v.tolist() for v in side] for side in published]) if published else None,
-            "seeds": settings.localize_seeds,
-            "prompts": prompts_digest(calibration_prompts),
-            "protocol": next((m.protocol.of_threshold for m in methods if m.needs_calibration), None),
-        }
-        uses_calibration = any(m.needs_calibration for m in methods)
-        identity: dict[str, Any] = {
-            "model": {**network, "steps": model.steps, "guidance": model.guidance},
-            "method": identity_settings(settings.method, method, prompts),
-            "prompts": prompts_digest(prompts),
-            "calibration": digest(calibration) if uses_calibration else None,
-            "seeds": settings.seeds,
-            "localize_seeds": settings.localize_seeds,
-        }
-        if listed.shared_from and is_pooled(method):
-            identity["shared_from"] = prompts_digest(self._listed(listed.shared_from, listed, memorized=False))
-        names = {group: config.names.get(group, group) for group in ("model", "method", "prompts")}
-        folder = "__".join([*names.values(), digest(identity, 8)])
-        root = Path(settings.root)
-        calibration_folder = f"{names['model']}__{digest(calibration, 8)}"
-        has_threshold = THRESHOLD in measured
-        stages = [LocalizationRecord.stage] if method.localizes else []
-        spec = Spec(
-            task="benchmark",
-            stages=[*stages, MemorizationRecord.stage, ImageRecord.stage, ScoreRecord.stage],
-            cell=folder,
-            model=names["model"],
-            method=names["method"],
-            prompts=names["prompts"],
-            title=method.title,
-            settings=identity,
-            families=[str(family) for family in config.families],
-            digests={"model": network["weights"], "prompts": identity["prompts"], **commit},
-            citations=_citations(method),
-            calibration=f"../../calibration/{calibration_folder}" if has_threshold else None,
-            general_prompts={"file": str(listed.calibration), "digest": calibration["prompts"]} if measured else None,
-        )
-        cell = Cell(
-            config=config,
-            method=method,
+        return Inputs(
             prompts=prompts,
             calibration_prompts=calibration_prompts,
-            spec=spec,
-            store=Store(root / settings.name / folder),
-            calibration=Store(root / "calibration" / calibration_folder),
+            shared_prompts=self._listed(edits, listed, memorized=False) if edits else None,
+            statistics=read_given_statistics(statistics) if statistics else None,
             measured=measured,
         )
-        if has_weights and not cell.store.is_done(ImageRecord):
-            _check_model(source, model, method)
-        return cell
 
     def _set_source(self, cell: Cell) -> None:
         """Gives a cell the cell of its source, and so on, with the prompts whose neurons the method takes."""
@@ -488,6 +461,93 @@ class Planner:
                 "them out, or have no value at all. `nemo-bench references` fetches those that the list has links to"
             )
             self.needs["training images", files] = Need("training images", files, "partly", note)
+
+
+def make_cell(config: CellConfig, method: Method, inputs: Inputs, digests: Mapping[str, str]) -> Cell:
+    """Makes a cell; its folder is named by its identity settings.
+
+    Args:
+        config: Names and settings.
+        method: The mitigation.
+        inputs: Its files.
+        digests: Of the ``model``'s weights, and the ``commit`` of a model from the hub.
+    """
+    settings = config.settings
+    calibration = _calibration_identity(settings, method, inputs, digests["model"])
+    identity = _identity(settings, method, inputs, calibration)
+    names = {group: config.names.get(group, group) for group in ("model", "method", "prompts")}
+    folder = "__".join([*names.values(), digest(identity, 8)])
+    calibration_folder = f"{names['model']}__{digest(calibration, 8)}"
+    general = {"file": str(settings.prompts.calibration), "digest": str(calibration["prompts"])}
+    spec = Spec(
+        task="benchmark",
+        stages=[
+            *([LocalizationRecord.stage] if method.localizes else []),
+            MemorizationRecord.stage,
+            ImageRecord.stage,
+            ScoreRecord.stage,
+        ],
+        cell=folder,
+        model=names["model"],
+        method=names["method"],
+        prompts=names["prompts"],
+        title=method.title,
+        settings=identity,
+        families=[str(family) for family in config.families],
+        digests={"prompts": identity["prompts"], **digests},
+        citations=_citations(method),
+        calibration=f"../../calibration/{calibration_folder}" if THRESHOLD in inputs.measured else None,
+        general_prompts=general if inputs.measured else None,
+    )
+    root = Path(settings.root)
+    return Cell(
+        config=config,
+        method=method,
+        prompts=inputs.prompts,
+        calibration_prompts=inputs.calibration_prompts,
+        spec=spec,
+        store=Store(root / settings.name / folder),
+        calibration=Store(root / "calibration" / calibration_folder),
+        measured=inputs.measured,
+    )
+
+
+def _calibration_identity(settings: RunSettings, method: Method, inputs: Inputs, weights: str) -> dict[str, Any]:
+    """Everything that changes a calibration."""
+    given = inputs.statistics
+    return {
+        "weights": weights,
+        "dtype": settings.model.dtype,
+        "layers": settings.model.layers,
+        "similarity": asdict(settings.model.similarity),
+        "statistics": digest([[v.tolist() for v in side] for side in given]) if given else None,
+        "seeds": settings.localize_seeds,
+        "prompts": prompts_digest(inputs.calibration_prompts),
+        "protocol": next((m.protocol.of_threshold for m in lineage(method) if m.needs_calibration), None),
+    }
+
+
+def _identity(settings: RunSettings, method: Method, inputs: Inputs, calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity settings of a cell: everything that changes its result, and nothing else."""
+    model = settings.model
+    is_calibrated = any(m.needs_calibration for m in lineage(method))
+    network = {key: calibration[key] for key in ("weights", "dtype", "layers", "similarity")}
+    identity = {
+        "model": {**network, "steps": model.steps, "guidance": model.guidance},
+        "method": identity_settings(settings.method, method, inputs.prompts),
+        "prompts": prompts_digest(inputs.prompts),
+        "calibration": digest(calibration) if is_calibrated else None,
+        "seeds": settings.seeds,
+        "localize_seeds": settings.localize_seeds,
+    }
+    if inputs.shared_prompts is not None:
+        identity["shared_from"] = prompts_digest(inputs.shared_prompts)
+    return identity
+
+
+def read_given_statistics(file: str) -> Any:
+    """Reads activation statistics that settings name; see :func:`nemo_bench.localization.read_statistics`."""
+    return read_statistics(Path(resolve(file)))
 
 
 def _weights(source: Source, what: str) -> Need:
