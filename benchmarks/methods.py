@@ -21,15 +21,28 @@ from nemo_bench.benchmark.plan import plan
 from nemo_bench.benchmark.run import run
 from nemo_bench.config import grid
 from nemo_bench.records.results import load_results
+from nemo_bench.records.schema import ImageRecord, LocalizationRecord, MemorizationRecord
 from nemo_bench.records.store import read_records
 
 FEW = ["prompts.limit=3", "batch_size=8"]
 
 
-def costs(cell: Path, stage: str, which: str = "") -> tuple[float, float]:
-    """Median seconds and mean UNet passes of one sample, for a prompt or an image."""
-    records = [record["cost"] for record in read_records(cell, stage).values()]
-    return median(cost[f"{which}seconds"] for cost in records), fmean(cost[f"{which}row_passes"] for cost in records)
+def image_costs(cell: Path) -> tuple[float, float]:
+    """Median seconds and mean UNet passes of one sample, for an image."""
+    costs = [record.cost for record in read_records(cell, ImageRecord).values() if record.cost]
+    return median(cost.seconds or 0.0 for cost in costs), fmean(cost.row_passes or 0.0 for cost in costs)
+
+
+def prompt_costs(cell: Path) -> tuple[float, float]:
+    """The same of what a method does once for a prompt, over both stages that it may do it in."""
+    seconds: dict[str, float] = {}
+    passes: dict[str, float] = {}
+    for kind in (LocalizationRecord, MemorizationRecord):
+        for record in read_records(cell, kind).values():
+            if record.cost:
+                seconds[record.prompt] = seconds.get(record.prompt, 0.0) + (record.cost.once_seconds or 0.0)
+                passes[record.prompt] = passes.get(record.prompt, 0.0) + (record.cost.once_row_passes or 0.0)
+    return median(seconds.values()), fmean(passes.values())
 
 
 def measure(words: list[str], root: str) -> list[dict[str, Any]]:
@@ -38,11 +51,11 @@ def measure(words: list[str], root: str) -> list[dict[str, Any]]:
     folder = run(cells, "benchmarks/methods.py")
     labels = {cell.name: cell.label for cell in load_results(folder).cells}
     (unmitigated,) = (cell.id for cell in cells if not cell.is_mitigated)
-    base_seconds, base_passes = costs(folder / unmitigated, "generate")
+    base_seconds, base_passes = image_costs(folder / unmitigated)
     rows = []
     for cell in cells:
-        seconds_once, passes_once = costs(folder / cell.id, "localize", "once_")
-        seconds, passes = costs(folder / cell.id, "generate")
+        seconds_once, passes_once = prompt_costs(folder / cell.id)
+        seconds, passes = image_costs(folder / cell.id)
         rows.append(
             {
                 "method": labels[cell.id],

@@ -28,6 +28,7 @@ from nemo_bench.benchmark.rescore import cells_of
 from nemo_bench.benchmark.run import renew_scores
 from nemo_bench.benchmark.runner import Runner
 from nemo_bench.metrics.networks import loaded
+from nemo_bench.records.schema import ScoreRecord
 
 METRICS = """\
 alignment:
@@ -109,11 +110,12 @@ def main() -> None:
         start = time.perf_counter()
         expected = plain_loop(folder, texts, network)
         plain = many / (time.perf_counter() - start)
-        renew_scores(cell)
+        renew_scores([cell])
         start = time.perf_counter()
         runner.score(cell)
         ours = many / (time.perf_counter() - start)
-        found = [r["scores"]["alignment"] for r in cell.store.records("score").values() if r["seed"] is not None]
+        records = cell.store.records(ScoreRecord).values()
+        found = [record.scores["alignment"] for record in records if record.seed is not None]
         assert len(found) == len(expected)
         assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-4
     result = {

@@ -1,4 +1,4 @@
-"""Scoring images that are there, of a run or made elsewhere, as `nemo-bench score` does."""
+"""Scoring existing images, of a run or external, as `nemo-bench score` does."""
 
 from __future__ import annotations
 
@@ -332,7 +332,7 @@ def reopen(folder: Path) -> None:
             None,
             ["seeds=3"],
             ConfigError,
-            "seeds can't be changed for images that are there; settings of scoring: metrics",
+            "seeds can't be changed for existing images; settings of scoring: metrics",
         ),
         (None, ["method=nemo"], ConfigError, "method can't be changed"),
         (None, ["prompts.limit=1"], ConfigError, r"prompts\.limit can't be changed"),

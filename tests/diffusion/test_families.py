@@ -25,7 +25,7 @@ from nemo_bench.diffusion import Similarity, value_layers
 from nemo_bench.diffusion.schedule import ddim
 from nemo_bench.errors import ModelError
 from nemo_bench.localization import Calibration, NemoSettings, activation_statistics, localize
-from nemo_bench.records.store import read_records
+from on_disk import read_records
 from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl, tiny_texts
 
 PIPELINES: dict[str, Callable[..., Any]] = {
@@ -166,7 +166,7 @@ def test_a_run_through_the_configuration(family: str, tmp_path: Path, prompt_fil
     run([cell], "test", say=lambda line: None)
     loaded = load_model(cell.config.settings.model)
     assert json.loads((cell.store.folder / "layers.json").read_text()) == loaded.masks.widths
-    assert cell.spec["digests"]["model"]
+    assert cell.spec.digests["model"]
     assert [len(read_records(cell.store.folder, stage)) for stage in ("localize", "generate", "score")] == [3, 6, 9]
 
 
