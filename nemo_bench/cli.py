@@ -257,7 +257,7 @@ def _run(options: argparse.Namespace) -> None:
         done = f"{pending} records computed" if pending else "everything was done already"
         _show(folder, f"{done}, {time.perf_counter() - start:.0f} s", as_json=options.json)
         _warn_of_limits(choices)
-    check_images(cells)
+        check_images(cells)
 
 
 def _detect(options: argparse.Namespace) -> None:
@@ -285,7 +285,8 @@ def _detect(options: argparse.Namespace) -> None:
                 print(f"{cell.spec.detector} on {cell.spec.model}, settings {found}")
         done = "everything was done already" if is_done else "done"
         print(f"{done}, {time.perf_counter() - start:.0f} s\nreport:  {folder / 'detection.html'}\nrecords: {folder}")
-    detection.check_scored(cells)
+    if is_main():
+        detection.check_scored(cells)
 
 
 def _print_settings(choices: Sequence[CellConfig], as_json: bool) -> None:
@@ -524,7 +525,7 @@ def _score(options: argparse.Namespace) -> None:
     folder = score(cells, options.line, say, progress=progress)
     if is_main():
         _show(folder, f"{time.perf_counter() - start:.0f} s", as_json=options.json)
-    check_images(cells)
+        check_images(cells)
 
 
 def _audit(options: argparse.Namespace) -> None:

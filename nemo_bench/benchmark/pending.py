@@ -8,18 +8,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from nemo_bench.benchmark.plan import Cell, has_stale_scores, with_sources
+from nemo_bench.benchmark.plan import SCORING_FILE, Cell, has_stale_scores, with_sources
 from nemo_bench.errors import ModelError, NemoBenchError, StoreError
 from nemo_bench.prompts.tasks import ImageTask, PromptTask
 from nemo_bench.records.data import Neurons, Prompt
+from nemo_bench.records.io import read_file
 from nemo_bench.records.results import Results, load_results
-from nemo_bench.records.schema import ImageRecord, LocalizationRecord, PromptRecord, Record, ScoreRecord, Spec
+from nemo_bench.records.schema import (
+    ImageRecord,
+    Leaderboard,
+    LocalizationRecord,
+    PromptRecord,
+    Record,
+    ScoreRecord,
+    Spec,
+)
 from nemo_bench.records.store import Store
+from nemo_bench.report import REPORT_FILES
 from nemo_bench.tracking import track
 
 P = TypeVar("P", bound=PromptRecord)
 
 SETS_FILE = "sets.json"
+SCORE_FILES = (f"{ScoreRecord.stage}.done", SCORING_FILE, SETS_FILE)
+"""Files of a cell that are written with its scores."""
 
 
 def prompt_tasks(cell: Cell) -> list[PromptTask]:
@@ -97,37 +109,60 @@ def pending_work(cells: Sequence[Cell]) -> list[Pending]:
     Returns:
         One entry a cell, and before them one for each source that was not asked for, of which the neurons alone count.
     """
-    rows = []
-    for cell in with_sources(cells):
-        is_asked = cell in cells
-        kinds = [kind for kind in cell.stages if is_asked or kind is LocalizationRecord]
-        records = {
-            kind.stage: len(cell.store.pending_ids(kind, [task.id for task in tasks_of(cell, kind)])) for kind in kinds
-        }
+    rows: list[Pending] = []
+    unlocalized: set[Cell] = set()
+    for cell in reversed(with_sources(cells)):
+        records = {kind.stage: _count_pending(cell, kind) for kind in cell.stages}
+        if cell not in cells:
+            # Its neurons alone count, and those only where something starts from them still.
+            is_needed = any(other.source is cell for other in unlocalized)
+            records = {LocalizationRecord.stage: records[LocalizationRecord.stage] if is_needed else 0}
+        if records.get(LocalizationRecord.stage):
+            unlocalized.add(cell)
         if ScoreRecord.stage in records and has_stale_scores(cell):
             records[ScoreRecord.stage] = len(cell.prompts)
         needs_calibration = cell.method is not None and cell.method.needs_calibration
         rows.append(Pending(cell, records, cell.is_calibrated if needs_calibration else None))
-    return rows
+    return rows[::-1]
+
+
+def _count_pending(cell: Cell, kind: type[Record]) -> int:
+    return len(cell.store.pending_ids(kind, [task.id for task in tasks_of(cell, kind)]))
 
 
 def is_complete(cells: Sequence[Cell]) -> bool:
-    """Whether a run has nothing to do: all is there and whole, and the report was written after the last of it."""
+    """Whether a run has nothing to do: all is there and whole, and table and report were made from the last of it."""
     folder = cells[0].store.folder.parent
-    report = folder / "report.html"
-    tables = [cell.store.folder / "metrics.json" for cell in cells]
-    if not report.is_file() or not all(is_finished(cell.store.folder) for cell in cells):
-        return False
-    if report.stat().st_mtime_ns < max(table.stat().st_mtime_ns for table in tables):
-        return False
-    if any(sum(work.records.values()) for work in pending_work(cells)):
-        return False
     try:
         results = load_results(folder)
+        board = read_file(folder / "leaderboard.json", Leaderboard)
     except StoreError:
         return False
+    shown = {row.cell for row in board.rows}
     # Cells that are listed, but neither finished nor asked for, are taken off the list.
-    return not results.unfinished and {cell.id for cell in cells} <= {cell.name for cell in results.cells}
+    if results.unfinished or board.unfinished or shown != {cell.name for cell in results.cells}:
+        return False
+    if not all(cell.id in shown and _is_summarized(cell, results) for cell in cells):
+        return False
+    tables = [_written(cell.folder / "metrics.json") for cell in results.cells]
+    if not all(_written(folder / name) >= max(tables) for name in REPORT_FILES):
+        return False
+    return not any(sum(work.records.values()) for work in pending_work(cells))
+
+
+def _is_summarized(cell: Cell, results: Results) -> bool:
+    """Whether the table of a cell was made from its last scores, and from those without mitigation that it has now."""
+    summary = next(found.summary for found in results.cells if found.name == cell.id)
+    others = [cell.unmitigated] if cell.unmitigated else []
+    if summary.unmitigated != (others[0].folder.name if others else None):
+        return False
+    sources = [store.folder / name for store in (cell.store, *others) for name in SCORE_FILES]
+    return _written(cell.store.folder / "metrics.json") >= max(map(_written, sources))
+
+
+def _written(path: Path) -> int:
+    """When a file was written, in nanoseconds; 0 where there is none."""
+    return path.stat().st_mtime_ns if path.is_file() else 0
 
 
 def track_cells(results: Results, cells: Sequence[Cell], say: Callable[[str], None]) -> None:

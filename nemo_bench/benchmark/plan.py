@@ -252,7 +252,7 @@ class Planner:
                 else:
                     cell.source = serving
         for cell in asked.values():
-            if not cell.store.is_done(ScoreRecord) or has_stale_scores(cell):
+            if not has_current_scores(cell):
                 self._check_metrics(cell)
         return list(asked.values())
 
@@ -744,6 +744,14 @@ def scoring_of(cell: Cell) -> Scoring:
         unmitigated=cell.unmitigated.folder.name if cell.unmitigated and is_paired else None,
         references=references_digest(cell.prompts),
     )
+
+
+def has_current_scores(cell: Cell) -> bool:
+    """Whether scores are finished and of the metrics asked for, so that nothing of these is needed any more."""
+    try:
+        return cell.store.is_done(ScoreRecord) and not has_stale_scores(cell)
+    except OSError:  # a file that a metric reads is gone
+        return False
 
 
 def has_stale_scores(cell: Cell) -> bool:

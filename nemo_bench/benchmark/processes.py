@@ -23,7 +23,15 @@ def is_main() -> bool:
         from lightning.fabric.utilities.rank_zero import rank_zero_only
 
         return bool(getattr(rank_zero_only, "rank", 0) == 0)
-    ranks = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+    ranks = (
+        "RANK",
+        "LOCAL_RANK",
+        "SLURM_PROCID",
+        "JSM_NAMESPACE_RANK",
+        "OMPI_COMM_WORLD_RANK",
+        "PMI_RANK",
+        "NODE_RANK",
+    )
     return next((os.environ[name] for name in ranks if name in os.environ), "0") == "0"
 
 

@@ -124,7 +124,8 @@ def _of_run(folder: Path, overrides: Sequence[str], conf: Path | None, say: Call
     latest_first = sorted(cells, key=lambda cell: (cell.store.folder / DONE).stat().st_mtime_ns, reverse=True)
     for cell in cells:
         if cell.is_mitigated:
-            cell.unmitigated = find_unmitigated(cell.spec, folder, latest_first)
+            found = find_unmitigated(cell.spec, folder, latest_first)
+            cell.unmitigated = found if found in [other.store for other in cells] else None
     return cells
 
 

@@ -310,8 +310,8 @@ class Runner:
     def calibrate(self, cell: Cell) -> None:
         """Measures on general prompts what the method needs and what is not in the cache."""
         store = cell.calibration
-        if not cell.measured or store is None:
-            return
+        if store is None or cell.method is None or not cell.method.needs_calibration or not cell.measured:
+            return  # a source calibrates itself
         if is_main():
             settings = {"model": cell.spec.model, "prompts": len(cell.calibration_prompts)}
             spec = Spec(task="calibrate", settings=settings, general_prompts=cell.spec.general_prompts)

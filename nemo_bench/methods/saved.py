@@ -97,7 +97,7 @@ def _read_one_set(path: Path) -> Saved:
 
 
 def _read_cell(folder: Path) -> Saved:
-    records = read_records(folder, LocalizationRecord).values()
+    records = [record for record in read_records(folder, LocalizationRecord).values() if record.neurons is not None]
     if not records:
         raise StoreError(f"{folder} holds no localization; give results/<name>/<cell> of a run, or a file")
     texts = {row.cells["id"]: row.cells["text"] for row in read_rows(folder / "prompts.jsonl")}

@@ -152,8 +152,8 @@ class RecordSet(Generic[R]):
         return found
 
 
-_CACHED = 64
-"""Record sets that are kept in memory until a file of theirs changes."""
+_CACHED = 100_000
+"""Records that are kept in memory until a file of theirs changes; those used last, in whole sets."""
 _cache: OrderedDict[tuple[Path, str], tuple[object, RecordSet[Any]]] = OrderedDict()
 
 
@@ -176,7 +176,7 @@ def read_record_set(folder: Path, kind: type[R]) -> RecordSet[R]:
     if known is None or known[0] != stamp:
         known = (stamp, _parse(files, kind))
     _cache[key] = known
-    if len(_cache) > _CACHED:
+    while len(_cache) > 1 and sum(len(records.by_id) for _, records in _cache.values()) > _CACHED:
         _cache.popitem(last=False)
     return known[1]
 

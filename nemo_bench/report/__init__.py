@@ -18,6 +18,10 @@ from nemo_bench.report.tables import Row, csv_text, json_text, latex, leaderboar
 __all__ = ["ReportFiles", "Row", "leaderboard", "write_report"]
 
 
+REPORT_FILES = ("report.html", "leaderboard.md", "leaderboard.tex", "leaderboard.csv", "leaderboard.json")
+"""Files that a report consists of."""
+
+
 @dataclass(frozen=True)
 class ReportFiles:
     """Files of the report of a run."""
@@ -41,13 +45,13 @@ def write_report(results: Results) -> ReportFiles:
     from nemo_bench.report.html import page  # matplotlib is slow to import
 
     rows = leaderboard(results)
-    contents = {
-        "report.html": page(results, rows),
-        "leaderboard.md": markdown(results, rows),
-        "leaderboard.tex": latex(results, rows),
-        "leaderboard.csv": csv_text(results, rows),
-        "leaderboard.json": json_text(results, rows),
-    }
-    for name, text in contents.items():
+    texts = (
+        page(results, rows),
+        markdown(results, rows),
+        latex(results, rows),
+        csv_text(results, rows),
+        json_text(results, rows),
+    )
+    for name, text in zip(REPORT_FILES, texts, strict=True):
         write_text(results.folder / name, text)
-    return ReportFiles(*(results.folder / name for name in contents))
+    return ReportFiles(*(results.folder / name for name in REPORT_FILES))
