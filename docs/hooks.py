@@ -146,9 +146,8 @@ def _entry(file: str, kind: type[Entry]) -> str:
     rows = []
     for name, field in kind.model_fields.items():
         shown = field.alias or name
-        type_ = (
-            inspect.formatannotation(field.annotation).replace("typing.", "").replace("nemo_bench.records.schema.", "")
-        )
+        type_ = re.sub(r"typing\.|nemo_bench\.records\.schema\.", "", inspect.formatannotation(field.annotation))
+        type_ = type_.replace(" | ", " or ")  # a code span of a table can't hold the separator of columns
         rows.append((f"`{shown}`", f"`{type_}`", "yes" if field.is_required() else "", described.get(name, "")))
     text = json.dumps(schema, indent=1, ensure_ascii=False)
     title = f"### `{file}` {{#{kind.__name__.lower()}}}"
