@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import yaml
@@ -20,11 +21,13 @@ import nemo_bench.metrics
 from nemo_bench import cli
 from nemo_bench.config import build, describe_options, grid, options
 from nemo_bench.metrics import BenchMetric, ImageSpace
+from nemo_bench.records import schema as records_schema
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.schema import FILES, RECORDS, Entry, MetricInfo, ScoreRecord
 from nemo_bench.records.statistics import presets
 
 ROOT = Path(__file__).parents[1]
+field_texts = run_path(str(ROOT / "docs" / "fields.py"))["field_texts"]
 MARK = re.compile(r"^<!-- from (code|file): (\S+) -->$", re.MULTILINE)
 
 
@@ -143,6 +146,12 @@ def _entry(file: str, kind: type[Entry]) -> str:
     """What is in a file or line: a table of its fields, and their schema for other programs."""
     described = _attributes(kind)
     schema = kind.model_json_schema(by_alias=True)
+    parts = {name: getattr(records_schema, name) for name in schema.get("$defs", {})}
+    for part, own in ((schema, kind), *((schema["$defs"][name], inner) for name, inner in parts.items())):
+        for name, text in _attributes(own).items():
+            field = own.model_fields.get(name)
+            if field:
+                part["properties"][field.alias or name]["description"] = text
     rows = []
     for name, field in kind.model_fields.items():
         shown = field.alias or name
@@ -157,16 +166,11 @@ def _entry(file: str, kind: type[Entry]) -> str:
 
 
 def _attributes(kind: type[Entry]) -> dict[str, str]:
-    """Descriptions of fields, from the docstrings of a class and its bases."""
+    """Descriptions of fields, from the comments of a class and its bases."""
     found: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        _, _, section = (
-            (inspect.getdoc(base) or "").partition("Attributes:\n") if issubclass(base, Entry) else ("",) * 3
-        )
-        for name, text in re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE):
-            plain = re.sub(r":\w+:`([^`]*)`", r"`\1`", " ".join(text.split()))
-            found[name] = plain.replace("``", "`")
-    return found
+    for base in reversed([base for base in kind.__mro__ if issubclass(base, Entry)]):
+        found |= field_texts(inspect.getsource(base))
+    return {name: re.sub(r":\w+:`([^`]*)`", r"`\1`", text).replace("``", "`") for name, text in found.items()}
 
 
 def methods() -> str:

@@ -21,27 +21,16 @@ GENERAL = "general"
 
 
 class Prompt(NamedTuple):
-    """A prompt and what is known of it.
+    """A prompt and what is known of it."""
 
-    Attributes:
-        id: Unique in its list; decides the seeds of its images.
-        text: What the model is given.
-        kind: ``"VM"``, ``"TM"``, ``"memorized"``, or None for a prompt not known to be memorized.
-        references: Training images of the prompt, as files.
-        tags: Free words for filters.
-        dead_references: Links to training images of the prompt that could not be fetched.
-        damaged_references: Files of training images of the prompt that can't be decoded.
-        links: All links to training images that its list has, without user names and passwords.
-    """
-
-    id: str
-    text: str
-    kind: Kind | None = None
-    references: tuple[Path, ...] = ()
-    tags: tuple[str, ...] = ()
-    dead_references: tuple[str, ...] = ()
-    damaged_references: tuple[Path, ...] = ()
-    links: tuple[str, ...] = ()
+    id: str  #: Unique in its list; decides the seeds of its images.
+    text: str  #: What the model is given.
+    kind: Kind | None = None  #: ``"VM"``, ``"TM"``, ``"memorized"``, or None for a prompt not known to be memorized.
+    references: tuple[Path, ...] = ()  #: Training images of the prompt, as files.
+    tags: tuple[str, ...] = ()  #: Free words for filters.
+    dead_references: tuple[str, ...] = ()  #: Links to training images of the prompt that could not be fetched.
+    damaged_references: tuple[Path, ...] = ()  #: Files of training images of the prompt that can't be decoded.
+    links: tuple[str, ...] = ()  #: All links to training images that its list has, without user names and passwords.
 
     @property
     def group(self) -> str:
@@ -118,32 +107,23 @@ class Neurons(Mapping[str, tuple[int, ...]]):
 
 @dataclass(frozen=True)
 class Localization:
-    """What localizing found for one prompt.
+    """What localizing found for one prompt."""
 
-    Attributes:
-        neurons: The memorization neurons (empty where the prompt is not memorized).
-        initial: The candidates before refinement.
-        gate_score: Highest similarity of the noise differences of two seeds, nothing blocked, in [-1, 1].
-        initial_score: Highest similarity over kept seeds to the unblocked noise difference, initial neurons blocked.
-        refined_score: The same with the refined neurons blocked.
-        threshold: The threshold that refinement used.
-        row_passes: UNet forward passes of one sample spent.
-        passed_gate: Whether some pair of seeds is more alike than the gate's threshold; None where nothing was asked.
-        exhausted: Whether the selection ran out before the noise differences of all seeds had changed; None where that
-            is not known.
-        listed: The memorization neurons by layer as the public scripts list them: in the order of selection, a neuron
-            possibly twice. Empty where the protocol lists each once.
-        listed_initial: The candidates likewise.
-    """
-
+    #: The memorization neurons (empty where the prompt is not memorized).
     neurons: Neurons = field(default_factory=Neurons)
-    initial: Neurons = field(default_factory=Neurons)
-    gate_score: float = 0.0
+    initial: Neurons = field(default_factory=Neurons)  #: The candidates before refinement.
+    gate_score: float = 0.0  #: Highest similarity of the noise differences of two seeds, nothing blocked, in [-1, 1].
+    #: Highest similarity over kept seeds to the unblocked noise difference, initial neurons blocked.
     initial_score: float = 0.0
-    refined_score: float = 0.0
-    threshold: float = 0.0
-    row_passes: int = 0
+    refined_score: float = 0.0  #: The same with the refined neurons blocked.
+    threshold: float = 0.0  #: The threshold that refinement used.
+    row_passes: int = 0  #: UNet forward passes of one sample spent.
+    #: Whether some pair of seeds is more alike than the gate's threshold; None where nothing was asked.
     passed_gate: bool | None = None
+    #: Whether the selection ran out before the noise differences of all seeds had changed; None where that is not
+    #: known.
     exhausted: bool | None = None
+    #: The memorization neurons by layer as the public scripts list them: in the order of selection, a neuron possibly
+    #: twice. Empty where the protocol lists each once.
     listed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    listed_initial: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    listed_initial: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  #: The candidates likewise.

@@ -45,17 +45,11 @@ _readable: set[str] = set()
 
 
 class ImageFile(NamedTuple):
-    """An image file and its properties.
+    """An image file and its properties."""
 
-    Attributes:
-        sha256: Digest of the file; empty if it can't be read.
-        size: Width and height in pixels; None if not decoded.
-        problem: Why the file can't be read; empty if it can.
-    """
-
-    sha256: str
-    size: tuple[int, int] | None
-    problem: str
+    sha256: str  #: Digest of the file; empty if it can't be read.
+    size: tuple[int, int] | None  #: Width and height in pixels; None if not decoded.
+    problem: str  #: Why the file can't be read; empty if it can.
 
 
 def open_image(path: Path) -> Image.Image:

@@ -61,21 +61,13 @@ class GeneratedImage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Results of a cell for one prompt.
+    """Results of a cell for one prompt."""
 
-    Attributes:
-        images: In the order of their seeds.
-        scores: Scores of the prompt as a whole, by metric.
-        neurons: Blocked neurons.
-        noise: Strip of noise differences, or None.
-        failed: Reasons of failed images by seed.
-    """
-
-    images: tuple[GeneratedImage, ...]
-    scores: Mapping[str, float]
-    neurons: Neurons
-    noise: Path | None
-    failed: Mapping[int, str] = field(default_factory=dict)
+    images: tuple[GeneratedImage, ...]  #: In the order of their seeds.
+    scores: Mapping[str, float]  #: Scores of the prompt as a whole, by metric.
+    neurons: Neurons  #: Blocked neurons.
+    noise: Path | None  #: Strip of noise differences, or None.
+    failed: Mapping[int, str] = field(default_factory=dict)  #: Reasons of failed images by seed.
 
     @property
     def seeds(self) -> list[int]:
@@ -91,31 +83,18 @@ class Outcome:
 
 @dataclass(frozen=True)
 class CellResults:
-    """A finished cell.
+    """A finished cell."""
 
-    Attributes:
-        folder: Its folder.
-        spec: ``spec.json``.
-        summary: ``metrics.json``.
-        starts: Every start, the latest last.
-        layers: Widths of value layers in network order.
-        prompts: In the order of the list.
-        outcomes: By prompt id.
-        lost_images: Number of images missing or cut since they were scored.
-        label: Shortest name that differs from those of the other cells of the run.
-        short: The same without model and prompt list.
-    """
-
-    folder: Path
-    spec: Spec
-    summary: Summary
-    starts: Sequence[Start]
-    layers: dict[str, int]
-    prompts: Sequence[Prompt]
-    outcomes: Mapping[str, Outcome]
-    lost_images: int
-    label: str = ""
-    short: str = ""
+    folder: Path  #: Its folder.
+    spec: Spec  #: ``spec.json``.
+    summary: Summary  #: ``metrics.json``.
+    starts: Sequence[Start]  #: Every start, the latest last.
+    layers: dict[str, int]  #: Widths of value layers in network order.
+    prompts: Sequence[Prompt]  #: In the order of the list.
+    outcomes: Mapping[str, Outcome]  #: By prompt id.
+    lost_images: int  #: Number of images missing or cut since they were scored.
+    label: str = ""  #: Shortest name that differs from those of the other cells of the run.
+    short: str = ""  #: The same without model and prompt list.
 
     @property
     def name(self) -> str:
@@ -183,19 +162,12 @@ class CellResults:
 
 @dataclass(frozen=True)
 class Results:
-    """A run.
+    """A run."""
 
-    Attributes:
-        folder: Its folder.
-        run: ``run.json``.
-        cells: Finished cells in the order of the table; at least one.
-        unfinished: By name of every other cell, what is missing there.
-    """
-
-    folder: Path
-    run: Run
-    cells: tuple[CellResults, ...]
-    unfinished: Mapping[str, str]
+    folder: Path  #: Its folder.
+    run: Run  #: ``run.json``.
+    cells: tuple[CellResults, ...]  #: Finished cells in the order of the table; at least one.
+    unfinished: Mapping[str, str]  #: By name of every other cell, what is missing there.
 
     @property
     def name(self) -> str:
@@ -279,23 +251,14 @@ class Results:
 
 @dataclass(frozen=True)
 class DetectorResults:
-    """A finished detector.
+    """A finished detector."""
 
-    Attributes:
-        folder: Its folder.
-        spec: ``spec.json``.
-        summary: ``metrics.json``.
-        prompts: In the order of the list.
-        records: By prompt id.
-        label: Title, and the settings by which it differs from others of this title.
-    """
-
-    folder: Path
-    spec: Spec
-    summary: Summary
-    prompts: Sequence[Prompt]
-    records: Mapping[str, DetectionRecord]
-    label: str = ""
+    folder: Path  #: Its folder.
+    spec: Spec  #: ``spec.json``.
+    summary: Summary  #: ``metrics.json``.
+    prompts: Sequence[Prompt]  #: In the order of the list.
+    records: Mapping[str, DetectionRecord]  #: By prompt id.
+    label: str = ""  #: Title, and the settings by which it differs from others of this title.
 
     @property
     def compared_with(self) -> tuple[str, ...]:

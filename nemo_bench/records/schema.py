@@ -31,61 +31,37 @@ class Entry(BaseModel):
 
 
 class Cost(Entry):
-    """What a record took.
+    """What a record took."""
 
-    Attributes:
-        seconds: Wall-clock time, the batch's share.
-        row_passes: UNet forward passes of one sample.
-        extra_row_passes: Those of a detector beside sampling.
-        once_seconds: Time of what the method does once for a prompt.
-        once_row_passes: Passes of what the method does once for a prompt.
-        peak_memory_mb: Megabytes: on a GPU the most allocated in the stage, else the largest of the process so far.
-        device: Type of the device, such as ``"cuda"``.
-    """
-
-    seconds: float | None = None
-    row_passes: float | None = None
-    extra_row_passes: float | None = None
-    once_seconds: float | None = None
-    once_row_passes: float | None = None
+    seconds: float | None = None  #: Wall-clock time, the batch's share.
+    row_passes: float | None = None  #: UNet forward passes of one sample.
+    extra_row_passes: float | None = None  #: Those of a detector beside sampling.
+    once_seconds: float | None = None  #: Time of what the method does once for a prompt.
+    once_row_passes: float | None = None  #: Passes of what the method does once for a prompt.
+    #: Megabytes: on a GPU the most allocated in the stage, else the largest of the process so far.
     peak_memory_mb: int | None = None
-    device: str | None = None
+    device: str | None = None  #: Type of the device, such as ``"cuda"``.
 
 
 class Record(Entry):
-    """A line of a stage.
+    """A line of a stage."""
 
-    Attributes:
-        stage: Name of the stage.
-        result: Field that has a value wherever the record does not say why it failed.
-        id: Hash of what the record is of.
-        cost: What it took; all that may differ between two runs beside :attr:`sha256` and :attr:`bytes`.
-        image: Picture of the record, a path in the cell's folder or an absolute one.
-        file: Tensors of the record, a path in the cell's folder.
-        sha256: Digest of the picture.
-        bytes: Size of the picture.
-        failed: Why there is no result: what was not finite.
-    """
-
-    stage: ClassVar[str]
-    result: ClassVar[str | None] = None
-    id: str
+    stage: ClassVar[str]  #: Name of the stage.
+    result: ClassVar[str | None] = None  #: Field that has a value wherever the record does not say why it failed.
+    id: str  #: Hash of what the record is of.
+    #: What it took; all that may differ between two runs beside :attr:`sha256` and :attr:`bytes`.
     cost: Cost | None = None
-    image: str | None = None
-    file: str | None = None
-    sha256: str | None = None
-    bytes: int | None = None
-    failed: Any = None
+    image: str | None = None  #: Picture of the record, a path in the cell's folder or an absolute one.
+    file: str | None = None  #: Tensors of the record, a path in the cell's folder.
+    sha256: str | None = None  #: Digest of the picture.
+    bytes: int | None = None  #: Size of the picture.
+    failed: Any = None  #: Why there is no result: what was not finite.
 
 
 class ChunkRecord(Record):
-    """Statistics of a chunk of general prompts, or features of a chunk of real pictures.
+    """Statistics of a chunk of general prompts, or features of a chunk of real pictures."""
 
-    Attributes:
-        count: Prompts or pictures of the chunk.
-    """
-
-    count: int
+    count: int  #: Prompts or pictures of the chunk.
 
 
 class StatisticsRecord(ChunkRecord):
@@ -101,13 +77,9 @@ class FeatureRecord(ChunkRecord):
 
 
 class PromptRecord(Record):
-    """A record of a prompt.
+    """A record of a prompt."""
 
-    Attributes:
-        prompt: Id of the prompt.
-    """
-
-    prompt: str
+    prompt: str  #: Id of the prompt.
     failed: str | None = None
 
 
@@ -153,90 +125,59 @@ class LocalizationRecord(PromptRecord):
 
 
 class MemorizationRecord(PromptRecord):
-    """The memorization score of a prompt with the method applied; ``image`` is a strip of noise differences.
-
-    Attributes:
-        score: Mean similarity of the noise differences of all pairs of seeds, in [-1, 1].
-        truncated: Whether the prompt is longer than the text encoder's window.
-    """
+    """The memorization score of a prompt with the method applied; ``image`` is a strip of noise differences."""
 
     stage = "memorization"
     result = "score"
-    score: float | None = None
-    truncated: bool = False
+    score: float | None = None  #: Mean similarity of the noise differences of all pairs of seeds, in [-1, 1].
+    truncated: bool = False  #: Whether the prompt is longer than the text encoder's window.
 
 
 class ImageRecord(PromptRecord):
-    """A generated or external image.
-
-    Attributes:
-        seed: Number of the image among those of the prompt, from 0.
-        notes: What the method says of the image.
-        size: Width and height of an external image.
-        written: When an external image was written, in nanoseconds.
-    """
+    """A generated or external image."""
 
     stage = "generate"
     result = "image"
-    seed: int
-    notes: dict[str, Any] | None = None
-    size: tuple[int, int] | None = None
-    written: int | None = None
+    seed: int  #: Number of the image among those of the prompt, from 0.
+    notes: dict[str, Any] | None = None  #: What the method says of the image.
+    size: tuple[int, int] | None = None  #: Width and height of an external image.
+    written: int | None = None  #: When an external image was written, in nanoseconds.
 
 
 class ScoreRecord(PromptRecord):
-    """Scores of an image or of a prompt.
-
-    Attributes:
-        seed: Number of the image, None for a prompt.
-        scores: By metric.
-        truncated: Whether the metric's text encoder cut the prompt, for a prompt whose text was embedded.
-        failed: Reasons by metric.
-    """
+    """Scores of an image or of a prompt."""
 
     stage = "score"
-    seed: int | None = None
-    scores: dict[str, float] = {}
+    seed: int | None = None  #: Number of the image, None for a prompt.
+    scores: dict[str, float] = {}  #: By metric.
+    #: Whether the metric's text encoder cut the prompt, for a prompt whose text was embedded.
     truncated: bool | None = None
+    #: Reasons by metric.
     failed: dict[str, str] | None = None  # type: ignore[assignment] # one reason for each metric
 
 
 class DetectionRecord(PromptRecord):
-    """A detector's score of a prompt, larger for memorized ones.
-
-    Attributes:
-        score: The score.
-        details: What explains it.
-    """
+    """A detector's score of a prompt, larger for memorized ones."""
 
     stage = "detect"
     result = "score"
-    score: float | None = None
-    details: dict[str, Any] | None = None
+    score: float | None = None  #: The score.
+    details: dict[str, Any] | None = None  #: What explains it.
 
 
 class SearchRecord(PromptRecord):
-    """A search of an audit; ``image`` is its sheet, a row of pictures for each state.
-
-    Attributes:
-        source: Id of the prompt whose picture was searched for.
-        states: Rows of the sheet.
-    """
+    """A search of an audit; ``image`` is its sheet, a row of pictures for each state."""
 
     stage = "audit"
-    source: str
-    states: list[str] = []
+    source: str  #: Id of the prompt whose picture was searched for.
+    states: list[str] = []  #: Rows of the sheet.
 
 
 class SearchScoreRecord(Record):
-    """Scores of a sheet: by state and metric, one value an image.
-
-    Attributes:
-        search: Id of the search.
-    """
+    """Scores of a sheet: by state and metric, one value an image."""
 
     stage = "audit_scores"
-    search: str
+    search: str  #: Id of the search.
     scores: dict[str, dict[str, list[float]]] | None = None
 
 
@@ -256,67 +197,38 @@ RECORDS: tuple[type[Record], ...] = (
 
 
 class Spec(Entry):
-    """What a cell is: ``spec.json``.
+    """What a cell is: ``spec.json``."""
 
-    Attributes:
-        version: Of the schema.
-        task: What the folder belongs to.
-        stages: Names of the stages that it goes through.
-        cell: Name of the folder.
-        model: Name of the model.
-        method: Name of the mitigation.
-        detector: Name of the detector.
-        prompts: Name of the prompt list.
-        title: Name of method or detector for people.
-        settings: Identity settings: everything that changes the result, and nothing else; the folder is named by them.
-        families: Which settings were chosen for the model's family.
-        digests: Of weights, prompts and images; the commit of a model from the hub.
-        citations: BibTeX by title.
-        calibration: Path to the calibration's folder from the cell's.
-        general_prompts: ``file`` and ``digest`` of the prompts that the calibration takes.
-    """
-
-    version: int = Field(default=VERSION, alias="schema")
-    task: Task
-    stages: list[str] = []
-    cell: str = ""
-    model: str = ""
-    method: str | None = None
-    detector: str | None = None
-    prompts: str = ""
-    title: str = ""
+    version: int = Field(default=VERSION, alias="schema")  #: Of the schema.
+    task: Task  #: What the folder belongs to.
+    stages: list[str] = []  #: Names of the stages that it goes through.
+    cell: str = ""  #: Name of the folder.
+    model: str = ""  #: Name of the model.
+    method: str | None = None  #: Name of the mitigation.
+    detector: str | None = None  #: Name of the detector.
+    prompts: str = ""  #: Name of the prompt list.
+    title: str = ""  #: Name of method or detector for people.
+    #: Identity settings: everything that changes the result, and nothing else; the folder is named by them.
     settings: dict[str, Any]
-    families: list[str] = []
-    digests: dict[str, str] = {}
-    citations: dict[str, str] = {}
-    calibration: str | None = None
-    general_prompts: dict[str, str] | None = None
+    families: list[str] = []  #: Which settings were chosen for the model's family.
+    digests: dict[str, str] = {}  #: Of weights, prompts and images; the commit of a model from the hub.
+    citations: dict[str, str] = {}  #: BibTeX by title.
+    calibration: str | None = None  #: Path to the calibration's folder from the cell's.
+    general_prompts: dict[str, str] | None = None  #: ``file`` and ``digest`` of the prompts that the calibration takes.
 
 
 class Start(Entry):
-    """A start of a cell.
+    """A start of a cell."""
 
-    Attributes:
-        time: ISO 8601, UTC.
-        command: What the user typed.
-        commit: Commit of the package's checkout, if it runs from one.
-        dirty: Whether that checkout had changes.
-        world_size: Processes.
-        device: Name of the device.
-        python: Version.
-        settings: All settings.
-        versions: Of packages, by name.
-    """
-
-    time: str
-    command: str
-    commit: str | None = None
-    dirty: bool | None = None
-    world_size: int = 1
-    device: str
-    python: str = ""
-    settings: dict[str, Any] = {}
-    versions: dict[str, str]
+    time: str  #: ISO 8601, UTC.
+    command: str  #: What the user typed.
+    commit: str | None = None  #: Commit of the package's checkout, if it runs from one.
+    dirty: bool | None = None  #: Whether that checkout had changes.
+    world_size: int = 1  #: Processes.
+    device: str  #: Name of the device.
+    python: str = ""  #: Version.
+    settings: dict[str, Any] = {}  #: All settings.
+    versions: dict[str, str]  #: Of packages, by name.
 
 
 class Environment(Entry):
@@ -326,78 +238,47 @@ class Environment(Entry):
 
 
 class Run(Entry):
-    """The cells of a run in the order asked for: ``run.json``.
-
-    Attributes:
-        token: Tells the run from others of its name.
-    """
+    """The cells of a run in the order asked for: ``run.json``."""
 
     version: int = Field(default=VERSION, alias="schema")
     name: str
-    token: str
+    token: str  #: Tells the run from others of its name.
     cells: list[str]
 
 
 class Scoring(Entry):
-    """What decides the scores of given images: ``scoring.json``.
+    """What decides the scores of given images: ``scoring.json``."""
 
-    Attributes:
-        metrics: Settings of every metric, its files replaced by their digests.
-        unmitigated: The cell that images are compared with.
-        references: Digest of the training images.
-    """
-
-    metrics: dict[str, Any]
-    unmitigated: str | None = None
-    references: str
+    metrics: dict[str, Any]  #: Settings of every metric, its files replaced by their digests.
+    unmitigated: str | None = None  #: The cell that images are compared with.
+    references: str  #: Digest of the training images.
 
 
 class Gate(Entry):
-    """A threshold on similarities of noise differences.
+    """A threshold on similarities of noise differences."""
 
-    Attributes:
-        threshold: Mean plus one standard deviation; None where most general prompts failed.
-        mean: Of the similarities.
-        std: Of the similarities.
-        passed_gate: General prompts with a pair above the threshold.
-    """
-
-    threshold: float | None = None
-    mean: float | None = None
-    std: float | None = None
-    passed_gate: int | None = None
+    threshold: float | None = None  #: Mean plus one standard deviation; None where most general prompts failed.
+    mean: float | None = None  #: Of the similarities.
+    std: float | None = None  #: Of the similarities.
+    passed_gate: int | None = None  #: General prompts with a pair above the threshold.
 
 
 class Threshold(Gate):
-    """The memorization threshold of a model: ``threshold.json``.
+    """The memorization threshold of a model: ``threshold.json``."""
 
-    Attributes:
-        prompts: General prompts that it comes from.
-        failed: General prompts whose noise differences were not finite.
-        maxima: The same for the most alike pair of each prompt.
-        protocol: How noise differences were taken.
-        similarity: How they were compared.
-        velocity: What of a velocity prediction was compared.
-    """
-
-    prompts: int = 0
-    failed: int = 0
-    maxima: Gate = Gate()
-    protocol: str
-    similarity: str
-    velocity: str
+    prompts: int = 0  #: General prompts that it comes from.
+    failed: int = 0  #: General prompts whose noise differences were not finite.
+    maxima: Gate = Gate()  #: The same for the most alike pair of each prompt.
+    protocol: str  #: How noise differences were taken.
+    similarity: str  #: How they were compared.
+    velocity: str  #: What of a velocity prediction was compared.
 
 
 class MetricInfo(Entry):
-    """What a metric measures; see :class:`nemo_bench.metrics.BenchMetric` for the fields.
+    """What a metric measures; see :class:`nemo_bench.metrics.BenchMetric` for the fields."""
 
-    Attributes:
-        measure: Name of its class.
-        role: What it stands for in other papers' aggregates.
-    """
-
-    measure: str = ""
-    role: str = ""
+    measure: str = ""  #: Name of its class.
+    role: str = ""  #: What it stands for in other papers' aggregates.
     title: str
     description: str = ""
     citation: str = ""
@@ -414,27 +295,20 @@ class MetricInfo(Entry):
 
 
 class Paired(Entry):
-    """Mean over prompts of a difference, its 95% bootstrap interval, and p of a two-sided sign-flip test.
-
-    Attributes:
-        p_holm: The same, corrected over all cells of a leaderboard.
-    """
+    """Mean over prompts of a difference, its 95% bootstrap interval, and p of a two-sided sign-flip test."""
 
     difference: float
     low: float
     high: float
     p: float
     prompts: int
-    p_holm: float | None = None
+    p_holm: float | None = None  #: The same, corrected over all cells of a leaderboard.
 
 
 class Aggregate(Entry):
     """A metric over a group of prompts: mean with its 95% bootstrap interval, median and median absolute deviation.
 
     A metric of a whole set has a mean alone.
-
-    Attributes:
-        paired: The difference to no mitigation, where the same prompts were run without.
     """
 
     mean: float
@@ -443,7 +317,7 @@ class Aggregate(Entry):
     median: float | None = None
     mad: float | None = None
     prompts: int
-    paired: Paired | None = None
+    paired: Paired | None = None  #: The difference to no mitigation, where the same prompts were run without.
 
 
 class Statistic(Entry):
@@ -466,15 +340,9 @@ class Preset(Entry):
 
 
 class Roc(Entry):
-    """How well scores tell memorized prompts from others; see :func:`nemo_bench.metrics.roc.detection`.
+    """How well scores tell memorized prompts from others; see :func:`nemo_bench.metrics.roc.detection`."""
 
-    Attributes:
-        title: Name of the score.
-        kinds: Area under the curve by kind of memorized prompts.
-        failed: Prompts without a finite score.
-    """
-
-    title: str
+    title: str  #: Name of the score.
     auc: float
     auc_low: float | None = None
     auc_high: float | None = None
@@ -486,24 +354,17 @@ class Roc(Entry):
     memorized: int
     other: int
     curve: list[list[float]] = []
-    kinds: dict[str, float] = {}
-    failed: int = 0
+    kinds: dict[str, float] = {}  #: Area under the curve by kind of memorized prompts.
+    failed: int = 0  #: Prompts without a finite score.
 
 
 class Failures(Entry):
-    """What was not finite in a group of prompts.
+    """What was not finite in a group of prompts."""
 
-    Attributes:
-        images: Number of images.
-        localizations: Number of prompts whose neurons or noise differences were not finite.
-        scores: Number of scores of images and prompts.
-        metrics: By metric, how many images and prompts it lacks for any of these reasons.
-    """
-
-    images: int = 0
-    localizations: int = 0
-    scores: int = 0
-    metrics: dict[str, int] = {}
+    images: int = 0  #: Number of images.
+    localizations: int = 0  #: Number of prompts whose neurons or noise differences were not finite.
+    scores: int = 0  #: Number of scores of images and prompts.
+    metrics: dict[str, int] = {}  #: By metric, how many images and prompts it lacks for any of these reasons.
 
     @property
     def total(self) -> int:
@@ -517,94 +378,55 @@ class Failures(Entry):
 
 
 class Summary(Entry):
-    """The numbers of a cell: ``metrics.json``.
+    """The numbers of a cell: ``metrics.json``."""
 
-    Attributes:
-        unmitigated: The cell of the same images without mitigation.
-        metrics: What each metric measures.
-        aggregates: By group and metric.
-        presets: The same scores as other papers aggregate them.
-        failed: By group in which anything was not finite.
-        detection: By detector, where prompts of both sorts were run.
-        localization: By group, where neurons were searched: number of ``prompts``, ``passed_gate``, and in how many the
-            selection was ``exhausted``.
-        counts: Images, prompts, and what is missing.
-        cost: Mean seconds and UNet passes, peak memory in MB.
-        peak_memory_of: Whether the peak is that of the process or of the GPU.
-    """
-
-    unmitigated: str | None = None
-    metrics: dict[str, MetricInfo] = {}
-    aggregates: dict[str, dict[str, Aggregate]] = {}
-    presets: dict[str, Preset] = {}
-    failed: dict[str, Failures] = {}
-    detection: dict[str, Roc] = {}
+    unmitigated: str | None = None  #: The cell of the same images without mitigation.
+    metrics: dict[str, MetricInfo] = {}  #: What each metric measures.
+    aggregates: dict[str, dict[str, Aggregate]] = {}  #: By group and metric.
+    presets: dict[str, Preset] = {}  #: The same scores as other papers aggregate them.
+    failed: dict[str, Failures] = {}  #: By group in which anything was not finite.
+    detection: dict[str, Roc] = {}  #: By detector, where prompts of both sorts were run.
+    #: By group, where neurons were searched: number of ``prompts``, ``passed_gate``, and in how many the selection was
+    #: ``exhausted``.
     localization: dict[str, dict[str, int | None]] = {}
-    counts: dict[str, int]
-    cost: dict[str, float] = {}
-    peak_memory_of: Literal["process", "GPU"] = "process"
+    counts: dict[str, int]  #: Images, prompts, and what is missing.
+    cost: dict[str, float] = {}  #: Mean seconds and UNet passes, peak memory in MB.
+    peak_memory_of: Literal["process", "GPU"] = "process"  #: Whether the peak is that of the process or of the GPU.
 
 
 class SearchGroup(Entry):
-    """Searches of an audit for memorized prompts, or for controls.
+    """Searches of an audit for memorized prompts, or for controls."""
 
-    Attributes:
-        prompts: Number of different prompts.
-        scores: By metric and state: ``mean``, ``low`` and ``high``, its 95% interval over prompts.
-    """
-
-    prompts: int
+    prompts: int  #: Number of different prompts.
+    #: By metric and state: ``mean``, ``low`` and ``high``, its 95% interval over prompts.
     scores: dict[str, dict[str, dict[str, float]]]
 
 
 class SearchResult(Entry):
-    """A search that the report shows.
+    """A search that the report shows."""
 
-    Attributes:
-        prompt: Id of the prompt whose neurons are blocked.
-        source: Id of the prompt whose picture was searched for.
-        text: That prompt.
-        group: ``"memorized"`` or ``"control"``.
-        sheet: Path of its pictures.
-        scores: Mean over images by state and metric.
-    """
-
-    prompt: str
-    source: str
-    text: str
-    group: Literal["memorized", "control"]
-    sheet: str
-    scores: dict[str, dict[str, float]]
+    prompt: str  #: Id of the prompt whose neurons are blocked.
+    source: str  #: Id of the prompt whose picture was searched for.
+    text: str  #: That prompt.
+    group: Literal["memorized", "control"]  #: ``"memorized"`` or ``"control"``.
+    sheet: str  #: Path of its pictures.
+    scores: dict[str, dict[str, float]]  #: Mean over images by state and metric.
 
 
 class Audit(Entry):
-    """An audit of a cell.
+    """An audit of a cell."""
 
-    Attributes:
-        id: Hash of its searches.
-        settings: How it searched.
-        states: What images are generated from, by state.
-        metrics: What each metric measures.
-        groups: ``memorized`` and ``control``, where any search of them succeeded.
-        failed: Failed searches by group.
-        compared: By metric, memorized minus control with the embedding that the search ended with.
-        verdict: By memorization rate; see :func:`nemo_bench.benchmark.audit.verdict`.
-        searches: One entry a search.
-        cost: Mean UNet passes and seconds of a search.
-        command: What the user typed.
-    """
-
-    id: str
-    settings: dict[str, Any]
-    states: dict[str, str]
-    metrics: dict[str, MetricInfo]
-    groups: dict[str, SearchGroup]
-    failed: dict[str, int]
-    compared: dict[str, Paired]
-    verdict: dict[str, str]
-    searches: list[SearchResult]
-    cost: dict[str, float]
-    command: str = ""
+    id: str  #: Hash of its searches.
+    settings: dict[str, Any]  #: How it searched.
+    states: dict[str, str]  #: What images are generated from, by state.
+    metrics: dict[str, MetricInfo]  #: What each metric measures.
+    groups: dict[str, SearchGroup]  #: ``memorized`` and ``control``, where any search of them succeeded.
+    failed: dict[str, int]  #: Failed searches by group.
+    compared: dict[str, Paired]  #: By metric, memorized minus control with the embedding that the search ended with.
+    verdict: dict[str, str]  #: By memorization rate; see :func:`nemo_bench.benchmark.audit.verdict`.
+    searches: list[SearchResult]  #: One entry a search.
+    cost: dict[str, float]  #: Mean UNet passes and seconds of a search.
+    command: str = ""  #: What the user typed.
 
 
 class Audits(Entry):
@@ -614,69 +436,49 @@ class Audits(Entry):
 
 
 class LeaderboardRow(Entry):
-    """A cell and a group of prompts.
-
-    Attributes:
-        prompts: Name of the prompt list.
-        n_prompts: Prompts of the group.
-        metrics: Aggregates by metric, p corrected over the rows of the group.
-        best: Metrics in which no cell of the model is better, with p of the difference to the runner-up.
-    """
+    """A cell and a group of prompts."""
 
     cell: str
     label: str
     model: str
     method: str
-    prompts: str
+    prompts: str  #: Name of the prompt list.
     group: str
-    n_prompts: int
+    n_prompts: int  #: Prompts of the group.
     passed_gate: int | None = None
     exhausted: int | None = None
-    metrics: dict[str, Aggregate]
+    metrics: dict[str, Aggregate]  #: Aggregates by metric, p corrected over the rows of the group.
     failed: Failures
+    #: Metrics in which no cell of the model is better, with p of the difference to the runner-up.
     best: dict[str, float]
     cost: dict[str, float]
     counts: dict[str, int]
 
 
 class Leaderboard(Entry):
-    """The table of a run: ``leaderboard.json``.
-
-    Attributes:
-        unfinished: Every other cell, and what is missing there.
-    """
+    """The table of a run: ``leaderboard.json``."""
 
     version: int = Field(default=VERSION, alias="schema")
     name: str
     metrics: dict[str, MetricInfo]
     rows: list[LeaderboardRow]
-    unfinished: dict[str, str]
+    unfinished: dict[str, str]  #: Every other cell, and what is missing there.
 
 
 class DetectionRow(Entry):
-    """A detector on a model and a prompt list.
-
-    Attributes:
-        prompts: Number of prompts.
-        label: Title, and the settings by which it differs from others of this title.
-        failed: Prompts without a finite score.
-        seeds: Seeds a prompt.
-        cost: Mean UNet passes and seconds of a prompt.
-        settings: Of the detector.
-        model_settings: Of the model.
-    """
+    """A detector on a model and a prompt list."""
 
     cell: str
     model: str
     detector: str
-    prompts: int
-    label: str
+    prompts: int  #: Number of prompts.
+    label: str  #: Title, and the settings by which it differs from others of this title.
     title: str
-    failed: int
-    seeds: int
-    cost: dict[str, float]
-    settings: dict[str, Any]
-    model_settings: dict[str, Any]
+    failed: int  #: Prompts without a finite score.
+    seeds: int  #: Seeds a prompt.
+    cost: dict[str, float]  #: Mean UNet passes and seconds of a prompt.
+    settings: dict[str, Any]  #: Of the detector.
+    model_settings: dict[str, Any]  #: Of the model.
 
 
 class MeasuredDetectionRow(DetectionRow, Roc):
@@ -692,19 +494,12 @@ class DetectionTable(Entry):
 
 
 class Thumbnail(Entry):
-    """A small picture.
+    """A small picture."""
 
-    Attributes:
-        uri: WebP as a data URI.
-        width: In pixels.
-        height: In pixels.
-        tiny: The image was not made smaller, so its pixels may be shown as squares.
-    """
-
-    uri: str
-    width: int
-    height: int
-    tiny: bool
+    uri: str  #: WebP as a data URI.
+    width: int  #: In pixels.
+    height: int  #: In pixels.
+    tiny: bool  #: The image was not made smaller, so its pixels may be shown as squares.
 
 
 class ThumbnailCache(Entry):
@@ -714,20 +509,14 @@ class ThumbnailCache(Entry):
 
 
 class Tracked(Entry):
-    """The last W&B run of a cell: ``tracked.json``.
+    """The last W&B run of a cell: ``tracked.json``."""
 
-    Attributes:
-        id: Of the W&B run.
-        results: Hash of the logged results.
-        url: Of the W&B run, unless it is offline.
-    """
-
-    id: str
+    id: str  #: Of the W&B run.
     project: str
     entity: str | None = None
     mode: str
-    results: str
-    url: str | None = None
+    results: str  #: Hash of the logged results.
+    url: str | None = None  #: Of the W&B run, unless it is offline.
 
 
 _RUN = "the command of the run writes it again, and computes nothing twice"

@@ -132,15 +132,10 @@ def read_run(folder: Path) -> Run:
 
 @dataclass(frozen=True)
 class RecordSet(Generic[R]):
-    """All records of a stage.
+    """All records of a stage."""
 
-    Attributes:
-        by_id: By id; of equal lines the first.
-        repeats: Further records of an id, such as that of an image that was made again.
-    """
-
-    by_id: Mapping[str, R]
-    repeats: Sequence[R]
+    by_id: Mapping[str, R]  #: By id; of equal lines the first.
+    repeats: Sequence[R]  #: Further records of an id, such as that of an image that was made again.
 
     @property
     def digests(self) -> dict[str, set[str]]:
