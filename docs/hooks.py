@@ -148,14 +148,14 @@ def _entry(file: str, kind: type[Entry]) -> str:
     schema = kind.model_json_schema(by_alias=True)
     parts = {name: getattr(records_schema, name) for name in schema.get("$defs", {})}
     for part, own in ((schema, kind), *((schema["$defs"][name], inner) for name, inner in parts.items())):
-        for name, text in _attributes(own).items():
-            field = own.model_fields.get(name)
-            if field:
-                part["properties"][field.alias or name]["description"] = text
+        texts = _attributes(own)
+        for name, field in part["properties"].items():
+            if text := texts.get("version" if name == "schema" else name):
+                field["description"] = text
     rows = []
     for name, field in kind.model_fields.items():
         shown = field.alias or name
-        type_ = re.sub(r"typing\.|nemo_bench\.records\.schema\.", "", inspect.formatannotation(field.annotation))
+        type_ = re.sub(r"typing\.|nemo_bench\.records\.\w+\.", "", inspect.formatannotation(field.annotation))
         type_ = type_.replace(" | ", " or ")  # a code span of a table can't hold the separator of columns
         rows.append((f"`{shown}`", f"`{type_}`", "yes" if field.is_required() else "", described.get(name, "")))
     text = json.dumps(schema, indent=1, ensure_ascii=False)
@@ -165,10 +165,10 @@ def _entry(file: str, kind: type[Entry]) -> str:
     return "\n\n".join([title, about, table, f'??? abstract "JSON schema"\n\n{_indent(_code("json", text))}'])
 
 
-def _attributes(kind: type[Entry]) -> dict[str, str]:
+def _attributes(kind: type) -> dict[str, str]:
     """Descriptions of fields, from the comments of a class and its bases."""
     found: dict[str, str] = {}
-    for base in reversed([base for base in kind.__mro__ if issubclass(base, Entry)]):
+    for base in reversed([base for base in kind.__mro__ if base is kind or issubclass(base, Entry)]):
         found |= field_texts(inspect.getsource(base))
     return {name: re.sub(r":\w+:`([^`]*)`", r"`\1`", text).replace("``", "`") for name, text in found.items()}
 

@@ -78,7 +78,7 @@ def test_calibrating_in_memory_is_what_a_run_measures(tmp_path: Path, prompt_fil
     records = read_records(cells[0].store.folder, "localize").values()
     found = nemo.localize(model, prompts[0], model.latents(seeds_of(prompts[0], "localize", range(3))))
     assert dict(found.neurons) == {
-        k: tuple(v) for r in records if r["prompt"] == "vm-01" for k, v in r["neurons"].items()
+        k: tuple(v) for r in records if r["prompt"] == "vm-01" for k, v in r["localization"]["neurons"].items()
     }
 
 

@@ -16,8 +16,7 @@ from nemo_bench.errors import ConfigError, StoreError, counted, did_you_mean
 from nemo_bench.records.data import Neurons
 from nemo_bench.records.images import visible
 from nemo_bench.records.io import damaged, digest, write_text
-from nemo_bench.records.schema import LocalizationRecord
-from nemo_bench.records.store import Store, read_cell_prompts, read_settings, read_spec
+from nemo_bench.records.store import read_cell_prompts, read_localizations, read_settings, read_spec
 
 
 def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
@@ -37,8 +36,7 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
     """
     if folder.exists() and any(visible(folder.iterdir(), folder)):
         raise StoreError(f"{folder} is not empty; name a new folder to export to")
-    records = Store(cell).records(LocalizationRecord).values()
-    found = {record.prompt: Neurons(record.neurons) for record in records if record.neurons is not None}
+    found = {name: localization.neurons for name, localization in read_localizations(cell).items()}
     if not found:
         raise StoreError(f"{cell} holds no localization; give results/<name>/<cell> of a finished run")
     if prompt is not None and prompt not in found:

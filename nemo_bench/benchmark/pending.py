@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from nemo_bench.benchmark.plan import SCORING_FILE, Cell, has_stale_scores, with_sources
 from nemo_bench.errors import ModelError, NemoBenchError, StoreError
@@ -18,16 +17,13 @@ from nemo_bench.records.schema import (
     ImageRecord,
     Leaderboard,
     LocalizationRecord,
-    PromptRecord,
     Record,
     ScoreRecord,
     Spec,
 )
-from nemo_bench.records.store import Store
+from nemo_bench.records.store import Store, read_localizations
 from nemo_bench.report import REPORT_FILES
 from nemo_bench.tracking import track
-
-P = TypeVar("P", bound=PromptRecord)
 
 SETS_FILE = "sets.json"
 SCORE_FILES = (f"{ScoreRecord.stage}.done", SCORING_FILE, SETS_FILE)
@@ -56,11 +52,6 @@ def tasks_of(cell: Cell, kind: type[Record]) -> Sequence[PromptTask | ImageTask]
     return image_tasks(cell) if kind is ImageRecord else prompt_tasks(cell)
 
 
-def read_by_prompt(store: Store, kind: type[P]) -> dict[str, P]:
-    """The records of a stage by prompt id."""
-    return {record.prompt: record for record in store.records(kind).values()}
-
-
 def localized_neurons(store: Store, spec: Spec, prompts: Sequence[Prompt]) -> dict[str, Neurons]:
     """Neurons by prompt id, without prompts that failed; none for every prompt where the method localizes nothing.
 
@@ -70,8 +61,7 @@ def localized_neurons(store: Store, spec: Spec, prompts: Sequence[Prompt]) -> di
         return {}
     if LocalizationRecord.stage not in spec.stages:
         return {prompt.id: Neurons() for prompt in prompts}
-    records = store.records(LocalizationRecord).values()
-    return {record.prompt: Neurons(record.neurons) for record in records if record.neurons is not None}
+    return {prompt: found.neurons for prompt, found in read_localizations(store.folder).items()}
 
 
 def unmitigated_images(cell: Cell) -> dict[str, Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nemo_bench.benchmark.pending import SETS_FILE, read_by_prompt, scored_tasks, tasks_of, track_cells
+from nemo_bench.benchmark.pending import SETS_FILE, scored_tasks, tasks_of, track_cells
 from nemo_bench.benchmark.plan import SCORING_FILE, Cell, has_stale_scores, metrics_of, scoring_of, with_sources
 from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.runner import Runner, note_start, open_folder
@@ -15,7 +15,7 @@ from nemo_bench.records.images import unreadable
 from nemo_bench.records.io import LAYERS, read_file, write_json, write_text
 from nemo_bench.records.results import Results, load_detections, load_results
 from nemo_bench.records.schema import LocalizationRecord, ScoreRecord
-from nemo_bench.records.store import Store
+from nemo_bench.records.store import Store, read_localizations
 from nemo_bench.report import write_report
 from nemo_bench.report.detection import write_detection
 from nemo_bench.tracking import sweep_trial
@@ -137,12 +137,12 @@ def _publish(cell: Cell) -> None:
     if LocalizationRecord not in cell.stages:
         return
     widths = read_file(cell.store.folder / "layers.json", LAYERS)
-    records = read_by_prompt(cell.store, LocalizationRecord)
+    localizations = read_localizations(cell.store.folder)
     rows = []
     for prompt in cell.prompts:
-        if records[prompt.id].neurons is None:
+        if prompt.id not in localizations:
             continue
-        result = records[prompt.id].localization
+        result = localizations[prompt.id]
         initial = by_position(result.listed_initial or result.initial, widths)
         refined = by_position(result.listed or result.neurons, widths)
         url = next(iter(prompt.links), "")

@@ -30,7 +30,6 @@ from nemo_bench.benchmark.pending import (
     is_finished,
     localized_neurons,
     prompt_tasks,
-    read_by_prompt,
     scored_tasks,
     unmitigated_images,
 )
@@ -89,7 +88,7 @@ from nemo_bench.records.schema import (
     Threshold,
 )
 from nemo_bench.records.statistics import GROUPS
-from nemo_bench.records.store import Store, read_record_set, read_run, write_prompts
+from nemo_bench.records.store import Store, read_digests, read_localizations, read_run, write_prompts
 
 P = TypeVar("P", bound=PromptRecord)
 
@@ -294,12 +293,11 @@ class Runner:
             method: Method = build(cell.config.settings.method, "method")
             setup = Setup(prompts=cell.prompts, batch_size=self.rows(cell))
             if not cell.store.is_done(LocalizationRecord):
-                records = read_by_prompt(cell.source.store, LocalizationRecord) if cell.source else {}
-                chosen = [prompt for prompt in cell.source_prompts if records[prompt.id].neurons is not None]
+                found = read_localizations(cell.source.store.folder) if cell.source else {}
                 setup = replace(
                     setup,
                     calibration=self._calibration(cell, method),
-                    source_localizations={prompt.id: records[prompt.id].localization for prompt in chosen},
+                    source_localizations={p.id: found[p.id] for p in cell.source_prompts if p.id in found},
                     source_prompts=cell.source_prompts,
                 )
             method.setup(self.model(cell), setup)
@@ -402,16 +400,15 @@ class Runner:
             pool = list(dict.fromkeys(path for p in cell.prompts for path in p.references))
             return ScoringStage(metrics, store, pool)
 
-        images = read_record_set(store.folder, ImageRecord)
         measured = store.records(MemorizationRecord).values()
         reader = SampleReader(
             metrics.values(),
             store.folder,
-            images.by_id.values(),
+            store.records(ImageRecord).values(),
             neurons=localized_neurons(store, cell.spec, cell.prompts),
             memorization={record.prompt: record.score for record in measured if record.score is not None},
             unmitigated=unmitigated_images(cell),
-            digests=images.digests,
+            digests=read_digests(store.folder),
         )
         settings = cell.config.settings
         size = max(1, rows_at_once(settings) // settings.seeds)

@@ -187,19 +187,19 @@ def _searches(cell: Cell, localized: Iterable[LocalizationRecord]) -> dict[str, 
 
     None where that is not known.
     """
-    records = {record.prompt: record for record in localized}
+    records = {record.prompt: record.localization for record in localized}
 
-    def count(members: Sequence[LocalizationRecord], key: Callable[[LocalizationRecord], bool | None]) -> int | None:
-        known = [value for record in members if (value := key(record)) is not None]
+    def count(values: Iterable[bool | None]) -> int | None:
+        known = [value for value in values if value is not None]
         return sum(known) if known else None
 
     table = {}
     for group in GROUPS:
         prompts = _members(cell, group)
-        members = [records[prompt.id] for prompt in prompts if prompt.id in records]
-        passed = count(members, lambda record: record.passed_gate)
+        members = [found for prompt in prompts if (found := records.get(prompt.id))]
+        passed = count(found.passed_gate for found in members)
         if passed is not None:
-            exhausted = count(members, lambda record: record.exhausted)
+            exhausted = count(found.exhausted for found in members)
             table[group] = {"prompts": len(prompts), "passed_gate": passed, "exhausted": exhausted}
     return table
 

@@ -18,8 +18,7 @@ from nemo_bench.methods.nemo import BlockNeurons
 from nemo_bench.prompts import read_rows
 from nemo_bench.records.data import Localization, Neurons, Prompt
 from nemo_bench.records.io import digest
-from nemo_bench.records.schema import LocalizationRecord
-from nemo_bench.records.store import read_records
+from nemo_bench.records.store import read_localizations
 
 Saved = Callable[[Prompt], dict[str, Any] | None]
 """Gives the fields of the localization of a prompt; None where the file lacks it."""
@@ -97,11 +96,15 @@ def _read_one_set(path: Path) -> Saved:
 
 
 def _read_cell(folder: Path) -> Saved:
-    records = [record for record in read_records(folder, LocalizationRecord).values() if record.neurons is not None]
+    records = read_localizations(folder)
     if not records:
         raise StoreError(f"{folder} holds no localization; give results/<name>/<cell> of a run, or a file")
     texts = {row.cells["id"]: row.cells["text"] for row in read_rows(folder / "prompts.jsonl")}
-    saved = {(r.prompt, texts.get(r.prompt)): {key: getattr(r, key) for key in FIELDS} for r in records}
+    saved = {}
+    for prompt, found in records.items():
+        fields = {key: getattr(found, key) for key in FIELDS}
+        layers = {"neurons": dict(found.neurons), "initial": dict(found.initial)}
+        saved[prompt, texts.get(prompt)] = {**fields, **layers}
     return lambda prompt: saved.get((prompt.id, prompt.text))
 
 

@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+from pydantic import BeforeValidator, ConfigDict, with_config
+from pydantic_core import CoreSchema, core_schema
 from safetensors.numpy import load_file, save_file
 
 from nemo_bench.errors import NemoBenchError
@@ -72,6 +74,13 @@ class Neurons(Mapping[str, tuple[int, ...]]):
     def __sub__(self, other: Neurons) -> Neurons:
         return Neurons({name: sorted(set(ids) - set(other.get(name, ()))) for name, ids in self.items()})
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _: Any, handler: Any) -> CoreSchema:
+        """In a record, an object of layer name to indices."""
+        written = core_schema.plain_serializer_function_ser_schema(dict)
+        layers = handler.generate_schema(dict[str, list[int]])
+        return core_schema.no_info_after_validator_function(cls, layers, serialization=written)
+
     @property
     def count(self) -> int:
         """Number of neurons over all layers."""
@@ -105,6 +114,11 @@ class Neurons(Mapping[str, tuple[int, ...]]):
             raise NemoBenchError(msg) from error
 
 
+Score = Annotated[float, BeforeValidator(lambda value: 0.0 if value is None else value)]
+"""A similarity; one that is not finite is written as null and read as 0."""
+
+
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Localization:
     """What localizing found for one prompt."""
@@ -112,11 +126,11 @@ class Localization:
     #: The memorization neurons (empty where the prompt is not memorized).
     neurons: Neurons = field(default_factory=Neurons)
     initial: Neurons = field(default_factory=Neurons)  #: The candidates before refinement.
-    gate_score: float = 0.0  #: Highest similarity of the noise differences of two seeds, nothing blocked, in [-1, 1].
+    gate_score: Score = 0.0  #: Highest similarity of the noise differences of two seeds, nothing blocked, in [-1, 1].
     #: Highest similarity over kept seeds to the unblocked noise difference, initial neurons blocked.
-    initial_score: float = 0.0
-    refined_score: float = 0.0  #: The same with the refined neurons blocked.
-    threshold: float = 0.0  #: The threshold that refinement used.
+    initial_score: Score = 0.0
+    refined_score: Score = 0.0  #: The same with the refined neurons blocked.
+    threshold: Score = 0.0  #: The threshold that refinement used.
     row_passes: int = 0  #: UNet forward passes of one sample spent.
     #: Whether some pair of seeds is more alike than the gate's threshold; None where nothing was asked.
     passed_gate: bool | None = None

@@ -36,6 +36,7 @@ from nemo_bench.records.store import (
     Store,
     missing_records,
     read_cell_prompts,
+    read_localizations,
     read_records,
     read_run,
     read_spec,
@@ -401,7 +402,7 @@ def _load_cell(folder: Path) -> CellResults:
 
 
 def _outcomes(folder: Path, prompts: Iterable[Prompt]) -> dict[str, Outcome]:
-    neurons = {r.prompt: Neurons(r.neurons) for r in read_records(folder, LocalizationRecord).values()}
+    neurons = {prompt: found.neurons for prompt, found in read_localizations(folder).items()}
     strips = {r.prompt: folder / r.image for r in read_records(folder, MemorizationRecord).values() if r.image}
     scores = {
         (record.prompt, record.seed): {key: value for key, value in record.scores.items() if isfinite(value)}

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from nemo_bench.errors import counted
-from nemo_bench.records.data import Localization, Neurons
+from nemo_bench.records.data import Localization
 
 VERSION = 1
 """Version of the schema."""
@@ -92,36 +92,11 @@ class CalibrationRecord(PromptRecord):
 
 
 class LocalizationRecord(PromptRecord):
-    """The neurons of a prompt; see :class:`nemo_bench.records.data.Localization` for the fields."""
+    """The neurons of a prompt."""
 
     stage = "localize"
-    result = "neurons"
-    neurons: dict[str, list[int]] | None = None
-    initial: dict[str, list[int]] = {}
-    gate_score: float | None = None
-    initial_score: float | None = None
-    refined_score: float | None = None
-    threshold: float | None = None
-    passed_gate: bool | None = None
-    exhausted: bool | None = None
-    listed: dict[str, list[int]] = {}
-    listed_initial: dict[str, list[int]] = {}
-
-    @property
-    def localization(self) -> Localization:
-        """The localization; empty where the prompt failed."""
-        return Localization(
-            neurons=Neurons(self.neurons),
-            initial=Neurons(self.initial),
-            gate_score=self.gate_score or 0.0,
-            initial_score=self.initial_score or 0.0,
-            refined_score=self.refined_score or 0.0,
-            threshold=self.threshold or 0.0,
-            passed_gate=self.passed_gate,
-            exhausted=self.exhausted,
-            listed={layer: tuple(ids) for layer, ids in self.listed.items()},
-            listed_initial={layer: tuple(ids) for layer, ids in self.listed_initial.items()},
-        )
+    result = "localization"
+    localization: Localization | None = None  #: Neurons and how they were found.
 
 
 class MemorizationRecord(PromptRecord):

@@ -9,16 +9,15 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import TypeAdapter, ValidationError
 
 from nemo_bench.errors import StoreError
-from nemo_bench.records.data import Prompt
+from nemo_bench.records.data import Localization, Prompt
 from nemo_bench.records.images import to_rgb, visible
 from nemo_bench.records.io import as_json, damaged, digest, explain, prompts_digest, read_file, replacing, write_json
 from nemo_bench.records.io import is_whole as is_whole_file
@@ -130,72 +129,64 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-@dataclass(frozen=True)
-class RecordSet(Generic[R]):
-    """All records of a stage."""
-
-    by_id: Mapping[str, R]  #: By id; of equal lines the first.
-    repeats: Sequence[R]  #: Further records of an id, such as that of an image that was made again.
-
-    @property
-    def digests(self) -> dict[str, set[str]]:
-        """SHA-256 that the file of each picture may have: of the first time it was made, or of a time after."""
-        found: dict[str, set[str]] = {}
-        for record in (*self.by_id.values(), *self.repeats):
-            if record.image and record.sha256:
-                found.setdefault(record.image, set()).add(record.sha256)
-        return found
-
-
 _CACHED = 100_000
-"""Records that are kept in memory until a file of theirs changes; those used last, in whole sets."""
-_cache: OrderedDict[tuple[Path, str], tuple[object, RecordSet[Any]]] = OrderedDict()
+"""Records that are kept in memory until a file of theirs changes; those used last, in whole stages."""
+_cache: OrderedDict[tuple[Path, str], tuple[object, Mapping[str, Any], Sequence[Any]]] = OrderedDict()
 
 
-def read_record_set(folder: Path, kind: type[R]) -> RecordSet[R]:
-    """The records of a stage over all files that any process wrote, read again only where one of them has changed.
+def read_records(folder: Path, kind: type[R]) -> Mapping[str, R]:
+    """The records of a stage by id, over all files that any process wrote; of equal lines the first.
 
-    A last line that is no JSON was torn by a kill and is dropped. Equal lines count once, whatever their cost.
-
-    Args:
-        folder: A cell's folder.
-        kind: Class of the records.
+    A last line that is no JSON was torn by a kill and is dropped. Lines are equal whatever their cost.
 
     Raises:
         StoreError: A line is no record of the stage, or two lines of one id differ.
     """
+    return _read(folder, kind)[0]
+
+
+def _read(folder: Path, kind: type[R]) -> tuple[Mapping[str, R], Sequence[R]]:
+    """The records of a stage by id and all of them, read again only where a file of theirs has changed."""
     files = sorted((folder / "records").glob(f"{kind.stage}.*.jsonl"))
     stamp = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     key = (folder.absolute(), kind.stage)
     known = _cache.pop(key, None)
     if known is None or known[0] != stamp:
-        known = (stamp, _parse(files, kind))
+        known = (stamp, *_parse(files, kind))
     _cache[key] = known
-    while len(_cache) > 1 and sum(len(records.by_id) for _, records in _cache.values()) > _CACHED:
+    while len(_cache) > 1 and sum(len(by_id) for _, by_id, _ in _cache.values()) > _CACHED:
         _cache.popitem(last=False)
-    return known[1]
+    return known[1:]
 
 
-def read_records(folder: Path, kind: type[R]) -> Mapping[str, R]:
-    """The records of a stage by id; see :func:`read_record_set`."""
-    return read_record_set(folder, kind).by_id
+def read_digests(folder: Path) -> dict[str, set[str]]:
+    """SHA-256 that the file of each image may have: of the first time it was made, or of a time after."""
+    found: dict[str, set[str]] = {}
+    for record in _read(folder, ImageRecord)[1]:
+        if record.image and record.sha256:
+            found.setdefault(record.image, set()).add(record.sha256)
+    return found
 
 
-def _parse(files: Iterable[Path], kind: type[R]) -> RecordSet[R]:
+def read_localizations(folder: Path) -> dict[str, Localization]:
+    """What was localized in a cell by prompt id, without prompts that failed."""
+    records = read_records(folder, LocalizationRecord).values()
+    return {record.prompt: record.localization for record in records if record.localization}
+
+
+def _parse(files: Iterable[Path], kind: type[R]) -> tuple[dict[str, R], list[R]]:
     by_id: dict[str, R] = {}
     places: dict[str, Path] = {}
-    repeats = []
+    every = []
     for path in files:
         for record in _lines(path, kind):
-            if record.id not in by_id:
-                by_id[record.id] = record
-                places[record.id] = path
-                continue
-            if not _same(_result(by_id[record.id]), _result(record)):
-                msg = f"{places[record.id]} and {path} hold different results for {record.id}"
+            first = by_id.setdefault(record.id, record)
+            place = places.setdefault(record.id, path)
+            if first is not record and not _same(_result(first), _result(record)):
+                msg = f"{place} and {path} hold different results for {record.id}"
                 raise StoreError(f"{msg}; delete the one that is wrong")
-            repeats.append(record)
-    return RecordSet(by_id, repeats)
+            every.append(record)
+    return by_id, every
 
 
 def _lines(path: Path, kind: type[R]) -> Iterator[R]:
@@ -216,7 +207,8 @@ def _lines(path: Path, kind: type[R]) -> Iterator[R]:
 
 def _result(record: Record) -> dict[str, Any]:
     """What must be the same in all records of an id: a picture made on another device is rounded otherwise."""
-    return record.model_dump(exclude={"cost", "sha256", "bytes"})
+    varying = {"cost": True, "sha256": True, "bytes": True, "localization": {"row_passes"}}
+    return record.model_dump(exclude=varying)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -363,9 +355,8 @@ class Store:
 
     def pending_ids(self, kind: type[Record], ids: Iterable[str]) -> list[str]:
         """Ids without a record, or whose file is gone or cut, in the order given."""
-        found = read_record_set(self.folder, kind)
         # A picture that was made again has a record of its own.
-        done = {r.id for r in (*found.by_id.values(), *found.repeats) if self._has_files(r)}
+        done = {record.id for record in _read(self.folder, kind)[1] if self._has_files(record)}
         return [i for i in ids if i not in done]
 
     def _has_files(self, record: Record) -> bool:

@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 
 from nemo_bench import Diffusion, Neurons, resolve
 from nemo_bench.benchmark.audit import Changes, cells_of, verdict
-from nemo_bench.benchmark.pending import read_by_prompt
 from nemo_bench.benchmark.stages.audit import AuditSettings, fitted_picture
 from nemo_bench.cli import main
 from nemo_bench.config import build, grid, options
@@ -34,8 +33,8 @@ from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.images import open_image
 from nemo_bench.records.results import load_results
-from nemo_bench.records.schema import LocalizationRecord, SearchRecord
-from nemo_bench.records.store import Store
+from nemo_bench.records.schema import SearchRecord
+from nemo_bench.records.store import Store, read_localizations
 from nemo_bench.report.audit import CellAudit, audits_of
 from nemo_bench.report.terminal import terminal_audits
 from on_disk import read_json, read_records
@@ -112,7 +111,7 @@ def test_sheets_and_scores_are_those_of_the_embeddings_in_the_files(
     assert set(entry["metrics"]) == {"ssim", "tiled_l2", "memorized"}
 
     store = Store(cell(copy, "nemo"))
-    neurons = {name: Neurons(record.neurons) for name, record in read_by_prompt(store, LocalizationRecord).items()}
+    neurons = {name: found.neurons for name, found in read_localizations(store.folder).items()}
     assert all(neurons[name].count for name in ("vm-01", "tm-26"))
     planted.steps, kept = 3, planted.steps
     found = {}

@@ -194,7 +194,8 @@ def test_report_and_export_of_a_finished_cell(
     (cell,) = (p for p in folder.iterdir() if p.is_dir())
     assert main(["export", str(cell), str(tmp_path / "exported")]) == 0
     assert (tmp_path / "exported" / "model_index.json").is_file()
-    localized = {record["prompt"]: Neurons(record["neurons"]) for record in read_records(cell, "localize").values()}
+    records = read_records(cell, "localize").values()
+    localized = {record["prompt"]: Neurons(record["localization"]["neurons"]) for record in records}
     together = localized["vm-01"] | localized["tm-26"]
     assert export(cell, tmp_path / "again") == together
     assert_card_says(tmp_path / "exported", cell, together)

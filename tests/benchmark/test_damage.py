@@ -148,7 +148,7 @@ def add_localization(folder: Path) -> None:
     spec = read_json(path)
     write_json(path, {**spec, "stages": ["localize", *spec["stages"]]})
     measured = read_records(cell(folder), "memorization").values()
-    lines = [json.dumps({"id": r["id"], "prompt": r["prompt"], "neurons": {}}) + "\n" for r in measured]
+    lines = [json.dumps({"id": r["id"], "prompt": r["prompt"], "localization": {}}) + "\n" for r in measured]
     keep(folder, "localize", lines)
     (cell(folder) / "localize.done").touch()
 

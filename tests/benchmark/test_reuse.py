@@ -48,7 +48,8 @@ def cells(folder: Path, method: str) -> list[Path]:
 
 
 def neurons(cell: Path) -> dict[str, Neurons]:
-    return {record["prompt"]: Neurons(record["neurons"]) for record in read_records(cell, "localize").values()}
+    records = read_records(cell, "localize").values()
+    return {record["prompt"]: Neurons(record["localization"]["neurons"]) for record in records}
 
 
 def test_shared_neurons_are_those_found_by_a_source_nobody_asked_for(finished: Path) -> None:
@@ -106,11 +107,12 @@ def test_neurons_of_the_reference_protocol_are_written_as_the_scripts_write_them
     (nemo,) = cells(run(plan(grid(own)), "test", say=lambda line: None), "nemo")
     (row,), widths = read_published(nemo / "neurons.csv"), read_json(nemo / "layers.json")
     (record,) = read_records(nemo, "localize").values()
+    found = record["localization"]
     assert row.url == "https://a.example/1.jpg"
-    assert row.initial == tuple(tuple(record["listed_initial"].get(layer, ())) for layer in widths)
-    assert row.refined == tuple(tuple(record["listed"].get(layer, ())) for layer in widths)
-    assert by_name(row.initial, widths) == Neurons(record["initial"])
-    assert by_name(row.refined, widths) == Neurons(record["neurons"])
+    assert row.initial == tuple(tuple(found["listed_initial"].get(layer, ())) for layer in widths)
+    assert row.refined == tuple(tuple(found["listed"].get(layer, ())) for layer in widths)
+    assert by_name(row.initial, widths) == Neurons(found["initial"])
+    assert by_name(row.refined, widths) == Neurons(found["neurons"])
     assert any(len(ids) > len(set(ids)) for ids in row.initial), "no neuron is found in two ways"
     assert any(list(ids) != sorted(ids) for ids in row.initial)
     saved = words(tmp_path, str(listed), "method=saved", f"method.file={nemo / 'neurons.csv'}")

@@ -90,7 +90,7 @@ def test_every_cell_is_complete(finished: tuple[Path, Path]) -> None:
 
 def found_by(folder: Path, method: str) -> dict[str, dict[str, Any]]:
     (cell,) = folder.glob(f"*__{method}__*")
-    return {record["prompt"]: record for record in read_records(cell, "localize").values()}
+    return {record["prompt"]: record["localization"] for record in read_records(cell, "localize").values()}
 
 
 def test_general_prompts_are_reported_with_the_neurons_of_memorized_ones_off(finished: tuple[Path, Path]) -> None:
@@ -150,7 +150,7 @@ def test_random_neurons_are_as_many_and_elsewhere(finished: tuple[Path, Path]) -
     by_method = {p.name.split("__")[1]: p for p in folder.iterdir() if p.is_dir()}
     nemo, random = (read_records(by_method[name], "localize") for name in ("nemo", "random"))
     for name, record in nemo.items():
-        found, drawn = Neurons(record["neurons"]), Neurons(random[name]["neurons"])
+        found, drawn = (Neurons(each["localization"]["neurons"]) for each in (record, random[name]))
         assert found.count == drawn.count
         assert (drawn - found).count == drawn.count
     assert not read_records(by_method["none"], "localize")

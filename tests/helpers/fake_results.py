@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nemo_bench.records.data import Kind, Prompt
+from nemo_bench.records.data import Kind, Localization, Neurons, Prompt
 from nemo_bench.records.io import read_file, write_json
 from nemo_bench.records.schema import (
     Aggregate,
@@ -207,9 +207,11 @@ def _write_cell(
         memorization = round(float(rng.uniform(0.35, 0.5) if copied else rng.uniform(0.02, 0.12)), 4)
         noise = f"noise/{prompt}.png"
         _noise(rng, 0.9 if copied else 0.1).save(cell / noise)
+        localization = Localization(
+            Neurons(neurons), Neurons(neurons), gate_score=0.61, initial_score=0.1, refined_score=0.11, threshold=0.12
+        )
         records[LocalizationRecord].append(LocalizationRecord(
-            id=f"{place:016x}", prompt=prompt, neurons=neurons, initial=neurons, gate_score=0.61, initial_score=0.1,
-            refined_score=0.11, threshold=0.12, cost=Cost(seconds=3.1, row_passes=512.0),
+            id=f"{place:016x}", prompt=prompt, localization=localization, cost=Cost(seconds=3.1, row_passes=512.0)
         ))  # fmt: skip
         records[MemorizationRecord].append(MemorizationRecord(
             id=f"{place:016x}", prompt=prompt, score=memorization, image=noise, cost=Cost(seconds=0.2)

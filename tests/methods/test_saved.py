@@ -40,12 +40,14 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path, tiny: Diffusion, found
         {
             "id": f"0{prompt.id}",
             "prompt": prompt.id,
-            "neurons": dict(found[prompt.id].neurons),
-            "initial": dict(found[prompt.id].initial),
-            "gate_score": 0.0,
-            "initial_score": found[prompt.id].initial_score,
-            "refined_score": found[prompt.id].refined_score,
-            "threshold": 0.0,
+            "localization": {
+                "neurons": dict(found[prompt.id].neurons),
+                "initial": dict(found[prompt.id].initial),
+                "gate_score": 0.0,
+                "initial_score": found[prompt.id].initial_score,
+                "refined_score": found[prompt.id].refined_score,
+                "threshold": 0.0,
+            },
             "cost": {"seconds": 1.0},
         }
         for prompt in (A, B)

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from nemo_bench.errors import StoreError
 from nemo_bench.records import schema
-from nemo_bench.records.data import Kind, Prompt
+from nemo_bench.records.data import Kind, Localization, Neurons, Prompt
 from nemo_bench.records.io import LAYERS, SETS, prompts_digest, read_file, write_json
 from nemo_bench.records.schema import FILES, RECORDS, DetectionTable, Entry, LocalizationRecord, Record, Spec
 from nemo_bench.records.store import Store, read_cell_prompts, read_records, write_prompts
@@ -34,6 +34,16 @@ JSON = st.recursive(
     max_leaves=4,
 )
 PLAIN = {str: TEXT, float: FLOATS, int: st.integers(), bool: st.booleans(), NoneType: st.none(), Any: JSON}
+LAYERS_OF_NEURONS = st.dictionaries(TEXT, st.lists(st.integers(0, 9), max_size=3).map(tuple), max_size=2)
+LOCALIZATIONS = st.builds(
+    Localization,
+    LAYERS_OF_NEURONS.map(Neurons),
+    LAYERS_OF_NEURONS.map(Neurons),
+    FLOATS,
+    threshold=FLOATS,
+    passed_gate=st.none() | st.booleans(),
+    listed=LAYERS_OF_NEURONS,
+)
 
 
 def values(form: Any, least: int = 0) -> st.SearchStrategy[Any]:
@@ -51,6 +61,8 @@ def values(form: Any, least: int = 0) -> st.SearchStrategy[Any]:
         return st.tuples(*map(values, inner))
     if of is dict:
         return st.dictionaries(TEXT, values(inner[1]), max_size=2)
+    if form is Localization:
+        return LOCALIZATIONS
     assert issubclass(form, Entry), form
     return entries(form)
 
@@ -265,11 +277,11 @@ def test_fields_without_a_value_are_left_out_and_settings_without_one_kept(tmp_p
 
 
 def test_a_number_that_is_not_finite_is_written_as_null() -> None:
-    record = LocalizationRecord(id="a", prompt="a", neurons={}, gate_score=math.nan, threshold=math.inf)
-    content = json.loads(record.json_text())
+    record = LocalizationRecord(id="a", prompt="a", localization=Localization(gate_score=math.nan, threshold=math.inf))
+    content = json.loads(record.json_text())["localization"]
     assert content["gate_score"] is content["threshold"] is None
-    read = LocalizationRecord.model_validate_json(record.json_text())
-    assert (read.gate_score, read.threshold) == (None, None)
+    read = LocalizationRecord.model_validate_json(record.json_text(), strict=True)
+    assert read.localization == Localization(gate_score=0.0, threshold=0.0)
 
 
 def test_detectors_with_and_without_measures_keep_their_class() -> None:

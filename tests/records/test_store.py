@@ -30,7 +30,7 @@ from nemo_bench.records.schema import (
     ScoreRecord,
     Spec,
 )
-from nemo_bench.records.store import Store, read_record_set, read_records
+from nemo_bench.records.store import Store, read_records
 from on_disk import read_json
 
 SPEC = Spec(task="benchmark", settings={"model": "m", "steps": 3})
@@ -305,7 +305,7 @@ def test_a_file_that_is_missing_or_torn_is_an_error_that_names_it(tmp_path: Path
     ("kind", "content", "result"),
     [
         (CalibrationRecord, {"prompt": "a", "pairs": [0.5]}, "pairs"),
-        (LocalizationRecord, {"prompt": "a", "neurons": {}}, "neurons"),
+        (LocalizationRecord, {"prompt": "a", "localization": {}}, "localization"),
         (MemorizationRecord, {"prompt": "a", "score": 0.5}, "score"),
         (ImageRecord, {"prompt": "a", "seed": 0, "image": "images/a_00.png"}, "image"),
         (DetectionRecord, {"prompt": "a", "score": 0.5}, "score"),
@@ -327,7 +327,7 @@ def test_a_record_lacks_its_result_only_where_it_says_why_it_failed(
             read_records(store.folder, kind)
 
 
-def test_a_record_set_is_parsed_once_until_one_of_its_files_changes(
+def test_the_records_of_a_stage_are_parsed_once_until_one_of_its_files_changes(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parsed: list[list[str]] = []
@@ -341,15 +341,14 @@ def test_a_record_set_is_parsed_once_until_one_of_its_files_changes(
     monkeypatch.setattr(store_module, "_parse", counted)
     first, second = store.writer(DetectionRecord), store.writer(DetectionRecord)
     first([record("a")])
-    known = read_record_set(store.folder, DetectionRecord)
-    assert read_record_set(store.folder, DetectionRecord) is known
-    assert store.records(DetectionRecord) is known.by_id
+    known = read_records(store.folder, DetectionRecord)
+    assert read_records(store.folder, DetectionRecord) is known
     assert store.pending_ids(DetectionRecord, "ab") == ["b"]
     assert parsed == [["detect.0.jsonl"]]
 
     # Files of other stages do not matter.
     store.writer(ScoreRecord)([ScoreRecord(id="a", prompt="a")])
-    assert read_record_set(store.folder, DetectionRecord) is known
+    assert read_records(store.folder, DetectionRecord) is known
 
     # A line more, a new file, other content of the same size, a file less.
     first([record("b")])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from typing_extensions import override
 
@@ -50,19 +50,6 @@ class LocalizationStage(Stage[LocalizationRecord]):
         return LocalizationRecord(
             id=task.id,
             prompt=task.prompt.id,
-            neurons=_lists(found.neurons),
-            initial=_lists(found.initial),
-            gate_score=found.gate_score,
-            initial_score=found.initial_score,
-            refined_score=found.refined_score,
-            threshold=found.threshold,
-            passed_gate=found.passed_gate,
-            exhausted=found.exhausted,
-            listed=_lists(found.listed),
-            listed_initial=_lists(found.listed_initial),
+            localization=found,
             cost=Cost(row_passes=passes, once_row_passes=passes, once_seconds=round(time.perf_counter() - start, 4)),
         )
-
-
-def _lists(layers: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    return {layer: list(ids) for layer, ids in layers.items()}
