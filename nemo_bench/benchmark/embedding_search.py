@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,19 +21,6 @@ UNCHANGED = "neurons and weights stay as they are; an audit asks whether a chang
 """Why most methods can't be audited."""
 
 
-@dataclass(frozen=True)
-class Found:
-    """Where a search ended.
-
-    Attributes:
-        text: What was found, float32, N rows.
-        losses: Training loss of each row before each step, (N, steps).
-    """
-
-    text: Conditioning
-    losses: Tensor
-
-
 def search_embeddings(
     model: Diffusion,
     method: Method,
@@ -43,7 +30,7 @@ def search_embeddings(
     steps: int = STEPS,
     rate: float = RATE,
     samples: int = SAMPLES,
-) -> Found:
+) -> tuple[Conditioning, Tensor]:
     """Searches for embeddings under which the network denoises given pictures well.
 
     Each row follows the gradient of the training loss of its own picture by Adam, at noise and timesteps that are drawn
@@ -51,19 +38,13 @@ def search_embeddings(
     whose code was not to be had; this follows a description of it, and where the network predicts velocity its own
     training loss takes the place of that of noise). All of the embedding is free, SDXL's pooled one too.
 
-    Args:
-        model: The model.
-        method: What is audited; it has to be ``auditable``.
-        batch: One row a search: prompt and neurons for the method, the embedding to start from, and the seed of all
-            that is drawn. Rows have nothing to do with one another. A pass takes ``method.batch_size`` noisy
-            pictures at most, divided by :data:`nemo_bench.diffusion.GRADIENT_MEMORY`.
-        pictures: Clean latents, float32, (N, channels, height, width); see :meth:`Diffusion.encode_images`.
-        steps: Steps.
-        rate: Learning rate.
-        samples: Noisy pictures a step and row.
+    A row of the batch is a search: prompt and neurons for the method, the embedding to start from, and the seed of all
+    that is drawn. Rows have nothing to do with one another. A pass takes ``method.batch_size`` noisy pictures at most,
+    divided by :data:`nemo_bench.diffusion.GRADIENT_MEMORY`. Pictures are clean latents, float32, (N, channels, height,
+    width); ``samples`` is the number of noisy ones a step and row.
 
     Returns:
-        What was found.
+        What was found, float32, and the training loss of each row before each step, (N, steps).
 
     Raises:
         ConfigError: The method changes something else than the network, or a number is out of range.
@@ -89,9 +70,8 @@ def search_embeddings(
                 part, drawn = owner[first : first + size], slice(first, first + size)
                 text = _unpacked(leaf, batch.text).rows(part).to(model.dtype)
                 with method.apply(model, _repeated(batch, part)):
-                    found = (
-                        model.training_losses(pictures.float()[part], timesteps[drawn], noise[drawn], text) / samples
-                    )
+                    loss_of_rows = model.training_losses(pictures.float()[part], timesteps[drawn], noise[drawn], text)
+                    found = loss_of_rows / samples
                     gradient += torch.autograd.grad(found.sum(), leaf)[0]
                 each.append(found.detach())
             total = torch.cat(each).view(len(rows), samples).sum(1)
@@ -101,17 +81,11 @@ def search_embeddings(
 
         # No loss is low enough, so all rows take all steps.
         end = descend(_packed(batch.text), loss, target=-math.inf, steps=steps, rate=rate, optimizer=Adam)
-        return Found(_unpacked(end.values, batch.text), torch.stack(losses, 1))
+        return _unpacked(end.values, batch.text), torch.stack(losses, 1)
 
 
 def random_embeddings(model: Diffusion, like: Conditioning, seeds: Sequence[int]) -> Conditioning:
-    """Standard normal embeddings, one of the starts of Kowalczuk et al. (2025).
-
-    Args:
-        model: The model.
-        like: N embeddings, whose form they have.
-        seeds: N seeds.
-    """
+    """Standard normal embeddings of the form of N others, one a seed: one of the starts of Kowalczuk et al. (2025)."""
     packed = _packed(like)
     rows = [torch.randn(packed.shape[1], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return _unpacked(torch.stack(rows).to(model.device), like)
