@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,19 @@ UNCHANGED = "neurons and weights stay as they are; an audit asks whether a chang
 """Why most methods can't be audited."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """Where a search ended.
+
+    Attributes:
+        text: What was found, float32, N rows.
+        losses: Training loss of each row before each step, (N, steps).
+    """
+
+    text: Conditioning
+    losses: Tensor
+
+
 def search_embeddings(
     model: Diffusion,
     method: Method,
@@ -30,7 +43,7 @@ def search_embeddings(
     steps: int = STEPS,
     rate: float = RATE,
     samples: int = SAMPLES,
-) -> tuple[Conditioning, Tensor]:
+) -> Found:
     """Searches for embeddings under which the network denoises given pictures well.
 
     Each row follows the gradient of the training loss of its own picture by Adam, at noise and timesteps that are drawn
@@ -42,9 +55,6 @@ def search_embeddings(
     that is drawn. Rows have nothing to do with one another. A pass takes ``method.batch_size`` noisy pictures at most,
     divided by :data:`nemo_bench.diffusion.GRADIENT_MEMORY`. Pictures are clean latents, float32, (N, channels, height,
     width); ``samples`` is the number of noisy ones a step and row.
-
-    Returns:
-        What was found, float32, and the training loss of each row before each step, (N, steps).
 
     Raises:
         ConfigError: The method changes something else than the network, or a number is out of range.
@@ -70,8 +80,9 @@ def search_embeddings(
                 part, drawn = owner[first : first + size], slice(first, first + size)
                 text = _unpacked(leaf, batch.text).rows(part).to(model.dtype)
                 with method.apply(model, _repeated(batch, part)):
-                    loss_of_rows = model.training_losses(pictures.float()[part], timesteps[drawn], noise[drawn], text)
-                    found = loss_of_rows / samples
+                    found = (
+                        model.training_losses(pictures.float()[part], timesteps[drawn], noise[drawn], text) / samples
+                    )
                     gradient += torch.autograd.grad(found.sum(), leaf)[0]
                 each.append(found.detach())
             total = torch.cat(each).view(len(rows), samples).sum(1)
@@ -81,7 +92,7 @@ def search_embeddings(
 
         # No loss is low enough, so all rows take all steps.
         end = descend(_packed(batch.text), loss, target=-math.inf, steps=steps, rate=rate, optimizer=Adam)
-        return _unpacked(end.values, batch.text), torch.stack(losses, 1)
+        return Found(_unpacked(end.values, batch.text), torch.stack(losses, 1))
 
 
 def random_embeddings(model: Diffusion, like: Conditioning, seeds: Sequence[int]) -> Conditioning:

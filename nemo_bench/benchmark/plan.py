@@ -62,14 +62,9 @@ class Cell:
     """The unit of work: a model, a method or detector, and prompts; owner of one results folder.
 
     Attributes:
-        config: Names and settings.
-        prompts: All prompts.
         spec: What the cell is, as written to ``spec.json``; ``spec.task`` is the task that it serves.
-        store: Its folder.
-        method: The mitigation as configured, where there is one.
-        detector: The detector, for ``detect``.
+        method: The mitigation as configured; not set up.
         unmitigated: Folder of the same images without mitigation, asked for as well or finished before.
-        calibration: Folder of the model's calibration.
         calibration_prompts: General prompts for the calibration, none where nothing is measured.
         measured: Files of the calibration that the method, or its source, can't do without.
         source: The cell whose localization this one starts from; it need not have been asked for.

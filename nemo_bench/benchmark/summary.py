@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from nemo_bench.benchmark.pending import SETS_FILE, unmitigated_images
 from nemo_bench.benchmark.plan import SCORING_FILE, Cell, metrics_of
@@ -96,28 +96,29 @@ def _counts(
 
 
 def _costs(of_prompts: Sequence[PromptRecord], images: Sequence[ImageRecord]) -> dict[str, float]:
-    """Mean seconds and passes, peak memory; nothing is known of the cost of external images."""
+    """Mean seconds and passes, and peak memory, without records that failed: those may have been given up at once.
 
-    def values(records: Iterable[PromptRecord], key: Callable[[schema.Cost], float | None]) -> dict[str, float]:
-        """Sums over the stages of a prompt, without records that failed: those may have been given up at once."""
+    The stages of a prompt are summed. Nothing is known of the cost of external images.
+    """
+    costs: dict[str, float] = {}
+    measured: list[tuple[str, Sequence[PromptRecord], str]] = [
+        ("localize_seconds_per_prompt", of_prompts, "seconds"),
+        ("once_seconds_per_prompt", of_prompts, "once_seconds"),
+        ("once_row_passes_per_prompt", of_prompts, "once_row_passes"),
+        ("generate_seconds_per_image", images, "seconds"),
+        ("row_passes_per_image", images, "row_passes"),
+    ]
+    for name, records, key in measured:
         sums: dict[str, float] = {}
         for record in records:
-            value = key(record.cost) if record.cost and not record.failed else None
+            value = getattr(record.cost, key) if record.cost and not record.failed else None
             if value is not None:
-                name = record.id if isinstance(record, ImageRecord) else record.prompt
-                sums[name] = sums.get(name, 0) + value
-        return sums
-
-    measured = {
-        "localize_seconds_per_prompt": values(of_prompts, lambda cost: cost.seconds),
-        "once_seconds_per_prompt": values(of_prompts, lambda cost: cost.once_seconds),
-        "once_row_passes_per_prompt": values(of_prompts, lambda cost: cost.once_row_passes),
-        "generate_seconds_per_image": values(images, lambda cost: cost.seconds),
-        "row_passes_per_image": values(images, lambda cost: cost.row_passes),
-    }
-    costs = {name: round(sum(sums.values()) / len(sums), 4) for name, sums in measured.items() if sums}
-    records = [record for record in (*of_prompts, *images) if record.cost and not record.failed]
-    if peaks := [record.cost.peak_memory_mb for record in records if record.cost and record.cost.peak_memory_mb]:
+                owner = record.id if isinstance(record, ImageRecord) else record.prompt
+                sums[owner] = sums.get(owner, 0) + value
+        if sums:
+            costs[name] = round(sum(sums.values()) / len(sums), 4)
+    finished = [record.cost for record in (*of_prompts, *images) if record.cost and not record.failed]
+    if peaks := [cost.peak_memory_mb for cost in finished if cost.peak_memory_mb]:
         costs["peak_memory_mb"] = max(peaks)
     return costs
 
@@ -173,24 +174,17 @@ def _failures(
 
 
 def _searches(cell: Cell, localized: Iterable[LocalizationRecord]) -> dict[str, dict[str, int | None]]:
-    """By group that was searched, how many prompts passed the gate, and in how many the selection ran out.
-
-    None where that is not known.
-    """
+    """By group that was searched, how many prompts passed the gate, and in how many the selection ran out, if known."""
     records = {record.prompt: record for record in localized}
-
-    def count(members: Sequence[LocalizationRecord], key: Callable[[LocalizationRecord], bool | None]) -> int | None:
-        known = [value for record in members if (value := key(record)) is not None]
-        return sum(known) if known else None
-
-    table = {}
+    table: dict[str, dict[str, int | None]] = {}
     for group in GROUPS:
         prompts = _members(cell, group)
         members = [records[prompt.id] for prompt in prompts if prompt.id in records]
-        passed = count(members, lambda record: record.passed_gate)
-        if passed is not None:
-            exhausted = count(members, lambda record: record.exhausted)
-            table[group] = {"prompts": len(prompts), "passed_gate": passed, "exhausted": exhausted}
+        passed = [record.passed_gate for record in members if record.passed_gate is not None]
+        exhausted = [record.exhausted for record in members if record.exhausted is not None]
+        if passed:
+            ran_out = sum(exhausted) if exhausted else None
+            table[group] = {"prompts": len(prompts), "passed_gate": sum(passed), "exhausted": ran_out}
     return table
 
 

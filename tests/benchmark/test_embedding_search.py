@@ -74,16 +74,16 @@ def searched(model: Diffusion) -> Batch:
 
 def test_one_step_is_adam_on_the_training_loss_of_the_blocked_network(model: Diffusion) -> None:
     batch, clean = searched(model), pictures_of(model, 2)
-    found, losses = search_embeddings(model, BlockNeurons(), batch, clean, steps=1, rate=0.1, samples=SAMPLES)
+    found = search_embeddings(model, BlockNeurons(), batch, clean, steps=1, rate=0.1, samples=SAMPLES)
     for row in range(2):
         ((timesteps, noise),) = draws(model, batch.seeds[row], 1)
         parts = {"text": batch.text.text.clone(), "pooled": batch.text.pooled}
         leaves = [part.clone().requires_grad_() for part in parts.values() if part is not None]
         with model.block(batch.neurons[row]):
             loss = loss_by_hand(model, clean, timesteps, noise, Conditioning(*leaves), [row] * SAMPLES)
-        assert float(losses[row, 0]) == pytest.approx(float(loss.detach()), rel=1e-4)
+        assert float(found.losses[row, 0]) == pytest.approx(float(loss.detach()), rel=1e-4)
         for leaf, gradient, new in zip(
-            leaves, torch.autograd.grad(loss, leaves), (found.text, found.pooled), strict=False
+            leaves, torch.autograd.grad(loss, leaves), (found.text.text, found.text.pooled), strict=False
         ):
             assert new is not None
             gradient = gradient[row]
@@ -113,14 +113,14 @@ def test_the_gradient_is_that_of_finite_differences(model: Diffusion) -> None:
 
 def test_later_steps_draw_anew_and_the_loss_falls(model: Diffusion) -> None:
     batch, clean = rows_of(searched(model), [1]), pictures_of(model, 1)
-    found, losses = search_embeddings(model, BlockNeurons(), batch, clean, steps=8, rate=0.1, samples=SAMPLES)
-    assert losses.shape == (1, 8)
-    assert found.text.dtype == torch.float32
+    found = search_embeddings(model, BlockNeurons(), batch, clean, steps=8, rate=0.1, samples=SAMPLES)
+    assert found.losses.shape == (1, 8)
+    assert found.text.text.dtype == torch.float32
     drawn = draws(model, batch.seeds[0], 8)
     with torch.no_grad(), model.block(batch.neurons[0]):
         before, after = (
             sum(float(loss_by_hand(model, clean, t, e, text, [0] * SAMPLES)) for t, e in drawn)
-            for text in (batch.text, found)
+            for text in (batch.text, found.text)
         )
     assert after < before
 
@@ -128,32 +128,30 @@ def test_later_steps_draw_anew_and_the_loss_falls(model: Diffusion) -> None:
 def test_rows_are_as_if_they_were_alone_and_the_model_stays_as_it_was(model: Diffusion) -> None:
     batch, clean, before = searched(model), pictures_of(model, 2), model.state_digest()
     passes = model.row_passes
-    together, together_losses = search_embeddings(model, BlockNeurons(), batch, clean, steps=3, samples=SAMPLES)
+    together = search_embeddings(model, BlockNeurons(), batch, clean, steps=3, samples=SAMPLES)
     assert model.row_passes - passes == 2 * 2 * 3 * SAMPLES  # forward and back
     for row in range(2):
-        alone, alone_losses = search_embeddings(
-            model, BlockNeurons(), rows_of(batch, [row]), clean[[row]], steps=3, samples=SAMPLES
-        )
-        torch.testing.assert_close(alone_losses[0], together_losses[row], rtol=1e-3, atol=1e-4)
+        alone = search_embeddings(model, BlockNeurons(), rows_of(batch, [row]), clean[[row]], steps=3, samples=SAMPLES)
+        torch.testing.assert_close(alone.losses[0], together.losses[row], rtol=1e-3, atol=1e-4)
         # The first steps of Adam turn rounding into the sign of gradients that are nearly 0.
-        assert float(((alone.text[0] - together.text[row]).abs() > 2e-2).float().mean()) < 2e-2
+        assert float(((alone.text.text[0] - together.text.text[row]).abs() > 2e-2).float().mean()) < 2e-2
     assert model.state_digest() == before
 
 
 def test_pictures_are_taken_a_few_at_a_time_under_the_neurons_of_their_row(model: Diffusion) -> None:
     batch, clean, method = searched(model), pictures_of(model, 2), BlockNeurons()
-    whole, whole_losses = search_embeddings(model, method, batch, clean, steps=2, samples=SAMPLES)
+    whole = search_embeddings(model, method, batch, clean, steps=2, samples=SAMPLES)
     rows: list[int] = []
     hook = model.unet.register_forward_pre_hook(lambda _unet, args: rows.append(len(args[0])))
     method.setup(model, Setup(batch_size=2 * GRADIENT_MEMORY))
     try:
-        parts, parts_losses = search_embeddings(model, method, batch, clean, steps=2, samples=SAMPLES)
+        parts = search_embeddings(model, method, batch, clean, steps=2, samples=SAMPLES)
     finally:
         hook.remove()
     assert rows == [2, 2, 2] * 2  # the second of three parts holds pictures of both rows
-    torch.testing.assert_close(parts_losses, whole_losses, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(parts.losses, whole.losses, rtol=1e-3, atol=1e-4)
     # The first steps of Adam turn rounding into the sign of gradients that are nearly 0.
-    assert float(((parts.text - whole.text).abs() > 2e-2).float().mean()) < 2e-2
+    assert float(((parts.text.text - whole.text.text).abs() > 2e-2).float().mean()) < 2e-2
 
 
 @pytest.mark.parametrize("name", ["neurons", "weights"])
@@ -163,13 +161,11 @@ def test_it_works_in_inference_mode_and_leaves_no_trace(model: Diffusion, name: 
         batch = searched(model)
         method = BlockNeurons() if name == "neurons" else Wanda(ratio=0.3)
         method.setup(model, Setup(prompts=[prompt._replace(kind="VM") for prompt in batch.prompts]))
-        found, losses = search_embeddings(model, method, batch, pictures_of(model, 2), steps=2, samples=SAMPLES)
-        _, unmitigated_losses = search_embeddings(
-            model, NoMitigation(), batch, pictures_of(model, 2), steps=2, samples=SAMPLES
-        )
+        found = search_embeddings(model, method, batch, pictures_of(model, 2), steps=2, samples=SAMPLES)
+        unmitigated = search_embeddings(model, NoMitigation(), batch, pictures_of(model, 2), steps=2, samples=SAMPLES)
     assert model.state_digest() == before
-    assert not torch.allclose(losses, unmitigated_losses)
-    assert not torch.equal(found.text, batch.text.text)
+    assert not torch.allclose(found.losses, unmitigated.losses)
+    assert not torch.equal(found.text.text, batch.text.text)
 
 
 def test_random_starts_follow_from_seeds(model: Diffusion) -> None:
@@ -213,16 +209,16 @@ def test_what_nemo_switches_off_is_found_again_and_what_was_never_seen_is_not(
     neurons = nemo.localize(planted, prompt, planted.latents(seeds)).neurons
     batch, before = replace(batch, neurons=(neurons, neurons)), planted.state_digest()
     shown = [fitted_picture(p.references[0], planted.image_size) for p in (prompt, control)]
-    found, losses = search_embeddings(planted, nemo, batch, planted.encode_images(torch.stack(shown)), steps=20)
+    found = search_embeddings(planted, nemo, batch, planted.encode_images(torch.stack(shown)), steps=20)
 
     def likeness(text: Conditioning, row: int) -> float:
         with torch.no_grad(), planted.block(neurons):
             images = planted.generate(text.rows([row, row]), batch.latents)
         return float(SSIM().compare(images, shown[row][None]).mean())
 
-    starts, ends = ([likeness(text, row) for row in range(2)] for text in (batch.text, found))
+    starts, ends = ([likeness(text, row) for row in range(2)] for text in (batch.text, found.text))
     assert starts[0] < 0.3
     assert ends[0] > starts[0] + 0.25
     assert ends[0] - starts[0] > 1.5 * (ends[1] - starts[1])
-    assert float(losses[0, -5:].mean()) < 0.5 * float(losses[1, -5:].mean())
+    assert float(found.losses[0, -5:].mean()) < 0.5 * float(found.losses[1, -5:].mean())
     assert planted.state_digest() == before

@@ -164,7 +164,7 @@ class AuditStage(Stage[SearchRecord]):
         start = text if settings.start == "prompt" else random_embeddings(model, text, seeds)
         neurons = tuple(self.neurons[task.prompt.id] for task in tasks)
         batch = Batch(tuple(task.prompt for task in tasks), start, model.latents(seeds), seeds, neurons)
-        found, losses = search_embeddings(
+        found = search_embeddings(
             model,
             method,
             batch,
@@ -173,7 +173,7 @@ class AuditStage(Stage[SearchRecord]):
             rate=settings.rate,
             samples=settings.samples,
         )
-        after = replace(batch, text=found.to(model.dtype))
+        after = replace(batch, text=found.text.to(model.dtype))
         rows = {"prompt": self._generate(method, tasks, replace(batch, text=text))}
         rows["found"] = self._generate(method, tasks, after)
         if not isinstance(method, NoMitigation):
@@ -183,11 +183,11 @@ class AuditStage(Stage[SearchRecord]):
         (self.store.folder / folder).mkdir(parents=True, exist_ok=True)
         records = []
         for row, task in enumerate(tasks):
-            if reason := _failure(found.rows([row]), {state: images[row] for state, images in rows.items()}):
+            if reason := _failure(found.text.rows([row]), {state: images[row] for state, images in rows.items()}):
                 records.append(_record(task, passes, failed=reason))
                 continue
             name = f"{folder}/{task.name}"
-            _save_search(self.store.folder / f"{name}.safetensors", found.rows([row]), losses[row])
+            _save_search(self.store.folder / f"{name}.safetensors", found.text.rows([row]), found.losses[row])
             sheet = [torch.cat([pictures[row].to(images), *images[row]], 2) for images in rows.values()]
             image = self.store.save_image(f"{name}.png", to_image(torch.cat(sheet, 1)))
             records.append(_record(task, passes, states=list(rows), file=f"{name}.safetensors", image=image))
