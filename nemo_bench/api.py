@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nemo_bench.benchmark.plan import Planner, read_files, read_listed
+from nemo_bench.benchmark.plan import plan, read_files, read_listed
 from nemo_bench.benchmark.run import run as run_cells
 from nemo_bench.benchmark.runner import load_model
 from nemo_bench.config import grid, quoted
@@ -82,9 +82,7 @@ def run(*overrides: str, conf: Path | str | None = None, progress: bool = False)
     """
     if not all(isinstance(word, str) for word in overrides):
         raise ConfigError(f"run{overrides}: expected words, each by itself, such as 'seeds=8'")
-    planner = Planner()
-    cells = planner.plan(grid(overrides, Path(conf) if conf else None))
-    planner.check()
+    cells = plan(grid(overrides, Path(conf) if conf else None))
     return run_cells(cells, f"nemo_bench.run({', '.join(map(repr, overrides))})", progress=progress)
 
 

@@ -234,18 +234,16 @@ def _run(options: argparse.Namespace) -> None:
     if options.dry_run:
         _dry_run(choices, options.json)
         return
-    from nemo_bench.benchmark.pending import check_images, is_complete, pending_work, track_cells
-    from nemo_bench.benchmark.plan import Planner
+    from nemo_bench.benchmark.pending import check_failures, is_complete, pending_work, track_cells
+    from nemo_bench.benchmark.plan import plan
     from nemo_bench.benchmark.processes import is_main
     from nemo_bench.records.results import load_results
 
-    planner = Planner()
-    cells = planner.plan(choices)
-    planner.check()
+    cells = plan(choices)
     start = time.perf_counter()
     say = _aside if options.json else print
     folder = cells[0].store.folder.parent
-    pending = sum(sum(work.records.values()) for work in pending_work(cells))
+    pending = sum(sum(records.values()) for _, records in pending_work(cells))
     if is_complete(cells):
         if is_main():
             track_cells(load_results(folder), cells, say)
@@ -257,7 +255,7 @@ def _run(options: argparse.Namespace) -> None:
         done = f"{pending} records computed" if pending else "everything was done already"
         _show(folder, f"{done}, {time.perf_counter() - start:.0f} s", as_json=options.json)
         _warn_of_limits(choices)
-        check_images(cells)
+        check_failures(cells)
 
 
 def _detect(options: argparse.Namespace) -> None:
@@ -268,6 +266,7 @@ def _detect(options: argparse.Namespace) -> None:
         _print_settings(choices, options.json)
         return
     from nemo_bench.benchmark import detect as detection
+    from nemo_bench.benchmark.pending import check_failures
     from nemo_bench.benchmark.processes import is_main
     from nemo_bench.records.results import load_detections
     from nemo_bench.report.terminal import show, terminal_detection
@@ -286,7 +285,7 @@ def _detect(options: argparse.Namespace) -> None:
         done = "everything was done already" if is_done else "done"
         print(f"{done}, {time.perf_counter() - start:.0f} s\nreport:  {folder / 'detection.html'}\nrecords: {folder}")
     if is_main():
-        detection.check_scored(cells)
+        check_failures(cells)
 
 
 def _print_settings(choices: Sequence[CellConfig], as_json: bool) -> None:
@@ -415,34 +414,33 @@ def _calibrate(options: argparse.Namespace) -> None:
         _print_settings(choices, options.json)
         return
     from nemo_bench.benchmark.calibrate import calibrate
-    from nemo_bench.benchmark.plan import Planner
+    from nemo_bench.benchmark.plan import plan
     from nemo_bench.benchmark.processes import is_main
 
-    planner = Planner()
-    cells = planner.plan([replace(choice, settings=replace(choice.settings, metrics={})) for choice in choices])
-    planner.check()
+    cells = plan([replace(choice, settings=replace(choice.settings, metrics={})) for choice in choices])
     results = calibrate(cells, progress=not options.json)
     if not is_main():
         return
     if options.json:
-        print(json.dumps([result.model_dump() for result in results], indent=2))
+        print(json.dumps(results, indent=2))
         return
     for result in results:
-        failed = f", {result.failed} more failed" if result.failed else ""
-        print(f"{result.model}: threshold {result.threshold:.4f}, {result.prompts} general prompts{failed}")
-        if result.general_prompts:
-            print(f"general prompts: {result.general_prompts}")
-        if result.mean is not None:
-            print(f"pairwise scores: {result.mean:.4f} ± {result.std:.4f}")
-            for name, gate in (("pairs", result), ("maxima", result.maxima)):
-                passed = gate.passed_gate or 0
+        count = result["prompts"]
+        failed = f", {result['failed']} more failed" if result["failed"] else ""
+        print(f"{result['model']}: threshold {result['threshold']:.4f}, {count} general prompts{failed}")
+        if result["general_prompts"]:
+            print(f"general prompts: {result['general_prompts']}")
+        if result["mean"] is not None:
+            print(f"pairwise scores: {result['mean']:.4f} ± {result['std']:.4f}")
+            for name, gate in (("pairs", result), ("maxima", result["maxima"])):
+                passed = gate["passed_gate"] or 0
                 print(
-                    f"gate={name}: above {gate.threshold:.4f} are {passed} of these {result.prompts} prompts "
-                    f"({passed / result.prompts:.0%}), though none is memorized"
+                    f"gate={name}: above {gate['threshold']:.4f} are {passed} of these {count} prompts "
+                    f"({passed / count:.0%}), though none is memorized"
                 )
-        print(f"statistics: {result.statistics}")
-        if result.folder:
-            print(f"records: {result.folder}")
+        print(f"statistics: {result['statistics']}")
+        if result["folder"]:
+            print(f"records: {result['folder']}")
 
 
 def _ls(options: argparse.Namespace) -> None:
@@ -513,7 +511,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
-    from nemo_bench.benchmark.pending import check_images
+    from nemo_bench.benchmark.pending import check_failures
     from nemo_bench.benchmark.processes import is_main
     from nemo_bench.benchmark.rescore import cells_of, score
 
@@ -525,7 +523,7 @@ def _score(options: argparse.Namespace) -> None:
     folder = score(cells, options.line, say, progress=progress)
     if is_main():
         _show(folder, f"{time.perf_counter() - start:.0f} s", as_json=options.json)
-        check_images(cells)
+        check_failures(cells)
 
 
 def _audit(options: argparse.Namespace) -> None:

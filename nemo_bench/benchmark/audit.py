@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -26,19 +26,10 @@ from nemo_bench.errors import ConfigError, ModelError, StoreError, did_you_mean
 from nemo_bench.methods import NoMitigation
 from nemo_bench.methods.descent import check_precision
 from nemo_bench.metrics import BenchMetric, MemorizationRate
+from nemo_bench.records import schema
 from nemo_bench.records.data import Kind, Prompt
 from nemo_bench.records.io import LAYERS, digest, read_file, write_json
-from nemo_bench.records.schema import (
-    Audit,
-    Audits,
-    MetricInfo,
-    SearchGroup,
-    SearchRecord,
-    SearchResult,
-    SearchScoreRecord,
-    Spec,
-    Summary,
-)
+from nemo_bench.records.schema import Audit, Audits, SearchRecord, SearchScoreRecord, Spec, Summary
 from nemo_bench.records.statistics import bootstrap_interval, paired
 from nemo_bench.records.store import read_run, read_spec
 
@@ -54,15 +45,11 @@ def cells_of(
     conf: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Cell]:
-    """The cells that an audit goes through, all that can be wrong with them checked; no weights are loaded.
+    """The cells of a run, or one cell, that an audit goes through; no weights are loaded.
 
-    Args:
-        folder: A run, or a cell of one.
-        overrides: ``key=value`` words: fields of :class:`AuditSettings`, and of
-            :data:`nemo_bench.config.SCORING`, such as ``metrics=full`` and ``trainer=gpu``.
-        names: Cells of the run, by folder or method; none for all that can be audited.
-        conf: The user's own folder of settings.
-        say: Where it goes which cells are left out.
+    Overrides are fields of :class:`AuditSettings` and of :data:`nemo_bench.config.SCORING`, such as ``metrics=full``.
+    Names choose cells by folder or method; without any, all that can be audited are taken, and it is said which are
+    left out.
 
     Raises:
         NemoBenchError: A setting is wrong, a cell is not finished, can't be audited or was asked for in vain, or
@@ -147,8 +134,7 @@ def _plan_searches(cell: Cell, settings: AuditSettings) -> None:
     """Gives a cell its searches."""
     store, model = cell.store, cell.config.settings.model
     assert cell.method is not None
-    _audits(store.folder)
-    for name, kind in (("layers.json", LAYERS), ("metrics.json", Summary)):
+    for name, kind in (("audit.json", Audits), ("layers.json", LAYERS), ("metrics.json", Summary)):
         if (store.folder / name).exists():  # the report that follows can't do without them
             read_file(store.folder / name, kind)
     if source_of(model).digest() != cell.spec.settings["model"]["weights"]:
@@ -162,7 +148,8 @@ def _plan_searches(cell: Cell, settings: AuditSettings) -> None:
         raise ConfigError(f"{msg}; add one, such as metrics=default or metrics=full")
     for metric in compared.values():
         metric.check()
-    memorized = _first([p for p in cell.prompts if p.kind and p.references], settings.limit)
+    by_kind = [[p for p in cell.prompts if p.kind == kind and p.references] for kind in get_args(Kind)]
+    memorized = [prompt for prompts in by_kind for prompt in prompts[: settings.limit]]
     if not memorized:
         msg = f"{store.folder}: no prompt that is marked as memorized has a training image to search for"
         raise ConfigError(f"{msg}; fetch them with nemo-bench references, then prompts.references=DIR")
@@ -182,27 +169,11 @@ def compared_metrics(cell: Cell) -> dict[str, BenchMetric]:
     return {name: m for name, m in metrics if m.needs == {"images", "references"} and m.per == "image"}
 
 
-def audit_id(cell: Cell) -> str:
-    """Names the entry in ``audit.json``: other settings, prompts or controls make another one."""
-    return digest([task.id for task in cell.searches], 8)
-
-
 def _score_id(cell: Cell, search: str) -> str:
     """Record id of the scores of a search."""
     nodes = cell.config.settings.metrics
     metrics = {name: {**nodes[name], **metric.fingerprint()} for name, metric in compared_metrics(cell).items()}
     return digest([search, metrics])
-
-
-def _audits(folder: Path) -> list[Audit]:
-    """The audits of a cell that are there."""
-    path = folder / "audit.json"
-    return read_file(path, Audits).audits if path.exists() else []
-
-
-def _first(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
-    """The first prompts of each kind, at most this many of each."""
-    return [p for kind in get_args(Kind) for p in [q for q in prompts if q.kind == kind][:limit]]
 
 
 def _controls(cell: Cell, settings: AuditSettings) -> list[Prompt]:
@@ -221,15 +192,9 @@ def _controls(cell: Cell, settings: AuditSettings) -> list[Prompt]:
 
 
 def audit(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Path:
-    """Runs what is pending of the audits of some cells of a run, to ``audit.json`` of each and the run's report.
+    """Runs what is pending of the audits of cells, to ``audit.json`` of each and the report in the folder of the run.
 
-    Args:
-        cells: From :func:`cells_of`.
-        command: What the user typed, for the records.
-        progress: Whether bars are shown.
-
-    Returns:
-        The folder of the run.
+    ``command`` is what the user typed, for the records.
 
     Raises:
         NemoBenchError: Something is wrong with the model.
@@ -244,9 +209,10 @@ def audit(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Path
     for cell in cells:
         _search(cell, runner)
         if is_main():
+            path = cell.store.folder / "audit.json"
             found = summarize(cell, command)
-            others = [entry for entry in _audits(cell.store.folder) if entry.id != found.id]
-            write_json(cell.store.folder / "audit.json", Audits(audits=[*others, found]))
+            before = read_file(path, Audits).audits if path.exists() else []
+            write_json(path, Audits(audits=[*(entry for entry in before if entry.id != found.id), found]))
     if is_main():
         write_pages(folder)
     return folder
@@ -295,32 +261,34 @@ def summarize(cell: Cell, command: str = "") -> Audit:
     controls = [task for task in cell.searches if task.is_control]
     # Each memorized prompt's search is compared with that of its control, so both must be there.
     pairs = [pair for pair in zip(memorized, controls, strict=False) if all(task.id in means for task in pair)]
-    groups: dict[str, Sequence[Search]] = {
-        "memorized": [task for task in memorized if task.id in means],
-        "control": [task for task in controls if task.id in means],
-    }
+    groups = {"memorized": memorized, "control": controls}
+    scored_of = {group: [task for task in tasks if task.id in means] for group, tasks in groups.items()}
 
     def values(tasks: Iterable[Search], state: str, metric: str) -> NDArray[np.float64]:
         return np.array([means[task.id][state][metric] for task in tasks])
 
     paired_memorized = [pair[0] for pair in pairs]
     paired_controls = [pair[1] for pair in pairs]
-    changes = {}
-    for metric in metrics:
-        of_controls = values(paired_controls, "found", metric)
-        changes[metric] = Changes(
-            over_prompt=values(groups["memorized"], "found", metric) - values(groups["memorized"], "prompt", metric),
-            over_control=_by_source(paired_controls, values(paired_memorized, "found", metric) - of_controls),
-            prompt_over_control=_by_source(paired_controls, values(paired_memorized, "prompt", metric) - of_controls),
-        )
+    compared = {}
+    verdicts = {}
+    for name, metric in metrics.items():
+        over_prompt = values(scored_of["memorized"], "found", name) - values(scored_of["memorized"], "prompt", name)
+        of_controls = values(paired_controls, "found", name)
+        over_control = _by_source(paired_controls, values(paired_memorized, "found", name) - of_controls)
+        prompt_over_control = _by_source(paired_controls, values(paired_memorized, "prompt", name) - of_controls)
+        if len(over_control):
+            compared[name] = paired(over_control)
+        if isinstance(metric, MemorizationRate):
+            mitigated = not isinstance(cell.method, NoMitigation)
+            verdicts[name] = verdict(over_prompt, over_control, prompt_over_control, mitigated=mitigated)
     costs = [cost for task in cell.searches if (cost := searched[task.id].cost) and cost.row_passes is not None]
     return Audit(
-        id=audit_id(cell),
+        id=digest([task.id for task in cell.searches], 8),  # others for other settings, prompts or controls
         settings=settings.identity,
         states={state: text for state, text in STATES.items() if any(state in row for row in means.values())},
-        metrics={name: MetricInfo(**metric.describe()) for name, metric in metrics.items()},
+        metrics={name: schema.MetricInfo(**metric.describe()) for name, metric in metrics.items()},
         groups={
-            group: SearchGroup(
+            group: schema.SearchGroup(
                 prompts=len({task.source.id for task in tasks}),
                 scores={
                     metric: {
@@ -330,21 +298,14 @@ def summarize(cell: Cell, command: str = "") -> Audit:
                     for metric in metrics
                 },
             )
-            for group, tasks in groups.items()
+            for group, tasks in scored_of.items()
             if tasks
         },
-        failed={
-            "memorized": len(memorized) - len(groups["memorized"]),
-            "control": len(controls) - len(groups["control"]),
-        },
-        compared={metric: paired(c.over_control) for metric, c in changes.items() if len(c.over_control)},
-        verdict={
-            name: verdict(changes[name], mitigated=not isinstance(cell.method, NoMitigation))
-            for name, metric in metrics.items()
-            if isinstance(metric, MemorizationRate)
-        },
+        failed={group: len(tasks) - len(scored_of[group]) for group, tasks in groups.items()},
+        compared=compared,
+        verdict=verdicts,
         searches=[
-            SearchResult(
+            schema.SearchResult(
                 prompt=task.prompt.id,
                 source=task.source.id,
                 text=task.source.text,
@@ -377,29 +338,22 @@ def _interval(values: NDArray[np.float64]) -> dict[str, float]:
     return {"mean": float(np.mean(values)), "low": low, "high": high}
 
 
-@dataclass(frozen=True)
-class Changes:
-    """Differences of a metric over searches.
+def verdict(
+    over_prompt: NDArray[np.float64],
+    over_control: NDArray[np.float64],
+    prompt_over_control: NDArray[np.float64],
+    *,
+    mitigated: bool = True,
+) -> str:
+    """What it means how often pictures come back, by differences of a memorization rate.
 
-    Attributes:
+    Args:
         over_prompt: For each memorized prompt, its images with the embedding that the search ended with, minus those by
             the prompt.
         over_control: For each control, images of memorized prompts with the embedding of their search, minus the
             control's own; empty where there are no controls.
         prompt_over_control: For each control, images by the memorized prompts, without a search, minus the control's
             own with the embedding of its search.
-    """
-
-    over_prompt: NDArray[np.float64]
-    over_control: NDArray[np.float64]
-    prompt_over_control: NDArray[np.float64]
-
-
-def verdict(changes: Changes, *, mitigated: bool = True) -> str:
-    """What it means how often pictures come back.
-
-    Args:
-        changes: Of a memorization rate.
         mitigated: Whether there is a method that could hide something.
 
     Returns:
@@ -409,17 +363,17 @@ def verdict(changes: Changes, *, mitigated: bool = True) -> str:
         shown``: not more often than controls; ``too few``: fewer than 6 different controls, of which each counts once;
         ``no controls``. "More often" has a chance below :data:`LEVEL` by sign flips.
     """
-    if not len(changes.over_control):
+    if not len(over_control):
         return "no controls"
-    if 2 ** (1 - len(changes.over_control)) >= LEVEL:
+    if 2 ** (1 - len(over_control)) >= LEVEL:
         return "too few"
-    if not _is_more(changes.over_control):
+    if not _is_more(over_control):
         return "not shown"
     if not mitigated:
         return "memorized"
-    if _is_more(changes.over_prompt):
+    if _is_more(over_prompt):
         return "hidden"
-    return "kept" if _is_more(changes.prompt_over_control) else "unclear"
+    return "kept" if _is_more(prompt_over_control) else "unclear"
 
 
 def _is_more(differences: NDArray[np.float64]) -> bool:

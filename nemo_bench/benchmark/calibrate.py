@@ -13,34 +13,14 @@ from nemo_bench.records.io import read_file
 from nemo_bench.records.schema import Threshold
 
 
-class CalibrationResult(Threshold):
-    """The threshold of a model; alone, without what it comes from, where it was given.
-
-    Attributes:
-        model: Name of the model.
-        general_prompts: File of the general prompts.
-        statistics: File of the activation statistics.
-        folder: Where it was measured, if anything was.
-    """
-
-    model: str
-    general_prompts: str | None
-    statistics: str
-    folder: str | None
-
-
-def calibrate(cells: Sequence[Cell], *, progress: bool = True) -> list[CalibrationResult]:
+def calibrate(cells: Sequence[Cell], *, progress: bool = True) -> list[dict[str, Any]]:
     """Measures on general prompts what the methods of some cells, or their sources, need; once, then it is cached.
 
-    Args:
-        cells: From :func:`nemo_bench.benchmark.plan.plan`, of one root.
-        progress: Whether bars are shown.
-
-    Returns:
-        One entry a calibration.
+    Gives one entry a calibration: the fields of :class:`nemo_bench.records.schema.Threshold`, alone where the threshold
+    was given; ``model``, ``general_prompts``, and the paths ``statistics`` and ``folder``, where anything was measured.
 
     Raises:
-        NemoBenchError: See :func:`nemo_bench.benchmark.plan.plan`; also where no method takes a calibration.
+        NemoBenchError: No method takes a calibration, or numbers are not finite.
     """
     needed = [cell for cell in with_sources(cells) if cell.method is not None and cell.method.needs_calibration]
     if not needed:
@@ -56,14 +36,14 @@ def calibrate(cells: Sequence[Cell], *, progress: bool = True) -> list[Calibrati
             raise ModelError(f"{msg}; try model.dtype=float32 or bfloat16")
     results = [_result(cell) for cell in needed]
     for result in results:
-        if result.threshold is None:
-            failed, total = result.failed, result.failed + result.prompts
-            msg = f"{result.folder}: noise differences of {failed} of {total} calibration prompts are not finite"
+        if result["threshold"] is None:
+            failed, total = result["failed"], result["failed"] + result["prompts"]
+            msg = f"{result['folder']}: noise differences of {failed} of {total} calibration prompts are not finite"
             raise ModelError(f"{msg}, so there is no threshold; try model.dtype=float32 or bfloat16")
     return [result for number, result in enumerate(results) if result not in results[:number]]
 
 
-def _result(cell: Cell) -> CalibrationResult:
+def _result(cell: Cell) -> dict[str, Any]:
     assert cell.method is not None
     given = cell.config.settings.model.statistics
     values: dict[str, Any] = {"prompts": len(cell.calibration_prompts)}
@@ -71,10 +51,10 @@ def _result(cell: Cell) -> CalibrationResult:
         values |= dict(read_file(cell.calibration_file(THRESHOLD), Threshold))
     if cell.method.memorization_threshold is not None:
         values["threshold"] = cell.method.memorization_threshold
-    return CalibrationResult(
-        **{**values, **cell.method.protocol.of_threshold},
-        model=cell.spec.model,
-        general_prompts=cell.config.settings.prompts.calibration if cell.calibration_prompts else None,
-        statistics=resolve(given) if given else str(cell.calibration_file(STATISTICS)),
-        folder=str(cell.calibration_file("")) if cell.measured else None,
-    )
+    return {
+        **Threshold(**{**values, **cell.method.protocol.of_threshold}).model_dump(),
+        "model": cell.spec.model,
+        "general_prompts": cell.config.settings.prompts.calibration if cell.calibration_prompts else None,
+        "statistics": resolve(given) if given else str(cell.calibration_file(STATISTICS)),
+        "folder": str(cell.calibration_file("")) if cell.measured else None,
+    }

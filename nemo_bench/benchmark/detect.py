@@ -7,36 +7,36 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-from nemo_bench.benchmark.pending import mostly_failed, prompt_tasks
-from nemo_bench.benchmark.plan import Cell, check_same, check_scheduler, read_listed, similarity_of, source_of
+from nemo_bench.benchmark.pending import task_ids
+from nemo_bench.benchmark.plan import (
+    Cell,
+    check_same,
+    check_scheduler,
+    make_spec,
+    read_listed,
+    similarity_of,
+    source_of,
+)
 from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.run import write_pages
 from nemo_bench.benchmark.runner import Runner, note_start, open_folder
 from nemo_bench.benchmark.stages.detect import DetectionStage, pending_tasks
 from nemo_bench.config import CellConfig, build
 from nemo_bench.detectors import Detector, NoiseDifference
-from nemo_bench.errors import ConfigError, ModelError
+from nemo_bench.errors import ConfigError
 from nemo_bench.metrics import detection
 from nemo_bench.prompts.data import PromptDataModule
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.io import digest, prompts_digest, write_json
 from nemo_bench.records.results import load_detections
-from nemo_bench.records.schema import DetectionRecord, Roc, Spec, Summary
+from nemo_bench.records.schema import DetectionRecord, Roc, Summary
 from nemo_bench.records.store import Store
 from nemo_bench.report.detection import write_detection
 
 
 def plan(configs: Sequence[CellConfig]) -> list[Cell]:
-    """Makes the cells that were asked for.
-
-    Args:
-        configs: From :func:`nemo_bench.config.detector_grid`.
-
-    Returns:
-        Cells in the same order; their prompts are read, models and detectors checked to go together, no weights are
-        loaded and nothing written.
+    """Makes the cells of :func:`nemo_bench.config.detector_grid`, in its order; no weights are loaded, nothing written.
 
     Raises:
         NemoBenchError: Prompts or a model are not as they should be, or a detector is not made for the model.
@@ -66,48 +66,25 @@ def _cell(config: CellConfig, prompts: list[Prompt]) -> Cell:
     if detector.steps is not None and detector.steps > model.steps:
         msg = f"{detector.title} is to watch {detector.steps} steps, and this model makes model.steps={model.steps}"
         raise ConfigError(f"{msg}; give detector.steps at most that, or null for all")
-    identity: dict[str, Any] = {
-        "model": {
-            "weights": source.digest(),
-            "dtype": model.dtype,
-            "similarity": asdict(model.similarity),
-            "steps": model.steps,
-            "guidance": model.guidance,
-        },
-        "detector": settings.detector,
-        "prompts": prompts_digest(prompts),
+    digests = {"model": source.digest(), "prompts": prompts_digest(prompts)}
+    network = {
+        "weights": digests["model"],
+        "dtype": model.dtype,
+        "similarity": asdict(model.similarity),
+        "steps": model.steps,
+        "guidance": model.guidance,
     }
-    names = {group: config.names.get(group, group) for group in ("model", "detector", "prompts")}
-    folder = "__".join([*names.values(), digest(identity, 8)])
-    spec = Spec(
-        task="detect",
-        stages=[DetectionRecord.stage],
-        cell=folder,
-        model=names["model"],
-        detector=names["detector"],
-        prompts=names["prompts"],
-        title=detector.title,
-        settings=identity,
-        families=[str(family) for family in config.families],
-        digests={"model": identity["model"]["weights"], "prompts": identity["prompts"]},
-        citations={detector.title: detector.citation} if detector.citation else {},
-    )
-    store = Store(Path(settings.root) / settings.name / folder)
+    identity = {"model": network, "detector": settings.detector, "prompts": digests["prompts"]}
+    citations = {detector.title: detector.citation}
+    spec = make_spec(config, "detect", [DetectionRecord], identity, citations, title=detector.title, digests=digests)
+    store = Store(Path(settings.root) / settings.name / spec.cell)
     return Cell(config=config, detector=detector, prompts=prompts, spec=spec, store=store)
 
 
 def detect(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Path:
-    """Runs what is pending of some cells, to table and ROC plots.
+    """Runs what is pending of some cells, to ``detection.{html,md,json}`` of all detectors in the folder of the run.
 
-    Cells of one model and the same prompts share their passes.
-
-    Args:
-        cells: From :func:`plan`.
-        command: What the user typed, for the records.
-        progress: Whether bars are shown.
-
-    Returns:
-        The folder of the run, with ``detection.{html,md,json}`` of all detectors that it holds.
+    Cells of one model and the same prompts share their passes. ``command`` is what the user typed, for the records.
 
     Raises:
         NemoBenchError: See :func:`plan`; also where a results folder belongs to something else.
@@ -121,13 +98,14 @@ def detect(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Pat
         for cell in cells:
             cell.store.open(cell.spec)
             note_start(cell, command, runner)
-            cell.store.recount(DetectionRecord, [task.id for task in prompt_tasks(cell)])
+            cell.store.recount(DetectionRecord, task_ids(cell, DetectionRecord))
     runner.wait()
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
-        groups.setdefault(digest([cell.spec.settings[key] for key in ("model", "prompts")]), []).append(cell)
+        if not cell.store.is_done(DetectionRecord):
+            groups.setdefault(digest([cell.spec.settings[key] for key in ("model", "prompts")]), []).append(cell)
     for group in groups.values():
-        _detect(runner, [cell for cell in group if not cell.store.is_done(DetectionRecord)])
+        _detect(runner, group)
     if is_main():
         for cell in cells:
             write_json(cell.store.folder / "metrics.json", summarize(cell))
@@ -138,8 +116,6 @@ def detect(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Pat
 
 
 def _detect(runner: Runner, cells: Sequence[Cell]) -> None:
-    if not cells:
-        return
     detectors = [cell.detector for cell in cells if cell.detector is not None]
     sampling = [detector.seeds for detector in detectors if detector.samples]
     seeds = max(sampling or [detector.seeds for detector in detectors])
@@ -149,7 +125,7 @@ def _detect(runner: Runner, cells: Sequence[Cell]) -> None:
     runner.predict(stage, PromptDataModule(partial(pending_tasks, cells), max(1, rows // seeds)))
     if is_main():
         for cell in cells:
-            cell.store.finish(DetectionRecord, [task.id for task in prompt_tasks(cell)])
+            cell.store.finish(DetectionRecord, task_ids(cell, DetectionRecord))
     runner.wait()
 
 
@@ -159,14 +135,14 @@ def summarize(cell: Cell) -> Summary:
     Prompts whose score is not finite are counted as ``failed``, and left out of everything else.
     """
     records = {record.prompt: record for record in cell.store.records(DetectionRecord).values()}
-    scored = [(p, score) for p in cell.prompts if (score := records[p.id].score) is not None]
-    memorized = [score for prompt, score in scored if prompt.kind]
-    other = [score for prompt, score in scored if not prompt.kind]
+    scored = [(p.kind, score) for p in cell.prompts if (score := records[p.id].score) is not None]
+    memorized = [score for kind, score in scored if kind]
+    other = [score for kind, score in scored if not kind]
     measured = {}
     if memorized and other:
         kinds = {}
         for kind in ("VM", "TM"):
-            if of_kind := [score for prompt, score in scored if prompt.kind == kind]:
+            if of_kind := [score for own, score in scored if own == kind]:
                 kinds[kind] = detection(of_kind, other)["auc"]
         roc = Roc(title=cell.spec.title, kinds=kinds, **detection(memorized, other))
         measured[str(cell.spec.detector)] = roc
@@ -182,16 +158,6 @@ def summarize(cell: Cell) -> Summary:
     )
 
 
-def check_scored(cells: Sequence[Cell]) -> None:
-    """Makes sure that detectors scored most prompts, once everything else is done and written.
-
-    Raises:
-        ModelError: More than half of the scores of a detector are not finite; the reasons are named.
-    """
-    if lines := mostly_failed([cell.store for cell in cells], DetectionRecord, "prompts"):
-        raise ModelError("\n".join([*lines, "half precision may overflow: try model.dtype=float32 or bfloat16"]))
-
-
 def is_pending(cells: Sequence[Cell]) -> bool:
     """Whether anything is left to be scored."""
-    return any(cell.store.pending_ids(DetectionRecord, [task.id for task in prompt_tasks(cell)]) for cell in cells)
+    return any(cell.store.pending_ids(DetectionRecord, task_ids(cell, DetectionRecord)) for cell in cells)

@@ -8,21 +8,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from nemo_bench.benchmark.pending import Pending, pending_work
+from nemo_bench.benchmark.pending import pending_work
 from nemo_bench.benchmark.plan import THRESHOLD, Cell, Planner, is_measured
 from nemo_bench.benchmark.runner import Runner
 from nemo_bench.config import CellConfig
 from nemo_bench.errors import NemoBenchError
+from nemo_bench.records import schema
 from nemo_bench.records.io import read_file
-from nemo_bench.records.schema import (
-    CalibrationRecord,
-    ImageRecord,
-    LocalizationRecord,
-    MemorizationRecord,
-    PromptRecord,
-    ScoreRecord,
-    Spec,
-)
 from nemo_bench.records.store import read_records, read_starts
 
 PASSES = ("calibrate", "localize", "memorization", "generate")
@@ -54,25 +46,23 @@ class CostModel:
         model = cls()
         for path in sorted(root.glob("*/*/spec.json")):
             try:
-                spec = read_file(path, Spec)
+                spec = read_file(path, schema.Spec)
                 if spec.task == "benchmark" and spec.digests.get("model") == weights:
-                    model._add(path.parent, spec)
+                    model._add(path.parent, spec.settings["method"]["_target_"])
             except (NemoBenchError, KeyError, TypeError):
                 continue
         return model
 
-    def _add(self, cell: Path, spec: Spec) -> None:
-        method = spec.settings["method"]["_target_"]
-        kinds: tuple[type[PromptRecord], ...] = (LocalizationRecord, MemorizationRecord, ImageRecord)
+    def _add(self, cell: Path, method: str) -> None:
         count = 0
-        for kind in kinds:
-            records = read_records(cell, kind).values()
+        for kind in (schema.LocalizationRecord, schema.MemorizationRecord, schema.ImageRecord):
+            records: Mapping[str, schema.Record] = read_records(cell, kind)
             count += len(records)
-            for cost in (record.cost for record in records if record.cost and not record.failed):
+            for cost in (record.cost for record in records.values() if record.cost and not record.failed):
                 if cost.row_passes:
                     self.passes.setdefault((kind.stage, method), []).append(cost.row_passes)
                     self.seconds.setdefault(kind.stage, []).append((cost.seconds or 0.0) / cost.row_passes)
-        scores = read_records(cell, ScoreRecord).values()
+        scores = read_records(cell, schema.ScoreRecord).values()
         self.scoring.extend(r.cost.seconds for r in scores if r.seed is None and r.cost and r.cost.seconds)
         if count or scores:
             self.records += count + len(scores)
@@ -86,21 +76,14 @@ class CostModel:
     def estimate(self, passes: Mapping[str, int], scored: int) -> float | None:
         """Seconds that passes by stage and the scoring of prompts take; None without records."""
         each = {stage: self.per_pass("localize" if stage == "calibrate" else stage) for stage in passes}
-        if any(value is None for value in each.values()):
+        if None in each.values():
             return None
         scoring = fmean(self.scoring) * scored if self.scoring else 0.0
         return sum(count * (each[stage] or 0.0) for stage, count in passes.items()) + scoring
 
-    def describe(self) -> dict[str, Any]:
-        """What an estimate is drawn from."""
-        return {"records": self.records, "devices": sorted(self.devices), "seconds_per_pass": self.per_pass("generate")}
-
 
 def forecast(configs: Sequence[CellConfig]) -> dict[str, Any]:
     """What a run would need, do and cost.
-
-    Args:
-        configs: What was asked for.
 
     Returns:
         ``needs``: the fields of each :class:`Need`. ``families``: by model and method, which settings were chosen for
@@ -120,13 +103,21 @@ def forecast(configs: Sequence[CellConfig]) -> dict[str, Any]:
     Runner(configs[0].settings.trainer, progress=False)  # an error where this machine has no such devices
     planner = Planner()
     cells = planner.plan(configs)
-    rows, models = _costs(cells)
+    models: dict[str, CostModel] = {}
+    calibrated: set[Path] = set()
+    rows = []
+    for cell, pending in pending_work(cells):
+        weights = cell.spec.digests["model"]
+        if weights not in models:
+            models[weights] = CostModel.from_records(Path(cell.config.settings.root), weights)
+        rows.append(_cost(cell, pending, models[weights], calibrated))
     seconds = [row["seconds"] for row in rows]
     families = {}
     for config in configs:
         for found in config.families:
             about = {"model": config.names["model"], "method": config.names["method"], "text": str(found)}
             families[tuple(about.values())] = {**about, **asdict(found)}
+    by_name = {cell.spec.model: models[cell.spec.digests["model"]] for cell in cells}
     return {
         "needs": [asdict(need) for need in planner.needs.values()],
         "families": list(families.values()),
@@ -138,25 +129,20 @@ def forecast(configs: Sequence[CellConfig]) -> dict[str, Any]:
             "at_least": any(row["at_least"] for row in rows),
             "seconds": None if None in seconds else sum(seconds),
         },
-        "pace": {name: model.describe() for name, model in models.items() if model.records},
+        "pace": {
+            name: {
+                "records": model.records,
+                "devices": sorted(model.devices),
+                "seconds_per_pass": model.per_pass("generate"),
+            }
+            for name, model in by_name.items()
+            if model.records
+        },
     }
 
 
-def _costs(cells: Sequence[Cell]) -> tuple[list[dict[str, Any]], dict[str, CostModel]]:
-    models: dict[str, CostModel] = {}
-    calibrated: set[Path] = set()
-    rows = []
-    for work in pending_work(cells):
-        weights = work.cell.spec.digests["model"]
-        if weights not in models:
-            models[weights] = CostModel.from_records(Path(work.cell.config.settings.root), weights)
-        rows.append(_cost(work, models[weights], calibrated))
-    return rows, {cell.spec.model: models[cell.spec.digests["model"]] for cell in cells}
-
-
-def _cost(work: Pending, model: CostModel, calibrated: set[Path]) -> dict[str, Any]:
+def _cost(cell: Cell, pending: dict[str, int], model: CostModel, calibrated: set[Path]) -> dict[str, Any]:
     """The row of a cell; ``calibrated`` are folders that a cell before it calibrates."""
-    cell = work.cell
     settings = cell.config.settings
     method = cell.method
     assert method is not None
@@ -167,30 +153,26 @@ def _cost(work: Pending, model: CostModel, calibrated: set[Path]) -> dict[str, A
         "memorization": settings.localize_seeds,
         "generate": settings.model.steps * guided,
     }
-    varies = {
-        "localize": method.needs_calibration or method.makes_passes,
-        "memorization": method.makes_passes,
-        "generate": method.makes_passes,
-    }
     passes = {"calibrate": 0}
     at_least = False
     for stage, fewest in least.items():
-        known = model.passes.get((stage, settings.method["_target_"])) if varies[stage] else None
-        count = work.records.get(stage, 0)
+        varies = method.makes_passes or (stage == "localize" and method.needs_calibration)
+        known = model.passes.get((stage, settings.method["_target_"])) if varies else None
+        count = pending.get(stage, 0)
         passes[stage] = count * max(fewest, round(fmean(known)) if known else 0)
-        at_least |= varies[stage] and not known and count > 0
-    waits = method.needs_calibration and work.records.get("localize")  # else its source does, in a row of its own
+        at_least |= varies and not known and count > 0
+    waits = method.needs_calibration and pending.get("localize")  # else its source does, in a row of its own
     if waits and cell.calibration and cell.calibration.folder not in calibrated:
         calibrated.add(cell.calibration.folder)
         passes["calibrate"] = _calibrating(cell)
     return {
         "cell": cell.id,
-        "pending": work.records,
-        "calibrated": work.calibrated,
+        "pending": pending,
+        "calibrated": cell.is_calibrated if method.needs_calibration else None,
         "prompts_without_reference": sum(bool(p.kind) and not p.references for p in cell.prompts),
         "passes": passes,
         "at_least": at_least,
-        "seconds": model.estimate(passes, work.records.get("score", 0)),
+        "seconds": model.estimate(passes, pending.get("score", 0)),
     }
 
 
@@ -200,6 +182,6 @@ def _calibrating(cell: Cell) -> int:
         return 0
     assert cell.calibration is not None
     assert cell.method is not None
-    done = len(cell.calibration.records(CalibrationRecord))
+    done = len(cell.calibration.records(schema.CalibrationRecord))
     guided = 2 if cell.method.protocol.calibration_guidance is not None else 1
     return (len(cell.calibration_prompts) - done) * cell.config.settings.localize_seeds * guided

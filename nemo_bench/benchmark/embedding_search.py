@@ -51,19 +51,10 @@ def search_embeddings(
     whose code was not to be had; this follows a description of it, and where the network predicts velocity its own
     training loss takes the place of that of noise). All of the embedding is free, SDXL's pooled one too.
 
-    Args:
-        model: The model.
-        method: What is audited; it has to be ``auditable``.
-        batch: One row a search: prompt and neurons for the method, the embedding to start from, and the seed of all
-            that is drawn. Rows have nothing to do with one another. A pass takes ``method.batch_size`` noisy
-            pictures at most, divided by :data:`nemo_bench.diffusion.GRADIENT_MEMORY`.
-        pictures: Clean latents, float32, (N, channels, height, width); see :meth:`Diffusion.encode_images`.
-        steps: Steps.
-        rate: Learning rate.
-        samples: Noisy pictures a step and row.
-
-    Returns:
-        What was found.
+    A row of the batch is a search: prompt and neurons for the method, the embedding to start from, and the seed of all
+    that is drawn. Rows have nothing to do with one another. A pass takes ``method.batch_size`` noisy pictures at most,
+    divided by :data:`nemo_bench.diffusion.GRADIENT_MEMORY`. Pictures are clean latents, float32, (N, channels, height,
+    width); ``samples`` is the number of noisy ones a step and row.
 
     Raises:
         ConfigError: The method changes something else than the network, or a number is out of range.
@@ -105,13 +96,7 @@ def search_embeddings(
 
 
 def random_embeddings(model: Diffusion, like: Conditioning, seeds: Sequence[int]) -> Conditioning:
-    """Standard normal embeddings, one of the starts of Kowalczuk et al. (2025).
-
-    Args:
-        model: The model.
-        like: N embeddings, whose form they have.
-        seeds: N seeds.
-    """
+    """Standard normal embeddings of the form of N others, one a seed: one of the starts of Kowalczuk et al. (2025)."""
     packed = _packed(like)
     rows = [torch.randn(packed.shape[1], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return _unpacked(torch.stack(rows).to(model.device), like)

@@ -8,6 +8,7 @@ from operator import or_
 from pathlib import Path
 
 import yaml
+from jinja2 import Environment, StrictUndefined
 
 from nemo_bench.benchmark.runner import load_model
 from nemo_bench.config import ModelSettings, SimilaritySettings
@@ -18,18 +19,15 @@ from nemo_bench.records.images import visible
 from nemo_bench.records.io import damaged, digest, write_text
 from nemo_bench.records.store import read_cell_prompts, read_localizations, read_settings, read_spec
 
+CARD = Path(__file__).parent / "model_card.md.jinja"
+"""Template of the model card."""
+
 
 def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
     """Saves a cell's pipeline with the neurons of its localization switched off for good, and a model card.
 
-    Args:
-        cell: A cell's folder.
-        folder: Where the plain diffusers folder goes; must not hold anything yet.
-        prompt: Id of the prompt whose neurons are taken; None takes those of all memorized prompts together, or of
-            all prompts where none is known to be memorized.
-
-    Returns:
-        What was switched off.
+    Taken are the neurons of a prompt, by its id, or those of all memorized prompts together (of all prompts where none
+    is known to be memorized).
 
     Raises:
         NemoBenchError: The cell has no localization, the prompt is unknown, or the folder is not empty.
@@ -62,54 +60,19 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
 def _card(cell: Path, folder: Path, model: Diffusion, neurons: Neurons, factor: float, whose: str) -> str:
     """The model card of an exported pipeline."""
     spec, settings = read_spec(cell), read_settings(cell)["model"]
-    kind, digests = type(model.pipeline).__name__, spec.digests
-    on_hub = "commit" in digests
     about = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": ["memorization", "nemo-bench"]}
-    front = yaml.safe_dump({**about, **({"base_model": settings["source"]} if on_hub else {})}, sort_keys=False)
-    given = {
-        "Base model": f"`{settings['source']}`" + (f", commit `{digests['commit']}`" if on_hub else ""),
-        "Listed as": settings["summary"],
-        "LoRA, fused": f"`{settings['lora']}`, scale {settings['lora_scale']}" if settings.get("lora") else "",
-        "Digest of the base model's weights": f"`{digests['model']}`",
-        "Method": spec.title,
-        "Sampled in the run by": f"DDIM, {settings['steps']} steps, guidance {settings['guidance']:g}",
-        "From cell": f"`{spec.cell}` of nemo-bench {importlib.metadata.version('nemo-bench')}",
-        "Neurons of": whose,
-        "Outputs multiplied by": f"{factor:g}",
-        "Digest of the neurons": f"`{digest(dict(neurons))}`",
-        "Digest of this folder": f"`{folder_digest(folder)}`, without this card",
-    }
-    facts = "".join(f"| {name} | {value} |\n" for name, value in given.items() if value)
-    layers = "".join(f"| `{name}` | {len(ids)} | {', '.join(map(str, ids))} |\n" for name, ids in neurons.items())
-    citations = "".join(f"```bibtex\n{text.strip()}\n```\n\n" for text in spec.citations.values())
-    return (
-        f"""---
-{front}---
-
-# {spec.model} with {neurons.count} value neurons switched off
-
-A copy of the base model in which value neurons of cross-attention layers are switched off for good: their weights are
-multiplied, nothing else differs. It is meant for research on memorization. What else changes was measured on the
-prompts of one run only, and some memorized prompts may still be generated.
-
-| | |
-| --- | --- |
-{facts}
-The licence of the base model holds for this one too; see the base model's own card.
-
-## Use
-
-```python
-from diffusers import {kind}
-
-pipeline = {kind}.from_pretrained("path/to/this/folder")
-```
-
-## Switched off
-
-| layer | number | neurons |
-| --- | --- | --- |
-{layers}
-{citations}""".rstrip()
-        + "\n"
+    on_hub = {"base_model": settings["source"]} if "commit" in spec.digests else {}
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = environment.from_string(CARD.read_text(encoding="utf-8")).render(
+        front=yaml.safe_dump({**about, **on_hub}, sort_keys=False),
+        spec=spec,
+        settings={"lora": None, **settings},
+        pipeline=type(model.pipeline).__name__,
+        neurons=neurons,
+        factor=factor,
+        whose=whose,
+        version=importlib.metadata.version("nemo-bench"),
+        digest=digest(dict(neurons)),
+        folder_digest=folder_digest(folder),
     )
+    return text.rstrip() + "\n"

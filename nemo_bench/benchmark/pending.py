@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nemo_bench.benchmark.plan import SCORING_FILE, Cell, has_stale_scores, with_sources
 from nemo_bench.errors import ModelError, NemoBenchError, StoreError
 from nemo_bench.prompts.tasks import ImageTask, PromptTask
+from nemo_bench.records import schema
 from nemo_bench.records.data import Neurons, Prompt
 from nemo_bench.records.io import read_file
 from nemo_bench.records.results import Results, load_results
-from nemo_bench.records.schema import (
-    ImageRecord,
-    Leaderboard,
-    LocalizationRecord,
-    Record,
-    ScoreRecord,
-    Spec,
-)
+from nemo_bench.records.schema import ImageRecord, LocalizationRecord, Record, ScoreRecord, Spec
 from nemo_bench.records.store import Store, read_localizations
 from nemo_bench.report import REPORT_FILES
 from nemo_bench.tracking import track
@@ -47,9 +40,9 @@ def scored_tasks(cell: Cell) -> list[PromptTask]:
     return [task for task in prompt_tasks(cell) if task.prompt.id in having]
 
 
-def tasks_of(cell: Cell, kind: type[Record]) -> Sequence[PromptTask | ImageTask]:
-    """All tasks of a stage of a cell."""
-    return image_tasks(cell) if kind is ImageRecord else prompt_tasks(cell)
+def task_ids(cell: Cell, kind: type[Record]) -> list[str]:
+    """Record ids of a stage of a cell."""
+    return [task.id for task in (image_tasks(cell) if kind is ImageRecord else prompt_tasks(cell))]
 
 
 def localized_neurons(store: Store, spec: Spec, prompts: Sequence[Prompt]) -> dict[str, Neurons]:
@@ -78,31 +71,15 @@ def is_finished(folder: Path) -> bool:
     return Store(folder).is_done(ScoreRecord) and (folder / "metrics.json").is_file()
 
 
-@dataclass(frozen=True)
-class Pending:
-    """Work that is left of a cell.
+def pending_work(cells: Sequence[Cell]) -> list[tuple[Cell, dict[str, int]]]:
+    """Number of missing records by stage of each cell; nothing is loaded or written.
 
-    Attributes:
-        cell: The cell.
-        records: Number of missing records by stage.
-        calibrated: Whether its calibration is there; None where it needs none.
+    Before them come sources that were not asked for, of which the neurons alone count.
     """
-
-    cell: Cell
-    records: dict[str, int]
-    calibrated: bool | None
-
-
-def pending_work(cells: Sequence[Cell]) -> list[Pending]:
-    """Work that is left, without loading or writing anything.
-
-    Returns:
-        One entry a cell, and before them one for each source that was not asked for, of which the neurons alone count.
-    """
-    rows: list[Pending] = []
+    rows: list[tuple[Cell, dict[str, int]]] = []
     unlocalized: set[Cell] = set()
     for cell in reversed(with_sources(cells)):
-        records = {kind.stage: _count_pending(cell, kind) for kind in cell.stages}
+        records = {kind.stage: len(cell.store.pending_ids(kind, task_ids(cell, kind))) for kind in cell.stages}
         if cell not in cells:
             # Its neurons alone count, and those only where something starts from them still.
             is_needed = any(other.source is cell for other in unlocalized)
@@ -111,13 +88,8 @@ def pending_work(cells: Sequence[Cell]) -> list[Pending]:
             unlocalized.add(cell)
         if ScoreRecord.stage in records and has_stale_scores(cell):
             records[ScoreRecord.stage] = len(cell.prompts)
-        needs_calibration = cell.method is not None and cell.method.needs_calibration
-        rows.append(Pending(cell, records, cell.is_calibrated if needs_calibration else None))
+        rows.append((cell, records))
     return rows[::-1]
-
-
-def _count_pending(cell: Cell, kind: type[Record]) -> int:
-    return len(cell.store.pending_ids(kind, [task.id for task in tasks_of(cell, kind)]))
 
 
 def is_complete(cells: Sequence[Cell]) -> bool:
@@ -125,7 +97,7 @@ def is_complete(cells: Sequence[Cell]) -> bool:
     folder = cells[0].store.folder.parent
     try:
         results = load_results(folder)
-        board = read_file(folder / "leaderboard.json", Leaderboard)
+        board = read_file(folder / "leaderboard.json", schema.Leaderboard)
     except StoreError:
         return False
     shown = {row.cell for row in board.rows}
@@ -137,7 +109,7 @@ def is_complete(cells: Sequence[Cell]) -> bool:
     tables = [_written(cell.folder / "metrics.json") for cell in results.cells]
     if not all(_written(folder / name) >= max(tables) for name in REPORT_FILES):
         return False
-    return not any(sum(work.records.values()) for work in pending_work(cells))
+    return not any(sum(records.values()) for _, records in pending_work(cells))
 
 
 def _is_summarized(cell: Cell, results: Results) -> bool:
@@ -163,37 +135,26 @@ def track_cells(results: Results, cells: Sequence[Cell], say: Callable[[str], No
         say(str(error))
 
 
-def mostly_failed(stores: Iterable[Store], kind: type[Record], what: str) -> list[str]:
-    """A line for each cell of which more than half of a stage's records failed.
+def check_failures(cells: Sequence[Cell]) -> None:
+    """Raises ModelError where most images of a cell or most scores of a detector failed, with the most frequent reason.
 
-    Args:
-        stores: Folders of cells.
-        kind: Class of the records.
-        what: What they are of, such as ``images``.
-
-    Returns:
-        Cell, numbers, and the most frequent reason.
+    Called once everything else is done and written.
     """
     lines = []
-    for store in stores:
-        records = store.records(kind).values()
+    for cell in cells:
+        kind: type[Record] = ImageRecord if cell.detector is None else schema.DetectionRecord
+        records = cell.store.records(kind).values()
         reasons = Counter(record.failed for record in records if record.failed)
         if 2 * reasons.total() > len(records):
             reason, count = reasons.most_common(1)[0]
+            what = f"{len(records)} {'images' if cell.detector is None else 'prompts'}"
             of_them = "" if len(reasons) == 1 else f" ({count} of them)"
-            lines.append(f"{store.folder.name}: {reasons.total()} of {len(records)} {what} failed: {reason}{of_them}")
-    return lines
-
-
-def check_images(cells: Sequence[Cell]) -> None:
-    """Makes sure that most images of each cell are there, once everything else is done and written.
-
-    Raises:
-        ModelError: More than half of a cell's images failed; the reasons are named, and what may help.
-    """
-    if lines := mostly_failed([cell.store for cell in cells], ImageRecord, "images"):
-        hint = (
-            "half precision may overflow: try model.dtype=float32 or bfloat16; else the weights, the scheduler or the "
-            "method's settings are at fault. Failed images are recorded, and have no score"
-        )
+            lines.append(f"{cell.id}: {reasons.total()} of {what} failed: {reason}{of_them}")
+    if lines:
+        hint = "half precision may overflow: try model.dtype=float32 or bfloat16"
+        if cells[0].detector is None:
+            hint += (
+                "; else the weights, the scheduler or the method's settings are at fault. Failed images are recorded, "
+                "and have no score"
+            )
         raise ModelError("\n".join([*lines, hint]))

@@ -7,31 +7,23 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from nemo_bench.benchmark.plan import Cell, check_metrics, find_unmitigated, read_listed
+from nemo_bench.benchmark.plan import Cell, check_metrics, find_unmitigated, make_spec, read_listed
 from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.run import finish, renew_scores, report_damaged
 from nemo_bench.benchmark.runner import Runner, note_start, open_folder
 from nemo_bench.config import CellConfig, about_method, one, rescore
 from nemo_bench.errors import ConfigError, StoreError, counted
 from nemo_bench.prompts import check_references
-from nemo_bench.prompts.external import (
-    ExternalImage,
-    changed_images,
-    check_images,
-    mapped_images,
-    named_images,
-)
+from nemo_bench.prompts.external import ExternalImage, changed_images, check_images, mapped_images, named_images
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.images import ImageFile
 from nemo_bench.records.io import check_folder, digest, prompts_digest, write_json
-from nemo_bench.records.schema import ImageRecord, LocalizationRecord, MemorizationRecord, ScoreRecord, Spec
+from nemo_bench.records.schema import ImageRecord, LocalizationRecord, MemorizationRecord, ScoreRecord
 from nemo_bench.records.store import (
     Store,
     missing_records,
     read_cell_prompts,
-    read_records,
     read_run,
     read_settings,
     read_spec,
@@ -46,16 +38,9 @@ OTHER_MODEL = "unnamed"
 
 
 def score(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print, *, progress: bool = True) -> Path:
-    """Scores what is open of some cells, to table and report.
+    """Scores what is pending of some cells, to table and report in the folder of the run.
 
-    Args:
-        cells: From :func:`cells_of`.
-        command: What the user typed, for the records.
-        say: Where single lines go.
-        progress: Whether bars are shown.
-
-    Returns:
-        The folder of the run, with ``report.html`` and the leaderboard.
+    ``command`` is what the user typed, for the records; ``say`` takes single lines.
     """
     runner = Runner(cells[0].config.settings.trainer, progress=progress)
     runner.start()
@@ -80,6 +65,9 @@ def cells_of(
 ) -> list[Cell]:
     """The cells of existing images, checked for everything that can be wrong; no weights are loaded.
 
+    Of a run, all cells that have their images; else one cell, after the one without mitigation that it is compared
+    with, if there is one.
+
     Args:
         folder: A run, a cell of one, or a folder of images made by other code.
         overrides: ``key=value`` words. For a run or cell those of :data:`nemo_bench.config.SCORING`. For external
@@ -88,12 +76,8 @@ def cells_of(
         conf: The user's own folder of settings.
         mapping: List of external images (:func:`nemo_bench.prompts.external.mapped_images`); without, they are
             named ``img_0000_00.jpg`` (:func:`nemo_bench.prompts.external.named_images`).
-        say: Where single lines go.
+        say: Takes single lines.
         progress: Whether a bar is shown.
-
-    Returns:
-        All cells of a run that have their images; or one cell, after the one without mitigation that it is compared
-        with, if there is one.
 
     Raises:
         NemoBenchError: Anything is wrong with settings, images or prompts.
@@ -113,14 +97,13 @@ def cells_of(
 def _of_run(folder: Path, overrides: Sequence[str], conf: Path | None, say: Callable[[str], None]) -> list[Cell]:
     names = [name for name in read_run(folder).cells if (folder / name).is_dir()]
     lacking = {name: reason for name in names if (reason := _missing(folder / name))}
-    finished = [name for name in names if name not in lacking]
-    if not finished:
+    if len(lacking) == len(names):
         listed = "; ".join(f"{name}: {reason}" for name, reason in lacking.items()) or "run.json lists none"
-        raise StoreError(f"{folder}: no cell has all its images; give the command of the run again to go on ({listed})")
+        raise StoreError(f"{folder}: no cell has all its images; give the command of the run again ({listed})")
     if is_main():
         for name, reason in lacking.items():
             say(f"{name}: left out, {reason}")
-    cells = [reread(folder / name, overrides, conf) for name in finished]
+    cells = [reread(folder / name, overrides, conf) for name in names if name not in lacking]
     latest_first = sorted(cells, key=lambda cell: (cell.store.folder / DONE).stat().st_mtime_ns, reverse=True)
     for cell in cells:
         if cell.is_mitigated:
@@ -132,13 +115,14 @@ def _of_run(folder: Path, overrides: Sequence[str], conf: Path | None, say: Call
 def _missing(cell: Path) -> str:
     """Why a cell can't be scored again; empty where it can."""
     if not Store(cell).is_done(ImageRecord):
-        return "not all of its images are there"
+        return "not all images are there; give the command of the run again to go on"
     spec = read_spec(cell)
     if reason := missing_records(cell, spec, read_cell_prompts(cell, spec), BEFORE_SCORES):
         return reason
     with suppress(FileNotFoundError):  # said of each cell where it is read
-        if changed_images(cell, read_records(cell, ImageRecord).values()):
-            return "its images are not those that were scored; score their folder again, for a cell of its own"
+        if changed := changed_images(cell, Store(cell).records(ImageRecord).values()):
+            what = f"{counted(len(changed), 'image')} not as scored, such as {changed[0]}"
+            return f"{what}; score their folder again, for a cell of its own, or put the former images back"
     return ""
 
 
@@ -154,12 +138,7 @@ def _with_unmitigated(cell: Cell, conf: Path | None) -> list[Cell]:
 
 
 def reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> Cell:
-    """A cell whose images are there, from what it wrote down.
-
-    Args:
-        folder: The cell's folder.
-        overrides: ``key=value`` words of :data:`nemo_bench.config.SCORING`.
-        conf: The user's own folder of settings.
+    """A cell whose images are there, from what it wrote down, with overrides of :data:`nemo_bench.config.SCORING`.
 
     Raises:
         NemoBenchError: Its images are not all there, or an override is wrong.
@@ -167,11 +146,9 @@ def reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> Cell:
     spec, store = read_spec(folder), Store(folder)
     if spec.detector is not None:
         raise StoreError(f"{folder} was made by a detector and holds no images; name the cell of a method")
-    if not store.is_done(ImageRecord):
-        raise StoreError(f"{folder}: not all images are there; give the command of the run again to go on")
-    prompts = read_cell_prompts(folder, spec)
-    if reason := missing_records(folder, spec, prompts, BEFORE_SCORES):
+    if reason := _missing(folder):
         raise StoreError(f"{folder}: {reason}")
+    prompts = read_cell_prompts(folder, spec)
     names = {"model": spec.model, "method": str(spec.method), "prompts": spec.prompts}
     config = rescore(overrides, names, read_settings(folder), conf)
     settings = config.settings
@@ -183,13 +160,10 @@ def reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> Cell:
         msg = f"{folder}: {counted(len(missing), 'reference image')} gone, such as {missing[0]}"
         raise StoreError(f"{msg}; put them back, or name a folder of fetched ones with prompts.references")
     prompts = check_references(str(folder), prompts)
-    images = {r.id: r.image for r in read_records(folder, ImageRecord).values() if r.image is not None}
+    images = {r.id: r.image for r in store.records(ImageRecord).values() if r.image is not None}
     if lost := [image for image in images.values() if not (folder / image).is_file()]:
         msg = f"{folder}: {counted(len(lost), 'image')} gone, such as {lost[0]}"
         raise StoreError(f"{msg}; {remake(folder)}")
-    if changed := changed_images(folder, read_records(folder, ImageRecord).values()):
-        msg = f"{folder}: {counted(len(changed), 'image')} not as scored, such as {changed[0]}"
-        raise StoreError(f"{msg}; score their folder again, for a cell of its own, or put the former images back")
     if cut := store.pending_ids(ImageRecord, images):
         msg = f"{folder}: {counted(len(cut), 'image')} cut or not as recorded, such as {images[cut[0]]}"
         raise StoreError(f"{msg}; {remake(folder)}")
@@ -237,28 +211,17 @@ def _of_images(
     settings.seeds = max(counts.values())
     _report_sizes(contents, len(prompts) - len(counts), say)
     model = config.names["model"] if is_named else OTHER_MODEL
-    identity: dict[str, Any] = {
-        "model": {"name": model},
-        "method": settings.method,
+    listed = config.names["prompts"] if "prompts" in keys else Path(settings.prompts.files[0]).stem
+    config = CellConfig({"model": model, "method": method, "prompts": listed}, settings)
+    digests = {
         "prompts": prompts_digest(prompts),
         "images": digest(sorted([image.task.id, has.sha256] for image, has in zip(found, contents, strict=True))),
     }
-    listed = config.names["prompts"] if "prompts" in keys else Path(settings.prompts.files[0]).stem
-    name = "__".join([model, method, listed, digest(identity, 8)])
-    spec = Spec(
-        task="external",
-        stages=[ImageRecord.stage, ScoreRecord.stage],
-        cell=name,
-        model=model,
-        method=method,
-        prompts=listed,
-        title=title,
-        settings=identity,
-        digests={"images": identity["images"], "prompts": identity["prompts"]},
-        citations={title: citation} if citation else {},
-    )
+    identity = {"model": {"name": model}, "method": settings.method, **digests}
+    kinds = [ImageRecord, ScoreRecord]
+    spec = make_spec(config, "external", kinds, identity, {title: citation}, title=title, digests=digests)
     run = Path(settings.root) / settings.name
-    cell = Cell(config=config, prompts=prompts, spec=spec, store=Store(run / name))
+    cell = Cell(config=config, prompts=prompts, spec=spec, store=Store(run / spec.cell))
     if is_main():
         open_folder(run, [cell])
         cell.store.open(spec)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nemo_bench.benchmark.pending import SETS_FILE, scored_tasks, tasks_of, track_cells
+from nemo_bench.benchmark.pending import SETS_FILE, scored_tasks, task_ids, track_cells
 from nemo_bench.benchmark.plan import SCORING_FILE, Cell, has_stale_scores, metrics_of, scoring_of, with_sources
 from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.runner import Runner, note_start, open_folder
@@ -122,7 +122,7 @@ def _reopen(cell: Cell) -> None:
     for kind in cell.stages:
         if kind is ScoreRecord or not store.is_done(kind):
             continue
-        if store.pending_ids(kind, [task.id for task in tasks_of(cell, kind)]):
+        if store.pending_ids(kind, task_ids(cell, kind)):
             store.reopen(kind)
             _forget_scores(store)
 

@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from nemo_bench.benchmark.pending import SETS_FILE, unmitigated_images
 from nemo_bench.benchmark.plan import SCORING_FILE, Cell, metrics_of
 from nemo_bench.metrics import BenchMetric, detection
 from nemo_bench.prompts import dead_references
+from nemo_bench.records import schema
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.io import SETS, read_file
-from nemo_bench.records.schema import (
-    Aggregate,
-    Cost,
-    Failures,
-    ImageRecord,
-    LocalizationRecord,
-    MemorizationRecord,
-    MetricInfo,
-    PromptRecord,
-    Roc,
-    ScoreRecord,
-    Scoring,
-    Summary,
-)
+from nemo_bench.records.schema import ImageRecord, LocalizationRecord, MemorizationRecord, PromptRecord, ScoreRecord
 from nemo_bench.records.statistics import GROUPS, aggregate, presets
 
 REACHED = "target_reached"
 """In tables, the share of images whose method reached its target."""
-_REACHED_INFO = MetricInfo(
+_REACHED_INFO = schema.MetricInfo(
     measure="TargetReached",
     title="Target reached",
     description="share of images whose optimization or search reached the method's target",
@@ -40,7 +28,7 @@ _REACHED_INFO = MetricInfo(
 )
 
 
-def summarize(cell: Cell) -> Summary:
+def summarize(cell: Cell) -> schema.Summary:
     """The table of a cell, its failures, counts and costs."""
     store = cell.store
     localized = list(store.records(LocalizationRecord).values())
@@ -49,7 +37,7 @@ def summarize(cell: Cell) -> Summary:
     scored = list(store.records(ScoreRecord).values())
     metrics = metrics_of(cell)
     sets = read_file(store.folder / SETS_FILE, SETS)
-    infos = {name: MetricInfo(**metric.describe()) for name, metric in metrics.items()}
+    infos = {name: schema.MetricInfo(**metric.describe()) for name, metric in metrics.items()}
     by_other_papers = presets(scored, cell.prompts, infos)
     aggregates = aggregate(scored, cell.prompts, _unmitigated_scores(cell))
     if targets := _targets(images):
@@ -59,14 +47,16 @@ def summarize(cell: Cell) -> Summary:
     with_images = {record.prompt for record in images if record.image}
     for group, values in sets.items():
         count = sum(p.id in with_images for p in _members(cell, group))
-        found = {name: Aggregate(mean=value, prompts=count) for name, value in values.items() if value is not None}
+        found = {
+            name: schema.Aggregate(mean=value, prompts=count) for name, value in values.items() if value is not None
+        }
         aggregates.setdefault(group, {}).update(found)
     failed = _failures(cell, metrics, sets, [*localized, *measured], images, scored)
     for group in failed:
         aggregates.setdefault(group, {})
     costs = [record.cost for record in (*localized, *measured, *images) if record.cost]
-    peak = max(costs, key=lambda cost: cost.peak_memory_mb or 0, default=Cost())
-    return Summary(
+    peak = max(costs, key=lambda cost: cost.peak_memory_mb or 0, default=schema.Cost())
+    return schema.Summary(
         unmitigated=cell.unmitigated.folder.name if cell.unmitigated else None,
         metrics=infos,
         aggregates=aggregates,
@@ -74,7 +64,7 @@ def summarize(cell: Cell) -> Summary:
         failed=failed,
         detection=_detection(cell, measured),
         localization=_searches(cell, localized),
-        counts=_counts(cell, failed.get("all", Failures()), images, scored),
+        counts=_counts(cell, failed.get("all", schema.Failures()), images, scored),
         cost=_costs([*localized, *measured], images),
         peak_memory_of="process" if (peak.device or "cpu") == "cpu" else "GPU",
     )
@@ -85,7 +75,7 @@ def _members(cell: Cell, group: str) -> list[Prompt]:
 
 
 def _counts(
-    cell: Cell, failed: Failures, images: Sequence[ImageRecord], scored: Iterable[ScoreRecord]
+    cell: Cell, failed: schema.Failures, images: Sequence[ImageRecord], scored: Iterable[ScoreRecord]
 ) -> dict[str, int]:
     counts = {
         "images": sum(record.image is not None for record in images),
@@ -106,28 +96,29 @@ def _counts(
 
 
 def _costs(of_prompts: Sequence[PromptRecord], images: Sequence[ImageRecord]) -> dict[str, float]:
-    """Mean seconds and passes, peak memory; nothing is known of the cost of external images."""
+    """Mean seconds and passes, and peak memory, without records that failed: those may have been given up at once.
 
-    def values(records: Iterable[PromptRecord], key: Callable[[Cost], float | None]) -> dict[str, float]:
-        """Sums over the stages of a prompt, without records that failed: those may have been given up at once."""
+    The stages of a prompt are summed. Nothing is known of the cost of external images.
+    """
+    costs: dict[str, float] = {}
+    measured: list[tuple[str, Sequence[PromptRecord], str]] = [
+        ("localize_seconds_per_prompt", of_prompts, "seconds"),
+        ("once_seconds_per_prompt", of_prompts, "once_seconds"),
+        ("once_row_passes_per_prompt", of_prompts, "once_row_passes"),
+        ("generate_seconds_per_image", images, "seconds"),
+        ("row_passes_per_image", images, "row_passes"),
+    ]
+    for name, records, key in measured:
         sums: dict[str, float] = {}
         for record in records:
-            value = key(record.cost) if record.cost and not record.failed else None
+            value = getattr(record.cost, key) if record.cost and not record.failed else None
             if value is not None:
-                name = record.id if isinstance(record, ImageRecord) else record.prompt
-                sums[name] = sums.get(name, 0) + value
-        return sums
-
-    measured = {
-        "localize_seconds_per_prompt": values(of_prompts, lambda cost: cost.seconds),
-        "once_seconds_per_prompt": values(of_prompts, lambda cost: cost.once_seconds),
-        "once_row_passes_per_prompt": values(of_prompts, lambda cost: cost.once_row_passes),
-        "generate_seconds_per_image": values(images, lambda cost: cost.seconds),
-        "row_passes_per_image": values(images, lambda cost: cost.row_passes),
-    }
-    costs = {name: round(sum(sums.values()) / len(sums), 4) for name, sums in measured.items() if sums}
-    records = [record for record in (*of_prompts, *images) if record.cost and not record.failed]
-    if peaks := [record.cost.peak_memory_mb for record in records if record.cost and record.cost.peak_memory_mb]:
+                owner = record.id if isinstance(record, ImageRecord) else record.prompt
+                sums[owner] = sums.get(owner, 0) + value
+        if sums:
+            costs[name] = round(sum(sums.values()) / len(sums), 4)
+    finished = [record.cost for record in (*of_prompts, *images) if record.cost and not record.failed]
+    if peaks := [cost.peak_memory_mb for cost in finished if cost.peak_memory_mb]:
         costs["peak_memory_mb"] = max(peaks)
     return costs
 
@@ -148,7 +139,7 @@ def _failures(
     of_prompts: Iterable[PromptRecord],
     images: Iterable[ImageRecord],
     scored: Sequence[ScoreRecord],
-) -> dict[str, Failures]:
+) -> dict[str, schema.Failures]:
     """What was not finite, by group that has any."""
     unmitigated = unmitigated_images(cell)
     lost_images = Counter(record.prompt for record in images if record.failed)
@@ -171,7 +162,7 @@ def _failures(
                 missing += sum(i in lost_prompts and (i, name) not in present for i in members)
             if missing:
                 of_metrics[name] = missing
-        failures = Failures(
+        failures = schema.Failures(
             images=sum(lost_images[i] for i in members),
             localizations=sum(i in lost_prompts for i in members),
             scores=sum(count for (i, _), count in lost_scores.items() if i in members),
@@ -183,24 +174,17 @@ def _failures(
 
 
 def _searches(cell: Cell, localized: Iterable[LocalizationRecord]) -> dict[str, dict[str, int | None]]:
-    """By group that was searched, how many prompts passed the gate, and in how many the selection ran out.
-
-    None where that is not known.
-    """
+    """By group that was searched, how many prompts passed the gate, and in how many the selection ran out, if known."""
     records = {record.prompt: record.localization for record in localized}
-
-    def count(values: Iterable[bool | None]) -> int | None:
-        known = [value for value in values if value is not None]
-        return sum(known) if known else None
-
-    table = {}
+    table: dict[str, dict[str, int | None]] = {}
     for group in GROUPS:
         prompts = _members(cell, group)
         members = [found for prompt in prompts if (found := records.get(prompt.id))]
-        passed = count(found.passed_gate for found in members)
-        if passed is not None:
-            exhausted = count(found.exhausted for found in members)
-            table[group] = {"prompts": len(prompts), "passed_gate": passed, "exhausted": exhausted}
+        passed = [found.passed_gate for found in members if found.passed_gate is not None]
+        exhausted = [found.exhausted for found in members if found.exhausted is not None]
+        if passed:
+            ran_out = sum(exhausted) if exhausted else None
+            table[group] = {"prompts": len(prompts), "passed_gate": sum(passed), "exhausted": ran_out}
     return table
 
 
@@ -209,12 +193,12 @@ def _unmitigated_scores(cell: Cell) -> Iterable[ScoreRecord]:
     other = cell.unmitigated
     if other is None or not other.is_done(ScoreRecord):
         return ()
-    own, theirs = (read_file(store.folder / SCORING_FILE, Scoring) for store in (cell.store, other))
+    own, theirs = (read_file(store.folder / SCORING_FILE, schema.Scoring) for store in (cell.store, other))
     same = own.metrics == theirs.metrics and own.references == theirs.references
     return other.records(ScoreRecord).values() if same else ()
 
 
-def _detection(cell: Cell, measured: Sequence[MemorizationRecord]) -> dict[str, Roc]:
+def _detection(cell: Cell, measured: Sequence[MemorizationRecord]) -> dict[str, schema.Roc]:
     """How well the memorization score tells memorized prompts from others: without mitigation, where both are there."""
     is_memorized = {p.id: bool(p.kind) for p in cell.prompts}
     scored = [(is_memorized[record.prompt], record.score) for record in measured if record.score is not None]
@@ -223,4 +207,4 @@ def _detection(cell: Cell, measured: Sequence[MemorizationRecord]) -> dict[str, 
     if cell.is_mitigated or not (memorized and other):
         return {}
     failed = len(measured) - len(scored)
-    return {"memorization": Roc(title="Memorization score", failed=failed, **detection(memorized, other))}
+    return {"memorization": schema.Roc(title="Memorization score", failed=failed, **detection(memorized, other))}

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nemo_bench import Diffusion, Neurons, resolve
-from nemo_bench.benchmark.audit import Changes, cells_of, verdict
+from nemo_bench.benchmark.audit import cells_of, verdict
 from nemo_bench.benchmark.stages.audit import AuditSettings, fitted_picture
 from nemo_bench.cli import main
 from nemo_bench.config import build, grid, options
@@ -384,7 +384,7 @@ def test_the_verdict_follows_from_differences_to_prompts_and_controls(
     prompt: list[float], found: list[float], control: list[float], expected: str
 ) -> None:
     over_control, prompt_over_control = (np.array(own)[: len(control)] - np.array(control) for own in (found, prompt))
-    changes = Changes(np.array(found) - np.array(prompt), over_control, prompt_over_control)
-    assert verdict(changes) == expected
+    changes = (np.array(found) - np.array(prompt), over_control, prompt_over_control)
+    assert verdict(*changes) == expected
     unmitigated = "memorized" if expected in ("hidden", "kept", "unclear") else expected
-    assert verdict(changes, mitigated=False) == unmitigated
+    assert verdict(*changes, mitigated=False) == unmitigated

@@ -296,7 +296,7 @@ def test_images_that_moved_are_found_again_and_changed_ones_are_others(made: Pat
     score(cells_of(folder, ["~metrics.neurons"], say=said.append, progress=False), "test", say=said.append)
     (line,) = (line for line in said if "left out" in line)
     former = folder / line.split(":")[0]
-    assert "not those that were scored" in line
+    assert "1 image not as scored" in line
     assert [path.parent for path in before if path.read_text() == before[path]] == [former]
     with pytest.raises(StoreError, match="1 image not as scored"):
         scored(former)
@@ -363,7 +363,8 @@ def test_an_unfinished_cell_is_left_out_and_named(finished: Path) -> None:
     said: list[str] = []
     cells = cells_of(finished, say=said.append, progress=False)
     assert [c.spec.method for c in cells] == ["none"]
-    assert said == [f"{cell(finished, 'random').name}: left out, not all of its images are there"]
+    why = "not all images are there; give the command of the run again to go on"
+    assert said == [f"{cell(finished, 'random').name}: left out, {why}"]
     with pytest.raises(StoreError, match="not all images are there; give the command of the run"):
         cells_of(cell(finished, "random"), progress=False)
 

@@ -81,7 +81,7 @@ def test_images_are_paired_with_those_without_mitigation_whenever_they_come(tmp_
 
     # Asked for alone again, it is still paired with what lies beside it, and nothing is scored anew.
     asked = plan(grid(words(tmp_path, prompt_file, "method=random")))
-    assert [set(work.records.values()) for work in pending_work(asked)] == [{0}, {0}]  # its source is the first
+    assert [set(records.values()) for _, records in pending_work(asked)] == [{0}, {0}]  # its source is the first
     before = (both["random"] / "metrics.json").read_text()
     execute(tmp_path, prompt_file, "method=random")
     assert (both["random"] / "metrics.json").read_text() == before
@@ -174,14 +174,16 @@ def test_what_metrics_lack_is_known_before_anything_loads(
     tmp_path: Path, prompt_file: Path, weights: Path, real: Path
 ) -> None:
     asked = words(tmp_path, prompt_file, "method=none", f"weights={weights}", *DISTANCES)
-    with pytest.raises(ConfigError, match=r"(?s)metrics.fid: FID .*set real_images=FOLDER.*\nwithout: .~metrics.fid"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)metric fid .*FID .*set real_images=FOLDER.*\n.*without these metrics: .~metrics.fid"
+    ):
         plan(grid(asked))
     assert plan(grid([*asked, f"real_images={real}"]))
     (weights / "sscd.pt").unlink()
     with pytest.raises(ModelError, match=r"no weights for SSCD disc_mixup.*Download https://.*weights=FOLDER"):
         plan(grid([*asked, f"real_images={real}"]))
     for name in ("nemo", "membench", "wen", "full"):
-        with pytest.raises(ModelError, match=r"(?s)Download https://.*without: .~metrics\."):
+        with pytest.raises(ModelError, match=r"(?s)Download https://.*without these metrics: .~metrics\."):
             plan(grid(words(tmp_path, prompt_file, "method=none", f"metrics={name}", "model.guidance=2")))
 
 
@@ -205,10 +207,10 @@ def test_other_weights_score_again_and_other_folders_do_not(tmp_path: Path, prom
     cell = execute(tmp_path, prompt_file, *asked, f"weights={weights}")["none"]
     before = json.loads((cell / "scoring.json").read_text())
     moved = weights.rename(tmp_path / "moved")
-    (work,) = pending_work(plan(grid(words(tmp_path, prompt_file, *asked, f"weights={moved}"))))
-    assert set(work.records.values()) == {0}
+    ((_, records),) = pending_work(plan(grid(words(tmp_path, prompt_file, *asked, f"weights={moved}"))))
+    assert set(records.values()) == {0}
     assert str(tmp_path) not in json.dumps(before)
     with (moved / "sscd.pt").open("ab") as file:
         file.write(b"another file")
-    (work,) = pending_work(plan(grid(words(tmp_path, prompt_file, *asked, f"weights={moved}"))))
-    assert work.records["score"] == 3
+    ((_, records),) = pending_work(plan(grid(words(tmp_path, prompt_file, *asked, f"weights={moved}"))))
+    assert records["score"] == 3

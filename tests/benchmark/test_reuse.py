@@ -134,7 +134,7 @@ def test_what_was_found_is_blocked_again(finished: Path, tmp_path: Path, prompts
     moved = file.parent / f"moved-{kind}.csv" if kind == "csv" else tmp_path / "moved"
     (shutil.copy if kind == "csv" else shutil.copytree)(file, moved)
     renamed = plan(grid(words(tmp_path, prompts, "method=saved", f"method.file='{moved}'")))
-    assert [not any(work.records.values()) for work in pending_work(renamed)] == [True]
+    assert [not any(records.values()) for _, records in pending_work(renamed)] == [True]
 
 
 def test_prompts_without_saved_neurons_are_found_before_anything_loads(finished: Path, prompts: str) -> None:

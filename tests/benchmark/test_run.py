@@ -162,7 +162,7 @@ def test_again_nothing_is_open_and_nothing_is_loaded(
     folder, prompts = finished
     before = results(folder)
     cells = plan(grid(words(folder.parent, prompts)))
-    assert all(not any(work.records.values()) for work in pending_work(cells))
+    assert all(not any(records.values()) for _, records in pending_work(cells))
 
     def refuse(*args: object) -> None:
         raise AssertionError("a model was loaded")
