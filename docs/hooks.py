@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from runpy import run_path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -133,8 +133,9 @@ def records() -> str:
 
 
 def files() -> str:
-    """The fields of every file that has a class, with its JSON schema."""
-    return "\n\n".join(_entry(name, kind) for name, (kind, _) in FILES.items() if kind is not None)
+    """The fields of every file of entries, with their JSON schema."""
+    kinds = {name: [form, *get_args(form)][-1] for name, (form, _) in FILES.items()}
+    return "\n\n".join(_entry(name, kind) for name, kind in kinds.items() if isinstance(kind, type(Entry)))
 
 
 def repairs() -> str:

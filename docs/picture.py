@@ -38,7 +38,7 @@ def draw_images(folder: Path, out: Path) -> None:
         of_kind = {kind: [prompt for prompt in cell.prompts if prompt.kind == kind] for kind in SHOWN}
         prompts = [prompt for kind, count in SHOWN.items() for prompt in of_kind[kind][:count]]
         rows["Training image"] = [prompt.references[0] for prompt in prompts]
-        rows[cell.spec.title] = [cell.outcomes[prompt.id].images[0].path for prompt in prompts]
+        rows[cell.spec.title] = [next(iter(cell.outcomes[prompt.id].images.values())) for prompt in prompts]
     figure, axes = plt.subplots(len(rows), sum(SHOWN.values()), figsize=(10, 5.1), dpi=128)
     for axis, prompt in zip(axes[0], prompts, strict=True):
         axis.set_title(prompt.id, fontsize=11)

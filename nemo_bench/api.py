@@ -105,10 +105,9 @@ def read_scores(folder: Path | str) -> list[dict[str, Any]]:
         for prompt in cell.prompts:
             outcome = cell.outcomes[prompt.id]
             about = {"prompts": cell.spec.prompts, "prompt": prompt.id, "text": prompt.text, "group": prompt.group}
-            scores = [(None, outcome.scores), *((image.seed, image.scores) for image in outcome.images)]
             rows += [
                 {**own, **about, "seed": seed, "metric": metric, "value": value}
-                for seed, values in scores
-                for metric, value in values.items()
+                for seed in (None, *outcome.images)
+                for metric, value in outcome.scores.get(seed, {}).items()
             ]
     return rows

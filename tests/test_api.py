@@ -123,5 +123,5 @@ def test_a_benchmark_and_its_scores_as_rows(tmp_path: Path, prompt_file: Path) -
     assert ssim[0]["value"] in [r["scores"].get("ssim") for r in records.values() if r["prompt"] == "vm-01"]
     assert {row["label"] for row in rows} == {"No mitigation", "Random neurons"}
     assert all(row["seed"] is None for row in rows if row["metric"] == "neurons")
-    (start,) = read_json(next(folder.glob("*__none__*")) / "env.json")["starts"]
+    (start,) = read_json(next(folder.glob("*__none__*")) / "env.json")
     assert start["command"].startswith("nemo_bench.run('method=none,random', ")

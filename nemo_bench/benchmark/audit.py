@@ -28,8 +28,8 @@ from nemo_bench.methods.descent import check_precision
 from nemo_bench.metrics import BenchMetric, MemorizationRate
 from nemo_bench.records import schema
 from nemo_bench.records.data import Kind, Prompt
-from nemo_bench.records.io import LAYERS, digest, read_file, write_json
-from nemo_bench.records.schema import Audit, Audits, SearchRecord, SearchScoreRecord, Spec, Summary
+from nemo_bench.records.io import digest, read_file, write_json
+from nemo_bench.records.schema import Audit, Layers, SearchRecord, SearchScoreRecord, Spec, Summary
 from nemo_bench.records.statistics import bootstrap_interval, paired
 from nemo_bench.records.store import read_run, read_spec
 
@@ -134,7 +134,7 @@ def _plan_searches(cell: Cell, settings: AuditSettings) -> None:
     """Gives a cell its searches."""
     store, model = cell.store, cell.config.settings.model
     assert cell.method is not None
-    for name, kind in (("audit.json", Audits), ("layers.json", LAYERS), ("metrics.json", Summary)):
+    for name, kind in (("audit.json", list[Audit]), ("layers.json", Layers), ("metrics.json", Summary)):
         if (store.folder / name).exists():  # the report that follows can't do without them
             read_file(store.folder / name, kind)
     if source_of(model).digest() != cell.spec.settings["model"]["weights"]:
@@ -211,8 +211,8 @@ def audit(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Path
         if is_main():
             path = cell.store.folder / "audit.json"
             found = summarize(cell, command)
-            before = read_file(path, Audits).audits if path.exists() else []
-            write_json(path, Audits(audits=[*(entry for entry in before if entry.id != found.id), found]))
+            before = read_file(path, list[Audit]) if path.exists() else []
+            write_json(path, [*(entry for entry in before if entry.id != found.id), found])
     if is_main():
         write_pages(folder)
     return folder
@@ -287,17 +287,14 @@ def summarize(cell: Cell, command: str = "") -> Audit:
         settings=settings.identity,
         states={state: text for state, text in STATES.items() if any(state in row for row in means.values())},
         metrics={name: schema.MetricInfo(**metric.describe()) for name, metric in metrics.items()},
-        groups={
-            group: schema.SearchGroup(
-                prompts=len({task.source.id for task in tasks}),
-                scores={
-                    metric: {
-                        state: _interval(_by_source(tasks, values(tasks, state, metric)))
-                        for state in means[tasks[0].id]
-                    }
-                    for metric in metrics
-                },
-            )
+        groups={group: len({task.source.id for task in tasks}) for group, tasks in scored_of.items() if tasks},
+        scores={
+            group: {
+                metric: {
+                    state: _interval(_by_source(tasks, values(tasks, state, metric))) for state in means[tasks[0].id]
+                }
+                for metric in metrics
+            }
             for group, tasks in scored_of.items()
             if tasks
         },

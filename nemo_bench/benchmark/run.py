@@ -12,9 +12,9 @@ from nemo_bench.benchmark.runner import Runner, note_start, open_folder
 from nemo_bench.benchmark.summary import summarize
 from nemo_bench.localization.published import PublishedRow, by_position, published_text
 from nemo_bench.records.images import unreadable
-from nemo_bench.records.io import LAYERS, read_file, write_json, write_text
+from nemo_bench.records.io import read_file, write_json, write_text
 from nemo_bench.records.results import Results, load_detections, load_results
-from nemo_bench.records.schema import LocalizationRecord, ScoreRecord
+from nemo_bench.records.schema import Layers, LocalizationRecord, ScoreRecord
 from nemo_bench.records.store import Store, read_localizations
 from nemo_bench.report import write_report
 from nemo_bench.report.detection import write_detection
@@ -136,7 +136,7 @@ def _publish(cell: Cell) -> None:
     """Writes the neurons in the published form, beside the records; without prompts that failed."""
     if LocalizationRecord not in cell.stages:
         return
-    widths = read_file(cell.store.folder / "layers.json", LAYERS)
+    widths = read_file(cell.store.folder / "layers.json", Layers)
     localizations = read_localizations(cell.store.folder)
     rows = []
     for prompt in cell.prompts:

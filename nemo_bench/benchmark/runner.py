@@ -69,12 +69,12 @@ from nemo_bench.methods import Method, Setup
 from nemo_bench.metrics import BenchMetric, SetMetric
 from nemo_bench.prompts.data import PromptDataModule
 from nemo_bench.prompts.tasks import PromptTask
+from nemo_bench.records import schema
 from nemo_bench.records.images import visible
-from nemo_bench.records.io import LAYERS, SETS, digest, is_whole, read_file, write_json
+from nemo_bench.records.io import digest, is_whole, read_file, write_json
 from nemo_bench.records.schema import (
     CalibrationRecord,
-    Environment,
-    FeatureRecord,
+    ChunkRecord,
     ImageRecord,
     LocalizationRecord,
     MemorizationRecord,
@@ -84,7 +84,6 @@ from nemo_bench.records.schema import (
     ScoreRecord,
     Spec,
     Start,
-    StatisticsRecord,
     Threshold,
 )
 from nemo_bench.records.statistics import GROUPS
@@ -124,7 +123,7 @@ def open_folder(folder: Path, cells: Sequence[Cell], *, instead: bool = False) -
 def note_start(cell: Cell, command: str, runner: Runner) -> None:
     """Writes down a start of a cell, and its prompts."""
     path = cell.store.folder / "env.json"
-    starts = read_file(path, Environment).starts if is_whole(path, Environment) else []
+    starts = read_file(path, list[schema.Start]) if is_whole(path, list[schema.Start]) else []
     packages = ("nemo-bench", "torch", "diffusers", "transformers", "lightning", "torchmetrics", "open_clip_torch")
     start = Start(
         time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -136,7 +135,7 @@ def note_start(cell: Cell, command: str, runner: Runner) -> None:
         settings=asdict(cell.config.settings),
         versions={name: importlib.metadata.version(name) for name in packages},
     )
-    write_json(path, Environment(starts=[*starts, start]))
+    write_json(path, [*starts, start])
     write_prompts(cell.store.folder, cell.prompts)
 
 
@@ -267,7 +266,7 @@ class Runner:
     def localize(self, cell: Cell) -> None:
         """Localizes the neurons of a cell's prompts, and before them those that its method starts from."""
         store = cell.store
-        if is_main() and not is_whole(store.folder / "layers.json", LAYERS):
+        if is_main() and not is_whole(store.folder / "layers.json", schema.Layers):
             write_json(store.folder / "layers.json", self.model(cell).masks.widths)
         if LocalizationRecord not in cell.stages or store.is_done(LocalizationRecord):
             return
@@ -361,8 +360,8 @@ class Runner:
         def build_stage() -> Stage[Any]:
             return StatisticsStage(self.model(cell), store)
 
-        self.run_stage(StatisticsRecord, cell.spec.model, chunks, store, build_stage, 1)
-        records = store.records(StatisticsRecord)
+        self.run_stage(ChunkRecord, cell.spec.model, chunks, store, build_stage, 1)
+        records = store.records(ChunkRecord)
         files = (store.folder / str(records[chunk.id].file) for chunk in chunks)
         if is_main() and (merged := merge_statistics(files)):
             write_statistics(path, merged)
@@ -414,7 +413,7 @@ class Runner:
         size = max(1, rows_at_once(settings) // settings.seeds)
         label = str(cell.spec.method)
         self.run_stage(ScoreRecord, label, scored_tasks(cell), store, build_stage, size, reader, settings.workers)
-        if is_main() and not is_whole(store.folder / SETS_FILE, SETS):
+        if is_main() and not is_whole(store.folder / SETS_FILE, schema.Sets):
             write_json(store.folder / SETS_FILE, score_sets(cell, metrics))
 
     def _embed_real(self, metric: SetMetric, cell: Cell) -> None:
@@ -428,7 +427,7 @@ class Runner:
         def build_stage() -> Stage[Any]:
             return FeatureStage(metric.space, store)
 
-        self.run_stage(FeatureRecord, metric.title, chunks, store, build_stage, 1)
+        self.run_stage(ChunkRecord, metric.title, chunks, store, build_stage, 1)
 
     def run_stage(
         self,
@@ -573,7 +572,7 @@ def score_sets(cell: Cell, metrics: Mapping[str, BenchMetric]) -> dict[str, dict
             known[members] = {}
             for name, metric in wholes.items():
                 images = read_features([files[i] for i in members], digest(metric.space.fingerprint()))
-                features = real_store(metric, cell).records(FeatureRecord)
+                features = real_store(metric, cell).records(ChunkRecord)
                 chunks = Chunk.from_files(metric.files)
                 folder = real_store(metric, cell).folder
                 real = read_features([folder / str(features[chunk.id].file) for chunk in chunks], "real")

@@ -11,7 +11,7 @@ from nemo_bench.metrics import BenchMetric, detection
 from nemo_bench.prompts import dead_references
 from nemo_bench.records import schema
 from nemo_bench.records.data import Prompt
-from nemo_bench.records.io import SETS, read_file
+from nemo_bench.records.io import read_file
 from nemo_bench.records.schema import ImageRecord, LocalizationRecord, MemorizationRecord, PromptRecord, ScoreRecord
 from nemo_bench.records.statistics import GROUPS, aggregate, presets
 
@@ -36,7 +36,7 @@ def summarize(cell: Cell) -> schema.Summary:
     images = list(store.records(ImageRecord).values())
     scored = list(store.records(ScoreRecord).values())
     metrics = metrics_of(cell)
-    sets = read_file(store.folder / SETS_FILE, SETS)
+    sets = read_file(store.folder / SETS_FILE, schema.Sets)
     infos = {name: schema.MetricInfo(**metric.describe()) for name, metric in metrics.items()}
     by_other_papers = presets(scored, cell.prompts, infos)
     aggregates = aggregate(scored, cell.prompts, _unmitigated_scores(cell))

@@ -4,45 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
 
 from nemo_bench.errors import StoreError, did_you_mean
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.images import visible
 from nemo_bench.records.schema import FILES
 
-E = TypeVar("E", bound=BaseModel)
 T = TypeVar("T")
-
-LAYERS = TypeAdapter(dict[str, int])
-"""Widths of value layers by name, in network order: ``layers.json``."""
-SETS = TypeAdapter(dict[str, dict[str, float | None]])
-"""Scores of whole sets of images by group and metric, None where not finite: ``sets.json``."""
 
 
 def as_json(content: Any, indent: int | None = None) -> str:
-    """JSON that every parser reads: numbers that are not finite become null, since JSON has none."""
-    try:
-        return json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False)
-    except ValueError:
-        return json.dumps(_finite(content), indent=indent, ensure_ascii=False, allow_nan=False)
+    """An entry of the schema, or other data, as JSON that every parser reads.
 
-
-def _finite(content: Any) -> Any:
-    """The same content with None in place of numbers that are not finite."""
-    if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
+    Fields of an entry that have no value are left out. A number that is not finite is null, since JSON has none.
+    """
+    return to_json(content, indent=indent, inf_nan_mode="null", exclude_none=True).decode()
 
 
 def check_folder(folder: Path, wanted: str = "a run, a cell, or a folder of images") -> None:
@@ -102,10 +88,8 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes an entry of the schema, or other JSON-like data, whole."""
-    is_entry = isinstance(content, BaseModel)
-    text = content.model_dump_json(exclude_none=True, indent=2) if is_entry else as_json(content, indent=2)
-    write_text(path, text + "\n")
+    """Writes a file whole; see :func:`as_json`."""
+    write_text(path, as_json(content, indent=2) + "\n")
 
 
 def damaged(path: Path, why: object) -> StoreError:
@@ -114,25 +98,29 @@ def damaged(path: Path, why: object) -> StoreError:
     return StoreError(f"{path} does not hold what it should ({why}); delete this one file: {repair}")
 
 
-def read_file(path: Path, kind: type[E] | TypeAdapter[T]) -> E | T:
+def read_file(path: Path, form: type[T]) -> T:
     """Reads a file of the schema.
 
     Args:
         path: The file.
-        kind: Its class, or an adapter of its type.
+        form: Its type; see :data:`nemo_bench.records.schema.FILES`.
 
     Raises:
         StoreError: The file is not there or does not hold what it should.
     """
-    read = kind.validate_json if isinstance(kind, TypeAdapter) else kind.model_validate_json
     try:
-        return read(path.read_bytes(), strict=True)
+        return _adapter(form).validate_json(path.read_bytes(), strict=True)
     except FileNotFoundError:
         repair = FILES[path.name][1] if path.name in FILES else "its run never started"
         msg = f"{path} is missing: {path.parent} is no results folder of nemo_bench, or {repair}"
         raise StoreError(msg) from None
     except ValidationError as error:
         raise damaged(path, explain(error)) from None
+
+
+@cache
+def _adapter(form: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(form)
 
 
 def explain(error: ValidationError) -> str:
@@ -142,10 +130,10 @@ def explain(error: ValidationError) -> str:
     return f"{place}: {first['msg']}" if place else str(first["msg"])
 
 
-def is_whole(path: Path, kind: type[E] | TypeAdapter[T]) -> bool:
+def is_whole(path: Path, form: type[Any]) -> bool:
     """Whether a file is there and holds what it should."""
     try:
-        read_file(path, kind)
+        read_file(path, form)
     except StoreError:
         return False
     return True

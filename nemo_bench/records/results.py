@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
@@ -14,13 +14,13 @@ from typing import Any
 
 from nemo_bench.errors import StoreError
 from nemo_bench.records.data import Neurons, Prompt
-from nemo_bench.records.io import LAYERS, digest, read_file
+from nemo_bench.records.io import digest, read_file
 from nemo_bench.records.schema import (
     Audit,
-    Audits,
     DetectionRecord,
     Failures,
     ImageRecord,
+    Layers,
     LocalizationRecord,
     MemorizationRecord,
     MetricInfo,
@@ -52,34 +52,26 @@ _ATTENTION = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.attentions\.(\d+)\.
 
 
 @dataclass(frozen=True)
-class GeneratedImage:
-    """An image and its scores by metric."""
-
-    seed: int
-    path: Path
-    scores: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Outcome:
     """Results of a cell for one prompt."""
 
-    images: tuple[GeneratedImage, ...]  #: In the order of their seeds.
-    scores: Mapping[str, float]  #: Scores of the prompt as a whole, by metric.
+    images: Mapping[int, Path]  #: Files by seed, in order.
+    scores: Mapping[
+        int | None, Mapping[str, float]
+    ]  #: By metric of every seed; of None, those of the prompt as a whole.
     neurons: Neurons  #: Blocked neurons.
-    noise: Path | None  #: Strip of noise differences, or None.
-    failed: Mapping[int, str] = field(default_factory=dict)  #: Reasons of failed images by seed.
+    noise: Path | None  #: Strip of noise differences.
+    failed: Mapping[int, str]  #: Reasons of failed images by seed.
 
     @property
     def seeds(self) -> list[int]:
         """Seeds of the prompt, with and without an image."""
-        return sorted([*(image.seed for image in self.images), *self.failed])
+        return sorted([*self.images, *self.failed])
 
     def values(self, metric: str) -> list[float]:
-        """Scores of a metric: one an image, or the one of the prompt; none where the metric has no meaning."""
-        if metric in self.scores:
-            return [self.scores[metric]]
-        return [image.scores[metric] for image in self.images if metric in image.scores]
+        """Scores of a metric: the one of the prompt, or one an image; none where the metric has no meaning."""
+        seeds: list[int | None] = [None] if metric in self.scores.get(None, {}) else [*self.images]
+        return [self.scores[seed][metric] for seed in seeds if metric in self.scores.get(seed, {})]
 
 
 @dataclass(frozen=True)
@@ -126,7 +118,7 @@ class CellResults:
             StoreError: ``audit.json`` does not hold what it should.
         """
         file = self.folder / "audit.json"
-        return read_file(file, Audits).audits if file.is_file() else []
+        return read_file(file, list[Audit]) if file.is_file() else []
 
     @property
     def counts(self) -> dict[str, int]:
@@ -244,7 +236,7 @@ class Results:
         """Metrics that count something: all scores of images and prompts are whole numbers, and some are above one."""
         values: dict[str, set[float]] = {}
         for outcome in (outcome for cell in self.cells for outcome in cell.outcomes.values()):
-            for scores in (outcome.scores, *(image.scores for image in outcome.images)):
+            for scores in outcome.scores.values():
                 for key, value in scores.items():
                     values.setdefault(key, set()).add(value)
         return frozenset(k for k, v in values.items() if max(v) > 1 and all(float(x).is_integer() for x in v))
@@ -394,7 +386,7 @@ def _load_cell(folder: Path) -> CellResults:
         spec=spec,
         summary=read_file(folder / "metrics.json", Summary),
         starts=read_starts(folder),
-        layers=read_file(folder / "layers.json", LAYERS),
+        layers=read_file(folder / "layers.json", Layers),
         prompts=prompts,
         outcomes=_outcomes(folder, prompts),
         lost_images=len(Store(folder).pending_ids(ImageRecord, images)),
@@ -404,22 +396,21 @@ def _load_cell(folder: Path) -> CellResults:
 def _outcomes(folder: Path, prompts: Iterable[Prompt]) -> dict[str, Outcome]:
     neurons = {prompt: found.neurons for prompt, found in read_localizations(folder).items()}
     strips = {r.prompt: folder / r.image for r in read_records(folder, MemorizationRecord).values() if r.image}
-    scores = {
-        (record.prompt, record.seed): {key: value for key, value in record.scores.items() if isfinite(value)}
-        for record in read_records(folder, ScoreRecord).values()
-    }
-    images: dict[str, list[GeneratedImage]] = {}
+    scores: dict[str, dict[int | None, dict[str, float]]] = {}
+    for score in read_records(folder, ScoreRecord).values():
+        finite = {key: value for key, value in score.scores.items() if isfinite(value)}
+        scores.setdefault(score.prompt, {})[score.seed] = finite
+    images: dict[str, dict[int, Path]] = {}
     failed: dict[str, dict[int, str]] = {}
-    for record in read_records(folder, ImageRecord).values():
-        if record.image:
-            own = scores.get((record.prompt, record.seed), {})
-            images.setdefault(record.prompt, []).append(GeneratedImage(record.seed, folder / record.image, own))
+    for image in sorted(read_records(folder, ImageRecord).values(), key=lambda record: record.seed):
+        if image.image:
+            images.setdefault(image.prompt, {})[image.seed] = folder / image.image
         else:
-            failed.setdefault(record.prompt, {})[record.seed] = record.failed or ""
+            failed.setdefault(image.prompt, {})[image.seed] = image.failed or ""
     return {
         prompt.id: Outcome(
-            images=tuple(sorted(images.get(prompt.id, ()), key=lambda image: image.seed)),
-            scores=scores.get((prompt.id, None), {}),
+            images=images.get(prompt.id, {}),
+            scores=scores.get(prompt.id, {}),
             neurons=neurons.get(prompt.id, Neurons()),
             noise=strips.get(prompt.id),
             failed=failed.get(prompt.id, {}),

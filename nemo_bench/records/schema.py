@@ -25,10 +25,6 @@ class Entry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
 
-    def json_text(self, indent: int | None = None) -> str:
-        """The entry as JSON, without the fields that have no value."""
-        return self.model_dump_json(exclude_none=True, indent=indent)
-
 
 class Cost(Entry):
     """What a record took."""
@@ -59,21 +55,10 @@ class Record(Entry):
 
 
 class ChunkRecord(Record):
-    """Statistics of a chunk of general prompts, or features of a chunk of real pictures."""
+    """Moments of the activations of some general prompts, or features of some real pictures."""
 
+    stage = "chunk"
     count: int  #: Prompts or pictures of the chunk.
-
-
-class StatisticsRecord(ChunkRecord):
-    """Moments of the activations of some general prompts."""
-
-    stage = "statistics"
-
-
-class FeatureRecord(ChunkRecord):
-    """Features of some real pictures."""
-
-    stage = "features"
 
 
 class PromptRecord(Record):
@@ -157,12 +142,11 @@ class SearchScoreRecord(Record):
 
 
 RECORDS: tuple[type[Record], ...] = (
-    StatisticsRecord,
+    ChunkRecord,
     CalibrationRecord,
     LocalizationRecord,
     MemorizationRecord,
     ImageRecord,
-    FeatureRecord,
     ScoreRecord,
     DetectionRecord,
     SearchRecord,
@@ -193,7 +177,7 @@ class Spec(Entry):
 
 
 class Start(Entry):
-    """A start of a cell."""
+    """A start of a cell; ``env.json`` lists them, the latest last."""
 
     time: str  #: ISO 8601, UTC.
     command: str  #: What the user typed.
@@ -204,12 +188,6 @@ class Start(Entry):
     python: str = ""  #: Version.
     settings: dict[str, Any] = {}  #: All settings.
     versions: dict[str, str]  #: Of packages, by name.
-
-
-class Environment(Entry):
-    """Every start of a cell, the latest last: ``env.json``."""
-
-    starts: list[Start] = Field(min_length=1)
 
 
 class Run(Entry):
@@ -369,14 +347,6 @@ class Summary(Entry):
     peak_memory_of: Literal["process", "GPU"] = "process"  #: Whether the peak is that of the process or of the GPU.
 
 
-class SearchGroup(Entry):
-    """Searches of an audit for memorized prompts, or for controls."""
-
-    prompts: int  #: Number of different prompts.
-    #: By metric and state: ``mean``, ``low`` and ``high``, its 95% interval over prompts.
-    scores: dict[str, dict[str, dict[str, float]]]
-
-
 class SearchResult(Entry):
     """A search that the report shows."""
 
@@ -389,25 +359,21 @@ class SearchResult(Entry):
 
 
 class Audit(Entry):
-    """An audit of a cell."""
+    """An audit of a cell; ``audit.json`` lists them."""
 
     id: str  #: Hash of its searches.
     settings: dict[str, Any]  #: How it searched.
     states: dict[str, str]  #: What images are generated from, by state.
     metrics: dict[str, MetricInfo]  #: What each metric measures.
-    groups: dict[str, SearchGroup]  #: ``memorized`` and ``control``, where any search of them succeeded.
+    groups: dict[str, int]  #: Number of different prompts, ``memorized`` and ``control``, where any search succeeded.
+    #: By group, metric and state: ``mean``, ``low`` and ``high``, its 95% interval over prompts.
+    scores: dict[str, dict[str, dict[str, dict[str, float]]]]
     failed: dict[str, int]  #: Failed searches by group.
     compared: dict[str, Paired]  #: By metric, memorized minus control with the embedding that the search ended with.
     verdict: dict[str, str]  #: By memorization rate; see :func:`nemo_bench.benchmark.audit.verdict`.
     searches: list[SearchResult]  #: One entry a search.
     cost: dict[str, float]  #: Mean UNet passes and seconds of a search.
     command: str = ""  #: What the user typed.
-
-
-class Audits(Entry):
-    """All audits of a cell: ``audit.json``."""
-
-    audits: list[Audit]
 
 
 class LeaderboardRow(Entry):
@@ -454,10 +420,7 @@ class DetectionRow(Entry):
     cost: dict[str, float]  #: Mean UNet passes and seconds of a prompt.
     settings: dict[str, Any]  #: Of the detector.
     model_settings: dict[str, Any]  #: Of the model.
-
-
-class MeasuredDetectionRow(DetectionRow, Roc):
-    """A detector that scored both memorized and other prompts, with its measures."""
+    roc: Roc | None = None  #: Where both memorized and other prompts were scored.
 
 
 class DetectionTable(Entry):
@@ -465,22 +428,16 @@ class DetectionTable(Entry):
 
     version: int = Field(default=VERSION, alias="schema")
     name: str
-    detectors: list[MeasuredDetectionRow | DetectionRow]
+    detectors: list[DetectionRow]
 
 
 class Thumbnail(Entry):
-    """A small picture."""
+    """A small picture; ``thumbnails.json`` has one by name, size, time and box of its image."""
 
     uri: str  #: WebP as a data URI.
     width: int  #: In pixels.
     height: int  #: In pixels.
     tiny: bool  #: The image was not made smaller, so its pixels may be shown as squares.
-
-
-class ThumbnailCache(Entry):
-    """Small pictures of a cell by name, size, time and box of their image: ``thumbnails.json``."""
-
-    thumbnails: dict[str, Thumbnail]
 
 
 class Tracked(Entry):
@@ -494,23 +451,28 @@ class Tracked(Entry):
     url: str | None = None  #: Of the W&B run, unless it is offline.
 
 
+Layers = dict[str, int]
+"""Widths of value layers by name, in network order: ``layers.json``."""
+Sets = dict[str, dict[str, float | None]]
+"""Scores of whole sets of images by group and metric, None where not finite: ``sets.json``."""
+
 _RUN = "the command of the run writes it again, and computes nothing twice"
 _SCORE = "nemo-bench score, with its folder, writes it again"
 _REPORT = "nemo-bench report writes it again"
-FILES: Mapping[str, tuple[type[Entry] | None, str]] = {
+FILES: Mapping[str, tuple[Any, str]] = {
     "run.json": (Run, "the command of the run writes it again, with all cells that are in the folder"),
     "spec.json": (Spec, _RUN),
-    "env.json": (Environment, _RUN),
+    "env.json": (list[Start], _RUN),
     "prompts.jsonl": (None, _RUN),
-    "layers.json": (None, _RUN),
+    "layers.json": (Layers, _RUN),
     "scoring.json": (Scoring, _SCORE),
-    "sets.json": (None, _SCORE),
+    "sets.json": (Sets, _SCORE),
     "metrics.json": (Summary, f"{_SCORE}; that of a detector, nemo-bench detect"),
-    "audit.json": (Audits, "the commands of the audits write it again, and compute nothing twice"),
+    "audit.json": (list[Audit], "the commands of the audits write it again, and compute nothing twice"),
     "threshold.json": (Threshold, "the next run that needs it writes it again from its records"),
     "leaderboard.json": (Leaderboard, _REPORT),
     "detection.json": (DetectionTable, _REPORT),
-    "thumbnails.json": (ThumbnailCache, _REPORT),
+    "thumbnails.json": (dict[str, Thumbnail], _REPORT),
     "tracked.json": (Tracked, "nemo-bench track writes it again"),
 }
-"""The class of every file, and what writes a file again that was deleted."""
+"""The type of every file, None for lines of prompts, and what writes a file again that was deleted."""

@@ -23,7 +23,6 @@ from nemo_bench.records.io import as_json, damaged, digest, explain, prompts_dig
 from nemo_bench.records.io import is_whole as is_whole_file
 from nemo_bench.records.schema import (
     FILES,
-    Environment,
     ImageRecord,
     LocalizationRecord,
     MemorizationRecord,
@@ -64,7 +63,11 @@ def read_starts(folder: Path) -> list[Start]:
     Raises:
         StoreError: The file is not there or does not hold what it should.
     """
-    return read_file(folder / "env.json", Environment).starts
+    path = folder / "env.json"
+    starts = read_file(path, list[Start])
+    if not starts:
+        raise damaged(path, "no start")
+    return starts
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -381,7 +384,7 @@ class Store:
 
         def write(records: Iterable[R]) -> None:
             nonlocal path
-            lines = [self._with_digest(record).json_text() + "\n" for record in records]
+            lines = [as_json(self._with_digest(record)) + "\n" for record in records]
             path = path or self._claim(kind.stage)
             with path.open("a", encoding="utf-8") as file:
                 file.write("".join(lines))

@@ -59,25 +59,25 @@ class CellAudit:
             yield info.title, [*means, interval, f"{test.p:.2g}" if test else "–"]
 
     def _mean(self, group: str, metric: str, state: str) -> str:
-        groups = self.audit.groups
-        return f"{groups[group].scores[metric][state]['mean']:.2f}" if group in groups else "–"
+        scores = self.audit.scores
+        return f"{scores[group][metric][state]['mean']:.2f}" if group in scores else "–"
 
     @property
     def sentences(self) -> Iterator[str]:
         """The result in words, for every memorization rate."""
-        groups = self.audit.groups
+        scores = self.audit.scores
         for key, verdict in self.audit.verdict.items():
             title = self.audit.metrics[key].title
-            if "memorized" not in groups:
+            if "memorized" not in scores:
                 yield f"{title}: all searches for training images failed."
                 continue
-            own = groups["memorized"].scores[key]
+            own = scores["memorized"][key]
             text = (
                 f"{title}: {own['prompt']['mean']:.0%} of the images of a prompt, "
                 f"{own['found']['mean']:.0%} with the embedding found"
             )
-            if "control" in groups:
-                text += f", {groups['control'].scores[key]['found']['mean']:.0%} of controls"
+            if "control" in scores:
+                text += f", {scores['control'][key]['found']['mean']:.0%} of controls"
             yield f"{text}. {_MEANING[verdict]}"
         if failed := sum(self.audit.failed.values()):
             yield f"Searches that failed, since something was not finite, and are left out: {failed}."

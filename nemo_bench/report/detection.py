@@ -10,7 +10,7 @@ from typing import Any
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.io import write_json, write_text
 from nemo_bench.records.results import DetectorResults
-from nemo_bench.records.schema import DetectionRow, DetectionTable, MeasuredDetectionRow
+from nemo_bench.records.schema import DetectionRow, DetectionTable
 from nemo_bench.report.tables import markdown_table
 from nemo_bench.report.thumbnails import Thumbnails
 
@@ -59,20 +59,18 @@ def write_detection(detectors: Sequence[DetectorResults]) -> Path:
 
 def _row(detector: DetectorResults) -> DetectionRow:
     spec = detector.spec
-    values = {
-        "cell": spec.cell,
-        "model": spec.model,
-        "detector": spec.detector,
-        "label": detector.label,
-        "title": spec.title,
-        "cost": detector.summary.cost,
-        "settings": spec.settings["detector"],
-        "model_settings": spec.settings["model"],
+    return DetectionRow(
+        cell=spec.cell,
+        model=spec.model,
+        detector=spec.detector or "",
+        label=detector.label,
+        title=spec.title,
+        cost=detector.summary.cost,
+        settings=spec.settings["detector"],
+        model_settings=spec.settings["model"],
+        roc=detector.roc,
         **detector.summary.counts,
-    }
-    if detector.roc is None:
-        return DetectionRow(**values)
-    return MeasuredDetectionRow(**{**detector.roc.model_dump(), **values})
+    )
 
 
 def comparable(detectors: Sequence[DetectorResults]) -> list[tuple[str, list[DetectorResults]]]:

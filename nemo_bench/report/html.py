@@ -257,7 +257,7 @@ def _triple(
     pictures = [("Training image", thumbnails[cells[1].name](path, box)) for path in prompt.references[:1]]
     for cell in cells:
         make = thumbnails[cell.name]
-        pictures += [(cell.short, make(image.path, box)) for image in cell.outcomes[prompt.id].images[:1]]
+        pictures += [(cell.short, make(path, box)) for path in list(cell.outcomes[prompt.id].images.values())[:1]]
     return pictures
 
 
@@ -469,16 +469,12 @@ def _image(
     results: Results, cell: CellResults, outcome: Outcome, seed: int, size: Size, make: Thumbnails
 ) -> tuple[str, str, Thumbnail | None]:
     """Name of an image, its scores, and the image."""
-    image = next((image for image in outcome.images if image.seed == seed), None)
-    if image is None:
+    if seed not in outcome.images:
         why = f"failed: {outcome.failed[seed]}" if seed in outcome.failed else "not generated"
         return f"{cell.label}, seed {seed}: {why}", "", None
-    scores = [
-        f"{info.title} {_number(results, key, image.scores[key])}"
-        for key, info in results.metrics.items()
-        if key in image.scores
-    ]
-    return f"{cell.label}, seed {seed}", "\n".join(scores), make(image.path, (size.side, size.side))
+    own = outcome.scores.get(seed, {})
+    scores = [f"{info.title} {_number(results, key, own[key])}" for key, info in results.metrics.items() if key in own]
+    return f"{cell.label}, seed {seed}", "\n".join(scores), make(outcome.images[seed], (size.side, size.side))
 
 
 def _scores(results: Results) -> list[str]:

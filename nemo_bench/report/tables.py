@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nemo_bench.errors import counted
+from nemo_bench.records.io import as_json
 from nemo_bench.records.results import CellResults, Results
 from nemo_bench.records.schema import Aggregate, Leaderboard, LeaderboardRow
 from nemo_bench.records.statistics import holm, paired
@@ -313,4 +314,4 @@ def json_text(results: Results, rows: Sequence[Row]) -> str:
         ],
         unfinished=dict(results.unfinished),
     )
-    return content.json_text(indent=1) + "\n"
+    return as_json(content, indent=1) + "\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nemo_bench.errors import StoreError
 from nemo_bench.records.io import read_file, write_json
-from nemo_bench.records.schema import Thumbnail, ThumbnailCache
+from nemo_bench.records.schema import Thumbnail
 from nemo_bench.records.store import thumbnail
 
 
@@ -27,7 +27,7 @@ class Thumbnails:
         self._cached: dict[str, Thumbnail] = {}
         self._used: dict[str, Thumbnail] = {}
         with suppress(StoreError):
-            self._cached = read_file(self._file, ThumbnailCache).thumbnails
+            self._cached = read_file(self._file, dict[str, Thumbnail])
 
     def __call__(self, path: Path, box: tuple[int, int], *, lossless: bool = True) -> Thumbnail | None:
         """An image as WebP, made to fit a box; None if there is no image to read.
@@ -53,7 +53,7 @@ class Thumbnails:
         """Writes the thumbnails in use, if any is new; a folder that can't be written is left as it is."""
         if self._used.keys() != self._cached.keys():
             with suppress(OSError):
-                write_json(self._file, ThumbnailCache(thumbnails=dict(sorted(self._used.items()))))
+                write_json(self._file, dict(sorted(self._used.items())))
 
 
 def _make(path: Path, box: tuple[int, int], lossless: bool) -> Thumbnail | None:

@@ -124,8 +124,8 @@ class LoggedCell:
         before = self.unmitigated.outcomes.get(prompt.id) if self.unmitigated else None
         files = (
             prompt.references[0] if prompt.references else None,
-            before.images[0].path if before and before.images else None,
-            outcome.images[0].path if outcome.images else None,
+            next(iter(before.images.values()), None) if before else None,
+            next(iter(outcome.images.values()), None),
             outcome.noise,
         )
         made = {name: thumbnail(file, _BOX) for name, file in zip(PICTURES, files, strict=True) if file}

@@ -80,7 +80,7 @@ def lines(place: Path) -> int:
 
 
 def audits(run: Path, method: str) -> list[dict[str, Any]]:
-    return list(read_json(cell(run, method) / "audit.json")["audits"])
+    return list(read_json(cell(run, method) / "audit.json"))
 
 
 def shown_audits(run: Path) -> list[CellAudit]:
@@ -144,7 +144,7 @@ def test_sheets_and_scores_are_those_of_the_embeddings_in_the_files(
     run_image = SSIM().embed([first, open_image(store.folder / "images/vm-01_00.png")], (64, 64), torch.device("cpu"))
     assert float((run_image[0] - run_image[1]).abs().max()) < 0.02
 
-    mean = entry["groups"]["control"]["scores"]["ssim"]["found"]["mean"]
+    mean = entry["scores"]["control"]["ssim"]["found"]["mean"]
     assert mean == pytest.approx(sum(found["control", p, "found"] for p in ("vm-01", "tm-26")) / 2, abs=1e-6)
     difference = sum(found["memorized", p, "found"] - found["control", p, "found"] for p in ("vm-01", "tm-26")) / 2
     assert entry["compared"]["ssim"]["difference"] == pytest.approx(difference, abs=1e-6)
@@ -227,9 +227,9 @@ def test_a_control_of_several_prompts_counts_once(copy: Path, tmp_path: Path) ->
     assert main(words) == 0
     (entry,) = audits(copy, "none")
     assert [search["group"] for search in entry["searches"]] == ["memorized", "control"] * 2
-    assert entry["groups"]["control"]["prompts"] == 1
+    assert entry["groups"]["control"] == 1
     own, first, other, second = (search["scores"]["found"]["ssim"] for search in entry["searches"])
-    assert entry["groups"]["control"]["scores"]["ssim"]["found"]["mean"] == pytest.approx((first + second) / 2)
+    assert entry["scores"]["control"]["ssim"]["found"]["mean"] == pytest.approx((first + second) / 2)
     assert entry["compared"]["ssim"]["prompts"] == 1
     assert entry["compared"]["ssim"]["difference"] == pytest.approx((own - first + other - second) / 2)
 
@@ -237,7 +237,7 @@ def test_a_control_of_several_prompts_counts_once(copy: Path, tmp_path: Path) ->
 def test_an_audit_without_controls_has_no_verdict_and_says_so(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = cell(copy, "none") / "env.json"
     content = read_json(path)
-    content["starts"][-1]["settings"]["prompts"]["controls"] = None
+    content[-1]["settings"]["prompts"]["controls"] = None
     path.write_text(json.dumps(content))
     assert main(["audit", str(copy), "--cell", "none", *QUICK, "images=1", "limit=1"]) == 0
     shown = capsys.readouterr().out
@@ -248,7 +248,7 @@ def test_an_audit_without_controls_has_no_verdict_and_says_so(copy: Path, capsys
 
 def set_dtype(place: Path, dtype: str) -> None:
     env = read_json(place / "env.json")
-    env["starts"][-1]["settings"]["model"]["dtype"] = dtype
+    env[-1]["settings"]["model"]["dtype"] = dtype
     (place / "env.json").write_text(json.dumps(env))
 
 

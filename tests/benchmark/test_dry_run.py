@@ -99,7 +99,7 @@ def test_finished_records_tell_what_a_search_takes_and_how_long(words: list[str]
     assert row["seconds"] == pytest.approx(expected)
     pace = forecast(grid([*words, "method=none"]))["pace"]["planted"]
     assert pace["records"] == sum(map(len, found.values()))
-    assert pace["devices"] == [read_json(cell / "env.json")["starts"][0]["device"]]
+    assert pace["devices"] == [read_json(cell / "env.json")[0]["device"]]
 
 
 def test_passes_that_a_method_makes_itself_are_told_by_its_records(words: list[str], tmp_path: Path) -> None:

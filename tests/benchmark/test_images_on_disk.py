@@ -432,7 +432,7 @@ def test_a_part_of_the_prompts_and_images_of_any_size_are_scored_and_counted(mad
     with Image.open(images / "img_0000_01.png") as image:
         double = image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST)
     Image.new("RGB", double.size).save(images / "img_0000_01.png")
-    made_with = read_json(cell(made, "random") / "env.json")["starts"][-1]["settings"]["model"]
+    made_with = read_json(cell(made, "random") / "env.json")[-1]["settings"]["model"]
     clip = [f"model.clip={made_with['clip']}", f"model.clip_pretrained={made_with['clip_pretrained']}"]
     words = [word for word in elsewhere(tmp_path / "results", "x", *clip) if not word.startswith("model=")]
     said: list[str] = []

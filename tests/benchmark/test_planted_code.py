@@ -69,11 +69,11 @@ def test_a_planted_node_is_refused_before_anything_is_called(
     node = nodes(trap)[number]
     env = cell(folder) / "env.json"
     before = env.read_text()
-    plant(env, lambda content: content["starts"][-1]["settings"]["metrics"].update(planted=node))
+    plant(env, lambda content: content[-1]["settings"]["metrics"].update(planted=node))
     assert main(READING["score"](folder)) == 1
     assert "planted" in capsys.readouterr().err
     env.write_text(before)
-    plant(env, lambda content: content["starts"][-1]["settings"].update(method=node))
+    plant(env, lambda content: content[-1]["settings"].update(method=node))
     assert main(READING["audit"](folder)) == 1
     assert "method" in capsys.readouterr().err
     assert not trap.exists()

@@ -20,7 +20,6 @@ from nemo_bench.records.schema import (
     CalibrationRecord,
     Cost,
     Entry,
-    Environment,
     ImageRecord,
     LocalizationRecord,
     MemorizationRecord,
@@ -246,10 +245,10 @@ def _write_cell(
         store.writer(stage)(records[stage])
         store.finish(stage, [record.id for record in records[stage]])
     write_json(cell / "layers.json", LAYERS)
-    write_json(cell / "env.json", Environment(starts=[Start(
+    write_json(cell / "env.json", [Start(
         time="2026-11-23T17:00:00+00:00", command="nemo-bench run prompts=planted", commit="abc1234", dirty=False,
         device="cpu", versions={"nemo_bench": "0.1.0", "torch": "2.15.0"},
-    )]))  # fmt: skip
+    )])  # fmt: skip
     nemo = Preset(
         title="NeMo", definition="Median over images, then median ± MAD over prompts.",
         citation="Hintersdorf et al. 2024",

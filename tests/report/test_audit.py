@@ -10,16 +10,16 @@ from rich.table import Table
 from fake_results import METRICS
 from nemo_bench.records.io import write_json
 from nemo_bench.records.results import load_results
-from nemo_bench.records.schema import Audit, Audits, Paired, SearchGroup, SearchResult
+from nemo_bench.records.schema import Audit, Paired, SearchResult
 from nemo_bench.report import write_report
 from nemo_bench.report.audit import audits_of
 from nemo_bench.report.terminal import terminal_audits
 from tags import Tags
 
 
-def group(prompts: int, prompt: float, found: float) -> SearchGroup:
+def scores(prompt: float, found: float) -> dict[str, dict[str, dict[str, float]]]:
     means = {state: {"mean": mean, "low": 0.0, "high": 1.0} for state, mean in (("prompt", prompt), ("found", found))}
-    return SearchGroup(prompts=prompts, scores={"ssim": means})
+    return {"ssim": means}
 
 
 def test_an_audit_is_on_the_page_and_in_the_terminal(default: Path) -> None:
@@ -33,11 +33,12 @@ def test_an_audit_is_on_the_page_and_in_the_terminal(default: Path) -> None:
     audit = Audit(
         id="a", settings={"start": "prompt", "steps": 50, "samples": 8, "rate": 0.1, "images": 4},
         states={"prompt": "the prompt", "found": "the embedding found"}, metrics={"ssim": METRICS["ssim"]},
-        groups={"memorized": group(6, 0.1, 0.8), "control": group(6, 0.0, 0.25)}, failed={"memorized": 1},
+        groups={"memorized": 6, "control": 6}, scores={"memorized": scores(0.1, 0.8), "control": scores(0.0, 0.25)},
+        failed={"memorized": 1},
         compared={"ssim": Paired(difference=0.55, low=0.4, high=0.7, p=0.03125, prompts=6)},
         verdict={"ssim": "hidden"}, searches=[search], cost={},
     )  # fmt: skip
-    write_json(cell / "audit.json", Audits(audits=[audit]))
+    write_json(cell / "audit.json", [audit])
     results = load_results(default)
     (shown,) = audits_of(results)
     assert shown.title == "NeMo: 50 steps of 8 samples at rate 0.1 from the prompt, 4 images each"

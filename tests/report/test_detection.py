@@ -12,7 +12,7 @@ from nemo_bench.errors import StoreError
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.io import read_file, write_json
 from nemo_bench.records.results import load_detections
-from nemo_bench.records.schema import DetectionRecord, DetectionTable, MeasuredDetectionRow, Roc, Spec, Summary
+from nemo_bench.records.schema import DetectionRecord, DetectionTable, Roc, Spec, Summary
 from nemo_bench.records.store import Store, write_prompts
 from nemo_bench.report.detection import write_detection
 from nemo_bench.report.terminal import terminal_detection
@@ -78,7 +78,7 @@ def test_json_page_markdown_and_terminal_show_the_same_numbers(run: Path) -> Non
     assert [(row.label, row.failed, row.seeds, row.prompts) for row in rows] == [
         ("Noise magnitude", 0, 4, 3), ("Token significance", 0, 4, 3), ("Failing", 1, 4, 3)
     ]  # fmt: skip
-    assert [row.auc for row in rows if isinstance(row, MeasuredDetectionRow)] == [1.0, 0.5, 0.75]
+    assert [row.roc and row.roc.auc for row in rows] == [1.0, 0.5, 0.75]
     markdown = (run / "detection.md").read_text(encoding="utf-8")
     console = Console(file=io.StringIO(), width=200)
     console.print(*terminal_detection(detectors))
@@ -98,7 +98,7 @@ def test_detectors_of_prompts_of_one_sort_have_scores_and_no_curves(tmp_path: Pa
     page = write_detection(load_detections(tmp_path)).read_text(encoding="utf-8")
     assert "No ROC curves" in page
     (row,) = read_file(tmp_path / "detection.json", DetectionTable).detectors
-    assert not isinstance(row, MeasuredDetectionRow)
+    assert row.roc is None
     assert row.title == "Noise magnitude"
 
 

@@ -34,7 +34,7 @@ def test_the_page_shows_the_numbers_of_the_cells(run: Path, page: str) -> None:
             assert f"{cell.summary.aggregates[group]['fid'].mean:.1f}" in text
             assert f"median {value.median:.3f} ± {value.mad:.3f}" in text
         for prompt in cell.prompts:
-            assert f"{cell.outcomes[prompt.id].scores['memorization']:.3f}" in text
+            assert f"{cell.outcomes[prompt.id].scores[None]['memorization']:.3f}" in text
 
 
 def test_texts_of_the_run_are_escaped(tmp_path: Path) -> None:

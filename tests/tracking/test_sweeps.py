@@ -96,7 +96,9 @@ def test_metric_of_sweeps_exists_without_kinds_and_is_bounded_by_alignment(finis
     unkinded = [p._replace(kind="memorized" if p.kind else None) for p in nemo.results.prompts]
     without_kinds = replace(alone, results=replace(nemo.results, prompts=unkinded))
     assert without_kinds.means["bounded/ssim/mean"] == pytest.approx(mean)
-    far = {i: replace(o, images=tuple(replace(g, scores={**g.scores, "alignment": 9.0}) for g in o.images))
-           for i, o in none.outcomes.items()}  # fmt: skip
+    far = {
+        name: replace(o, scores={**o.scores, **{seed: {**o.scores[seed], "alignment": 9.0} for seed in o.images}})
+        for name, o in none.outcomes.items()
+    }
     bound = replace(nemo, unmitigated=replace(none, outcomes=far))
     assert bound.means["bounded/ssim/mean"] == pytest.approx(mean + 1 + 9 - own - ALIGNMENT_LOSS)

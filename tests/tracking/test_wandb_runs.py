@@ -23,10 +23,11 @@ from fake_results import change_file
 from nemo_bench.cli import main
 from nemo_bench.config import LoggerSettings
 from nemo_bench.errors import ConfigError, TrackingError
-from nemo_bench.records.io import LAYERS, read_file, write_json
+from nemo_bench.records.data import Neurons
+from nemo_bench.records.io import read_file, write_json
 from nemo_bench.records.results import load_results
-from nemo_bench.records.schema import Environment, LocalizationRecord, Roc, Run, ScoreRecord, Summary, Tracked
-from nemo_bench.records.store import read_records, read_starts
+from nemo_bench.records.schema import Layers, Roc, Run, ScoreRecord, Summary, Tracked
+from nemo_bench.records.store import read_localizations, read_records, read_starts
 from nemo_bench.tracking import sweep_trial, track
 from nemo_bench.tracking.logged import PICTURES
 from offline_run import OfflineRun
@@ -90,8 +91,8 @@ def test_the_table_shows_every_prompt_with_pictures_scores_and_neurons(nemo: Pat
     assert [row["group"] for row in table] == ["VM", "TM", "general"]
     assert all(row[picture] == "Image" for row in table[:2] for picture in PICTURES)
     assert table[2]["training image"] is None
-    localized = {record.prompt: record for record in read_records(nemo, LocalizationRecord).values()}
-    assert all(json.loads(row["neurons by layer"]) == localized[row["prompt"]].neurons for row in table)
+    localized = read_localizations(nemo)
+    assert all(Neurons(json.loads(row["neurons by layer"])) == localized[row["prompt"]].neurons for row in table)
     scores = [
         record.scores["ssim"]
         for record in read_records(nemo, ScoreRecord).values()
@@ -123,12 +124,12 @@ def test_only_so_many_prompts_are_shown_with_pictures(nemo: Path) -> None:
 
 def test_charts_hold_what_the_records_hold(nemo: Path) -> None:
     run, aggregates = logged_run(nemo), read_file(nemo / "metrics.json", Summary).aggregates
-    found = {record.prompt: record.neurons or {} for record in read_records(nemo, LocalizationRecord).values()}
+    found = {prompt: localization.neurons for prompt, localization in read_localizations(nemo).items()}
     counts = {prompt: sum(map(len, layers.values())) for prompt, layers in found.items()}
     table = rows(run.table("neurons/per_prompt_table"))
     assert {row["prompt"]: row["neurons"] for row in table} == counts
     layers = rows(run.table("neurons/per_layer_table"))
-    assert [row["width"] for row in layers] == list(read_file(nemo / "layers.json", LAYERS).values())
+    assert [row["width"] for row in layers] == list(read_file(nemo / "layers.json", Layers).values())
     assert layers[0]["layer"] == "down.0.0"
     assert sum(row["neurons"] for row in layers) == pytest.approx(sum(counts.values()) / 3)
     x, y = (run.charts["tradeoff/groups"]["fieldSettings"][axis] for axis in "xy")
@@ -189,7 +190,7 @@ def test_unchanged_results_are_logged_once_and_changed_ones_continue_the_run(run
     track(load_results(run), SETTINGS, say=said.append)
     assert len(list(run.glob("*/wandb/offline-run-*"))) == 2
     assert "2 cells unchanged" in said[-1]
-    write_json(nemo / "env.json", Environment(starts=read_starts(nemo) * 2))
+    write_json(nemo / "env.json", read_starts(nemo) * 2)
     track_cell(nemo, SETTINGS, again=True, say=said.append)
     again = OfflineRun(nemo)
     assert again.folder != first.folder

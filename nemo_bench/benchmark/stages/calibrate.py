@@ -12,11 +12,11 @@ from nemo_bench.diffusion import Diffusion
 from nemo_bench.localization import ENCODED, PAPER, Protocol, activation_moments, pair_scores, save_moments
 from nemo_bench.prompts.tasks import PromptTask
 from nemo_bench.records.io import batched
-from nemo_bench.records.schema import CalibrationRecord, Cost, StatisticsRecord
+from nemo_bench.records.schema import CalibrationRecord, ChunkRecord, Cost
 from nemo_bench.records.store import Store
 
 
-class StatisticsStage(Stage[StatisticsRecord]):
+class StatisticsStage(Stage[ChunkRecord]):
     """Moments of the activations of general prompts, from which mean and standard deviation come.
 
     Args:
@@ -25,18 +25,18 @@ class StatisticsStage(Stage[StatisticsRecord]):
     """
 
     def __init__(self, model: Diffusion, store: Store) -> None:
-        super().__init__(store, StatisticsRecord)
+        super().__init__(store, ChunkRecord)
         self.model = model
 
     @override
-    def handle(self, tasks: Sequence[Chunk]) -> list[StatisticsRecord]:
+    def handle(self, tasks: Sequence[Chunk]) -> list[ChunkRecord]:
         records = []
         for chunk in tasks:
             file = f"statistics/{chunk.id}.safetensors"
             path = self.store.folder / file
             path.parent.mkdir(exist_ok=True)
             save_moments(path, activation_moments(self.model, batched(chunk.items, ENCODED)))
-            records.append(StatisticsRecord(id=chunk.id, file=file, count=len(chunk.items)))
+            records.append(ChunkRecord(id=chunk.id, file=file, count=len(chunk.items)))
         return records
 
 

@@ -14,11 +14,11 @@ from nemo_bench.benchmark.stages.base import Chunk, Stage
 from nemo_bench.metrics import BenchMetric, Network, SetMetric
 from nemo_bench.records.images import open_image
 from nemo_bench.records.io import digest, replacing
-from nemo_bench.records.schema import FeatureRecord
+from nemo_bench.records.schema import ChunkRecord
 from nemo_bench.records.store import Store
 
 
-class FeatureStage(Stage[FeatureRecord]):
+class FeatureStage(Stage[ChunkRecord]):
     """Features of the real pictures of a folder.
 
     Args:
@@ -27,18 +27,18 @@ class FeatureStage(Stage[FeatureRecord]):
     """
 
     def __init__(self, space: Network, store: Store) -> None:
-        super().__init__(store, FeatureRecord)
+        super().__init__(store, ChunkRecord)
         self.space = space
 
     @override
-    def handle(self, tasks: Sequence[Chunk]) -> list[FeatureRecord]:
+    def handle(self, tasks: Sequence[Chunk]) -> list[ChunkRecord]:
         records = []
         for chunk in tasks:
             pictures = [open_image(path) for path in chunk.items]
             features = self.space.embed(pictures, pictures[0].size, self.device)
             file = f"features/{chunk.id}.safetensors"
             save_features(self.store.folder / file, {"real": features})
-            records.append(FeatureRecord(id=chunk.id, file=file, count=len(chunk.items)))
+            records.append(ChunkRecord(id=chunk.id, file=file, count=len(chunk.items)))
         return records
 
 

@@ -34,7 +34,7 @@ from nemo_bench.metrics import (
 )
 from nemo_bench.prompts.tasks import PromptTask
 from nemo_bench.records.data import Prompt
-from nemo_bench.records.schema import FeatureRecord, ImageRecord, ScoreRecord, Spec
+from nemo_bench.records.schema import ChunkRecord, ImageRecord, ScoreRecord, Spec
 from nemo_bench.records.store import Store
 from small_networks import clip, descriptor, sscd
 
@@ -237,7 +237,7 @@ def test_features_of_sets_are_kept_and_combined_in_order(
     real.open(Spec(task="features", settings={}))
     chunks = Chunk.from_files(metric.files)
     FeatureStage(space, real).predict_step(chunks, 0)
-    kept_records = [real.records(FeatureRecord)[chunk.id] for chunk in chunks]
+    kept_records = [real.records(ChunkRecord)[chunk.id] for chunk in chunks]
     kept = read_features([real.folder / str(record.file) for record in kept_records], "real")
     expected = space.embed([Image.open(path).convert("RGB") for path in metric.files], (24, 24), CPU)
     torch.testing.assert_close(kept, expected)
