@@ -78,14 +78,7 @@ def inspect_image(path: Path | str, *, decode: bool = True) -> ImageFile:
 def inspect_images(
     paths: Sequence[Path | str], what: str, *, decode: bool = True, progress: bool = True
 ) -> list[ImageFile]:
-    """Inspects image files in threads; many get a progress bar on a terminal.
-
-    Args:
-        paths: The files.
-        what: Name of the images for the progress bar, such as ``"real images"``.
-        decode: Whether to decode the files, besides hashing them.
-        progress: Whether a progress bar is allowed.
-    """
+    """Inspects image files in threads; many get a bar on a terminal, which calls them ``what``."""
     columns = (TextColumn(f"check {what}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     is_shown = progress and len(paths) >= MANY and sys.stderr.isatty()
     with (
@@ -164,10 +157,6 @@ def unreadable(paths: Iterable[Path], what: str) -> dict[Path, str]:
     Files that were decoded before are skipped until they change. ``nemo_bench/images.txt`` in the user's cache folder
     (``XDG_CACHE_HOME``) lists them; it may be deleted at any time.
 
-    Args:
-        paths: The files.
-        what: Name of the images for the progress bar.
-
     Returns:
         The reason for each unreadable file, in the order given.
     """
@@ -207,11 +196,6 @@ def visible(paths: Iterable[Path], root: Path) -> Iterator[Path]:
 
 
 def list_images(folder: Path, *, deep: bool = False) -> list[Path]:
-    """Lists the visible image files of a folder by their endings, sorted by path.
-
-    Args:
-        folder: The folder.
-        deep: Whether to include subfolders.
-    """
+    """The visible image files of a folder, and of those in it if ``deep``, by their endings, sorted by path."""
     paths = folder.rglob("*") if deep else folder.iterdir()
     return sorted(path for path in visible(paths, folder) if path.suffix.lower() in ENDINGS and path.is_file())

@@ -32,11 +32,7 @@ def as_json(content: Any, indent: int | None = None) -> str:
 
 
 def check_folder(folder: Path, wanted: str = "a run, a cell, or a folder of images") -> None:
-    """Refuses a path that is no folder.
-
-    Args:
-        folder: Where results or images are.
-        wanted: What the folder should be, for the message.
+    """Refuses a path that is no folder; ``wanted`` is what it should be, for the message.
 
     Raises:
         StoreError: There is none; names the nearest of those beside it.
@@ -99,11 +95,7 @@ def damaged(path: Path, why: object) -> StoreError:
 
 
 def read_file(path: Path, form: type[T]) -> T:
-    """Reads a file of the schema.
-
-    Args:
-        path: The file.
-        form: Its type; see :data:`nemo_bench.records.schema.FILES`.
+    """Reads a file of the schema by its type; see :data:`nemo_bench.records.schema.FILES`.
 
     Raises:
         StoreError: The file is not there or does not hold what it should.
@@ -152,15 +144,7 @@ def parse_json(text: str) -> Any:
 
 
 def digest(content: Any, length: int = 16) -> str:
-    """Hash of JSON-like data, the same on every machine.
-
-    Args:
-        content: What to hash; keys are sorted, so their order does not matter.
-        length: Number of hexadecimal digits.
-
-    Returns:
-        The first digits of a SHA-256.
-    """
+    """The first hexadecimal digits of the SHA-256 of JSON-like data, in which the order of keys does not matter."""
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:length]
 

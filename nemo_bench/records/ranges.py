@@ -54,15 +54,10 @@ def _checking(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def check_ranges(owner: str, annotated: Any, values: Mapping[str, Any]) -> None:
-    """Checks values against the ranges in the annotations of a function or class.
-
-    Args:
-        owner: What the values are for, for the message.
-        annotated: The function or class.
-        values: By name; those without a range are not looked at.
+    """Checks values by name against the ranges in the annotations of a function or class.
 
     Raises:
-        ConfigError: A value is out of its range.
+        ConfigError: A value is out of its range; names the owner.
     """
     for name, adapter in _ranges(annotated).items():
         try:

@@ -10,27 +10,13 @@ from functools import cached_property
 from math import isfinite
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
 from nemo_bench.errors import StoreError
+from nemo_bench.records import schema
 from nemo_bench.records.data import Neurons, Prompt
 from nemo_bench.records.io import digest, read_file
-from nemo_bench.records.schema import (
-    Audit,
-    DetectionRecord,
-    Failures,
-    ImageRecord,
-    Layers,
-    LocalizationRecord,
-    MemorizationRecord,
-    MetricInfo,
-    Roc,
-    Run,
-    ScoreRecord,
-    Spec,
-    Start,
-    Summary,
-)
+from nemo_bench.records.schema import DetectionRecord, Failures, ImageRecord, MemorizationRecord, ScoreRecord, Summary
 from nemo_bench.records.statistics import GROUPS
 from nemo_bench.records.store import (
     Store,
@@ -56,9 +42,8 @@ class Outcome:
     """Results of a cell for one prompt."""
 
     images: Mapping[int, Path]  #: Files by seed, in order.
-    scores: Mapping[
-        int | None, Mapping[str, float]
-    ]  #: By metric of every seed; of None, those of the prompt as a whole.
+    #: By seed and metric; at None, those of the prompt as a whole.
+    scores: Mapping[int | None, Mapping[str, float]]
     neurons: Neurons  #: Blocked neurons.
     noise: Path | None  #: Strip of noise differences.
     failed: Mapping[int, str]  #: Reasons of failed images by seed.
@@ -79,9 +64,9 @@ class CellResults:
     """A finished cell."""
 
     folder: Path  #: Its folder.
-    spec: Spec  #: ``spec.json``.
+    spec: schema.Spec  #: ``spec.json``.
     summary: Summary  #: ``metrics.json``.
-    starts: Sequence[Start]  #: Every start, the latest last.
+    starts: Sequence[schema.Start]  #: Every start, the latest last.
     layers: dict[str, int]  #: Widths of value layers in network order.
     prompts: Sequence[Prompt]  #: In the order of the list.
     outcomes: Mapping[str, Outcome]  #: By prompt id.
@@ -111,14 +96,14 @@ class CellResults:
         return folder if folder and (folder / "threshold.json").is_file() else None
 
     @property
-    def audits(self) -> list[Audit]:
+    def audits(self) -> list[schema.Audit]:
         """Its audits.
 
         Raises:
             StoreError: ``audit.json`` does not hold what it should.
         """
         file = self.folder / "audit.json"
-        return read_file(file, list[Audit]) if file.is_file() else []
+        return read_file(file, list[schema.Audit]) if file.is_file() else []
 
     @property
     def counts(self) -> dict[str, int]:
@@ -158,25 +143,22 @@ class Results:
     """A run."""
 
     folder: Path  #: Its folder.
-    run: Run  #: ``run.json``.
+    run: schema.Run  #: ``run.json``.
     cells: tuple[CellResults, ...]  #: Finished cells in the order of the table; at least one.
     unfinished: Mapping[str, str]  #: By name of every other cell, what is missing there.
+    advice: ClassVar = (
+        "The command of the run goes on with a cell. To drop one, delete its folder; a run that does not ask for it "
+        "takes it off the list."
+    )
+    """What can be done about cells that are not finished."""
 
     @property
     def name(self) -> str:
         """Name of the run."""
         return self.run.name
 
-    @property
-    def advice(self) -> str:
-        """What can be done about cells that are not finished."""
-        return (
-            "The command of the run goes on with a cell. To drop one, delete its folder; a run that does not ask for "
-            "it takes it off the list."
-        )
-
     @cached_property
-    def metrics(self) -> dict[str, MetricInfo]:
+    def metrics(self) -> dict[str, schema.MetricInfo]:
         """Metrics of all cells, in the order of display."""
         return {key: info for cell in self.cells for key, info in cell.summary.metrics.items()}
 
@@ -247,7 +229,7 @@ class DetectorResults:
     """A finished detector."""
 
     folder: Path  #: Its folder.
-    spec: Spec  #: ``spec.json``.
+    spec: schema.Spec  #: ``spec.json``.
     summary: Summary  #: ``metrics.json``.
     prompts: Sequence[Prompt]  #: In the order of the list.
     records: Mapping[str, DetectionRecord]  #: By prompt id.
@@ -260,7 +242,7 @@ class DetectorResults:
         return spec.model, spec.prompts, spec.digests["prompts"], digest(spec.settings["model"])
 
     @property
-    def roc(self) -> Roc | None:
+    def roc(self) -> schema.Roc | None:
         """How well it tells memorized prompts from others; None where prompts are of one sort."""
         return next(iter(self.summary.detection.values()), None)
 
@@ -276,10 +258,7 @@ class DetectorResults:
 
 
 def load_results(folder: Path | str) -> Results:
-    """Reads a run from its folder.
-
-    Args:
-        folder: Such as ``results/default``.
+    """Reads a run from its folder, such as ``results/default``.
 
     Raises:
         StoreError: The folder holds no run, no cell of it is finished, or a file does not hold what it should.
@@ -309,13 +288,7 @@ def load_results(folder: Path | str) -> Results:
 
 
 def load_detections(folder: Path | str) -> list[DetectorResults]:
-    """Reads every finished detector of a run.
-
-    Args:
-        folder: Such as ``results/default``.
-
-    Returns:
-        The best first within its model and prompts, those with failures last.
+    """Reads every finished detector of a run: the best first within its model and prompts, those with failures last.
 
     Raises:
         StoreError: There is none, or a file does not hold what it should.
@@ -323,7 +296,7 @@ def load_detections(folder: Path | str) -> list[DetectorResults]:
     detectors = []
     for path in sorted(Path(folder).glob("*/spec.json")):
         cell = path.parent
-        if read_file(path, Spec).task != "detect" or not (cell / "metrics.json").is_file():
+        if read_file(path, schema.Spec).task != "detect" or not (cell / "metrics.json").is_file():
             continue
         spec = read_spec(cell)
         prompts = read_cell_prompts(cell, spec)
@@ -377,7 +350,7 @@ def _load_cell(folder: Path) -> CellResults:
     if not (folder / "metrics.json").is_file():
         raise StoreError("not scored")
     prompts = read_cell_prompts(folder, spec)
-    kinds = (LocalizationRecord, MemorizationRecord, ImageRecord, ScoreRecord)
+    kinds = (schema.LocalizationRecord, MemorizationRecord, ImageRecord, ScoreRecord)
     if missing := missing_records(folder, spec, prompts, kinds):
         raise StoreError(missing)
     images = [record.id for record in read_records(folder, ImageRecord).values() if record.image]
@@ -386,7 +359,7 @@ def _load_cell(folder: Path) -> CellResults:
         spec=spec,
         summary=read_file(folder / "metrics.json", Summary),
         starts=read_starts(folder),
-        layers=read_file(folder / "layers.json", Layers),
+        layers=read_file(folder / "layers.json", schema.Layers),
         prompts=prompts,
         outcomes=_outcomes(folder, prompts),
         lost_images=len(Store(folder).pending_ids(ImageRecord, images)),

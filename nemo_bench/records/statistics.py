@@ -45,25 +45,23 @@ def aggregate(
     the median (Hintersdorf et al. 2024, section 4).
 
     Args:
-        records: Lines of the score stage.
+        records: Of the score stage.
         prompts: The prompts they belong to.
-        unmitigated: Lines of the same prompts and seeds without mitigation.
+        unmitigated: Records of the same prompts and seeds without mitigation.
 
     Returns:
         By group of :data:`GROUPS` and metric.
     """
-    lines, others = list(records), list(unmitigated)
-    differences = _differences(lines, others)
+    lines = list(records)
+    by_metric = _scores(lines)
+    differences = _differences(lines, unmitigated)
     table: dict[str, dict[str, Aggregate]] = {}
-    for group, members in _groups(prompts).items():
-        row: dict[str, Aggregate] = {}
-        for metric, by_prompt in _scores(lines).items():
-            scores = [by_prompt[i] for i in members if i in by_prompt]
-            if scores:
-                changes = [np.mean(differences[metric][i]) for i in members if i in differences.get(metric, {})]
-                row[metric] = _summary(scores, paired(np.array(changes)) if changes else None)
-        if row:
-            table[group] = row
+    for (group, members), (metric, by_prompt) in product(_groups(prompts).items(), by_metric.items()):
+        scores = [by_prompt[i] for i in members if i in by_prompt]
+        if scores:
+            changes = [np.mean(differences[metric][i]) for i in members if i in differences.get(metric, {})]
+            test = paired(np.array(changes)) if changes else None
+            table.setdefault(group, {})[metric] = _summary(scores, test)
     return table
 
 
@@ -173,12 +171,7 @@ def holm(ps: Mapping[_K, float]) -> dict[_K, float]:
 def presets(
     records: Iterable[ScoreRecord], prompts: Sequence[Prompt], metrics: Mapping[str, MetricInfo]
 ) -> dict[str, Preset]:
-    """Numbers aggregated as other papers do.
-
-    Args:
-        records: Lines of the score stage.
-        prompts: The prompts they belong to.
-        metrics: What each metric measures.
+    """Numbers aggregated as other papers do, from the records of the score stage.
 
     Returns:
         By name (nemo, membench, wen), without presets that have no rows. MemBench has three numbers a metric, such as

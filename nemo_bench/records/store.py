@@ -17,22 +17,22 @@ from PIL.PngImagePlugin import PngInfo
 from pydantic import TypeAdapter, ValidationError
 
 from nemo_bench.errors import StoreError
+from nemo_bench.records import schema
 from nemo_bench.records.data import Localization, Prompt
 from nemo_bench.records.images import to_rgb, visible
-from nemo_bench.records.io import as_json, damaged, digest, explain, prompts_digest, read_file, replacing, write_json
-from nemo_bench.records.io import is_whole as is_whole_file
-from nemo_bench.records.schema import (
-    FILES,
-    ImageRecord,
-    LocalizationRecord,
-    MemorizationRecord,
-    PromptRecord,
-    Record,
-    Run,
-    ScoreRecord,
-    Spec,
-    Start,
+from nemo_bench.records.io import (
+    as_json,
+    damaged,
+    digest,
+    explain,
+    is_whole,
+    prompts_digest,
+    read_file,
+    replacing,
+    write_json,
+    write_text,
 )
+from nemo_bench.records.schema import ImageRecord, LocalizationRecord, PromptRecord, Record, ScoreRecord, Spec
 
 R = TypeVar("R", bound=Record)
 
@@ -46,8 +46,7 @@ def read_spec(folder: Path) -> Spec:
     """What a cell is.
 
     Raises:
-        StoreError: The file is not there, does not hold what it should, or its settings were changed since the folder
-            was named by them.
+        StoreError: The file does not hold what it should, or other settings than those that the folder is named by.
     """
     path = folder / "spec.json"
     spec = read_file(path, Spec)
@@ -57,25 +56,21 @@ def read_spec(folder: Path) -> Spec:
     return spec
 
 
-def read_starts(folder: Path) -> list[Start]:
+def read_starts(folder: Path) -> list[schema.Start]:
     """Every start of a cell, the latest last.
 
     Raises:
         StoreError: The file is not there or does not hold what it should.
     """
     path = folder / "env.json"
-    starts = read_file(path, list[Start])
+    starts = read_file(path, list[schema.Start])
     if not starts:
         raise damaged(path, "no start")
     return starts
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """All settings of a cell's latest start.
-
-    Raises:
-        StoreError: As :func:`read_starts`.
-    """
+    """All settings of a cell's latest start; see :func:`read_starts`."""
     settings = read_starts(folder)[-1].settings
     if not isinstance(settings.get("model"), dict):
         raise damaged(folder / "env.json", "a start without settings")
@@ -84,32 +79,25 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
     """Writes the prompts of a cell, their images by absolute paths."""
-
-    def absolute(files: Sequence[Path]) -> list[str]:
-        return [str(file.resolve()) for file in files]
-
-    with replacing(folder / "prompts.jsonl") as part, part.open("w", encoding="utf-8") as file:
-        for p in prompts:
-            files = {"references": absolute(p.references), "damaged_references": absolute(p.damaged_references)}
-            file.write(as_json({**p._asdict(), **files}) + "\n")
+    lines = []
+    for p in prompts:
+        files = {name: [file.resolve() for file in getattr(p, name)] for name in ("references", "damaged_references")}
+        lines.append(as_json({**p._asdict(), **files}) + "\n")
+    write_text(folder / "prompts.jsonl", "".join(lines))
 
 
 def read_cell_prompts(folder: Path, spec: Spec) -> list[Prompt]:
     """The prompts of a cell.
 
-    Args:
-        folder: Its folder.
-        spec: What :func:`read_spec` gives.
-
     Raises:
-        StoreError: The file is not there, does not hold what it should, or holds other prompts.
+        StoreError: The file does not hold what it should, or other prompts.
     """
     path = folder / "prompts.jsonl"
     try:
         # Lines of bytes end at a line feed alone, those of a text at a line separator in a prompt too.
         prompts = [_PROMPT.validate_json(line) for line in path.read_bytes().splitlines()]
     except FileNotFoundError:
-        raise StoreError(f"{path} is missing; {FILES[path.name][1]}") from None
+        raise StoreError(f"{path} is missing; {schema.FILES[path.name][1]}") from None
     except ValidationError as error:
         raise damaged(path, f"a prompt with {explain(error)}") from None
     except ValueError as error:
@@ -119,14 +107,14 @@ def read_cell_prompts(folder: Path, spec: Spec) -> list[Prompt]:
     return prompts
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> schema.Run:
     """The cells of a run, in the order that they were asked for.
 
     Raises:
         StoreError: The file is not there or does not hold what it should.
     """
     path = folder / "run.json"
-    run = read_file(path, Run)
+    run = read_file(path, schema.Run)
     if not all(name not in ("", ".", "..") and Path(name).name == name for name in run.cells):
         raise damaged(path, "cells are no list of names of folders")
     return run
@@ -226,16 +214,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def missing_records(folder: Path, spec: Spec, prompts: Sequence[Prompt], kinds: Sequence[type[PromptRecord]]) -> str:
-    """Counts the records of a cell.
-
-    Args:
-        folder: The cell's folder.
-        spec: What :func:`read_spec` gives.
-        prompts: Its prompts.
-        kinds: Stages that are counted.
-
-    Returns:
-        What is missing and what makes it again; empty where nothing is.
+    """What is missing of some stages of a cell, and what makes it again; empty where nothing is.
 
     Raises:
         StoreError: Records are damaged, or the settings in ``spec.json`` are not theirs.
@@ -253,7 +232,7 @@ def missing_records(folder: Path, spec: Spec, prompts: Sequence[Prompt], kinds: 
             raise damaged(folder / "spec.json", f"settings.seeds is {seeds}, there are records of more")
         asked = [(prompt.id, seed) for prompt in prompts for seed in range(seeds)]
         names = [(prompt.id, None) for prompt in prompts]
-        expected = {LocalizationRecord: names, MemorizationRecord: names, ImageRecord: asked}
+        expected = {LocalizationRecord: names, schema.MemorizationRecord: names, ImageRecord: asked}
     with_image = {(record.prompt, record.seed) for record in images if record.image}
     of_prompts = [(prompt, None) for prompt in dict.fromkeys(prompt for prompt, _ in asked)]
     expected[ScoreRecord] = [*(key for key in asked if key in with_image), *of_prompts]
@@ -280,15 +259,10 @@ def remake(folder: Path) -> str:
 
 
 def thumbnail(path: Path, box: tuple[int, int]) -> tuple[Image.Image, bool] | None:
-    """A picture made to fit a box.
-
-    Args:
-        path: The picture.
-        box: Width and height to fit.
+    """A picture by the rules of :func:`nemo_bench.records.images.to_rgb`, made to fit a box of width and height.
 
     Returns:
-        The picture as :func:`nemo_bench.records.images.to_rgb` makes it, and whether it was made smaller; None if
-        there is none to read.
+        The picture, and whether it was made smaller; None if there is none to read.
     """
     try:
         with Image.open(path) as opened:
@@ -305,11 +279,7 @@ def thumbnail(path: Path, box: tuple[int, int]) -> tuple[Image.Image, bool] | No
 
 
 class Store:
-    """The folder of one cell.
-
-    Args:
-        folder: Where it is; need not exist yet.
-    """
+    """The folder of one cell, which need not exist yet."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -317,17 +287,15 @@ class Store:
     def open(self, spec: Spec, *, is_named: bool = False) -> None:
         """Makes the folder, or checks that it belongs to the same configuration.
 
-        Args:
-            spec: What the cell is; its settings decide what it holds, and are compared.
-            is_named: Whether the folder has a name that no other configuration has, so that a ``spec.json`` that was
-                lost or damaged is written again. Folders that are named by their settings are known without.
+        A ``spec.json`` that was lost or damaged is written again in a folder that is named by its settings, or has
+        another name that no other configuration has (``is_named``).
 
         Raises:
             StoreError: The folder belongs to another configuration.
         """
         path = self.folder / "spec.json"
         is_ours = self.folder.is_dir() and (is_named or self.folder.name.endswith(f"__{digest(spec.settings, 8)}"))
-        if is_ours and not is_whole_file(path, Spec):
+        if is_ours and not is_whole(path, Spec):
             write_json(path, spec)  # it was damaged or deleted: the folder's name says that it is the same
         if path.exists():
             self._compare(path, read_file(path, Spec), spec, is_ours=is_ours)
@@ -409,15 +377,7 @@ class Store:
                 return path
 
     def save_image(self, name: str, image: Image.Image) -> str:
-        """Writes an image whole, with a preview inside if it is large.
-
-        Args:
-            name: Path in the folder, such as ``"images/a_00.png"``.
-            image: What to save.
-
-        Returns:
-            The name.
-        """
+        """Writes an image whole, with a preview inside if it is large, and returns its name in the folder."""
         with replacing(self.folder / name) as part:
             image.save(part, format="PNG", pnginfo=_preview(image))
         return name
