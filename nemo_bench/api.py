@@ -17,14 +17,13 @@ from nemo_bench.records.results import load_results
 
 
 def load(model: str = "planted", *overrides: str) -> Diffusion:
-    """Loads a model of conf/model with all its settings: steps, guidance, how noise differences are compared.
+    """Loads a model with all its settings: steps, guidance, how noise differences are compared.
+
+    It is on the CPU; ``.to("cuda")`` moves it.
 
     Args:
         model: Its name, as ``nemo-bench ls model`` lists it.
         overrides: Settings as on the command line, such as ``"model.steps=50"`` or ``"model.source=folder"``.
-
-    Returns:
-        The model, on the CPU; ``.to("cuda")`` moves it.
 
     Raises:
         NemoBenchError: There is no such model or setting, or its weights can't be loaded.
@@ -38,15 +37,11 @@ def load(model: str = "planted", *overrides: str) -> Diffusion:
 
 
 def load_prompts(prompts: str = "planted", *overrides: str) -> tuple[list[Prompt], list[Prompt]]:
-    """Reads the prompts of conf/prompts.
+    """Reads the prompts that are benchmarked, and the general ones for the calibration, where there is a file of them.
 
     Args:
         prompts: Their name, as ``nemo-bench ls prompts`` lists it, or a file or data set of prompts.
         overrides: Settings as on the command line, such as ``"prompts.limit=10"``.
-
-    Returns:
-        The prompts that are benchmarked, and the general ones for the calibration, none where there is no file of
-        them.
 
     Raises:
         NemoBenchError: There are no such prompts or settings, or a file can't be read.
@@ -87,10 +82,7 @@ def run(*overrides: str, conf: Path | str | None = None, progress: bool = False)
 
 
 def read_scores(folder: Path | str) -> list[dict[str, Any]]:
-    """All scores of a run as rows, for a data frame.
-
-    Args:
-        folder: Such as ``results/default``.
+    """All scores of a run, such as ``results/default``, as rows for a data frame.
 
     Returns:
         One row a score: ``cell``, ``label`` (shortest name that tells it from the other cells), ``model``, ``method``,

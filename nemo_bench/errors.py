@@ -18,11 +18,7 @@ def shortened(text: str, most: int = LONGEST) -> str:
 
 
 class NemoBenchError(Exception):
-    """Base of all errors that a user can cause and solve.
-
-    Args:
-        message: Given value, expected value and remedy; long lines lose their middle.
-    """
+    """Base of all errors that a user can cause and solve; long lines of a message lose their middle."""
 
     def __init__(self, message: str = "") -> None:
         lines = "\n".join(shortened(line) for line in message.split("\n"))
@@ -64,15 +60,7 @@ def counted(count: int, thing: str) -> str:
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """A hint for an error message: the nearest choice, then all choices.
-
-    Args:
-        word: The given name.
-        choices: All valid names.
-
-    Returns:
-        Text such as ``Did you mean 'nemo'? Choices: nemo, none, random.``
-    """
+    """The nearest choice, then all choices: ``Did you mean 'nemo'? Choices: nemo, none, random.``."""
     choices = sorted(choices)
     # Comparing a very long text takes long, and it is no typing error.
     close = difflib.get_close_matches(word[:LONGEST], choices, n=1, cutoff=0.5)
