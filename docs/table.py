@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from nemo_bench.records.results import load_results
-from nemo_bench.report.tables import Row, leaderboard, number
+from nemo_bench.report.tables import leaderboard, number
 
 COLUMNS = (("VM", "ssim"), ("VM", "memorized"), ("VM", "alignment"), ("VM", "diversity"), ("TM", "ssim"),
            ("general", "alignment"), ("general", "kid"), ("VM", "target_reached"),
@@ -24,10 +24,10 @@ def table(folder: Path) -> str:
         folder: Such as ``results/all_methods``.
     """
     results = load_results(folder)
-    rows = {(row.cell.name, row.group): row for row in leaderboard(results)}
+    rows = {(row.cell, row.group): row for row in leaderboard(results)}
 
-    def value(row: Row, metric: str) -> str:
-        shown = row.values.get(metric)
+    def value(row: LeaderboardRow, metric: str) -> str:
+        shown = row.metrics.get(metric)
         if shown is None:
             return "–"
         span = "" if shown.low is None else f" [{shown.low:.2f}, {shown.high:.2f}]"

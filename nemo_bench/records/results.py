@@ -123,14 +123,6 @@ class CellResults:
         """Whether no value of a metric is missing in a group because of a failure."""
         return not self.failures(group).metrics.get(metric)
 
-    def searches(self, group: str) -> str:
-        """How searches for neurons ended in a group: ``11 of 16 passed the gate, 11 ran out``; empty without any."""
-        counts = self.summary.localization.get(group)
-        if not counts:
-            return ""
-        words = f"{counts['passed_gate']} of {counts['prompts']} passed the gate"
-        return words if counts["exhausted"] is None else f"{words}, {counts['exhausted']} ran out"
-
     def prompt_means(self, metric: str, groups: Iterable[str]) -> dict[str, float]:
         """Mean of a metric over images, by id of those prompts of some groups that have the metric."""
         wanted = set(groups)

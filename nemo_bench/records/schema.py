@@ -376,6 +376,10 @@ class Audit(Entry):
     command: str = ""  #: What the user typed.
 
 
+LEVELS = (0.05, 0.01, 0.001)
+"""Levels of significance, one star each."""
+
+
 class LeaderboardRow(Entry):
     """A cell and a group of prompts."""
 
@@ -390,10 +394,38 @@ class LeaderboardRow(Entry):
     exhausted: int | None = None
     metrics: dict[str, Aggregate]  #: Aggregates by metric, p corrected over the rows of the group.
     failed: Failures
-    #: Metrics in which no cell of the model is better, with p of the difference to the runner-up.
+    #: Metrics in which the mean is the best among the cells of the same model, prompts and group, with p of the paired
+    #: test against the runner-up: 1 where there is nothing to pair.
     best: dict[str, float]
     cost: dict[str, float]
     counts: dict[str, int]
+
+    @property
+    def searches(self) -> str:
+        """How searches for neurons ended: ``11 of 16 passed the gate, 11 ran out``; empty without any."""
+        if self.passed_gate is None:
+            return ""
+        words = f"{self.passed_gate} of {self.n_prompts} passed the gate"
+        return words if self.exhausted is None else f"{words}, {self.exhausted} ran out"
+
+    @property
+    def is_tested(self) -> bool:
+        """Whether any metric is compared with no mitigation."""
+        return any(value.paired for value in self.metrics.values())
+
+    def is_clear(self, metric: str) -> bool:
+        """Whether the cell is the best in a metric, and differs from the runner-up."""
+        return self.best.get(metric, 1.0) < LEVELS[0]
+
+    def stars(self, metric: str) -> str:
+        """One star for each of :data:`LEVELS` above the corrected p of a metric.
+
+        None where images or scores failed: the others may differ because of what is missing.
+        """
+        change = self.metrics[metric].paired if metric in self.metrics else None
+        if change is None or change.p_holm is None or self.failed.metrics.get(metric):
+            return ""
+        return "*" * sum(change.p_holm < level for level in LEVELS)
 
 
 class Leaderboard(Entry):

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from nemo_bench.records.io import write_text
 from nemo_bench.records.results import Results
-from nemo_bench.report.tables import Row, csv_text, json_text, latex, leaderboard, markdown
+from nemo_bench.report.tables import csv_text, json_text, latex, leaderboard, markdown
 
-__all__ = ["ReportFiles", "Row", "leaderboard", "write_report"]
+__all__ = ["ReportFiles", "leaderboard", "write_report"]
 
 
 REPORT_FILES = ("report.html", "leaderboard.md", "leaderboard.tex", "leaderboard.csv", "leaderboard.json")

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.results import CellResults, Outcome, Results, short_layers
-from nemo_bench.records.schema import Aggregate, Statistic, Thumbnail
+from nemo_bench.records.schema import Aggregate, LeaderboardRow, Statistic, Thumbnail
 from nemo_bench.records.statistics import GROUPS
 from nemo_bench.report.audit import audits_of
 from nemo_bench.report.plots import MEMORIZED, plots
 from nemo_bench.report.svg import looks
-from nemo_bench.report.tables import BEST, FAILED, SEARCHES, SIGNIFICANCE, Row, fewer, number
+from nemo_bench.report.tables import BEST, FAILED, SEARCHES, SIGNIFICANCE, fewer, number
 from nemo_bench.report.templates import FOLDER, render
 from nemo_bench.report.thumbnails import Thumbnails
 
@@ -85,7 +85,7 @@ SIZES = (Size(150, 160, 8, 48), Size(1000, 112, 4, 32), Size(float("inf"), 56, 3
 """A page of a few prompts shows more than one of 500 prompts and 10 methods, which takes some 40 MB."""
 
 
-def page(results: Results, rows: Sequence[Row]) -> str:
+def page(results: Results, rows: Sequence[LeaderboardRow]) -> str:
     """The whole page as HTML; prompts and all other texts of the run are escaped.
 
     The strips of a prompt are in a ``noscript`` element: the browser keeps them as text until the script asks for
@@ -138,7 +138,7 @@ def page(results: Results, rows: Sequence[Row]) -> str:
         columns=results.metrics,
         rows=_rows(results, rows),
         significance=SIGNIFICANCE if any(row.is_tested for row in rows) else "",
-        some_failed=any(row.failed for row in rows),
+        some_failed=any(row.failed.total for row in rows),
         failed_note=FAILED,
         searched=SEARCHES if any(cell.summary.localization for cell in results.cells) else "",
         best=BEST.format(clear="“Best”", unclear="“Best?”") if any(row.best for row in rows) else "",
@@ -274,28 +274,29 @@ def _interval(results: Results, key: str, low: float | None, high: float | None)
     return "" if low is None or high is None else f"{_number(results, key, low)} to {_number(results, key, high)}"
 
 
-def _rows(results: Results, rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _rows(results: Results, rows: Sequence[LeaderboardRow]) -> list[dict[str, Any]]:
     """Rows of the leaderboard with every number as it is shown, and each interval as percent of its column's span."""
+    cells = {cell.name: cell for cell in results.cells}
     spans = {}
     for key in results.metrics:
-        values = [row.values[key] for row in rows if key in row.values]
+        values = [row.metrics[key] for row in rows if key in row.metrics]
         ends = [end for value in values for end in (value.low, value.high, value.mean) if end is not None]
         spans[key] = (min(ends), (max(ends) - min(ends)) or 1.0) if ends else (0.0, 1.0)
     return [
         {
-            "cell": row.cell,
+            "cell": cells[row.cell],
             "group": row.group,
-            "values": {key: _cell(results, row, key, *spans[key]) for key in results.metrics if key in row.values},
-            "searches": row.cell.searches(row.group),
-            "failed": row.failed,
-            "failed_count": row.cell.failures(row.group).total,
+            "values": {key: _cell(results, row, key, *spans[key]) for key in results.metrics if key in row.metrics},
+            "searches": row.searches,
+            "failed": str(row.failed),
+            "failed_count": row.failed.total,
         }
         for row in rows
     ]
 
 
-def _cell(results: Results, row: Row, key: str, left: float, span: float) -> dict[str, Any]:
-    value = row.values[key]
+def _cell(results: Results, row: LeaderboardRow, key: str, left: float, span: float) -> dict[str, Any]:
+    value = row.metrics[key]
     low = value.mean if value.low is None else value.low
     high = value.mean if value.high is None else value.high
     interval = _interval(results, key, value.low, value.high)
@@ -313,10 +314,10 @@ def _cell(results: Results, row: Row, key: str, left: float, span: float) -> dic
     }
 
 
-def _shown(results: Results, row: Row, key: str) -> dict[str, Any]:
+def _shown(results: Results, row: LeaderboardRow, key: str) -> dict[str, Any]:
     best = ("best" if row.is_clear(key) else "best?") if key in row.best else ""
     against = f"p = {row.best[key]:.2g} against the runner-up" if best else ""
-    mean = _number(results, key, row.values[key].mean)
+    mean = _number(results, key, row.metrics[key].mean)
     return {"mean": mean, "stars": row.stars(key), "best": best, "against": against}
 
 
@@ -326,14 +327,14 @@ def _median(results: Results, key: str, value: Aggregate) -> str:
     return f"median {_number(results, key, value.median)} ± {number(results, key, value.mad)}"
 
 
-def change(results: Results, row: Row, key: str) -> str:
+def change(results: Results, row: LeaderboardRow, key: str) -> str:
     """The difference of a metric to no mitigation, and whether it is better or worse; empty without a test."""
-    test = row.values[key].paired
+    test = row.metrics[key].paired
     if not test:
         return ""
     words = f"{_number(results, key, test.difference, '+')} ({_interval(results, key, test.low, test.high)})"
     better = results.metrics[key].higher_is_better
-    if better is None or test.p >= _CHANCE or not row.cell.is_complete(row.group, key):
+    if better is None or test.p >= _CHANCE or row.failed.metrics.get(key):
         return words
     return f"{words} {'better' if (test.difference > 0) == better else 'worse'}"
 
@@ -343,23 +344,24 @@ def _test(value: Aggregate) -> str:
     return f"p = {test.p:.2g}, Holm-corrected {test.p_holm:.2g}, {test.prompts} prompts" if test else ""
 
 
-def _models(results: Results, rows: Sequence[Row]) -> dict[str, Any]:
+def _models(results: Results, rows: Sequence[LeaderboardRow]) -> dict[str, Any]:
     """The leading metrics, models beside each other, a method and group a row; nothing for a single model."""
     if len(results.models) == 1:
         return {}
     keys = list(results.leading.values())
-    by_model: dict[tuple[str, str, str], dict[str, Row]] = {}
+    cells = {cell.name: cell for cell in results.cells}
+    by_model: dict[tuple[str, str, str], dict[str, LeaderboardRow]] = {}
     for row in rows:
-        by_model.setdefault((row.group, row.cell.short, row.cell.spec.prompts), {})[row.cell.model] = row
+        by_model.setdefault((row.group, cells[row.cell].short, row.prompts), {})[row.model] = row
     lines = []
     for (group, short, prompts), of in by_model.items():
         values = [
-            _shown(results, of[model], key) if model in of and key in of[model].values else None
+            _shown(results, of[model], key) if model in of and key in of[model].metrics else None
             for key in keys
             for model in results.models
         ]
         name = f"{short} · {prompts}" if len(results.prompt_lists) > 1 else short
-        lines.append({"group": group, "name": name, "cell": next(iter(of.values())).cell, "values": values})
+        lines.append({"group": group, "name": name, "cell": cells[next(iter(of.values())).cell], "values": values})
     return {"columns": keys, "rows": lines}
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -36,10 +35,8 @@ SEARCHES = (
 FAILED = "Failed: what was not finite; it has no value, and where a mean lacks any it is no best one and has no stars."
 """Meaning of the column of failures."""
 
-_LEVELS = (0.05, 0.01, 0.001)
 _NUMBERS = ("mean", "low", "high", "median", "mad", "prompts")
 _PAIRED = ("difference", "low", "high", "p", "prompts", "p_holm")
-_SEARCHED = ("passed_gate", "exhausted")
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -47,49 +44,7 @@ _LATEX = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Row:
-    """One cell and one group of prompts.
-
-    Attributes:
-        cell: The cell.
-        group: ``"VM"``, ``"TM"``, ``"memorized"``, ``"general"`` or ``"all"``.
-        values: Aggregates by metric, with p corrected over the rows of the group; metrics without meaning are absent.
-        best: Metrics in which the cell has the best mean among the cells of the same model, prompts and group, with p
-            of the paired test against the runner-up: 1 where there is nothing to pair.
-    """
-
-    cell: CellResults
-    group: str
-    values: Mapping[str, Aggregate]
-    best: Mapping[str, float]
-
-    @property
-    def failed(self) -> str:
-        """Counts of failures, such as ``3 images``; empty where nothing failed."""
-        return str(self.cell.failures(self.group))
-
-    @property
-    def is_tested(self) -> bool:
-        """Whether any metric is compared with no mitigation."""
-        return any(value.paired for value in self.values.values())
-
-    def is_clear(self, metric: str) -> bool:
-        """Whether the cell is the best in a metric, and differs from the runner-up; see :data:`BEST`."""
-        return self.best.get(metric, 1.0) < _LEVELS[0]
-
-    def stars(self, metric: str) -> str:
-        """One star for each level in :data:`SIGNIFICANCE` above the corrected p of a metric.
-
-        None where images or scores failed: the others may differ because of what is missing.
-        """
-        change = self.values[metric].paired if metric in self.values else None
-        if change is None or change.p_holm is None or not self.cell.is_complete(self.group, metric):
-            return ""
-        return "*" * sum(change.p_holm < level for level in _LEVELS)
-
-
-def leaderboard(results: Results) -> list[Row]:
+def leaderboard(results: Results) -> list[LeaderboardRow]:
     """One row per group and cell, groups and cells in the order of display."""
     rows = []
     for group in results.groups:
@@ -102,7 +57,25 @@ def leaderboard(results: Results) -> list[Row]:
             for name, p in holm({name: change.p for name, change in tested.items()}).items():
                 change = tested[name].model_copy(update={"p_holm": p})
                 corrected[name][key] = table[name][key].model_copy(update={"paired": change})
-        rows += [Row(cell, group, corrected[cell.name], _best(results, cell, group)) for cell in cells]
+        for cell in cells:
+            searched = cell.summary.localization.get(group, {})
+            row = LeaderboardRow(
+                cell=cell.name,
+                label=cell.label,
+                model=cell.model,
+                method=cell.method,
+                prompts=cell.spec.prompts,
+                group=group,
+                n_prompts=cell.count(group),
+                passed_gate=searched.get("passed_gate"),
+                exhausted=searched.get("exhausted"),
+                metrics=corrected[cell.name],
+                failed=cell.failures(group),
+                best=_best(results, cell, group),
+                cost=cell.summary.cost,
+                counts=cell.counts,
+            )
+            rows.append(row)
     return rows
 
 
@@ -135,36 +108,37 @@ def number(results: Results, metric: str, value: float, sign: str = "") -> str:
     return text.removesuffix(".0") if metric in results.counted else text
 
 
-def ends(results: Results, row: Row, metric: str) -> tuple[str, str]:
+def ends(results: Results, row: LeaderboardRow, metric: str) -> tuple[str, str]:
     """Ends of the interval of a mean as they are shown, empty where it has none."""
-    value = row.values[metric]
+    value = row.metrics[metric]
     if value.low is None or value.high is None:
         return "", ""
     return number(results, metric, value.low), number(results, metric, value.high)
 
 
-def fewer(row: Row, value: Aggregate) -> str:
+def fewer(row: LeaderboardRow, value: Aggregate) -> str:
     """The number of prompts with a value where it is not that of the row, such as ``3 prompts``."""
-    return "" if value.prompts == row.cell.count(row.group) else counted(value.prompts, "prompt")
+    return "" if value.prompts == row.n_prompts else counted(value.prompts, "prompt")
 
 
 def _lines(
     results: Results,
-    rows: Sequence[Row],
+    rows: Sequence[LeaderboardRow],
     group: str,
-    show_value: Callable[[Results, Row, str], str],
+    show_value: Callable[[Results, LeaderboardRow, str], str],
     escape: Callable[[str], str] = str,
 ) -> list[list[str]]:
     """The table of a group as texts: its titles, then a line for each row."""
-    some_failed = any(row.failed for row in rows)
-    some_searched = any(cell.searches(group) for cell in results.cells)
+    some_failed = any(row.failed.total for row in rows)
+    of_group = [row for row in rows if row.group == group]
+    some_searched = any(row.searches for row in of_group)
     titles = [escape(f"{info.title} {info.arrow}".strip()) for info in results.metrics.values()]
     lines = [["Method", *titles, *["Failed"] * some_failed, *["Search"] * some_searched]]
-    for row in (row for row in rows if row.group == group):
-        values = [show_value(results, row, key) if key in row.values else escape("–") for key in results.metrics]
-        failed = [escape(row.failed or "–")] * some_failed
-        searches = [escape(row.cell.searches(group) or "–")] * some_searched
-        lines.append([escape(row.cell.label), *values, *failed, *searches])
+    for row in of_group:
+        values = [show_value(results, row, key) if key in row.metrics else escape("–") for key in results.metrics]
+        failed = [escape(str(row.failed) or "–")] * some_failed
+        searches = [escape(row.searches or "–")] * some_searched
+        lines.append([escape(row.label), *values, *failed, *searches])
     return lines
 
 
@@ -179,7 +153,7 @@ def markdown_table(lines: Sequence[Sequence[str]], aligned: Sequence[str]) -> st
     return "".join(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |\n" for line in texts)
 
 
-def markdown(results: Results, rows: Sequence[Row]) -> str:
+def markdown(results: Results, rows: Sequence[LeaderboardRow]) -> str:
     """The leaderboard as a Markdown document, one table per group."""
     parts = [f"# {results.name}\n"]
     for group in results.own_groups:
@@ -194,17 +168,17 @@ def markdown(results: Results, rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
-def _markdown(results: Results, row: Row, key: str) -> str:
-    mean = number(results, key, row.values[key].mean)
+def _markdown(results: Results, row: LeaderboardRow, key: str) -> str:
+    mean = number(results, key, row.metrics[key].mean)
     if key in row.best:
         mean = f"**{mean}**" if row.is_clear(key) else f"*{mean}*"
     low, high = ends(results, row, key)
-    few = fewer(row, row.values[key])
+    few = fewer(row, row.metrics[key])
     interval = f" [{low}, {high}]{few and f', {few}'}" if low else ""
     return mean + r"\*" * len(row.stars(key)) + interval
 
 
-def latex(results: Results, rows: Sequence[Row]) -> str:
+def latex(results: Results, rows: Sequence[LeaderboardRow]) -> str:
     r"""The leaderboard as LaTeX, one ``table`` per group; needs booktabs and graphicx.
 
     Rows are in the order of the run and columns in that of :attr:`Results.metrics`, as on the page. A table wider than
@@ -237,32 +211,32 @@ def tex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
 
 
-def _latex(results: Results, row: Row, key: str) -> str:
-    mean = number(results, key, row.values[key].mean)
+def _latex(results: Results, row: LeaderboardRow, key: str) -> str:
+    mean = number(results, key, row.metrics[key].mean)
     if key in row.best:
         mean = rf"\mathbf{{{mean}}}" if row.is_clear(key) else rf"\mathit{{{mean}}}"
     stars = f"^{{{row.stars(key)}}}" if row.stars(key) else ""
     low, high = ends(results, row, key)
-    few = fewer(row, row.values[key]).replace(" ", "~")
+    few = fewer(row, row.metrics[key]).replace(" ", "~")
     few = rf",\,\mathrm{{{few}}}" if few else ""
     interval = rf"_{{[{low},\,{high}]{few}}}" if low else ""
     return f"${mean}{stars}{interval}$"
 
 
-def _legend(rows: Sequence[Row]) -> str:
+def _legend(rows: Sequence[LeaderboardRow]) -> str:
     parts = ["Mean over prompts with its 95% bootstrap interval. ↓ lower is better, ↑ higher is better."]
     if any(row.best for row in rows):
         parts.append(BEST.format(clear="Bold", unclear="Italic"))
-    if any(row.cell.searches(row.group) for row in rows):
+    if any(row.searches for row in rows):
         parts.append(SEARCHES)
     if any(row.is_tested for row in rows):
         parts.append(SIGNIFICANCE)
-    if any(row.failed for row in rows):
+    if any(row.failed.total for row in rows):
         parts.append(FAILED)
     return " ".join(parts)
 
 
-def csv_text(results: Results, rows: Sequence[Row]) -> str:
+def csv_text(results: Results, rows: Sequence[LeaderboardRow]) -> str:
     """The leaderboard as CSV: one line per group and cell, every number in full, what is absent empty.
 
     ``prompts`` is the prompt list, ``n_prompts`` its number of prompts in the group; ``passed_gate`` and ``exhausted``
@@ -271,47 +245,24 @@ def csv_text(results: Results, rows: Sequence[Row]) -> str:
     costs = list(dict.fromkeys(key for cell in results.cells for key in cell.summary.cost))
     counts = [key for key in dict.fromkeys(k for cell in results.cells for k in cell.counts) if key != "prompts"]
     of_metric = [*_NUMBERS, *(f"paired_{name}" for name in _PAIRED), "failed"]
-    about = ["cell", "label", "model", "method", "prompts", "group", "n_prompts", *_SEARCHED]
+    about = ["cell", "label", "model", "method", "prompts", "group", "n_prompts", "passed_gate", "exhausted"]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([*about, *(f"{key}_{name}" for key in results.metrics for name in of_metric), *costs, *counts])
     for row in rows:
-        cell = row.cell
-        searched = cell.summary.localization.get(row.group, {})
-        values: list[object] = [cell.name, cell.label, cell.model, cell.method, cell.spec.prompts, row.group]
-        values += [cell.count(row.group), *map(searched.get, _SEARCHED)]
+        values: list[object] = [getattr(row, name) for name in about]
         for key in results.metrics:
-            value = row.values.get(key)
+            value = row.metrics.get(key)
             values += [getattr(value, name, None) for name in _NUMBERS]
             values += [getattr(value.paired if value else None, name, None) for name in _PAIRED]
-            values.append(cell.failures(row.group).metrics.get(key, 0))
-        writer.writerow([*values, *map(cell.summary.cost.get, costs), *map(cell.counts.get, counts)])
+            values.append(row.failed.metrics.get(key, 0))
+        writer.writerow([*values, *map(row.cost.get, costs), *map(row.counts.get, counts)])
     return buffer.getvalue()
 
 
-def json_text(results: Results, rows: Sequence[Row]) -> str:
+def json_text(results: Results, rows: Sequence[LeaderboardRow]) -> str:
     """The leaderboard as JSON: metrics, rows with every number in full, and unfinished cells."""
     content = Leaderboard(
-        name=results.name,
-        metrics=results.metrics,
-        rows=[
-            LeaderboardRow(
-                cell=row.cell.name,
-                label=row.cell.label,
-                model=row.cell.model,
-                method=row.cell.method,
-                prompts=row.cell.spec.prompts,
-                group=row.group,
-                n_prompts=row.cell.count(row.group),
-                **{key: row.cell.summary.localization.get(row.group, {}).get(key) for key in _SEARCHED},
-                metrics=dict(row.values),
-                failed=row.cell.failures(row.group),
-                best=dict(row.best),
-                cost=row.cell.summary.cost,
-                counts=row.cell.counts,
-            )
-            for row in rows
-        ],
-        unfinished=dict(results.unfinished),
+        name=results.name, metrics=results.metrics, rows=list(rows), unfinished=dict(results.unfinished)
     )
     return as_json(content, indent=1) + "\n"

@@ -12,11 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from nemo_bench.records.results import DetectorResults, Results
-from nemo_bench.records.schema import MetricInfo
+from nemo_bench.records.schema import LeaderboardRow, MetricInfo
 from nemo_bench.records.store import remake
 from nemo_bench.report.audit import CellAudit
 from nemo_bench.report.detection import COLUMNS, comparable, count_of, texts
-from nemo_bench.report.tables import Row, ends, fewer, leaderboard, number
+from nemo_bench.report.tables import ends, fewer, leaderboard, number
 
 _METRICS = 6  # that fit 80 characters
 _ZERO = re.compile(r"\b0\.(?=\d{3})")  # left out of intervals so that the table fits 80 columns
@@ -98,15 +98,15 @@ def terminal_table(results: Results) -> Table:
         table.add_row()
         table.add_row(f"[bold]{results.heading(group)}[/bold]")
         for row in (row for row in rows if row.group == group):
-            values = [_value(results, row, key) if key in row.values else "[dim]–[/dim]" for key in shown]
-            notes = [f"[yellow]failed: {row.failed}[/yellow]"] if row.failed else []
-            notes += [f"[dim]{words}[/dim]"] if (words := row.cell.searches(group)) else []
-            table.add_row("\n".join([escape(row.cell.label), *notes]), *values)
+            values = [_value(results, row, key) if key in row.metrics else "[dim]–[/dim]" for key in shown]
+            notes = [f"[yellow]failed: {row.failed}[/yellow]"] if row.failed.total else []
+            notes += [f"[dim]{words}[/dim]"] if (words := row.searches) else []
+            table.add_row("\n".join([escape(row.label), *notes]), *values)
     return table
 
 
-def _value(results: Results, row: Row, key: str) -> str:
-    value = row.values[key]
+def _value(results: Results, row: LeaderboardRow, key: str) -> str:
+    value = row.metrics[key]
     mean = number(results, key, value.mean)
     if key in row.best:
         mean = f"[bold green]{mean}[/bold green]" if row.is_clear(key) else f"[green]{mean}[/green]"
