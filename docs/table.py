@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from nemo_bench.records.results import load_results
+from nemo_bench.records.schema import LeaderboardRow
 from nemo_bench.report.tables import leaderboard, number
 
 COLUMNS = (("VM", "ssim"), ("VM", "memorized"), ("VM", "alignment"), ("VM", "diversity"), ("TM", "ssim"),
