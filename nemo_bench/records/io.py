@@ -8,7 +8,6 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,18 +100,13 @@ def read_file(path: Path, form: type[T]) -> T:
         StoreError: The file is not there or does not hold what it should.
     """
     try:
-        return _adapter(form).validate_json(path.read_bytes(), strict=True)
+        return TypeAdapter(form).validate_json(path.read_bytes(), strict=True)
     except FileNotFoundError:
         repair = FILES[path.name][1] if path.name in FILES else "its run never started"
         msg = f"{path} is missing: {path.parent} is no results folder of nemo_bench, or {repair}"
         raise StoreError(msg) from None
     except ValidationError as error:
         raise damaged(path, explain(error)) from None
-
-
-@cache
-def _adapter(form: type[T]) -> TypeAdapter[T]:
-    return TypeAdapter(form)
 
 
 def explain(error: ValidationError) -> str:
