@@ -198,7 +198,7 @@ def _lines(path: Path, kind: type[R]) -> Iterator[R]:
 
 def _result(record: Record) -> dict[str, Any]:
     """What must be the same in all records of an id: a picture made on another device is rounded otherwise."""
-    varying = {"cost": True, "sha256": True, "bytes": True, "localization": {"row_passes"}}
+    varying: dict[str, Any] = {"cost": True, "sha256": True, "bytes": True, "localization": {"row_passes"}}
     return record.model_dump(exclude=varying)
 
 

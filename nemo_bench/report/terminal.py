@@ -141,7 +141,7 @@ def terminal_audits(audits: Sequence[CellAudit]) -> list[Table | str]:
     for shown in audits:
         groups = shown.audit.groups
         names = {"memorized": "training images", "control": "controls"}
-        counts = ", ".join(f"{groups[group].prompts} {word}" for group, word in names.items() if group in groups)
+        counts = ", ".join(f"{groups[group]} {word}" for group, word in names.items() if group in groups)
         table = Table(title=escape(f"{shown.title} ({counts})"), title_justify="left", box=None, pad_edge=False)
         for heading in ("", *shown.headings):
             table.add_column(heading.replace(": ", "\n"), justify="right" if heading else "left", no_wrap=bool(heading))

@@ -89,7 +89,7 @@ def whole(record: Record) -> Record:
 
 def smallest(kind: type[Entry]) -> dict[str, Any]:
     """The content of a line or file that holds only what it must, as JSON."""
-    content = {"str": "a", "int": 3, "float": 0.5}
+    content = {"str": "a", "int": 3, "float": 0.5, "bool": True}
     forms = get_type_hints(kind)
     needed = {name: forms[name] for name, field in kind.model_fields.items() if field.is_required()}
     found: dict[str, Any] = {}
