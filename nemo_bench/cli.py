@@ -9,7 +9,6 @@ import logging
 import os
 import shlex
 import sys
-import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from nemo_bench.environment import prepare_process
-from nemo_bench.errors import NemoBenchError, counted, did_you_mean, shortened
+from nemo_bench.errors import NemoBenchError, did_you_mean, shortened
 
 if TYPE_CHECKING:
     from nemo_bench.config import CellConfig
@@ -190,7 +189,8 @@ def _detect(options: argparse.Namespace) -> None:
     from nemo_bench.benchmark import detect as detection
     from nemo_bench.benchmark.processes import is_main
     from nemo_bench.records.results import load_detections
-    from nemo_bench.report.terminal import show, terminal_detection
+    from nemo_bench.report.console import show
+    from nemo_bench.report.terminal import terminal_detection
 
     cells = detection.plan(choices)
     start = time.perf_counter()
@@ -229,7 +229,8 @@ def _aside(line: str) -> None:
 def _show(folder: Path, done: str, *, as_json: bool) -> None:
     """The table of a run, and where to look further."""
     from nemo_bench.records.results import load_results
-    from nemo_bench.report.terminal import show, terminal_table
+    from nemo_bench.report.console import show
+    from nemo_bench.report.terminal import terminal_table
 
     if as_json:
         print((folder / "leaderboard.json").read_text(encoding="utf-8"))
@@ -241,64 +242,17 @@ def _show(folder: Path, done: str, *, as_json: bool) -> None:
 def _dry_run(choices: Sequence[CellConfig], as_json: bool) -> None:
     """Prints needs and cost; an error where something is missing, so that scripts can tell."""
     from nemo_bench.benchmark.dry_run import forecast
+    from nemo_bench.report.console import show_forecast
 
     expected = forecast(choices)
     missing = sum(need["state"] == "missing" for need in expected["needs"])
     if as_json:
         print(json.dumps(expected, indent=2))
     else:
-        _print_forecast(expected)
+        show_forecast(expected)
     _warn_of_limits(choices)
     if missing:
         raise NemoBenchError(f"missing: {missing} of what the run needs, see above; nothing was started")
-
-
-def _print_forecast(expected: Mapping[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    from nemo_bench.report.terminal import show
-
-    rows, total = expected["cells"], expected["total"]
-    width = max([80, *(len(row["cell"]) + 62 for row in rows)])
-    console = Console(width=max(Console().width, width), markup=False, highlight=False)
-    needs = Table("", "", Column("", overflow="fold"), box=None, show_header=False, pad_edge=False)
-    together: dict[tuple[str, str, str], list[str]] = {}
-    for need in expected["needs"]:
-        if need["kind"] != "metric" or need["state"] != "there":
-            together.setdefault((need["state"], need["kind"], need["note"]), []).append(need["what"])
-    for (state, kind, note), names in together.items():
-        needs.add_row(state, kind, f"{', '.join(names)}\n{note}".strip())
-    for found in expected["families"]:
-        needs.add_row("chosen" if found["known"] else "default", "settings", f"{found['method']} {found['text']}")
-    console.print(needs, "")
-    for file, about in expected["prompts"].items():
-        console.print(f"{file}: {about['taken']:,} of {about['of']:,} prompts, the first of them:", soft_wrap=True)
-        for prompt in about["first"]:
-            text = textwrap.shorten(prompt["text"], 100, placeholder=" ...")
-            console.print(f"  {prompt['id']}: {text}", soft_wrap=True)
-    if expected["uncounted"]:
-        console.print(f"{counted(expected['uncounted'], 'cell')} can't be counted before the files are there")
-    if not rows:
-        return
-    stages = ("localize", "memorization", "generate", "score")
-    titles = ("pending records", *stages, "UNet passes", "time")
-    table = Table(*(Column(title, no_wrap=True) for title in titles))
-    for row in rows:
-        counts = [str(row["pending"].get(stage, "-")) for stage in stages]
-        least = "≥ " if row["at_least"] else ""
-        table.add_row(row["cell"], *counts, f"{least}{sum(row['passes'].values()):,}", _duration(row["seconds"], least))
-    show(table)
-    least, passes = ("≥ " if total["at_least"] else ""), total["passes"]
-    verbs = {"memorization": "measure memorization"}
-    counts = [f"{least * (s == 'localize')}{count:,} to {verbs.get(s, s)}" for s, count in passes.items()]
-    console.print(f"UNet passes of one sample: {', '.join(counts)}")
-    if least:
-        console.print("≥: what a search takes depends on the prompt; no record of this model tells yet, so the least")
-    for model, pace in expected["pace"].items():
-        each = f"{1000 * pace['seconds_per_pass']:.3g} ms a pass"
-        console.print(f"{model}: {each} in {pace['records']:,} finished records, on {', '.join(pace['devices'])}")
-    console.print(f"time: {_duration(total['seconds'], least)}")
 
 
 def _warn_of_limits(choices: Sequence[CellConfig]) -> None:
@@ -311,15 +265,6 @@ def _warn_of_limits(choices: Sequence[CellConfig]) -> None:
     }
     if found:
         _aside(f"{', '.join(found)}: of each file the first prompts only, for a try; these numbers are no results")
-
-
-def _duration(seconds: float | None, least: str) -> str:
-    """Seconds for people; a question mark before the first records."""
-    if seconds is None:
-        return "?"
-    if seconds < 90:
-        return f"{least}{seconds:.0f} s"
-    return f"{least}{seconds / 60:.0f} min" if seconds < 5400 else f"{least}{seconds / 3600:,.1f} h"
 
 
 def _calibrate(options: argparse.Namespace) -> None:
@@ -364,30 +309,20 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _ls(options: argparse.Namespace) -> None:
-    from rich.table import Column, Table
-
     from nemo_bench.config import GROUPS, describe_options, explain_option, overview, short
-    from nemo_bench.report.terminal import show
+    from nemo_bench.report.console import show_entries
 
     if options.name:
         print(explain_option(options.group, options.name, options.conf))
-        return
-    if options.json:
+    elif options.json:
         groups = [options.group] if options.group else [g for g in GROUPS if g not in ("trainer", "logger")]
         print(json.dumps([entry for group in groups for entry in describe_options(group, options.conf)], indent=2))
-        return
-    names = Column("name", no_wrap=True)
-    if options.group:
-        table = Table(names, "summary", "source", box=None, pad_edge=False)
-        for entry in describe_options(options.group, options.conf):
-            table.add_row(entry["name"], entry["summary"], short(entry["citation"]))
+    elif options.group:
+        entries = describe_options(options.group, options.conf)
+        show_entries([{**e, "source": short(e["citation"])} for e in entries], ("name", "summary", "source"))
     else:
         # Names first: where the table is shown in parts, every part has them.
-        table = Table(names, Column("group", no_wrap=True), "summary", box=None, pad_edge=False)
-        for entry in overview(options.conf):
-            table.add_row(*(entry[column] for column in ("name", "group", "summary")))
-    show(table)
-    if not options.group:
+        show_entries(overview(options.conf), ("name", "group", "summary"))
         print("nemo-bench ls GROUP names sources, nemo-bench ls GROUP NAME what can be set")
 
 
@@ -395,8 +330,9 @@ def _report(options: argparse.Namespace) -> None:
     from nemo_bench.records.results import load_detections, load_results
     from nemo_bench.records.store import read_run
     from nemo_bench.report import write_report
+    from nemo_bench.report.console import show
     from nemo_bench.report.detection import write_detection
-    from nemo_bench.report.terminal import show, terminal_detection, terminal_table
+    from nemo_bench.report.terminal import terminal_detection, terminal_table
 
     folder = options.folder
     if (folder / "detection.json").is_file():
@@ -451,7 +387,8 @@ def _audit(options: argparse.Namespace) -> None:
     from nemo_bench.benchmark.processes import is_main
     from nemo_bench.records.results import load_results
     from nemo_bench.report.audit import audits_of
-    from nemo_bench.report.terminal import show, terminal_audits
+    from nemo_bench.report.console import show
+    from nemo_bench.report.terminal import terminal_audits
 
     start = time.perf_counter()
     say = _aside if options.json else print
