@@ -9,7 +9,6 @@ import logging
 import os
 import shlex
 import sys
-import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -17,39 +16,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from nemo_bench.environment import prepare_process
-from nemo_bench.errors import NemoBenchError, counted, did_you_mean, shortened
+from nemo_bench.errors import NemoBenchError, did_you_mean, shortened
 
 if TYPE_CHECKING:
     from nemo_bench.config import CellConfig
 
-EPILOG = """settings are words key=value, lists of values make a grid:
-  nemo-bench run                                   no mitigation, NeMo and its controls on the embedded model
-  nemo-bench run seeds=8 method=none,nemo          other settings
-  nemo-bench run model=planted model.guidance=5    a group's own settings
-  nemo-bench detect detector=magnitude,sharpness   how well detectors tell memorized prompts from others
-  nemo-bench ls                                    what there is to choose from
-"""
-
-LIMITS = (
-    ("parallel", int, "links at a time; default 16"),
-    ("retries", int, "further tries of what may heal: 429, 5xx, time-outs, broken connections; default 3"),
-    ("total", float, "seconds a try may take altogether; default 90"),
-    ("megabytes", float, "most megabytes of an image; default 32"),
-    ("megapixels", float, "most megapixels of an image; default 64"),
-)
-"""Options of ``references``, fields of :class:`nemo_bench.prompts.download.Limits`."""
-RESUMABLE = ("run", "detect", "calibrate", "score", "audit", "references", "train")
-"""Commands that keep what they finished, and go on from there."""
-READS = {
-    "report": ("folder", "a run, such as results/default"),
-    "track": ("folder", "a run or a cell"),
-    "audit": ("folder", "a run or a cell"),
-    "export": ("cell", "a cell, results/<name>/<cell>"),
-    "score": ("folder", "a run, a cell, or a folder of images"),
-}
-"""Commands that read a folder: the argument that names it, and what it should be."""
-LISTED_LINKS = 20
+_TYPES = {"path": Path, "int": int, "float": float}
+_LISTED_LINKS = 20
 """Dead links that are printed."""
 
 
@@ -91,10 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check_given(options: argparse.Namespace) -> None:
     """Refuses a folder to read that is not there, before torch loads."""
-    if options.name_of_command in READS:
+    if options.reads:
         from nemo_bench.records.io import check_folder
 
-        argument, wanted = READS[options.name_of_command]
+        argument, wanted = options.reads
         check_folder(getattr(options, argument), wanted)
 
 
@@ -145,82 +121,25 @@ def _settings_so_far(prefix: str, **_: Any) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """The commands of ``cli.yaml``; that of ``run`` is :func:`_run`, and so on."""
+    about = yaml.safe_load(Path(__file__).with_name("cli.yaml").read_text(encoding="utf-8"))
     parser = argparse.ArgumentParser(
         "nemo-bench",
-        description="Benchmark memorization in text-to-image diffusion models and its mitigation.",
-        epilog=EPILOG,
+        description=about["description"],
+        epilog=about["epilog"],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"nemo-bench {version('nemo-bench')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name_of_command")
-
-    def add(name: str, command: Any, text: str, *, settings: bool = False) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=command, goes_on=name in RESUMABLE)
-        if settings:
-            words = sub.add_argument(
-                "overrides", nargs="*", metavar="key=value", help="settings; see nemo-bench --help"
-            )
-            words.completer = _settings_so_far  # type: ignore[attr-defined] # read by argcomplete
-            sub.add_argument(
-                "--conf", type=Path, metavar="DIR", help="folder with more YAML files, in group subfolders"
-            )
-            sub.add_argument(
-                "--cfg", action="store_true", help="print the settings of every cell, defaults filled in; do nothing"
-            )
-        return sub
-
-    run = add("run", _run, "the main job: all cells of a grid, resumable, to table and report", settings=True)
-    run.add_argument(
-        "--dry-run", action="store_true", help="say what is needed, what would be done and what it costs; load nothing"
-    )
-    run.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    detect = add("detect", _detect, "detectors over memorized and other prompts, to table and ROC plots", settings=True)
-    detect.add_argument("--json", action="store_true", help="print an object in place of the table")
-    calibrate = add("calibrate", _calibrate, "activation statistics and threshold of a model, cached", settings=True)
-    calibrate.add_argument("--json", action="store_true", help="print a list of objects")
-    listing = add("ls", _ls, "models, methods, detectors, prompts, metrics ... to choose from")
-    listing.add_argument("group", nargs="?", help="one group only, with sources")
-    listing.add_argument("name", nargs="?", help="one of the group, with all that can be set")
-    listing.add_argument("--conf", type=Path, metavar="DIR", help="folder with more YAML files, in group subfolders")
-    listing.add_argument("--json", action="store_true", help="print a list of objects")
-    report = add("report", _report, "table, plots and HTML again, from the records of a run")
-    report.add_argument("folder", type=Path, metavar="DIR", help="results/<name>")
-    track = add("track", _track, "log a finished run or cell to W&B or another logger, now or again")
-    track.add_argument("folder", type=Path, metavar="DIR", help="results/<name>, or results/<name>/<cell>")
-    track.add_argument("overrides", nargs="*", metavar="key=value", help="logger=..., logger.project=... and so on")
-    track.add_argument("--again", action="store_true", help="log to W&B what has not changed since as well")
-    export = add("export", _export, "save a pipeline with neurons switched off for good")
-    export.add_argument("cell", type=Path, metavar="CELL", help="results/<name>/<cell>")
-    export.add_argument("folder", type=Path, metavar="DIR", help="where the diffusers folder goes")
-    export.add_argument(
-        "--prompt", metavar="ID", help="neurons of one prompt; default: of all memorized prompts together"
-    )
-    score = add("score", _score, "metrics of images on disk: of a run again, or of external images")
-    score.add_argument("folder", type=Path, metavar="DIR", help="results/<name>, a cell of it, or a folder of images")
-    score.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as metrics=full; for "
-                       "external images also model, prompts and method, which may be any name")  # fmt: skip
-    score.add_argument("--map", type=Path, metavar="FILE", help="csv, jsonl or parquet: image, id or text of its "
-                       "prompt, seed; without, images are named img_0000_00.jpg")  # fmt: skip
-    score.add_argument("--conf", type=Path, metavar="DIR", help="folder with more YAML files, in group subfolders")
-    score.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    audit = add("audit", _audit, "search for embeddings that bring training images back, though neurons are off")
-    audit.add_argument("folder", type=Path, metavar="DIR", help="results/<name>, or results/<name>/<cell>")
-    audit.add_argument("overrides", nargs="*", metavar="key=value", help="steps, rate, samples, start, images, limit, "
-                       "controls; also metrics, batch_size and trainer")  # fmt: skip
-    audit.add_argument("--cell", action="append", default=[], metavar="NAME", help="a cell's folder or its method; may "
-                       "be given again; without, all that can be audited")  # fmt: skip
-    audit.add_argument("--conf", type=Path, metavar="DIR", help="folder with more YAML files, in group subfolders")
-    audit.add_argument("--json", action="store_true", help="print a list of objects, one an audit")
-    references = add("references", _references, "fetch training images from the links of prompt lists, resumable")
-    references.add_argument("lists", nargs="+", metavar="LIST", help="prompt file with a column url or urls")
-    references.add_argument("folder", type=Path, metavar="DIR", help="where the images go; then prompts.references=DIR")
-    for name, kind, text in LIMITS:
-        references.add_argument(f"--{name}", type=kind, metavar="N", help=text)
-    references.add_argument("--private", action="store_true", help="fetch from addresses that are not public, too")
-    references.add_argument("--json", action="store_true", help="print an object, with every dead link")
-    train = add("train", _train, "train the embedded model afresh")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="fields of TrainSpec, such as out=DIR")
+    for name, command in about["commands"].items():
+        sub = commands.add_parser(name, help=command["help"], description=command["help"])
+        goes_on, reads = command.get("goes_on", False), command.get("reads")
+        sub.set_defaults(command=globals()[f"_{name}"], goes_on=goes_on, reads=reads)
+        for argument, words in command["arguments"].items():
+            kind = {"type": _TYPES[words["type"]]} if "type" in words else {}
+            added = sub.add_argument(argument, **{**words, **kind})
+            if argument == "overrides" and "--cfg" in command["arguments"]:
+                added.completer = _settings_so_far  # type: ignore[attr-defined] # read by argcomplete
     return parser
 
 
@@ -269,7 +188,8 @@ def _detect(options: argparse.Namespace) -> None:
     from nemo_bench.benchmark.pending import check_failures
     from nemo_bench.benchmark.processes import is_main
     from nemo_bench.records.results import load_detections
-    from nemo_bench.report.terminal import show, terminal_detection
+    from nemo_bench.report.console import show
+    from nemo_bench.report.terminal import terminal_detection
 
     cells = detection.plan(choices)
     start = time.perf_counter()
@@ -290,8 +210,6 @@ def _detect(options: argparse.Namespace) -> None:
 
 def _print_settings(choices: Sequence[CellConfig], as_json: bool) -> None:
     """The settings of each cell in full, as YAML documents or a list of objects."""
-    import yaml
-
     found = [asdict(choice.settings) for choice in choices]
     if as_json:
         print(json.dumps(found, indent=2))
@@ -310,7 +228,8 @@ def _aside(line: str) -> None:
 def _show(folder: Path, done: str, *, as_json: bool) -> None:
     """The table of a run, and where to look further."""
     from nemo_bench.records.results import load_results
-    from nemo_bench.report.terminal import show, terminal_table
+    from nemo_bench.report.console import show
+    from nemo_bench.report.terminal import terminal_table
 
     if as_json:
         print((folder / "leaderboard.json").read_text(encoding="utf-8"))
@@ -322,64 +241,17 @@ def _show(folder: Path, done: str, *, as_json: bool) -> None:
 def _dry_run(choices: Sequence[CellConfig], as_json: bool) -> None:
     """Prints needs and cost; an error where something is missing, so that scripts can tell."""
     from nemo_bench.benchmark.dry_run import forecast
+    from nemo_bench.report.console import show_forecast
 
     expected = forecast(choices)
     missing = sum(need["state"] == "missing" for need in expected["needs"])
     if as_json:
         print(json.dumps(expected, indent=2))
     else:
-        _print_forecast(expected)
+        show_forecast(expected)
     _warn_of_limits(choices)
     if missing:
         raise NemoBenchError(f"missing: {missing} of what the run needs, see above; nothing was started")
-
-
-def _print_forecast(expected: Mapping[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    from nemo_bench.report.terminal import show
-
-    rows, total = expected["cells"], expected["total"]
-    width = max([80, *(len(row["cell"]) + 62 for row in rows)])
-    console = Console(width=max(Console().width, width), markup=False, highlight=False)
-    needs = Table("", "", Column("", overflow="fold"), box=None, show_header=False, pad_edge=False)
-    together: dict[tuple[str, str, str], list[str]] = {}
-    for need in expected["needs"]:
-        if need["kind"] != "metric" or need["state"] != "there":
-            together.setdefault((need["state"], need["kind"], need["note"]), []).append(need["what"])
-    for (state, kind, note), names in together.items():
-        needs.add_row(state, kind, f"{', '.join(names)}\n{note}".strip())
-    for found in expected["families"]:
-        needs.add_row("chosen" if found["known"] else "default", "settings", f"{found['method']} {found['text']}")
-    console.print(needs, "")
-    for file, about in expected["prompts"].items():
-        console.print(f"{file}: {about['taken']:,} of {about['of']:,} prompts, the first of them:", soft_wrap=True)
-        for prompt in about["first"]:
-            text = textwrap.shorten(prompt["text"], 100, placeholder=" ...")
-            console.print(f"  {prompt['id']}: {text}", soft_wrap=True)
-    if expected["uncounted"]:
-        console.print(f"{counted(expected['uncounted'], 'cell')} can't be counted before the files are there")
-    if not rows:
-        return
-    stages = ("localize", "memorization", "generate", "score")
-    titles = ("pending records", *stages, "UNet passes", "time")
-    table = Table(*(Column(title, no_wrap=True) for title in titles))
-    for row in rows:
-        counts = [str(row["pending"].get(stage, "-")) for stage in stages]
-        least = "≥ " if row["at_least"] else ""
-        table.add_row(row["cell"], *counts, f"{least}{sum(row['passes'].values()):,}", _duration(row["seconds"], least))
-    show(table)
-    least, passes = ("≥ " if total["at_least"] else ""), total["passes"]
-    verbs = {"memorization": "measure memorization"}
-    counts = [f"{least * (s == 'localize')}{count:,} to {verbs.get(s, s)}" for s, count in passes.items()]
-    console.print(f"UNet passes of one sample: {', '.join(counts)}")
-    if least:
-        console.print("≥: what a search takes depends on the prompt; no record of this model tells yet, so the least")
-    for model, pace in expected["pace"].items():
-        each = f"{1000 * pace['seconds_per_pass']:.3g} ms a pass"
-        console.print(f"{model}: {each} in {pace['records']:,} finished records, on {', '.join(pace['devices'])}")
-    console.print(f"time: {_duration(total['seconds'], least)}")
 
 
 def _warn_of_limits(choices: Sequence[CellConfig]) -> None:
@@ -392,15 +264,6 @@ def _warn_of_limits(choices: Sequence[CellConfig]) -> None:
     }
     if found:
         _aside(f"{', '.join(found)}: of each file the first prompts only, for a try; these numbers are no results")
-
-
-def _duration(seconds: float | None, least: str) -> str:
-    """Seconds for people; a question mark before the first records."""
-    if seconds is None:
-        return "?"
-    if seconds < 90:
-        return f"{least}{seconds:.0f} s"
-    return f"{least}{seconds / 60:.0f} min" if seconds < 5400 else f"{least}{seconds / 3600:,.1f} h"
 
 
 def _calibrate(options: argparse.Namespace) -> None:
@@ -444,30 +307,20 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _ls(options: argparse.Namespace) -> None:
-    from rich.table import Column, Table
-
     from nemo_bench.config import GROUPS, describe_options, explain_option, overview, short
-    from nemo_bench.report.terminal import show
+    from nemo_bench.report.console import show_entries
 
     if options.name:
         print(explain_option(options.group, options.name, options.conf))
-        return
-    if options.json:
+    elif options.json:
         groups = [options.group] if options.group else [g for g in GROUPS if g not in ("trainer", "logger")]
         print(json.dumps([entry for group in groups for entry in describe_options(group, options.conf)], indent=2))
-        return
-    names = Column("name", no_wrap=True)
-    if options.group:
-        table = Table(names, "summary", "source", box=None, pad_edge=False)
-        for entry in describe_options(options.group, options.conf):
-            table.add_row(entry["name"], entry["summary"], short(entry["citation"]))
+    elif options.group:
+        entries = describe_options(options.group, options.conf)
+        show_entries([{**e, "source": short(e["citation"])} for e in entries], ("name", "summary", "source"))
     else:
         # Names first: where the table is shown in parts, every part has them.
-        table = Table(names, Column("group", no_wrap=True), "summary", box=None, pad_edge=False)
-        for entry in overview(options.conf):
-            table.add_row(*(entry[column] for column in ("name", "group", "summary")))
-    show(table)
-    if not options.group:
+        show_entries(overview(options.conf), ("name", "group", "summary"))
         print("nemo-bench ls GROUP names sources, nemo-bench ls GROUP NAME what can be set")
 
 
@@ -475,8 +328,9 @@ def _report(options: argparse.Namespace) -> None:
     from nemo_bench.records.results import load_detections, load_results
     from nemo_bench.records.store import read_run
     from nemo_bench.report import write_report
+    from nemo_bench.report.console import show
     from nemo_bench.report.detection import write_detection
-    from nemo_bench.report.terminal import show, terminal_detection, terminal_table
+    from nemo_bench.report.terminal import terminal_detection, terminal_table
 
     folder = options.folder
     if (folder / "detection.json").is_file():
@@ -531,7 +385,8 @@ def _audit(options: argparse.Namespace) -> None:
     from nemo_bench.benchmark.processes import is_main
     from nemo_bench.records.results import load_results
     from nemo_bench.report.audit import audits_of
-    from nemo_bench.report.terminal import show, terminal_audits
+    from nemo_bench.report.console import show
+    from nemo_bench.report.terminal import terminal_audits
 
     start = time.perf_counter()
     say = _aside if options.json else print
@@ -558,8 +413,9 @@ def _references(options: argparse.Namespace) -> None:
     from nemo_bench.prompts import MANIFEST
     from nemo_bench.prompts.download import Limits, fetch
 
-    given = {name: getattr(options, name) for name, *_ in LIMITS if getattr(options, name) is not None}
-    summary = fetch(options.lists, options.folder, Limits(**given, private=options.private), progress=not options.json)
+    given = {field.name: getattr(options, field.name, None) for field in fields(Limits)}
+    limits = Limits(**{name: value for name, value in given.items() if value is not None})
+    summary = fetch(options.lists, options.folder, limits, progress=not options.json)
     if options.json:
         print(json.dumps(summary, indent=2))
         return
@@ -567,9 +423,9 @@ def _references(options: argparse.Namespace) -> None:
     print(f"{summary['links']} links: {summary['fetched']} fetched, {summary['kept']} kept, {len(dead)} dead")
     for why, count in Counter(entry["why"] for entry in dead).most_common():
         print(f"{count:>6}  {why}")
-    for entry in dead[:LISTED_LINKS]:
+    for entry in dead[:_LISTED_LINKS]:
         print(f"dead: {entry['url']}")
-    if len(dead) > LISTED_LINKS:
+    if len(dead) > _LISTED_LINKS:
         print(f"dead: ... all of them are in {options.folder / MANIFEST}")
     if healing := sum(entry["may_heal"] for entry in dead):
         print(f"{healing} of the dead links may heal; the same command tries those again")

@@ -1,13 +1,11 @@
-"""Tables in terminals of any width."""
+"""Tables of results for the terminal."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
+from collections.abc import Mapping, Sequence
 
 from rich.box import SIMPLE
-from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -20,54 +18,6 @@ from nemo_bench.report.tables import ends, fewer, leaderboard, number
 
 _METRICS = 6  # that fit 80 characters
 _ZERO = re.compile(r"\b0\.(?=\d{3})")  # left out of intervals so that the table fits 80 columns
-
-
-def show(*parts: RenderableType) -> None:
-    """Prints tables and texts; a table that is too wide in several, so that no number is cut."""
-    console = Console()
-    for part in parts:
-        console.print(*(fitting(part, console) if isinstance(part, Table) else [part]))
-
-
-def fitting(table: Table, console: Console) -> Iterator[Table]:
-    """A table in as few as show all columns in full, each beginning with the first column.
-
-    Args:
-        table: Its first column names the rows; columns whose words may be broken are those that wrap.
-        console: Where it is shown.
-    """
-    first, *others = table.columns
-    while True:
-        count = len(others)
-        while count > 1 and not _fits(_with_columns(table, [first, *others[:count]]), console):
-            count -= 1
-        part = _with_columns(table, [first, *others[:count]])
-        others = others[count:]
-        if others:
-            part.caption = None
-        yield part
-        if not others:
-            return
-        table = copy(table)
-        table.title = None
-
-
-def _with_columns(table: Table, columns: list) -> Table:  # type: ignore[type-arg]
-    part = copy(table)
-    part.columns = [copy(column) for column in columns]
-    for place, column in enumerate(part.columns):
-        column._index = place
-    return part
-
-
-def _fits(table: Table, console: Console) -> bool:
-    options = console.options.update(max_width=10_000)
-    width = console.measure(table, options=options).minimum
-    for column in table.columns:
-        if column.no_wrap:  # which rich measures as if its words could be broken
-            measured = [console.measure(cell, options=options) for cell in (column.header, *column.cells)]
-            width += max(each.maximum for each in measured) - max(each.minimum for each in measured)
-    return width <= console.width
 
 
 def terminal_table(results: Results) -> Table:

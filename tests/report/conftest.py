@@ -20,7 +20,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def page(run: Path) -> str:
     """Its page."""
-    return write_report(load_results(run)).html.read_text(encoding="utf-8")
+    return write_report(load_results(run)).read_text(encoding="utf-8")
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def test_an_audit_is_on_the_page_and_in_the_terminal(default: Path) -> None:
     assert isinstance(table, Table)
     assert str(table.title).endswith("(6 training images, 6 controls)")
     assert texts == [f"{says}\n", f"{failed}\n"]
-    page = Tags(write_report(results).html.read_text(encoding="utf-8"))
+    page = Tags(write_report(results).read_text(encoding="utf-8"))
     assert shown.title in page.text
     assert says in page.text
     assert "Pictures of 1 of 1 searches" in page.text

@@ -16,8 +16,9 @@ from nemo_bench.records.io import read_file
 from nemo_bench.records.results import load_results
 from nemo_bench.records.schema import Leaderboard
 from nemo_bench.records.store import read_run
-from nemo_bench.report import html, leaderboard, write_report
+from nemo_bench.report import html, write_report
 from nemo_bench.report.plots import plots
+from nemo_bench.report.tables import leaderboard
 from nemo_bench.report.terminal import terminal_table
 from tags import Tags
 
@@ -40,7 +41,7 @@ def test_the_page_shows_the_numbers_of_the_cells(run: Path, page: str) -> None:
 def test_texts_of_the_run_are_escaped(tmp_path: Path) -> None:
     prompts = [("vm-01", ATTACK, "VM"), *PROMPTS[1:]]
     run = write_fake_results(tmp_path / "<b>x", prompts=prompts)
-    page = write_report(load_results(run)).html.read_text(encoding="utf-8")
+    page = write_report(load_results(run)).read_text(encoding="utf-8")
     assert "<script>alert" not in page
     assert "<b>x" not in page
     tags = Tags(page)
@@ -93,7 +94,7 @@ def test_an_image_that_is_gone_leaves_a_named_gap(tmp_path: Path) -> None:
     cell = read_run(run).cells[2]
     (run / cell / "images" / "vm-01_01.png").unlink()
     (run / "references" / "vm-02.png").write_text("no image")
-    page = write_report(load_results(run)).html.read_text()
+    page = write_report(load_results(run)).read_text()
     gaps = [a["aria-label"] for a in Tags(page).all("span") if a.get("class") == "gap"]
     assert len(gaps) == 3
     assert "Images that are gone or cut since they were scored; the command of the run makes them again: 1" in page
@@ -123,7 +124,7 @@ def test_presets_without_sscd_say_that_they_are_not_those_of_the_paper(run: Path
     other = write_fake_results(tmp_path / "default")
     for path in other.glob("*/metrics.json"):
         path.write_text(path.read_text().replace("SSIM to training image", "SSCD disc mixup to training image"))
-    assert "Not comparable with the paper" not in write_report(load_results(other)).html.read_text()
+    assert "Not comparable with the paper" not in write_report(load_results(other)).read_text()
 
 
 def test_the_page_says_how_to_reproduce(page: str) -> None:
@@ -136,10 +137,10 @@ def test_unfinished_cells_are_listed(tmp_path: Path) -> None:
     run = write_fake_results(tmp_path / "default")
     cell = read_run(run).cells[1]
     (run / cell / "score.done").unlink()
-    files = write_report(load_results(run))
-    assert f"{cell}: score not finished" in Tags(files.html.read_text()).text
-    assert f"- {cell}: score not finished" in files.markdown.read_text()
-    assert read_file(files.json, Leaderboard).unfinished == {cell: "score not finished"}
+    page = write_report(load_results(run))
+    assert f"{cell}: score not finished" in Tags(page.read_text()).text
+    assert f"- {cell}: score not finished" in (run / "leaderboard.md").read_text()
+    assert read_file(run / "leaderboard.json", Leaderboard).unfinished == {cell: "score not finished"}
 
 
 def test_what_may_be_chance_is_called_neither_better_nor_worse(run: Path) -> None:
@@ -154,7 +155,7 @@ def test_what_may_be_chance_is_called_neither_better_nor_worse(run: Path) -> Non
 
 
 def test_one_model_has_no_side_by_side(tmp_path: Path) -> None:
-    tags = Tags(write_report(load_results(write_fake_results(tmp_path / "default"))).html.read_text())
+    tags = Tags(write_report(load_results(write_fake_results(tmp_path / "default"))).read_text())
     ids = {a["id"] for _, a in tags.tags if "id" in a}
     assert {"leaderboard", "presets", "tradeoffs", "detection", "prompts"} <= ids
     assert "models" not in ids
@@ -179,7 +180,7 @@ def test_many_prompts_and_methods_stay_within_bounds(tmp_path: Path) -> None:
     results = load_results(run)
     for figure in plots(results):
         assert len(figure.svg) < 150_000, figure.name
-    text = write_report(load_results(run)).html.read_text()
+    text = write_report(load_results(run)).read_text()
     shown = re.sub(r"<noscript>.*?</noscript>", "", text, flags=re.DOTALL)
     assert text.count("<img") > 60 * 9
     assert shown.count("<img") == 3 * 2 * len(("training image", "no mitigation", "mitigation"))
@@ -189,6 +190,6 @@ def test_many_prompts_and_methods_stay_within_bounds(tmp_path: Path) -> None:
 def test_prompts_that_are_not_memorized_have_a_report_without_those_plots(tmp_path: Path) -> None:
     run = write_fake_results(tmp_path / "general", prompts=[p for p in PROMPTS if p[2] is None])
     assert plots(load_results(run)) == []
-    page = write_report(load_results(run)).html.read_text()
+    page = write_report(load_results(run)).read_text()
     assert "figure" not in {tag for tag, _ in Tags(page).tags}
     assert "#plots" not in page

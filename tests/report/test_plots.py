@@ -98,7 +98,7 @@ def test_the_threshold_is_shown_once_a_model_with_both_distributions(tmp_path: P
         assert ">TM</text>" in figure.svg
         assert not re.search(r"#[0-9a-f]{6}\b|<metadata|<style", figure.svg)
     assert figures[0].svg != figures[1].svg
-    assert Tags(write_report(load_results(run)).html.read_text()).text.count("Threshold: ") == 2
+    assert Tags(write_report(load_results(run)).read_text()).text.count("Threshold: ") == 2
 
 
 def test_the_threshold_is_shown_alone_where_nothing_without_mitigation_was_run(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_run_copied_without_its_calibration_has_a_report_without_that_plot(tmp
     assert load_results(run).cells[2].calibration == folder
     copy = shutil.copytree(run, tmp_path / "elsewhere" / "results" / "default")
     assert load_results(copy).cells[2].calibration is None
-    assert "Threshold: " not in Tags(write_report(load_results(copy)).html.read_text()).text
+    assert "Threshold: " not in Tags(write_report(load_results(copy)).read_text()).text
 
 
 def test_a_calibration_that_does_not_hold_what_it_should_is_named(tmp_path: Path) -> None:
@@ -163,4 +163,4 @@ def test_numbers_of_others_that_are_not_finite_do_not_break_the_figures(default:
     for number, line in enumerate(lines):
         line["scores"] = dict.fromkeys(line["scores"], (float("nan"), float("inf"))[number % 2])
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert write_report(load_results(default)).html.is_file()
+    assert write_report(load_results(default)).is_file()

@@ -44,7 +44,8 @@ def test_a_finished_table_is_shown_without_a_library_for_plots_or_models(default
     code = (
         "import sys\n"
         "from nemo_bench.records.results import load_results\n"
-        "from nemo_bench.report.terminal import show, terminal_table\n"
+        "from nemo_bench.report.console import show\n"
+        "from nemo_bench.report.terminal import terminal_table\n"
         "show(terminal_table(load_results(sys.argv[1])))\n"
         "print(*sys.modules)"
     )

@@ -16,8 +16,8 @@ from nemo_bench.records.io import read_file
 from nemo_bench.records.results import load_results
 from nemo_bench.records.schema import Failures, Leaderboard, LeaderboardRow, Summary
 from nemo_bench.records.statistics import paired
-from nemo_bench.report import html, leaderboard, write_report
-from nemo_bench.report.tables import latex, markdown, tex
+from nemo_bench.report import html, write_report
+from nemo_bench.report.tables import latex, leaderboard, markdown, tex
 from nemo_bench.report.terminal import terminal_table
 from tags import Tags
 
@@ -227,8 +227,8 @@ def test_a_method_all_of_whose_images_failed_is_still_in_every_table(default: Pa
     lost = Failures(images=6, localizations=2, scores=1, metrics={"ssim": 6})
     path = next(default.glob("*__nemo__*/metrics.json"))
     change_file(path, Summary, aggregates={g: {} for g in groups}, presets={}, failed=dict.fromkeys(groups, lost))
-    files = write_report(load_results(default))
-    for file in (files.html, files.markdown, files.latex):
-        assert "6 images, 2 localizations, 1 score" in file.read_text(encoding="utf-8")
+    write_report(load_results(default))
+    for file in ("report.html", "leaderboard.md", "leaderboard.tex"):
+        assert "6 images, 2 localizations, 1 score" in (default / file).read_text(encoding="utf-8")
     table = terminal_table(load_results(default))
     assert any("failed: 6 images" in str(text) for text in table.columns[0].cells)

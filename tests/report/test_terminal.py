@@ -17,8 +17,9 @@ from rich.table import Column, Table
 from nemo_bench.cli import main
 from nemo_bench.config import options
 from nemo_bench.records.results import load_results
-from nemo_bench.report import leaderboard
-from nemo_bench.report.terminal import fitting, terminal_table
+from nemo_bench.report.console import fitting
+from nemo_bench.report.tables import leaderboard
+from nemo_bench.report.terminal import terminal_table
 
 
 def shown(words: list[str], encoding: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:

@@ -32,16 +32,16 @@ def test_a_large_image_is_made_smaller_and_a_tiny_one_kept_as_it_is(tmp_path: Pa
 
 def test_thumbnails_are_made_once_for_the_same_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_fake_results(tmp_path / "default")
-    before = write_report(load_results(run)).html.read_bytes()
+    before = write_report(load_results(run)).read_bytes()
     made: list[Path] = []
     monkeypatch.setattr(
         "nemo_bench.report.thumbnails.thumbnail", lambda path, box: made.append(path) or thumbnail(path, box)
     )
-    assert write_report(load_results(run)).html.read_bytes() == before
+    assert write_report(load_results(run)).read_bytes() == before
     assert made == []
     image = next(run.glob("*__nemo__*/images/vm-01_01.png"))
     Image.effect_noise((80, 80), 40).convert("RGB").save(image)
-    assert write_report(load_results(run)).html.read_bytes() != before
+    assert write_report(load_results(run)).read_bytes() != before
     assert made == [image]
     moved = run.rename(tmp_path / "moved")
     made.clear()
@@ -51,7 +51,7 @@ def test_thumbnails_are_made_once_for_the_same_image(tmp_path: Path, monkeypatch
 
 def test_thumbnails_that_cannot_be_read_are_made_again(tmp_path: Path) -> None:
     run = write_fake_results(tmp_path / "default")
-    before = write_report(load_results(run)).html.read_bytes()
+    before = write_report(load_results(run)).read_bytes()
     for path, text in zip(run.glob("*/thumbnails.json"), ("{", "[]", '{"a": [1]}'), strict=True):
         path.write_text(text)
-    assert write_report(load_results(run)).html.read_bytes() == before
+    assert write_report(load_results(run)).read_bytes() == before
