@@ -278,12 +278,13 @@ class Planner:
         measured = to_measure(method, model)
         if not self._has_files(config, method, edits, measured):
             return None
-        prompts = self._listed(listed.files, listed)
+        prompts = read_listed(listed, self._read)
         general = self._general(listed)[: listed.calibration_limit] if measured else []
         calibration = _calibration_identity(settings, method, general, source.digest() if has_weights else "missing")
         identity = _identity(settings, method, prompts, calibration)
         if edits:
-            identity["shared_from"] = prompts_digest(self._listed(edits, replace(listed, memorized=[])))
+            unmarked = replace(listed, files=edits, memorized=[])
+            identity["shared_from"] = prompts_digest(read_listed(unmarked, self._read))
         calibration_folder = f"{config.names.get('model', 'model')}__{digest(calibration, 8)}"
         commit = {"commit": source.commit} if has_weights and source.commit else {}
         localizing = [LocalizationRecord] if method.localizes else []
@@ -323,7 +324,7 @@ class Planner:
         settings, listed = config.settings, config.settings.prompts
         found = [self._look("prompts", file, partial(self._note_prompts, file, listed)) for file in listed.files]
         if all(found):
-            prompts = self._listed(listed.files, listed)
+            prompts = read_listed(listed, self._read)
             self._note_training_images(prompts, ", ".join(listed.files))
             if file := settings.method.get("file"):
                 found.append(self._look("method's file", file, partial(method.fingerprint, prompts)))
@@ -351,22 +352,10 @@ class Planner:
 
     def _read(self, file: str, settings: PromptSettings) -> list[Prompt]:
         """All prompts of a file, read once."""
-        is_memorized = file in settings.memorized
-        key = digest([file, settings.references, is_memorized])
+        key = digest([file, settings.references, file in settings.memorized])
         if key not in self._prompts:
-            try:
-                found = read_files([file], None, settings.references, [file] if is_memorized else [])
-            except NemoBenchError as error:
-                hint = f" {settings.obtain}" if settings.obtain else ""
-                raise type(error)(f"{error}{hint}") from error
-            self._prompts[key] = found
+            self._prompts[key] = read_list(file, settings)
         return self._prompts[key]
-
-    def _listed(self, files: Sequence[str], settings: PromptSettings) -> list[Prompt]:
-        """The first prompts of some files, as many of each as the settings allow."""
-        prompts = [p for file in files for p in self._read(file, settings)[: settings.limit]]
-        check_ids(files, prompts)
-        return prompts
 
     def _general(self, settings: PromptSettings) -> list[Prompt]:
         """All general prompts, none where no file is named."""
@@ -497,39 +486,30 @@ def _serves(cell: Cell, source: Cell) -> bool:
     return all(texts.get(prompt.id) == prompt.text for prompt in source.prompts)
 
 
-def read_listed(settings: PromptSettings) -> list[Prompt]:
-    """Reads the prompts that are benchmarked; see :func:`read_files`."""
-    return read_files(settings.files, settings.limit, settings.references, settings.memorized)
-
-
-def read_files(
-    files: Sequence[str], limit: int | None = None, references: str | None = None, memorized: Sequence[str] = ()
+def read_listed(
+    settings: PromptSettings, read: Callable[[str, PromptSettings], Sequence[Prompt]] | None = None
 ) -> list[Prompt]:
-    """Reads the prompts of several files, at most ``limit`` of each.
-
-    ``memorized`` are those of the files whose prompts are memorized where no kind is annotated, ``references`` a folder
-    that ``nemo-bench references`` filled.
+    """Reads the prompts that are benchmarked: of each file the first ones, as many as the settings allow.
 
     Raises:
         NemoBenchError: A file can't be read, or two have a prompt of the same id.
     """
-    folder = Path(resolve(references)) if references else None
-    prompts = [
-        p
-        for file in files
-        for p in read_prompts(resolve(file), references=folder, memorized=file in memorized, limit=limit)
-    ]
-    check_ids(files, prompts)
-    return prompts
+    read = read or partial(read_list, limit=settings.limit)
+    by_id: dict[str, Prompt] = {}
+    for prompt in (prompt for file in settings.files for prompt in read(file, settings)[: settings.limit]):
+        if prompt.id in by_id:
+            raise ConfigError(f"prompts.files={settings.files}: two files have a prompt with id '{prompt.id}'")
+        by_id[prompt.id] = prompt
+    return list(by_id.values())
 
 
-def check_ids(files: Sequence[str], prompts: Sequence[Prompt]) -> None:
-    """Raises ConfigError where two files have a prompt of the same id."""
-    seen: set[str] = set()
-    for prompt in prompts:
-        if prompt.id in seen:
-            raise ConfigError(f"prompts.files={list(files)}: two files have a prompt with id '{prompt.id}'")
-        seen.add(prompt.id)
+def read_list(file: str, settings: PromptSettings, limit: int | None = None) -> list[Prompt]:
+    """Reads a list of prompts as settings say; an error says where to get it."""
+    folder = Path(resolve(settings.references)) if settings.references else None
+    try:
+        return read_prompts(resolve(file), references=folder, memorized=file in settings.memorized, limit=limit)
+    except NemoBenchError as error:
+        raise type(error)(f"{error} {settings.obtain}".rstrip()) from error
 
 
 def check_metrics(settings: RunSettings) -> None:
