@@ -40,53 +40,36 @@ FIRST = 3
 
 @dataclass(frozen=True)
 class Need:
-    """Something that a run takes from outside.
+    """Something that a run takes from outside."""
 
-    Attributes:
-        kind: ``"weights"``, ``"metric"``, ``"statistics"``, ``"prompts"``, ``"prompts of edits"``, ``"general
-            prompts"``, ``"method's file"``, ``"method"`` or ``"training images"``.
-        what: File, folder, hub id, or name of a metric.
-        state: ``"there"``; ``"fetched"``, by its library at the first use; ``"partly"``, the run goes on without the
-            rest; ``"missing"``, the run would stop.
-        note: What it holds, or what is wrong and what to do.
-    """
-
+    #: ``"weights"``, ``"metric"``, ``"statistics"``, ``"prompts"``, ``"prompts of edits"``, ``"general prompts"``,
+    #: ``"method's file"``, ``"method"`` or ``"training images"``.
     kind: str
-    what: str
+    what: str  #: File, folder, hub id, or name of a metric.
+    #: ``"there"``; ``"fetched"``, by its library at the first use; ``"partly"``, the run goes on without the rest;
+    #: ``"missing"``, the run would stop.
     state: Literal["there", "fetched", "partly", "missing"]
-    note: str = ""
+    note: str = ""  #: What it holds, or what is wrong and what to do.
 
 
 @dataclass(eq=False, kw_only=True)
 class Cell:
-    """The unit of work: a model, a method or detector, and prompts; owner of one results folder.
-
-    Attributes:
-        spec: What the cell is, as written to ``spec.json``; ``spec.task`` is the task that it serves.
-        method: The mitigation as configured; not set up.
-        unmitigated: Folder of the same images without mitigation, asked for as well or finished before.
-        calibration_prompts: General prompts for the calibration, none where nothing is measured.
-        measured: Files of the calibration that the method, or its source, can't do without.
-        source: The cell whose localization this one starts from; it need not have been asked for.
-        source_prompts: Those of its prompts that count.
-        audit: How it is audited, if it is.
-        searches: All searches of the audit: each memorized prompt's, followed by its control.
-    """
+    """The unit of work: a model, a method or detector, and prompts; owner of one results folder."""
 
     config: CellConfig
     prompts: list[Prompt]
-    spec: Spec
+    spec: Spec  #: What the cell is, as written to ``spec.json``; ``spec.task`` is the task that it serves.
     store: Store
-    method: Method | None = None
+    method: Method | None = None  #: The mitigation as configured; not set up.
     detector: Detector | None = None
-    unmitigated: Store | None = None
+    unmitigated: Store | None = None  #: Folder of the same images without mitigation, asked for or finished before.
     calibration: Store | None = None
-    calibration_prompts: list[Prompt] = field(default_factory=list)
-    measured: list[str] = field(default_factory=list)
-    source: Cell | None = None
-    source_prompts: list[Prompt] = field(default_factory=list)
-    audit: AuditSettings | None = None
-    searches: Sequence[Search] = ()
+    calibration_prompts: list[Prompt] = field(default_factory=list)  #: General prompts, none if nothing is measured.
+    measured: list[str] = field(default_factory=list)  #: Files of the calibration that the method can't do without.
+    source: Cell | None = None  #: The cell whose localization this one starts from; it need not have been asked for.
+    source_prompts: list[Prompt] = field(default_factory=list)  #: Prompts of the source that count.
+    audit: AuditSettings | None = None  #: How it is audited, if it is.
+    searches: Sequence[Search] = ()  #: Of the audit: each memorized prompt's, followed by its control.
 
     @property
     def id(self) -> str:
@@ -143,16 +126,11 @@ def check_same(configs: Sequence[CellConfig], *keys: str) -> None:
 
 
 class Planner:
-    """Makes cells as far as they can be counted, and notes everything that they need; each thing is looked at once.
-
-    Attributes:
-        needs: By kind and name.
-        counted: Configs of which there are cells, without metrics that lack something.
-    """
+    """Makes cells as far as they can be counted, and notes everything that they need; each thing is looked at once."""
 
     def __init__(self) -> None:
-        self.needs: dict[tuple[str, str], Need] = {}
-        self.counted: list[CellConfig] = []
+        self.needs: dict[tuple[str, str], Need] = {}  # by kind and name
+        self.counted: list[CellConfig] = []  # those of which there are cells
         self._errors: list[NemoBenchError] = []
         self._prompts: dict[str, list[Prompt]] = {}
 
@@ -160,7 +138,7 @@ class Planner:
         """Makes cells, each folder once.
 
         Raises:
-            NemoBenchError: Settings are wrong; what is merely missing is in :attr:`needs`.
+            NemoBenchError: Settings are wrong; what is merely missing is in ``needs``.
         """
         settings = configs[0].settings
         if any(config.settings.detector is not None for config in configs):
