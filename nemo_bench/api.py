@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nemo_bench.benchmark.plan import plan, read_files, read_listed
+from nemo_bench.benchmark.plan import plan, read_listed
 from nemo_bench.benchmark.run import run as run_cells
 from nemo_bench.benchmark.runner import load_model
-from nemo_bench.config import grid, quoted
+from nemo_bench.config import PromptSettings, grid, quoted
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError
 from nemo_bench.prompts import is_prompt_source
@@ -53,8 +53,8 @@ def load_prompts(prompts: str = "planted", *overrides: str) -> tuple[list[Prompt
     own = f"prompts.files={quoted(prompts)}" if is_prompt_source(prompts) else f"prompts={prompts}"
     (choice,) = grid([own, "method=none", *overrides])
     settings = choice.settings.prompts
-    general = [settings.calibration] if settings.calibration else []
-    return read_listed(settings), read_files(general, settings.calibration_limit)
+    general = PromptSettings([settings.calibration] if settings.calibration else [], limit=settings.calibration_limit)
+    return read_listed(settings), read_listed(general)
 
 
 def run(*overrides: str, conf: Path | str | None = None, progress: bool = False) -> Path:

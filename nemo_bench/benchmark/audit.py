@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from nemo_bench.benchmark.embedding_search import UNCHANGED
 from nemo_bench.benchmark.pending import localized_neurons
-from nemo_bench.benchmark.plan import Cell, identity_settings, metrics_of, read_files, source_of
+from nemo_bench.benchmark.plan import Cell, identity_settings, metrics_of, read_listed, source_of
 from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.rescore import reread
 from nemo_bench.benchmark.run import write_pages
 from nemo_bench.benchmark.runner import Runner
 from nemo_bench.benchmark.stages.audit import STATES, AuditScoringStage, AuditSettings, AuditStage, Search, SheetTask
-from nemo_bench.config import SCORING, build, check_stored, named_classes, overridden, rows_at_once
+from nemo_bench.config import SCORING, PromptSettings, build, check_stored, named_classes, overridden, rows_at_once
 from nemo_bench.diffusion import GRADIENT_MEMORY
 from nemo_bench.errors import ConfigError, ModelError, StoreError, did_you_mean
 from nemo_bench.methods import NoMitigation
@@ -181,7 +181,7 @@ def _controls(cell: Cell, settings: AuditSettings) -> list[Prompt]:
     file = settings.controls or cell.config.settings.prompts.controls
     if file is None or (own and settings.controls is None):
         return own
-    found = read_files([file])
+    found = read_listed(PromptSettings([file]))
     for prompt in found:
         if prompt.kind or not prompt.references:
             what = f"is marked {prompt.kind}" if prompt.kind else "has no picture"

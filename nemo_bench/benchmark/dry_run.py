@@ -23,20 +23,12 @@ PASSES = ("calibrate", "localize", "memorization", "generate")
 
 @dataclass
 class CostModel:
-    """What finished records of a model tell of its cost.
+    """What finished records of a model tell of its cost."""
 
-    Attributes:
-        passes: UNet passes of one sample that a prompt took to localize and an image to generate, by stage and class of
-            the method.
-        seconds: Seconds a pass took, by stage.
-        scoring: Seconds a prompt took to be scored.
-        records: How many records there are.
-        devices: What they were computed on.
-    """
-
+    #: UNet passes of one sample that a prompt or an image took, by stage and class of the method.
     passes: dict[tuple[str, str], list[float]] = field(default_factory=dict)
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    scoring: list[float] = field(default_factory=list)
+    seconds: dict[str, list[float]] = field(default_factory=dict)  #: Seconds a pass took, by stage.
+    scoring: list[float] = field(default_factory=list)  #: Seconds a prompt took to be scored.
     records: int = 0
     devices: set[str] = field(default_factory=set)
 

@@ -40,53 +40,36 @@ FIRST = 3
 
 @dataclass(frozen=True)
 class Need:
-    """Something that a run takes from outside.
+    """Something that a run takes from outside."""
 
-    Attributes:
-        kind: ``"weights"``, ``"metric"``, ``"statistics"``, ``"prompts"``, ``"prompts of edits"``, ``"general
-            prompts"``, ``"method's file"``, ``"method"`` or ``"training images"``.
-        what: File, folder, hub id, or name of a metric.
-        state: ``"there"``; ``"fetched"``, by its library at the first use; ``"partly"``, the run goes on without the
-            rest; ``"missing"``, the run would stop.
-        note: What it holds, or what is wrong and what to do.
-    """
-
+    #: ``"weights"``, ``"metric"``, ``"statistics"``, ``"prompts"``, ``"prompts of edits"``, ``"general prompts"``,
+    #: ``"method's file"``, ``"method"`` or ``"training images"``.
     kind: str
-    what: str
+    what: str  #: File, folder, hub id, or name of a metric.
+    #: ``"there"``; ``"fetched"``, by its library at the first use; ``"partly"``, the run goes on without the rest;
+    #: ``"missing"``, the run would stop.
     state: Literal["there", "fetched", "partly", "missing"]
-    note: str = ""
+    note: str = ""  #: What it holds, or what is wrong and what to do.
 
 
 @dataclass(eq=False, kw_only=True)
 class Cell:
-    """The unit of work: a model, a method or detector, and prompts; owner of one results folder.
-
-    Attributes:
-        spec: What the cell is, as written to ``spec.json``; ``spec.task`` is the task that it serves.
-        method: The mitigation as configured; not set up.
-        unmitigated: Folder of the same images without mitigation, asked for as well or finished before.
-        calibration_prompts: General prompts for the calibration, none where nothing is measured.
-        measured: Files of the calibration that the method, or its source, can't do without.
-        source: The cell whose localization this one starts from; it need not have been asked for.
-        source_prompts: Those of its prompts that count.
-        audit: How it is audited, if it is.
-        searches: All searches of the audit: each memorized prompt's, followed by its control.
-    """
+    """The unit of work: a model, a method or detector, and prompts; owner of one results folder."""
 
     config: CellConfig
     prompts: list[Prompt]
-    spec: Spec
+    spec: Spec  #: What the cell is, as written to ``spec.json``; ``spec.task`` is the task that it serves.
     store: Store
-    method: Method | None = None
+    method: Method | None = None  #: The mitigation as configured; not set up.
     detector: Detector | None = None
-    unmitigated: Store | None = None
+    unmitigated: Store | None = None  #: Folder of the same images without mitigation, asked for or finished before.
     calibration: Store | None = None
-    calibration_prompts: list[Prompt] = field(default_factory=list)
-    measured: list[str] = field(default_factory=list)
-    source: Cell | None = None
-    source_prompts: list[Prompt] = field(default_factory=list)
-    audit: AuditSettings | None = None
-    searches: Sequence[Search] = ()
+    calibration_prompts: list[Prompt] = field(default_factory=list)  #: General prompts, none if nothing is measured.
+    measured: list[str] = field(default_factory=list)  #: Files of the calibration that the method can't do without.
+    source: Cell | None = None  #: The cell whose localization this one starts from; it need not have been asked for.
+    source_prompts: list[Prompt] = field(default_factory=list)  #: Prompts of the source that count.
+    audit: AuditSettings | None = None  #: How it is audited, if it is.
+    searches: Sequence[Search] = ()  #: Of the audit: each memorized prompt's, followed by its control.
 
     @property
     def id(self) -> str:
@@ -143,16 +126,11 @@ def check_same(configs: Sequence[CellConfig], *keys: str) -> None:
 
 
 class Planner:
-    """Makes cells as far as they can be counted, and notes everything that they need; each thing is looked at once.
-
-    Attributes:
-        needs: By kind and name.
-        counted: Configs of which there are cells, without metrics that lack something.
-    """
+    """Makes cells as far as they can be counted, and notes everything that they need; each thing is looked at once."""
 
     def __init__(self) -> None:
-        self.needs: dict[tuple[str, str], Need] = {}
-        self.counted: list[CellConfig] = []
+        self.needs: dict[tuple[str, str], Need] = {}  # by kind and name
+        self.counted: list[CellConfig] = []  # those of which there are cells
         self._errors: list[NemoBenchError] = []
         self._prompts: dict[str, list[Prompt]] = {}
 
@@ -160,7 +138,7 @@ class Planner:
         """Makes cells, each folder once.
 
         Raises:
-            NemoBenchError: Settings are wrong; what is merely missing is in :attr:`needs`.
+            NemoBenchError: Settings are wrong; what is merely missing is in ``needs``.
         """
         settings = configs[0].settings
         if any(config.settings.detector is not None for config in configs):
@@ -278,12 +256,13 @@ class Planner:
         measured = to_measure(method, model)
         if not self._has_files(config, method, edits, measured):
             return None
-        prompts = self._listed(listed.files, listed)
+        prompts = read_listed(listed, self._read)
         general = self._general(listed)[: listed.calibration_limit] if measured else []
         calibration = _calibration_identity(settings, method, general, source.digest() if has_weights else "missing")
         identity = _identity(settings, method, prompts, calibration)
         if edits:
-            identity["shared_from"] = prompts_digest(self._listed(edits, replace(listed, memorized=[])))
+            unmarked = replace(listed, files=edits, memorized=[])
+            identity["shared_from"] = prompts_digest(read_listed(unmarked, self._read))
         calibration_folder = f"{config.names.get('model', 'model')}__{digest(calibration, 8)}"
         commit = {"commit": source.commit} if has_weights and source.commit else {}
         localizing = [LocalizationRecord] if method.localizes else []
@@ -323,7 +302,7 @@ class Planner:
         settings, listed = config.settings, config.settings.prompts
         found = [self._look("prompts", file, partial(self._note_prompts, file, listed)) for file in listed.files]
         if all(found):
-            prompts = self._listed(listed.files, listed)
+            prompts = read_listed(listed, self._read)
             self._note_training_images(prompts, ", ".join(listed.files))
             if file := settings.method.get("file"):
                 found.append(self._look("method's file", file, partial(method.fingerprint, prompts)))
@@ -351,22 +330,10 @@ class Planner:
 
     def _read(self, file: str, settings: PromptSettings) -> list[Prompt]:
         """All prompts of a file, read once."""
-        is_memorized = file in settings.memorized
-        key = digest([file, settings.references, is_memorized])
+        key = digest([file, settings.references, file in settings.memorized])
         if key not in self._prompts:
-            try:
-                found = read_files([file], None, settings.references, [file] if is_memorized else [])
-            except NemoBenchError as error:
-                hint = f" {settings.obtain}" if settings.obtain else ""
-                raise type(error)(f"{error}{hint}") from error
-            self._prompts[key] = found
+            self._prompts[key] = read_list(file, settings)
         return self._prompts[key]
-
-    def _listed(self, files: Sequence[str], settings: PromptSettings) -> list[Prompt]:
-        """The first prompts of some files, as many of each as the settings allow."""
-        prompts = [p for file in files for p in self._read(file, settings)[: settings.limit]]
-        check_ids(files, prompts)
-        return prompts
 
     def _general(self, settings: PromptSettings) -> list[Prompt]:
         """All general prompts, none where no file is named."""
@@ -497,39 +464,30 @@ def _serves(cell: Cell, source: Cell) -> bool:
     return all(texts.get(prompt.id) == prompt.text for prompt in source.prompts)
 
 
-def read_listed(settings: PromptSettings) -> list[Prompt]:
-    """Reads the prompts that are benchmarked; see :func:`read_files`."""
-    return read_files(settings.files, settings.limit, settings.references, settings.memorized)
-
-
-def read_files(
-    files: Sequence[str], limit: int | None = None, references: str | None = None, memorized: Sequence[str] = ()
+def read_listed(
+    settings: PromptSettings, read: Callable[[str, PromptSettings], Sequence[Prompt]] | None = None
 ) -> list[Prompt]:
-    """Reads the prompts of several files, at most ``limit`` of each.
-
-    ``memorized`` are those of the files whose prompts are memorized where no kind is annotated, ``references`` a folder
-    that ``nemo-bench references`` filled.
+    """Reads the prompts that are benchmarked: of each file the first ones, as many as the settings allow.
 
     Raises:
         NemoBenchError: A file can't be read, or two have a prompt of the same id.
     """
-    folder = Path(resolve(references)) if references else None
-    prompts = [
-        p
-        for file in files
-        for p in read_prompts(resolve(file), references=folder, memorized=file in memorized, limit=limit)
-    ]
-    check_ids(files, prompts)
-    return prompts
+    read = read or partial(read_list, limit=settings.limit)
+    by_id: dict[str, Prompt] = {}
+    for prompt in (prompt for file in settings.files for prompt in read(file, settings)[: settings.limit]):
+        if prompt.id in by_id:
+            raise ConfigError(f"prompts.files={settings.files}: two files have a prompt with id '{prompt.id}'")
+        by_id[prompt.id] = prompt
+    return list(by_id.values())
 
 
-def check_ids(files: Sequence[str], prompts: Sequence[Prompt]) -> None:
-    """Raises ConfigError where two files have a prompt of the same id."""
-    seen: set[str] = set()
-    for prompt in prompts:
-        if prompt.id in seen:
-            raise ConfigError(f"prompts.files={list(files)}: two files have a prompt with id '{prompt.id}'")
-        seen.add(prompt.id)
+def read_list(file: str, settings: PromptSettings, limit: int | None = None) -> list[Prompt]:
+    """Reads a list of prompts as settings say; an error says where to get it."""
+    folder = Path(resolve(settings.references)) if settings.references else None
+    try:
+        return read_prompts(resolve(file), references=folder, memorized=file in settings.memorized, limit=limit)
+    except NemoBenchError as error:
+        raise type(error)(f"{error} {settings.obtain}".rstrip()) from error
 
 
 def check_metrics(settings: RunSettings) -> None:

@@ -218,8 +218,8 @@ def _of_images(
         "images": digest(sorted([image.task.id, has.sha256] for image, has in zip(found, contents, strict=True))),
     }
     identity = {"model": {"name": model}, "method": settings.method, **digests}
-    kinds = [ImageRecord, ScoreRecord]
-    spec = make_spec(config, "external", kinds, identity, {title: citation}, title=title, digests=digests)
+    citations = {title: citation}
+    spec = make_spec(config, "external", [ImageRecord, ScoreRecord], identity, citations, title=title, digests=digests)
     run = Path(settings.root) / settings.name
     cell = Cell(config=config, prompts=prompts, spec=spec, store=Store(run / spec.cell))
     if is_main():
