@@ -22,7 +22,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from nemo_bench.benchmark.pending import (
     SETS_FILE,
@@ -47,13 +46,12 @@ from nemo_bench.benchmark.plan import (
 )
 from nemo_bench.benchmark.processes import is_main, together
 from nemo_bench.benchmark.stages.base import Chunk, Stage
-from nemo_bench.benchmark.stages.calibrate import CalibrationStage, StatisticsStage
-from nemo_bench.benchmark.stages.features import FeatureStage, read_features
-from nemo_bench.benchmark.stages.generate import GenerationStage
-from nemo_bench.benchmark.stages.localize import LocalizationStage
-from nemo_bench.benchmark.stages.memorization import MemorizationStage
-from nemo_bench.benchmark.stages.score import SampleReader, ScoringStage
-from nemo_bench.benchmark.stopping import stop_at_sigterm
+from nemo_bench.benchmark.stages.calibrate import measure_pairs, measure_statistics
+from nemo_bench.benchmark.stages.features import embed_real, read_features
+from nemo_bench.benchmark.stages.generate import generate
+from nemo_bench.benchmark.stages.localize import localize
+from nemo_bench.benchmark.stages.memorization import measure_memorization
+from nemo_bench.benchmark.stages.score import SampleReader, Scorer
 from nemo_bench.config import ModelSettings, TrainerSettings, build, resolve, rows_at_once
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, StoreError
@@ -179,23 +177,6 @@ class StageBar(TQDMProgressBar):
         self.predict_progress_bar.set_description(self.description)
 
 
-class Stoppable(L.Callback):
-    """Takes SIGTERM back from Lightning, which would predict on after it."""
-
-    def on_predict_start(self, *_: Any) -> None:
-        """Lightning's own handler is there by now."""
-        stop_at_sigterm()
-
-
-class _Nothing(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.allow_zero_length_dataloader_with_multiple_devices = True
-
-    def predict_step(self, *_: Any) -> None:
-        """There is no batch."""
-
-
 class Runner:
     """One Lightning trainer, the model loaded last, and the method set up last.
 
@@ -222,7 +203,7 @@ class Runner:
                     enable_checkpointing=False,
                     enable_model_summary=False,
                     enable_progress_bar=progress,
-                    callbacks=[Stoppable(), *([self.bar] if progress else [])],
+                    callbacks=[self.bar] if progress else [],
                 )
         except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise ConfigError(f"trainer settings do not fit this machine: {str(error).strip()}") from error
@@ -236,9 +217,7 @@ class Runner:
         Lightning does so where it first predicts; each process would have looked at the records by then.
         """
         if self.trainer.world_size > 1:
-            with _quiet():
-                nothing: DataLoader[Any] = DataLoader([])  # type: ignore[arg-type] # a list is a data set
-                self.trainer.predict(_Nothing(), nothing, return_predictions=False)
+            self.predict(Stage(lambda *_: [], Record, None), PromptDataModule(list, 1))
 
     def wait(self) -> None:
         """Waits for all processes."""
@@ -247,23 +226,11 @@ class Runner:
     def generate(self, cell: Cell) -> None:
         """Takes a cell to its images, through the stages that are not done."""
         self.localize(cell)
-        seeds = cell.config.settings.localize_seeds
-
-        def measure() -> Stage[Any]:
-            rows = self.rows(cell)
-            neurons = localized_neurons(cell.store, cell.spec, cell.prompts)
-            method = partial(self.method, cell)
-            return MemorizationStage(self.model(cell), method, neurons, seeds, rows, cell.store)
-
-        def generate() -> Stage[Any]:
-            neurons = localized_neurons(cell.store, cell.spec, cell.prompts)
-            return GenerationStage(self.model(cell), partial(self.method, cell), neurons, cell.store)
-
-        label = str(cell.spec.method)
-        self.run_stage(MemorizationRecord, label, prompt_tasks(cell), cell.store, measure, 1)
-        if not cell.store.is_done(ImageRecord):
-            rows = self.rows(cell)
-            self.run_stage(ImageRecord, label, image_tasks(cell), cell.store, generate, rows)
+        store, label = cell.store, str(cell.spec.method)
+        measure = partial(measure_memorization, seeds=cell.config.settings.localize_seeds)
+        self.run_stage(MemorizationRecord, measure, store, prompt_tasks(cell), label, cell=cell)
+        if not store.is_done(ImageRecord):
+            self.run_stage(ImageRecord, generate, store, image_tasks(cell), label, self.rows(cell), cell=cell)
 
     def localize(self, cell: Cell) -> None:
         """Localizes the neurons of a cell's prompts, and before them those that its method starts from."""
@@ -275,12 +242,8 @@ class Runner:
         if cell.source:
             self.localize(cell.source)
         self.calibrate(cell)
-
-        def build_stage() -> Stage[Any]:
-            seeds = cell.config.settings.localize_seeds
-            return LocalizationStage(self.model(cell), partial(self.method, cell), seeds, store)
-
-        self.run_stage(LocalizationRecord, str(cell.spec.method), prompt_tasks(cell), store, build_stage, 1)
+        handle = partial(localize, seeds=cell.config.settings.localize_seeds)
+        self.run_stage(LocalizationRecord, handle, store, prompt_tasks(cell), str(cell.spec.method), cell=cell)
 
     def method(self, cell: Cell) -> Method:
         """The cell's mitigation, set up: the only place where a method is given anything.
@@ -359,11 +322,7 @@ class Runner:
         if is_readable(path):
             return
         chunks = Chunk.from_prompts(cell.calibration_prompts)
-
-        def build_stage() -> Stage[Any]:
-            return StatisticsStage(self.model(cell), store)
-
-        self.run_stage(StatisticsRecord, cell.spec.model, chunks, store, build_stage, 1)
+        self.run_stage(StatisticsRecord, measure_statistics, store, chunks, cell.spec.model, cell=cell)
         records = store.records(StatisticsRecord)
         files = (store.folder / str(records[chunk.id].file) for chunk in chunks)
         if is_main() and (merged := merge_statistics(files)):
@@ -373,14 +332,11 @@ class Runner:
     def _measure_threshold(self, cell: Cell, store: Store) -> None:
         assert cell.method is not None
         protocol = next(m for m in lineage(cell.method) if m.needs_calibration).protocol
-        rows = self.rows(cell)
         tasks = [PromptTask.from_prompt(prompt) for prompt in cell.calibration_prompts]
         seeds = cell.config.settings.localize_seeds
-
-        def build_stage() -> Stage[Any]:
-            return CalibrationStage(self.model(cell), seeds, store, protocol, rows)
-
-        self.run_stage(CalibrationRecord, cell.spec.model, tasks, store, build_stage, max(1, rows // seeds))
+        handle = partial(measure_pairs, seeds=seeds, protocol=protocol)
+        size = max(1, self.rows(cell) // seeds)
+        self.run_stage(CalibrationRecord, handle, store, tasks, cell.spec.model, size, cell=cell)
         if is_main():
             records = store.records(CalibrationRecord)
             usable = [pairs for task in tasks if (pairs := records[task.id].pairs) is not None]
@@ -397,11 +353,7 @@ class Runner:
         for metric in metrics.values():
             if isinstance(metric, SetMetric):
                 self._embed_real(metric, cell)
-
-        def build_stage() -> Stage[Any]:
-            pool = list(dict.fromkeys(path for p in cell.prompts for path in p.references))
-            return ScoringStage(metrics, store, pool)
-
+        pool = list(dict.fromkeys(path for p in cell.prompts for path in p.references))
         images = read_record_set(store.folder, ImageRecord)
         measured = store.records(MemorizationRecord).values()
         reader = SampleReader(
@@ -415,8 +367,9 @@ class Runner:
         )
         settings = cell.config.settings
         size = max(1, rows_at_once(settings) // settings.seeds)
-        label = str(cell.spec.method)
-        self.run_stage(ScoreRecord, label, scored_tasks(cell), store, build_stage, size, reader, settings.workers)
+        tasks, label = scored_tasks(cell), str(cell.spec.method)
+        handle = Scorer(metrics, pool)
+        self.run_stage(ScoreRecord, handle, store, tasks, label, size, read=reader, workers=settings.workers)
         if is_main() and not is_whole(store.folder / SETS_FILE, SETS):
             write_json(store.folder / SETS_FILE, score_sets(cell, metrics))
 
@@ -427,20 +380,18 @@ class Runner:
         if is_main():
             store.open(Spec(task="features", settings=dict(metric.space.fingerprint())), is_named=True)
         self.wait()
-
-        def build_stage() -> Stage[Any]:
-            return FeatureStage(metric.space, store)
-
-        self.run_stage(FeatureRecord, metric.title, chunks, store, build_stage, 1)
+        self.run_stage(FeatureRecord, partial(embed_real, space=metric.space), store, chunks, metric.title)
 
     def run_stage(
         self,
         kind: type[Record],
-        label: str,
-        tasks: Sequence[Any],
+        handle: Callable[..., Sequence[Record]],
         store: Store,
-        build_stage: Callable[[], Stage[Any]],
-        batch_size: int,
+        tasks: Sequence[Any],
+        label: str,
+        batch_size: int = 1,
+        *,
+        cell: Cell | None = None,
         read: Callable[[list[Any]], Any] = list,
         workers: int = 0,
     ) -> None:
@@ -448,12 +399,13 @@ class Runner:
 
         Args:
             kind: Class of its records.
-            label: What stands beside the bar.
-            tasks: All tasks.
+            handle: Computes the records of a batch, given the :class:`Stage` and the batch.
             store: Where the records go.
-            build_stage: Makes the stage.
+            tasks: All tasks.
+            label: What stands beside the bar.
             batch_size: Tasks in a batch.
-            read: Makes a batch of tasks into what the stage takes.
+            cell: Whose model and mitigation the stage needs, if any.
+            read: Makes a batch of tasks into what ``handle`` takes.
             workers: Processes that read ahead.
         """
         by_id = {task.id: task for task in tasks}
@@ -467,10 +419,20 @@ class Runner:
             return [by_id[name] for name in store.pending_ids(kind, by_id)]
 
         self.describe(kind.stage, label)
-        self.predict(build_stage(), PromptDataModule(pending, batch_size, read, workers))
+        parts = self._parts(cell) if cell else {}
+        self.predict(Stage(handle, kind, store, **parts), PromptDataModule(pending, batch_size, read, workers))
         if is_main():
             store.finish(kind, by_id)
         self.wait()
+
+    def _parts(self, cell: Cell) -> dict[str, Any]:
+        """What the stages of a cell work with."""
+        return {
+            "model": self.model(cell),
+            "method": partial(self.method, cell),
+            "neurons": localized_neurons(cell.store, cell.spec, cell.prompts),
+            "batch_size": self.rows(cell),
+        }
 
     def describe(self, stage: str, label: str) -> None:
         """Says beside the bar what comes next."""
