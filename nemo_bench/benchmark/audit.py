@@ -255,16 +255,14 @@ def audit(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Path
 def _search(cell: Cell, runner: Runner) -> None:
     settings = cell.audit
     assert settings is not None
-    store = cell.store
     rows = rows_at_once(cell.config.settings)
-    label = str(cell.spec.method)
     size = max(1, rows // GRADIENT_MEMORY // settings.samples)
-    runner.run_stage(SearchRecord, partial(search, settings=settings), store, cell.searches, label, size, cell=cell)
-    records = store.records(SearchRecord)
+    runner.run_stage(SearchRecord, partial(search, settings=settings), cell, cell.searches, size)
+    records = cell.store.records(SearchRecord)
     searched = [records[task.id] for task in cell.searches if not records[task.id].failed]
     sheets = [Chunk(_score_id(cell, record.id), (record,)) for record in searched]
     compare = partial(score_sheets, metrics=compared_metrics(cell), images=settings.images)
-    runner.run_stage(SearchScoreRecord, compare, store, sheets, label, rows)
+    runner.run_stage(SearchScoreRecord, compare, cell, sheets, rows, needs_model=False)
 
 
 def summarize(cell: Cell, command: str = "") -> Audit:

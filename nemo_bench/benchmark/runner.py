@@ -13,9 +13,9 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning as L
 import torch
@@ -23,27 +23,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
-from nemo_bench.benchmark.pending import (
-    SETS_FILE,
-    image_tasks,
-    is_finished,
-    localized_neurons,
-    prompt_tasks,
-    read_by_prompt,
-    scored_tasks,
-    unmitigated_images,
-)
-from nemo_bench.benchmark.plan import (
-    STATISTICS,
-    THRESHOLD,
-    Cell,
-    check_similarity,
-    is_measured,
-    lineage,
-    metrics_of,
-    similarity_of,
-    source_of,
-)
+from nemo_bench import localization
+from nemo_bench.benchmark import pending, plan
+from nemo_bench.benchmark.plan import STATISTICS, THRESHOLD, Cell
 from nemo_bench.benchmark.processes import is_main, together
 from nemo_bench.benchmark.stages.base import Chunk, Stage
 from nemo_bench.benchmark.stages.calibrate import measure_pairs, measure_statistics
@@ -55,41 +37,16 @@ from nemo_bench.benchmark.stages.score import SampleReader, Scorer
 from nemo_bench.config import ModelSettings, TrainerSettings, build, resolve, rows_at_once
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, StoreError
-from nemo_bench.localization import (
-    Calibration,
-    is_readable,
-    merge_statistics,
-    name_layers,
-    read_statistics,
-    thresholds,
-    write_statistics,
-)
 from nemo_bench.methods import Method, Setup
 from nemo_bench.metrics import BenchMetric, SetMetric
 from nemo_bench.prompts.data import PromptDataModule
 from nemo_bench.prompts.tasks import PromptTask
+from nemo_bench.records import schema
 from nemo_bench.records.images import visible
 from nemo_bench.records.io import LAYERS, SETS, digest, is_whole, read_file, write_json
-from nemo_bench.records.schema import (
-    CalibrationRecord,
-    Environment,
-    FeatureRecord,
-    ImageRecord,
-    LocalizationRecord,
-    MemorizationRecord,
-    PromptRecord,
-    Record,
-    Run,
-    ScoreRecord,
-    Spec,
-    Start,
-    StatisticsRecord,
-    Threshold,
-)
+from nemo_bench.records.schema import Record
 from nemo_bench.records.statistics import GROUPS
 from nemo_bench.records.store import Store, read_record_set, read_run, write_prompts
-
-P = TypeVar("P", bound=PromptRecord)
 
 
 def open_folder(folder: Path, cells: Sequence[Cell], *, instead: bool = False) -> None:
@@ -104,18 +61,18 @@ def open_folder(folder: Path, cells: Sequence[Cell], *, instead: bool = False) -
         StoreError: It holds something else.
     """
     path = folder / "run.json"
-    begun = [place.parent.name for place in sorted(folder.glob("*/spec.json")) if is_whole(place, Spec)]
+    begun = [place.parent.name for place in sorted(folder.glob("*/spec.json")) if is_whole(place, schema.Spec)]
     is_begun = path.exists() or begun
     if not is_begun and folder.exists() and any(p.suffix != ".part" for p in visible(folder.iterdir(), folder)):
         raise StoreError(f"{folder} is not empty and holds no run of nemo_bench; choose another name=... or root=...")
     folder.mkdir(parents=True, exist_ok=True)
-    if is_whole(path, Run):
+    if is_whole(path, schema.Run):
         present = read_run(folder)
     else:
-        methods = [name for name in begun if read_file(folder / name / "spec.json", Spec).method is not None]
-        present = Run(name=folder.name, token=secrets.token_hex(4), cells=methods)
+        methods = [name for name in begun if read_file(folder / name / "spec.json", schema.Spec).method is not None]
+        present = schema.Run(name=folder.name, token=secrets.token_hex(4), cells=methods)
     names = [cell.id for cell in cells]
-    listed = [name for name in present.cells if name in names or not instead or is_finished(folder / name)]
+    listed = [name for name in present.cells if name in names or not instead or pending.is_finished(folder / name)]
     listed += [name for name in names if name not in listed]
     write_json(path, present.model_copy(update={"name": folder.name, "cells": listed}))
 
@@ -123,9 +80,9 @@ def open_folder(folder: Path, cells: Sequence[Cell], *, instead: bool = False) -
 def note_start(cell: Cell, command: str, runner: Runner) -> None:
     """Writes down a start of a cell, and its prompts."""
     path = cell.store.folder / "env.json"
-    starts = read_file(path, Environment).starts if is_whole(path, Environment) else []
+    starts = read_file(path, schema.Environment).starts if is_whole(path, schema.Environment) else []
     packages = ("nemo-bench", "torch", "diffusers", "transformers", "lightning", "torchmetrics", "open_clip_torch")
-    start = Start(
+    start = schema.Start(
         time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=command,
         **_git_state(),
@@ -135,7 +92,7 @@ def note_start(cell: Cell, command: str, runner: Runner) -> None:
         settings=asdict(cell.config.settings),
         versions={name: importlib.metadata.version(name) for name in packages},
     )
-    write_json(path, Environment(starts=[*starts, start]))
+    write_json(path, schema.Environment(starts=[*starts, start]))
     write_prompts(cell.store.folder, cell.prompts)
 
 
@@ -154,17 +111,14 @@ def _git_state() -> dict[str, Any]:
 
 
 def _device_name(trainer: L.Trainer) -> str:
-    if trainer.strategy.root_device.type == "cuda":
-        return torch.cuda.get_device_name(trainer.strategy.root_device)
-    return trainer.strategy.root_device.type
+    device = trainer.strategy.root_device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 class StageBar(TQDMProgressBar):
     """Lightning's progress bar with the stage's name; shows rate and remaining time."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.description = ""
+    description = ""
 
     @property
     def predict_description(self) -> str:
@@ -179,10 +133,6 @@ class StageBar(TQDMProgressBar):
 
 class Runner:
     """One Lightning trainer, the model loaded last, and the method set up last.
-
-    Args:
-        settings: The trainer's settings.
-        progress: Whether bars are shown.
 
     Raises:
         ConfigError: Lightning can't have such a trainer on this machine, or a launcher's ranks do not fit it.
@@ -226,24 +176,23 @@ class Runner:
     def generate(self, cell: Cell) -> None:
         """Takes a cell to its images, through the stages that are not done."""
         self.localize(cell)
-        store, label = cell.store, str(cell.spec.method)
         measure = partial(measure_memorization, seeds=cell.config.settings.localize_seeds)
-        self.run_stage(MemorizationRecord, measure, store, prompt_tasks(cell), label, cell=cell)
-        if not store.is_done(ImageRecord):
-            self.run_stage(ImageRecord, generate, store, image_tasks(cell), label, self.rows(cell), cell=cell)
+        self.run_stage(schema.MemorizationRecord, measure, cell, pending.prompt_tasks(cell))
+        if not cell.store.is_done(schema.ImageRecord):
+            self.run_stage(schema.ImageRecord, generate, cell, pending.image_tasks(cell), self.rows(cell))
 
     def localize(self, cell: Cell) -> None:
         """Localizes the neurons of a cell's prompts, and before them those that its method starts from."""
         store = cell.store
         if is_main() and not is_whole(store.folder / "layers.json", LAYERS):
             write_json(store.folder / "layers.json", self.model(cell).masks.widths)
-        if LocalizationRecord not in cell.stages or store.is_done(LocalizationRecord):
+        if schema.LocalizationRecord not in cell.stages or store.is_done(schema.LocalizationRecord):
             return
         if cell.source:
             self.localize(cell.source)
         self.calibrate(cell)
         handle = partial(localize, seeds=cell.config.settings.localize_seeds)
-        self.run_stage(LocalizationRecord, handle, store, prompt_tasks(cell), str(cell.spec.method), cell=cell)
+        self.run_stage(schema.LocalizationRecord, handle, cell, pending.prompt_tasks(cell))
 
     def method(self, cell: Cell) -> Method:
         """The cell's mitigation, set up: the only place where a method is given anything.
@@ -256,8 +205,8 @@ class Runner:
         if cell.id not in self._methods:
             method: Method = build(cell.config.settings.method, "method")
             setup = Setup(prompts=cell.prompts, batch_size=self.rows(cell))
-            if not cell.store.is_done(LocalizationRecord):
-                records = read_by_prompt(cell.source.store, LocalizationRecord) if cell.source else {}
+            if not cell.store.is_done(schema.LocalizationRecord):
+                records = pending.read_by_prompt(cell.source.store, schema.LocalizationRecord) if cell.source else {}
                 chosen = [prompt for prompt in cell.source_prompts if records[prompt.id].neurons is not None]
                 setup = replace(
                     setup,
@@ -277,121 +226,121 @@ class Runner:
             return  # a source calibrates itself
         if is_main():
             settings = {"model": cell.spec.model, "prompts": len(cell.calibration_prompts)}
-            spec = Spec(task="calibrate", settings=settings, general_prompts=cell.spec.general_prompts)
+            spec = schema.Spec(task="calibrate", settings=settings, general_prompts=cell.spec.general_prompts)
             store.open(spec, is_named=True)
         if STATISTICS in cell.measured:
             self._measure_statistics(cell, store)
-        if THRESHOLD not in cell.measured or is_measured(store.folder / THRESHOLD):
+        if THRESHOLD not in cell.measured or plan.is_measured(store.folder / THRESHOLD):
             return
         # Without finite activations localizing fails prompt by prompt, and the rest of the run goes on.
         if self._statistics(cell) is not None:
             self._measure_threshold(cell, store)
 
-    def _calibration(self, cell: Cell, method: Method) -> Calibration | None:
+    def _calibration(self, cell: Cell, method: Method) -> localization.Calibration | None:
         """What localizing compares with."""
         if not method.needs_calibration:
             return None
         statistics = self._statistics(cell)
         if statistics is None:
-            return Calibration({}, {}, math.nan)
+            return localization.Calibration({}, {}, math.nan)
         mean, std = statistics
         threshold = method.memorization_threshold
         highest = None
         if THRESHOLD in cell.measured:
-            measured = read_file(cell.calibration_file(THRESHOLD), Threshold)
+            measured = read_file(cell.calibration_file(THRESHOLD), schema.Threshold)
             highest = measured.maxima.threshold
             if threshold is None:
                 threshold = measured.threshold
         tau = math.nan if threshold is None else threshold
-        return Calibration(mean, std, tau, len(cell.calibration_prompts), highest)
+        return localization.Calibration(mean, std, tau, len(cell.calibration_prompts), highest)
 
     def _statistics(self, cell: Cell) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-        """Mean and standard deviation of activations by layer, given or measured; None where none were finite.
-
-        Raises:
-            ModelError: Given statistics are of other layers than the model's.
-        """
+        """Mean and standard deviation of activations by layer, given or measured; None where none were finite."""
         given = cell.config.settings.model.statistics
         path = Path(resolve(given)) if given else cell.calibration_file(STATISTICS)
         if not given and not path.exists():
             return None
-        return name_layers(read_statistics(path), self.model(cell).masks.widths)
+        return localization.name_layers(localization.read_statistics(path), self.model(cell).masks.widths)
 
     def _measure_statistics(self, cell: Cell, store: Store) -> None:
         path = store.folder / STATISTICS
-        if is_readable(path):
+        if localization.is_readable(path):
             return
         chunks = Chunk.from_prompts(cell.calibration_prompts)
-        self.run_stage(StatisticsRecord, measure_statistics, store, chunks, cell.spec.model, cell=cell)
-        records = store.records(StatisticsRecord)
+        label = cell.spec.model
+        self.run_stage(schema.StatisticsRecord, measure_statistics, cell, chunks, store=store, label=label)
+        records = store.records(schema.StatisticsRecord)
         files = (store.folder / str(records[chunk.id].file) for chunk in chunks)
-        if is_main() and (merged := merge_statistics(files)):
-            write_statistics(path, merged)
+        if is_main() and (merged := localization.merge_statistics(files)):
+            localization.write_statistics(path, merged)
         self.wait()
 
     def _measure_threshold(self, cell: Cell, store: Store) -> None:
         assert cell.method is not None
-        protocol = next(m for m in lineage(cell.method) if m.needs_calibration).protocol
+        protocol = next(m for m in plan.lineage(cell.method) if m.needs_calibration).protocol
         tasks = [PromptTask.from_prompt(prompt) for prompt in cell.calibration_prompts]
         seeds = cell.config.settings.localize_seeds
         handle = partial(measure_pairs, seeds=seeds, protocol=protocol)
         size = max(1, self.rows(cell) // seeds)
-        self.run_stage(CalibrationRecord, handle, store, tasks, cell.spec.model, size, cell=cell)
+        self.run_stage(schema.CalibrationRecord, handle, cell, tasks, size, store=store, label=cell.spec.model)
         if is_main():
-            records = store.records(CalibrationRecord)
+            records = store.records(schema.CalibrationRecord)
             usable = [pairs for task in tasks if (pairs := records[task.id].pairs) is not None]
             failed = len(tasks) - len(usable)
-            found = thresholds(usable) if failed <= len(usable) else {}
-            result = Threshold.model_validate({**found, "failed": failed, **protocol.of_threshold})
+            found = localization.thresholds(usable) if failed <= len(usable) else {}
+            result = schema.Threshold.model_validate({**found, "failed": failed, **protocol.of_threshold})
             write_json(store.folder / THRESHOLD, result)
         self.wait()
 
     def score(self, cell: Cell) -> None:
         """Scores the images of a cell, where that is not done; those without mitigation must be there."""
-        metrics = metrics_of(cell)
+        metrics = plan.metrics_of(cell)
         store = cell.store
         for metric in metrics.values():
             if isinstance(metric, SetMetric):
                 self._embed_real(metric, cell)
         pool = list(dict.fromkeys(path for p in cell.prompts for path in p.references))
-        images = read_record_set(store.folder, ImageRecord)
-        measured = store.records(MemorizationRecord).values()
+        images = read_record_set(store.folder, schema.ImageRecord)
+        measured = store.records(schema.MemorizationRecord).values()
         reader = SampleReader(
             metrics.values(),
             store.folder,
             images.by_id.values(),
-            neurons=localized_neurons(store, cell.spec, cell.prompts),
+            neurons=pending.localized_neurons(store, cell.spec, cell.prompts),
             memorization={record.prompt: record.score for record in measured if record.score is not None},
-            unmitigated=unmitigated_images(cell),
+            unmitigated=pending.unmitigated_images(cell),
             digests=images.digests,
         )
         settings = cell.config.settings
         size = max(1, rows_at_once(settings) // settings.seeds)
-        tasks, label = scored_tasks(cell), str(cell.spec.method)
+        tasks = pending.scored_tasks(cell)
+        workers = settings.workers
         handle = Scorer(metrics, pool)
-        self.run_stage(ScoreRecord, handle, store, tasks, label, size, read=reader, workers=settings.workers)
-        if is_main() and not is_whole(store.folder / SETS_FILE, SETS):
-            write_json(store.folder / SETS_FILE, score_sets(cell, metrics))
+        self.run_stage(schema.ScoreRecord, handle, cell, tasks, size, needs_model=False, read=reader, workers=workers)
+        if is_main() and not is_whole(store.folder / pending.SETS_FILE, SETS):
+            write_json(store.folder / pending.SETS_FILE, score_sets(cell, metrics))
 
     def _embed_real(self, metric: SetMetric, cell: Cell) -> None:
         """Takes the features of the real pictures that sets are compared with; once, then they are cached."""
         chunks = Chunk.from_files(metric.files)
         store = real_store(metric, cell)
         if is_main():
-            store.open(Spec(task="features", settings=dict(metric.space.fingerprint())), is_named=True)
+            store.open(schema.Spec(task="features", settings=dict(metric.space.fingerprint())), is_named=True)
         self.wait()
-        self.run_stage(FeatureRecord, partial(embed_real, space=metric.space), store, chunks, metric.title)
+        handle = partial(embed_real, space=metric.space)
+        self.run_stage(schema.FeatureRecord, handle, cell, chunks, store=store, label=metric.title, needs_model=False)
 
     def run_stage(
         self,
         kind: type[Record],
         handle: Callable[..., Sequence[Record]],
-        store: Store,
+        cell: Cell,
         tasks: Sequence[Any],
-        label: str,
         batch_size: int = 1,
         *,
-        cell: Cell | None = None,
+        store: Store | None = None,
+        label: str = "",
+        needs_model: bool = True,
         read: Callable[[list[Any]], Any] = list,
         workers: int = 0,
     ) -> None:
@@ -400,39 +349,37 @@ class Runner:
         Args:
             kind: Class of its records.
             handle: Computes the records of a batch, given the :class:`Stage` and the batch.
-            store: Where the records go.
+            cell: The cell.
             tasks: All tasks.
-            label: What stands beside the bar.
             batch_size: Tasks in a batch.
-            cell: Whose model and mitigation the stage needs, if any.
+            store: Where the records go; None for the cell's folder.
+            label: What stands beside the bar; empty for the method.
+            needs_model: Whether it needs the cell's model and mitigation.
             read: Makes a batch of tasks into what ``handle`` takes.
             workers: Processes that read ahead.
         """
         by_id = {task.id: task for task in tasks}
+        store = store or cell.store
         if is_main():
             store.recount(kind, by_id)
         self.wait()
         if store.is_done(kind):
             return
 
-        def pending() -> list[Any]:
+        parts: dict[str, Any] = {}
+        if needs_model:
+            neurons = pending.localized_neurons(cell.store, cell.spec, cell.prompts)
+            method = partial(self.method, cell)
+            parts = {"model": self.model(cell), "method": method, "neurons": neurons, "batch_size": self.rows(cell)}
+
+        def left() -> list[Any]:
             return [by_id[name] for name in store.pending_ids(kind, by_id)]
 
-        self.describe(kind.stage, label)
-        parts = self._parts(cell) if cell else {}
-        self.predict(Stage(handle, kind, store, **parts), PromptDataModule(pending, batch_size, read, workers))
+        self.describe(kind.stage, label or str(cell.spec.method))
+        self.predict(Stage(handle, kind, store, **parts), PromptDataModule(left, batch_size, read, workers))
         if is_main():
             store.finish(kind, by_id)
         self.wait()
-
-    def _parts(self, cell: Cell) -> dict[str, Any]:
-        """What the stages of a cell work with."""
-        return {
-            "model": self.model(cell),
-            "method": partial(self.method, cell),
-            "neurons": localized_neurons(cell.store, cell.spec, cell.prompts),
-            "batch_size": self.rows(cell),
-        }
 
     def describe(self, stage: str, label: str) -> None:
         """Says beside the bar what comes next."""
@@ -457,7 +404,7 @@ class Runner:
             self._methods.clear()
             self._models[key] = load_model(settings)
         if cell.method is not None:
-            check_similarity(self._models[key].latent_shape[1:], settings, cell.method)
+            plan.check_similarity(self._models[key].latent_shape[1:], settings, cell.method)
         return self._models[key].to(self.trainer.strategy.root_device)
 
     def rows(self, cell: Cell) -> int:
@@ -474,22 +421,16 @@ class Runner:
 
 
 def largest_batch(attempt: Callable[[int], None], most: int = 256) -> int:
-    """The largest power of two that an attempt has memory for.
+    """The largest power of two, up to ``most``, for which an attempt raises no ``torch.OutOfMemoryError``.
 
-    Args:
-        attempt: Allocates the memory of this many rows; raises ``torch.OutOfMemoryError`` where there is too little.
-        most: Tried first.
-
-    Returns:
-        1 to ``most``; 1 also where even that does not fit, so that the error is raised where it happens.
+    It is 1 also where even that does not fit, so that the error is raised where it happens.
     """
     while most > 1:
         try:
             attempt(most)
+            break
         except torch.OutOfMemoryError:
             most //= 2
-        else:
-            break
     return most
 
 
@@ -506,11 +447,11 @@ def try_batch(model: Diffusion, rows: int) -> None:
 def load_model(settings: ModelSettings) -> Diffusion:
     """Loads the model that settings describe, on the CPU."""
     return Diffusion(
-        source_of(settings).load(settings.dtype),
+        plan.source_of(settings).load(settings.dtype),
         layers=settings.layers,
         steps=settings.steps,
         guidance=settings.guidance,
-        similarity=similarity_of(settings),
+        similarity=plan.similarity_of(settings),
         compiled=settings.compiled,
     )
 
@@ -528,43 +469,43 @@ def score_sets(cell: Cell, metrics: Mapping[str, BenchMetric]) -> dict[str, dict
     wholes = {name: metric for name, metric in metrics.items() if isinstance(metric, SetMetric)}
     if not wholes:
         return {}
-    records = cell.store.records(ScoreRecord).values()
+    records = cell.store.records(schema.ScoreRecord).values()
     files = {record.prompt: cell.store.folder / record.file for record in records if record.file}
-    known: dict[tuple[str, ...], dict[str, float | None]] = {}
-    table = {}
-    for group in GROUPS:
-        members = tuple(p.id for p in cell.prompts if group in ("all", p.group) and p.id in files)
-        if members and members not in known:
-            known[members] = {}
-            for name, metric in wholes.items():
-                images = read_features([files[i] for i in members], digest(metric.space.fingerprint()))
-                features = real_store(metric, cell).records(FeatureRecord)
-                chunks = Chunk.from_files(metric.files)
-                folder = real_store(metric, cell).folder
-                real = read_features([folder / str(features[chunk.id].file) for chunk in chunks], "real")
-                for value in metric.score(images=images, real=real).tolist():
-                    known[members][name] = value if math.isfinite(value) else None
-        if members:
-            table[group] = known[members]
-    return table
+
+    @cache
+    def scores(members: tuple[str, ...]) -> dict[str, float | None]:
+        found = {}
+        for name, metric in wholes.items():
+            images = read_features([files[i] for i in members], digest(metric.space.fingerprint()))
+            store = real_store(metric, cell)
+            features = store.records(schema.FeatureRecord)
+            chunks = Chunk.from_files(metric.files)
+            real = read_features([store.folder / str(features[chunk.id].file) for chunk in chunks], "real")
+            for value in metric.score(images=images, real=real).tolist():
+                found[name] = value if math.isfinite(value) else None
+        return found
+
+    def having(group: str) -> tuple[str, ...]:
+        return tuple(p.id for p in cell.prompts if group in ("all", p.group) and p.id in files)
+
+    return {group: scores(members) for group in GROUPS if (members := having(group))}
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hides Lightning's advice on workers and its device listing; errors and other warnings pass."""
-    loggers = [
-        logging.getLogger(n) for n in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
-    ]
+    names = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.WARNING)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message=".*Total length of .* across ranks is zero.*")
-            warnings.filterwarnings("ignore", message="predict returned None.*")
-            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")
-            warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated.*")
+            for message in (
+                "does not have many workers", "Total length of .* across ranks is zero", "predict returned None",
+                "LeafSpec.* is deprecated", "torch.jit.script.* is deprecated",
+            ):  # fmt: skip
+                warnings.filterwarnings("ignore", message=f".*{message}")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
