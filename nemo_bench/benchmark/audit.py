@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_bench.benchmark.embedding_search import UNCHANGED
-from nemo_bench.benchmark.pending import localized_neurons
 from nemo_bench.benchmark.plan import Cell, identity_settings, metrics_of, read_listed, source_of
 from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.rescore import reread
 from nemo_bench.benchmark.run import write_pages
 from nemo_bench.benchmark.runner import Runner
-from nemo_bench.benchmark.stages.audit import STATES, AuditScoringStage, AuditSettings, AuditStage, Search, SheetTask
+from nemo_bench.benchmark.stages.audit import STATES, AuditSettings, Search, score_sheets, search
+from nemo_bench.benchmark.stages.base import Chunk
 from nemo_bench.config import SCORING, PromptSettings, build, check_stored, named_classes, overridden, rows_at_once
 from nemo_bench.diffusion import GRADIENT_MEMORY
 from nemo_bench.errors import ConfigError, ModelError, StoreError, did_you_mean
@@ -221,23 +221,14 @@ def audit(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Path
 def _search(cell: Cell, runner: Runner) -> None:
     settings = cell.audit
     assert settings is not None
-    store = cell.store
     rows = rows_at_once(cell.config.settings)
-    label = str(cell.spec.method)
-
-    def build_search() -> AuditStage:
-        neurons = localized_neurons(store, cell.spec, cell.prompts)
-        return AuditStage(runner.model(cell), partial(runner.method, cell), neurons, settings, rows, store)
-
-    def build_scoring() -> AuditScoringStage:
-        return AuditScoringStage(compared_metrics(cell), settings.images, store)
-
     size = max(1, rows // GRADIENT_MEMORY // settings.samples)
-    runner.run_stage(SearchRecord, label, cell.searches, store, build_search, size)
-    records = store.records(SearchRecord)
+    runner.run_stage(SearchRecord, partial(search, settings=settings), cell, cell.searches, size)
+    records = cell.store.records(SearchRecord)
     searched = [records[task.id] for task in cell.searches if not records[task.id].failed]
-    tasks = [SheetTask(_score_id(cell, record.id), record) for record in searched]
-    runner.run_stage(SearchScoreRecord, label, tasks, store, build_scoring, rows)
+    sheets = [Chunk(_score_id(cell, record.id), (record,)) for record in searched]
+    compare = partial(score_sheets, metrics=compared_metrics(cell), images=settings.images)
+    runner.run_stage(SearchScoreRecord, compare, cell, sheets, rows, needs_model=False)
 
 
 def summarize(cell: Cell, command: str = "") -> Audit:

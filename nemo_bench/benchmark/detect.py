@@ -21,7 +21,7 @@ from nemo_bench.benchmark.plan import (
 from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.run import write_pages
 from nemo_bench.benchmark.runner import Runner, note_start, open_folder
-from nemo_bench.benchmark.stages.detect import DetectionStage, pending_tasks
+from nemo_bench.benchmark.stages.detect import detection_stage, pending_tasks
 from nemo_bench.config import CellConfig, build
 from nemo_bench.detectors import Detector, NoiseDifference
 from nemo_bench.errors import ConfigError
@@ -121,7 +121,7 @@ def _detect(runner: Runner, cells: Sequence[Cell]) -> None:
     seeds = max(sampling or [detector.seeds for detector in detectors])
     runner.describe(DetectionRecord.stage, cells[0].spec.model)
     rows = runner.rows(cells[0])
-    stage = DetectionStage(runner.model(cells[0]), cells, rows)
+    stage = detection_stage(runner.model(cells[0]), cells, rows)
     runner.predict(stage, PromptDataModule(partial(pending_tasks, cells), max(1, rows // seeds)))
     if is_main():
         for cell in cells:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ def search_embeddings(
             for first in range(0, len(owner), size):
                 part, drawn = owner[first : first + size], slice(first, first + size)
                 text = _unpacked(leaf, batch.text).rows(part).to(model.dtype)
-                with method.apply(model, _repeated(batch, part)):
+                with method.apply(model, batch.rows(part)):
                     found = (
                         model.training_losses(pictures.float()[part], timesteps[drawn], noise[drawn], text) / samples
                     )
@@ -111,18 +111,6 @@ def _draw(generators: Sequence[torch.Generator], samples: int, model: Diffusion)
     ]
     timesteps, noise = (torch.cat(parts).to(model.device) for parts in zip(*drawn, strict=True))
     return timesteps, noise
-
-
-def _repeated(batch: Batch, owner: Sequence[int]) -> Batch:
-    """A batch whose rows are the noisy pictures of a step."""
-    return replace(
-        batch,
-        prompts=tuple(batch.prompts[row] for row in owner),
-        text=batch.text.rows(owner),
-        latents=batch.latents[list(owner)],
-        seeds=tuple(batch.seeds[row] for row in owner),
-        neurons=tuple(batch.neurons[row] for row in owner),
-    )
 
 
 def _packed(text: Conditioning) -> Tensor:

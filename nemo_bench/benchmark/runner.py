@@ -13,58 +13,30 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from nemo_bench.benchmark.pending import (
-    SETS_FILE,
-    image_tasks,
-    is_finished,
-    localized_neurons,
-    prompt_tasks,
-    scored_tasks,
-    unmitigated_images,
-)
-from nemo_bench.benchmark.plan import (
-    STATISTICS,
-    THRESHOLD,
-    Cell,
-    check_similarity,
-    is_measured,
-    lineage,
-    metrics_of,
-    similarity_of,
-    source_of,
-)
+from nemo_bench import localization
+from nemo_bench.benchmark import pending, plan
+from nemo_bench.benchmark.plan import STATISTICS, THRESHOLD, Cell
 from nemo_bench.benchmark.processes import is_main, together
 from nemo_bench.benchmark.stages.base import Chunk, Stage
-from nemo_bench.benchmark.stages.calibrate import CalibrationStage, StatisticsStage
-from nemo_bench.benchmark.stages.features import FeatureStage, read_features
-from nemo_bench.benchmark.stages.generate import GenerationStage
-from nemo_bench.benchmark.stages.localize import LocalizationStage
-from nemo_bench.benchmark.stages.memorization import MemorizationStage
-from nemo_bench.benchmark.stages.score import SampleReader, ScoringStage
-from nemo_bench.benchmark.stopping import stop_at_sigterm
+from nemo_bench.benchmark.stages.calibrate import measure_pairs, measure_statistics
+from nemo_bench.benchmark.stages.features import embed_real, read_features
+from nemo_bench.benchmark.stages.generate import generate
+from nemo_bench.benchmark.stages.localize import localize
+from nemo_bench.benchmark.stages.memorization import measure_memorization
+from nemo_bench.benchmark.stages.score import SampleReader, Scorer
 from nemo_bench.config import ModelSettings, TrainerSettings, build, resolve, rows_at_once
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, StoreError
-from nemo_bench.localization import (
-    Calibration,
-    is_readable,
-    merge_statistics,
-    name_layers,
-    read_statistics,
-    thresholds,
-    write_statistics,
-)
 from nemo_bench.methods import Method, Setup
 from nemo_bench.metrics import BenchMetric, SetMetric
 from nemo_bench.prompts.data import PromptDataModule
@@ -72,24 +44,9 @@ from nemo_bench.prompts.tasks import PromptTask
 from nemo_bench.records import schema
 from nemo_bench.records.images import visible
 from nemo_bench.records.io import digest, is_whole, read_file, write_json
-from nemo_bench.records.schema import (
-    CalibrationRecord,
-    ChunkRecord,
-    ImageRecord,
-    LocalizationRecord,
-    MemorizationRecord,
-    PromptRecord,
-    Record,
-    Run,
-    ScoreRecord,
-    Spec,
-    Start,
-    Threshold,
-)
+from nemo_bench.records.schema import Record
 from nemo_bench.records.statistics import GROUPS
 from nemo_bench.records.store import Store, read_digests, read_localizations, read_run, write_prompts
-
-P = TypeVar("P", bound=PromptRecord)
 
 
 def open_folder(folder: Path, cells: Sequence[Cell], *, instead: bool = False) -> None:
@@ -104,18 +61,18 @@ def open_folder(folder: Path, cells: Sequence[Cell], *, instead: bool = False) -
         StoreError: It holds something else.
     """
     path = folder / "run.json"
-    begun = [place.parent.name for place in sorted(folder.glob("*/spec.json")) if is_whole(place, Spec)]
+    begun = [place.parent.name for place in sorted(folder.glob("*/spec.json")) if is_whole(place, schema.Spec)]
     is_begun = path.exists() or begun
     if not is_begun and folder.exists() and any(p.suffix != ".part" for p in visible(folder.iterdir(), folder)):
         raise StoreError(f"{folder} is not empty and holds no run of nemo_bench; choose another name=... or root=...")
     folder.mkdir(parents=True, exist_ok=True)
-    if is_whole(path, Run):
+    if is_whole(path, schema.Run):
         present = read_run(folder)
     else:
-        methods = [name for name in begun if read_file(folder / name / "spec.json", Spec).method is not None]
-        present = Run(name=folder.name, token=secrets.token_hex(4), cells=methods)
+        methods = [name for name in begun if read_file(folder / name / "spec.json", schema.Spec).method is not None]
+        present = schema.Run(name=folder.name, token=secrets.token_hex(4), cells=methods)
     names = [cell.id for cell in cells]
-    listed = [name for name in present.cells if name in names or not instead or is_finished(folder / name)]
+    listed = [name for name in present.cells if name in names or not instead or pending.is_finished(folder / name)]
     listed += [name for name in names if name not in listed]
     write_json(path, present.model_copy(update={"name": folder.name, "cells": listed}))
 
@@ -125,7 +82,7 @@ def note_start(cell: Cell, command: str, runner: Runner) -> None:
     path = cell.store.folder / "env.json"
     starts = read_file(path, list[schema.Start]) if is_whole(path, list[schema.Start]) else []
     packages = ("nemo-bench", "torch", "diffusers", "transformers", "lightning", "torchmetrics", "open_clip_torch")
-    start = Start(
+    start = schema.Start(
         time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=command,
         **_git_state(),
@@ -154,17 +111,14 @@ def _git_state() -> dict[str, Any]:
 
 
 def _device_name(trainer: L.Trainer) -> str:
-    if trainer.strategy.root_device.type == "cuda":
-        return torch.cuda.get_device_name(trainer.strategy.root_device)
-    return trainer.strategy.root_device.type
+    device = trainer.strategy.root_device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 class StageBar(TQDMProgressBar):
     """Lightning's progress bar with the stage's name; shows rate and remaining time."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.description = ""
+    description = ""
 
     @property
     def predict_description(self) -> str:
@@ -177,29 +131,8 @@ class StageBar(TQDMProgressBar):
         self.predict_progress_bar.set_description(self.description)
 
 
-class Stoppable(L.Callback):
-    """Takes SIGTERM back from Lightning, which would predict on after it."""
-
-    def on_predict_start(self, *_: Any) -> None:
-        """Lightning's own handler is there by now."""
-        stop_at_sigterm()
-
-
-class _Nothing(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.allow_zero_length_dataloader_with_multiple_devices = True
-
-    def predict_step(self, *_: Any) -> None:
-        """There is no batch."""
-
-
 class Runner:
     """One Lightning trainer, the model loaded last, and the method set up last.
-
-    Args:
-        settings: The trainer's settings.
-        progress: Whether bars are shown.
 
     Raises:
         ConfigError: Lightning can't have such a trainer on this machine, or a launcher's ranks do not fit it.
@@ -220,7 +153,7 @@ class Runner:
                     enable_checkpointing=False,
                     enable_model_summary=False,
                     enable_progress_bar=progress,
-                    callbacks=[Stoppable(), *([self.bar] if progress else [])],
+                    callbacks=[self.bar] if progress else [],
                 )
         except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise ConfigError(f"trainer settings do not fit this machine: {str(error).strip()}") from error
@@ -234,9 +167,7 @@ class Runner:
         Lightning does so where it first predicts; each process would have looked at the records by then.
         """
         if self.trainer.world_size > 1:
-            with _quiet():
-                nothing: DataLoader[Any] = DataLoader([])  # type: ignore[arg-type] # a list is a data set
-                self.trainer.predict(_Nothing(), nothing, return_predictions=False)
+            self.predict(Stage(lambda *_: [], Record, None), PromptDataModule(list, 1))
 
     def wait(self) -> None:
         """Waits for all processes."""
@@ -245,40 +176,23 @@ class Runner:
     def generate(self, cell: Cell) -> None:
         """Takes a cell to its images, through the stages that are not done."""
         self.localize(cell)
-        seeds = cell.config.settings.localize_seeds
-
-        def measure() -> Stage[Any]:
-            rows = self.rows(cell)
-            neurons = localized_neurons(cell.store, cell.spec, cell.prompts)
-            method = partial(self.method, cell)
-            return MemorizationStage(self.model(cell), method, neurons, seeds, rows, cell.store)
-
-        def generate() -> Stage[Any]:
-            neurons = localized_neurons(cell.store, cell.spec, cell.prompts)
-            return GenerationStage(self.model(cell), partial(self.method, cell), neurons, cell.store)
-
-        label = str(cell.spec.method)
-        self.run_stage(MemorizationRecord, label, prompt_tasks(cell), cell.store, measure, 1)
-        if not cell.store.is_done(ImageRecord):
-            rows = self.rows(cell)
-            self.run_stage(ImageRecord, label, image_tasks(cell), cell.store, generate, rows)
+        measure = partial(measure_memorization, seeds=cell.config.settings.localize_seeds)
+        self.run_stage(schema.MemorizationRecord, measure, cell, pending.prompt_tasks(cell))
+        if not cell.store.is_done(schema.ImageRecord):
+            self.run_stage(schema.ImageRecord, generate, cell, pending.image_tasks(cell), self.rows(cell))
 
     def localize(self, cell: Cell) -> None:
         """Localizes the neurons of a cell's prompts, and before them those that its method starts from."""
         store = cell.store
         if is_main() and not is_whole(store.folder / "layers.json", schema.Layers):
             write_json(store.folder / "layers.json", self.model(cell).masks.widths)
-        if LocalizationRecord not in cell.stages or store.is_done(LocalizationRecord):
+        if schema.LocalizationRecord not in cell.stages or store.is_done(schema.LocalizationRecord):
             return
         if cell.source:
             self.localize(cell.source)
         self.calibrate(cell)
-
-        def build_stage() -> Stage[Any]:
-            seeds = cell.config.settings.localize_seeds
-            return LocalizationStage(self.model(cell), partial(self.method, cell), seeds, store)
-
-        self.run_stage(LocalizationRecord, str(cell.spec.method), prompt_tasks(cell), store, build_stage, 1)
+        handle = partial(localize, seeds=cell.config.settings.localize_seeds)
+        self.run_stage(schema.LocalizationRecord, handle, cell, pending.prompt_tasks(cell))
 
     def method(self, cell: Cell) -> Method:
         """The cell's mitigation, set up: the only place where a method is given anything.
@@ -291,7 +205,7 @@ class Runner:
         if cell.id not in self._methods:
             method: Method = build(cell.config.settings.method, "method")
             setup = Setup(prompts=cell.prompts, batch_size=self.rows(cell))
-            if not cell.store.is_done(LocalizationRecord):
+            if not cell.store.is_done(schema.LocalizationRecord):
                 found = read_localizations(cell.source.store.folder) if cell.source else {}
                 setup = replace(
                     setup,
@@ -311,132 +225,120 @@ class Runner:
             return  # a source calibrates itself
         if is_main():
             settings = {"model": cell.spec.model, "prompts": len(cell.calibration_prompts)}
-            spec = Spec(task="calibrate", settings=settings, general_prompts=cell.spec.general_prompts)
+            spec = schema.Spec(task="calibrate", settings=settings, general_prompts=cell.spec.general_prompts)
             store.open(spec, is_named=True)
         if STATISTICS in cell.measured:
             self._measure_statistics(cell, store)
-        if THRESHOLD not in cell.measured or is_measured(store.folder / THRESHOLD):
+        if THRESHOLD not in cell.measured or plan.is_measured(store.folder / THRESHOLD):
             return
         # Without finite activations localizing fails prompt by prompt, and the rest of the run goes on.
         if self._statistics(cell) is not None:
             self._measure_threshold(cell, store)
 
-    def _calibration(self, cell: Cell, method: Method) -> Calibration | None:
+    def _calibration(self, cell: Cell, method: Method) -> localization.Calibration | None:
         """What localizing compares with."""
         if not method.needs_calibration:
             return None
         statistics = self._statistics(cell)
         if statistics is None:
-            return Calibration({}, {}, math.nan)
+            return localization.Calibration({}, {}, math.nan)
         mean, std = statistics
         threshold = method.memorization_threshold
         highest = None
         if THRESHOLD in cell.measured:
-            measured = read_file(cell.calibration_file(THRESHOLD), Threshold)
+            measured = read_file(cell.calibration_file(THRESHOLD), schema.Threshold)
             highest = measured.maxima.threshold
             if threshold is None:
                 threshold = measured.threshold
         tau = math.nan if threshold is None else threshold
-        return Calibration(mean, std, tau, len(cell.calibration_prompts), highest)
+        return localization.Calibration(mean, std, tau, len(cell.calibration_prompts), highest)
 
     def _statistics(self, cell: Cell) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
-        """Mean and standard deviation of activations by layer, given or measured; None where none were finite.
-
-        Raises:
-            ModelError: Given statistics are of other layers than the model's.
-        """
+        """Mean and standard deviation of activations by layer, given or measured; None where none were finite."""
         given = cell.config.settings.model.statistics
         path = Path(resolve(given)) if given else cell.calibration_file(STATISTICS)
         if not given and not path.exists():
             return None
-        return name_layers(read_statistics(path), self.model(cell).masks.widths)
+        return localization.name_layers(localization.read_statistics(path), self.model(cell).masks.widths)
 
     def _measure_statistics(self, cell: Cell, store: Store) -> None:
         path = store.folder / STATISTICS
-        if is_readable(path):
+        if localization.is_readable(path):
             return
         chunks = Chunk.from_prompts(cell.calibration_prompts)
-
-        def build_stage() -> Stage[Any]:
-            return StatisticsStage(self.model(cell), store)
-
-        self.run_stage(ChunkRecord, cell.spec.model, chunks, store, build_stage, 1)
-        records = store.records(ChunkRecord)
+        label = cell.spec.model
+        self.run_stage(schema.ChunkRecord, measure_statistics, cell, chunks, store=store, label=label)
+        records = store.records(schema.ChunkRecord)
         files = (store.folder / str(records[chunk.id].file) for chunk in chunks)
-        if is_main() and (merged := merge_statistics(files)):
-            write_statistics(path, merged)
+        if is_main() and (merged := localization.merge_statistics(files)):
+            localization.write_statistics(path, merged)
         self.wait()
 
     def _measure_threshold(self, cell: Cell, store: Store) -> None:
         assert cell.method is not None
-        protocol = next(m for m in lineage(cell.method) if m.needs_calibration).protocol
-        rows = self.rows(cell)
+        protocol = next(m for m in plan.lineage(cell.method) if m.needs_calibration).protocol
         tasks = [PromptTask.from_prompt(prompt) for prompt in cell.calibration_prompts]
         seeds = cell.config.settings.localize_seeds
-
-        def build_stage() -> Stage[Any]:
-            return CalibrationStage(self.model(cell), seeds, store, protocol, rows)
-
-        self.run_stage(CalibrationRecord, cell.spec.model, tasks, store, build_stage, max(1, rows // seeds))
+        handle = partial(measure_pairs, seeds=seeds, protocol=protocol)
+        size = max(1, self.rows(cell) // seeds)
+        self.run_stage(schema.CalibrationRecord, handle, cell, tasks, size, store=store, label=cell.spec.model)
         if is_main():
-            records = store.records(CalibrationRecord)
+            records = store.records(schema.CalibrationRecord)
             usable = [pairs for task in tasks if (pairs := records[task.id].pairs) is not None]
             failed = len(tasks) - len(usable)
-            found = thresholds(usable) if failed <= len(usable) else {}
-            result = Threshold.model_validate({**found, "failed": failed, **protocol.of_threshold})
+            found = localization.thresholds(usable) if failed <= len(usable) else {}
+            result = schema.Threshold.model_validate({**found, "failed": failed, **protocol.of_threshold})
             write_json(store.folder / THRESHOLD, result)
         self.wait()
 
     def score(self, cell: Cell) -> None:
         """Scores the images of a cell, where that is not done; those without mitigation must be there."""
-        metrics = metrics_of(cell)
+        metrics = plan.metrics_of(cell)
         store = cell.store
         for metric in metrics.values():
             if isinstance(metric, SetMetric):
                 self._embed_real(metric, cell)
-
-        def build_stage() -> Stage[Any]:
-            pool = list(dict.fromkeys(path for p in cell.prompts for path in p.references))
-            return ScoringStage(metrics, store, pool)
-
-        measured = store.records(MemorizationRecord).values()
+        pool = list(dict.fromkeys(path for p in cell.prompts for path in p.references))
+        measured = store.records(schema.MemorizationRecord).values()
         reader = SampleReader(
             metrics.values(),
             store.folder,
-            store.records(ImageRecord).values(),
-            neurons=localized_neurons(store, cell.spec, cell.prompts),
+            store.records(schema.ImageRecord).values(),
+            neurons=pending.localized_neurons(store, cell.spec, cell.prompts),
             memorization={record.prompt: record.score for record in measured if record.score is not None},
-            unmitigated=unmitigated_images(cell),
+            unmitigated=pending.unmitigated_images(cell),
             digests=read_digests(store.folder),
         )
         settings = cell.config.settings
         size = max(1, rows_at_once(settings) // settings.seeds)
-        label = str(cell.spec.method)
-        self.run_stage(ScoreRecord, label, scored_tasks(cell), store, build_stage, size, reader, settings.workers)
-        if is_main() and not is_whole(store.folder / SETS_FILE, schema.Sets):
-            write_json(store.folder / SETS_FILE, score_sets(cell, metrics))
+        tasks = pending.scored_tasks(cell)
+        workers = settings.workers
+        handle = Scorer(metrics, pool)
+        self.run_stage(schema.ScoreRecord, handle, cell, tasks, size, needs_model=False, read=reader, workers=workers)
+        if is_main() and not is_whole(store.folder / pending.SETS_FILE, schema.Sets):
+            write_json(store.folder / pending.SETS_FILE, score_sets(cell, metrics))
 
     def _embed_real(self, metric: SetMetric, cell: Cell) -> None:
         """Takes the features of the real pictures that sets are compared with; once, then they are cached."""
         chunks = Chunk.from_files(metric.files)
         store = real_store(metric, cell)
         if is_main():
-            store.open(Spec(task="features", settings=dict(metric.space.fingerprint())), is_named=True)
+            store.open(schema.Spec(task="features", settings=dict(metric.space.fingerprint())), is_named=True)
         self.wait()
-
-        def build_stage() -> Stage[Any]:
-            return FeatureStage(metric.space, store)
-
-        self.run_stage(ChunkRecord, metric.title, chunks, store, build_stage, 1)
+        handle = partial(embed_real, space=metric.space)
+        self.run_stage(schema.ChunkRecord, handle, cell, chunks, store=store, label=metric.title, needs_model=False)
 
     def run_stage(
         self,
         kind: type[Record],
-        label: str,
+        handle: Callable[..., Sequence[Record]],
+        cell: Cell,
         tasks: Sequence[Any],
-        store: Store,
-        build_stage: Callable[[], Stage[Any]],
-        batch_size: int,
+        batch_size: int = 1,
+        *,
+        store: Store | None = None,
+        label: str = "",
+        needs_model: bool = True,
         read: Callable[[list[Any]], Any] = list,
         workers: int = 0,
     ) -> None:
@@ -444,26 +346,35 @@ class Runner:
 
         Args:
             kind: Class of its records.
-            label: What stands beside the bar.
+            handle: Computes the records of a batch, given the :class:`Stage` and the batch.
+            cell: The cell.
             tasks: All tasks.
-            store: Where the records go.
-            build_stage: Makes the stage.
             batch_size: Tasks in a batch.
-            read: Makes a batch of tasks into what the stage takes.
+            store: Where the records go; None for the cell's folder.
+            label: What stands beside the bar; empty for the method.
+            needs_model: Whether it needs the cell's model and mitigation.
+            read: Makes a batch of tasks into what ``handle`` takes.
             workers: Processes that read ahead.
         """
         by_id = {task.id: task for task in tasks}
+        store = store or cell.store
         if is_main():
             store.recount(kind, by_id)
         self.wait()
         if store.is_done(kind):
             return
 
-        def pending() -> list[Any]:
+        parts: dict[str, Any] = {}
+        if needs_model:
+            neurons = pending.localized_neurons(cell.store, cell.spec, cell.prompts)
+            method = partial(self.method, cell)
+            parts = {"model": self.model(cell), "method": method, "neurons": neurons, "batch_size": self.rows(cell)}
+
+        def left() -> list[Any]:
             return [by_id[name] for name in store.pending_ids(kind, by_id)]
 
-        self.describe(kind.stage, label)
-        self.predict(build_stage(), PromptDataModule(pending, batch_size, read, workers))
+        self.describe(kind.stage, label or str(cell.spec.method))
+        self.predict(Stage(handle, kind, store, **parts), PromptDataModule(left, batch_size, read, workers))
         if is_main():
             store.finish(kind, by_id)
         self.wait()
@@ -491,7 +402,7 @@ class Runner:
             self._methods.clear()
             self._models[key] = load_model(settings)
         if cell.method is not None:
-            check_similarity(self._models[key].latent_shape[1:], settings, cell.method)
+            plan.check_similarity(self._models[key].latent_shape[1:], settings, cell.method)
         return self._models[key].to(self.trainer.strategy.root_device)
 
     def rows(self, cell: Cell) -> int:
@@ -508,22 +419,16 @@ class Runner:
 
 
 def largest_batch(attempt: Callable[[int], None], most: int = 256) -> int:
-    """The largest power of two that an attempt has memory for.
+    """The largest power of two, up to ``most``, for which an attempt raises no ``torch.OutOfMemoryError``.
 
-    Args:
-        attempt: Allocates the memory of this many rows; raises ``torch.OutOfMemoryError`` where there is too little.
-        most: Tried first.
-
-    Returns:
-        1 to ``most``; 1 also where even that does not fit, so that the error is raised where it happens.
+    It is 1 also where even that does not fit, so that the error is raised where it happens.
     """
     while most > 1:
         try:
             attempt(most)
+            break
         except torch.OutOfMemoryError:
             most //= 2
-        else:
-            break
     return most
 
 
@@ -540,11 +445,11 @@ def try_batch(model: Diffusion, rows: int) -> None:
 def load_model(settings: ModelSettings) -> Diffusion:
     """Loads the model that settings describe, on the CPU."""
     return Diffusion(
-        source_of(settings).load(settings.dtype),
+        plan.source_of(settings).load(settings.dtype),
         layers=settings.layers,
         steps=settings.steps,
         guidance=settings.guidance,
-        similarity=similarity_of(settings),
+        similarity=plan.similarity_of(settings),
         compiled=settings.compiled,
     )
 
@@ -562,43 +467,43 @@ def score_sets(cell: Cell, metrics: Mapping[str, BenchMetric]) -> dict[str, dict
     wholes = {name: metric for name, metric in metrics.items() if isinstance(metric, SetMetric)}
     if not wholes:
         return {}
-    records = cell.store.records(ScoreRecord).values()
+    records = cell.store.records(schema.ScoreRecord).values()
     files = {record.prompt: cell.store.folder / record.file for record in records if record.file}
-    known: dict[tuple[str, ...], dict[str, float | None]] = {}
-    table = {}
-    for group in GROUPS:
-        members = tuple(p.id for p in cell.prompts if group in ("all", p.group) and p.id in files)
-        if members and members not in known:
-            known[members] = {}
-            for name, metric in wholes.items():
-                images = read_features([files[i] for i in members], digest(metric.space.fingerprint()))
-                features = real_store(metric, cell).records(ChunkRecord)
-                chunks = Chunk.from_files(metric.files)
-                folder = real_store(metric, cell).folder
-                real = read_features([folder / str(features[chunk.id].file) for chunk in chunks], "real")
-                for value in metric.score(images=images, real=real).tolist():
-                    known[members][name] = value if math.isfinite(value) else None
-        if members:
-            table[group] = known[members]
-    return table
+
+    @cache
+    def scores(members: tuple[str, ...]) -> dict[str, float | None]:
+        found = {}
+        for name, metric in wholes.items():
+            images = read_features([files[i] for i in members], digest(metric.space.fingerprint()))
+            store = real_store(metric, cell)
+            features = store.records(schema.ChunkRecord)
+            chunks = Chunk.from_files(metric.files)
+            real = read_features([store.folder / str(features[chunk.id].file) for chunk in chunks], "real")
+            for value in metric.score(images=images, real=real).tolist():
+                found[name] = value if math.isfinite(value) else None
+        return found
+
+    def having(group: str) -> tuple[str, ...]:
+        return tuple(p.id for p in cell.prompts if group in ("all", p.group) and p.id in files)
+
+    return {group: scores(members) for group in GROUPS if (members := having(group))}
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hides Lightning's advice on workers and its device listing; errors and other warnings pass."""
-    loggers = [
-        logging.getLogger(n) for n in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
-    ]
+    names = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.WARNING)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message=".*Total length of .* across ranks is zero.*")
-            warnings.filterwarnings("ignore", message="predict returned None.*")
-            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")
-            warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated.*")
+            for message in (
+                "does not have many workers", "Total length of .* across ranks is zero", "predict returned None",
+                "LeafSpec.* is deprecated", "torch.jit.script.* is deprecated",
+            ):  # fmt: skip
+                warnings.filterwarnings("ignore", message=f".*{message}")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

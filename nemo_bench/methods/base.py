@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -69,6 +69,17 @@ class Batch:
     unconditional: Conditioning | None = None
     notes: tuple[Mapping[str, Any], ...] = ()
     rule: Rule | None = None
+
+    def rows(self, rows: Sequence[int]) -> Batch:
+        """Selects rows that no method has changed yet, in the order given; a row may be repeated."""
+        return replace(
+            self,
+            prompts=tuple(self.prompts[row] for row in rows),
+            text=self.text.rows(rows),
+            latents=self.latents[list(rows)],
+            seeds=tuple(self.seeds[row] for row in rows),
+            neurons=tuple(self.neurons[row] for row in rows),
+        )
 
     def generate_checked(self, model: Diffusion) -> Generated:
         """Generates the images while the method is applied; see :meth:`Diffusion.generate_checked`."""

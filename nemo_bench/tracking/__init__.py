@@ -10,6 +10,7 @@ Example:
 from __future__ import annotations
 
 import os
+import pkgutil
 from collections.abc import Callable, Collection, Mapping
 
 from nemo_bench.config import LoggerSettings
@@ -18,6 +19,13 @@ from nemo_bench.records.results import Results
 from nemo_bench.tracking.logged import LoggedCell, logged_cells
 
 __all__ = ["LoggedCell", "sweep_trial", "track"]
+
+_LOGGERS = {
+    "wandb": "wandb_runs:log_wandb",
+    "csv": "lightning_logs:log_csv",
+    "tensorboard": "lightning_logs:log_tensorboard",
+}
+"""Functions by their name in the settings; imported when needed, since libraries are slow to import or absent."""
 
 
 def track(
@@ -31,7 +39,7 @@ def track(
     """Logs the finished cells of a run to every logger that is asked for.
 
     Args:
-        results: From :func:`nemo_bench.records.results.load_results`.
+        results: The run.
         settings: Which loggers, and their settings.
         cells: Names of the cells to log; None takes all.
         again: Log unchanged cells to W&B as well.
@@ -41,11 +49,7 @@ def track(
         StoreError: No cell that was asked for is finished.
         TrackingError: A logger failed, in whatever way; the others succeeded, and the results are untouched.
     """
-    loggers = {
-        name: log
-        for name, log in {"wandb": _log_wandb, "csv": _log_csv, "tensorboard": _log_tensorboard}.items()
-        if getattr(settings, name)
-    }
+    loggers = [name for name in _LOGGERS if getattr(settings, name)]
     if not loggers:
         return
     unfinished = {name: why for name, why in results.unfinished.items() if cells is None or name in cells}
@@ -57,9 +61,9 @@ def track(
     for name, why in unfinished.items():
         say(f"not tracked, {why}: {name}")
     failures = []
-    for name, log in loggers.items():
+    for name in loggers:
         try:
-            log(logged, settings, again, say)
+            pkgutil.resolve_name(f"nemo_bench.tracking.{_LOGGERS[name]}")(logged, settings, again, say)
         except Exception as error:  # whatever a logger raises: results that are complete must not suffer from it
             failures.append(f"{name} failed: {' '.join(str(error).split()) or type(error).__name__}")
     if failures:
@@ -74,7 +78,7 @@ def sweep_trial(methods: Mapping[str, str]) -> str | None:
     without mitigation may stand beside it for the differences that are paired with it.
 
     Args:
-        methods: Name of the method by cell.
+        methods: Name of the method by name of the cell.
 
     Returns:
         Name of the cell; None where no agent started this process.
@@ -92,30 +96,3 @@ def sweep_trial(methods: Mapping[str, str]) -> str | None:
         )
         raise ConfigError(msg)
     return trials[0]
-
-
-def _log_wandb(cells: list[LoggedCell], settings: LoggerSettings, again: bool, say: Callable[[str], None]) -> None:
-    from nemo_bench.tracking import wandb_runs  # slow to import, and may be absent
-
-    trial = sweep_trial({cell.results.name: cell.results.method for cell in cells})
-    if trial:
-        cells = [cell for cell in cells if cell.results.name == trial]
-    wandb_runs.log_cells(cells, settings, again=again, in_sweep=trial is not None, say=say)
-
-
-def _log_csv(cells: list[LoggedCell], settings: LoggerSettings, again: bool, say: Callable[[str], None]) -> None:
-    from nemo_bench.tracking import lightning_logs
-
-    for cell in cells:
-        lightning_logs.write_csv(cell)
-    say(f"CSV: {cells[0].folder.parent}/*/csv/metrics.csv")
-
-
-def _log_tensorboard(
-    cells: list[LoggedCell], settings: LoggerSettings, again: bool, say: Callable[[str], None]
-) -> None:
-    from nemo_bench.tracking import lightning_logs
-
-    for cell in cells:
-        lightning_logs.write_tensorboard(cell, settings.thumbnails)
-    say(f"TensorBoard: tensorboard --logdir {cells[0].folder.parent}")

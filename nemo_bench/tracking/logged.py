@@ -29,13 +29,7 @@ _STAGES: tuple[type[Record], ...] = (LocalizationRecord, MemorizationRecord, Ima
 
 @dataclass(frozen=True)
 class LoggedCell:
-    """A finished cell as loggers show it.
-
-    Attributes:
-        results: The cell.
-        run: Its run.
-        unmitigated: The cell of the same images without mitigation, or None.
-    """
+    """A finished cell as loggers show it; ``unmitigated`` is the cell of the same images without mitigation."""
 
     results: CellResults
     run: Run

@@ -17,32 +17,20 @@ from nemo_bench.config import LoggerSettings
 from nemo_bench.errors import TrackingError, counted
 from nemo_bench.records.io import digest, read_file, write_json
 from nemo_bench.records.schema import Tracked
+from nemo_bench.tracking import sweep_trial
 from nemo_bench.tracking.logged import PICTURES, LoggedCell
 
 
-def log_cells(
-    cells: Sequence[LoggedCell],
-    settings: LoggerSettings,
-    *,
-    again: bool,
-    in_sweep: bool,
-    say: Callable[[str], None],
-) -> None:
+def log_wandb(cells: Sequence[LoggedCell], settings: LoggerSettings, again: bool, say: Callable[[str], None]) -> None:
     """Makes or continues the W&B run of every cell: config, summary, tables with pictures, charts, an artifact.
 
-    A run's id follows from run and cell, or is that of the sweep agent, and is kept beside the records; a cell without
-    a change since it was logged is left alone.
-
-    Args:
-        cells: Cells of one run.
-        settings: Project, entity, mode, time-out and number of prompts with pictures.
-        again: Log unchanged cells as well.
-        in_sweep: Whether the one cell continues the W&B run that a sweep agent has opened.
-        say: Receives single lines.
-
-    Raises:
-        TrackingError: W&B failed at a cell, in whatever way; the cells after it are not tried.
+    A run's id follows from run and cell, or is that of the sweep agent, whose trial is then the only cell logged, and
+    is kept beside the records; a cell without a change since it was logged is left alone. TrackingError where W&B
+    failed at a cell, in whatever way; the cells after it are not tried.
     """
+    trial = sweep_trial({cell.results.name: cell.results.method for cell in cells})
+    if trial:
+        cells = [cell for cell in cells if cell.results.name == trial]
     mode, why = _mode(settings.mode)
     say(f"W&B: {mode}, {why}")
     if mode == "disabled":
@@ -51,7 +39,7 @@ def log_cells(
     for cell in cells:
         file = cell.folder / "tracked.json"
         before = read_file(file, Tracked) if file.exists() else None
-        if in_sweep:
+        if trial:
             identity = os.environ["WANDB_RUN_ID"]
         else:
             identity = before.id if before else digest([cell.run.token, cell.results.name])
@@ -61,7 +49,7 @@ def log_cells(
         if before and not again and tracked == before.model_copy(update={"url": None}):
             continue
         try:
-            url = _log(cell, settings, tracked, in_sweep=in_sweep)
+            url = _log(cell, settings, tracked, in_sweep=trial is not None)
         except Exception as error:  # wandb and its service raise errors of many kinds
             raise TrackingError(f"{cell.results.name}: {str(error) or type(error).__name__}") from error
         write_json(file, tracked.model_copy(update={"url": url}))
@@ -78,12 +66,7 @@ def log_cells(
 def _log(cell: LoggedCell, settings: LoggerSettings, tracked: Tracked, *, in_sweep: bool) -> str | None:
     results = cell.results
     # A sweep agent has decided these by itself; wandb warns of every one that is given again.
-    place: dict[str, Any] = {
-        "project": tracked.project,
-        "entity": tracked.entity,
-        "id": tracked.id,
-        "resume": "allow",
-    }
+    place = {**tracked.model_dump(include={"project", "entity", "id"}), "resume": "allow"}
     mode: Any = tracked.mode
     with (
         _staged_in(cell.folder / "wandb"),
@@ -118,8 +101,7 @@ def _log(cell: LoggedCell, settings: LoggerSettings, tracked: Tracked, *, in_swe
 def _mode(asked: str | None) -> tuple[Any, str]:
     """The mode that runs are made in, and why; where nobody chose one, online if wandb finds a key for its server.
 
-    Raises:
-        TrackingError: Runs are to be online, and there is no key; wandb would ask for one in the middle of the run.
+    TrackingError where runs are to be online without a key; wandb would ask for one in the middle of the run.
     """
     own = wandb.setup().settings  # of its files and of the environment
     if asked:
@@ -192,11 +174,8 @@ def _curves(cell: LoggedCell) -> dict[str, Any]:
             continue
         rows = [[cell.results.spec.title, x, y] for x, y in roc.curve]
         table = wandb.Table(columns=["class", "fpr", "tpr"], data=rows)
-        words = {
-            "title": f"ROC: {roc.title}",
-            "x-axis-title": "False positive rate",
-            "y-axis-title": "True positive rate",
-        }
+        axes = {"x-axis-title": "False positive rate", "y-axis-title": "True positive rate"}
+        words = {"title": f"ROC: {roc.title}", **axes}
         fields = {"x": "fpr", "y": "tpr", "class": "class"}
         # wandb.plot.roc_curve draws the same, but has scikit-learn compute the points.
         charts[f"detection/roc/{name}"] = wandb.plot_table("wandb/area-under-curve/v0", table, fields, words)

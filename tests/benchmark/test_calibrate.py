@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_bench.benchmark import runner
 from nemo_bench.benchmark.plan import Cell, plan
 from nemo_bench.benchmark.runner import Runner, load_model
 from nemo_bench.benchmark.stages import base
 from nemo_bench.benchmark.stages import calibrate as calibrate_stage
-from nemo_bench.benchmark.stages.calibrate import CalibrationStage, StatisticsStage
 from nemo_bench.cli import main
 from nemo_bench.config import grid
 from nemo_bench.errors import ConfigError, ModelError, StoreError
@@ -150,8 +150,8 @@ def test_a_calibration_s_spec_that_was_lost_or_damaged_is_written_again(
     measured: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
 ) -> None:
     shutil.copytree(folder_of(measured).parents[1], tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(StatisticsStage, "handle", refuse)
-    monkeypatch.setattr(CalibrationStage, "handle", refuse)
+    monkeypatch.setattr(runner, "measure_statistics", refuse)
+    monkeypatch.setattr(runner, "measure_pairs", refuse)
     cell = cell_of(tmp_path)
     spec = folder_of(cell) / "spec.json"
     before = spec.read_text()
@@ -167,7 +167,7 @@ def test_a_threshold_that_lacks_something_is_computed_again_from_its_records(
     measured: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(folder_of(measured).parents[1], tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(CalibrationStage, "handle", refuse)
+    monkeypatch.setattr(runner, "measure_pairs", refuse)
     cell = cell_of(tmp_path)
     path = folder_of(cell) / "threshold.json"
     path.write_text(json.dumps({name: read_json(path)[name] for name in ("threshold", "mean", "std")}))
@@ -178,8 +178,8 @@ def test_a_threshold_that_lacks_something_is_computed_again_from_its_records(
 
 
 def test_what_is_cached_is_not_measured_again(measured: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StatisticsStage, "handle", refuse)
-    monkeypatch.setattr(CalibrationStage, "handle", refuse)
+    monkeypatch.setattr(runner, "measure_statistics", refuse)
+    monkeypatch.setattr(runner, "measure_pairs", refuse)
     root = folder_of(measured).parents[1]
     again = calibration_of(calibrate(cell_of(root, "method.theta=3")))
     assert again.threshold == calibration_of(measured).threshold
@@ -188,7 +188,7 @@ def test_what_is_cached_is_not_measured_again(measured: Cell, monkeypatch: pytes
 def test_with_a_threshold_only_statistics_are_measured(
     measured: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(CalibrationStage, "handle", refuse)
+    monkeypatch.setattr(runner, "measure_pairs", refuse)
     cell = calibrate(cell_of(tmp_path, "method.threshold=0.428"))
     assert calibration_of(cell).threshold == 0.428
     assert cell.spec.calibration is None
@@ -199,7 +199,7 @@ def test_with_a_threshold_only_statistics_are_measured(
 def test_with_published_statistics_only_the_threshold_is_measured(
     measured: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(StatisticsStage, "handle", refuse)
+    monkeypatch.setattr(runner, "measure_statistics", refuse)
     file = folder_of(measured) / "statistics.pt"
     cell = calibrate(cell_of(tmp_path, f"model.statistics={file}"))
     assert set(contents(cell)) == {"threshold.json"}
@@ -242,7 +242,7 @@ def test_unusable_statistics_are_refused_before_anything_long(
 ) -> None:
     mean, std = read_statistics(folder_of(measured) / "statistics.pt")
     write_statistics(tmp_path / "short.pt", (mean[:-1], std[:-1]))
-    monkeypatch.setattr(CalibrationStage, "handle", refuse)
+    monkeypatch.setattr(runner, "measure_pairs", refuse)
     with pytest.raises(ModelError, match=rf"of {len(mean) - 1} layers .* the model has {len(mean)} value layers"):
         calibrate(cell_of(tmp_path, f"model.statistics={tmp_path / 'short.pt'}"))
     monkeypatch.setattr("nemo_bench.benchmark.runner.load_model", refuse)

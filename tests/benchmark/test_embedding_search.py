@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from batches import batch_of, rows_of
+from batches import batch_of
 from nemo_bench import Diffusion, NeMo, Neurons, Prompt, read_prompts, resolve
 from nemo_bench.benchmark.embedding_search import random_embeddings, search_embeddings
 from nemo_bench.benchmark.stages.audit import fitted_picture
@@ -112,7 +112,7 @@ def test_the_gradient_is_that_of_finite_differences(model: Diffusion) -> None:
 
 
 def test_later_steps_draw_anew_and_the_loss_falls(model: Diffusion) -> None:
-    batch, clean = rows_of(searched(model), [1]), pictures_of(model, 1)
+    batch, clean = searched(model).rows([1]), pictures_of(model, 1)
     found = search_embeddings(model, BlockNeurons(), batch, clean, steps=8, rate=0.1, samples=SAMPLES)
     assert found.losses.shape == (1, 8)
     assert found.text.text.dtype == torch.float32
@@ -131,7 +131,7 @@ def test_rows_are_as_if_they_were_alone_and_the_model_stays_as_it_was(model: Dif
     together = search_embeddings(model, BlockNeurons(), batch, clean, steps=3, samples=SAMPLES)
     assert model.row_passes - passes == 2 * 2 * 3 * SAMPLES  # forward and back
     for row in range(2):
-        alone = search_embeddings(model, BlockNeurons(), rows_of(batch, [row]), clean[[row]], steps=3, samples=SAMPLES)
+        alone = search_embeddings(model, BlockNeurons(), batch.rows([row]), clean[[row]], steps=3, samples=SAMPLES)
         torch.testing.assert_close(alone.losses[0], together.losses[row], rtol=1e-3, atol=1e-4)
         # The first steps of Adam turn rounding into the sign of gradients that are nearly 0.
         assert float(((alone.text.text[0] - together.text.text[row]).abs() > 2e-2).float().mean()) < 2e-2

@@ -10,7 +10,7 @@ from nemo_bench import ConfigError, Diffusion, resolve
 from nemo_bench.benchmark import detect as detection
 from nemo_bench.benchmark.plan import plan, similarity_of
 from nemo_bench.benchmark.runner import Runner
-from nemo_bench.benchmark.stages.detect import DetectionStage
+from nemo_bench.benchmark.stages.detect import detection_stage
 from nemo_bench.config import detector_grid, grid
 from nemo_bench.diffusion import Source
 
@@ -68,7 +68,7 @@ def test_what_is_not_known_before_is_refused_once_the_model_is_there(
     (detecting,) = detection.plan(detector_grid(["detector=noise_difference", f"root={tmp_path}", *PUBLISHED]))
     monkeypatch.setattr(planted, "similarity", similarity_of(detecting.config.settings.model))
     with pytest.raises(ConfigError, match="latents of 16x16 are too small"):
-        DetectionStage(planted, [detecting], 4)
+        detection_stage(planted, [detecting], 4)
 
 
 def test_latent_size_is_that_of_the_unet_s_settings() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -20,18 +19,6 @@ def batch_of(model: Diffusion, images: Sequence[tuple[int, int]], texts: Sequenc
     seeds = tuple(seeds_of(prompt, "generate", [seed])[0] for prompt, (_, seed) in zip(prompts, images, strict=True))
     text = model.encode([prompt.text for prompt in prompts])
     return Batch(prompts, text, model.latents(seeds), seeds, (Neurons(),) * len(prompts))
-
-
-def rows_of(batch: Batch, rows: Sequence[int]) -> Batch:
-    """Some images of a batch."""
-    return replace(
-        batch,
-        prompts=tuple(batch.prompts[row] for row in rows),
-        text=batch.text.rows(rows),
-        latents=batch.latents[list(rows)],
-        seeds=tuple(batch.seeds[row] for row in rows),
-        neurons=tuple(batch.neurons[row] for row in rows),
-    )
 
 
 def images_of(model: Diffusion, method: Method, batch: Batch) -> torch.Tensor:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from batches import batch_of, images_of, rows_of
+from batches import batch_of, images_of
 from nemo_bench import Diffusion, ModelError
 from nemo_bench.methods import BrightEndingOptimization
 from nemo_bench.methods.bright_ending import bright_ending
@@ -60,7 +60,7 @@ def test_masks_do_not_depend_on_the_batch(tiny: Diffusion) -> None:
     batch = batch_of(tiny, [(0, 0), (0, 1), (1, 0)])
     together = bright_ending(tiny, batch.prompts, batch.text, batch.latents)
     for row in range(3):
-        one = rows_of(batch, [row])
+        one = batch.rows([row])
         torch.testing.assert_close(
             bright_ending(tiny, one.prompts, one.text, one.latents), together[[row]], rtol=0, atol=1e-4
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from batches import batch_of, images_of, rows_of
+from batches import batch_of, images_of
 from nemo_bench import Diffusion, Prompt, resolve
 from nemo_bench.diffusion import Similarity
 from nemo_bench.diffusion.noise import LATE, masked_magnitude, mean_cosine, norms, unit
@@ -199,5 +199,5 @@ def test_rows_are_as_if_they_were_alone(model: Diffusion, name: str) -> None:
     in_parts = prepared(model, name, batch_size=8)
     torch.testing.assert_close(images_of(model, in_parts, batch), together, rtol=0, atol=2e-2)
     for row in range(3):
-        alone = images_of(model, prepared(model, name), rows_of(batch, [row]))
+        alone = images_of(model, prepared(model, name), batch.rows([row]))
         torch.testing.assert_close(together[[row]], alone, rtol=0, atol=2e-2)

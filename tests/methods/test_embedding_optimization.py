@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from batches import batch_of, images_of, rows_of
+from batches import batch_of, images_of
 from nemo_bench import Diffusion
 from nemo_bench.methods import EmbeddingOptimization
 from nemo_bench.prompts.tasks import seeds_of
@@ -69,7 +69,7 @@ def test_images_do_not_depend_on_their_batch(planted: Diffusion, images: int | N
     batch = batch_of(planted, [(0, 0), (0, 1), (1, 2)], texts)
     together = images_of(planted, EmbeddingOptimization(2.5, images=images), batch)
     for row in range(3):
-        alone = images_of(planted, EmbeddingOptimization(2.5, images=images), rows_of(batch, [row]))
+        alone = images_of(planted, EmbeddingOptimization(2.5, images=images), batch.rows([row]))
         torch.testing.assert_close(together[[row]], alone, rtol=0, atol=2e-2)
 
 
@@ -83,7 +83,7 @@ def test_images_of_a_prompt_share_an_embedding_optimized_once(tiny: Diffusion) -
     assert torch.equal(text[0], text[1])
     assert not torch.equal(text[0], text[2])
     before = tiny.row_passes
-    with method.apply(tiny, rows_of(batch, [2, 1])) as again:
+    with method.apply(tiny, batch.rows([2, 1])) as again:
         assert torch.equal(again.text.text, text[[2, 1]])
     assert tiny.row_passes == before
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from batches import batch_of, rows_of
+from batches import batch_of
 from nemo_bench import Diffusion
 from nemo_bench.diffusion import Conditioning, Step
 from nemo_bench.methods import AdjustedNoise, Batch, OptimizedNoise
@@ -112,6 +112,6 @@ def test_each_image_ends_at_its_own_target(planted: Diffusion) -> None:
         assert (after <= target * 1.0001).all()
         assert all(note["reached"] for note in changed.notes)
         for row in range(2):
-            with OptimizedNoise(target, steps=40, rate=0.02).apply(planted, rows_of(batch, [row])) as alone:
+            with OptimizedNoise(target, steps=40, rate=0.02).apply(planted, batch.rows([row])) as alone:
                 assert alone.notes[0] == changed.notes[row]
                 torch.testing.assert_close(alone.latents, changed.latents[[row]], rtol=0, atol=1e-2)

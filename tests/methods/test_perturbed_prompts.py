@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from batches import batch_of, rows_of
+from batches import batch_of
 from nemo_bench import Diffusion
 from nemo_bench.methods import EmbeddingNoise, RandomNumbers, RandomTokens, RepeatedWords
 from nemo_bench.methods.perturbed_prompts import Insertion
@@ -57,7 +57,7 @@ def test_draws_follow_from_the_image_alone(tiny: Diffusion, kind: type[Insertion
     together = batch_of(tiny, [(0, 5), (0, 6)], ["red sun map"])
     with kind().apply(tiny, together) as changed:
         for row in range(2):
-            with kind().apply(tiny, rows_of(together, [row])) as alone:
+            with kind().apply(tiny, together.rows([row])) as alone:
                 torch.testing.assert_close(changed.text.text[[row]], alone.text.text)
         assert not torch.allclose(changed.text.text[0], changed.text.text[1])
         texts = [note["text"] for note in changed.notes]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from batches import batch_of, images_of, rows_of
+from batches import batch_of, images_of
 from nemo_bench import ConfigError, Diffusion, Prompt
 from nemo_bench.diffusion import Step
 from nemo_bench.diffusion.noise import masked_magnitude
@@ -96,7 +96,7 @@ def test_images_are_anchored_on_their_own(tiny: Diffusion, file: str) -> None:
     together, plain = images_of(tiny, method, batch), tiny.generate(batch.text, batch.latents)
     for row in range(3):
         assert torch.equal(together[row], plain[row]) != triggered[row]
-        alone = images_of(tiny, method, rows_of(batch, [row]))
+        alone = images_of(tiny, method, batch.rows([row]))
         torch.testing.assert_close(together[[row]], alone, rtol=0, atol=5e-3)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from batches import batch_of, images_of, rows_of
+from batches import batch_of, images_of
 from nemo_bench import ConfigError, Diffusion
 from nemo_bench.methods import SAIL, Batch
 from tiny import tiny_pipeline
@@ -115,13 +115,13 @@ def test_smooth_noise_stays_the_same(tiny: Diffusion) -> None:
     assert torch.equal(images_of(tiny, SAIL(1e9), batch), tiny.generate(batch.text, batch.latents))
     # A threshold between own noise and another candidate: whichever is there first is taken, own noise before others.
     own = float(loss(tiny, batch, batch.latents[:1], "code"))
-    with SAIL(own + 1e-2, candidates=3).apply(tiny, rows_of(batch, [0])) as changed:
+    with SAIL(own + 1e-2, candidates=3).apply(tiny, batch.rows([0])) as changed:
         assert torch.equal(changed.latents, batch.latents[:1])
         assert changed.notes == ({"restarts": 0, "steps": 0, "candidate": 0, "reached": True},)
 
 
 def test_another_candidate_replaces_noise_that_is_not_smooth(tiny: Diffusion) -> None:
-    batch = rows_of(batch_of(tiny, [(0, 0)]), [0])
+    batch = batch_of(tiny, [(0, 0)]).rows([0])
     drawn = SAIL(candidates=4).draw(tiny, batch, 0, 0)
     values = [float(loss(tiny, batch, one[None], "code")) for one in drawn]
     assert torch.equal(drawn[0], batch.latents[0])
@@ -135,7 +135,7 @@ def test_another_candidate_replaces_noise_that_is_not_smooth(tiny: Diffusion) ->
 
 
 def test_restarts_draw_fresh_noise_and_raise_the_target_every_third_time(tiny: Diffusion) -> None:
-    batch = rows_of(batch_of(tiny, [(0, 0)]), [0])
+    batch = batch_of(tiny, [(0, 0)]).rows([0])
     method = SAIL(0.0, candidates=2, steps=1, restarts=6, alpha=0.0)
     draws = [method.draw(tiny, batch, 0, restart) for restart in range(7)]
     assert len({tuple(one.flatten().tolist()) for draw in draws for one in draw}) == 14

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,21 +14,19 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torch import Tensor
-from typing_extensions import override
 
 from nemo_bench.benchmark.embedding_search import RATE, SAMPLES, STEPS, random_embeddings, search_embeddings
-from nemo_bench.benchmark.stages.base import UNLOCALIZED, Stage, file_name, to_image
-from nemo_bench.diffusion import Conditioning, Diffusion, file_digest
+from nemo_bench.benchmark.stages.base import UNLOCALIZED, Chunk, Stage, file_name, to_image
+from nemo_bench.diffusion import Conditioning, file_digest
 from nemo_bench.errors import NotFiniteError
 from nemo_bench.methods import Batch, Method, NoMitigation
 from nemo_bench.metrics import BenchMetric
 from nemo_bench.prompts.tasks import seeds_of
-from nemo_bench.records.data import Neurons, Prompt
+from nemo_bench.records.data import Prompt
 from nemo_bench.records.images import open_image
 from nemo_bench.records.io import batched, digest, seed_of
 from nemo_bench.records.ranges import Count, Positive
 from nemo_bench.records.schema import Cost, SearchRecord, SearchScoreRecord
-from nemo_bench.records.store import Store
 
 STATES = {
     "prompt": "images of its prompt",
@@ -105,113 +104,76 @@ class Search(NamedTuple):
         return "--".join([*dict.fromkeys((file_name(self.prompt), file_name(self.source))), self.id[:8]])
 
 
-class AuditStage(Stage[SearchRecord]):
+def search(stage: Stage, tasks: Sequence[Search], settings: AuditSettings) -> list[SearchRecord]:
     """Searches for embeddings that bring pictures back, and generates from them.
 
     Every search leaves a sheet of pictures, a row for each of :data:`STATES`: the picture it was after, then images.
     A search fails where its embedding or an image is not finite.
-
-    Args:
-        model: The model.
-        method: Gives the mitigation, set up.
-        neurons: Localized neurons by prompt id; searches of other prompts fail.
-        settings: How it searches.
-        batch_size: Images in a UNet pass at most.
-        store: Where records go.
     """
+    localized = [task for task in tasks if task.prompt.id in stage.neurons]
+    failed = [_record(task, None, failed=UNLOCALIZED) for task in tasks if task not in localized]
+    return [*failed, *(_search(stage, localized, settings) if localized else [])]
 
-    def __init__(
-        self,
-        model: Diffusion,
-        method: Callable[[], Method],
-        neurons: Mapping[str, Neurons],
-        settings: AuditSettings,
-        batch_size: int,
-        store: Store,
-    ) -> None:
-        super().__init__(store, SearchRecord)
-        self.model = model
-        self.method = method
-        self.neurons = neurons
-        self.settings = settings
-        self.batch_size = batch_size
 
-    @override
-    def handle(self, tasks: Sequence[Search]) -> list[SearchRecord]:
-        localized = [task for task in tasks if task.prompt.id in self.neurons]
-        failed = [_record(task, None, failed=UNLOCALIZED) for task in tasks if task not in localized]
-        return [*failed, *(self._search(localized) if localized else [])]
+def _search(stage: Stage, tasks: Sequence[Search], settings: AuditSettings) -> list[SearchRecord]:
+    before = stage.model.row_passes
+    try:
+        return _search_together(stage, tasks, settings)
+    except NotFiniteError as error:
+        reason = str(error)
+    if len(tasks) == 1:
+        return [_record(tasks[0], stage.model.row_passes - before, failed=reason)]
+    # It does not say which searches it is about.
+    return [record for task in tasks for record in _search(stage, [task], settings)]
 
-    def _search(self, tasks: Sequence[Search]) -> list[SearchRecord]:
-        before = self.model.row_passes
-        try:
-            return self._search_together(tasks)
-        except NotFiniteError as error:
-            reason = str(error)
-        if len(tasks) == 1:
-            return [_record(tasks[0], self.model.row_passes - before, failed=reason)]
-        # It does not say which searches it is about.
-        return [record for task in tasks for record in self._search([task])]
 
-    def _search_together(self, tasks: Sequence[Search]) -> list[SearchRecord]:
-        model = self.model
-        settings = self.settings
-        before = model.row_passes
-        method = self.method()
-        pictures = torch.stack([fitted_picture(task.picture, model.image_size) for task in tasks])
-        text = model.encode([task.source.text for task in tasks])
-        seeds = tuple(seed_of([SearchRecord.stage, task.prompt.id, task.source.id]) for task in tasks)
-        start = text if settings.start == "prompt" else random_embeddings(model, text, seeds)
-        neurons = tuple(self.neurons[task.prompt.id] for task in tasks)
-        batch = Batch(tuple(task.prompt for task in tasks), start, model.latents(seeds), seeds, neurons)
-        found = search_embeddings(
-            model,
-            method,
-            batch,
-            model.encode_images(pictures),
-            steps=settings.steps,
-            rate=settings.rate,
-            samples=settings.samples,
-        )
-        after = replace(batch, text=found.text.to(model.dtype))
-        rows = {"prompt": self._generate(method, tasks, replace(batch, text=text))}
-        rows["found"] = self._generate(method, tasks, after)
-        if not isinstance(method, NoMitigation):
-            rows["unmitigated"] = self._generate(NoMitigation(), tasks, after)
-        passes = round((model.row_passes - before) / len(tasks), 2)
-        folder = f"{SearchRecord.stage}/{settings.key}"
-        (self.store.folder / folder).mkdir(parents=True, exist_ok=True)
-        records = []
-        for row, task in enumerate(tasks):
-            if reason := _failure(found.text.rows([row]), {state: images[row] for state, images in rows.items()}):
-                records.append(_record(task, passes, failed=reason))
-                continue
-            name = f"{folder}/{task.name}"
-            _save_search(self.store.folder / f"{name}.safetensors", found.text.rows([row]), found.losses[row])
-            sheet = [torch.cat([pictures[row].to(images), *images[row]], 2) for images in rows.values()]
-            image = self.store.save_image(f"{name}.png", to_image(torch.cat(sheet, 1)))
-            records.append(_record(task, passes, states=list(rows), file=f"{name}.safetensors", image=image))
-        return records
+def _search_together(stage: Stage, tasks: Sequence[Search], settings: AuditSettings) -> list[SearchRecord]:
+    model, store = stage.model, stage.store
+    before = model.row_passes
+    method = stage.method()
+    pictures = torch.stack([fitted_picture(task.picture, model.image_size) for task in tasks])
+    text = model.encode([task.source.text for task in tasks])
+    seeds = tuple(seed_of([SearchRecord.stage, task.prompt.id, task.source.id]) for task in tasks)
+    start = text if settings.start == "prompt" else random_embeddings(model, text, seeds)
+    neurons = tuple(stage.neurons[task.prompt.id] for task in tasks)
+    batch = Batch(tuple(task.prompt for task in tasks), start, model.latents(seeds), seeds, neurons)
+    targets = model.encode_images(pictures)
+    found = search_embeddings(
+        model, method, batch, targets, steps=settings.steps, rate=settings.rate, samples=settings.samples
+    )
+    after = replace(batch, text=found.text.to(model.dtype))
+    generated = partial(_generated, stage, tasks, settings.images)
+    rows = {"prompt": generated(method, replace(batch, text=text)), "found": generated(method, after)}
+    if not isinstance(method, NoMitigation):
+        rows["unmitigated"] = generated(NoMitigation(), after)
+    passes = round((model.row_passes - before) / len(tasks), 2)
+    folder = f"{SearchRecord.stage}/{settings.key}"
+    (store.folder / folder).mkdir(parents=True, exist_ok=True)
+    records = []
+    for row, task in enumerate(tasks):
+        if reason := _failure(found.text.rows([row]), {state: images[row] for state, images in rows.items()}):
+            records.append(_record(task, passes, failed=reason))
+            continue
+        name = f"{folder}/{task.name}"
+        _save_search(store.folder / f"{name}.safetensors", found.text.rows([row]), found.losses[row])
+        sheet = [torch.cat([pictures[row].to(images), *images[row]], 2) for images in rows.values()]
+        image = store.save_image(f"{name}.png", to_image(torch.cat(sheet, 1)))
+        records.append(_record(task, passes, states=list(rows), file=f"{name}.safetensors", image=image))
+    return records
 
-    def _generate(self, method: Method, tasks: Sequence[Search], batch: Batch) -> Tensor:
-        """Images of each task, (tasks, images, 3, height, width), from the noise that the run starts them from."""
-        count = self.settings.images
-        owner = [row for row in range(len(tasks)) for _ in range(count)]
-        seeds = [seed for task in tasks for seed in seeds_of(task.source, "generate", range(count))]
-        parts = []
-        for part in batched(range(len(owner)), self.batch_size):
-            rows = [owner[number] for number in part]
-            seeds_of_part = [seeds[number] for number in part]
-            own = Batch(
-                tuple(batch.prompts[row] for row in rows),
-                batch.text.rows(rows),
-                self.model.latents(seeds_of_part),
-                tuple(seeds_of_part),
-                tuple(batch.neurons[row] for row in rows),
-            )
-            with method.apply(self.model, own) as changed:
-                parts.append(changed.generate_checked(self.model).images)
-        return torch.cat(parts).unflatten(0, (len(tasks), count))
+
+def _generated(stage: Stage, tasks: Sequence[Search], count: int, method: Method, batch: Batch) -> Tensor:
+    """Images of each task, (tasks, images, 3, height, width), from the noise that the run starts them from."""
+    model = stage.model
+    rows = [row for row in range(len(tasks)) for _ in range(count)]
+    seeds = [seed for task in tasks for seed in seeds_of(task.source, "generate", range(count))]
+    images = []
+    for part in batched(list(zip(rows, seeds, strict=True)), stage.batch_size):
+        own = tuple(seed for _, seed in part)
+        noised = replace(batch.rows([row for row, _ in part]), latents=model.latents(own), seeds=own)
+        with method.apply(model, noised) as changed:
+            images.append(changed.generate_checked(model).images)
+    return torch.cat(images).unflatten(0, (len(tasks), count))
 
 
 def _record(task: Search, passes: float | None, **result: Any) -> SearchRecord:
@@ -228,18 +190,7 @@ def _failure(text: Conditioning, images: Mapping[str, Tensor]) -> str:
 
 
 def fitted_picture(path: Path, size: tuple[int, int]) -> Tensor:
-    """A picture as training saw it: its middle, brought to the size of the model's images.
-
-    Args:
-        path: The file.
-        size: Width and height in pixels.
-
-    Returns:
-        (3, H, W), float32, in [0, 1].
-
-    Raises:
-        StoreError: The file can't be read.
-    """
+    """A picture as training saw it, (3, H, W), float32, in [0, 1]: its middle, brought to width and height ``size``."""
     fitted = ImageOps.fit(open_image(path), size, Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
 
@@ -249,57 +200,40 @@ def _save_search(path: Path, text: Conditioning, losses: Tensor) -> None:
     save_file({name: tensor.cpu().contiguous() for name, tensor in parts.items()}, path)
 
 
-class SheetTask(NamedTuple):
-    """A sheet to be scored.
-
-    Attributes:
-        id: Record id.
-        record: Record of the search that left it.
-    """
-
-    id: str
-    record: SearchRecord
-
-
-class AuditScoringStage(Stage[SearchScoreRecord]):
+def score_sheets(
+    stage: Stage, tasks: Sequence[Chunk], metrics: Mapping[str, BenchMetric], images: int
+) -> list[SearchScoreRecord]:
     """Compares the images of each search with the picture it was after.
 
     Args:
+        stage: The stage.
+        tasks: The record of the search that left a sheet is the only item of each.
         metrics: Metrics that compare images with training images, by name.
         images: Images in a row of a sheet, beside the picture.
-        store: Where records go.
     """
-
-    def __init__(self, metrics: Mapping[str, BenchMetric], images: int, store: Store) -> None:
-        super().__init__(store, SearchScoreRecord)
-        self.metrics = metrics
-        self.images = images
-
-    @override
-    def handle(self, tasks: Sequence[SheetTask]) -> list[SearchScoreRecord]:
-        return [self._record(task) for task in tasks]
-
-    def _record(self, task: SheetTask) -> SearchScoreRecord:
-        scores = self._score(task.record)
+    records = []
+    for task in tasks:
+        (found,) = task.items
+        scores = _scores(stage, found, metrics, images + 1)
         wrong = {m for row in scores.values() for m, values in row.items() if not all(map(math.isfinite, values))}
-        return SearchScoreRecord(
-            id=task.id,
-            search=task.record.id,
-            scores=None if wrong else scores,
-            failed=f"scores are not finite: {', '.join(sorted(wrong))}" if wrong else None,
-        )
+        failed = f"scores are not finite: {', '.join(sorted(wrong))}" if wrong else None
+        kept = None if wrong else scores
+        records.append(SearchScoreRecord(id=task.id, search=found.id, scores=kept, failed=failed))
+    return records
 
-    def _score(self, record: SearchRecord) -> dict[str, dict[str, list[float]]]:
-        sheet = open_image(self.store.folder / str(record.image))
-        columns = self.images + 1
-        width, height = size = sheet.width // columns, sheet.height // len(record.states)
-        scores: dict[str, dict[str, list[float]]] = {}
-        for row, state in enumerate(record.states):
-            boxes = [(c * width, row * height, (c + 1) * width, (row + 1) * height) for c in range(columns)]
-            target, *images = (sheet.crop(box) for box in boxes)
-            scores[state] = {}
-            for name, metric in self.metrics.items():
-                seen = (metric.space.embed(pictures, size, self.device) for pictures in (images, [target]))
-                values = metric.score(**dict(zip(("images", "references"), seen, strict=True)))
-                scores[state][name] = [round(value, 6) for value in values.tolist()]
-        return scores
+
+def _scores(
+    stage: Stage, record: SearchRecord, metrics: Mapping[str, BenchMetric], columns: int
+) -> dict[str, dict[str, list[float]]]:
+    sheet = open_image(stage.store.folder / str(record.image))
+    width, height = size = sheet.width // columns, sheet.height // len(record.states)
+    scores: dict[str, dict[str, list[float]]] = {}
+    for row, state in enumerate(record.states):
+        boxes = [(c * width, row * height, (c + 1) * width, (row + 1) * height) for c in range(columns)]
+        target, *images = (sheet.crop(box) for box in boxes)
+        scores[state] = {}
+        for name, metric in metrics.items():
+            seen = (metric.space.embed(pictures, size, stage.device) for pictures in (images, [target]))
+            values = metric.score(**dict(zip(("images", "references"), seen, strict=True)))
+            scores[state][name] = [round(value, 6) for value in values.tolist()]
+    return scores

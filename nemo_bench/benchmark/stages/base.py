@@ -6,10 +6,9 @@ import re
 import resource
 import sys
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -17,12 +16,13 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
-from nemo_bench.records.data import Prompt
+from nemo_bench.benchmark.stopping import stop_at_sigterm
+from nemo_bench.diffusion import Diffusion
+from nemo_bench.methods import Method
+from nemo_bench.records.data import Neurons, Prompt
 from nemo_bench.records.io import batched, digest
 from nemo_bench.records.schema import Cost, Record
 from nemo_bench.records.store import Store
-
-R = TypeVar("R", bound=Record)
 
 UNLOCALIZED = "its prompt has no neurons: localizing it failed"
 """Why there are no images of a prompt."""
@@ -30,51 +30,62 @@ CHUNK = 256
 """Prompts or pictures that make one record; a constant, so that sums are rounded alike in every run."""
 
 
-class Stage(L.LightningModule, ABC, Generic[R]):
+class Stage(L.LightningModule):
     """A predict loop over tasks; each batch ends with its records on disk.
 
     Args:
-        store: Where records go.
+        handle: Computes the records of a batch, given the stage and the batch.
         kind: Class of the records.
+        store: Where they go; None where ``handle`` writes them.
+        model: The model, where one is needed.
+        method: Gives the mitigation, set up; the first call counts to the first task.
+        neurons: Localized neurons by prompt id; images of other prompts fail.
+        batch_size: Rows in a UNet pass at most.
     """
 
-    def __init__(self, store: Store, kind: type[R]) -> None:
+    def __init__(
+        self,
+        handle: Callable[[Stage, Any], Sequence[Record]],
+        kind: type[Record],
+        store: Store | None,
+        *,
+        model: Any = None,
+        method: Any = None,
+        neurons: Mapping[str, Neurons] | None = None,
+        batch_size: int = 1,
+    ) -> None:
         super().__init__()
-        self.store = store
-        self.write = store.writer(kind)
+        self.handle = handle
+        self.write = store.writer(kind) if store else None
+        self.store: Store = store  # type: ignore[assignment] # who asks for it has given one, as of all that follows
+        self.model: Diffusion = model
+        self.method: Callable[[], Method] = method
+        self.neurons = neurons or {}
+        self.batch_size = batch_size
+
+    @override
+    def on_predict_start(self) -> None:
+        stop_at_sigterm()  # Lightning's own handler, which would predict on, is there by now
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     @override
     def predict_step(self, tasks: Any, batch_idx: int) -> None:
         start = time.perf_counter()
-        records = self.handle(tasks)
+        records = self.handle(self, tasks)
+        if self.write is None:
+            return
         measured = {
             "seconds": round((time.perf_counter() - start) / len(tasks), 4),
             "peak_memory_mb": peak_memory(self.device),
             "device": self.device.type,
         }
-        self.write(record.model_copy(update={"cost": _with(record.cost, measured)}) for record in records)
-
-    @override
-    def on_predict_start(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    @abstractmethod
-    def handle(self, tasks: Any) -> list[R]:
-        """Computes the records of a batch."""
-
-
-def _with(cost: Cost | None, measured: dict[str, Any]) -> Cost:
-    return (cost or Cost()).model_copy(update=measured)
+        costs = [(record.cost or Cost()).model_copy(update=measured) for record in records]
+        self.write(record.model_copy(update={"cost": cost}) for record, cost in zip(records, costs, strict=True))
 
 
 class Chunk(NamedTuple):
-    """Prompts or pictures that make one record.
-
-    Attributes:
-        id: Record id.
-        items: At most :data:`CHUNK` of them.
-    """
+    """What makes one record, such as at most :data:`CHUNK` texts or pictures."""
 
     id: str
     items: tuple[Any, ...]

@@ -2,78 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import groupby
-from typing import NamedTuple
-
-import lightning as L
-from typing_extensions import override
+from typing import Any
 
 from nemo_bench.benchmark.plan import Cell
-from nemo_bench.benchmark.stages.base import file_name, to_image
-from nemo_bench.detectors import Detector, DetectorScore, watch
+from nemo_bench.benchmark.stages.base import Stage, file_name, to_image
+from nemo_bench.detectors import DetectorScore, watch
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.prompts.tasks import PromptTask
 from nemo_bench.records.schema import Cost, DetectionRecord
 from nemo_bench.records.store import Store
 
 
-class DetectionTask(NamedTuple):
-    """A prompt and the cells whose detectors have not scored it.
-
-    Attributes:
-        task: The prompt.
-        cells: Ids of the cells.
-    """
-
-    task: PromptTask
-    cells: tuple[str, ...]
-
-
-def pending_tasks(cells: Sequence[Cell]) -> list[DetectionTask]:
-    """Prompts that some of the cells have no record of, or whose picture is gone; the cells have the same prompts."""
+def pending_tasks(cells: Sequence[Cell]) -> list[tuple[PromptTask, tuple[str, ...]]]:
+    """Prompts whose record or picture some of the cells lack, with those cells; the cells have the same prompts."""
     tasks = [PromptTask.from_prompt(prompt) for prompt in cells[0].prompts]
     ids = [task.id for task in tasks]
     pending = {cell.id: set(cell.store.pending_ids(DetectionRecord, ids)) for cell in cells}
-    found = [DetectionTask(t, tuple(name for name, todo in pending.items() if t.id in todo)) for t in tasks]
-    return [task for task in found if task.cells]
+    found = [(task, tuple(name for name, todo in pending.items() if task.id in todo)) for task in tasks]
+    return [(task, names) for task, names in found if names]
 
 
-class DetectionStage(L.LightningModule):
-    """Has several detectors watch one pass of sampling; each batch ends with their records on disk.
+def detection_stage(model: Diffusion, cells: Sequence[Cell], batch_size: int) -> Stage:
+    """The stage in which the detectors of cells of one model and the same prompts watch one pass of sampling.
 
-    Args:
-        model: The model.
-        cells: Cells of that model and the same prompts.
-        batch_size: Images in a UNet pass at most.
+    Raises:
+        NemoBenchError: A detector is not made for the model.
     """
+    for cell in cells:
+        assert cell.detector is not None
+        cell.detector.check_model(model)
+    by_id = {cell.id: cell for cell in cells}
+    writers = {cell.id: cell.store.writer(DetectionRecord) for cell in cells}
+    handle = partial(_detect, cells=by_id, writers=writers)
+    return Stage(handle, DetectionRecord, None, model=model, batch_size=batch_size)
 
-    def __init__(self, model: Diffusion, cells: Sequence[Cell], batch_size: int) -> None:
-        super().__init__()
-        self.model = model
-        self.batch_size = batch_size
-        self.cells = {cell.id: cell for cell in cells}
-        self.detectors: dict[str, Detector] = {cell.id: cell.detector for cell in cells if cell.detector is not None}
-        for detector in self.detectors.values():
-            detector.check_model(model)
-        self.writers = {cell.id: cell.store.writer(DetectionRecord) for cell in cells}
 
-    @override
-    def predict_step(self, tasks: list[DetectionTask], batch_idx: int) -> None:
-        for names, group in groupby(tasks, lambda task: task.cells):
-            self._handle([task.task for task in group], {name: self.detectors[name] for name in names})
-
-    def _handle(self, tasks: Sequence[PromptTask], detectors: Mapping[str, Detector]) -> None:
-        scores, costs = watch(self.model, detectors, [task.prompt for task in tasks], self.batch_size)
+def _detect(
+    stage: Stage,
+    tasks: Sequence[tuple[PromptTask, tuple[str, ...]]],
+    cells: Mapping[str, Cell],
+    writers: Mapping[str, Callable[[Iterable[DetectionRecord]], None]],
+) -> list[DetectionRecord]:
+    written: list[DetectionRecord] = []
+    for names, group in groupby(tasks, lambda task: task[1]):
+        prompts = [task for task, _ in group]
+        detectors: dict[str, Any] = {name: cells[name].detector for name in names}
+        scores, costs = watch(stage.model, detectors, [task.prompt for task in prompts], stage.batch_size)
         for name, of_detector in scores.items():
             cost = Cost(
-                row_passes=costs[name].row_passes / len(tasks),
-                extra_row_passes=costs[name].extra_row_passes / len(tasks),
-                seconds=round(costs[name].seconds / len(tasks), 4),
+                row_passes=costs[name].row_passes / len(prompts),
+                extra_row_passes=costs[name].extra_row_passes / len(prompts),
+                seconds=round(costs[name].seconds / len(prompts), 4),
             )
-            store = self.cells[name].store
-            pairs = zip(tasks, of_detector, strict=True)
-            self.writers[name]([_record(store, task, score, cost) for task, score in pairs])
+            pairs = zip(prompts, of_detector, strict=True)
+            records = [_record(cells[name].store, task, score, cost) for task, score in pairs]
+            writers[name](records)
+            written += records
+    return written
 
 
 def _record(store: Store, task: PromptTask, result: DetectorScore, cost: Cost) -> DetectionRecord:

@@ -8,38 +8,24 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from typing_extensions import override
 
 from nemo_bench.benchmark.stages.base import Chunk, Stage
 from nemo_bench.metrics import BenchMetric, Network, SetMetric
 from nemo_bench.records.images import open_image
 from nemo_bench.records.io import digest, replacing
 from nemo_bench.records.schema import ChunkRecord
-from nemo_bench.records.store import Store
 
 
-class FeatureStage(Stage[ChunkRecord]):
-    """Features of the real pictures of a folder.
-
-    Args:
-        space: The network.
-        store: Where files and records go.
-    """
-
-    def __init__(self, space: Network, store: Store) -> None:
-        super().__init__(store, ChunkRecord)
-        self.space = space
-
-    @override
-    def handle(self, tasks: Sequence[Chunk]) -> list[ChunkRecord]:
-        records = []
-        for chunk in tasks:
-            pictures = [open_image(path) for path in chunk.items]
-            features = self.space.embed(pictures, pictures[0].size, self.device)
-            file = f"features/{chunk.id}.safetensors"
-            save_features(self.store.folder / file, {"real": features})
-            records.append(ChunkRecord(id=chunk.id, file=file, count=len(chunk.items)))
-        return records
+def embed_real(stage: Stage, tasks: Sequence[Chunk], space: Network) -> list[ChunkRecord]:
+    """Takes the features of the real pictures of a folder."""
+    records = []
+    for chunk in tasks:
+        pictures = [open_image(path) for path in chunk.items]
+        features = space.embed(pictures, pictures[0].size, stage.device)
+        file = f"features/{chunk.id}.safetensors"
+        save_features(stage.store.folder / file, {"real": features})
+        records.append(ChunkRecord(id=chunk.id, file=file, count=len(chunk.items)))
+    return records
 
 
 def set_spaces(metrics: Iterable[BenchMetric]) -> dict[str, Network]:

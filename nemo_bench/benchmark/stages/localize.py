@@ -3,53 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-
-from typing_extensions import override
+from collections.abc import Sequence
 
 from nemo_bench.benchmark.stages.base import Stage
-from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import NotFiniteError
-from nemo_bench.methods import Method
 from nemo_bench.prompts.tasks import PromptTask, seeds_of
 from nemo_bench.records.schema import Cost, LocalizationRecord
-from nemo_bench.records.store import Store
 
 
-class LocalizationStage(Stage[LocalizationRecord]):
-    """Localizes the neurons of each prompt; a prompt whose activations are not finite fails.
+def localize(stage: Stage, tasks: Sequence[PromptTask], seeds: int) -> list[LocalizationRecord]:
+    """Localizes the neurons of each prompt; a prompt whose activations are not finite fails."""
+    return [_localize(stage, task, seeds) for task in tasks]
 
-    Args:
-        model: The model.
-        method: Gives the mitigation, set up; the first call counts to the first prompt.
-        seeds: Seeds a prompt.
-        store: Where records go.
-    """
 
-    def __init__(self, model: Diffusion, method: Callable[[], Method], seeds: int, store: Store) -> None:
-        super().__init__(store, LocalizationRecord)
-        self.model = model
-        self.method = method
-        self.seeds = seeds
-
-    @override
-    def handle(self, tasks: Sequence[PromptTask]) -> list[LocalizationRecord]:
-        return [self._localize(task) for task in tasks]
-
-    def _localize(self, task: PromptTask) -> LocalizationRecord:
-        start = time.perf_counter()
-        before = self.model.row_passes
-        try:
-            method = self.method()
-            seeds = seeds_of(task.prompt, "localize", range(self.seeds))
-            found = method.localize(self.model, task.prompt, method.protocol.latents(self.model, seeds))
-        except NotFiniteError as error:
-            cost = Cost(row_passes=self.model.row_passes - before)
-            return LocalizationRecord(id=task.id, prompt=task.prompt.id, failed=str(error), cost=cost)
-        passes = self.model.row_passes - before
-        return LocalizationRecord(
-            id=task.id,
-            prompt=task.prompt.id,
-            localization=found,
-            cost=Cost(row_passes=passes, once_row_passes=passes, once_seconds=round(time.perf_counter() - start, 4)),
-        )
+def _localize(stage: Stage, task: PromptTask, seeds: int) -> LocalizationRecord:
+    start = time.perf_counter()
+    model = stage.model
+    before = model.row_passes
+    try:
+        method = stage.method()
+        latents = method.protocol.latents(model, seeds_of(task.prompt, "localize", range(seeds)))
+        found = method.localize(model, task.prompt, latents)
+    except NotFiniteError as error:
+        cost = Cost(row_passes=model.row_passes - before)
+        return LocalizationRecord(id=task.id, prompt=task.prompt.id, failed=str(error), cost=cost)
+    passes = model.row_passes - before
+    return LocalizationRecord(
+        id=task.id,
+        prompt=task.prompt.id,
+        localization=found,
+        cost=Cost(row_passes=passes, once_row_passes=passes, once_seconds=round(time.perf_counter() - start, 4)),
+    )

@@ -6,12 +6,13 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
-from typing_extensions import override
 
 from nemo_bench.benchmark.stages.base import CHUNK, Stage, file_name
 from nemo_bench.benchmark.stages.features import save_features, set_spaces
@@ -22,44 +23,32 @@ from nemo_bench.records.data import Neurons
 from nemo_bench.records.images import open_image
 from nemo_bench.records.io import batched, digest
 from nemo_bench.records.schema import ImageRecord, ScoreRecord
-from nemo_bench.records.store import Store
 
 
+@dataclass
 class PromptSample:
     """What there is to see of one prompt, embedded once for all metrics that look at it in the same space.
 
-    Args:
+    Attributes:
         task: The prompt to be scored.
         images: Records of its images, by seed.
-        files: Its pictures: ``images``, none where all failed; ``references`` and ``unmitigated`` as far as they are
-            needed and there are images.
+        pictures: ``images``, none where all failed; ``references`` and ``unmitigated`` as far as they are needed and
+            there are images.
         values: ``localization``, its :class:`Neurons`, and ``memorization``, its score, where there are any.
         paired: Which of its images there are unmitigated ones of, in the order of those.
-        size: Width and height that pictures are compared in; None for those of the first image.
+        size: Width and height that pictures are compared in.
     """
 
-    def __init__(
-        self,
-        task: PromptTask,
-        images: Sequence[ImageRecord],
-        files: Mapping[str, Sequence[Path]],
-        values: Mapping[str, Any],
-        paired: Sequence[int] = (),
-        size: tuple[int, int] | None = None,
-    ) -> None:
-        self.task = task
-        self.images = images
-        self.values = values
-        self.paired = list(paired)
-        self.pictures = {name: [open_image(path) for path in paths] for name, paths in files.items() if paths}
+    task: PromptTask
+    images: Sequence[ImageRecord]
+    pictures: dict[str, list[Image.Image]]
+    values: Mapping[str, Any]
+    paired: list[int]
+    size: tuple[int, int]
+
+    def __post_init__(self) -> None:
         self.seen: dict[tuple[str, Hashable], Tensor] = {}
         self.truncated = False
-        self._size = size
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height that pictures are compared in."""
-        return self._size or self.pictures["images"][0].size
 
     def has(self, field: str) -> bool:
         """Whether there is anything of the kind."""
@@ -137,16 +126,14 @@ class SampleReader:
             files["references"] = task.prompt.references
         if "unmitigated" in self.needed:
             files["unmitigated"] = [self.unmitigated[images[row].id] for row in paired]
+        pictures = {field: [open_image(path) for path in paths] for field, paths in files.items() if paths}
         values = {field: by_prompt[name] for field, by_prompt in self.values.items() if name in by_prompt}
-        size = self.sizes.most_common(1)[0][0] if self.sizes else None
-        return PromptSample(task, images, files, values, paired, size)
+        first = pictures["images"][0].size if images else (0, 0)  # without images nothing is compared
+        size = self.sizes.most_common(1)[0][0] if self.sizes else first
+        return PromptSample(task, images, pictures, values, paired, size)
 
     def _check(self, image: str) -> None:
-        """Makes sure that an image is the one that was recorded: read before it is decoded, it costs next to nothing.
-
-        Raises:
-            StoreError: It is another one.
-        """
+        """Refuses an image that is not the one recorded: read before it is decoded, it costs next to nothing."""
         known, path = self.digests.get(image), self.folder / image
         try:
             is_other = known is not None and hashlib.sha256(path.read_bytes()).hexdigest() not in known
@@ -159,44 +146,40 @@ class SampleReader:
             raise StoreError(f"{msg}; delete it, and the command that made it makes it again")
 
 
-class ScoringStage(Stage[ScoreRecord]):
+class Scorer:
     """Scores the images of each prompt with every metric, and keeps the features that metrics of whole sets need.
-
-    It takes what :class:`SampleReader` reads.
 
     Args:
         metrics: Metrics by name.
-        store: Where records go.
         pool: Reference images of all prompts.
     """
 
-    def __init__(self, metrics: Mapping[str, BenchMetric], store: Store, pool: Sequence[Path] = ()) -> None:
-        super().__init__(store, ScoreRecord)
+    def __init__(self, metrics: Mapping[str, BenchMetric], pool: Sequence[Path] = ()) -> None:
         self.metrics = {name: metric for name, metric in metrics.items() if metric.per != "set"}
         self.set_spaces = set_spaces(metrics.values())
         self.whole_sets = {n: digest(m.space.fingerprint()) for n, m in metrics.items() if isinstance(m, SetMetric)}
         self._pool_files = tuple(pool)
         self._pools: dict[tuple[Hashable, tuple[int, int]], Tensor] = {}
 
-    @override
-    def handle(self, tasks: Sequence[PromptSample] | StoreError) -> list[ScoreRecord]:
-        if isinstance(tasks, StoreError):
-            raise tasks
+    def __call__(self, stage: Stage, samples: Sequence[PromptSample] | StoreError) -> list[ScoreRecord]:
+        """The records of what :class:`SampleReader` read."""
+        if isinstance(samples, StoreError):
+            raise samples
         wanted = {(field, metric.space) for metric in self.metrics.values() for field in metric.needs}
         wanted |= {("images", space) for space in self.set_spaces.values()}
         for field, space in wanted:
             if isinstance(space, Network) and field in ("images", "references", "unmitigated"):
-                embed_together(tasks, field, space, self.device)
-        return [line for sample in tasks for line in self._score(sample)]
+                embed_together(samples, field, space, stage.device)
+        return [line for sample in samples for line in self._score(stage, sample)]
 
-    def _score(self, sample: PromptSample) -> list[ScoreRecord]:
+    def _score(self, stage: Stage, sample: PromptSample) -> list[ScoreRecord]:
         prompt = sample.task.prompt
         of_prompt: dict[str, float] = {}
         of_images: list[dict[str, float]] = [{} for _ in sample.images]
         for name, metric in self.metrics.items():
             if not all(sample.has(field) or (field == "pool" and self._pool_files) for field in metric.needs):
                 continue
-            values = self._values(metric, sample)
+            values = self._values(metric, sample, stage.device)
             if metric.per == "image":
                 for row, value in values.items():
                     of_images[row][name] = round(value, 6)
@@ -207,8 +190,8 @@ class ScoringStage(Stage[ScoreRecord]):
             whole["truncated"] = sample.truncated
         if self.set_spaces and sample.images:
             whole["file"] = f"features/{file_name(prompt)}.safetensors"
-            features = {name: sample.field("images", space, self.device) for name, space in self.set_spaces.items()}
-            save_features(self.store.folder / whole["file"], features)
+            features = {name: sample.field("images", space, stage.device) for name, space in self.set_spaces.items()}
+            save_features(stage.store.folder / whole["file"], features)
             finite = {name: bool(values.isfinite().all()) for name, values in features.items()}
             of_prompt |= {name: math.nan for name, space in self.whole_sets.items() if not finite[space]}
         records = [
@@ -217,9 +200,9 @@ class ScoringStage(Stage[ScoreRecord]):
         ]
         return [*records, ScoreRecord(id=sample.task.id, prompt=prompt.id, **whole, **_finite_scores(of_prompt))]
 
-    def _values(self, metric: BenchMetric, sample: PromptSample) -> dict[int, float]:
+    def _values(self, metric: BenchMetric, sample: PromptSample, device: torch.device) -> dict[int, float]:
         """A metric's values by number of the image, nan for images that can't be compared; one of a prompt as 0."""
-        fields = {field: self._field(field, metric.space, sample) for field in metric.needs}
+        fields = {field: self._field(field, metric.space, sample, device) for field in metric.needs}
         rows = sample.paired if "unmitigated" in fields else list(range(len(sample.images)))
         compared = [field for field in ("images", "unmitigated") if field in fields]
         if compared and len(rows) < len(sample.images):
@@ -236,13 +219,13 @@ class ScoringStage(Stage[ScoreRecord]):
         kept = [row for row, is_finite in zip(rows, finite, strict=True) if is_finite]
         return dict.fromkeys(rows, math.nan) | dict(zip(kept, values, strict=True)) if values else {}
 
-    def _field(self, field: str, space: ImageSpace, sample: PromptSample) -> Any:
+    def _field(self, field: str, space: ImageSpace, sample: PromptSample, device: torch.device) -> Any:
         if field != "pool":
-            return sample.field(field, space, self.device)
+            return sample.field(field, space, device)
         key = (space.view, sample.size)
         if key not in self._pools:
             parts = batched(self._pool_files, CHUNK)
-            seen = (space.embed([open_image(path) for path in part], sample.size, self.device) for part in parts)
+            seen = (space.embed([open_image(path) for path in part], sample.size, device) for part in parts)
             self._pools[key] = torch.cat(list(seen))
         return self._pools[key]
 

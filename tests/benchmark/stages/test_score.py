@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from nemo_bench.benchmark.stages.base import Chunk
-from nemo_bench.benchmark.stages.features import FeatureStage, read_features, set_spaces
-from nemo_bench.benchmark.stages.score import SampleReader, ScoringStage
+from nemo_bench.benchmark.stages.base import Chunk, Stage
+from nemo_bench.benchmark.stages.features import embed_real, read_features, set_spaces
+from nemo_bench.benchmark.stages.score import SampleReader, Scorer
 from nemo_bench.errors import ConfigError
 from nemo_bench.metrics import (
     FID,
@@ -80,7 +81,7 @@ def score(
     metrics: dict[str, BenchMetric], store: Store, prompts: Sequence[Prompt], reader: SampleReader, *, at_once: int = 3
 ) -> dict[str, ScoreRecord]:
     pool = [path for prompt in prompts for path in prompt.references]
-    stage = ScoringStage(metrics, store, pool)
+    stage = Stage(Scorer(metrics, pool), ScoreRecord, store)
     tasks = [PromptTask.from_prompt(prompt) for prompt in prompts]
     for start in range(0, len(tasks), at_once):
         stage.predict_step(reader(tasks[start : start + at_once]), 0)
@@ -236,7 +237,7 @@ def test_features_of_sets_are_kept_and_combined_in_order(
     real = Store(tmp_path / "real")
     real.open(Spec(task="features", settings={}))
     chunks = Chunk.from_files(metric.files)
-    FeatureStage(space, real).predict_step(chunks, 0)
+    Stage(partial(embed_real, space=space), ChunkRecord, real).predict_step(chunks, 0)
     kept_records = [real.records(ChunkRecord)[chunk.id] for chunk in chunks]
     kept = read_features([real.folder / str(record.file) for record in kept_records], "real")
     expected = space.embed([Image.open(path).convert("RGB") for path in metric.files], (24, 24), CPU)
