@@ -13,21 +13,11 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 from nemo_bench.errors import StoreError
-from nemo_bench.records import schema
+from nemo_bench.records import schema, store
 from nemo_bench.records.data import Neurons, Prompt
 from nemo_bench.records.io import digest, read_file
 from nemo_bench.records.schema import DetectionRecord, Failures, ImageRecord, MemorizationRecord, ScoreRecord, Summary
 from nemo_bench.records.statistics import GROUPS
-from nemo_bench.records.store import (
-    Store,
-    missing_records,
-    read_cell_prompts,
-    read_localizations,
-    read_records,
-    read_run,
-    read_spec,
-    read_starts,
-)
 
 FAMILIES = ("memorization", "change", "alignment", "diversity", "quality", "localization")
 """Families of metrics, in the order of display."""
@@ -260,7 +250,7 @@ def load_results(folder: Path | str) -> Results:
         runs = sorted(path.parent.name for path in folder.glob("*/run.json"))
         hint = f"Runs found inside: {', '.join(runs)}." if runs else "Start a run with `nemo-bench run`."
         raise StoreError(f"{folder} holds no run: it has no run.json. Give the folder of a run. {hint}")
-    run = read_run(folder)
+    run = store.read_run(folder)
     cells = []
     unfinished = {}
     for name in run.cells:
@@ -290,9 +280,9 @@ def load_detections(folder: Path | str) -> list[DetectorResults]:
         cell = path.parent
         if read_file(path, schema.Spec).task != "detect" or not (cell / "metrics.json").is_file():
             continue
-        spec = read_spec(cell)
-        prompts = read_cell_prompts(cell, spec)
-        records = {record.prompt: record for record in read_records(cell, DetectionRecord).values()}
+        spec = store.read_spec(cell)
+        prompts = store.read_cell_prompts(cell, spec)
+        records = {record.prompt: record for record in store.read_records(cell, DetectionRecord).values()}
         if missing := sum(prompt.id not in records for prompt in prompts):
             msg = f"{cell}: {missing} of {len(prompts)} records are missing"
             raise StoreError(f"{msg}; the same nemo-bench detect makes them again, and nothing else")
@@ -336,38 +326,38 @@ def _load_cell(folder: Path) -> CellResults:
     """
     if not (folder / "spec.json").is_file():
         raise StoreError("not started")
-    spec = read_spec(folder)
+    spec = store.read_spec(folder)
     if pending := [stage for stage in spec.stages if not (folder / f"{stage}.done").exists()]:
         raise StoreError(f"{', '.join(pending)} not finished")
     if not (folder / "metrics.json").is_file():
         raise StoreError("not scored")
-    prompts = read_cell_prompts(folder, spec)
+    prompts = store.read_cell_prompts(folder, spec)
     kinds = (schema.LocalizationRecord, MemorizationRecord, ImageRecord, ScoreRecord)
-    if missing := missing_records(folder, spec, prompts, kinds):
+    if missing := store.missing_records(folder, spec, prompts, kinds):
         raise StoreError(missing)
-    images = [record.id for record in read_records(folder, ImageRecord).values() if record.image]
+    images = [record.id for record in store.read_records(folder, ImageRecord).values() if record.image]
     return CellResults(
         folder=folder,
         spec=spec,
         summary=read_file(folder / "metrics.json", Summary),
-        starts=read_starts(folder),
+        starts=store.read_starts(folder),
         layers=read_file(folder / "layers.json", schema.Layers),
         prompts=prompts,
         outcomes=_outcomes(folder, prompts),
-        lost_images=len(Store(folder).pending_ids(ImageRecord, images)),
+        lost_images=len(store.Store(folder).pending_ids(ImageRecord, images)),
     )
 
 
 def _outcomes(folder: Path, prompts: Iterable[Prompt]) -> dict[str, Outcome]:
-    neurons = {prompt: found.neurons for prompt, found in read_localizations(folder).items()}
-    strips = {r.prompt: folder / r.image for r in read_records(folder, MemorizationRecord).values() if r.image}
+    neurons = {prompt: found.neurons for prompt, found in store.read_localizations(folder).items()}
+    strips = {r.prompt: folder / r.image for r in store.read_records(folder, MemorizationRecord).values() if r.image}
     scores: dict[str, dict[int | None, dict[str, float]]] = {}
-    for score in read_records(folder, ScoreRecord).values():
+    for score in store.read_records(folder, ScoreRecord).values():
         finite = {key: value for key, value in score.scores.items() if isfinite(value)}
         scores.setdefault(score.prompt, {})[score.seed] = finite
     images: dict[str, dict[int, Path]] = {}
     failed: dict[str, dict[int, str]] = {}
-    for image in sorted(read_records(folder, ImageRecord).values(), key=lambda record: record.seed):
+    for image in sorted(store.read_records(folder, ImageRecord).values(), key=lambda record: record.seed):
         if image.image:
             images.setdefault(image.prompt, {})[image.seed] = folder / image.image
         else:
