@@ -20,6 +20,7 @@ from nemo_bench.config import describe_options, grid, logger_settings, options, 
 from nemo_bench.errors import ConfigError
 from nemo_bench.metrics import BenchMetric
 from nemo_bench.planted.training import TrainSpec
+from nemo_bench.records.schema import FILES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -182,3 +183,15 @@ def test_every_metric_is_defined(hooks: ModuleType) -> None:
 def test_every_command_is_described(hooks: ModuleType) -> None:
     text = hooks.commands()
     assert all(f"## nemo-bench {name} " in text for name in subcommands())
+
+
+def test_fields_of_records_and_files_are_described_by_their_comments(hooks: ModuleType) -> None:
+    records, files = hooks.records(), hooks.files()
+    assert "| `prompt` | `str` | yes | Id of the prompt. |" in records
+    in_lines_above = "What it took; all that may differ between two runs beside `sha256` and `bytes`."
+    assert f"| `cost` | `Cost or None` |  | {in_lines_above} |" in records
+    assert '"description": "UNet forward passes of one sample."' in records
+    assert '"description": "The candidates before refinement."' in records
+    assert "| `schema` | `int` |  | Of the schema. |" in files
+    headings = re.findall(r"^### `(.+?)` ", files, re.MULTILINE)
+    assert {"env.json", "audit.json", "thumbnails.json"} < set(headings) < set(FILES)
