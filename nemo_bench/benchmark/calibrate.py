@@ -72,7 +72,7 @@ def _result(cell: Cell) -> CalibrationResult:
     if cell.method.memorization_threshold is not None:
         values["threshold"] = cell.method.memorization_threshold
     return CalibrationResult(
-        **{**values, **cell.method.protocol.of_threshold},
+        **{**values, **cell.method.noise_protocol.of_threshold},
         model=cell.spec.model,
         general_prompts=cell.config.settings.prompts.calibration if cell.calibration_prompts else None,
         statistics=resolve(given) if given else str(cell.calibration_file(STATISTICS)),

@@ -523,7 +523,7 @@ def _calibration_identity(settings: RunSettings, method: Method, inputs: Inputs,
         "statistics": digest([[v.tolist() for v in side] for side in given]) if given else None,
         "seeds": settings.localize_seeds,
         "prompts": prompts_digest(inputs.calibration_prompts),
-        "protocol": next((m.protocol.of_threshold for m in lineage(method) if m.needs_calibration), None),
+        "protocol": next((m.noise_protocol.of_threshold for m in lineage(method) if m.needs_calibration), None),
     }
 
 
@@ -704,7 +704,7 @@ def check_similarity(size: Sequence[int], model: ModelSettings, method: Method) 
     Raises:
         ConfigError: Its latents are too small for ``model.similarity``; the message has the values that fit.
     """
-    searches = [each.protocol.similarity for each in lineage(method) if each.needs_calibration]
+    searches = [each.noise_protocol.similarity for each in lineage(method) if each.needs_calibration]
     for measure in ("fixed", *searches):
         similarity_of(model).check(size, measure)
 

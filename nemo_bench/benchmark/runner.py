@@ -372,7 +372,7 @@ class Runner:
 
     def _measure_threshold(self, cell: Cell, store: Store) -> None:
         assert cell.method is not None
-        protocol = next(m for m in lineage(cell.method) if m.needs_calibration).protocol
+        protocol = next(m for m in lineage(cell.method) if m.needs_calibration).noise_protocol
         rows = self.rows(cell)
         tasks = [PromptTask.from_prompt(prompt) for prompt in cell.calibration_prompts]
         seeds = cell.config.settings.localize_seeds

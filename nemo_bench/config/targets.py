@@ -48,7 +48,7 @@ def _build(node: Mapping[str, Any], key: str, expected: tuple[type, ...]) -> Any
     arguments = {k: v for k, v in node.items() if k != "_target_"}
     try:
         parameters = inspect.signature(target).parameters
-        hints = get_type_hints(target.__init__)
+        hints = _hints(target)
     except (TypeError, ValueError, NameError) as error:
         raise ConfigError(f"{key}._target_={node['_target_']}: is no class that can be made here ({error})") from error
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -73,9 +73,17 @@ def hint_of(path: str, argument: str) -> Any:
     """The type of an argument of a class, Any where it is unknown; :func:`build` explains the error then."""
     try:
         target = get_object(path)
-        return get_type_hints(target.__init__ if inspect.isclass(target) else target).get(argument, Any)
+        return (_hints(target) if inspect.isclass(target) else get_type_hints(target)).get(argument, Any)
     except Exception:
         return Any
+
+
+def _hints(target: type) -> dict[str, Any]:
+    """Types of the arguments of a class; those of a dataclass may be names in the modules of its bases."""
+    names: dict[str, Any] = {}
+    for kind in reversed(target.__mro__):
+        names |= vars(sys.modules[kind.__module__]) if kind.__module__ in sys.modules else {}
+    return get_type_hints(target.__init__, names)  # type: ignore[misc] # of a class, not of an object
 
 
 def _class_of(node: Mapping[str, Any], key: str, expected: tuple[type, ...]) -> type:

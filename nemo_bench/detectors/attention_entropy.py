@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from nemo_bench.records.data import Prompt
 from nemo_bench.records.ranges import Count, Index
 
 
+@dataclass(eq=False)
 class LayerEntropy(Detector):
     """Entropy of one layer's attention in the first step, LE (Ren et al. 2024; mode E of the public script).
 
@@ -25,12 +27,8 @@ class LayerEntropy(Detector):
     2.x alone: SDXL has no corresponding layer.
 
     Args:
-        seeds: Images a prompt.
         layer: Number of the cross-attention layer from 0: six down, one middle, nine up in Stable Diffusion.
             Published is 3, ``down_blocks[1].attentions[1]``.
-
-    Raises:
-        ModelError: The model, once it is loaded, has no such layer.
     """
 
     title = "Layer entropy (LE)"
@@ -40,9 +38,8 @@ class LayerEntropy(Detector):
     families: ClassVar[frozenset[str]] = frozenset({"StableDiffusionPipeline"})
     attends = True
 
-    def __init__(self, seeds: Count = 1, layer: Index = 3) -> None:
-        self.seeds = seeds
-        self.layer = layer
+    seeds: Count = 1
+    layer: Index = 3
 
     @override
     def check_model(self, model: Diffusion) -> None:
@@ -60,6 +57,7 @@ class LayerEntropy(Detector):
         return {"entropy": entropy_terms(view, self.layers(view.model, view.number)).sum(1)}
 
 
+@dataclass(eq=False)
 class AttentionEntropy(Detector):
     """Entropy of all layers' attention in the last fifth of the steps, AE (Ren et al. 2024; mode D of the script).
 
@@ -68,7 +66,6 @@ class AttentionEntropy(Detector):
     signed difference, the default here. Stable Diffusion 1.x and 2.x alone: SDXL has another number of summary tokens.
 
     Args:
-        seeds: Images a prompt.
         absolute: Whether the second term counts by its absolute value.
     """
 
@@ -80,9 +77,8 @@ class AttentionEntropy(Detector):
     attends = True
     steps = None
 
-    def __init__(self, seeds: Count = 1, absolute: bool = False) -> None:
-        self.seeds = seeds
-        self.absolute = absolute
+    seeds: Count = 1
+    absolute: bool = False
 
     @override
     def layers(self, model: Diffusion, number: int) -> Collection[str]:

@@ -49,8 +49,6 @@ class View:
     """One step of sampling as a detector sees it, before noise is removed; N rows, one an image.
 
     Attributes:
-        model: The model.
-        text: Conditioning of N rows.
         latents: Noisy latents, (N, channels, height, width).
         timestep: Training timestep, 0 to 999.
         number: Number of the step, from 0, the noisiest.
@@ -109,11 +107,7 @@ class View:
         return Step(self.number, self.timestep, scale, self.latents, self.unconditional, self.conditional)
 
     def attention(self, layer: str) -> Tensor:
-        """Cross-attention of a layer that the detector needs.
-
-        Returns:
-            Mean over heads, (N, positions, tokens); sums over tokens are 1.
-        """
+        """Cross-attention of a layer, the mean over heads, (N, positions, tokens); sums over tokens are 1."""
         return self.maps[layer] if self.whole is None else self.whole.maps[layer][self.index]
 
     def _noise(self, half: str) -> Tensor:
@@ -166,16 +160,7 @@ class Detector(Checked, ABC):
         return self.steps != 1 or self.images or self.attends
 
     def check(self, family: str, guidance: float, *, compiled: bool = False) -> None:
-        """Checks that the detector supports a model, before its weights load.
-
-        Args:
-            family: Class of the pipeline.
-            guidance: Scale of guidance while generating.
-            compiled: Whether the UNet is compiled.
-
-        Raises:
-            ModelError: It does not.
-        """
+        """Raises ModelError, before weights load, where the class of the pipeline, guidance or compiling don't suit."""
         if family not in self.families:
             made_for = ", ".join(sorted(self.families))
             raise ModelError(f"{self.title} is made for {made_for}, given a {family}; leave this detector out for it")
@@ -187,37 +172,20 @@ class Detector(Checked, ABC):
             raise ModelError(f"{msg}; set model.compiled=false, or leave this detector out")
 
     def check_model(self, model: Diffusion) -> None:
-        """Checks that settings suit a loaded model, before any pass.
-
-        Raises:
-            NemoBenchError: They do not.
-        """
+        """Raises NemoBenchError, before any pass, where settings do not suit a loaded model."""
 
     def layers(self, model: Diffusion, number: int) -> Collection[str]:
-        """Cross-attention layers whose attention it needs in a step.
-
-        Args:
-            model: The model; :func:`nemo_bench.diffusion.cross_attentions` has its layers.
-            number: Number of the step, from 0.
-        """
+        """Layers of :func:`nemo_bench.diffusion.cross_attentions` whose attention it needs in a step, from 0."""
         return ()
 
     @abstractmethod
     def observe(self, view: View) -> Mapping[str, Tensor]:
-        """Computes the values of a step that the score needs.
-
-        Returns:
-            By name, each (N, ...).
-        """
+        """Computes the values of a step that the score needs, by name, each (N, ...)."""
 
     def score(self, model: Diffusion, prompt: Prompt, observed: Observed, images: Tensor | None) -> DetectorScore:
-        """Computes the score of a prompt; by default the mean of the observed value over steps and images.
+        """Computes the score of a prompt from results of :meth:`observe`, by default their mean; makes no pass.
 
-        Args:
-            model: The model; no pass is made any more.
-            prompt: The prompt.
-            observed: Results of :meth:`observe`.
-            images: Images in [0, 1], (seeds, 3, height, width), where :attr:`images` is set.
+        Images in [0, 1], (seeds, 3, height, width), are given where :attr:`images` is set.
         """
         (name,) = observed[0]
         return DetectorScore(float(torch.stack([step[name] for step in observed]).mean()))

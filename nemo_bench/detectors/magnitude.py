@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from nemo_bench.records.data import Prompt
 from nemo_bench.records.ranges import Count
 
 
+@dataclass(eq=False)
 class Magnitude(Detector):
     """L2 norm of the difference between conditional and unconditional noise (Wen et al. 2024, section 3).
 
@@ -33,9 +35,8 @@ class Magnitude(Detector):
     sourcing = "public code"
     citation = cite("wen2024detecting")
 
-    def __init__(self, seeds: Count = 4, steps: Count | None = None) -> None:
-        self.seeds = seeds
-        self.steps = steps
+    seeds: Count = 4
+    steps: Count | None = None
 
     @override
     def observe(self, view: View) -> Mapping[str, Tensor]:

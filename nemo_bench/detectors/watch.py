@@ -6,10 +6,9 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,28 +19,11 @@ from nemo_bench.diffusion.noise import require_finite
 from nemo_bench.errors import NotFiniteError
 from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.data import Prompt
+from nemo_bench.records.io import batched
+from nemo_bench.records.schema import Cost
 
-
-@dataclass
-class Cost:
-    """The cost of a detector for some prompts, as if it ran alone.
-
-    Attributes:
-        row_passes: UNet passes of one sample; a derivative of a pass counts as another one.
-        extra_row_passes: Those among them that other detectors can't share.
-        seconds: Its own time and its share, by rows, of the steps it observes and of decoding images it needs.
-    """
-
-    row_passes: int = 0
-    extra_row_passes: int = 0
-    seconds: float = 0.0
-
-
-class _Image(NamedTuple):
-    """An image to sample: its prompt, by position, and its seed index."""
-
-    prompt: int
-    seed: int
+_Image = tuple[int, int]
+"""An image to sample: its prompt, by position, and its seed index."""
 
 
 class _Watcher:
@@ -50,13 +32,15 @@ class _Watcher:
     def __init__(self, detector: Detector, model: Diffusion) -> None:
         self.detector = detector
         self.steps = min(detector.steps or model.steps, model.steps)
-        self.cost = Cost()
+        self.row_passes = 0
+        self.extra_row_passes = 0
+        self.seconds = 0.0
         self.observed: dict[_Image, list[dict[str, Tensor]]] = defaultdict(list)
         self.pictures: dict[_Image, Tensor] = {}
 
     def rows(self, batch: Sequence[_Image]) -> list[int]:
         """Positions of the images whose seeds the detector takes."""
-        return [row for row, image in enumerate(batch) if image.seed < self.detector.seeds]
+        return [row for row, (_, seed) in enumerate(batch) if seed < self.detector.seeds]
 
     def observe(self, batch: Sequence[_Image], view: View, batch_size: int) -> int:
         """Observes one step of a batch, and returns how many rows of the shared predictions it needs."""
@@ -65,8 +49,7 @@ class _Watcher:
         start, passes_before = now(model), model.row_passes
         shared_before, seconds_before = view.passes, view.seconds
         needed = 0
-        for first in range(0, len(rows), size):
-            index = rows[first : first + size]
+        for index in batched(rows, size):
             part = view.rows(index)
             values = self.detector.observe(part)
             needed += part.passes
@@ -77,15 +60,15 @@ class _Watcher:
         if self.detector.samples:
             # Alone it would sample with both halves, whether it reads them or not.
             needed = 2 * len(rows)
-        self.cost.row_passes += needed + extra
-        self.cost.extra_row_passes += extra
-        self.cost.seconds += now(model) - start - (view.seconds - seconds_before)
+        self.row_passes += needed + extra
+        self.extra_row_passes += extra
+        self.seconds += now(model) - start - (view.seconds - seconds_before)
         return needed
 
     def score(self, model: Diffusion, prompt: Prompt, position: int) -> DetectorScore:
         """The score of a prompt; it says why where it is not finite."""
         start = now(model)
-        images = [_Image(position, seed) for seed in range(self.detector.seeds)]
+        images = [(position, seed) for seed in range(self.detector.seeds)]
         observed = [
             {name: torch.stack([values[name] for values in step]) for name in step[0]}
             for step in zip(*(self.observed[image] for image in images), strict=True)
@@ -97,7 +80,7 @@ class _Watcher:
             result = self.detector.score(model, prompt, observed, pictures)
         except NotFiniteError as error:
             result = DetectorScore(math.nan, failed=str(error))
-        self.cost.seconds += now(model) - start
+        self.seconds += now(model) - start
         if not math.isfinite(result.score) and not result.failed:
             return DetectorScore(result.score, failed=f"the score is {result.score}, in {model.dtype}")
         return result
@@ -120,7 +103,9 @@ def watch(
 
     Returns:
         K scores by detector, in the order of the prompts, without details where one failed; and the cost of each
-        detector for all of them.
+        detector for all of them, as if it ran alone. A derivative of a pass counts as another pass;
+        ``extra_row_passes`` can't be shared with others; ``seconds`` has its own time and its share, by rows, of the
+        steps it observes and of decoding images it needs.
 
     Raises:
         NemoBenchError: A detector or its settings do not suit this model, or it needs guided sampling where the model
@@ -128,7 +113,6 @@ def watch(
     """
     for detector in detectors.values():
         detector.check(type(model.pipeline).__name__, model.guidance, compiled=model.compiled)
-    for detector in detectors.values():
         detector.check_model(model)
     watchers = {name: _Watcher(detector, model) for name, detector in detectors.items()}
     with torch.inference_mode(False), torch.no_grad():
@@ -137,11 +121,11 @@ def watch(
         for batch in _batches([*watchers.values()], len(prompts), batch_size):
             start = View(
                 model=model,
-                text=text.rows([image.prompt for image in batch]),
-                latents=model.latents([seeds_of(prompts[i.prompt], "generate", [i.seed])[0] for i in batch]),
+                text=text.rows([prompt for prompt, _ in batch]),
+                latents=model.latents([seeds_of(prompts[prompt], "generate", [seed])[0] for prompt, seed in batch]),
                 timestep=model.timesteps()[0],
-                seeds=[image.seed for image in batch],
-                lengths=[lengths[image.prompt] for image in batch],
+                seeds=[seed for _, seed in batch],
+                lengths=[lengths[prompt] for prompt, _ in batch],
             )
             active = [watcher for watcher in watchers.values() if watcher.rows(batch)]
             if any(watcher.detector.samples for watcher in active):
@@ -152,17 +136,20 @@ def watch(
             name: [watcher.score(model, prompt, position) for position, prompt in enumerate(prompts)]
             for name, watcher in watchers.items()
         }
-    return scores, {name: watcher.cost for name, watcher in watchers.items()}
+    costs = {
+        name: Cost(row_passes=w.row_passes, extra_row_passes=w.extra_row_passes, seconds=w.seconds)
+        for name, w in watchers.items()
+    }
+    return scores, costs
 
 
-def _batches(watchers: Sequence[_Watcher], prompts: int, batch_size: int) -> Iterator[list[_Image]]:
+def _batches(watchers: Sequence[_Watcher], prompts: int, batch_size: int) -> Iterator[Sequence[_Image]]:
     """Batches of images; seeds go into one batch where the same passes serve them."""
     seeds = range(max(watcher.detector.seeds for watcher in watchers))
     for _, group in groupby(seeds, partial(_passes, watchers)):
         group_seeds = [*group]
-        images = [_Image(prompt, seed) for prompt in range(prompts) for seed in group_seeds]
-        for first in range(0, len(images), batch_size):
-            yield images[first : first + batch_size]
+        images = [(prompt, seed) for prompt in range(prompts) for seed in group_seeds]
+        yield from batched(images, batch_size)
 
 
 def _passes(watchers: Sequence[_Watcher], seed: int) -> tuple[object, ...]:
@@ -206,7 +193,7 @@ def _sample(watchers: Sequence[_Watcher], batch: Sequence[_Image], start: View, 
         for watcher in of_images:
             rows = watcher.rows(batch)
             watcher.pictures |= {batch[row]: pictures[row] for row in rows}
-            watcher.cost.seconds += seconds * len(rows) / len(batch)
+            watcher.seconds += seconds * len(rows) / len(batch)
 
 
 def _predict(sampling: Sampling, watchers: Sequence[_Watcher], images: int) -> dict[str, Tensor]:
@@ -214,19 +201,18 @@ def _predict(sampling: Sampling, watchers: Sequence[_Watcher], images: int) -> d
     model = sampling.model
     layers = {layer for watcher in watchers for layer in watcher.detector.layers(model, sampling.number)}
     maps: dict[str, Tensor] = {}
-    keep = partial(_keep_attention, maps, images)
+
+    def keep(layer: str, logits: Tensor) -> Tensor:
+        maps[layer] = conditional_attention(logits, images)
+        return logits
+
     with model.edit_attention(keep, tuple(layers)) if layers else nullcontext():
         sampling.predict()
     return maps
-
-
-def _keep_attention(maps: dict[str, Tensor], images: int, layer: str, logits: Tensor) -> Tensor:
-    maps[layer] = conditional_attention(logits, images)
-    return logits
 
 
 def _observe(watchers: Sequence[_Watcher], batch: Sequence[_Image], view: View, batch_size: int) -> None:
     """Has detectors observe a step, and divides the time of its predictions among them."""
     needed = [watcher.observe(batch, view, batch_size) for watcher in watchers]
     for watcher, rows in zip(watchers, needed, strict=True):
-        watcher.cost.seconds += view.seconds * rows / max(view.passes, 1)
+        watcher.seconds += view.seconds * rows / max(view.passes, 1)

@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, Prefix
@@ -27,6 +28,7 @@ from nemo_bench.localization.calibration import Calibration, activations
 from nemo_bench.localization.noise_differences import noise_differences, pair_similarities, pair_values, similarity
 from nemo_bench.localization.protocol import PAPER, Protocol
 from nemo_bench.records.data import Localization, Neurons
+from nemo_bench.records.ranges import NotNegative, Positive
 
 Neuron = tuple[str, int]
 Candidates = list[Neuron]
@@ -42,17 +44,22 @@ HALF_ROUNDING = 1e-3
 """The same in half precision."""
 LAST_K = 1280
 """The selection ends before this number of most active neurons of a layer is tested."""
+Threshold = Annotated[float, Field(ge=-1, le=1)]
+"""A threshold of a similarity, -1 to 1."""
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class NemoSettings:
     """Settings of the published algorithm and of its sensitivity studies; see also :class:`nemo_bench.methods.NeMo`.
 
     Attributes:
         theta: First outlier threshold, in standard deviations; it falls by ``theta_step`` per round.
         theta_min: End of the search; never tested itself.
+        factor: Multiplies the outputs of blocked neurons; 0 switches them off.
+        threshold: Memorization threshold; None takes the calibrated one (published: 0.428).
         outliers: Whether outliers are candidates; otherwise the search ends with k alone, before 1280.
+        top_k: Whether the most active neurons of each layer are candidates.
         refine_threshold: Threshold of the refinement, or None for that of the selection. If the selection is exhausted,
             the similarity that it reached is the threshold in any case.
         relative: Refine by relative change instead: a neuron is dropped if the similarity of every seed stays within
@@ -65,22 +72,23 @@ class NemoSettings:
         when_exhausted: Blocked neurons if the selection is exhausted before all seeds have changed: ``"block"``, as
             published, the refinement of the last candidates; or ``"nothing"``.
         gate_threshold: Similarity of two seeds above which they are kept, or None for that of ``gate``.
+        initial_k: Most active neurons of each layer in the first round; each round takes one more.
     """
 
-    theta: float = 5.0
-    theta_step: float = 0.25
-    theta_min: float = 1.0
-    factor: float = 0.0
-    threshold: float | None = None
+    theta: Positive = 5.0
+    theta_step: Positive = 0.25
+    theta_min: NotNegative = 1.0
+    factor: float = field(default=0.0, kw_only=True)
+    threshold: Threshold | None = None
     outliers: bool = True
     top_k: bool = True
-    refine_threshold: float | None = None
-    relative: float | None = None
+    refine_threshold: Threshold | None = None
+    relative: Positive | None = None
     refinement: Literal["sequential", "bisect"] = "sequential"
     gate: Literal["pairs", "maxima"] = "pairs"
     when_exhausted: Literal["block", "nothing"] = "block"
-    gate_threshold: float | None = None
-    initial_k: int = 0
+    gate_threshold: Threshold | None = None
+    initial_k: Annotated[int, Field(ge=0, lt=LAST_K)] = 0
 
 
 @dataclass(eq=False)
@@ -246,7 +254,7 @@ def select(
     calibration: Calibration,
     theta: float,
     k: int,
-    settings: NemoSettings = NemoSettings(),
+    settings: NemoSettings,
     *,
     duplicates: bool = False,
 ) -> Candidates:

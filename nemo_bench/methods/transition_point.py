@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -24,6 +24,7 @@ Scale = Annotated[float, Field(allow_inf_nan=False)]
 """A finite guidance scale."""
 
 
+@dataclass(eq=False)
 class StaticTransition(Method):
     """Guides from a fixed timestep on (Jain et al. 2025).
 
@@ -45,9 +46,8 @@ class StaticTransition(Method):
     citation = cite("jain2025classifier")
     needs = frozenset({"guidance"})
 
-    def __init__(self, timestep: Annotated[int, Field(ge=0, le=1000)] = 500, before: Scale = 0.0) -> None:
-        self.timestep = timestep
-        self.before = before
+    timestep: Annotated[int, Field(ge=0, le=1000)] = 500
+    before: Scale = 0.0
 
     @override
     @contextmanager
@@ -55,6 +55,7 @@ class StaticTransition(Method):
         yield replace(batch, rule=guided_from(self.timestep, self.before))
 
 
+@dataclass(eq=False)
 class DynamicTransition(Method):
     """Guides each image from the first local minimum of its own magnitude on (Jain et al. 2025).
 
@@ -75,8 +76,7 @@ class DynamicTransition(Method):
     citation = cite("jain2025classifier")
     needs = frozenset({"guidance"})
 
-    def __init__(self, before: Scale = 0.0) -> None:
-        self.before = before
+    before: Scale = 0.0
 
     @override
     @contextmanager

@@ -26,12 +26,13 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class Checked:
     """A class whose constructors check arguments against the ranges in their annotations.
 
-    Subclasses need do nothing but annotate:
+    Subclasses need do nothing but annotate the fields of a dataclass, or the arguments of ``__init__``:
 
     Example:
-        >>> class Blur(Checked):
-        ...     def __init__(self, strength: Share) -> None:
-        ...         self.strength = strength
+        >>> from dataclasses import dataclass
+        >>> @dataclass(eq=False)
+        ... class Blur(Checked):
+        ...     strength: Share = 0.5
         >>> Blur(1.5)
         Traceback (most recent call last):
         nemo_bench.errors.ConfigError: Blur: strength=1.5; expected less than or equal to 1
@@ -41,6 +42,9 @@ class Checked:
         super().__init_subclass__(**options)
         if "__init__" in vars(cls):
             cls.__init__ = _checking(cls.__init__)  # type: ignore[method-assign] # of the same signature
+
+    def __post_init__(self) -> None:
+        check_ranges(type(self).__name__, type(self), vars(self))
 
 
 def _checking(init: Callable[..., None]) -> Callable[..., None]:

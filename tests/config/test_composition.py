@@ -57,7 +57,7 @@ def test_overrides_reach_arguments_at_every_depth() -> None:
     assert isinstance(method, RandomNeurons)
     assert method.seed == 7
     assert isinstance(method.source, NeMo)
-    assert method.source.settings.theta == 4
+    assert method.source.theta == 4
     assert choice.settings.model.similarity.betas == [0.5, 0.5]
 
 

@@ -42,7 +42,7 @@ class LocalizationStage(Stage[LocalizationRecord]):
         try:
             method = self.method()
             seeds = seeds_of(task.prompt, "localize", range(self.seeds))
-            found = method.localize(self.model, task.prompt, method.protocol.latents(self.model, seeds))
+            found = method.localize(self.model, task.prompt, method.noise_protocol.latents(self.model, seeds))
         except NotFiniteError as error:
             cost = Cost(row_passes=self.model.row_passes - before)
             return LocalizationRecord(id=task.id, prompt=task.prompt.id, failed=str(error), cost=cost)
