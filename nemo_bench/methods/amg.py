@@ -167,6 +167,7 @@ class AMG(Method):
         yield replace(batch, rule=guidance, notes=guidance.notes)
 
 
+@dataclass(eq=False)
 class Guidance:
     """The rule for one batch.
 
@@ -174,19 +175,21 @@ class Guidance:
         notes: For each image the number of steps whose guidance was changed.
     """
 
-    def __init__(self, method: AMG, model: Diffusion, known: TrainingImages, images: int) -> None:
-        self.method = method
-        self.model = model
-        self.known = known
-        self.notes = tuple({"guided_steps": 0} for _ in range(images))
+    method: AMG
+    model: Diffusion
+    known: TrainingImages
+    images: int
+
+    def __post_init__(self) -> None:
+        self.notes = tuple({"guided_steps": 0} for _ in range(self.images))
         self._captions: dict[int, Conditioning] = {}
-        self._caption_steps = [0] * images
+        self._caption_steps = [0] * self.images
 
     def __call__(self, step: Step) -> Tensor:
         """The guided noise of a step, (N, channels, height, width)."""
         method = self.method
         if step.number == 0:
-            self._caption_steps = [0] * len(self._caption_steps)
+            self._caption_steps = [0] * self.images
         limit = method.threshold + 0.1 * math.exp(-0.005 * step.timestep)
         plain = step.guided(step.scale)
         with torch.no_grad():
