@@ -13,7 +13,8 @@ from nemo_bench.benchmark.plan import Cell, check_metrics, find_unmitigated, rea
 from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.run import finish, renew_scores, report_damaged
 from nemo_bench.benchmark.runner import Runner, note_start, open_folder
-from nemo_bench.config import CellConfig, about_method, one, rescore
+from nemo_bench.config.composition import CellConfig, one, rescore
+from nemo_bench.config.listing import about_method
 from nemo_bench.errors import ConfigError, StoreError, counted
 from nemo_bench.prompts import check_references
 from nemo_bench.prompts.external import (

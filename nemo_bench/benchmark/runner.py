@@ -54,7 +54,8 @@ from nemo_bench.benchmark.stages.localize import LocalizationStage
 from nemo_bench.benchmark.stages.memorization import MemorizationStage
 from nemo_bench.benchmark.stages.score import SampleReader, ScoringStage
 from nemo_bench.benchmark.stopping import stop_at_sigterm
-from nemo_bench.config import ModelSettings, TrainerSettings, build, resolve, rows_at_once
+from nemo_bench.config import ModelSettings, TrainerSettings, build, resolve
+from nemo_bench.config.schema import rows_at_once
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, StoreError
 from nemo_bench.localization import (

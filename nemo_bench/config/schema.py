@@ -225,7 +225,7 @@ def typed(content: Mapping[str, Any], schema: type[Settings], prefix: str = "") 
         if is_dataclass(hints[name]):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{key}={value}: expected settings by name")
-            values[name] = typed(value, hints[name], f"{key}.")  # type: ignore[arg-type] # a class, no instance
+            values[name] = typed(value, hints[name], f"{key}.")
         elif value != MISSING:
             values[name] = check_value(key, value, hints[name])
     settings = schema(**values)
@@ -298,7 +298,7 @@ def overridden(overrides: Sequence[str], schema: type[Settings]) -> Settings:
             values[key] = text
         else:
             try:
-                values[key] = OmegaConf.to_container(OmegaConf.from_dotlist([word]))[key]  # type: ignore[index]
+                (values[key],) = OmegaConf.to_container(OmegaConf.from_dotlist([word])).values()  # type: ignore[union-attr]
             except yaml.YAMLError as error:
                 raise ConfigError(f"can't read {word}: {' '.join(str(error).split())}") from error
     return typed(values, schema)

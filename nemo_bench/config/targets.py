@@ -109,16 +109,22 @@ def _classes(hint: Any) -> tuple[type, ...]:
     return tuple(kind for kind in found if inspect.isclass(kind) and kind not in (NoneType, Any)) or (object,)
 
 
+def _walk(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """A node and everything inside it, each with its key."""
+    yield key, node
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            yield from _walk(value, f"{key}.{name}")
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _walk(value, key)
+
+
 def targets_in(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """The classes that a node and all nodes inside it name as ``_target_``, each after the key of its node."""
-    if isinstance(node, Mapping):
-        if isinstance(node.get("_target_"), str):
-            yield key, node["_target_"]
-        for name, value in node.items():
-            yield from targets_in(value, f"{key}.{name}")
-    elif isinstance(node, list):
-        for value in node:
-            yield from targets_in(value, key)
+    for place, value in _walk(node, key):
+        if isinstance(value, Mapping) and isinstance(value.get("_target_"), str):
+            yield place, value["_target_"]
 
 
 def check_found(node: Any, key: str, conf: Path | None) -> None:
@@ -147,31 +153,27 @@ def check_stored(node: Any, key: str, known: Collection[str]) -> None:
     Its classes must be of this package or of ``known``, those of the user's YAML files; an interpolation or another
     key with a meaning for Hydra is a ConfigError too.
     """
-    if isinstance(node, str) and "${" in node:
-        raise ConfigError(f"{key}={node}: settings of a results folder are resolved, this one was put in; take it out")
-    if isinstance(node, Mapping):
-        for name, value in node.items():
+    for place, value in _walk(node, key):
+        if isinstance(value, str) and "${" in value:
+            msg = f"{place}={value}: settings of a results folder are resolved, this one was put in; take it out"
+            raise ConfigError(msg)
+        if not isinstance(value, Mapping):
+            continue
+        for name in value:
             if name != "_target_" and not re.fullmatch(r"[A-Za-z]\w*", str(name)):
-                raise ConfigError(f"{key}.{name}: no such setting is written to a results folder; take it out")
-            check_stored(value, f"{key}.{name}", known)
-        if "_target_" in node:
-            _check_known(node, key, known)
-    elif isinstance(node, list | tuple):
-        for value in node:
-            check_stored(value, key, known)
+                raise ConfigError(f"{place}.{name}: no such setting is written to a results folder; take it out")
+        if "_target_" in value and str(value["_target_"]) not in known and not _is_ours(value, place):
+            raise ConfigError(
+                f"{place}._target_={value['_target_']}: a results folder names this, and it is no class of {_PACKAGE} "
+                "nor of a YAML file of yours; if you trust it, give --conf DIR with the file that names it"
+            )
 
 
-def _check_known(node: Mapping[str, Any], key: str, known: Collection[str]) -> None:
-    name = str(node["_target_"])
-    if name in known:
-        return
-    first, *parts = name.split(".")
-    is_ours = first == _PACKAGE and not any(part.startswith("_") for part in parts)
-    # Modules of the package also have names that they imported, such as subprocess.Popen.
-    if is_ours and _class_of(node, key, (object,)).__module__.split(".")[0] == _PACKAGE:
-        return
-    msg = f"{key}._target_={name}: a results folder names this, and it is no class of {_PACKAGE} nor of a YAML file of "
-    raise ConfigError(f"{msg}yours; if you trust it, give --conf DIR with the file that names it")
+def _is_ours(node: Mapping[str, Any], key: str) -> bool:
+    """Whether a node names a class of this package, whose modules also have names that they imported."""
+    first, *parts = str(node["_target_"]).split(".")
+    is_public = first == _PACKAGE and not any(part.startswith("_") for part in parts)
+    return is_public and _class_of(node, key, (object,)).__module__.split(".")[0] == _PACKAGE
 
 
 def resolve(path: str) -> str:
@@ -212,10 +214,10 @@ def _validator(hint: Any) -> TypeAdapter[Any]:
 
 def is_text(hint: Any) -> bool:
     """Whether a type takes text, or text and None, and nothing else."""
-    values = [
-        v for o in _options(hint) if o is not NoneType for v in (get_args(o) if get_origin(o) is Literal else [o])
-    ]
-    return bool(values) and all(value is str or isinstance(value, str) for value in values)
+    values: list[Any] = []
+    for option in _options(hint):
+        values += get_args(option) if get_origin(option) is Literal else [option]
+    return values != [NoneType] and all(value in (str, NoneType) or isinstance(value, str) for value in values)
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

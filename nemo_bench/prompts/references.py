@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_bench.errors import PromptError
 from nemo_bench.records.data import Prompt
-from nemo_bench.records.images import unreadable
+from nemo_bench.records.images import inspect_image, unreadable
 from nemo_bench.records.io import digest, parse_json
 
 MANIFEST = "manifest.jsonl"
@@ -77,14 +76,12 @@ def references_digest(prompts: Sequence[Prompt]) -> str:
     Raises:
         PromptError: A reference image can't be read.
     """
-    hashes: dict[Path, str] = {}
     # Template prompts share their reference images: each file is read once.
-    for path in {path for prompt in prompts for path in prompt.references}:
-        try:
-            hashes[path] = hashlib.sha256(path.read_bytes()).hexdigest()
-        except OSError as error:
-            raise PromptError(f"{path}: this reference image can't be read ({error.strerror})") from error
-    return digest([[hashes[path] for path in prompt.references] for prompt in prompts])
+    files = {p: inspect_image(p, decode=False) for p in {path for prompt in prompts for path in prompt.references}}
+    for path, file in files.items():
+        if file.problem:
+            raise PromptError(f"{path}: this reference image can't be read ({file.problem})")
+    return digest([[files[path].sha256 for path in prompt.references] for prompt in prompts])
 
 
 def check_references(source: str, prompts: Sequence[Prompt]) -> list[Prompt]:

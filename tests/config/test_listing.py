@@ -11,8 +11,8 @@ import pytest
 from hydra.utils import get_object
 
 from cell_configs import CONF, one_cell
-from nemo_bench.config import GROUPS, describe_options, explain_option, grid, options, short
-from nemo_bench.config.listing import class_text
+from nemo_bench.config import GROUPS, describe_options, grid, options
+from nemo_bench.config.listing import class_text, explain_option, short
 from nemo_bench.errors import ConfigError
 
 
