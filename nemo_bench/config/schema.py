@@ -59,7 +59,6 @@ class ModelSettings:
         clip: open_clip model for alignment and diversity; weights of OpenAI need one of ``-quickgelu``.
         clip_pretrained: Weights of the open_clip model: tag or file.
         summary: One line for ``nemo-bench ls``.
-        citation: Source.
     """
 
     source: str = MISSING
@@ -100,7 +99,6 @@ class PromptSettings:
         limit: At most this many prompts per file, and per file of ``shared_from``.
         calibration_limit: At most this many general prompts.
         summary: One line for ``nemo-bench ls``.
-        citation: Source.
     """
 
     files: list[str] = MISSING
@@ -123,7 +121,6 @@ class TrainerSettings:
     Attributes:
         accelerator: ``auto``, ``cpu``, ``gpu`` and so on.
         devices: Processes per node; null for the number that torchrun started, or one.
-        num_nodes: Number of nodes.
         strategy: ``auto``, ``ddp`` and so on.
     """
 
@@ -165,10 +162,8 @@ class RunSettings:
     Attributes:
         name: Folder of the run under ``root``.
         root: Folder of all results.
-        model: The model.
         method: ``_target_`` and arguments of the mitigation.
         detector: ``_target_`` and arguments of the detector, for ``nemo-bench detect`` alone.
-        prompts: The prompts.
         metrics: ``_target_`` and arguments of each metric by name.
         weights: Folder of the weights that metrics need, each file under its published name.
         real_images: Folder of real images for FID and other distances between sets of images.
@@ -179,8 +174,6 @@ class RunSettings:
         workers: Processes that read images ahead of scoring.
         summary: One line about an experiment for ``nemo-bench ls``; only in the file of an experiment.
         grid: Cells of an experiment as lines of overrides; only in the file of an experiment.
-        trainer: Lightning's trainer.
-        logger: Experiment tracking.
     """
 
     name: str = "default"
@@ -277,11 +270,7 @@ def targets_of(settings: RunSettings) -> dict[str, Any]:
 
 
 def overridden(overrides: Sequence[str], schema: type[Settings]) -> Settings:
-    """A dataclass with some fields overridden.
-
-    Args:
-        overrides: ``key=value`` words.
-        schema: The dataclass, with a default for every field.
+    """A dataclass, with a default for every field, and some of them overridden by ``key=value`` words.
 
     Raises:
         ConfigError: A key is unknown, or a value of the wrong type or out of range.

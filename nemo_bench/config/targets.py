@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from functools import cache
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,9 +14,10 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.utils import get_object
-from pydantic import ConfigDict, InstanceOf, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from nemo_bench.errors import ConfigError, did_you_mean, first_line, shortened
+from nemo_bench.records.ranges import validator
 
 BASES = {
     "method": "nemo_bench.methods.Method",
@@ -190,26 +190,18 @@ def check_value(key: str, value: Any, hint: Any) -> Any:
     The ConfigError of a value of another type or out of range names key, value, and choices with the nearest one.
     """
     try:
-        return _validator(hint).validate_python(value)
+        return validator(hint).validate_python(value)
     except ValidationError as error:
         errors = error.errors()
     if isinstance(value, list) and any(e["type"] == "tuple_type" for e in errors):  # YAML has no tuples
         return check_value(key, tuple(value), hint)
-    expected = [_EXPECTED.get(e["type"]) or e["msg"].removeprefix("Input should be ") for e in errors]
+    choices = [str(c) for option in _options(hint) if get_origin(option) is Literal for c in get_args(option)]
+    words = {**_EXPECTED, "literal_error": f"one of {', '.join(choices)}"} if len(choices) > 1 else _EXPECTED
+    expected = [words.get(e["type"]) or e["msg"].removeprefix("Input should be ") for e in errors]
     inside = " in every place of the list" if any(isinstance(part, int) for e in errors for part in e["loc"]) else ""
-    choices = [choice for option in _options(hint) if get_origin(option) is Literal for choice in get_args(option)]
     advice = f". {did_you_mean(str(value), choices)}" if choices else ""
     given, exact = shortened(str(value), 40), shortened(repr(value), 40)
-    what = f"{' or '.join(dict.fromkeys(expected))}{inside}"
-    raise ConfigError(f"{key}={given}: expected {what}, given {exact}{advice}")
-
-
-@cache
-def _validator(hint: Any) -> TypeAdapter[Any]:
-    try:
-        return TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
-    except PydanticUserError:  # a dataclass, which has settings of its own, or a type that pydantic can't check
-        return TypeAdapter(InstanceOf[hint] if inspect.isclass(hint) else Any)
+    raise ConfigError(f"{key}={given}: expected {' or '.join(dict.fromkeys(expected))}{inside}, given {exact}{advice}")
 
 
 def is_text(hint: Any) -> bool:

@@ -195,10 +195,7 @@ def test_metrics_are_added_and_deleted() -> None:
         ("model.local_files_only=maybe", "model.local_files_only=maybe: expected true or false"),
         ("method=nemo method.theta=x", "method.theta=x: expected a number, given 'x'"),
         ("method=random method.seed=1.5", "method.seed=1.5: expected a whole number, given 1.5"),
-        (
-            "method=nemo method.neurons=refind",
-            "method.neurons=refind: expected 'refined' or 'initial'.*Did you mean 'refined'.*Choices: initial, ref",
-        ),
+        ("method=nemo method.neurons=refind", "method.neurons=refind: expected one of refined, initial.*mean 'refined"),
         ("method=nemo method.theta=0.5", "theta=0.5; expected more than theta_min=1.0"),
         ("seeds=0", "seeds=0: expected greater than or equal to 1"),
         ("seeds=9999999999", "seeds=9999999999: expected less than or equal to 2147483647"),
