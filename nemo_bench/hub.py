@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,16 +114,13 @@ def _ask(place: str, revision: str | None, question: Callable[[], _T]) -> _T:
             answer.set_exception(error)
 
     Thread(target=run, daemon=True).start()
-    wait([answer], PATIENCE)
     try:
-        if not answer.done():
-            raise TimeoutError(f"none within {PATIENCE:g} s")
-        return answer.result()
+        return answer.result(PATIENCE)
     except Exception as error:  # of whichever client the hub's library uses
         if isinstance(error, errors.HfHubHTTPError) and error.response.status_code not in _BUSY:
             raise ModelError(_refusal(place, revision, error)) from error
-        msg = f"the network is unreachable, {constants.ENDPOINT} gives no answer ({first_line(error)})"
-        raise ConnectionError(msg) from error
+        why = first_line(error) if answer.done() else f"none within {PATIENCE:g} s"
+        raise ConnectionError(f"the network is unreachable, {constants.ENDPOINT} gives no answer ({why})") from error
 
 
 def _advice() -> str:

@@ -179,14 +179,10 @@ class ConfFolder(FileConfigSource):  # type: ignore[misc]
         schema = RunSettings if found.header["package"] == "_global_" else type_of(group)
         with open(f"{self.path}/{self._normalize_file_name(config_path)}", encoding="utf-8") as stream:
             loader = get_yaml_loader()(stream)
-            try:
-                node = loader.get_single_node()
-                if node is None:
-                    return found
-                _keep_text(node, schema)
-                found.config = OmegaConf.create(loader.construct_document(node))
-            finally:
-                loader.dispose()
+            node = loader.get_single_node()
+        if node is not None:
+            _keep_text(node, schema)
+            found.config = OmegaConf.create(loader.construct_document(node))
         return found
 
 
