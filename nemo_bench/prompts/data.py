@@ -48,5 +48,5 @@ class PromptDataModule(L.LightningDataModule):
 
     @override
     def predict_dataloader(self) -> DataLoader[Any]:
-        workers = min(self.workers, len(self.tasks))
-        return DataLoader(self.tasks, self.batch_size, collate_fn=self.read, num_workers=workers)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"collate_fn": self.read, "num_workers": min(self.workers, len(self.tasks))}
+        return DataLoader(self.tasks, batch_size=self.batch_size, **options)  # type: ignore[arg-type]
