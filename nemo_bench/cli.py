@@ -448,7 +448,8 @@ def _calibrate(options: argparse.Namespace) -> None:
 def _ls(options: argparse.Namespace) -> None:
     from rich.table import Column, Table
 
-    from nemo_bench.config import GROUPS, describe_options, explain_option, overview, short
+    from nemo_bench.config.groups import GROUPS
+    from nemo_bench.config.listing import describe_options, explain_option, overview, short
     from nemo_bench.report.terminal import show
 
     if options.name:
@@ -556,7 +557,7 @@ def _audit(options: argparse.Namespace) -> None:
 def _references(options: argparse.Namespace) -> None:
     from collections import Counter
 
-    from nemo_bench.config import quoted, shell_word
+    from nemo_bench.config.overrides import quoted, shell_word
     from nemo_bench.prompts import MANIFEST
     from nemo_bench.prompts.download import Limits, fetch
 

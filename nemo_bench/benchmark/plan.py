@@ -9,15 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from nemo_bench.config import (
-    CellConfig,
-    ModelSettings,
-    PromptSettings,
-    RunSettings,
-    build,
-    name_of_files,
-    resolve,
-)
+from nemo_bench.config import CellConfig, ModelSettings, PromptSettings, RunSettings, build, resolve
+from nemo_bench.config.composition import name_of_files
 from nemo_bench.diffusion import Lora, Similarity, Source, check_schedule
 from nemo_bench.errors import ConfigError, NemoBenchError, StoreError, counted
 from nemo_bench.localization import is_readable, read_statistics

@@ -54,7 +54,8 @@ from nemo_bench.benchmark.stages.localize import LocalizationStage
 from nemo_bench.benchmark.stages.memorization import MemorizationStage
 from nemo_bench.benchmark.stages.score import SampleReader, ScoringStage
 from nemo_bench.benchmark.stopping import stop_at_sigterm
-from nemo_bench.config import ModelSettings, TrainerSettings, build, resolve, rows_at_once
+from nemo_bench.config import ModelSettings, TrainerSettings, build, resolve
+from nemo_bench.config.schema import rows_at_once
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, StoreError
 from nemo_bench.localization import (
@@ -69,7 +70,7 @@ from nemo_bench.localization import (
 from nemo_bench.methods import Method, Setup
 from nemo_bench.metrics import BenchMetric, SetMetric
 from nemo_bench.prompts.data import PromptDataModule
-from nemo_bench.prompts.tasks import PromptTask
+from nemo_bench.prompts.tasks import Task
 from nemo_bench.records.images import visible
 from nemo_bench.records.io import LAYERS, SETS, digest, is_whole, read_file, write_json
 from nemo_bench.records.schema import (
@@ -374,7 +375,7 @@ class Runner:
         assert cell.method is not None
         protocol = next(m for m in lineage(cell.method) if m.needs_calibration).noise_protocol
         rows = self.rows(cell)
-        tasks = [PromptTask.from_prompt(prompt) for prompt in cell.calibration_prompts]
+        tasks = [Task.of_prompt(prompt) for prompt in cell.calibration_prompts]
         seeds = cell.config.settings.localize_seeds
 
         def build_stage() -> Stage[Any]:

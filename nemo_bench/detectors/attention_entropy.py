@@ -72,7 +72,7 @@ class AttentionEntropy(Detector):
     title = "Attention entropy (AE)"
     summary = "entropy of all cross-attention in the last fifth of the steps"
     sourcing = LayerEntropy.sourcing
-    citation = LayerEntropy.citation
+    citation = cite("ren2024unveiling")
     families = LayerEntropy.families
     attends = True
     steps = None

@@ -15,7 +15,8 @@ from typing_extensions import override
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, NotFiniteError
 from nemo_bench.methods.base import Method, Setup
-from nemo_bench.methods.nemo import BlockNeurons, NeMo
+from nemo_bench.methods.nemo import BlockNeurons
+from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Localization, Neurons, Prompt
 from nemo_bench.records.io import digest
 from nemo_bench.records.ranges import Count
@@ -64,7 +65,7 @@ class SharedNeurons(DerivedNeurons):
     title = "Shared neurons"
     summary = "the most frequent neurons of another method for memorized prompts, blocked for all prompts"
     sourcing = "paper"
-    citation = NeMo.citation
+    citation = cite("hintersdorf2024nemo")
     pools = True
 
     k: Count | None = 10

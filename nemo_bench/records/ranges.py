@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import cache, wraps
 from typing import Annotated, Any, get_type_hints
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, InstanceOf, PydanticUserError, TypeAdapter, ValidationError
 
 from nemo_bench.errors import ConfigError, shortened
 
@@ -82,6 +82,14 @@ def check_ranges(owner: str, annotated: Any, values: Mapping[str, Any]) -> None:
 def _ranges(annotated: Any) -> dict[str, TypeAdapter[Any]]:
     """Validators of what is annotated with a range, by name."""
     plain = get_type_hints(annotated)
-    config = ConfigDict(strict=True, arbitrary_types_allowed=True)
     hints = get_type_hints(annotated, include_extras=True).items()
-    return {name: TypeAdapter(hint, config=config) for name, hint in hints if hint != plain[name]}
+    return {name: validator(hint) for name, hint in hints if hint != plain[name]}
+
+
+@cache
+def validator(hint: Any) -> TypeAdapter[Any]:
+    """The strict validator of a type; where pydantic can't check it so, a check of its instances or none."""
+    try:
+        return TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+    except PydanticUserError:
+        return TypeAdapter(InstanceOf[hint] if inspect.isclass(hint) else Any)

@@ -10,7 +10,7 @@ from typing_extensions import override
 from nemo_bench.benchmark.stages.base import Chunk, Stage
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.localization import ENCODED, PAPER, Protocol, activation_moments, pair_scores, save_moments
-from nemo_bench.prompts.tasks import PromptTask
+from nemo_bench.prompts.tasks import Task
 from nemo_bench.records.io import batched
 from nemo_bench.records.schema import CalibrationRecord, Cost, StatisticsRecord
 from nemo_bench.records.store import Store
@@ -61,7 +61,7 @@ class CalibrationStage(Stage[CalibrationRecord]):
         self.batch_size = batch_size
 
     @override
-    def handle(self, tasks: Sequence[PromptTask]) -> list[CalibrationRecord]:
+    def handle(self, tasks: Sequence[Task]) -> list[CalibrationRecord]:
         before = self.model.row_passes
         scores = pair_scores(self.model, [t.prompt for t in tasks], self.seeds, self.protocol, self.batch_size)
         cost = Cost(row_passes=(self.model.row_passes - before) // len(tasks))

@@ -13,7 +13,7 @@ from nemo_bench.benchmark.plan import Cell
 from nemo_bench.benchmark.stages.base import file_name, to_image
 from nemo_bench.detectors import Detector, DetectorScore, watch
 from nemo_bench.diffusion import Diffusion
-from nemo_bench.prompts.tasks import PromptTask
+from nemo_bench.prompts.tasks import Task
 from nemo_bench.records.schema import Cost, DetectionRecord
 from nemo_bench.records.store import Store
 
@@ -26,13 +26,13 @@ class DetectionTask(NamedTuple):
         cells: Ids of the cells.
     """
 
-    task: PromptTask
+    task: Task
     cells: tuple[str, ...]
 
 
 def pending_tasks(cells: Sequence[Cell]) -> list[DetectionTask]:
     """Prompts that some of the cells have no record of, or whose picture is gone; the cells have the same prompts."""
-    tasks = [PromptTask.from_prompt(prompt) for prompt in cells[0].prompts]
+    tasks = [Task.of_prompt(prompt) for prompt in cells[0].prompts]
     ids = [task.id for task in tasks]
     pending = {cell.id: set(cell.store.pending_ids(DetectionRecord, ids)) for cell in cells}
     found = [DetectionTask(t, tuple(name for name, todo in pending.items() if t.id in todo)) for t in tasks]
@@ -63,7 +63,7 @@ class DetectionStage(L.LightningModule):
         for names, group in groupby(tasks, lambda task: task.cells):
             self._handle([task.task for task in group], {name: self.detectors[name] for name in names})
 
-    def _handle(self, tasks: Sequence[PromptTask], detectors: Mapping[str, Detector]) -> None:
+    def _handle(self, tasks: Sequence[Task], detectors: Mapping[str, Detector]) -> None:
         scores, costs = watch(self.model, detectors, [task.prompt for task in tasks], self.batch_size)
         for name, of_detector in scores.items():
             cost = Cost(
@@ -76,7 +76,7 @@ class DetectionStage(L.LightningModule):
             self.writers[name]([_record(store, task, score, cost) for task, score in pairs])
 
 
-def _record(store: Store, task: PromptTask, result: DetectorScore, cost: Cost) -> DetectionRecord:
+def _record(store: Store, task: Task, result: DetectorScore, cost: Cost) -> DetectionRecord:
     image = None
     if result.picture is not None:
         image = store.save_image(f"images/{file_name(task.prompt)}.png", to_image(result.picture))

@@ -12,7 +12,7 @@ from nemo_bench.benchmark.stages.base import UNLOCALIZED, Stage, file_name, to_i
 from nemo_bench.diffusion import Diffusion, Generated
 from nemo_bench.errors import NotFiniteError
 from nemo_bench.methods import Batch, Method
-from nemo_bench.prompts.tasks import ImageTask, seeds_of
+from nemo_bench.prompts.tasks import Task, seeds_of
 from nemo_bench.records.data import Neurons
 from nemo_bench.records.schema import Cost, ImageRecord
 from nemo_bench.records.store import Store
@@ -40,12 +40,12 @@ class GenerationStage(Stage[ImageRecord]):
         self.neurons = neurons
 
     @override
-    def handle(self, tasks: Sequence[ImageTask]) -> list[ImageRecord]:
+    def handle(self, tasks: Sequence[Task]) -> list[ImageRecord]:
         localized = [task for task in tasks if task.prompt.id in self.neurons]
         records = {record.id: record for record in (self._generate(localized) if localized else [])}
         return [records.get(task.id) or _record(task, 0, failed=UNLOCALIZED) for task in tasks]
 
-    def _generate(self, tasks: Sequence[ImageTask]) -> list[ImageRecord]:
+    def _generate(self, tasks: Sequence[Task]) -> list[ImageRecord]:
         before = self.model.row_passes
         try:
             method = self.method()
@@ -64,7 +64,7 @@ class GenerationStage(Stage[ImageRecord]):
             records.append(_record(task, passes, **result, notes=dict(notes[row]) if notes else None))
         return records
 
-    def _sample(self, method: Method, tasks: Sequence[ImageTask]) -> tuple[Generated, Sequence[Mapping[str, Any]]]:
+    def _sample(self, method: Method, tasks: Sequence[Task]) -> tuple[Generated, Sequence[Mapping[str, Any]]]:
         """The images of a batch, and what the method notes of each."""
         prompts = tuple(t.prompt for t in tasks)
         seeds = tuple(seeds_of(t.prompt, "generate", [t.seed])[0] for t in tasks)
@@ -74,10 +74,10 @@ class GenerationStage(Stage[ImageRecord]):
         with method.apply(self.model, batch) as changed:
             return changed.generate_checked(self.model), changed.notes
 
-    def _save(self, task: ImageTask, image: Tensor) -> str:
+    def _save(self, task: Task, image: Tensor) -> str:
         return self.store.save_image(f"images/{file_name(task.prompt)}_{task.seed:02d}.png", to_image(image))
 
 
-def _record(task: ImageTask, passes: float, **result: Any) -> ImageRecord:
+def _record(task: Task, passes: float, **result: Any) -> ImageRecord:
     cost = Cost(row_passes=passes)
     return ImageRecord(id=task.id, prompt=task.prompt.id, seed=task.seed, cost=cost, **result)

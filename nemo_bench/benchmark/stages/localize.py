@@ -11,7 +11,7 @@ from nemo_bench.benchmark.stages.base import Stage
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import NotFiniteError
 from nemo_bench.methods import Method
-from nemo_bench.prompts.tasks import PromptTask, seeds_of
+from nemo_bench.prompts.tasks import Task, seeds_of
 from nemo_bench.records.schema import Cost, LocalizationRecord
 from nemo_bench.records.store import Store
 
@@ -33,10 +33,10 @@ class LocalizationStage(Stage[LocalizationRecord]):
         self.seeds = seeds
 
     @override
-    def handle(self, tasks: Sequence[PromptTask]) -> list[LocalizationRecord]:
+    def handle(self, tasks: Sequence[Task]) -> list[LocalizationRecord]:
         return [self._localize(task) for task in tasks]
 
-    def _localize(self, task: PromptTask) -> LocalizationRecord:
+    def _localize(self, task: Task) -> LocalizationRecord:
         start = time.perf_counter()
         before = self.model.row_passes
         try:

@@ -16,7 +16,7 @@ from nemo_bench.diffusion.noise import require_finite
 from nemo_bench.errors import NotFiniteError
 from nemo_bench.localization import noise_differences, pair_similarities, pair_values
 from nemo_bench.methods import Batch, Method
-from nemo_bench.prompts.tasks import PromptTask, seeds_of
+from nemo_bench.prompts.tasks import Task, seeds_of
 from nemo_bench.records.data import Neurons, Prompt
 from nemo_bench.records.io import batched
 from nemo_bench.records.schema import Cost, MemorizationRecord
@@ -58,10 +58,10 @@ class MemorizationStage(Stage[MemorizationRecord]):
         self.batch_size = batch_size
 
     @override
-    def handle(self, tasks: Sequence[PromptTask]) -> list[MemorizationRecord]:
+    def handle(self, tasks: Sequence[Task]) -> list[MemorizationRecord]:
         return [self._measure(task) for task in tasks]
 
-    def _measure(self, task: PromptTask) -> MemorizationRecord:
+    def _measure(self, task: Task) -> MemorizationRecord:
         model, prompt = self.model, task.prompt
         record = MemorizationRecord(id=task.id, prompt=prompt.id, truncated=model.truncated(prompt.text))
         if prompt.id not in self.neurons:

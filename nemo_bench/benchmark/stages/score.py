@@ -17,7 +17,7 @@ from nemo_bench.benchmark.stages.base import CHUNK, Stage, file_name
 from nemo_bench.benchmark.stages.features import save_features, set_spaces
 from nemo_bench.errors import StoreError
 from nemo_bench.metrics import BenchMetric, ImageSpace, Network, OpenClip, SetMetric
-from nemo_bench.prompts.tasks import PromptTask
+from nemo_bench.prompts.tasks import Task
 from nemo_bench.records.data import Neurons
 from nemo_bench.records.images import open_image
 from nemo_bench.records.io import batched, digest
@@ -40,7 +40,7 @@ class PromptSample:
 
     def __init__(
         self,
-        task: PromptTask,
+        task: Task,
         images: Sequence[ImageRecord],
         files: Mapping[str, Sequence[Path]],
         values: Mapping[str, Any],
@@ -116,7 +116,7 @@ class SampleReader:
             if record.size:
                 self.sizes[record.size] += 1
 
-    def __call__(self, tasks: Sequence[PromptTask]) -> list[PromptSample] | StoreError:
+    def __call__(self, tasks: Sequence[Task]) -> list[PromptSample] | StoreError:
         """The samples of some prompts, or why a picture can't be read.
 
         Raised in a process of the loader, an error would arrive with that process's traceback for its message.
@@ -126,7 +126,7 @@ class SampleReader:
         except StoreError as error:
             return error
 
-    def _sample(self, task: PromptTask) -> PromptSample:
+    def _sample(self, task: Task) -> PromptSample:
         name = task.prompt.id
         images = sorted(self.images.get(name, ()), key=lambda record: record.seed)
         for record in images:

@@ -32,7 +32,7 @@ from nemo_bench.metrics import (
     TrainingImage,
     Vendi,
 )
-from nemo_bench.prompts.tasks import PromptTask
+from nemo_bench.prompts.tasks import Task
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.schema import FeatureRecord, ImageRecord, ScoreRecord, Spec
 from nemo_bench.records.store import Store
@@ -81,7 +81,7 @@ def score(
 ) -> dict[str, ScoreRecord]:
     pool = [path for prompt in prompts for path in prompt.references]
     stage = ScoringStage(metrics, store, pool)
-    tasks = [PromptTask.from_prompt(prompt) for prompt in prompts]
+    tasks = [Task.of_prompt(prompt) for prompt in prompts]
     for start in range(0, len(tasks), at_once):
         stage.predict_step(reader(tasks[start : start + at_once]), 0)
     records = store.records(ScoreRecord).values()
@@ -228,7 +228,7 @@ def test_features_of_sets_are_kept_and_combined_in_order(
     torch.testing.assert_close(read_features(files, name), expected)
     assert set(load_file(files[0])) == {name}
     # A lost file opens its prompt again.
-    ids = [PromptTask.from_prompt(prompt).id for prompt in prompts]
+    ids = [Task.of_prompt(prompt).id for prompt in prompts]
     assert not store.pending_ids(ScoreRecord, ids)
     files[1].unlink()
     assert store.pending_ids(ScoreRecord, ids) == [ids[1]]
