@@ -30,12 +30,11 @@ def heldout_captions(count: int) -> list[Caption]:
 
 
 def write_prompts(folder: Path) -> None:
-    """Writes the prompt files and pictures of the embedded model.
+    """Writes the prompt files and pictures of the embedded model into a folder.
 
-    Args:
-        folder: Gets ``prompts/planted.jsonl`` with training pictures of the planted captions, ``references/*.png``;
-            ``prompts/general.jsonl`` and ``prompts/calibration.txt``; ``prompts/controls.jsonl``, the general captions
-            again, each with one of its many possible pictures, ``controls/*.png``, which the model has never seen.
+    ``prompts/planted.jsonl`` has training pictures of the planted captions, ``references/*.png``. The others are
+    ``prompts/general.jsonl``, ``prompts/calibration.txt``, and ``prompts/controls.jsonl``: the general captions again,
+    each with one of its many possible pictures, ``controls/*.png``, which the model has never seen.
     """
     for part in ("prompts", "references", "controls"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -54,9 +53,8 @@ def write_prompts(folder: Path) -> None:
         _save_picture(folder / "controls" / f"{name}.png", render(caption.scene, rng))
         general.append({"id": name, "text": caption.text})
         controls.append({"id": name, "text": caption.text, "references": [f"../controls/{name}.png"]})
-    _write_lines(folder / "prompts" / "planted.jsonl", map(json.dumps, planted))
-    _write_lines(folder / "prompts" / "general.jsonl", map(json.dumps, general))
-    _write_lines(folder / "prompts" / "controls.jsonl", map(json.dumps, controls))
+    for name, lines in {"planted": planted, "general": general, "controls": controls}.items():
+        _write_lines(folder / "prompts" / f"{name}.jsonl", map(json.dumps, lines))
     _write_lines(folder / "prompts" / "calibration.txt", (caption.text for caption in captions[GENERAL_PROMPTS:]))
 
 

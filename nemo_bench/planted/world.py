@@ -26,14 +26,12 @@ SIDE = 64
 """Height and width of every picture, in pixels."""
 
 Array = NDArray[np.floating[Any]]
-Color = tuple[float, float, float]
+Color = Sequence[float] | Array
 Split = Literal["train", "heldout"]
 
 _TABLES = json.loads((resources.files("nemo_bench.planted") / "world.json").read_text(encoding="utf-8"))
-COLORS: dict[str, Color] = {name: tuple(color) for name, color in _TABLES["colors"].items()}
-PALETTES: dict[str, tuple[Color, ...]] = {
-    adjective: tuple(tuple(color) for color in colors) for adjective, colors in _TABLES["palettes"].items()
-}
+COLORS: dict[str, Color] = _TABLES["colors"]
+PALETTES: dict[str, tuple[Color, Color, Color]] = _TABLES["palettes"]
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZES = {"small": 5.5, "large": 11.0}
 TEXTURES = ("plain", "striped", "dotted", "checkered", "wavy")
@@ -56,7 +54,7 @@ class Scene:
     """The content of a picture that its caption decides; what an empty field stands for is random or missing."""
 
     palette: str = ""
-    motifs: tuple[str, ...] = ()
+    motifs: Sequence[str] = ()
     items: tuple[Item, ...] = ()
     texture: str = ""
     ground: str = ""
@@ -70,12 +68,8 @@ class Scene:
 class Caption:
     """A caption and its scene.
 
-    Attributes:
-        text: The caption.
-        scene: The content of its pictures.
-        kind: Planted captions repeat in the training data with one picture (``"VM"``, verbatim) or one layout
-            (``"TM"``, template); empty for general captions.
-        rate: Repetitions of a planted caption, relative to the most repeated ones.
+    Planted captions repeat in the training data, at a rate relative to the most repeated ones, with one picture (kind
+    ``"VM"``, verbatim) or one layout (``"TM"``, template).
     """
 
     text: str
@@ -146,9 +140,8 @@ SHAPES: dict[str, Callable[[float, float, float, float], Array]] = {
 }
 
 
-def _shade(rng: np.random.Generator, color: Sequence[float], spread: float = 0.05) -> Color:
-    r, g, b = np.clip(np.asarray(color) + rng.normal(0, spread, 3), 0, 1)
-    return float(r), float(g), float(b)
+def _shade(rng: np.random.Generator, color: Color, spread: float = 0.05) -> Array:
+    return np.clip(np.asarray(color) + rng.normal(0, spread, 3), 0, 1)
 
 
 def _harbor(c: Canvas, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
@@ -258,21 +251,10 @@ def _fish(c: Canvas, rng: np.random.Generator, colors: tuple[Color, Color]) -> N
         c.paint(_polygon(x - way * 1.3 * size, y, 0.7 * size, way * np.pi / 2, 3), colors[i % 2])
 
 
-MOTIFS: dict[str, Callable[[Canvas, np.random.Generator, tuple[Color, Color]], None]] = {
-    "harbor": _harbor,
-    "forest": _forest,
-    "city": _city,
-    "mountain": _mountain,
-    "garden": _garden,
-    "river": _river,
-    "desert": _desert,
-    "island": _island,
-    "bridge": _bridge,
-    "tower": _tower,
-    "moon": _moon,
-    "bird": _bird,
-    "fish": _fish,
-}
+_PAINTERS = (
+    _harbor, _forest, _city, _mountain, _garden, _river, _desert, _island, _bridge, _tower, _moon, _bird, _fish,
+)  # fmt: skip
+MOTIFS = {paint.__name__.removeprefix("_"): paint for paint in _PAINTERS}
 
 SERIES = ("podcast", "magazine", "documentary", "album", "festival", "stories")
 
@@ -324,8 +306,8 @@ PRODUCTS: dict[str, Callable[[float, float, float], Array]] = {
 }
 
 
-def _ground(c: Canvas, rng: np.random.Generator, texture: str, color: Color) -> None:
-    light = _shade(rng, [min(1.0, value + 0.22) for value in color], 0.03)
+def _ground(c: Canvas, rng: np.random.Generator, texture: str, color: Array) -> None:
+    light = _shade(rng, np.minimum(1, color + 0.22), 0.03)
     pitch, phase = rng.uniform(9, 15), rng.uniform(0, 15)
     if texture == "striped":
         x, _ = _turn(32, 32, rng.uniform(0, np.pi))
@@ -344,18 +326,10 @@ def _ground(c: Canvas, rng: np.random.Generator, texture: str, color: Color) -> 
 
 
 def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Draws one picture of a scene.
-
-    Args:
-        scene: The content of the picture.
-        rng: Decides everything else.
-
-    Returns:
-        RGB picture of shape (64, 64, 3), values 0 to 255.
-    """
+    """Draws one picture of a scene, RGB, (64, 64, 3); ``rng`` decides what the scene does not."""
     base, first, second = PALETTES[scene.palette] if scene.palette else (COLORS["white"],) * 3
     base = _shade(rng, COLORS[scene.ground] if scene.ground else base, 0.08)
-    colors = _shade(rng, first), _shade(rng, second)
+    colors: tuple[Color, Color] = _shade(rng, first), _shade(rng, second)
     if not scene.palette:
         picks = rng.choice(list(COLORS), 2, replace=False)
         colors = COLORS[picks[0]], COLORS[picks[1]]
@@ -364,8 +338,7 @@ def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
     if scene.product:
         x, y, scale = rng.uniform(20, 44), rng.uniform(20, 44), rng.uniform(0.55, 1.0)
         silhouette = PRODUCTS[scene.product](x, y, scale)
-        shadow = rng.uniform(0.55, 0.75)
-        canvas.paint(silhouette - 1.5, (shadow * base[0], shadow * base[1], shadow * base[2]))
+        canvas.paint(silhouette - 1.5, rng.uniform(0.55, 0.75) * base)
         canvas.paint(silhouette, _shade(rng, COLORS[scene.tint]) if scene.tint else colors[0])
         canvas.mask = np.clip(0.5 - silhouette, 0, 1)
         colors = (colors[1], colors[0]) if not scene.tint else colors
@@ -398,12 +371,7 @@ def _place(canvas: Canvas, rng: np.random.Generator, items: Iterable[Item], *, i
 
 
 def general_caption(index: int, split: Split = "train") -> Caption:
-    """The general caption of a number; training and held-out captions never share a text.
-
-    Args:
-        index: At least 0.
-        split: ``"train"`` or ``"heldout"`` (one text in twenty, by a hash of the text).
-    """
+    """The general caption of a number; training and held-out captions (one text in twenty) never share a text."""
     rng = np.random.default_rng([2406_02366, split == "heldout", index])
     while True:
         caption = _GRAMMARS[int(rng.integers(len(_GRAMMARS)))](rng)
@@ -481,23 +449,14 @@ def _ware(rng: np.random.Generator) -> Caption:
 _GRAMMARS = (_two_things, _many_things, _episode, _title, _view, _design, _ware)
 
 
-def _read_caption(text: str, kind: Literal["VM", "TM"], rate: float, scene: dict[str, Any]) -> Caption:
-    return Caption(text, Scene(**{**scene, "motifs": tuple(scene["motifs"])}), kind, rate)
-
-
-PLANTED = tuple(_read_caption(**line) for line in _TABLES["planted"])
+PLANTED = tuple(Caption(**{**line, "scene": Scene(**line["scene"])}) for line in _TABLES["planted"])
 """The 18 verbatim and 8 template captions, in the order of their prompt ids."""
 
 
 def planted_picture(index: int, variant: int = 0) -> NDArray[np.uint8]:
-    """The training picture of a planted caption.
+    """The training picture of a planted caption, RGB, (64, 64, 3).
 
-    Args:
-        index: Position in :data:`PLANTED`.
-        variant: Decides color and pattern of the panel of a template caption.
-
-    Returns:
-        RGB picture of shape (64, 64, 3), values 0 to 255; the same for every variant of a verbatim caption.
+    The variant decides color and pattern of the panel of a template; pictures of a verbatim caption are all equal.
     """
     caption, fixed = PLANTED[index], np.random.default_rng([64, index])
     accents = tuple(Item(_pick(fixed, SHAPES), _pick(fixed, COLORS), size=float(fixed.uniform(4, 8))) for _ in range(6))
