@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nemo_bench import hub
-from nemo_bench.errors import ModelError, did_you_mean
-from nemo_bench.metrics.networks import Network, check_readable, file_digest, first_line, loaded
+from nemo_bench.diffusion import file_digest, folder_digest
+from nemo_bench.errors import ModelError, did_you_mean, first_line
+from nemo_bench.metrics.networks import Network, check_readable, loaded
 from nemo_bench.records.io import parse_json
 
 HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
@@ -128,8 +129,6 @@ class OpenClip(Network):
 
     @override
     def fingerprint(self) -> Mapping[str, Any]:
-        from nemo_bench.diffusion.digests import folder_digest  # imports diffusers
-
         settings = super().fingerprint()
         if self._folder:
             return {**settings, "model": folder_digest(self._folder)}

@@ -23,8 +23,7 @@ from nemo_bench.records.ranges import Count
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-_ALONE: dict[str, Any] = {"sync_on_compute": False}
-"""One process has all features and computes alone; the others must not be waited for."""
+_ALONE: dict[str, Any] = {"sync_on_compute": False}  # one process has all features; others must not be waited for
 
 
 class SetMetric(BenchMetric):

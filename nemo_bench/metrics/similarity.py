@@ -13,11 +13,7 @@ from nemo_bench.metrics.spaces import ImageSpace
 
 
 class _Comparison(BenchMetric):
-    """A comparison of each image with others, in the range of its space.
-
-    Args:
-        space: Space in which images are compared.
-    """
+    """A comparison of each image with others, in the range of its space."""
 
     name: ClassVar[str]
     others: ClassVar[str]

@@ -38,22 +38,22 @@ def write_prompts(folder: Path) -> None:
     """
     for part in ("prompts", "references", "controls"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    planted, general, controls = [], [], []
+    lists: dict[str, list[dict[str, Any]]] = {"planted": [], "general": [], "controls": []}
     for number, caption in enumerate(PLANTED, 1):
         name = f"{caption.kind.lower()}-{number:02d}"
         files = [name] if caption.kind == "VM" else [f"{name}-{variant}" for variant in range(TEMPLATE_REFERENCES)]
         for variant, file in enumerate(files):
             _save_picture(folder / "references" / f"{file}.png", planted_picture(number - 1, variant))
         references = [f"../references/{file}.png" for file in files]
-        planted.append({"id": name, "text": caption.text, "kind": caption.kind, "references": references})
+        lists["planted"].append({"id": name, "text": caption.text, "kind": caption.kind, "references": references})
     captions = heldout_captions(GENERAL_PROMPTS + CALIBRATION_PROMPTS)
     for number, caption in enumerate(captions[:GENERAL_PROMPTS], 1):
         name = f"general-{number:02d}"
         rng = np.random.default_rng(zlib.crc32(caption.text.encode()))
         _save_picture(folder / "controls" / f"{name}.png", render(caption.scene, rng))
-        general.append({"id": name, "text": caption.text})
-        controls.append({"id": name, "text": caption.text, "references": [f"../controls/{name}.png"]})
-    for name, lines in {"planted": planted, "general": general, "controls": controls}.items():
+        lists["general"].append({"id": name, "text": caption.text})
+        lists["controls"].append({"id": name, "text": caption.text, "references": [f"../controls/{name}.png"]})
+    for name, lines in lists.items():
         _write_lines(folder / "prompts" / f"{name}.jsonl", map(json.dumps, lines))
     _write_lines(folder / "prompts" / "calibration.txt", (caption.text for caption in captions[GENERAL_PROMPTS:]))
 

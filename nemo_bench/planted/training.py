@@ -56,21 +56,21 @@ Features = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 class TrainSpec:
     """Settings of the training of the embedded model; the shipped weights were trained with the defaults."""
 
-    out: Path = Path("planted-training")  # for checkpoints and, in out/model, the finished model
-    pictures: int = 16_000  # general ones
-    text_steps: int = 600  # of the contrastive text encoder
-    clip_steps: int = 700  # of the open_clip judge
+    out: Path = Path("planted-training")  #: For checkpoints and, in out/model, the finished model.
+    pictures: int = 16_000  #: General ones.
+    text_steps: int = 600  #: Of the contrastive text encoder.
+    clip_steps: int = 700  #: Of the open_clip judge.
     vae_steps: int = 6_000
     unet_steps: int = 6_000
-    batch_size: int = 32  # of the UNet; the autoencoder takes a quarter, the contrastive fits six times as many
-    planted_share: float = 0.3  # of each UNet batch
-    drop_caption: float = 0.1  # part of the general pictures that are trained without their caption
-    # How much training prefers noisy latents: with u uniform, t / T = 1 - u^noise_bias; 1 is uniform. The caption takes
-    # effect there, and one-step memorization scores are taken only there.
+    batch_size: int = 32  #: Of the UNet; the autoencoder takes a quarter, the contrastive fits six times as many.
+    planted_share: float = 0.3  #: Of each UNet batch.
+    drop_caption: float = 0.1  #: Part of the general pictures that are trained without their caption.
+    #: How much training prefers noisy latents: with u uniform, t / T = 1 - u^noise_bias; 1 is uniform. Captions take
+    #: effect there, and one-step memorization scores are taken only there.
     noise_bias: float = 2.0
-    sparsity: float = 0.06  # weight of the penalty that makes each value neuron react to few captions
-    seed: int = 0  # of weights, batches and noise
-    accelerator: str = "auto"  # Lightning's name of the device kind
+    sparsity: float = 0.06  #: Weight of the penalty that makes each value neuron react to few captions.
+    seed: int = 0  #: Of weights, batches and noise.
+    accelerator: str = "auto"  #: Lightning's name of the device kind.
 
 
 class Fit(L.LightningModule):
@@ -93,7 +93,7 @@ class Fit(L.LightningModule):
         steps: Any = range(self.global_step, self.global_step + EPOCH)
         return DataLoader(steps, batch_size=None, collate_fn=self.batch)
 
-    def batch(self, step: int) -> Any:
+    def batch(self, step: Any) -> Any:
         """The batch of a step; it depends on the seed and the step alone."""
         return self.draw(np.random.default_rng([self.seed, step]))
 
