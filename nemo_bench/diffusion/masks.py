@@ -83,12 +83,8 @@ class NeuronMasks:
     def scale(self, factors: Mapping[str, Tensor], replayed: Collection[str] = ()) -> Iterator[None]:
         """Multiplies every neuron by its own factor inside the context; gradients reach the factors.
 
-        Args:
-            factors: By layer (rows, neurons), on the layer's device; a batch k times as long repeats the rows.
-            replayed: Layers whose output a :class:`Prefix` replays, so that their hooks do not fire.
-
-        Raises:
-            ModelError: Blocks are nested, or a hook did not fire in a pass.
+        Factors are (rows, neurons) by layer, on the layer's device; a batch k times as long repeats the rows. Raises
+        ModelError if blocks are nested, or a hook of a layer that no :class:`Prefix` replays did not fire in a pass.
         """
         if self._blocking:
             raise ModelError("neurons are blocked already; close the first block before opening another")

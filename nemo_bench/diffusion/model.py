@@ -198,13 +198,8 @@ class Diffusion(nn.Module):
 
         For v-prediction it is sqrt(abar) v + sqrt(1 - abar) x (Salimans and Ho 2022).
 
-        Args:
-            latents: Noisy latents, (N, channels, height, width).
-            timestep: Training timestep, 0 to 999.
-            text: Conditioning of N rows.
-
-        Raises:
-            ModelError: The scheduler's prediction type is neither epsilon nor v_prediction.
+        Latents are noisy, (N, channels, height, width), the conditioning has N rows, and the timestep is one of
+        training, 0 to 999.
         """
         return self.noise(self.predict_output(latents, timestep, text), timestep, latents)
 
@@ -269,15 +264,10 @@ class Diffusion(nn.Module):
         return bool(kind == "v_prediction")
 
     def training_losses(self, clean: Tensor, timesteps: Tensor, noise: Tensor, text: Conditioning) -> Tensor:
-        """The training loss of each row, float32, (N,), with gradients.
+        """The training loss of N rows, float32, (N,), with gradients: mean squared error of noise or velocity.
 
-        It is the mean squared error of the predicted noise or velocity.
-
-        Args:
-            clean: Latents of images, float32, (N, channels, height, width); see :meth:`encode_images`.
-            timesteps: Training timesteps, (N,), 0 to :attr:`training_timesteps` - 1.
-            noise: Standard normal noise, float32, shaped as the latents.
-            text: Conditioning of N rows.
+        Clean latents (see :meth:`encode_images`) and standard normal noise are float32, (N, channels, height, width),
+        timesteps are (N,), 0 to :attr:`training_timesteps` - 1.
         """
         scheduler = self.scheduler
         noisy = scheduler.add_noise(clean, noise, timesteps).to(self.dtype)
@@ -358,12 +348,10 @@ class Diffusion(nn.Module):
     def block(
         self, neurons: Neurons | Sequence[Neurons], factor: float = 0.0, replayed: Collection[str] = ()
     ) -> AbstractContextManager[None]:
-        """Multiplies value neurons by one factor inside a context.
+        """Multiplies value neurons by a factor inside a context; 0 switches them off (Hintersdorf et al. 2024).
 
-        Args:
-            neurons: One set for all rows, or one for each row of a batch; a batch k times as long repeats them.
-            factor: The factor; 0 switches neurons off (Hintersdorf et al. 2024, section 3).
-            replayed: Value layers whose output a :class:`Prefix` replays, so that their hooks do not fire.
+        A set of neurons is for all rows, or each row has its own; a batch k times as long repeats them. Hooks of layers
+        whose output a :class:`Prefix` replays do not fire.
 
         Raises:
             ModelError: A layer or index does not exist, blocks are nested, or a hook did not fire in a pass.

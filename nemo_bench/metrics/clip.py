@@ -206,15 +206,7 @@ class OpenClip(Network):
 
     @torch.no_grad()
     def embed_text(self, text: str, device: torch.device) -> tuple[Tensor, bool]:
-        """Embeds a text in this space.
-
-        Args:
-            text: Cut at the tokenizer's length.
-            device: Device of the computation and the result.
-
-        Returns:
-            The vector, (D,), float32, and whether the text was cut.
-        """
+        """Embeds a text as a vector, (D,), float32; also says whether it was cut at the tokenizer's length."""
         network: Any = loaded(self, device)
         tokens = network.tokenizer([text])
         length = tokens.shape[1]

@@ -79,15 +79,9 @@ class ImageSpace(ABC):
 
     @abstractmethod
     def embed(self, pictures: Sequence[Image.Image], size: tuple[int, int], device: torch.device) -> Tensor:
-        """Embeds N RGB pictures of any sizes, N at least 1.
+        """Embeds N RGB pictures of any sizes, N at least 1, as (N, ...), float32, on a device.
 
-        Args:
-            pictures: The pictures.
-            size: Width and height of the generated images; spaces of pixels resize all pictures to it.
-            device: Device of the computation and the result.
-
-        Returns:
-            (N, ...), float32.
+        Spaces of pixels resize all pictures to the size of the generated images, width and height.
         """
 
     @abstractmethod
