@@ -362,8 +362,9 @@ class Diffusion(nn.Module):
     def edit_attention(self, edit: Edit, blocks: str | tuple[str, ...] = "") -> AbstractContextManager[None]:
         """Edits the logits of cross-attention inside a context, in layers by the beginning of their module path.
 
-        The edit is called in every UNet pass, once a layer, with all rows of the pass; see :func:`conditional_rows`.
-        Raises ModelError if there is no such layer, or the UNet is compiled.
+        The edit is called in every UNet pass, once a layer, with all rows of the pass; see
+        :func:`nemo_bench.diffusion.attention.conditional_rows`. Raises ModelError if there is no such layer, or the
+        UNet is compiled.
         """
         if self.compiled:
             raise ModelError("model.compiled=True: a method that edits attention needs model.compiled=false")

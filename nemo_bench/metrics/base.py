@@ -34,9 +34,6 @@ class BenchMetric(Checked, ABC):
 
     Other fields are ``text``, the original prompt in the space, (D,); ``memorization``, the memorization score of the
     prompt, a float; and ``localization``, its :class:`~nemo_bench.records.data.Neurons`.
-
-    Args:
-        space: Space in which pictures are compared.
     """
 
     title: str  #: Name in tables.

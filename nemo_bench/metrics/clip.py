@@ -38,15 +38,11 @@ class OpenClip(Network):
     DFN need an architecture whose name ends with ``-quickgelu``. A mismatch is refused. A file of weights does not
     name its activation; it is taken from open_clip's list of weights, if the file is one of them, or else from the
     ``open_clip_config.json`` or ``config.json`` beside it.
-
-    Args:
-        model: Architecture, such as ``ViT-B-32-quickgelu``, or ``local-dir:FOLDER`` with ``open_clip_config.json`` and
-            weights.
-        pretrained: Weights tag, such as ``openai``, or file; unused for a local folder.
     """
 
+    #: Architecture, such as ``ViT-B-32-quickgelu``, or ``local-dir:FOLDER`` with ``open_clip_config.json`` and weights.
     model: str = "ViT-B-32-quickgelu"
-    pretrained: str | None = None
+    pretrained: str | None = None  #: Weights tag, such as ``openai``, or file; unused for a local folder.
 
     citation = "Radford et al. 2021"
 

@@ -105,17 +105,14 @@ class SSCD(Network):
 
     The published networks and preparations give numbers on different scales. A protocol is one network with one
     preparation, and a file of another network is refused.
-
-    Args:
-        file: ``sscd_disc_mixup.torchscript.pt`` (ResNet-50) or ``sscd_disc_large.torchscript.pt`` (ResNeXt-101).
-        protocol: ``disc_mixup``, the first network at 320x320; or the second one as ``disc_large_wen``, the centre at
-            224x224, or ``disc_large_membench``, 288x288.
-        sha256: Expected digest of the file, or its beginning.
     """
 
+    #: ``sscd_disc_mixup.torchscript.pt`` (ResNet-50) or ``sscd_disc_large.torchscript.pt`` (ResNeXt-101).
     file: str = ""
+    #: ``disc_mixup``, the first network at 320x320; or the second one as ``disc_large_wen``, the centre at 224x224, or
+    #: ``disc_large_membench``, 288x288.
     protocol: Literal["disc_mixup", "disc_large_wen", "disc_large_membench"] = "disc_mixup"
-    sha256: str | None = None
+    sha256: str | None = None  #: Expected digest of the file, or its beginning.
 
     citation = "Pizzi et al. 2022"
 
@@ -179,15 +176,10 @@ class SSCD(Network):
 
 @dataclass(frozen=True)
 class Inception(Network):
-    """Inception-v3 as in the original FID (Heusel et al. 2017), its 2048 values after the last pooling.
+    """Inception-v3 as in the original FID (Heusel et al. 2017), its 2048 values after the last pooling."""
 
-    Args:
-        file: State file of torch-fidelity.
-        sha256: Expected digest of the file, or its beginning.
-    """
-
-    file: str = ""
-    sha256: str | None = None
+    file: str = ""  #: State file of torch-fidelity.
+    sha256: str | None = None  #: Expected digest of the file, or its beginning.
 
     title = "Inception"
     description = "Inception-v3 (FID weights of 2015-12-05, 2048 values, 299x299 bilinear with antialiasing)"
@@ -228,12 +220,9 @@ class LPIPS(Pixels):
     """Learned perceptual distance (Zhang et al. 2018) by torchmetrics, at the size of the images.
 
     The weights of the backbone must be in the cache of torchvision; nothing is downloaded here.
-
-    Args:
-        net: Backbone.
     """
 
-    net: Literal["alex", "vgg", "squeeze"] = "alex"
+    net: Literal["alex", "vgg", "squeeze"] = "alex"  #: Backbone.
 
     citation = "Zhang et al. 2018"
     is_distance = True

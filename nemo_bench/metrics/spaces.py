@@ -128,12 +128,9 @@ class PixelDistance(Pixels):
 
 @dataclass(frozen=True)
 class TiledDistance(Pixels):
-    """The largest pixel distance among tiles, so that similar backgrounds can't make it small (Carlini et al. 2023).
+    """The largest pixel distance among tiles, so that similar backgrounds can't make it small (Carlini et al. 2023)."""
 
-    Args:
-        tiles: Tiles along either side; 4 gives the published 16 tiles of 128x128 pixels in pictures of 512x512.
-    """
-
+    #: Tiles along either side; 4 gives the published 16 tiles of 128x128 pixels in pictures of 512x512.
     tiles: Count = 4
 
     title = "Tiled distance"
@@ -177,13 +174,10 @@ class SSIM(Pixels):
 
 @dataclass(frozen=True)
 class MultiscaleSSIM(Pixels):
-    """Multi-scale SSIM (Wang et al. 2003) by torchmetrics; pictures too small for the scales raise ConfigError.
+    """Multi-scale SSIM (Wang et al. 2003) by torchmetrics; pictures too small for the scales raise ConfigError."""
 
-    Args:
-        scales: Number of scales. The published five need pictures of more than 160 pixels on a side; fewer take the
-            first weights, scaled to a sum of one.
-    """
-
+    #: Number of scales. The published five need pictures of more than 160 pixels on a side; fewer take the first
+    #: weights, scaled to a sum of one.
     scales: Annotated[int, Field(ge=1, le=len(_BETAS))] = len(_BETAS)
 
     citation = "Wang et al. 2003"
