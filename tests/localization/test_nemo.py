@@ -479,7 +479,7 @@ def test_selection_is_the_first_round_that_changes_all_seeds(
         # The plain implementation takes its time for 1280 rounds.
         patch.setattr(nemo, "LAST_K", 40)
         patch.setattr(reference_nemo, "K_END", 40)
-        found = initial_selection(trial, activation, calibration, tau, options)  # type: ignore[arg-type]
+        found, values, reached = initial_selection(trial, activation, calibration, tau, options)  # type: ignore[arg-type]
         plain = reference_nemo.initial_selection(
             activation,
             zero,
@@ -490,8 +490,8 @@ def test_selection_is_the_first_round_that_changes_all_seeds(
             with_outliers=outliers,
             initial_k=initial_k,
         )
-    assert found.candidates == [(layer, i) for layer, ids in plain.neurons.items() for i in ids]
-    assert (float(found.values.max()), found.reached) == (plain.score, plain.score <= tau)
+    assert found == [(layer, i) for layer, ids in plain.neurons.items() for i in ids]
+    assert (float(values.max()), reached) == (plain.score, plain.score <= tau)
 
 
 def test_without_outliers_the_selection_goes_on_to_1280_most_active() -> None:
