@@ -33,13 +33,6 @@ class Anisotropy(Detector):
 
     Weights are those of the public code for Stable Diffusion 1.4. The paper fits them on 20 memorized prompts by
     logistic regression and finds 1 and 1 to work as well; its first weight is that of the angle.
-
-    Args:
-        norm_weight: Weight of the magnitude.
-        angle_weight: Weight of the angle.
-        angle_between: Which predictions: ``"unconditional_difference"`` as published, unconditional noise and the
-            difference between conditional and unconditional noise; the others are modes of the public code.
-        angle_of: ``"noise"``, or ``"prediction"`` for the output of the network, which may be velocity.
     """
 
     title = "Anisotropy"
@@ -48,9 +41,12 @@ class Anisotropy(Detector):
     citation = cite("asthana2026detecting")
 
     seeds: Count = 1
-    norm_weight: FiniteFloat = 1.0
-    angle_weight: FiniteFloat = 2.0
+    norm_weight: FiniteFloat = 1.0  #: Weight of the magnitude.
+    angle_weight: FiniteFloat = 2.0  #: Weight of the angle.
+    #: Which predictions: ``"unconditional_difference"`` as published, unconditional noise and the difference between
+    #: conditional and unconditional noise; the others are modes of the public code.
     angle_between: Sides = "unconditional_difference"
+    #: ``"noise"``, or ``"prediction"`` for the output of the network, which may be velocity.
     angle_of: Literal["noise", "prediction"] = "noise"
 
     @override

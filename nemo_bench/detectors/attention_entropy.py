@@ -25,10 +25,6 @@ class LayerEntropy(Detector):
     Probabilities of the conditional half are averaged over positions and heads first; the entropy is of that average.
     Memorized prompts draw attention away from the begin token, on which it gathers otherwise. Stable Diffusion 1.x and
     2.x alone: SDXL has no corresponding layer.
-
-    Args:
-        layer: Number of the cross-attention layer from 0: six down, one middle, nine up in Stable Diffusion.
-            Published is 3, ``down_blocks[1].attentions[1]``.
     """
 
     title = "Layer entropy (LE)"
@@ -39,6 +35,8 @@ class LayerEntropy(Detector):
     attends = True
 
     seeds: Count = 1
+    #: Number of the cross-attention layer from 0: six down, one middle, nine up in Stable Diffusion. Published is 3,
+    #: ``down_blocks[1].attentions[1]``.
     layer: Index = 3
 
     @override
@@ -64,9 +62,6 @@ class AttentionEntropy(Detector):
     The score is ``entropy`` plus ``growth``, both in the details: how much the part of the summary tokens, end token
     and padding, grew since the first step. The paper uses the absolute value of the growth, the public script the
     signed difference, the default here. Stable Diffusion 1.x and 2.x alone: SDXL has another number of summary tokens.
-
-    Args:
-        absolute: Whether the second term counts by its absolute value.
     """
 
     title = "Attention entropy (AE)"
@@ -78,7 +73,7 @@ class AttentionEntropy(Detector):
     steps = None
 
     seeds: Count = 1
-    absolute: bool = False
+    absolute: bool = False  #: Whether the second term counts by its absolute value.
 
     @override
     def layers(self, model: Diffusion, number: int) -> Collection[str]:

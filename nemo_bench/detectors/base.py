@@ -29,52 +29,33 @@ def now(model: Diffusion) -> float:
 
 @dataclass(frozen=True)
 class DetectorScore:
-    """The score of a prompt.
+    """The score of a prompt."""
 
-    Attributes:
-        score: Larger for memorized prompts.
-        details: Values that explain the score, as plain data for the records.
-        picture: An illustration, (3, height, width) in [0, 1], or None.
-        failed: Why the score is not finite, empty where it is.
-    """
-
-    score: float
+    score: float  #: Larger for memorized prompts.
+    #: Values that explain the score, as plain data for the records.
     details: Mapping[str, Any] = field(default_factory=dict)
-    picture: Tensor | None = None
-    failed: str = ""
+    picture: Tensor | None = None  #: An illustration, (3, height, width) in [0, 1], or None.
+    failed: str = ""  #: Why the score is not finite, empty where it is.
 
 
 @dataclass(eq=False, kw_only=True)
 class View:
-    """One step of sampling as a detector sees it, before noise is removed; N rows, one an image.
-
-    Attributes:
-        latents: Noisy latents, (N, channels, height, width).
-        timestep: Training timestep, 0 to 999.
-        number: Number of the step, from 0, the noisiest.
-        seeds: Seed index of each row.
-        lengths: Tokens of each row's prompt from begin to end token, without padding.
-        maps: Attention by layer, see :meth:`attention`.
-        noises: ``"conditional"`` and ``"unconditional"`` predictions; those missing are made when they are first read.
-        passes: Rows of the predictions read so far.
-        seconds: Time that predicting took.
-        whole: The view of all rows, whose predictions this one shares, or None.
-        index: Which rows of it these are.
-    """
+    """One step of sampling as a detector sees it, before noise is removed; N rows, one an image."""
 
     model: Diffusion
     text: Conditioning
-    latents: Tensor
-    timestep: int
-    number: int = 0
-    seeds: Sequence[int]
-    lengths: Sequence[int]
-    maps: Mapping[str, Tensor] = field(default_factory=dict)
+    latents: Tensor  #: Noisy latents, (N, channels, height, width).
+    timestep: int  #: Training timestep, 0 to 999.
+    number: int = 0  #: Number of the step, from 0, the noisiest.
+    seeds: Sequence[int]  #: Seed index of each row.
+    lengths: Sequence[int]  #: Tokens of each row's prompt from begin to end token, without padding.
+    maps: Mapping[str, Tensor] = field(default_factory=dict)  #: Attention by layer, see :meth:`attention`.
+    #: ``"conditional"`` and ``"unconditional"`` predictions; those missing are made when they are first read.
     noises: dict[str, Tensor] = field(default_factory=dict)
-    passes: int = 0
-    seconds: float = 0.0
-    whole: View | None = None
-    index: Sequence[int] = ()
+    passes: int = 0  #: Rows of the predictions read so far.
+    seconds: float = 0.0  #: Time that predicting took.
+    whole: View | None = None  #: The view of all rows, whose predictions this one shares, or None.
+    index: Sequence[int] = ()  #: Which rows of it these are.
 
     def rows(self, index: Sequence[int]) -> View:
         """The view of some rows, which shares the predictions of this one."""
@@ -128,31 +109,19 @@ class Detector(Checked, ABC):
     """Gives each prompt a score, larger for prompts that the model has memorized.
 
     Constructors raise :class:`ConfigError` where an argument is out of the range in its annotation.
-
-    Attributes:
-        title: Name in tables.
-        summary: One line for ``nemo-bench ls``.
-        citation: BibTeX of the source, empty for one of your own.
-        sourcing: Which parts of the source were available: paper, public code.
-        families: Classes of the pipelines that it supports.
-        images: Whether it needs finished images.
-        attends: Whether it needs cross-attention.
-        derives: Whether it takes derivatives of the UNet, which must then not be compiled; it observes fewer rows at a
-            time.
-        seeds: Images, or starting noises, of a prompt.
-        steps: Steps of sampling that it observes, from the first; None for all.
     """
 
-    title: ClassVar[str]
-    summary: ClassVar[str]
-    citation: ClassVar[str] = ""
-    sourcing: ClassVar[str] = ""
-    families: ClassVar[frozenset[str]] = frozenset(FAMILIES)
-    images: ClassVar[bool] = False
-    attends: ClassVar[bool] = False
+    title: ClassVar[str]  #: Name in tables.
+    summary: ClassVar[str]  #: One line for ``nemo-bench ls``.
+    citation: ClassVar[str] = ""  #: BibTeX of the source, empty for one of your own.
+    sourcing: ClassVar[str] = ""  #: Which parts of the source were available: paper, public code.
+    families: ClassVar[frozenset[str]] = frozenset(FAMILIES)  #: Classes of the pipelines that it supports.
+    images: ClassVar[bool] = False  #: Whether it needs finished images.
+    attends: ClassVar[bool] = False  #: Whether it needs cross-attention.
+    #: Whether it takes derivatives of the UNet, which must then not be compiled; it observes fewer rows at a time.
     derives: ClassVar[bool] = False
-    seeds: int = 1
-    steps: int | None = 1
+    seeds: int = 1  #: Images, or starting noises, of a prompt.
+    steps: int | None = 1  #: Steps of sampling that it observes, from the first; None for all.
 
     @property
     def samples(self) -> bool:

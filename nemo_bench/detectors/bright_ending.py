@@ -17,8 +17,7 @@ from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.ranges import Count
 
-PICTURED = 4
-"""Images of a prompt that are shown with their masks."""
+PICTURED = 4  # Images of a prompt that are shown with their masks.
 
 
 class BrightEnding(Detector):

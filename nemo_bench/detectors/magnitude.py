@@ -24,10 +24,6 @@ class Magnitude(Detector):
     own norm; several public scripts that build on it take one over the whole batch, which grows with the square root of
     its size. For models that predict velocity the difference is between predicted noises, so their scores are not
     comparable with those of noise models.
-
-    Args:
-        seeds: Images a prompt; 4 is published, 1 as well.
-        steps: Steps observed: 1 is the first alone, which needs no sampling; None is all, as in the paper's main table.
     """
 
     title = "Noise magnitude"
@@ -35,7 +31,8 @@ class Magnitude(Detector):
     sourcing = "public code"
     citation = cite("wen2024detecting")
 
-    seeds: Count = 4
+    seeds: Count = 4  #: Images a prompt; 4 is published, 1 as well.
+    #: Steps observed: 1 is the first alone, which needs no sampling; None is all, as in the paper's main table.
     steps: Count | None = None
 
     @override

@@ -27,11 +27,6 @@ class NoiseDifference(Detector):
     run uses others. The public scripts predict at the second of the 50 timesteps, from one batch of noise for all
     prompts and, on a GPU, under float16 autocast; they compare velocities without conversion, and all pairs of a prompt
     with one data range.
-
-    Args:
-        pairs: ``"mean"`` over pairs, the memorization score, or ``"max"``, the gate of NeMo's localization.
-        protocol: ``"paper"``, or ``"reference"`` for step, noise, precision and similarity of the public scripts; see
-            :class:`nemo_bench.localization.Protocol`.
     """
 
     title = "Noise difference"
@@ -40,7 +35,10 @@ class NoiseDifference(Detector):
     citation = cite("hintersdorf2024nemo")
 
     seeds: Annotated[int, Field(ge=2)] = 10
+    #: ``"mean"`` over pairs, the memorization score, or ``"max"``, the gate of NeMo's localization.
     pairs: Literal["mean", "max"] = "mean"
+    #: ``"paper"``, or ``"reference"`` for step, noise, precision and similarity of the public scripts; see
+    #: :class:`nemo_bench.localization.Protocol`.
     protocol: Literal["paper", "reference"] = "paper"
 
     @property

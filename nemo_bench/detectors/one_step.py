@@ -22,9 +22,6 @@ class OneStep(Detector):
     noise level to 0 at once. Heun's correction vanishes where the next level is 0, so the resulting latent is the
     guided estimate of the clean one, and the distance is the mean square of the guided noise times the noise level,
     in units where the noise level is the factor of the noise (14.6 for Stable Diffusion).
-
-    Args:
-        guidance: Scale of guidance; the public code uses its pipeline's 7.5.
     """
 
     title = "One-step attack"
@@ -33,7 +30,7 @@ class OneStep(Detector):
     citation = cite("webster2023reproducible")
 
     seeds: Count = 1
-    guidance: FiniteFloat = 7.5
+    guidance: FiniteFloat = 7.5  #: Scale of guidance; the public code uses its pipeline's 7.5.
 
     @override
     def observe(self, view: View) -> Mapping[str, Tensor]:

@@ -26,11 +26,6 @@ class Sharpness(Detector):
     public code does not; nor does the default here. For models that predict velocity s is that of the predicted noise;
     the public code's has another sign and one more factor 1 / sigma, 1.00 in the first step. The public code uses the
     same noise for every prompt; here each has its own.
-
-    Args:
-        squared: Whether norms are squared before they are averaged, as in the paper's formula.
-        eta: Length of the step of a finite difference in place of the derivative, in latent units; None for the
-            derivative. Our addition, for kernels without forward mode.
     """
 
     title = "Sharpness"
@@ -41,7 +36,9 @@ class Sharpness(Detector):
 
     seeds: Count = 4
     steps: Count | None = 1
-    squared: bool = False
+    squared: bool = False  #: Whether norms are squared before they are averaged, as in the paper's formula.
+    #: Length of the step of a finite difference in place of the derivative, in latent units; None for the derivative.
+    #: Our addition, for kernels without forward mode.
     eta: Positive | None = None
 
     @override

@@ -28,9 +28,6 @@ class TiledL2(Detector):
     The distance of two images is that of the two tiles in the same place that differ most, root mean squared over
     pixels in [0, 1], so that images with the same flat background are not alike. The score is the mean over all pairs.
     Carlini et al. draw 500 images a prompt and look for cliques; Jeon et al. use it this way with 4 and 16.
-
-    Args:
-        tiles: Tiles along a side, which must divide the images; 4 of 128 pixels are published, for images of 512.
     """
 
     title = "Tiled L2"
@@ -41,6 +38,7 @@ class TiledL2(Detector):
     steps = None
 
     seeds: Annotated[int, Field(ge=2)] = 4
+    #: Tiles along a side, which must divide the images; 4 of 128 pixels are published, for images of 512.
     tiles: Count = 4
 
     @override

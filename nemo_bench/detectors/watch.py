@@ -22,8 +22,7 @@ from nemo_bench.records.data import Prompt
 from nemo_bench.records.io import batched
 from nemo_bench.records.schema import Cost
 
-_Image = tuple[int, int]
-"""An image to sample: its prompt, by position, and its seed index."""
+_Image = tuple[int, int]  # An image to sample: its prompt, by position, and its seed index.
 
 
 class _Watcher:

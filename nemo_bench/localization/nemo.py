@@ -51,43 +51,34 @@ Threshold = Annotated[float, Field(ge=-1, le=1)]
 
 @dataclass(eq=False)
 class NemoSettings:
-    """Settings of the published algorithm and of its sensitivity studies; see also :class:`nemo_bench.methods.NeMo`.
+    """Settings of the published algorithm and of its sensitivity studies; see also :class:`nemo_bench.methods.NeMo`."""
 
-    Attributes:
-        theta: First outlier threshold, in standard deviations; it falls by ``theta_step`` per round.
-        theta_min: End of the search; never tested itself.
-        factor: Multiplies the outputs of blocked neurons; 0 switches them off.
-        threshold: Memorization threshold; None takes the calibrated one (published: 0.428).
-        outliers: Whether outliers are candidates; otherwise the search ends with k alone, before 1280.
-        top_k: Whether the most active neurons of each layer are candidates.
-        refine_threshold: Threshold of the refinement, or None for that of the selection. If the selection is exhausted,
-            the similarity that it reached is the threshold in any case.
-        relative: Refine by relative change instead: a neuron is dropped if the similarity of every seed stays within
-            this part of the similarity with all candidates blocked.
-        refinement: ``"sequential"``, as published, or ``"bisect"``: drops many neurons at a time and then checks that
-            all seeds stay changed and that no further neuron can be dropped.
-        gate: Threshold on the most similar pair of seeds of a prompt: ``"pairs"``, as published, the memorization
-            threshold, which is calibrated from all pairs; or ``"maxima"``, calibrated from the most similar pair of
-            each general prompt, which far fewer general prompts pass.
-        when_exhausted: Blocked neurons if the selection is exhausted before all seeds have changed: ``"block"``, as
-            published, the refinement of the last candidates; or ``"nothing"``.
-        gate_threshold: Similarity of two seeds above which they are kept, or None for that of ``gate``.
-        initial_k: Most active neurons of each layer in the first round; each round takes one more.
-    """
-
-    theta: Positive = 5.0
+    theta: Positive = 5.0  #: First outlier threshold, in standard deviations; it falls by ``theta_step`` per round.
     theta_step: Positive = 0.25
-    theta_min: NotNegative = 1.0
-    factor: float = field(default=0.0, kw_only=True)
-    threshold: Threshold | None = None
-    outliers: bool = True
-    top_k: bool = True
+    theta_min: NotNegative = 1.0  #: End of the search; never tested itself.
+    factor: float = field(default=0.0, kw_only=True)  #: Multiplies the outputs of blocked neurons; 0 switches them off.
+    threshold: Threshold | None = None  #: Memorization threshold; None takes the calibrated one (published: 0.428).
+    outliers: bool = True  #: Whether outliers are candidates; otherwise the search ends with k alone, before 1280.
+    top_k: bool = True  #: Whether the most active neurons of each layer are candidates.
+    #: Threshold of the refinement, or None for that of the selection. If the selection is exhausted, the similarity
+    #: that it reached is the threshold in any case.
     refine_threshold: Threshold | None = None
+    #: Refine by relative change instead: a neuron is dropped if the similarity of every seed stays within this part of
+    #: the similarity with all candidates blocked.
     relative: Positive | None = None
+    #: ``"sequential"``, as published, or ``"bisect"``: drops many neurons at a time and then checks that all seeds stay
+    #: changed and that no further neuron can be dropped.
     refinement: Literal["sequential", "bisect"] = "sequential"
+    #: Threshold on the most similar pair of seeds of a prompt: ``"pairs"``, as published, the memorization threshold,
+    #: which is calibrated from all pairs; or ``"maxima"``, calibrated from the most similar pair of each general
+    #: prompt, which far fewer general prompts pass.
     gate: Literal["pairs", "maxima"] = "pairs"
+    #: Blocked neurons if the selection is exhausted before all seeds have changed: ``"block"``, as published, the
+    #: refinement of the last candidates; or ``"nothing"``.
     when_exhausted: Literal["block", "nothing"] = "block"
+    #: Similarity of two seeds above which they are kept, or None for that of ``gate``.
     gate_threshold: Threshold | None = None
+    #: Most active neurons of each layer in the first round; each round takes one more.
     initial_k: Annotated[int, Field(ge=0, lt=LAST_K)] = 0
 
 

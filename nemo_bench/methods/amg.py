@@ -28,14 +28,10 @@ from nemo_bench.records.data import Prompt
 from nemo_bench.records.images import open_image
 from nemo_bench.records.ranges import Count, NotNegative, Positive
 
-NEAREST = 1000
-"""Nearest images whose captions count."""
-CAPTION_SATURATION = 0.3
-"""Similarity from which guidance away from a caption is full."""
-CAPTION_STEPS = 10
-"""Steps of guidance away from a caption."""
-SSCD_SIZE = 224
-"""Side of images for SSCD; all four numbers are those of the public code."""
+NEAREST = 1000  # Nearest images whose captions count.
+CAPTION_SATURATION = 0.3  # Similarity from which guidance away from a caption is full.
+CAPTION_STEPS = 10  # Steps of guidance away from a caption.
+SSCD_SIZE = 224  # Side of images for SSCD; all four numbers are those of the public code.
 SSCD_MEAN = (0.485, 0.456, 0.406)
 SSCD_STD = (0.229, 0.224, 0.225)
 
@@ -70,13 +66,6 @@ class AMG(Method):
     published constants. Without an SSCD file it is the correlation of pixels, all three channels together: ours, for
     small worlds; a higher threshold spares images that share a background alone. The public code leaves the first 21
     images of a run unguided, here all are guided. Decoding and embedding are no UNet passes, but count in seconds.
-
-    Args:
-        sscd: TorchScript file of SSCD; published: ``sscd_disc_mixup.torchscript.pt``.
-        threshold: Similarity above which an image is guided. Published: 0.3.
-        saturation: Similarity at which guidance falls to 1. Published: 0.5, which is c1 = 13 at scale 7.5.
-        strength: Weight of dissimilarity, c3.
-        legacy_ungated: Despecify at any similarity above 0, as the public code does; the paper has the threshold.
     """
 
     title = "Anti-memorization guidance"
@@ -87,11 +76,13 @@ class AMG(Method):
     makes_passes = True
     needs = frozenset({"guidance", "gradients"})
 
-    sscd: str | None = None
-    threshold: Threshold = 0.3
+    sscd: str | None = None  #: TorchScript file of SSCD; published: ``sscd_disc_mixup.torchscript.pt``.
+    threshold: Threshold = 0.3  #: Similarity above which an image is guided. Published: 0.3.
+    #: Similarity at which guidance falls to 1. Published: 0.5, which is c1 = 13 at scale 7.5.
     saturation: Positive = 0.5
-    strength: NotNegative = 100.0
+    strength: NotNegative = 100.0  #: Weight of dissimilarity, c3.
     captions: Count = 20
+    #: Despecify at any similarity above 0, as the public code does; the paper has the threshold.
     legacy_ungated: bool = False
     training_images: TrainingImages | None = field(default=None, init=False)
     _network: nn.Module | None = field(default=None, init=False)

@@ -25,12 +25,6 @@ class AnisotropyOptimization(OptimizedEmbedding):
     and added noise, averaged over positions. Gradients go through both passes. The paper's mitigation is the loop of
     Wen et al. (2024) with this value; its settings and code are not published, so settings are those of
     :class:`EmbeddingOptimization`. The target is ours: take one above the values of prompts that are not memorized.
-
-    Args:
-        norm_weight: Weight of N.
-        angle_weight: Weight of K.
-        angle_of: K compares predicted noise, or the network's own prediction, which may be velocity, as in the public
-            code of the score.
     """
 
     title = "Anisotropy optimization"
@@ -38,8 +32,10 @@ class AnisotropyOptimization(OptimizedEmbedding):
     sourcing = "public code of the score; the mitigation's settings were not published"
     citation = cite("asthana2026detecting")
 
-    norm_weight: float = 1.0
-    angle_weight: float = 2.0
+    norm_weight: float = 1.0  #: Weight of N.
+    angle_weight: float = 2.0  #: Weight of K.
+    #: K compares predicted noise, or the network's own prediction, which may be velocity, as in the public code of the
+    #: score.
     angle_of: Literal["noise", "prediction"] = "noise"
 
     @override

@@ -30,11 +30,6 @@ class AttentionRescaling(Method):
 
     Where the start token's logits are negative, a factor above 1 lowers them, and one below 1 draws attention to the
     start. This is so in most layers of the embedded model, where no factor does much.
-
-    Args:
-        factor: C. Default of the public script: 1; its published command takes 1.25, others publish 1.1 to 1.5.
-        mask: Whether tokens after the end token are masked.
-        mask_end: Whether the end token is masked with them, for which ``mask`` must be set.
     """
 
     title = "Attention rescaling"
@@ -44,9 +39,10 @@ class AttentionRescaling(Method):
     citation = cite("ren2024unveiling")
     needs = frozenset({"uncompiled"})
 
+    #: C. Default of the public script: 1; its published command takes 1.25, others publish 1.1 to 1.5.
     factor: Positive = 1.25
-    mask: bool = True
-    mask_end: bool = False
+    mask: bool = True  #: Whether tokens after the end token are masked.
+    mask_end: bool = False  #: Whether the end token is masked with them, for which ``mask`` must be set.
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,46 +26,31 @@ Need = Literal["guidance", "gradients", "uncompiled"]
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a run gives a method before its first batch.
+    """What a run gives a method before its first batch."""
 
-    Attributes:
-        prompts: All prompts of the cell.
-        calibration: Activation statistics and memorization threshold, for methods with ``needs_calibration``.
-        source_localizations: Localizations of :attr:`Method.source` by prompt id, without prompts that it failed for.
-        source_prompts: Prompts that the source localized.
-        batch_size: Rows in a UNet pass at most; changes results by rounding only.
-    """
-
-    prompts: Sequence[Prompt] = ()
+    prompts: Sequence[Prompt] = ()  #: All prompts of the cell.
+    #: Activation statistics and memorization threshold, for methods with ``needs_calibration``.
     calibration: Calibration | None = None
+    #: Localizations of :attr:`Method.source` by prompt id, without prompts that it failed for.
     source_localizations: Mapping[str, Localization] = field(default_factory=dict)
-    source_prompts: Sequence[Prompt] = ()
-    batch_size: int = 32
+    source_prompts: Sequence[Prompt] = ()  #: Prompts that the source localized.
+    batch_size: int = 32  #: Rows in a UNet pass at most; changes results by rounding only.
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images about to be generated, one per row.
+    """Images about to be generated, one per row."""
 
-    Attributes:
-        prompts: Prompt of each row.
-        text: Conditioning of each row.
-        latents: Starting noise of each row.
-        seeds: Seed of the starting noise of each row, from which all random choices for an image follow.
-        neurons: Localized neurons of the prompt of each row.
-        unconditional: Conditioning that guidance leads away from, of each row; None for the model's own.
-        notes: Entries for the record of each image; empty for none.
-        rule: Gives the noise of each step in place of guidance; None leaves guidance as it is.
-    """
-
-    prompts: tuple[Prompt, ...]
-    text: Conditioning
-    latents: Tensor
+    prompts: tuple[Prompt, ...]  #: Prompt of each row.
+    text: Conditioning  #: Conditioning of each row.
+    latents: Tensor  #: Starting noise of each row.
+    #: Seed of the starting noise of each row, from which all random choices for an image follow.
     seeds: tuple[int, ...]
-    neurons: tuple[Neurons, ...]
+    neurons: tuple[Neurons, ...]  #: Localized neurons of the prompt of each row.
+    #: Conditioning that guidance leads away from, of each row; None for the model's own.
     unconditional: Conditioning | None = None
-    notes: tuple[Mapping[str, Any], ...] = ()
-    rule: Rule | None = None
+    notes: tuple[Mapping[str, Any], ...] = ()  #: Entries for the record of each image; empty for none.
+    rule: Rule | None = None  #: Gives the noise of each step in place of guidance; None leaves guidance as it is.
 
     def generate_checked(self, model: Diffusion) -> Generated:
         """Generates the images while the method is applied; see :meth:`Diffusion.generate_checked`."""
@@ -76,46 +61,30 @@ class Method(Checked, ABC):
     """A mitigation: set up once, it localizes neurons for a prompt (optional) and changes how a batch is generated.
 
     Constructors raise a ConfigError for an argument outside the range in its annotation.
-
-    Attributes:
-        title: Name in tables; an object replaces it where its settings make it another method.
-        summary: One line for ``nemo-bench ls``.
-        touches: Part of the model or its input that it changes.
-        citation: BibTeX of the source, empty for a control of our own.
-        sourcing: Parts of the source that we could read.
-        localizes: Whether :meth:`localize` returns neurons.
-        needs_calibration: Whether localizing needs a calibration.
-        makes_passes: Whether it makes UNet passes of its own during setup or while applied.
-        families: Classes of pipelines that it works with.
-        needs: Requirements on the model: ``"guidance"`` while generating, ``"gradients"``, an ``"uncompiled"`` UNet.
-        auditable: Whether it changes neurons or weights of the network alone, so that an audit can search for an
-            embedding that brings a training image back.
-        pools: Whether it treats all prompts alike, by the localizations of memorized prompts; those may be of another
-            list, ``prompts.shared_from``.
-        memorization_threshold: A threshold of its own, or None for the calibrated one.
-        noise_protocol: How it takes noise differences.
-        source: Another method whose localizations this one starts from, or None.
-        calibration: The calibration, from :meth:`setup` or :meth:`calibrate`.
-        batch_size: Rows in a UNet pass at most, from :meth:`setup`.
     """
 
-    title: str
-    summary: ClassVar[str]
-    touches: ClassVar[str] = ""
-    citation: ClassVar[str] = ""
-    sourcing: ClassVar[str] = ""
-    localizes: ClassVar[bool] = False
-    needs_calibration: ClassVar[bool] = False
-    makes_passes: ClassVar[bool] = False
-    families: ClassVar[frozenset[str]] = frozenset(FAMILIES)
+    title: str  #: Name in tables; an object replaces it where its settings make it another method.
+    summary: ClassVar[str]  #: One line for ``nemo-bench ls``.
+    touches: ClassVar[str] = ""  #: Part of the model or its input that it changes.
+    citation: ClassVar[str] = ""  #: BibTeX of the source, empty for a control of our own.
+    sourcing: ClassVar[str] = ""  #: Parts of the source that we could read.
+    localizes: ClassVar[bool] = False  #: Whether :meth:`localize` returns neurons.
+    needs_calibration: ClassVar[bool] = False  #: Whether localizing needs a calibration.
+    makes_passes: ClassVar[bool] = False  #: Whether it makes UNet passes of its own during setup or while applied.
+    families: ClassVar[frozenset[str]] = frozenset(FAMILIES)  #: Classes of pipelines that it works with.
+    #: Requirements on the model: ``"guidance"`` while generating, ``"gradients"``, an ``"uncompiled"`` UNet.
     needs: ClassVar[frozenset[Need]] = frozenset()
+    #: Whether it changes neurons or weights of the network alone, so that an audit can search for an embedding that
+    #: brings a training image back.
     auditable: ClassVar[bool] = False
+    #: Whether it treats all prompts alike, by the localizations of memorized prompts; those may be of another list,
+    #: ``prompts.shared_from``.
     pools: ClassVar[bool] = False
-    memorization_threshold: float | None = None
-    noise_protocol: Protocol = PAPER
-    source: Method | None = None
-    calibration: Calibration | None = None
-    batch_size: int = 32
+    memorization_threshold: float | None = None  #: A threshold of its own, or None for the calibrated one.
+    noise_protocol: Protocol = PAPER  #: How it takes noise differences.
+    source: Method | None = None  #: Another method whose localizations this one starts from, or None.
+    calibration: Calibration | None = None  #: The calibration, from :meth:`setup` or :meth:`calibrate`.
+    batch_size: int = 32  #: Rows in a UNet pass at most, from :meth:`setup`.
 
     @property
     def calibrates_threshold(self) -> bool:

@@ -57,9 +57,6 @@ class SharedNeurons(DerivedNeurons):
 
     Args:
         source: The method whose neurons are counted; for candidates before refinement, give it ``neurons="initial"``.
-        k: Number of blocked neurons, all where there are fewer; None for all, as ``nemo-bench export`` saves them.
-        of: ``"model"``: the k most frequent neurons. ``"layer"``: k in every layer. ``"subgroups"``: the k most
-            frequent subgroups, a subgroup being all neurons of a prompt together.
     """
 
     title = "Shared neurons"
@@ -68,7 +65,10 @@ class SharedNeurons(DerivedNeurons):
     citation = cite("hintersdorf2024nemo")
     pools = True
 
+    #: Number of blocked neurons, all where there are fewer; None for all, as ``nemo-bench export`` saves them.
     k: Count | None = 10
+    #: ``"model"``: the k most frequent neurons. ``"layer"``: k in every layer. ``"subgroups"``: the k most frequent
+    #: subgroups, a subgroup being all neurons of a prompt together.
     of: Literal["model", "layer", "subgroups"] = "model"
     _shared: Neurons | None = field(default=None, init=False)
 
@@ -153,15 +153,14 @@ class RandomNeurons(DerivedNeurons):
 
     Args:
         source: The method whose counts are matched.
-        seed: Seed of the draw.
-        per_prompt: Whether each prompt has its own draw; if not, prompts of equal counts get the same neurons.
     """
 
     title = "Random neurons"
     summary = "as many neurons as another method blocks, drawn from the others (control)"
     sourcing = "a control"
 
-    seed: int = 0
+    seed: int = 0  #: Seed of the draw.
+    #: Whether each prompt has its own draw; if not, prompts of equal counts get the same neurons.
     per_prompt: bool = True
 
     @override

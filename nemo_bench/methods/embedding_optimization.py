@@ -26,10 +26,8 @@ from nemo_bench.records.ranges import Count, Index, Positive
 
 Measure = Callable[[Sequence[int], Tensor], Tensor]
 """Values of n images, given their numbers and embeddings (n, tokens, channels): (n,)."""
-Optimized = tuple[Tensor, dict[str, Any]]
-"""An embedding, (tokens, channels), and its notes."""
-Target = Annotated[float, Field(gt=float("-inf"))]
-"""Any number but nan and minus infinity."""
+Optimized = tuple[Tensor, dict[str, Any]]  # An embedding, (tokens, channels), and its notes.
+Target = Annotated[float, Field(gt=float("-inf"))]  # Any number but nan and minus infinity.
 
 
 @dataclass(eq=False)
@@ -38,22 +36,17 @@ class OptimizedEmbedding(Method):
 
     The first token, the start, gets no gradient; AdamW's decay moves it, and padding, as in the public script of Wen et
     al. (2024). SDXL's pooled embedding stays as it is.
-
-    Args:
-        target: Largest value that suffices.
-        steps: AdamW steps at most.
-        rate: Learning rate.
-        images: All images of a prompt share one embedding, optimized on the starting noise of its first ``images``
-            images; None gives every image its own.
     """
 
     touches = "encoded prompt"
     makes_passes = True
     needs = frozenset({"gradients"})
 
-    target: Target = 1.5
-    steps: Index = 10
-    rate: Positive = 0.05
+    target: Target = 1.5  #: Largest value that suffices.
+    steps: Index = 10  #: AdamW steps at most.
+    rate: Positive = 0.05  #: Learning rate.
+    #: All images of a prompt share one embedding, optimized on the starting noise of its first ``images`` images; None
+    #: gives every image its own.
     images: Count | None = 4
     _optimized: dict[Prompt, Optimized] = field(default_factory=dict, init=False)
 
@@ -141,12 +134,6 @@ class EmbeddingOptimization(OptimizedEmbedding):
     2025). The public script shares one among the four images of a prompt and takes one norm over all of them, which is
     twice as large. Where no target is published for a model, take one above the magnitudes of prompts that are not
     memorized, so that their images stay as they are.
-
-    Args:
-        target: Largest magnitude that suffices. None: 1.5, or with ``legacy_batch_norm`` the published 3, which is the
-            same for four images of equal magnitude. Others publish (as a norm over n images) 1 to 5 for n = 5, 5 for
-            n = 10 and 1 for n = 1; models that predict velocity have other magnitudes.
-        legacy_batch_norm: Take one norm over all images that share an embedding, as the public script does.
     """
 
     title = "Prompt-embedding optimization"
@@ -154,7 +141,11 @@ class EmbeddingOptimization(OptimizedEmbedding):
     sourcing = "public code"
     citation = cite("wen2024detecting")
 
+    #: Largest magnitude that suffices. None: 1.5, or with ``legacy_batch_norm`` the published 3, which is the same for
+    #: four images of equal magnitude. Others publish (as a norm over n images) 1 to 5 for n = 5, 5 for n = 10 and 1 for
+    #: n = 1; models that predict velocity have other magnitudes.
     target: Target | None = None  # type: ignore[assignment] # a number once made
+    #: Take one norm over all images that share an embedding, as the public script does.
     legacy_batch_norm: bool = False
 
     def __post_init__(self) -> None:

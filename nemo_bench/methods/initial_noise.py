@@ -27,8 +27,7 @@ from nemo_bench.records.citations import cite
 from nemo_bench.records.io import batched
 from nemo_bench.records.ranges import Index, NotNegative, Positive
 
-Of = Literal["noise", "prediction"]
-"""The predicted noise, or the network's own prediction, which may be velocity."""
+Of = Literal["noise", "prediction"]  # The predicted noise, or the network's own prediction, which may be velocity.
 
 
 @dataclass(eq=False)
@@ -38,14 +37,6 @@ class AdjustedNoise(Method):
     With d(x) for the noise that the prompt adds for x at the first timestep, each of ``rounds`` takes
     u = radius d(x) / |d(x)| and x <- x - rate (d(x + u) - d(x)). Norms are those of single images. Sampling is
     unconditional until guidance starts.
-
-    Args:
-        radius: Length of u; it should grow with the root of the size of a latent: 16,384 numbers for Stable Diffusion
-            1.4.
-        rate: Step size. Published: 0.7.
-        timestep: Guidance starts where the timestep is at most this; 900 leaves the first five of 50 steps
-            unconditional.
-        of: d is a difference of predicted noise, or of the network's own predictions.
     """
 
     title = "Adjusted initial noise"
@@ -57,10 +48,12 @@ class AdjustedNoise(Method):
     needs = frozenset({"guidance"})
 
     rounds: Index = 2
+    #: Length of u; it should grow with the root of the size of a latent: 16,384 numbers for Stable Diffusion 1.4.
     radius: NotNegative = 50.0
-    rate: NotNegative = 0.7
+    rate: NotNegative = 0.7  #: Step size. Published: 0.7.
+    #: Guidance starts where the timestep is at most this; 900 leaves the first five of 50 steps unconditional.
     timestep: Annotated[float, Field(ge=0, le=1000)] = 900.0
-    of: Of = "noise"
+    of: Of = "noise"  #: d is a difference of predicted noise, or of the network's own predictions.
 
     @override
     @contextmanager
@@ -84,11 +77,6 @@ class OptimizedNoise(Method):
 
     Each image has its own norm and number of steps. AdamW's decay of 0.01 is part of the method: it keeps the noise
     from growing. Updates are made in single precision.
-
-    Args:
-        target: Largest norm that suffices. Published for Stable Diffusion 1.4: 0.9 (0.7 to 1.5 tried).
-        steps: AdamW steps at most.
-        of: The norm is that of predicted noise, or of the network's own predictions.
     """
 
     title = "Optimized initial noise"
@@ -99,10 +87,11 @@ class OptimizedNoise(Method):
     makes_passes = True
     needs = frozenset({"gradients"})
 
+    #: Largest norm that suffices. Published for Stable Diffusion 1.4: 0.9 (0.7 to 1.5 tried).
     target: Annotated[float, Field(ge=0)] = 0.9
-    steps: Index = 1000
+    steps: Index = 1000  #: AdamW steps at most.
     rate: Positive = 0.01
-    of: Of = "noise"
+    of: Of = "noise"  #: The norm is that of predicted noise, or of the network's own predictions.
 
     @override
     @contextmanager

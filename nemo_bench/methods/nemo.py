@@ -45,17 +45,7 @@ class NeMo(BlockNeurons, NemoSettings):
     general prompts of the embedded model's calibration pass (71%, ``nemo-bench calibrate``), the selection then runs
     out, and blocking harms their images; with ``gate="maxima"`` 43 pass.
 
-    Args:
-        protocol: ``"paper"``, or ``"reference"`` for the public scripts; see :class:`Protocol`.
-        neurons: Blocked set: ``"refined"`` or the ``"initial"`` candidates.
-        similarity: Measure of noise differences: ``"published"``, ``"current"`` or ``"fixed"``, see
-            :data:`nemo_bench.diffusion.Measure`; None takes the protocol's.
-        velocity: Noise differences of a model that predicts velocity: of ``"converted"`` noise or ``"raw"`` velocity;
-            None takes the protocol's.
-        guidance: Guidance scale while localizing, with the two halves swapped as in the public scripts:
-            conditional + scale (unconditional - conditional). None takes the conditional prediction.
-
-    Other arguments are those of :class:`NemoSettings`.
+    The other settings are those of :class:`NemoSettings`.
     """
 
     title = "NeMo"
@@ -64,10 +54,17 @@ class NeMo(BlockNeurons, NemoSettings):
     citation = cite("hintersdorf2024nemo")
     needs_calibration = True
 
+    #: ``"paper"``, or ``"reference"`` for the public scripts; see :class:`Protocol`.
     protocol: Literal["paper", "reference"] = "paper"
-    neurons: Literal["refined", "initial"] = "refined"
+    neurons: Literal["refined", "initial"] = "refined"  #: Blocked set: ``"refined"`` or the ``"initial"`` candidates.
+    #: Measure of noise differences: ``"published"``, ``"current"`` or ``"fixed"``, see
+    #: :data:`nemo_bench.diffusion.Measure`; None takes the protocol's.
     similarity: Measure | None = None
+    #: Noise differences of a model that predicts velocity: of ``"converted"`` noise or ``"raw"`` velocity; None takes
+    #: the protocol's.
     velocity: Velocity | None = None
+    #: Guidance scale while localizing, with the two halves swapped as in the public scripts: conditional + scale
+    #: (unconditional - conditional). None takes the conditional prediction.
     guidance: Positive | None = None
 
     def __post_init__(self) -> None:

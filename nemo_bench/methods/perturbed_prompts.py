@@ -21,8 +21,7 @@ from nemo_bench.records.citations import cite
 from nemo_bench.records.io import digest, seed_of
 from nemo_bench.records.ranges import Index, NotNegative
 
-TOKENS = 49400
-"""Ids below this are drawn, as in the public script: CLIP's vocabulary without the special tokens."""
+TOKENS = 49400  # Ids below this are drawn, as in the public script: CLIP's vocabulary without the special tokens.
 
 
 @dataclass(eq=False)
@@ -30,18 +29,14 @@ class Insertion(Method):
     """Inserts words at uniformly drawn gaps of the prompt, both ends included, one after another.
 
     Single spaces separate words. The text encoder cuts a prompt that grows too long; records keep the whole text.
-
-    Args:
-        times: Number of words.
-        seed: Another seed draws other words.
     """
 
     touches = "prompt text"
     sourcing = "public code"
     citation = cite("somepalli2023understanding")
 
-    times: Index = 4
-    seed: int = 0
+    times: Index = 4  #: Number of words.
+    seed: int = 0  #: Another seed draws other words.
 
     @abstractmethod
     def draw(self, random: Random, model: Diffusion, words: list[str]) -> str:
@@ -106,11 +101,6 @@ class EmbeddingNoise(Method):
 
     SDXL's pooled embedding stays as it is. The published scale does next to nothing in the embedded model, whose
     embeddings have a standard deviation of 1, as in the comparison of Chen et al. (2024, AMG).
-
-    Args:
-        scale: Standard deviation of the noise.
-        both: Whether the unconditional embedding gets its own noise as well.
-        seed: Another seed draws other noise.
     """
 
     title = "Gaussian noise on embeddings"
@@ -119,9 +109,9 @@ class EmbeddingNoise(Method):
     sourcing = "public code"
     citation = cite("somepalli2023understanding")
 
-    scale: NotNegative = 0.1
-    both: bool = True
-    seed: int = 0
+    scale: NotNegative = 0.1  #: Standard deviation of the noise.
+    both: bool = True  #: Whether the unconditional embedding gets its own noise as well.
+    seed: int = 0  #: Another seed draws other noise.
 
     @override
     @contextmanager

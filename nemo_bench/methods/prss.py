@@ -51,16 +51,6 @@ class PRSS(Method):
     prompts that are not memorized. ``package:planted/paraphrases.jsonl`` is for the embedded model. Without a file, as
     in the public code without paraphrases, the embedding of each image is optimized as in
     :class:`EmbeddingOptimization`, by ``steps`` and ``rate``, and the image is re-anchored if that took a step.
-
-    Args:
-        file: Paraphrases (csv, jsonl, parquet) by text of the prompt: ``caption1``, ``caption2`` ... as published, or a
-            list ``paraphrases``. None optimizes instead.
-        search_target: Largest magnitude that suffices. Published: 1.
-        anchor_from: Published: 3.
-        anchor_full: At least ``anchor_from``. Published: 5.
-        bright_ending: Take magnitudes while searching under the mask of :class:`BrightEndingOptimization`.
-        missing: Prompts that the file lacks are an ``"error"``, before weights load, or their own only paraphrase
-            (``"none"``).
     """
 
     title = "PRSS"
@@ -71,11 +61,14 @@ class PRSS(Method):
     makes_passes = True
     needs = frozenset({"guidance"})
 
+    #: Paraphrases (csv, jsonl, parquet) by text of the prompt: ``caption1``, ``caption2`` ... as published, or a list
+    #: ``paraphrases``. None optimizes instead.
     file: str | None = None
-    search_target: Annotated[float, Field(ge=0)] = 1.0
-    anchor_from: NotNegative = 3.0
-    anchor_full: NotNegative = 5.0
-    bright_ending: bool = False
+    search_target: Annotated[float, Field(ge=0)] = 1.0  #: Largest magnitude that suffices. Published: 1.
+    anchor_from: NotNegative = 3.0  #: Published: 3.
+    anchor_full: NotNegative = 5.0  #: At least ``anchor_from``. Published: 5.
+    bright_ending: bool = False  #: Take magnitudes while searching under the mask of :class:`BrightEndingOptimization`.
+    #: Prompts that the file lacks are an ``"error"``, before weights load, or their own only paraphrase (``"none"``).
     missing: Literal["error", "none"] = "error"
     steps: Index = 10
     rate: Positive = 0.05

@@ -45,21 +45,6 @@ class SAIL(Method):
 
     The embedded model shows little of it: its training images attract nearly all noise, even where the first half of
     sampling is unconditional.
-
-    Args:
-        target: Largest loss that suffices. None: 8.2 for ``objective="code"`` (7.6 to 9 tried; with alpha 0.05 and
-            latents of 16,384 numbers, 6.4 of it is the noise's own norm); an error for the paper's. For another model
-            take one above the starting losses of prompts that are not memorized.
-        candidates: Candidates per image; 2 are the eight of the public code, divided among its four images.
-        steps: Adam steps at most before a restart.
-        restarts: Restarts at most; unlimited in the public code.
-        objective: ``"code"`` or ``"paper"``.
-        legacy_stale_direction: Take the direction at the noise that the steps started from, as the public code does by
-            mistake; otherwise at the current noise. Gradients go through it either way.
-        form: ``"noise"`` or, as in the public code for models that predict velocity, ``"score"``. The paper's objective
-            ignores it.
-        legacy_moving: Let accepted noise take all ``steps``. In the public code it is a view of the tensor that the
-            optimizer moves on until enough images are accepted; here images are searched for one by one.
     """
 
     title = "SAIL"
@@ -70,16 +55,25 @@ class SAIL(Method):
     makes_passes = True
     needs = frozenset({"gradients"})
 
+    #: Largest loss that suffices. None: 8.2 for ``objective="code"`` (7.6 to 9 tried; with alpha 0.05 and latents of
+    #: 16,384 numbers, 6.4 of it is the noise's own norm); an error for the paper's. For another model take one above
+    #: the starting losses of prompts that are not memorized.
     target: float | None = None
     alpha: NotNegative = 0.05
-    candidates: Count = 2
-    steps: Count = 10
+    candidates: Count = 2  #: Candidates per image; 2 are the eight of the public code, divided among its four images.
+    steps: Count = 10  #: Adam steps at most before a restart.
     rate: Positive = 0.05
-    restarts: Index = 3
+    restarts: Index = 3  #: Restarts at most; unlimited in the public code.
     objective: Literal["code", "paper"] = "code"
     delta: NotNegative = 1.0
+    #: Take the direction at the noise that the steps started from, as the public code does by mistake; otherwise at the
+    #: current noise. Gradients go through it either way.
     legacy_stale_direction: bool = False
+    #: ``"noise"`` or, as in the public code for models that predict velocity, ``"score"``. The paper's objective
+    #: ignores it.
     form: Literal["noise", "score"] = "noise"
+    #: Let accepted noise take all ``steps``. In the public code it is a view of the tensor that the optimizer moves on
+    #: until enough images are accepted; here images are searched for one by one.
     legacy_moving: bool = False
 
     def __post_init__(self) -> None:

@@ -30,23 +30,19 @@ FIELDS = (
 
 @dataclass(eq=False)
 class SavedNeurons(BlockNeurons):
-    """Blocks neurons read from a file.
-
-    Args:
-        file: A published CSV, with lines by text of the prompt; a cell's folder (``results/<name>/<cell>``), with
-            records by id and text of the prompt; or JSON or safetensors of :meth:`Neurons.save`, one set for all
-            prompts.
-        neurons: Blocked set: ``"refined"`` or the ``"initial"`` candidates; the same for a file of one set.
-        missing: Prompts that the file lacks are an ``"error"``, before weights load, or nothing is blocked for them
-            (``"none"``). Neurons of another model are an error when localizing.
-    """
+    """Blocks neurons read from a file."""
 
     title = "Saved neurons"
     summary = "neurons from a file: a published CSV, an earlier cell, or one set as JSON or safetensors"
     sourcing = "depends on the file"
 
+    #: A published CSV, with lines by text of the prompt; a cell's folder (``results/<name>/<cell>``), with records by
+    #: id and text of the prompt; or JSON or safetensors of :meth:`Neurons.save`, one set for all prompts.
     file: str | None = None
+    #: Blocked set: ``"refined"`` or the ``"initial"`` candidates; the same for a file of one set.
     neurons: Literal["refined", "initial"] = "refined"
+    #: Prompts that the file lacks are an ``"error"``, before weights load, or nothing is blocked for them (``"none"``).
+    #: Neurons of another model are an error when localizing.
     missing: Literal["error", "none"] = "error"
 
     @cached_property

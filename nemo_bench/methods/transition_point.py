@@ -20,8 +20,7 @@ from nemo_bench.diffusion import Diffusion, Step, guided_from
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.records.citations import cite
 
-Scale = Annotated[float, Field(allow_inf_nan=False)]
-"""A finite guidance scale."""
+Scale = Annotated[float, Field(allow_inf_nan=False)]  # A finite guidance scale.
 
 
 @dataclass(eq=False)
@@ -30,13 +29,6 @@ class StaticTransition(Method):
 
     The timestep at which guidance no longer leads to the training image depends on the model: in the embedded one it is
     so late that other images lose their prompt as well.
-
-    Args:
-        timestep: Guidance starts where the timestep is at most this. Published: 500, 600 or 700 without, 650 with
-            opposite guidance, on fine-tuned models. (At a timestep equal to it, the public script continues with a
-            schedule of 200 steps; we do not.)
-        before: Guidance scale until then: 0 is unconditional (the paper), 1 the plain prompt, below 0 opposite guidance
-            (-2 in the paper). The scale after it is the model's own.
     """
 
     title = "Static transition point"
@@ -46,7 +38,12 @@ class StaticTransition(Method):
     citation = cite("jain2025classifier")
     needs = frozenset({"guidance"})
 
+    #: Guidance starts where the timestep is at most this. Published: 500, 600 or 700 without, 650 with opposite
+    #: guidance, on fine-tuned models. (At a timestep equal to it, the public script continues with a schedule of 200
+    #: steps; we do not.)
     timestep: Annotated[int, Field(ge=0, le=1000)] = 500
+    #: Guidance scale until then: 0 is unconditional (the paper), 1 the plain prompt, below 0 opposite guidance (-2 in
+    #: the paper). The scale after it is the model's own.
     before: Scale = 0.0
 
     @override
@@ -61,12 +58,6 @@ class DynamicTransition(Method):
 
     The magnitude is the norm of the noise that the prompt adds, one per image; the public script takes one norm over
     the batch, so that images switch together. A minimum shows one step late: where the magnitude rises after it fell.
-
-    Args:
-        before: Guidance scale until then: 0 is unconditional (the paper), 1 the plain prompt (the public script), below
-            0 opposite guidance (-7.5 in the public script, which first makes a whole pass and takes the minimum of 1
-            minus the cosine between successive latents, or the second one where the first is at step 1, or step 5 where
-            there is none; ours is one pass, by the magnitude).
     """
 
     title = "Dynamic transition point"
@@ -76,6 +67,10 @@ class DynamicTransition(Method):
     citation = cite("jain2025classifier")
     needs = frozenset({"guidance"})
 
+    #: Guidance scale until then: 0 is unconditional (the paper), 1 the plain prompt (the public script), below 0
+    #: opposite guidance (-7.5 in the public script, which first makes a whole pass and takes the minimum of 1 minus the
+    #: cosine between successive latents, or the second one where the first is at step 1, or step 5 where there is none;
+    #: ours is one pass, by the magnitude).
     before: Scale = 0.0
 
     @override

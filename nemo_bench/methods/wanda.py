@@ -38,14 +38,6 @@ class Wanda(Method):
     Stable Diffusion 1.5 by 51 calls of PNDM. The first ten calls are those of the model's own DDIM steps, so their
     timesteps depend on the number of steps. One in a hundred weights is next to nothing in the small layers of the
     embedded model, which takes more.
-
-    Args:
-        file: Prompts to prune for (csv, jsonl, txt or parquet); None takes those of the run that are marked as
-            memorized. The public lists have 10 to 50.
-        ratio: Share of each row of weights that can be pruned.
-        calls: Number of first UNet calls that are compared; all, where there are fewer.
-        agreement: A weight must be chosen in more than this share of them, below 1.
-        seed: All prompts start from the noise of this seed.
     """
 
     title = "Wanda-style pruning"
@@ -57,11 +49,14 @@ class Wanda(Method):
     needs = frozenset({"uncompiled"})
     auditable = True
 
+    #: Prompts to prune for (csv, jsonl, txt or parquet); None takes those of the run that are marked as memorized. The
+    #: public lists have 10 to 50.
     file: str | None = None
-    ratio: Share = 0.01
-    calls: Count = 10
+    ratio: Share = 0.01  #: Share of each row of weights that can be pruned.
+    calls: Count = 10  #: Number of first UNet calls that are compared; all, where there are fewer.
+    #: A weight must be chosen in more than this share of them, below 1.
     agreement: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    seed: Index = 0
+    seed: Index = 0  #: All prompts start from the noise of this seed.
     _pruned: dict[nn.Linear, Tensor] | None = field(default=None, init=False)
 
     @cached_property
