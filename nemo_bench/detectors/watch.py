@@ -20,13 +20,16 @@ from nemo_bench.errors import NotFiniteError
 from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.io import batched
-from nemo_bench.records.schema import Cost
 
 _Image = tuple[int, int]  # An image to sample: its prompt, by position, and its seed index.
 
 
-class _Watcher:
-    """A detector with the values that it observed of each image, and its cost."""
+class Watcher:
+    """A detector with the values that it observed of each image, and its cost, as if it ran alone.
+
+    A derivative of a pass counts as another pass; ``extra_row_passes`` can't be shared with others; ``seconds`` has its
+    own time and its share, by rows, of the steps it observes and of decoding images it needs.
+    """
 
     def __init__(self, detector: Detector, model: Diffusion) -> None:
         self.detector = detector
@@ -87,7 +90,7 @@ class _Watcher:
 
 def watch(
     model: Diffusion, detectors: Mapping[str, Detector], prompts: Sequence[Prompt], batch_size: int = 32
-) -> tuple[dict[str, list[DetectorScore]], dict[str, Cost]]:
+) -> tuple[dict[str, list[DetectorScore]], dict[str, Watcher]]:
     """Samples once, up to the last step that a detector needs, and scores every prompt with every detector.
 
     Starting noise is that of generated images, so these are the images of a run without mitigation. Detectors of the
@@ -101,10 +104,8 @@ def watch(
             derivatives, by :data:`nemo_bench.diffusion.GRADIENT_MEMORY`.
 
     Returns:
-        K scores by detector, in the order of the prompts, without details where one failed; and the cost of each
-        detector for all of them, as if it ran alone. A derivative of a pass counts as another pass;
-        ``extra_row_passes`` can't be shared with others; ``seconds`` has its own time and its share, by rows, of the
-        steps it observes and of decoding images it needs.
+        K scores by detector, in the order of the prompts, without details where one failed; and the watcher of each
+        detector, which has its cost for all of them.
 
     Raises:
         NemoBenchError: A detector or its settings do not suit this model, or it needs guided sampling where the model
@@ -113,7 +114,7 @@ def watch(
     for detector in detectors.values():
         detector.check(type(model.pipeline).__name__, model.guidance, compiled=model.compiled)
         detector.check_model(model)
-    watchers = {name: _Watcher(detector, model) for name, detector in detectors.items()}
+    watchers = {name: Watcher(detector, model) for name, detector in detectors.items()}
     with torch.inference_mode(False), torch.no_grad():
         text = model.encode([prompt.text for prompt in prompts])
         lengths = [len(model.tokens(prompt.text)) for prompt in prompts]
@@ -135,14 +136,10 @@ def watch(
             name: [watcher.score(model, prompt, position) for position, prompt in enumerate(prompts)]
             for name, watcher in watchers.items()
         }
-    costs = {
-        name: Cost(row_passes=w.row_passes, extra_row_passes=w.extra_row_passes, seconds=w.seconds)
-        for name, w in watchers.items()
-    }
-    return scores, costs
+    return scores, watchers
 
 
-def _batches(watchers: Sequence[_Watcher], prompts: int, batch_size: int) -> Iterator[Sequence[_Image]]:
+def _batches(watchers: Sequence[Watcher], prompts: int, batch_size: int) -> Iterator[Sequence[_Image]]:
     """Batches of images; seeds go into one batch where the same passes serve them."""
     seeds = range(max(watcher.detector.seeds for watcher in watchers))
     for _, group in groupby(seeds, partial(_passes, watchers)):
@@ -151,7 +148,7 @@ def _batches(watchers: Sequence[_Watcher], prompts: int, batch_size: int) -> Ite
         yield from batched(images, batch_size)
 
 
-def _passes(watchers: Sequence[_Watcher], seed: int) -> tuple[object, ...]:
+def _passes(watchers: Sequence[Watcher], seed: int) -> tuple[object, ...]:
     """Equal for seeds that the same passes serve."""
     active = [watcher for watcher in watchers if watcher.detector.seeds > seed]
     if not any(watcher.detector.samples for watcher in active):
@@ -161,7 +158,7 @@ def _passes(watchers: Sequence[_Watcher], seed: int) -> tuple[object, ...]:
     return (steps, decodes, *(watcher for watcher in active if watcher.detector.attends))
 
 
-def _sample(watchers: Sequence[_Watcher], batch: Sequence[_Image], start: View, batch_size: int) -> None:
+def _sample(watchers: Sequence[Watcher], batch: Sequence[_Image], start: View, batch_size: int) -> None:
     """Samples a batch as far as its detectors need, and has them observe each step."""
     model = start.model
     of_images = [watcher for watcher in watchers if watcher.detector.images]
@@ -195,7 +192,7 @@ def _sample(watchers: Sequence[_Watcher], batch: Sequence[_Image], start: View, 
             watcher.seconds += seconds * len(rows) / len(batch)
 
 
-def _predict(sampling: Sampling, watchers: Sequence[_Watcher], images: int) -> dict[str, Tensor]:
+def _predict(sampling: Sampling, watchers: Sequence[Watcher], images: int) -> dict[str, Tensor]:
     """Predicts a step, and returns the attention of the layers that detectors need."""
     model = sampling.model
     layers = {layer for watcher in watchers for layer in watcher.detector.layers(model, sampling.number)}
@@ -210,7 +207,7 @@ def _predict(sampling: Sampling, watchers: Sequence[_Watcher], images: int) -> d
     return maps
 
 
-def _observe(watchers: Sequence[_Watcher], batch: Sequence[_Image], view: View, batch_size: int) -> None:
+def _observe(watchers: Sequence[Watcher], batch: Sequence[_Image], view: View, batch_size: int) -> None:
     """Has detectors observe a step, and divides the time of its predictions among them."""
     needed = [watcher.observe(batch, view, batch_size) for watcher in watchers]
     for watcher, rows in zip(watchers, needed, strict=True):

@@ -105,7 +105,7 @@ class AMG(Method):
     def _sscd(self) -> Any:
         from nemo_bench.metrics import SSCD  # takes seconds to import, and pixels need none
 
-        return SSCD(self.sscd)
+        return SSCD(self.sscd or "")
 
     @override
     def setup(self, model: Diffusion, setup: Setup) -> None:
