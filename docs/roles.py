@@ -1,12 +1,15 @@
-"""Turns the cross-references of docstrings (:class:`Neurons`) into links of the site."""
+"""Turns the cross-references of docstrings (:class:`Neurons`) into links, and comments of fields into docstrings."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from runpy import run_path
 from typing import Any
 
-from griffe import Alias, AliasResolutionError, Extension, Module, NameResolutionError, Object
+from griffe import Alias, AliasResolutionError, Class, Extension, Module, NameResolutionError, Object
 
+field_texts = run_path(str(Path(__file__).with_name("fields.py")))["field_texts"]
 ROLE = re.compile(r":(?:class|meth|func|attr|data|mod):`([^`]+)`")
 
 
@@ -19,6 +22,9 @@ class Roles(Extension):
 
 
 def _rewrite(scope: Object, package: Module) -> None:
+    if isinstance(scope, Class) and scope.docstring and (texts := field_texts(scope.source)):
+        listed = "".join(f"\n    {name}: {text}" for name, text in texts.items())
+        scope.docstring.value = f"{scope.docstring.value}\n\nAttributes:{listed}"
     if scope.docstring:
         scope.docstring.value = ROLE.sub(lambda match: _link(match[1], scope, package), scope.docstring.value)
     for member in scope.members.values():
