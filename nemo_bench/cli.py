@@ -409,7 +409,7 @@ def _audit(options: argparse.Namespace) -> None:
 def _references(options: argparse.Namespace) -> None:
     from collections import Counter
 
-    from nemo_bench.config import quoted, shell_word
+    from nemo_bench.config.overrides import quoted, shell_word
     from nemo_bench.prompts import MANIFEST
     from nemo_bench.prompts.download import Limits, fetch
 

@@ -20,10 +20,7 @@ _ASCII = {
 
 
 def prepare_process() -> None:
-    """Sets environment variables that libraries read on import, and makes output safe for any encoding.
-
-    Only for the command line; Python programs that import the package keep their environment and streams.
-    """
+    """Sets environment variables that libraries read on import, and makes output of a command safe for any encoding."""
     # A notebook's kernel passes on its own backend, without which matplotlib, and so torchmetrics, can't be imported.
     os.environ["MPLBACKEND"] = "agg"
     # A parent process may have left the address of a wandb service of another version, or of one that ends before.

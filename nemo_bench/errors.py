@@ -49,6 +49,14 @@ class TrackingError(NemoBenchError):
     """A logger failed; the results themselves are complete."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class; with the next line where the first only names a place."""
+    first, *rest = str(error).strip().split("\n")
+    if first.endswith(":") and rest:
+        return f"{first} {rest[0]}"
+    return first or type(error).__name__
+
+
 def counted(count: int, thing: str) -> str:
     """A number with its noun, in the plural where needed.
 

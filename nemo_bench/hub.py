@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import TypeVar
 
-from nemo_bench.errors import ModelError
+from nemo_bench.errors import ModelError, first_line
 
 # huggingface_hub is imported where it is used: most commands never need it.
 
@@ -24,13 +24,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository of the hub at one commit.
+    """A repository of the hub, named by its id such as ``"user/name"``, at one commit, with the paths of its files.
 
-    Attributes:
-        place: Its id, such as ``"user/name"``.
-        commit: The commit.
-        files: Paths of its files; only of the downloaded ones if ``offline``.
-        offline: Whether the hub was not asked or did not answer.
+    If ``offline``, the hub was not asked or did not answer, and the files are the downloaded ones.
     """
 
     place: str
@@ -45,11 +41,7 @@ class Repository:
         return isinstance(try_to_load_from_cache(self.place, name, revision=self.commit), str)
 
     def get(self, name: str) -> Path:
-        """Downloads a file, named by its path in the repository, unless it is in the cache.
-
-        Raises:
-            ModelError: The file is not available; the message says why.
-        """
+        """Downloads a file, named by its path in the repository, unless it is in the cache."""
         from huggingface_hub import errors, hf_hub_download
 
         try:
@@ -65,15 +57,8 @@ def look(
 ) -> Repository:
     """Looks a model repository up on the hub or, if that is unreachable or unwanted, in the cache.
 
-    Args:
-        place: Its id.
-        revision: Commit, tag or branch; None for the main branch.
-        local_files_only: Never ask the hub.
-        or_downloaded: Whether to fall back to the cache if the hub is unreachable.
-
-    Raises:
-        ModelError: There is no such repository, access is refused, or the hub is unreachable and nothing is in the
-            cache. The message leaves it to the caller to name the repository.
+    With ``local_files_only`` the hub is never asked, without ``or_downloaded`` the cache does not stand in for it. The
+    message of a ModelError leaves it to the caller to name the repository.
     """
     from huggingface_hub import HfApi, constants, errors, is_offline_mode, snapshot_download
 
@@ -102,14 +87,7 @@ def look(
 
 
 def check_data_set(place: str) -> None:
-    """Checks that a data set of the hub is available; unlike its own library, this takes seconds.
-
-    Args:
-        place: Its id.
-
-    Raises:
-        ModelError: There is no such data set, access is refused, or the hub is unreachable.
-    """
+    """Checks that a data set of the hub is available, else raises a ModelError; its own library takes far longer."""
     from huggingface_hub import HfApi, is_offline_mode
 
     if is_offline_mode():
@@ -123,9 +101,7 @@ def check_data_set(place: str) -> None:
 def _ask(place: str, revision: str | None, question: Callable[[], _T]) -> _T:
     """Asks the hub in a thread, since a firewall that swallows packets would delay every address by a time-out.
 
-    Raises:
-        ModelError: The hub refuses.
-        ConnectionError: The hub gives no answer or is busy.
+    That the hub refuses is a ModelError, that it gives no answer or is busy a ConnectionError.
     """
     from huggingface_hub import constants, errors
 
@@ -138,16 +114,13 @@ def _ask(place: str, revision: str | None, question: Callable[[], _T]) -> _T:
             answer.set_exception(error)
 
     Thread(target=run, daemon=True).start()
-    wait([answer], PATIENCE)
     try:
-        if not answer.done():
-            raise TimeoutError(f"none within {PATIENCE:g} s")
-        return answer.result()
+        return answer.result(PATIENCE)
     except Exception as error:  # of whichever client the hub's library uses
         if isinstance(error, errors.HfHubHTTPError) and error.response.status_code not in _BUSY:
             raise ModelError(_refusal(place, revision, error)) from error
-        msg = f"the network is unreachable, {constants.ENDPOINT} gives no answer ({_first_line(error)})"
-        raise ConnectionError(msg) from error
+        why = first_line(error) if answer.done() else f"none within {PATIENCE:g} s"
+        raise ConnectionError(f"the network is unreachable, {constants.ENDPOINT} gives no answer ({why})") from error
 
 
 def _advice() -> str:
@@ -167,9 +140,4 @@ def _refusal(place: str, revision: str | None, error: Exception) -> str:
         return "it can't be found on the hub; if it is private, log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"it has no revision '{revision}'; see {page}/tree/main for those it has"
-    return f"the hub refuses it ({_first_line(error)}); see {page}"
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return f"the hub refuses it ({first_line(error)}); see {page}"

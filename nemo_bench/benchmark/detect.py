@@ -62,7 +62,7 @@ def _cell(config: CellConfig, prompts: list[Prompt]) -> Cell:
     detector.check(source.family.pipeline_class, model.guidance, compiled=model.compiled)
     check_scheduler(source, model, predicts=True)
     if isinstance(detector, NoiseDifference) and (size := source.latent_size):
-        similarity_of(model).check(size, detector.protocol.similarity)
+        similarity_of(model).check(size, detector.noise_protocol.similarity)
     if detector.steps is not None and detector.steps > model.steps:
         msg = f"{detector.title} is to watch {detector.steps} steps, and this model makes model.steps={model.steps}"
         raise ConfigError(f"{msg}; give detector.steps at most that, or null for all")

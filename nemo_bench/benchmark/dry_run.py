@@ -79,7 +79,7 @@ def forecast(configs: Sequence[CellConfig]) -> dict[str, Any]:
 
     Returns:
         ``needs``: the fields of each :class:`Need`. ``families``: by model and method, which settings were chosen for
-        the model's family, the fields of :class:`nemo_bench.config.FamilySettings` and the same as ``text``.
+        the model's family, the fields of :class:`nemo_bench.config.families.FamilySettings` and the same as ``text``.
         ``cells``: those whose files can be read, and before them sources that were not asked for, each with ``pending``
         records by stage; whether it is ``calibrated`` (None where it need not be); ``prompts_without_reference``;
         ``passes``, UNet passes of one sample by :data:`PASSES` (those to calibrate with the first cell that waits for

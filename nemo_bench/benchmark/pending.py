@@ -23,18 +23,18 @@ SCORE_FILES = (f"{ScoreRecord.stage}.done", SCORING_FILE, SETS_FILE)
 """Files of a cell that are written with its scores."""
 
 
-def prompt_tasks(cell: Cell) -> list[PromptTask]:
+def prompt_tasks(cell: Cell) -> list[Task]:
     """All prompts of a cell."""
-    return [PromptTask.from_prompt(prompt) for prompt in cell.prompts]
+    return [Task.of_prompt(prompt) for prompt in cell.prompts]
 
 
-def image_tasks(cell: Cell) -> list[ImageTask]:
+def image_tasks(cell: Cell) -> list[Task]:
     """All images of a cell, prompt by prompt."""
     seeds = range(cell.config.settings.seeds)
-    return [ImageTask.from_prompt(prompt, seed) for prompt in cell.prompts for seed in seeds]
+    return [Task.of_image(prompt, seed) for prompt in cell.prompts for seed in seeds]
 
 
-def scored_tasks(cell: Cell) -> list[PromptTask]:
+def scored_tasks(cell: Cell) -> list[Task]:
     """The prompts of a cell that have images."""
     having = {record.prompt for record in cell.store.records(ImageRecord).values()}
     return [task for task in prompt_tasks(cell) if task.prompt.id in having]

@@ -504,7 +504,7 @@ def check_similarity(size: Sequence[int], model: ModelSettings, method: Method) 
         ConfigError: Latents of this height and width are too small for ``model.similarity``; the message has the values
             that fit.
     """
-    searches = [each.protocol.similarity for each in lineage(method) if each.needs_calibration]
+    searches = [each.noise_protocol.similarity for each in lineage(method) if each.needs_calibration]
     for measure in ("fixed", *searches):
         similarity_of(model).check(size, measure)
 

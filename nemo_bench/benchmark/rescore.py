@@ -12,7 +12,8 @@ from nemo_bench.benchmark.plan import Cell, check_metrics, find_unmitigated, mak
 from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.run import finish, renew_scores, report_damaged
 from nemo_bench.benchmark.runner import Runner, note_start, open_folder
-from nemo_bench.config import CellConfig, about_method, one, rescore
+from nemo_bench.config.composition import CellConfig, one, rescore
+from nemo_bench.config.listing import about_method
 from nemo_bench.errors import ConfigError, StoreError, counted
 from nemo_bench.prompts import check_references
 from nemo_bench.prompts.external import ExternalImage, changed_images, check_images, mapped_images, named_images
@@ -207,7 +208,7 @@ def _of_images(
     found = mapped_images(mapping, folder, prompts) if mapping else named_images(folder, prompts)
     contents = check_images(folder, found, decode=is_main(), progress=progress and is_main())
     settings.method, title, citation = about_method(method, conf)
-    counts = Counter(image.task.prompt.id for image in found)
+    counts = Counter(task.prompt.id for task, _ in found)
     settings.seeds = max(counts.values())
     _report_sizes(contents, len(prompts) - len(counts), say)
     model = config.names["model"] if is_named else OTHER_MODEL
@@ -215,7 +216,7 @@ def _of_images(
     config = CellConfig({"model": model, "method": method, "prompts": listed}, settings)
     digests = {
         "prompts": prompts_digest(prompts),
-        "images": digest(sorted([image.task.id, has.sha256] for image, has in zip(found, contents, strict=True))),
+        "images": digest(sorted([task.id, has.sha256] for (task, _), has in zip(found, contents, strict=True))),
     }
     identity = {"model": {"name": model}, "method": settings.method, **digests}
     citations = {title: citation}
@@ -241,9 +242,9 @@ def _report_sizes(contents: Sequence[ImageFile], without: int, say: Callable[[st
         say(f"images of {len(sizes)} sizes ({shown}): metrics of pixels bring all to the first; they are counted")
 
 
-def _record_images(store: Store, found: Sequence[ExternalImage], contents: Sequence[ImageFile]) -> None:
+def _record_images(store: Store, found: ExternalImages, contents: Sequence[ImageFile]) -> None:
     """Records external images where they are, and what is in them."""
-    ids = [image.task.id for image in found]
+    ids = [task.id for task, _ in found]
     write_json(store.folder / "layers.json", {})
     if store.is_done(ImageRecord) and not store.pending_ids(ImageRecord, ids):
         return

@@ -27,7 +27,6 @@ from nemo_bench.config.overrides import ConfFolder, quoted, read, sweep_words, v
 from nemo_bench.config.schema import (
     LoggerSettings,
     RunSettings,
-    check_value,
     check_values,
     is_within,
     targets_of,
@@ -35,8 +34,8 @@ from nemo_bench.config.schema import (
     typed,
     unknown_key,
 )
-from nemo_bench.config.targets import check_found, check_stored, check_type, first_line, hint_of, resolve
-from nemo_bench.errors import ConfigError, did_you_mean
+from nemo_bench.config.targets import check_found, check_stored, check_value, hint_of, resolve
+from nemo_bench.errors import ConfigError, did_you_mean, first_line
 
 DEFAULT_METHODS = "none,random,nemo,other_prompt,one_edit"
 """Methods that are compared where none is named."""
@@ -47,8 +46,11 @@ SCORING = ("metrics", "weights", "real_images", "batch_size", "workers", "traine
 MOST_CELLS = 10_000
 """Most cells of one command."""
 
-# Without types: Hydra merges files and defaults, and `typed` checks the result.
-ConfigStore.instance().store(name="run_schema", node=asdict(RunSettings()))
+Composed = tuple[dict[str, str], dict[str, Any]]
+"""YAML files of one option per group, merged: option by group, and settings with interpolations unresolved."""
+
+# Without types: Hydra merges files and defaults, and `typed` checks the result. It would refuse a grid of another type.
+ConfigStore.instance().store(name="run_schema", node={**asdict(RunSettings()), "grid": None})
 
 
 @dataclass(frozen=True)
@@ -66,28 +68,9 @@ class CellConfig:
     families: tuple[FamilySettings, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Composed:
-    """YAML files of one option per group, merged.
-
-    Attributes:
-        names: Option by group.
-        content: Settings, interpolations unresolved.
-    """
-
-    names: dict[str, str]
-    content: dict[str, Any]
-
-    def has(self, key: str) -> bool:
-        node: Any = self.content
-        for part in key.split("."):
-            if not isinstance(node, dict) or part not in node:
-                return False
-            node = node[part]
-        return True
-
-
-def grid(overrides: Sequence[str], conf: Path | None = None) -> list[CellConfig]:
+def grid(
+    overrides: Sequence[str], conf: Path | None = None, metrics: Mapping[str, Any] | None = None
+) -> list[CellConfig]:
     """Makes the settings of all cells; comma lists and other sweeps of Hydra's grammar are multiplied out.
 
     Where several methods are compared, a setting ``method.x`` goes to the methods that have it. A control, which
@@ -99,6 +82,7 @@ def grid(overrides: Sequence[str], conf: Path | None = None) -> list[CellConfig]
     Args:
         overrides: ``key=value`` words in Hydra's grammar.
         conf: Folder with more YAML files, in groups like those of the package.
+        metrics: What overrides of metrics change, in place of those of a file.
 
     Returns:
         Settings of each cell, in the order of the product; the method changes fastest.
@@ -106,18 +90,13 @@ def grid(overrides: Sequence[str], conf: Path | None = None) -> list[CellConfig]
     Raises:
         ConfigError: A word can't be read, or a setting is unknown, of the wrong type or out of range.
     """
-    return _grid(overrides, conf, None)
-
-
-def _grid(overrides: Sequence[str], conf: Path | None, metrics: Mapping[str, Any] | None) -> list[CellConfig]:
-    """See :func:`grid`; ``metrics``, if given, are the metrics that overrides change, in place of those of a file."""
     if conf is not None and not conf.is_dir():
         raise ConfigError(f"--conf {conf} is no folder; give one with subfolders such as method/ and model/")
     if "grid" in _keys_of(overrides):
         raise ConfigError("grid belongs into the file of an experiment; give the overrides themselves instead")
 
     @cache
-    def composed(groups: tuple[str, ...]) -> _Composed:
+    def composed(groups: tuple[str, ...]) -> Composed:
         return _compose(groups, conf)
 
     rows: dict[tuple[str, ...], None] = {}
@@ -140,34 +119,17 @@ def _grid(overrides: Sequence[str], conf: Path | None, metrics: Mapping[str, Any
 
 
 def one(overrides: Sequence[str], conf: Path | None, metrics: Mapping[str, Any] | None = None) -> CellConfig:
-    """Makes the settings of a single cell.
-
-    Args:
-        overrides: ``key=value`` words without sweeps.
-        conf: Folder with more YAML files.
-        metrics: Metrics that overrides change, in place of those of a file.
-
-    Raises:
-        ConfigError: See :func:`grid`; also where overrides give several cells.
-    """
-    configs = _grid(overrides, conf, metrics)
+    """Makes the settings of a single cell, of overrides without sweeps; see :func:`grid`."""
+    configs = grid(overrides, conf, metrics)
     if len(configs) > 1:
         raise ConfigError(f"{len(configs)} sets of settings are asked for; images are scored with one value of each")
     return configs[0]
 
 
 def detector_grid(overrides: Sequence[str], conf: Path | None = None) -> list[CellConfig]:
-    """Makes the settings of all detectors, on each model and its prompts; see :func:`grid`.
+    """Makes the settings of each detector, model and prompts; see :func:`grid`.
 
-    Args:
-        overrides: ``key=value`` words, each of :data:`DETECTING`; without a detector, all detectors.
-        conf: Folder with more YAML files, in groups like those of the package.
-
-    Returns:
-        Settings of each detector, model and prompts.
-
-    Raises:
-        ConfigError: See :func:`grid`.
+    Overrides are of :data:`DETECTING`; without a detector among them, all detectors are meant.
     """
     keys = _keys_of(overrides)
     for key in sorted(keys):
@@ -182,19 +144,9 @@ def detector_grid(overrides: Sequence[str], conf: Path | None = None) -> list[Ce
 def rescore(
     overrides: Sequence[str], names: Mapping[str, str], stored: Mapping[str, Any], conf: Path | None
 ) -> CellConfig:
-    """Makes the settings for scoring existing images again.
+    """Makes the settings for scoring images again, from the options and settings that they were made with.
 
-    Args:
-        overrides: ``key=value`` words, each of :data:`SCORING`; they change the stored metrics, or name others.
-        names: Option by group that the images were made with.
-        stored: Settings that the images were made with.
-        conf: The user's folder of YAML files.
-
-    Returns:
-        The stored settings with overrides. The trainer is that of this machine.
-
-    Raises:
-        ConfigError: An override is wrong, or another version wrote the settings.
+    Overrides of :data:`SCORING` change the stored metrics, or name others. The trainer is that of this machine.
     """
     keys = _keys_of(overrides)
     for key in sorted(keys):
@@ -217,11 +169,7 @@ def rescore(
 
 
 def _read_stored(stored: Mapping[str, Any], conf: Path | None) -> RunSettings:
-    """Checks settings of a results folder; no class outside the package and the user's YAML files is imported.
-
-    Raises:
-        ConfigError: Another version wrote them, or they hold something that no run writes.
-    """
+    """Checks settings of a results folder; no class outside the package and the user's YAML files is imported."""
     classes = named_classes(conf)
     for key, value in stored.items():
         if key != "method":  # not built for scoring; an audit checks it
@@ -233,14 +181,7 @@ def _read_stored(stored: Mapping[str, Any], conf: Path | None) -> RunSettings:
 
 
 def logger_settings(overrides: Sequence[str]) -> LoggerSettings:
-    """Makes the settings of the logger group alone.
-
-    Args:
-        overrides: ``logger=...`` and ``logger.key=value`` words; without the first, W&B is the logger.
-
-    Raises:
-        ConfigError: A word is not of the logger group, or wrong.
-    """
+    """Makes the settings of the logger group alone, W&B if none is named."""
     keys = _keys_of(overrides)
     for key in sorted(keys):
         if not is_within(key, ["logger"]):
@@ -284,7 +225,7 @@ def _swept(override: Override) -> list[str]:
     try:
         words = list(itertools.islice(sweep_words(override), MOST_CELLS + 1))
     except Exception as error:  # Hydra raises errors of any kind for endless ranges, empty choices and patterns
-        msg = f"{override.input_line}: can't be multiplied out ({first_line(error) or type(error).__name__})"
+        msg = f"{override.input_line}: can't be multiplied out ({first_line(error)})"
         raise ConfigError(f"{msg}; give the values themselves, separated by commas") from error
     if not words or len(words) > MOST_CELLS:
         count = f"more than {MOST_CELLS:,}" if words else "no"
@@ -293,13 +234,13 @@ def _swept(override: Override) -> list[str]:
 
 
 def _with_experiment(
-    given: list[str], conf: Path | None, composed: Callable[[tuple[str, ...]], _Composed]
+    given: list[str], conf: Path | None, composed: Callable[[tuple[str, ...]], Composed]
 ) -> list[list[str]]:
     """Adds the given words to each line of the experiment's grid, where there is one."""
     groups, _ = _split(given, conf)
     experiment = tuple(word for word in groups if word.startswith("experiment="))
-    lines = composed(experiment).content["grid"] if experiment else []
-    check_value(f"{' '.join(experiment)}: grid", lines, list[str])
+    _, content = composed(experiment) if experiment else ({}, {})
+    lines = check_value(f"{' '.join(experiment)}: grid", content.get("grid", []), list[str])
     # Files given here replace all prompts of the experiment.
     keys = _keys_of(given)
     if "prompts.files" in keys:
@@ -333,7 +274,7 @@ def _split(words: Sequence[str], conf: Path | None) -> tuple[tuple[str, ...], tu
     return tuple(groups), tuple(settings)
 
 
-def _compose(groups: Sequence[str], conf: Path | None) -> _Composed:
+def _compose(groups: Sequence[str], conf: Path | None) -> Composed:
     folders = ",".join(quoted(f"{ConfFolder.scheme()}://{folder.resolve()}") for folder in own_folders(conf))
     try:
         with initialize_config_module("nemo_bench.conf", version_base="1.3"):
@@ -345,29 +286,36 @@ def _compose(groups: Sequence[str], conf: Path | None) -> _Composed:
         raise ConfigError(f"a YAML file can't be read: {' '.join(str(error).split())}") from error
     choices = config.hydra.runtime.choices
     names = {group: str(choices[group]) for group in GROUPS if choices.get(group)}
-    content = OmegaConf.to_container(config)
-    assert isinstance(content, dict)
+    content: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment] # keys are strings
     del content["hydra"]
-    return _Composed(names, content)  # type: ignore[arg-type] # keys are strings
+    if content["grid"] is None:
+        content["grid"] = []
+    return names, content
 
 
-def _placed(settings: Sequence[str], base: _Composed, bases: Sequence[_Composed]) -> tuple[tuple[str, str], ...]:
+def _has(content: Any, key: str) -> bool:
+    name, _, rest = key.partition(".")
+    return isinstance(content, dict) and name in content and (not rest or _has(content[name], rest))
+
+
+def _placed(settings: Sequence[str], base: Composed, bases: Sequence[Composed]) -> tuple[tuple[str, str], ...]:
     """Words for settings, each with its key: of the method, or of its source where only that one has the setting."""
+    names, content = base
     placed = []
     for word in settings:
         (override,) = _parse([word])
         key = str(override.key_or_group)
         group, _, argument = key.partition(".")
-        others = [other for other in bases if other.names.get(group) != base.names.get(group)]
+        others = [other for options_of, other in bases if options_of.get(group) != names.get(group)]
         is_shared = group in ("method", "detector") and others and override.type is OverrideType.CHANGE
-        if is_shared and not base.has(key):
+        if is_shared and not _has(content, key):
             in_source = f"{group}.source.{argument}"
-            if base.has(in_source):
+            if _has(content, in_source):
                 key = in_source
-            elif any(other.has(key) or other.has(in_source) for other in others):
+            elif any(_has(other, key) or _has(other, in_source) for other in others):
                 continue
             else:
-                nodes = [other.content[group] or {} for other in bases]
+                nodes = [other[group] or {} for _, other in bases]
                 known = {name for node in nodes for name in (*node, *(node.get("source") or ()))}
                 hint = did_you_mean(argument, known - {"_target_", "source", FAMILIES})
                 raise ConfigError(f"unknown key '{key}': none of the {group}s that are compared has it. {hint}")
@@ -376,10 +324,12 @@ def _placed(settings: Sequence[str], base: _Composed, bases: Sequence[_Composed]
 
 
 def _cell_config(
-    base: _Composed, settings: Sequence[tuple[str, str]], conf: Path | None, metrics: Mapping[str, Any] | None
+    base: Composed, settings: Sequence[tuple[str, str]], conf: Path | None, metrics: Mapping[str, Any] | None
 ) -> CellConfig:
     """Sets words on top of what Hydra composed, and checks the result but for classes that it names."""
-    content = base.content if metrics is None else {**base.content, "metrics": metrics}
+    names, content = dict(base[0]), base[1]
+    if metrics is not None:
+        content = {**content, "metrics": metrics}
     config = OmegaConf.create(content)
     try:
         for key, word in settings:
@@ -387,7 +337,6 @@ def _cell_config(
         content = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from error
-    names = dict(base.names)
     given = [key for key, _ in settings]
     written = _written_by_experiment(names["experiment"], conf) if "experiment" in names else []
     own = given if "prompts.files" in given else [*given, *written]
@@ -407,16 +356,9 @@ def _cell_config(
 
 
 def _set(config: DictConfig, composed: Mapping[str, Any], key: str, override: Override) -> None:
-    """Sets, adds or deletes one setting.
-
-    Args:
-        config: What is changed.
-        composed: The same before any change, for checks of the key.
-        key: The setting; another one than the override's where a control passes it on.
-        override: The new value.
-    """
+    """Sets, adds or deletes one setting; the key is not the override's where a control passes it on."""
     *parents, last = parts = key.split(".")
-    node: Any = composed
+    node: Any = composed  # before any change, for checks of the key
     target = None
     for depth, part in enumerate(parts):
         if not isinstance(node, Mapping) or (part not in node and not override.is_add()):
@@ -426,7 +368,7 @@ def _set(config: DictConfig, composed: Mapping[str, Any], key: str, override: Ov
     hint = hint_of(target, last) if target else type_of(key)
     value = value_of(override, hint)
     if key != override.key_or_group and "${" not in str(value):
-        check_type(str(override.key_or_group), value, hint)  # while the key as typed is known
+        check_value(str(override.key_or_group), value, hint)  # while the key as typed is known
     if override.is_delete():
         del (OmegaConf.select(config, ".".join(parents)) if parents else config)[last]
     elif override.is_add() and node and not isinstance(value, dict | list):

@@ -45,19 +45,9 @@ def _listed(settings: Mapping[str, Any]) -> str:
 
 
 def settle(node: dict[str, Any], key: str, family: str | None, given: Collection[str]) -> list[FamilySettings]:
-    """Sets the settings of a family in a node and in nodes inside it, except for those that the user gave.
+    """Sets the settings of a model's family in a node and in nodes inside it, except for keys that the user gave.
 
-    Args:
-        node: ``_target_`` and arguments; :data:`FAMILIES` is removed from it.
-        key: Key of the node.
-        family: Family of the model, None for an unknown one.
-        given: Keys that the user set.
-
-    Returns:
-        The chosen settings of each node that has settings by family.
-
-    Raises:
-        ConfigError: Settings by family are not mappings, or name a setting that the node lacks.
+    Removes :data:`FAMILIES` from them, and returns the chosen settings of each node that had it.
     """
     by_family = node.pop(FAMILIES, None)
     found = []

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from nemo_bench.config.targets import targets_in
 from nemo_bench.errors import ConfigError, did_you_mean
 
 GROUPS = ("model", "method", "detector", "prompts", "metrics", "trainer", "logger", "experiment")
@@ -22,11 +23,7 @@ PLUGINS = "nemo_bench.conf"
 
 
 def options(group: str, conf: Path | None = None) -> list[str]:
-    """Options of a group.
-
-    Args:
-        group: One of :data:`LISTED`.
-        conf: The user's folder of YAML files.
+    """Options of one of the groups :data:`LISTED`, those of the user's folder included.
 
     Raises:
         ConfigError: There is no such group.
@@ -42,11 +39,7 @@ def file_of(group: str, name: str, conf: Path | None) -> Path:
 
 
 def read_option(group: str, name: str, conf: Path | None) -> dict[str, Any]:
-    """The content of the YAML file of one of :func:`options`.
-
-    Raises:
-        ConfigError: It can't be read.
-    """
+    """The content of the YAML file of one of :func:`options`."""
     path = file_of(group, name, conf)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -72,26 +65,14 @@ def named_classes(conf: Path | None) -> set[str]:
     found: set[str] = set()
     for path in (path for folder in own_folders(conf) for path in sorted(folder.rglob("*.yaml"))):
         with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # an error where the file is chosen
-            found |= _targets_in(yaml.safe_load(path.read_text(encoding="utf-8")))
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            found.update(target for _, target in targets_in(content))
     return found
-
-
-def _targets_in(node: Any) -> set[str]:
-    found: set[str] = set()
-    if isinstance(node, dict):
-        if isinstance(node.get("_target_"), str):
-            found.add(node["_target_"])
-        node = list(node.values())
-    return found.union(*map(_targets_in, node)) if isinstance(node, list) else found
 
 
 @cache
 def _plugins() -> list[str]:
-    """Packages of YAML files of installed plugins, sorted by the names of the plugins.
-
-    Raises:
-        ConfigError: One can't be imported.
-    """
+    """Packages of YAML files of installed plugins, sorted by the names of the plugins."""
     found = sorted(importlib.metadata.entry_points(group=PLUGINS))
     for entry in found:
         try:

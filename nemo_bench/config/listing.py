@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra.utils import get_object
 
-from nemo_bench.config.about import class_text
 from nemo_bench.config.composition import one
 from nemo_bench.config.groups import LISTED, file_of, options, read_option
 from nemo_bench.config.targets import build
 from nemo_bench.errors import ConfigError, did_you_mean
+from nemo_bench.records.citations import cite
+
+PACKAGE = "nemo_bench"
 
 
 def describe_options(group: str, conf: Path | None = None) -> list[dict[str, str]]:
@@ -25,7 +31,7 @@ def describe_options(group: str, conf: Path | None = None) -> list[dict[str, str
         conf: The user's folder of YAML files.
 
     Returns:
-        Objects with group, name, summary and citation; a metrics file gives one per metric, ``FILE/METRIC``.
+        Group, name, summary and citation of each; a metrics file gives one per metric, ``FILE/METRIC``.
 
     Raises:
         ConfigError: There is no such group.
@@ -49,11 +55,7 @@ def describe_options(group: str, conf: Path | None = None) -> list[dict[str, str
 def overview(conf: Path | None = None) -> list[dict[str, str]]:
     """Describes the options of all groups, for ``nemo-bench ls``, without importing any class of the package.
 
-    Args:
-        conf: The user's folder of YAML files.
-
-    Returns:
-        Objects with group, name and summary; the summary of a metrics file is the names of its metrics.
+    Gives group, name and summary of each; the summary of a metrics file is the names of its metrics.
     """
     entries = []
     for group in LISTED:
@@ -67,18 +69,9 @@ def overview(conf: Path | None = None) -> list[dict[str, str]]:
 
 
 def explain_option(group: str, name: str, conf: Path | None = None) -> str:
-    """Shows everything that can be set of one option.
+    """Shows all that can be set of an option: its YAML file, and the docstring of its class if it names one.
 
-    Args:
-        group: A group, or ``sweeps``.
-        name: One of its options, or a metric.
-        conf: The user's folder of YAML files.
-
-    Returns:
-        Its YAML file and the docstring of its class, if it names one; of a metric the part of each file.
-
-    Raises:
-        ConfigError: There is no such option.
+    A metric is explained by its part of each file.
     """
     choices = options(group, conf)
     if name in choices:
@@ -135,17 +128,51 @@ def _docstring(target: str | None) -> list[str]:
 
 
 def about_method(name: str, conf: Path | None) -> tuple[dict[str, Any], str, str]:
-    """Describes the method of images made by other code.
-
-    Args:
-        name: A method of the group, or any other name.
-        conf: The user's folder of YAML files.
-
-    Returns:
-        Settings that identify it, its title and its citation.
-    """
+    """Settings that identify the method of images made by other code, known here or not, its title and citation."""
     if name not in options("method", conf):
         return {"name": name}, name, ""
     node = one([f"method={name}"], conf).settings.method
     target = get_object(node["_target_"])
     return ({"name": name} if name != "none" else dict(node)), target.title, target.citation
+
+
+def class_text(path: str, name: str) -> str:
+    """A class attribute that is a text, such as ``summary`` of ``nemo_bench.methods.NeMo``.
+
+    It is read from the source of a package of ours, since importing that takes seconds of torch; other classes, and
+    texts that are put together, are imported.
+    """
+    package, _, class_name = path.rpartition(".")
+    text = _text(_classes(package), class_name, name) if package.startswith(f"{PACKAGE}.") else None
+    return getattr(get_object(path), name) if text is None else text
+
+
+def _text(classes: Mapping[str, ast.ClassDef], class_name: str, name: str) -> str | None:
+    """The text that a class, or else the first of its bases, assigns to a name."""
+    if class_name not in classes:
+        return None
+    kind = classes[class_name]
+    own = (_assigned(statement, name) for statement in kind.body)
+    bases = (_text(classes, base.id, name) for base in kind.bases if isinstance(base, ast.Name))
+    return next((text for text in (*own, *bases) if text is not None), None)
+
+
+def _assigned(statement: ast.stmt, name: str) -> str | None:
+    """The text, written out or cited, that a statement assigns to a name."""
+    targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+    if [target.id for target in targets if isinstance(target, ast.Name)] != [name]:
+        return None
+    match statement.value:  # type: ignore[attr-defined]
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.Call(func=ast.Name(id="cite"), args=[ast.Constant(value=str(key))]):
+            return cite(key)
+    return None
+
+
+@cache
+def _classes(package: str) -> dict[str, ast.ClassDef]:
+    """The classes of a package by name."""
+    folder = Path(str(resources.files(PACKAGE))).joinpath(*package.split(".")[1:])
+    statements = (statement for file in folder.glob("*.py") for statement in ast.parse(file.read_text("utf-8")).body)
+    return {statement.name: statement for statement in statements if isinstance(statement, ast.ClassDef)}

@@ -58,10 +58,7 @@ def read(word: str) -> Override:
     """Reads a ``key=value`` word.
 
     Characters outside Hydra's grammar (``~``, ``&``, letters beyond ASCII, ``=`` in a value ...) need no quotes. A
-    value that can't be read at all is taken literally where the setting is text.
-
-    Raises:
-        ConfigError: The word can't be read; the message shows it in quotes.
+    value that can't be read at all is taken literally where the setting is text, else the error shows it in quotes.
     """
     key, separator, value = word.partition("=")
     try:
@@ -133,12 +130,7 @@ def sweep_words(override: Override) -> Iterator[str]:
 
 
 def value_of(override: Override, hint: Any) -> Any:
-    """The value of an override; where the setting is text, as it was typed, whatever it looks like.
-
-    Args:
-        override: An override without a sweep.
-        hint: The type of the setting.
-    """
+    """The value of an override without a sweep; where the setting is text, as it was typed, whatever it looks like."""
     value = override.value()
     is_list = get_origin(hint) is list
     if override.is_delete() or not is_text(get_args(hint)[0] if is_list else hint):
@@ -187,14 +179,10 @@ class ConfFolder(FileConfigSource):  # type: ignore[misc]
         schema = RunSettings if found.header["package"] == "_global_" else type_of(group)
         with open(f"{self.path}/{self._normalize_file_name(config_path)}", encoding="utf-8") as stream:
             loader = get_yaml_loader()(stream)
-            try:
-                node = loader.get_single_node()
-                if node is None:
-                    return found
-                _keep_text(node, schema)
-                found.config = OmegaConf.create(loader.construct_document(node))
-            finally:
-                loader.dispose()
+            node = loader.get_single_node()
+        if node is not None:
+            _keep_text(node, schema)
+            found.config = OmegaConf.create(loader.construct_document(node))
         return found
 
 

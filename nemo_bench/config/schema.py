@@ -5,17 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
-from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
 from omegaconf import MISSING, OmegaConf
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from nemo_bench.config.targets import build, is_text, spell
+from nemo_bench.config.targets import build, check_value, is_text
 from nemo_bench.errors import ConfigError, did_you_mean, shortened
 
 MOST = 2**31 - 1
@@ -60,7 +59,6 @@ class ModelSettings:
         clip: open_clip model for alignment and diversity; weights of OpenAI need one of ``-quickgelu``.
         clip_pretrained: Weights of the open_clip model: tag or file.
         summary: One line for ``nemo-bench ls``.
-        citation: Source.
     """
 
     source: str = MISSING
@@ -101,7 +99,6 @@ class PromptSettings:
         limit: At most this many prompts per file, and per file of ``shared_from``.
         calibration_limit: At most this many general prompts.
         summary: One line for ``nemo-bench ls``.
-        citation: Source.
     """
 
     files: list[str] = MISSING
@@ -124,7 +121,6 @@ class TrainerSettings:
     Attributes:
         accelerator: ``auto``, ``cpu``, ``gpu`` and so on.
         devices: Processes per node; null for the number that torchrun started, or one.
-        num_nodes: Number of nodes.
         strategy: ``auto``, ``ddp`` and so on.
     """
 
@@ -166,10 +162,8 @@ class RunSettings:
     Attributes:
         name: Folder of the run under ``root``.
         root: Folder of all results.
-        model: The model.
         method: ``_target_`` and arguments of the mitigation.
         detector: ``_target_`` and arguments of the detector, for ``nemo-bench detect`` alone.
-        prompts: The prompts.
         metrics: ``_target_`` and arguments of each metric by name.
         weights: Folder of the weights that metrics need, each file under its published name.
         real_images: Folder of real images for FID and other distances between sets of images.
@@ -180,8 +174,6 @@ class RunSettings:
         workers: Processes that read images ahead of scoring.
         summary: One line about an experiment for ``nemo-bench ls``; only in the file of an experiment.
         grid: Cells of an experiment as lines of overrides; only in the file of an experiment.
-        trainer: Lightning's trainer.
-        logger: Experiment tracking.
     """
 
     name: str = "default"
@@ -213,15 +205,9 @@ def rows_at_once(settings: RunSettings) -> int:
 
 
 def typed(content: Mapping[str, Any], schema: type[Settings], prefix: str = "") -> Settings:
-    """Checks plain data against the annotations of a dataclass and of those nested in it.
+    """Checks plain data against the annotations of a dataclass and of those nested in it, whose keys have a prefix.
 
-    Args:
-        content: Values by name; absent ones take their defaults.
-        schema: The dataclass.
-        prefix: Key of the dataclass among all settings, with a dot at its end, for messages.
-
-    Raises:
-        ConfigError: A key is unknown, or a value missing, of the wrong type or out of range.
+    An unknown key, or a value that is missing, of the wrong type or out of range, is a ConfigError.
     """
     hints = get_type_hints(schema, include_extras=True)
     values = dict(content)
@@ -229,7 +215,9 @@ def typed(content: Mapping[str, Any], schema: type[Settings], prefix: str = "") 
         key = f"{prefix}{name}"
         if name not in hints:
             raise unknown_key(key, key.count("."), hints)
-        if isinstance(value, Mapping) and is_dataclass(hints[name]):
+        if is_dataclass(hints[name]):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{key}={value}: expected settings by name")
             values[name] = typed(value, hints[name], f"{key}.")
         elif value != MISSING:
             values[name] = check_value(key, value, hints[name])
@@ -238,35 +226,6 @@ def typed(content: Mapping[str, Any], schema: type[Settings], prefix: str = "") 
         if getattr(settings, name) == MISSING:
             raise ConfigError(f"{prefix}{name} has no default; give {prefix}{name}=VALUE")
     return settings
-
-
-def check_value(key: str, value: Any, hint: Any) -> Any:
-    """A value in its type, whole numbers as float where that is the type.
-
-    Raises:
-        ConfigError: The value is of another type or out of range.
-    """
-    if is_dataclass(hint):
-        raise ConfigError(f"{key}={value}: expected settings by name")
-    try:
-        return _validator(hint).validate_python(value)
-    except ValidationError as error:
-        expected = " or ".join(dict.fromkeys(_expected(e["type"], e["msg"]) for e in error.errors()))
-        literals = [option for option in (hint, *get_args(hint)) if get_origin(option) is Literal]
-        choices = [choice for literal in literals for choice in get_args(literal)]
-        advice = f". {did_you_mean(str(value), choices)}" if choices else ""
-        raise ConfigError(f"{key}={shortened(str(value), 40)}: expected {expected}{advice}") from None
-
-
-@cache
-def _validator(hint: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
-
-
-def _expected(kind: str, message: str) -> str:
-    """The second half of a message of pydantic, in plain words."""
-    types = {"int_type": int, "float_type": float, "bool_type": bool, "string_type": str, "list_type": list}
-    return spell(types[kind]) if kind in types else message.removeprefix("Input should be ")
 
 
 def type_of(key: str, schema: Any = RunSettings) -> Any:
@@ -283,13 +242,7 @@ def is_within(key: str, keys: Iterable[str]) -> bool:
 
 
 def unknown_key(key: str, depth: int, known: Iterable[Any]) -> ConfigError:
-    """The error about a key that has a wrong part.
-
-    Args:
-        key: The key, its parts separated by dots.
-        depth: Index of the wrong part.
-        known: Names that it could have been.
-    """
+    """The error about a key whose part at an index is none of the known names."""
     parts = key.split(".")
     where = f" in '{'.'.join(parts[:depth])}'" if depth else ""
     return ConfigError(
@@ -298,11 +251,7 @@ def unknown_key(key: str, depth: int, known: Iterable[Any]) -> ConfigError:
 
 
 def check_values(settings: RunSettings) -> None:
-    """Checks values against one another, and that method, detector and metrics can be built.
-
-    Raises:
-        ConfigError: Something is wrong.
-    """
+    """Checks values against one another, and that method, detector and metrics can be built."""
     name = settings.name
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name) or not name.strip("."):
         msg = f"name={shortened(name, 40)}: expected letters, digits, '.', '_' and '-' only, at most 200"
@@ -321,11 +270,7 @@ def targets_of(settings: RunSettings) -> dict[str, Any]:
 
 
 def overridden(overrides: Sequence[str], schema: type[Settings]) -> Settings:
-    """A dataclass with some fields overridden.
-
-    Args:
-        overrides: ``key=value`` words.
-        schema: The dataclass, with a default for every field.
+    """A dataclass, with a default for every field, and some of them overridden by ``key=value`` words.
 
     Raises:
         ConfigError: A key is unknown, or a value of the wrong type or out of range.
@@ -341,13 +286,8 @@ def overridden(overrides: Sequence[str], schema: type[Settings]) -> Settings:
         elif is_text(hints[key]) and not (text == "null" and NoneType in get_args(hints[key])):
             values[key] = text
         else:
-            values[key] = _read_value(word)
+            try:
+                (values[key],) = OmegaConf.to_container(OmegaConf.from_dotlist([word])).values()  # type: ignore[union-attr]
+            except yaml.YAMLError as error:
+                raise ConfigError(f"can't read {word}: {' '.join(str(error).split())}") from error
     return typed(values, schema)
-
-
-def _read_value(word: str) -> Any:
-    try:
-        (value,) = OmegaConf.to_container(OmegaConf.from_dotlist([word])).values()  # type: ignore[union-attr]
-    except yaml.YAMLError as error:
-        raise ConfigError(f"can't read {word}: {' '.join(str(error).split())}") from error
-    return value

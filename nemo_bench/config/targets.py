@@ -1,4 +1,4 @@
-"""Objects described by ``_target_`` and arguments: checked, then built."""
+"""Values checked against types, and objects described by ``_target_`` and arguments: checked, then built."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,8 +14,10 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.utils import get_object
+from pydantic import ValidationError
 
-from nemo_bench.errors import ConfigError, did_you_mean
+from nemo_bench.errors import ConfigError, did_you_mean, first_line, shortened
+from nemo_bench.records.ranges import validator
 
 BASES = {
     "method": "nemo_bench.methods.Method",
@@ -24,6 +26,14 @@ BASES = {
 }
 """Base class of the objects of a group, by the first part of their key."""
 _PACKAGE = "nemo_bench"
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list, in brackets",
+}
+"""Plain words for errors of pydantic."""
 
 
 def build(node: Mapping[str, Any], key: str) -> Any:
@@ -48,7 +58,7 @@ def _build(node: Mapping[str, Any], key: str, expected: tuple[type, ...]) -> Any
     arguments = {k: v for k, v in node.items() if k != "_target_"}
     try:
         parameters = inspect.signature(target).parameters
-        hints = get_type_hints(target.__init__)
+        hints = _hints(target)
     except (TypeError, ValueError, NameError) as error:
         raise ConfigError(f"{key}._target_={node['_target_']}: is no class that can be made here ({error})") from error
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -59,7 +69,7 @@ def _build(node: Mapping[str, Any], key: str, expected: tuple[type, ...]) -> Any
             value = arguments[name] = _build(value, f"{key}.{name}", _classes(hints.get(name)))
         elif isinstance(value, str):
             arguments[name] = resolve(value)
-        check_type(f"{key}.{name}", value, hints.get(name, Any))
+        check_value(f"{key}.{name}", value, hints.get(name, Any))
     missing = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments and p.kind not in (2, 4)]
     if missing:
         raise ConfigError(f"{key}: {node['_target_']} also needs {', '.join(missing)}")
@@ -73,9 +83,17 @@ def hint_of(path: str, argument: str) -> Any:
     """The type of an argument of a class, Any where it is unknown; :func:`build` explains the error then."""
     try:
         target = get_object(path)
-        return get_type_hints(target.__init__ if inspect.isclass(target) else target).get(argument, Any)
+        return (_hints(target) if inspect.isclass(target) else get_type_hints(target)).get(argument, Any)
     except Exception:
         return Any
+
+
+def _hints(target: type) -> dict[str, Any]:
+    """Types of the arguments of a class; those of a dataclass may be names in the modules of its bases."""
+    names: dict[str, Any] = {}
+    for kind in reversed(target.__mro__):
+        names |= vars(sys.modules[kind.__module__]) if kind.__module__ in sys.modules else {}
+    return get_type_hints(target.__init__, names)  # type: ignore[misc] # of a class, not of an object
 
 
 def _class_of(node: Mapping[str, Any], key: str, expected: tuple[type, ...]) -> type:
@@ -95,76 +113,75 @@ def _class_of(node: Mapping[str, Any], key: str, expected: tuple[type, ...]) -> 
 
 def _classes(hint: Any) -> tuple[type, ...]:
     """The classes that an annotation allows, object for others."""
-    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    found = [get_origin(option) or option for option in options]
-    return tuple(kind for kind in found if inspect.isclass(kind) and kind not in (type(None), Any)) or (object,)
+    found = [get_origin(option) or option for option in _options(hint)]
+    return tuple(kind for kind in found if inspect.isclass(kind) and kind not in (NoneType, Any)) or (object,)
+
+
+def _walk(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """A node and everything inside it, each with its key."""
+    yield key, node
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            yield from _walk(value, f"{key}.{name}")
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _walk(value, key)
+
+
+def targets_in(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """The classes that a node and all nodes inside it name as ``_target_``, each after the key of its node."""
+    for place, value in _walk(node, key):
+        if isinstance(value, Mapping) and isinstance(value.get("_target_"), str):
+            yield place, value["_target_"]
 
 
 def check_found(node: Any, key: str, conf: Path | None) -> None:
     """Checks that Python finds the modules of all classes that a node names, without importing them.
 
-    Args:
-        node: ``_target_`` and arguments, which may be such nodes themselves.
-        key: Key of the node, for messages.
-        conf: The user's folder of YAML files.
-
-    Raises:
-        ConfigError: A module is missing; the message lists the folders that were searched.
+    The ConfigError of a missing module lists the folders that were searched; the user's ``conf`` is not one.
     """
-    if not isinstance(node, Mapping):
-        return
-    target = node.get("_target_")
-    name = target.partition(".")[0] if isinstance(target, str) else ""
-    if name and name not in sys.modules and not find_spec(name):
+    for place, target in targets_in(node, key):
+        name = target.partition(".")[0]
+        if not name or name in sys.modules or find_spec(name):
+            continue
         near = [Path.cwd(), *([conf.resolve(), conf.resolve().parent] if conf else [])]
         folder = next((str(p) for p in near if (p / f"{name}.py").is_file() or (p / name).is_dir()), None)
         looked = ", ".join(path for path in (path or str(Path.cwd()) for path in sys.path) if Path(path).is_dir())
         found = f"{name} is in {folder}" if folder else f"name the folder that {name}.py is in"
         raise ConfigError(
-            f"{key}._target_={target}: can't be imported; there is no module {name} in the folders that Python looks "
+            f"{place}._target_={target}: can't be imported; there is no module {name} in the folders that Python looks "
             f"in: {looked}. (--conf is for YAML files alone.) {found}: export PYTHONPATH={folder or 'FOLDER'}, or "
             "install its package"
         )
-    for argument, value in node.items():
-        check_found(value, f"{key}.{argument}", conf)
 
 
 def check_stored(node: Any, key: str, known: Collection[str]) -> None:
     """Checks a node of a results folder, which may come from anybody, without importing unknown code.
 
-    Args:
-        node: The node; its classes must be of this package or of ``known``.
-        key: Key of the node, for messages.
-        known: Classes of the user's YAML files; see :func:`nemo_bench.config.groups.named_classes`.
-
-    Raises:
-        ConfigError: The node names another class, or holds an interpolation or another key with a meaning for Hydra.
+    Its classes must be of this package or of ``known``, those of the user's YAML files; an interpolation or another
+    key with a meaning for Hydra is a ConfigError too.
     """
-    if isinstance(node, str) and "${" in node:
-        raise ConfigError(f"{key}={node}: settings of a results folder are resolved, this one was put in; take it out")
-    if isinstance(node, Mapping):
-        for name, value in node.items():
+    for place, value in _walk(node, key):
+        if isinstance(value, str) and "${" in value:
+            msg = f"{place}={value}: settings of a results folder are resolved, this one was put in; take it out"
+            raise ConfigError(msg)
+        if not isinstance(value, Mapping):
+            continue
+        for name in value:
             if name != "_target_" and not re.fullmatch(r"[A-Za-z]\w*", str(name)):
-                raise ConfigError(f"{key}.{name}: no such setting is written to a results folder; take it out")
-            check_stored(value, f"{key}.{name}", known)
-        if "_target_" in node:
-            _check_known(node, key, known)
-    elif isinstance(node, list | tuple):
-        for value in node:
-            check_stored(value, key, known)
+                raise ConfigError(f"{place}.{name}: no such setting is written to a results folder; take it out")
+        if "_target_" in value and str(value["_target_"]) not in known and not _is_ours(value, place):
+            raise ConfigError(
+                f"{place}._target_={value['_target_']}: a results folder names this, and it is no class of {_PACKAGE} "
+                "nor of a YAML file of yours; if you trust it, give --conf DIR with the file that names it"
+            )
 
 
-def _check_known(node: Mapping[str, Any], key: str, known: Collection[str]) -> None:
-    name = str(node["_target_"])
-    if name in known:
-        return
-    first, *parts = name.split(".")
-    is_ours = first == _PACKAGE and not any(part.startswith("_") for part in parts)
-    # Modules of the package also have names that they imported, such as subprocess.Popen.
-    if is_ours and _class_of(node, key, (object,)).__module__.split(".")[0] == _PACKAGE:
-        return
-    msg = f"{key}._target_={name}: a results folder names this, and it is no class of {_PACKAGE} nor of a YAML file of "
-    raise ConfigError(f"{msg}yours; if you trust it, give --conf DIR with the file that names it")
+def _is_ours(node: Mapping[str, Any], key: str) -> bool:
+    """Whether a node names a class of this package, whose modules also have names that they imported."""
+    first, *parts = str(node["_target_"]).split(".")
+    is_public = first == _PACKAGE and not any(part.startswith("_") for part in parts)
+    return is_public and _class_of(node, key, (object,)).__module__.split(".")[0] == _PACKAGE
 
 
 def resolve(path: str) -> str:
@@ -175,46 +192,34 @@ def resolve(path: str) -> str:
     return prefix + str(resources.files(_PACKAGE) / rest)
 
 
-def check_type(key: str, value: Any, hint: Any) -> None:
-    """Raises ConfigError where an argument does not fit its annotation."""
-    if not _fits(value, hint):
-        raise ConfigError(f"{key}={value}: expected {spell(hint)}, given {value!r}")
+def check_value(key: str, value: Any, hint: Any) -> Any:
+    """A value in its type, whole numbers as float where that is the type.
 
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, inner = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if origin is Literal:
-        return value in inner
-    if origin in (Union, UnionType):
-        return any(_fits(value, option) for option in inner)
-    if origin in (list, tuple, Sequence):
-        return isinstance(value, list | tuple) and all(_fits(v, inner[0]) for v in value if inner)
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
-    kind = origin or hint
-    return isinstance(value, kind) if inspect.isclass(kind) else True
+    The ConfigError of a value of another type or out of range names key, value, and choices with the nearest one.
+    """
+    try:
+        return validator(hint).validate_python(value)
+    except ValidationError as error:
+        errors = error.errors()
+    if isinstance(value, list) and any(e["type"] == "tuple_type" for e in errors):  # YAML has no tuples
+        return check_value(key, tuple(value), hint)
+    choices = [str(c) for option in _options(hint) if get_origin(option) is Literal for c in get_args(option)]
+    words = {**_EXPECTED, "literal_error": f"one of {', '.join(choices)}"} if len(choices) > 1 else _EXPECTED
+    expected = [words.get(e["type"]) or e["msg"].removeprefix("Input should be ") for e in errors]
+    inside = " in every place of the list" if any(isinstance(part, int) for e in errors for part in e["loc"]) else ""
+    advice = f". {did_you_mean(str(value), choices)}" if choices else ""
+    given, exact = shortened(str(value), 40), shortened(repr(value), 40)
+    raise ConfigError(f"{key}={given}: expected {' or '.join(dict.fromkeys(expected))}{inside}, given {exact}{advice}")
 
 
 def is_text(hint: Any) -> bool:
     """Whether a type takes text, or text and None, and nothing else."""
-    if get_origin(hint) in (Union, UnionType):
-        options = [option for option in get_args(hint) if option is not NoneType]
-        return bool(options) and all(map(is_text, options))
-    return hint is str or (get_origin(hint) is Literal and all(isinstance(v, str) for v in get_args(hint)))
+    values: list[Any] = []
+    for option in _options(hint):
+        values += get_args(option) if get_origin(option) is Literal else [option]
+    return values != [NoneType] and all(value in (str, NoneType) or isinstance(value, str) for value in values)
 
 
-def spell(hint: Any) -> str:
-    """A type in plain words."""
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, get_args(hint)))
-    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list, in brackets"}
-    return plain.get(hint) or (hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", ""))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error message."""
-    first, *rest = str(error).strip().split("\n")
-    # Hydra may begin with a place, and explain the error in the next line.
-    return f"{first} {rest[0]}" if first.endswith(":") and rest else first
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; of another type that alone."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)

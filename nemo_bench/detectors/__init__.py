@@ -10,13 +10,12 @@ from nemo_bench.detectors.one_step import OneStep
 from nemo_bench.detectors.sharpness import Sharpness
 from nemo_bench.detectors.tiled_l2 import TiledL2
 from nemo_bench.detectors.token_significance import TokenSignificance
-from nemo_bench.detectors.watch import Cost, watch
+from nemo_bench.detectors.watch import watch
 
 __all__ = [
     "Anisotropy",
     "AttentionEntropy",
     "BrightEnding",
-    "Cost",
     "Detector",
     "DetectorScore",
     "LayerEntropy",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import FiniteFloat
@@ -16,32 +17,22 @@ from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.ranges import Count
 
-AngleOf = Literal["noise", "prediction"]
 Sides = Literal["unconditional_difference", "conditional_difference", "unconditional_conditional"]
 
 
+@dataclass(eq=False)
 class Anisotropy(Detector):
     """Weighted sum of the magnitude and of an angle, without sampling (Asthana and Belagiannis 2026).
 
     Both are computed on pure noise, whatever the number of steps: the magnitude at the timestep of the first of 50 DDIM
     steps (981 for Stable Diffusion), the angle at that of the third last (41). The angle is the cosine over channels
-    between two predictions at each position, then the mean over positions. ``norm`` and ``angle`` in the details are
-    their means over images, before they are weighted. For models that predict velocity the magnitude is that of the
-    predicted noise; the public code takes that of the score, larger by less than 1%. Its angle is that of velocities,
-    ``angle_of="prediction"``; that of noise can have the other sign. Its option to divide predictions by their L1 or L2
-    norms first, off by default, is left out.
+    between two predictions, the mean over positions. The details have ``norm`` and ``angle``, means over images, before
+    they are weighted. For models that predict velocity the magnitude is that of the predicted noise; the public code
+    takes that of the score, larger by less than 1%. Its angle is that of velocities, ``angle_of="prediction"``; that of
+    noise can have the other sign. Its option to divide predictions by their norms first, off by default, is left out.
 
     Weights are those of the public code for Stable Diffusion 1.4. The paper fits them on 20 memorized prompts by
     logistic regression and finds 1 and 1 to work as well; its first weight is that of the angle.
-
-    Args:
-        seeds: Images a prompt.
-        norm_weight: Weight of the magnitude.
-        angle_weight: Weight of the angle.
-        angle_between: Which predictions: ``"unconditional_difference"`` as published, unconditional noise and the
-            difference between conditional and unconditional noise; ``"conditional_difference"`` and
-            ``"unconditional_conditional"`` are other modes of the public code.
-        angle_of: ``"noise"``, or ``"prediction"`` for the output of the network, which may be velocity.
     """
 
     title = "Anisotropy"
@@ -49,19 +40,14 @@ class Anisotropy(Detector):
     sourcing = "public code"
     citation = cite("asthana2026detecting")
 
-    def __init__(
-        self,
-        seeds: Count = 1,
-        norm_weight: FiniteFloat = 1.0,
-        angle_weight: FiniteFloat = 2.0,
-        angle_between: Sides = "unconditional_difference",
-        angle_of: AngleOf = "noise",
-    ) -> None:
-        self.seeds = seeds
-        self.norm_weight = norm_weight
-        self.angle_weight = angle_weight
-        self.angle_between = angle_between
-        self.angle_of = angle_of
+    seeds: Count = 1
+    norm_weight: FiniteFloat = 1.0  #: Weight of the magnitude.
+    angle_weight: FiniteFloat = 2.0  #: Weight of the angle.
+    #: Which predictions: ``"unconditional_difference"`` as published, unconditional noise and the difference between
+    #: conditional and unconditional noise; the others are modes of the public code.
+    angle_between: Sides = "unconditional_difference"
+    #: ``"noise"``, or ``"prediction"`` for the output of the network, which may be velocity.
+    angle_of: Literal["noise", "prediction"] = "noise"
 
     @override
     def observe(self, view: View) -> Mapping[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -17,20 +18,13 @@ from nemo_bench.records.data import Prompt
 from nemo_bench.records.ranges import Count, Index
 
 
+@dataclass(eq=False)
 class LayerEntropy(Detector):
     """Entropy of one layer's attention in the first step, LE (Ren et al. 2024; mode E of the public script).
 
     Probabilities of the conditional half are averaged over positions and heads first; the entropy is of that average.
     Memorized prompts draw attention away from the begin token, on which it gathers otherwise. Stable Diffusion 1.x and
     2.x alone: SDXL has no corresponding layer.
-
-    Args:
-        seeds: Images a prompt.
-        layer: Number of the cross-attention layer from 0: six down, one middle, nine up in Stable Diffusion.
-            Published is 3, ``down_blocks[1].attentions[1]``.
-
-    Raises:
-        ModelError: The model, once it is loaded, has no such layer.
     """
 
     title = "Layer entropy (LE)"
@@ -40,9 +34,10 @@ class LayerEntropy(Detector):
     families: ClassVar[frozenset[str]] = frozenset({"StableDiffusionPipeline"})
     attends = True
 
-    def __init__(self, seeds: Count = 1, layer: Index = 3) -> None:
-        self.seeds = seeds
-        self.layer = layer
+    seeds: Count = 1
+    #: Number of the cross-attention layer from 0: six down, one middle, nine up in Stable Diffusion. Published is 3,
+    #: ``down_blocks[1].attentions[1]``.
+    layer: Index = 3
 
     @override
     def check_model(self, model: Diffusion) -> None:
@@ -60,29 +55,25 @@ class LayerEntropy(Detector):
         return {"entropy": entropy_terms(view, self.layers(view.model, view.number)).sum(1)}
 
 
+@dataclass(eq=False)
 class AttentionEntropy(Detector):
     """Entropy of all layers' attention in the last fifth of the steps, AE (Ren et al. 2024; mode D of the script).
 
     The score is ``entropy`` plus ``growth``, both in the details: how much the part of the summary tokens, end token
     and padding, grew since the first step. The paper uses the absolute value of the growth, the public script the
     signed difference, the default here. Stable Diffusion 1.x and 2.x alone: SDXL has another number of summary tokens.
-
-    Args:
-        seeds: Images a prompt.
-        absolute: Whether the second term counts by its absolute value.
     """
 
     title = "Attention entropy (AE)"
     summary = "entropy of all cross-attention in the last fifth of the steps"
     sourcing = LayerEntropy.sourcing
-    citation = LayerEntropy.citation
+    citation = cite("ren2024unveiling")
     families = LayerEntropy.families
     attends = True
     steps = None
 
-    def __init__(self, seeds: Count = 1, absolute: bool = False) -> None:
-        self.seeds = seeds
-        self.absolute = absolute
+    seeds: Count = 1
+    absolute: bool = False  #: Whether the second term counts by its absolute value.
 
     @override
     def layers(self, model: Diffusion, number: int) -> Collection[str]:

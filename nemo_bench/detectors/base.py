@@ -29,54 +29,33 @@ def now(model: Diffusion) -> float:
 
 @dataclass(frozen=True)
 class DetectorScore:
-    """The score of a prompt.
+    """The score of a prompt."""
 
-    Attributes:
-        score: Larger for memorized prompts.
-        details: Values that explain the score, as plain data for the records.
-        picture: An illustration, (3, height, width) in [0, 1], or None.
-        failed: Why the score is not finite, empty where it is.
-    """
-
-    score: float
+    score: float  #: Larger for memorized prompts.
+    #: Values that explain the score, as plain data for the records.
     details: Mapping[str, Any] = field(default_factory=dict)
-    picture: Tensor | None = None
-    failed: str = ""
+    picture: Tensor | None = None  #: An illustration, (3, height, width) in [0, 1], or None.
+    failed: str = ""  #: Why the score is not finite, empty where it is.
 
 
 @dataclass(eq=False, kw_only=True)
 class View:
-    """One step of sampling as a detector sees it, before noise is removed; N rows, one an image.
-
-    Attributes:
-        model: The model.
-        text: Conditioning of N rows.
-        latents: Noisy latents, (N, channels, height, width).
-        timestep: Training timestep, 0 to 999.
-        number: Number of the step, from 0, the noisiest.
-        seeds: Seed index of each row.
-        lengths: Tokens of each row's prompt from begin to end token, without padding.
-        maps: Attention by layer, see :meth:`attention`.
-        noises: ``"conditional"`` and ``"unconditional"`` predictions; those missing are made when they are first read.
-        passes: Rows of the predictions read so far.
-        seconds: Time that predicting took.
-        whole: The view of all rows, whose predictions this one shares, or None.
-        index: Which rows of it these are.
-    """
+    """One step of sampling as a detector sees it, before noise is removed; N rows, one an image."""
 
     model: Diffusion
     text: Conditioning
-    latents: Tensor
-    timestep: int
-    number: int = 0
-    seeds: Sequence[int]
-    lengths: Sequence[int]
-    maps: Mapping[str, Tensor] = field(default_factory=dict)
+    latents: Tensor  #: Noisy latents, (N, channels, height, width).
+    timestep: int  #: Training timestep, 0 to 999.
+    number: int = 0  #: Number of the step, from 0, the noisiest.
+    seeds: Sequence[int]  #: Seed index of each row.
+    lengths: Sequence[int]  #: Tokens of each row's prompt from begin to end token, without padding.
+    maps: Mapping[str, Tensor] = field(default_factory=dict)  #: Attention by layer, see :meth:`attention`.
+    #: ``"conditional"`` and ``"unconditional"`` predictions; those missing are made when they are first read.
     noises: dict[str, Tensor] = field(default_factory=dict)
-    passes: int = 0
-    seconds: float = 0.0
-    whole: View | None = None
-    index: Sequence[int] = ()
+    passes: int = 0  #: Rows of the predictions read so far.
+    seconds: float = 0.0  #: Time that predicting took.
+    whole: View | None = None  #: The view of all rows, whose predictions this one shares, or None.
+    index: Sequence[int] = ()  #: Which rows of it these are.
 
     def rows(self, index: Sequence[int]) -> View:
         """The view of some rows, which shares the predictions of this one."""
@@ -109,11 +88,7 @@ class View:
         return Step(self.number, self.timestep, scale, self.latents, self.unconditional, self.conditional)
 
     def attention(self, layer: str) -> Tensor:
-        """Cross-attention of a layer that the detector needs.
-
-        Returns:
-            Mean over heads, (N, positions, tokens); sums over tokens are 1.
-        """
+        """Cross-attention of a layer, the mean over heads, (N, positions, tokens); sums over tokens are 1."""
         return self.maps[layer] if self.whole is None else self.whole.maps[layer][self.index]
 
     def _noise(self, half: str) -> Tensor:
@@ -134,31 +109,19 @@ class Detector(Checked, ABC):
     """Gives each prompt a score, larger for prompts that the model has memorized.
 
     Constructors raise :class:`ConfigError` where an argument is out of the range in its annotation.
-
-    Attributes:
-        title: Name in tables.
-        summary: One line for ``nemo-bench ls``.
-        citation: BibTeX of the source, empty for one of your own.
-        sourcing: Which parts of the source were available: paper, public code.
-        families: Classes of the pipelines that it supports.
-        images: Whether it needs finished images.
-        attends: Whether it needs cross-attention.
-        derives: Whether it takes derivatives of the UNet, which must then not be compiled; it observes fewer rows at a
-            time.
-        seeds: Images, or starting noises, of a prompt.
-        steps: Steps of sampling that it observes, from the first; None for all.
     """
 
-    title: ClassVar[str]
-    summary: ClassVar[str]
-    citation: ClassVar[str] = ""
-    sourcing: ClassVar[str] = ""
-    families: ClassVar[frozenset[str]] = frozenset(FAMILIES)
-    images: ClassVar[bool] = False
-    attends: ClassVar[bool] = False
+    title: ClassVar[str]  #: Name in tables.
+    summary: ClassVar[str]  #: One line for ``nemo-bench ls``.
+    citation: ClassVar[str] = ""  #: BibTeX of the source, empty for one of your own.
+    sourcing: ClassVar[str] = ""  #: Which parts of the source were available: paper, public code.
+    families: ClassVar[frozenset[str]] = frozenset(FAMILIES)  #: Classes of the pipelines that it supports.
+    images: ClassVar[bool] = False  #: Whether it needs finished images.
+    attends: ClassVar[bool] = False  #: Whether it needs cross-attention.
+    #: Whether it takes derivatives of the UNet, which must then not be compiled; it observes fewer rows at a time.
     derives: ClassVar[bool] = False
-    seeds: int = 1
-    steps: int | None = 1
+    seeds: int = 1  #: Images, or starting noises, of a prompt.
+    steps: int | None = 1  #: Steps of sampling that it observes, from the first; None for all.
 
     @property
     def samples(self) -> bool:
@@ -166,16 +129,7 @@ class Detector(Checked, ABC):
         return self.steps != 1 or self.images or self.attends
 
     def check(self, family: str, guidance: float, *, compiled: bool = False) -> None:
-        """Checks that the detector supports a model, before its weights load.
-
-        Args:
-            family: Class of the pipeline.
-            guidance: Scale of guidance while generating.
-            compiled: Whether the UNet is compiled.
-
-        Raises:
-            ModelError: It does not.
-        """
+        """Raises ModelError, before weights load, where the class of the pipeline, guidance or compiling don't suit."""
         if family not in self.families:
             made_for = ", ".join(sorted(self.families))
             raise ModelError(f"{self.title} is made for {made_for}, given a {family}; leave this detector out for it")
@@ -187,37 +141,20 @@ class Detector(Checked, ABC):
             raise ModelError(f"{msg}; set model.compiled=false, or leave this detector out")
 
     def check_model(self, model: Diffusion) -> None:
-        """Checks that settings suit a loaded model, before any pass.
-
-        Raises:
-            NemoBenchError: They do not.
-        """
+        """Raises NemoBenchError, before any pass, where settings do not suit a loaded model."""
 
     def layers(self, model: Diffusion, number: int) -> Collection[str]:
-        """Cross-attention layers whose attention it needs in a step.
-
-        Args:
-            model: The model; :func:`nemo_bench.diffusion.cross_attentions` has its layers.
-            number: Number of the step, from 0.
-        """
+        """Layers of :func:`nemo_bench.diffusion.cross_attentions` whose attention it needs in a step, from 0."""
         return ()
 
     @abstractmethod
     def observe(self, view: View) -> Mapping[str, Tensor]:
-        """Computes the values of a step that the score needs.
-
-        Returns:
-            By name, each (N, ...).
-        """
+        """Computes the values of a step that the score needs, by name, each (N, ...)."""
 
     def score(self, model: Diffusion, prompt: Prompt, observed: Observed, images: Tensor | None) -> DetectorScore:
-        """Computes the score of a prompt; by default the mean of the observed value over steps and images.
+        """Computes the score of a prompt from results of :meth:`observe`, by default their mean; makes no pass.
 
-        Args:
-            model: The model; no pass is made any more.
-            prompt: The prompt.
-            observed: Results of :meth:`observe`.
-            images: Images in [0, 1], (seeds, 3, height, width), where :attr:`images` is set.
+        Images in [0, 1], (seeds, 3, height, width), are given where :attr:`images` is set.
         """
         (name,) = observed[0]
         return DetectorScore(float(torch.stack([step[name] for step in observed]).mean()))

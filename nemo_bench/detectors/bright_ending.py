@@ -17,8 +17,7 @@ from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.ranges import Count
 
-PICTURED = 4
-"""Images of a prompt that are shown with their masks."""
+PICTURED = 4  # Images of a prompt that are shown with their masks.
 
 
 class BrightEnding(Detector):
@@ -29,13 +28,10 @@ class BrightEnding(Detector):
     score is the norm of the text-conditional noise times the mask, divided by the mean of the mask: the mean over
     images, ``by_step`` in the details, then over steps. The picture has the images above their masks, each scaled from
     its darkest to its brightest. The public code samples a second time with the mask of the first; here differences are
-    kept and masked afterwards.
-
-    Stable Diffusion 1.x and 2.x alone: the first block of SDXL has no attention.
+    kept and masked afterwards. Stable Diffusion 1.x and 2.x alone: the first block of SDXL has no attention.
 
     Args:
-        seeds: Images a prompt. The public code's page takes 16; Jeon et al. (2025) find 4 to do as well, the number of
-            the other detectors.
+        seeds: Images a prompt. The public code's page takes 16; Jeon et al. (2025) find 4 to do as well.
         steps: Steps whose magnitude counts, from the first; None for all, as published. Sampling goes to the end
             for the mask.
     """

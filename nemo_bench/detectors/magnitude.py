@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from nemo_bench.records.data import Prompt
 from nemo_bench.records.ranges import Count
 
 
+@dataclass(eq=False)
 class Magnitude(Detector):
     """L2 norm of the difference between conditional and unconditional noise (Wen et al. 2024, section 3).
 
@@ -22,10 +24,6 @@ class Magnitude(Detector):
     own norm; several public scripts that build on it take one over the whole batch, which grows with the square root of
     its size. For models that predict velocity the difference is between predicted noises, so their scores are not
     comparable with those of noise models.
-
-    Args:
-        seeds: Images a prompt; 4 is published, 1 as well.
-        steps: Steps observed: 1 is the first alone, which needs no sampling; None is all, as in the paper's main table.
     """
 
     title = "Noise magnitude"
@@ -33,9 +31,9 @@ class Magnitude(Detector):
     sourcing = "public code"
     citation = cite("wen2024detecting")
 
-    def __init__(self, seeds: Count = 4, steps: Count | None = None) -> None:
-        self.seeds = seeds
-        self.steps = steps
+    seeds: Count = 4  #: Images a prompt; 4 is published, 1 as well.
+    #: Steps observed: 1 is the first alone, which needs no sampling; None is all, as in the paper's main table.
+    steps: Count | None = None
 
     @override
     def observe(self, view: View) -> Mapping[str, Tensor]:

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
+from nemo_bench import localization
 from nemo_bench.detectors.base import Detector, DetectorScore, Observed, View
 from nemo_bench.diffusion import Diffusion
-from nemo_bench.localization import (
-    PAPER,
-    PROTOCOLS,
-    noise_differences,
-    pair_similarities,
-    pair_values,
-    scaled_difference,
-)
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 
 
+@dataclass(eq=False)
 class NoiseDifference(Detector):
     """SSIM between the noise differences of all pairs of seeds (Hintersdorf et al. 2024, section 3.1).
 
@@ -32,12 +27,6 @@ class NoiseDifference(Detector):
     run uses others. The public scripts predict at the second of the 50 timesteps, from one batch of noise for all
     prompts and, on a GPU, under float16 autocast; they compare velocities without conversion, and all pairs of a prompt
     with one data range.
-
-    Args:
-        seeds: Starting noises a prompt, at least 2.
-        pairs: ``"mean"`` over pairs, the memorization score, or ``"max"``, the gate of NeMo's localization.
-        protocol: ``"paper"``, or ``"reference"`` for step, noise, precision and similarity of the public scripts; see
-            :class:`nemo_bench.localization.Protocol`.
     """
 
     title = "Noise difference"
@@ -45,32 +34,35 @@ class NoiseDifference(Detector):
     sourcing = "paper and public code"
     citation = cite("hintersdorf2024nemo")
 
-    def __init__(
-        self,
-        seeds: Annotated[int, Field(ge=2)] = 10,
-        pairs: Literal["mean", "max"] = "mean",
-        protocol: Literal["paper", "reference"] = "paper",
-    ) -> None:
-        self.seeds = seeds
-        self.pairs = pairs
-        self.protocol = PROTOCOLS[protocol]
+    seeds: Annotated[int, Field(ge=2)] = 10
+    #: ``"mean"`` over pairs, the memorization score, or ``"max"``, the gate of NeMo's localization.
+    pairs: Literal["mean", "max"] = "mean"
+    #: ``"paper"``, or ``"reference"`` for step, noise, precision and similarity of the public scripts; see
+    #: :class:`nemo_bench.localization.Protocol`.
+    protocol: Literal["paper", "reference"] = "paper"
+
+    @property
+    def noise_protocol(self) -> localization.Protocol:
+        """How it takes noise differences."""
+        return localization.PROTOCOLS[self.protocol]
 
     @override
     def check_model(self, model: Diffusion) -> None:
-        model.similarity.check(model.latent_shape[1:], self.protocol.similarity)
+        model.similarity.check(model.latent_shape[1:], self.noise_protocol.similarity)
 
     @override
     def observe(self, view: View) -> Mapping[str, Tensor]:
-        model, protocol = view.model, self.protocol
-        if protocol == PAPER and model.timestep() == view.timestep:
-            return {"difference": scaled_difference(view.conditional, view.latents)}
+        model, protocol = view.model, self.noise_protocol
+        if self.protocol == "paper" and model.timestep() == view.timestep:
+            return {"difference": localization.scaled_difference(view.conditional, view.latents)}
         latents = view.latents
         if protocol.shared_noise:
             # One draw for all seeds, which all prompts share.
             latents = protocol.latents(model, range(self.seeds))[view.seeds]
-        return {"difference": noise_differences(model, view.text, latents, protocol)}
+        return {"difference": localization.noise_differences(model, view.text, latents, protocol)}
 
     @override
     def score(self, model: Diffusion, prompt: Prompt, observed: Observed, images: Tensor | None) -> DetectorScore:
-        pairs = pair_values(pair_similarities(observed[0]["difference"], model.similarity, self.protocol.similarity))
+        differences, kind = observed[0]["difference"], self.noise_protocol.similarity
+        pairs = localization.pair_values(localization.pair_similarities(differences, model.similarity, kind))
         return DetectorScore(float(pairs.mean() if self.pairs == "mean" else pairs.max()))

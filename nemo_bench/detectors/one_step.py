@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from pydantic import FiniteFloat
 from torch import Tensor
@@ -13,6 +14,7 @@ from nemo_bench.records.citations import cite
 from nemo_bench.records.ranges import Count
 
 
+@dataclass(eq=False)
 class OneStep(Detector):
     """Mean squared distance between the initial noise and the latent after one step to the end (Webster 2023).
 
@@ -20,10 +22,6 @@ class OneStep(Detector):
     noise level to 0 at once. Heun's correction vanishes where the next level is 0, so the resulting latent is the
     guided estimate of the clean one, and the distance is the mean square of the guided noise times the noise level,
     in units where the noise level is the factor of the noise (14.6 for Stable Diffusion).
-
-    Args:
-        seeds: Images a prompt.
-        guidance: Scale of guidance; the public code uses its pipeline's 7.5.
     """
 
     title = "One-step attack"
@@ -31,9 +29,8 @@ class OneStep(Detector):
     sourcing = "public code"
     citation = cite("webster2023reproducible")
 
-    def __init__(self, seeds: Count = 1, guidance: FiniteFloat = 7.5) -> None:
-        self.seeds = seeds
-        self.guidance = guidance
+    seeds: Count = 1
+    guidance: FiniteFloat = 7.5  #: Scale of guidance; the public code uses its pipeline's 7.5.
 
     @override
     def observe(self, view: View) -> Mapping[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.func import jvp
@@ -15,23 +16,16 @@ from nemo_bench.records.citations import cite
 from nemo_bench.records.ranges import Count, Positive
 
 
+@dataclass(eq=False)
 class Sharpness(Detector):
     """Norm of the score difference's Jacobian times the score difference (Jeon et al. 2025, section 4).
 
     With s the score of the prompt minus that of the empty prompt, -(conditional - unconditional noise) / sigma, it is
-    the norm of s's derivative in the direction of s itself, by forward-mode differentiation, the mean over images and
-    steps. The paper squares the norm, the public code does not; the default here is not to. For models that predict
-    velocity s is that of the predicted noise; the public code's has another sign and one more factor 1 / sigma, 1.00 in
-    the first step. The public code uses the same noise for every prompt; here each has its own.
-
-    Derivatives are computed in the number format of the model; use float32 where half precision is too coarse.
-
-    Args:
-        seeds: Images a prompt; 1 and 4 are published.
-        steps: Steps observed, from the first, None for all; published is 1, which needs no sampling.
-        squared: Whether norms are squared before they are averaged, as in the paper's formula.
-        eta: Length of the step of a finite difference in place of the derivative, in latent units; None for the
-            derivative. Our addition, for kernels without forward mode.
+    the norm of s's derivative in the direction of s itself, by forward-mode differentiation in the number format of the
+    model, the mean over images and steps (published: 1 or 4 images, the first step). The paper squares the norm, the
+    public code does not; nor does the default here. For models that predict velocity s is that of the predicted noise;
+    the public code's has another sign and one more factor 1 / sigma, 1.00 in the first step. The public code uses the
+    same noise for every prompt; here each has its own.
     """
 
     title = "Sharpness"
@@ -40,13 +34,12 @@ class Sharpness(Detector):
     citation = cite("jeon2025understanding")
     derives = True
 
-    def __init__(
-        self, seeds: Count = 4, steps: Count | None = 1, squared: bool = False, eta: Positive | None = None
-    ) -> None:
-        self.seeds = seeds
-        self.steps = steps
-        self.squared = squared
-        self.eta = eta
+    seeds: Count = 4
+    steps: Count | None = 1
+    squared: bool = False  #: Whether norms are squared before they are averaged, as in the paper's formula.
+    #: Length of the step of a finite difference in place of the derivative, in latent units; None for the derivative.
+    #: Our addition, for kernels without forward mode.
+    eta: Positive | None = None
 
     @override
     def observe(self, view: View) -> Mapping[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Annotated
 
@@ -20,19 +21,13 @@ from nemo_bench.records.data import Prompt
 from nemo_bench.records.ranges import Count
 
 
+@dataclass(eq=False)
 class TiledL2(Detector):
     """Negative tiled distance between the images of a prompt (Carlini et al. 2023; as a detector Jeon et al. 2025).
 
     The distance of two images is that of the two tiles in the same place that differ most, root mean squared over
     pixels in [0, 1], so that images with the same flat background are not alike. The score is the mean over all pairs.
     Carlini et al. draw 500 images a prompt and look for cliques; Jeon et al. use it this way with 4 and 16.
-
-    Args:
-        seeds: Images a prompt, at least 2.
-        tiles: Tiles along a side; 4 of 128 pixels are published, for images of 512.
-
-    Raises:
-        ConfigError: Tiles do not divide the images of the model, once it is loaded.
     """
 
     title = "Tiled L2"
@@ -42,9 +37,9 @@ class TiledL2(Detector):
     images = True
     steps = None
 
-    def __init__(self, seeds: Annotated[int, Field(ge=2)] = 4, tiles: Count = 4) -> None:
-        self.seeds = seeds
-        self.tiles = tiles
+    seeds: Annotated[int, Field(ge=2)] = 4
+    #: Tiles along a side, which must divide the images; 4 of 128 pixels are published, for images of 512.
+    tiles: Count = 4
 
     @override
     def check_model(self, model: Diffusion) -> None:

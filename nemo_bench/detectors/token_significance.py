@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from nemo_bench.records.data import Prompt
 from nemo_bench.records.ranges import Count
 
 
+@dataclass(eq=False)
 class TokenSignificance(Detector):
     """Norm of the magnitude's gradient by the embedding of each token (Wen et al. 2024, section 4).
 
@@ -27,10 +28,6 @@ class TokenSignificance(Detector):
     and one embedding that its images share, so gradients add up before their norm is taken. It also mixes up the
     halves of the batch. For a single image the gradient is the same but for a factor; its sampling between the steps is
     not, since it is guided away from the prompt. Here sampling is that of every other detector.
-
-    Args:
-        seeds: Images a prompt.
-        steps: Steps observed, None for all, as published.
     """
 
     title = "Token significance"
@@ -39,9 +36,8 @@ class TokenSignificance(Detector):
     citation = cite("wen2024detecting")
     derives = True
 
-    def __init__(self, seeds: Count = 4, steps: Count | None = None) -> None:
-        self.seeds = seeds
-        self.steps = steps
+    seeds: Count = 4
+    steps: Count | None = None
 
     @override
     def observe(self, view: View) -> Mapping[str, Tensor]:

@@ -52,12 +52,7 @@ def _edited_scores(
 def cross_attentions(unet: nn.Module, blocks: str | tuple[str, ...] = "") -> dict[str, Any]:
     """The cross-attention layers of a UNet by module path, in network order: down, middle, up.
 
-    Args:
-        unet: A diffusers UNet.
-        blocks: Prefix of the module paths, such as ``"down_blocks.0."``, or several.
-
-    Raises:
-        ModelError: There is no such layer.
+    ``blocks`` are beginnings of module paths, such as ``"down_blocks.0."``; ModelError if there is no such layer.
     """
     layers = [(n, m) for n, m in unet.named_modules() if n.endswith("attn2") and n.startswith(blocks)]
     if not layers:
@@ -70,30 +65,18 @@ def cross_attentions(unet: nn.Module, blocks: str | tuple[str, ...] = "") -> dic
 
 
 def value_layers(unet: nn.Module, layers: Layers = "down+mid") -> dict[str, nn.Module]:
-    """The cross-attention value projections of a UNet by module path, in network order.
-
-    Raises:
-        ModelError: There is none.
-    """
+    """The cross-attention value projections of a UNet by module path, in network order."""
     blocks = "" if layers == "all" else ("down_blocks.", "mid_block.")
     return {f"{name}.to_v": layer.to_v for name, layer in cross_attentions(unet, blocks).items()}
 
 
 def conditional_attention(logits: Tensor, images: int) -> Tensor:
-    """Attention of the pixels of N images to the tokens of their prompts, (N, queries, tokens), the mean over heads.
-
-    Raises:
-        ModelError: The logits have neither N rows nor, under guidance, 2 N.
-    """
+    """Attention of the pixels of N images to the tokens of their prompts, (N, queries, tokens), the mean over heads."""
     return logits[conditional_rows(len(logits), images)].softmax(-1).mean(1)
 
 
 def conditional_rows(rows: int, images: int) -> slice:
-    """The conditional rows of a UNet pass: all or, under guidance, the second half.
-
-    Raises:
-        ModelError: The pass has neither one row an image nor two.
-    """
+    """The conditional rows of a UNet pass: all or, under guidance, the second half; ModelError for other numbers."""
     if rows not in (images, 2 * images):
         raise ModelError(f"a UNet pass of {rows} rows is none of {images} images, with guidance or without")
     return slice(rows - images, rows)
@@ -101,12 +84,9 @@ def conditional_rows(rows: int, images: int) -> slice:
 
 @contextmanager
 def projected_once(layers: Iterable[nn.Module], text: Tensor, cache: dict[nn.Module, Tensor]) -> Iterator[None]:
-    """Reuses keys and values of a text from earlier passes inside the context.
+    """Reuses outputs of the projections ``to_k`` and ``to_v`` of a text inside the context; adds missing ones.
 
-    Args:
-        layers: Projections ``to_k`` and ``to_v`` of cross-attention.
-        text: The tensor that they project, by identity; other text is projected in every pass.
-        cache: Outputs by layer; missing ones are added.
+    The text is known by identity; another one is projected in every pass.
     """
 
     def project(layer: nn.Module, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:

@@ -25,18 +25,13 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA that is not loaded yet.
+    """A LoRA that is not loaded yet."""
 
-    Attributes:
-        path: ``.safetensors`` file, folder with one, hub id such as ``user/name``, or a file in a repository such as
-            ``user/name/style.safetensors``.
-        scale: Factor on the change of the weights; 1 as trained.
-        local_files_only: Use downloaded files only.
-    """
-
+    #: ``.safetensors`` file, folder with one, hub id such as ``user/name``, or a file in a repository such as
+    #: ``user/name/style.safetensors``.
     path: str
-    scale: float = 1.0
-    local_files_only: bool = False
+    scale: float = 1.0  #: Factor on the change of the weights; 1 as trained.
+    local_files_only: bool = False  #: Use downloaded files only.
 
     @cached_property
     def _location(self) -> tuple[Repository | None, str]:

@@ -19,8 +19,7 @@ class NeuronMasks:
     is not compiled again for other neurons.
 
     Args:
-        layers: Value projections by module path, in network order.
-        network: The network that contains them.
+        layers: Value projections of the network by module path, in network order.
 
     Attributes:
         widths: Number of neurons by layer, in network order.
@@ -50,8 +49,7 @@ class NeuronMasks:
             rows = len(factors)
             if rows > 1 and len(output) != rows:
                 if len(output) % rows:
-                    msg = f"{rows} neuron sets can't be shared out over a batch of {len(output)} rows"
-                    raise ModelError(msg)
+                    raise ModelError(f"{rows} neuron sets can't be shared out over a batch of {len(output)} rows")
                 # Guidance stacks whole batches: all unconditional rows, then all conditional ones.
                 factors = factors.repeat(len(output) // rows, 1)
             return output * factors[:, None].to(output.dtype)
@@ -64,15 +62,11 @@ class NeuronMasks:
             if name not in self.widths:
                 raise ModelError(f"no value layer '{name}' in this model. {did_you_mean(name, self.widths)}")
             if ids[0] < 0 or ids[-1] >= self.widths[name]:
-                msg = f"layer '{name}' has neurons 0 to {self.widths[name] - 1}, given {ids[0]} to {ids[-1]}"
-                raise ModelError(msg)
+                last = self.widths[name] - 1
+                raise ModelError(f"layer '{name}' has neurons 0 to {last}, given {ids[0]} to {ids[-1]}")
 
     def factors(self, rows: Sequence[Neurons], factor: float = 0.0) -> dict[str, Tensor]:
-        """Factors by layer, (rows, neurons): ``factor`` for the blocked neurons of each row, 1 for others.
-
-        Raises:
-            ModelError: A layer or index does not exist.
-        """
+        """Factors by layer, (rows, neurons): ``factor`` for the blocked neurons of each row, 1 for others."""
         numbers = {neurons: number for number, neurons in enumerate(dict.fromkeys(rows))}
         for neurons in numbers:
             self.check(neurons)
@@ -89,12 +83,8 @@ class NeuronMasks:
     def scale(self, factors: Mapping[str, Tensor], replayed: Collection[str] = ()) -> Iterator[None]:
         """Multiplies every neuron by its own factor inside the context; gradients reach the factors.
 
-        Args:
-            factors: By layer (rows, neurons), on the layer's device; a batch k times as long repeats the rows.
-            replayed: Layers whose output a :class:`Prefix` replays, so that their hooks do not fire.
-
-        Raises:
-            ModelError: Blocks are nested, or a hook did not fire in a pass.
+        Factors are (rows, neurons) by layer, on the layer's device; a batch k times as long repeats the rows. Raises
+        ModelError if blocks are nested, or a hook of a layer that no :class:`Prefix` replays did not fire in a pass.
         """
         if self._blocking:
             raise ModelError("neurons are blocked already; close the first block before opening another")

@@ -97,15 +97,9 @@ class Diffusion(nn.Module):
 
     @classmethod
     def load(cls, source: Source | str, dtype: str = "float32", **options: Any) -> Diffusion:
-        """Loads a model on the CPU.
+        """Loads a model on the CPU, in float32, float16 or bfloat16, with arguments of :class:`Diffusion`.
 
-        Args:
-            source: A source, or its path: a folder with a ``model_index.json``, or a hub id.
-            dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
-            options: Arguments of :class:`Diffusion`.
-
-        Raises:
-            ModelError: The source can't be loaded.
+        A source can be given by its path. Raises ModelError if it can't be loaded.
         """
         return cls((Source(source) if isinstance(source, str) else source).load(dtype), **options)
 
@@ -200,19 +194,12 @@ class Diffusion(nn.Module):
         return float(self.scheduler.alphas_cumprod[timestep])
 
     def predict_noise(self, latents: Tensor, timestep: int, text: Conditioning) -> Tensor:
-        """Predicts noise in one UNet pass, whether the network predicts noise or velocity.
+        """Predicts noise, float32, shaped as the latents, in one UNet pass.
 
-        Args:
-            latents: Noisy latents, (N, channels, height, width).
-            timestep: Training timestep, 0 to 999.
-            text: Conditioning of N rows.
+        For v-prediction it is sqrt(abar) v + sqrt(1 - abar) x (Salimans and Ho 2022).
 
-        Returns:
-            Predicted noise in float32, shaped as the latents. For v-prediction it is
-            sqrt(abar) v + sqrt(1 - abar) x (Salimans and Ho 2022).
-
-        Raises:
-            ModelError: The scheduler's prediction type is neither epsilon nor v_prediction.
+        Latents are noisy, (N, channels, height, width), the conditioning has N rows, and the timestep is one of
+        training, 0 to 999.
         """
         return self.noise(self.predict_output(latents, timestep, text), timestep, latents)
 
@@ -277,19 +264,10 @@ class Diffusion(nn.Module):
         return bool(kind == "v_prediction")
 
     def training_losses(self, clean: Tensor, timesteps: Tensor, noise: Tensor, text: Conditioning) -> Tensor:
-        """The training loss: mean squared error of the predicted noise or velocity.
+        """The training loss of N rows, float32, (N,), with gradients: mean squared error of noise or velocity.
 
-        Args:
-            clean: Latents of images, float32, (N, channels, height, width); see :meth:`encode_images`.
-            timesteps: Training timesteps, (N,), 0 to :attr:`training_timesteps` - 1.
-            noise: Standard normal noise, float32, shaped as the latents.
-            text: Conditioning of N rows.
-
-        Returns:
-            Loss of each row, float32, (N,), with gradients.
-
-        Raises:
-            ModelError: The scheduler's prediction type is neither epsilon nor v_prediction.
+        Clean latents (see :meth:`encode_images`) and standard normal noise are float32, (N, channels, height, width),
+        timesteps are (N,), 0 to :attr:`training_timesteps` - 1.
         """
         scheduler = self.scheduler
         noisy = scheduler.add_noise(clean, noise, timesteps).to(self.dtype)
@@ -303,7 +281,7 @@ class Diffusion(nn.Module):
         unconditional: Conditioning | None = None,
         rule: Rule | None = None,
     ) -> Tensor:
-        """Generates one image for each row.
+        """Generates one image for each row, float32 in [0, 1], (N, 3, height, width); all nan for a failed image.
 
         Args:
             text: Conditioning of N rows, or one prompt for all of them.
@@ -311,9 +289,6 @@ class Diffusion(nn.Module):
             unconditional: Conditioning of N rows that guidance leads away from; None for :meth:`unconditional`.
             rule: Gives the noise that each step removes, in place of guidance. Images for which it gives the noise
                 under guidance are exactly those generated without it.
-
-        Returns:
-            Images in [0, 1], float32, (N, 3, height, width); all nan for a failed image, see :meth:`generate_checked`.
 
         Raises:
             ModelError: There is a rule, and the model generates without guidance.
@@ -373,12 +348,10 @@ class Diffusion(nn.Module):
     def block(
         self, neurons: Neurons | Sequence[Neurons], factor: float = 0.0, replayed: Collection[str] = ()
     ) -> AbstractContextManager[None]:
-        """Multiplies value neurons by one factor inside a context.
+        """Multiplies value neurons by a factor inside a context; 0 switches them off (Hintersdorf et al. 2024).
 
-        Args:
-            neurons: One set for all rows, or one for each row of a batch; a batch k times as long repeats them.
-            factor: The factor; 0 switches neurons off (Hintersdorf et al. 2024, section 3).
-            replayed: Value layers whose output a :class:`Prefix` replays, so that their hooks do not fire.
+        A set of neurons is for all rows, or each row has its own; a batch k times as long repeats them. Hooks of layers
+        whose output a :class:`Prefix` replays do not fire.
 
         Raises:
             ModelError: A layer or index does not exist, blocks are nested, or a hook did not fire in a pass.
@@ -387,15 +360,11 @@ class Diffusion(nn.Module):
         return self.masks.scale(self.masks.factors(rows, factor), replayed)
 
     def edit_attention(self, edit: Edit, blocks: str | tuple[str, ...] = "") -> AbstractContextManager[None]:
-        """Edits the logits of cross-attention inside a context.
+        """Edits the logits of cross-attention inside a context, in layers by the beginning of their module path.
 
-        Args:
-            edit: Called in every UNet pass, once a layer, with all rows of the pass; see
-                :func:`nemo_bench.diffusion.attention.conditional_rows`.
-            blocks: Prefix of the module paths of the layers, such as ``"down_blocks.0."``, or several.
-
-        Raises:
-            ModelError: There is no such layer, or the UNet is compiled.
+        The edit is called in every UNet pass, once a layer, with all rows of the pass; see
+        :func:`nemo_bench.diffusion.attention.conditional_rows`. Raises ModelError if there is no such layer, or the
+        UNet is compiled.
         """
         if self.compiled:
             raise ModelError("model.compiled=True: a method that edits attention needs model.compiled=false")
@@ -411,11 +380,7 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()
     def export(self, folder: Path | str, neurons: Neurons, factor: float = 0.0) -> None:
-        """Saves a plain diffusers folder in whose weights the rows (and biases) of neurons are multiplied by a factor.
-
-        Raises:
-            ModelError: A layer or index does not exist.
-        """
+        """Saves a plain diffusers folder; in its weights rows (and biases) of neurons are multiplied by a factor."""
         self.masks.check(neurons)
         originals: list[tuple[nn.Parameter, Tensor]] = []
         try:

@@ -37,15 +37,12 @@ def unit(values: Tensor) -> Tensor:
 
 
 def end_attention(maps: Sequence[Tensor], lengths: Sequence[int], size: tuple[int, int]) -> Tensor:
-    """The Bright Ending mask: attention to the end token, the mean over layers (Chen et al. 2025).
+    """The Bright Ending mask, (N, height, width): attention to the end token, the mean over layers (Chen et al. 2025).
 
     Args:
         maps: Attention probabilities of each layer, the mean over heads, (N, pixels, tokens); see :data:`FIRST_BLOCK`.
         lengths: Number of tokens of each of N prompts, from begin to end token without padding.
         size: Height and width of the latents.
-
-    Returns:
-        Soft mask, (N, height, width).
     """
     attention = torch.stack([*maps]).mean(0)
     ends = torch.tensor(lengths, device=attention.device) - 1
@@ -77,10 +74,7 @@ def score_difference(noise: Tensor, signal: float) -> Tensor:
 def tiled_distance(one: Tensor, other: Tensor, tiles: int) -> Tensor:
     """Largest root mean squared difference of corresponding tiles, (N,) in [0, 1] (Carlini et al. 2023, section 4.2).
 
-    Args:
-        one: Images in [0, 1], (N, channels, height, width).
-        other: Images of the same shape.
-        tiles: Tiles along a side; where they do not divide it, they overlap by a pixel.
+    Images are in [0, 1], (N, channels, height, width). Where tiles do not divide a side, they overlap by a pixel.
     """
     squares = (one - other).square().mean(1)
     return adaptive_avg_pool2d(squares, tiles).amax((1, 2)).sqrt()

@@ -16,11 +16,8 @@ class Prefix:
 
     The computation before a value layer stays the same as long as only its neurons and those of later layers change.
     Parts are the input convolution and the resnets, attentions and samplers of the blocks. Parts before the one with
-    the layer are replayed, the rest is computed.
-
-    Args:
-        unet: A diffusers UNet, not compiled.
-        layers: Value layers at which passes will start.
+    the layer are replayed, the rest is computed. ``layers`` are those at which passes will start. A compiled UNet has
+    no parts.
     """
 
     def __init__(self, unet: nn.Module, layers: Iterable[str]) -> None:
@@ -60,12 +57,7 @@ class Prefix:
 
     @contextmanager
     def replaying(self, layer: str, rows: Sequence[int]) -> Iterator[None]:
-        """Replays the computation before a layer inside the context.
-
-        Args:
-            layer: Module path of a value layer.
-            rows: The recorded row of each row of the passes.
-        """
+        """Replays the computation before a value layer inside the context, with the recorded row of each row."""
         index = torch.tensor(rows)
         names = self._before(layer)
         for name in names:

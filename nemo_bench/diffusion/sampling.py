@@ -20,23 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """The predictions of one step of guided sampling.
+    """The predictions of one step of guided sampling."""
 
-    Attributes:
-        number: Number of the step; 0 is the noisiest.
-        timestep: Training timestep, 0 to 999.
-        scale: Guidance scale of the model.
-        latents: Noisy latents of N images, (N, channels, height, width).
-        unconditional: Noise predicted for the empty prompt, float32, shaped as the latents.
-        conditional: Noise predicted for the prompt, float32, shaped as the latents.
-    """
-
-    number: int
-    timestep: int
-    scale: float
-    latents: Tensor
-    unconditional: Tensor
-    conditional: Tensor
+    number: int  #: 0 is the noisiest.
+    timestep: int  #: Training timestep, 0 to 999.
+    scale: float  #: Guidance scale of the model.
+    latents: Tensor  #: Noisy latents of N images, (N, channels, height, width).
+    unconditional: Tensor  #: Noise predicted for the empty prompt, float32, shaped as the latents.
+    conditional: Tensor  #: Noise predicted for the prompt, float32, shaped as the latents.
 
     @property
     def difference(self) -> Tensor:
@@ -65,15 +56,10 @@ def guided_from(timestep: float, before: float) -> Rule:
 
 
 class Generated(NamedTuple):
-    """Generated images.
+    """Generated images."""
 
-    Attributes:
-        images: In [0, 1], float32, (N, 3, height, width); all nan for a failed image.
-        failed: For each image the reason why it failed, or None.
-    """
-
-    images: Tensor
-    failed: tuple[str | None, ...]
+    images: Tensor  #: In [0, 1], float32, (N, 3, height, width); all nan for a failed image.
+    failed: tuple[str | None, ...]  #: For each image the reason why it failed, or None.
 
 
 class Sampling:
@@ -82,7 +68,6 @@ class Sampling:
     Without a rule the images equal those of the diffusers pipeline, bit for bit in float32.
 
     Args:
-        model: The model.
         text: Conditioning of N rows.
         latents: Starting noise, (N, channels, height, width).
         unconditional: Conditioning of N rows that guidance leads away from; None for that of the model.
@@ -144,11 +129,9 @@ class Sampling:
 
     @torch.no_grad()
     def advance(self, noise: Tensor | None = None) -> None:
-        """Removes the noise of the current step.
+        """Removes the noise of the current step: that of a rule, or None for that under the model's guidance.
 
-        Args:
-            noise: Noise that a rule gives, shaped as the latents; None for the noise under the model's guidance. Images
-                for which both are equal are stepped by the network's own output, since conversion rounds.
+        Images for which both are equal are stepped by the network's own output, since conversion rounds.
         """
         output = self._predicted()
         if self._is_guided:
@@ -171,11 +154,7 @@ class Sampling:
 
     @torch.no_grad()
     def run(self, rule: Rule | None = None) -> Generated:
-        """Samples all steps, by a rule in place of guidance if there is one.
-
-        Raises:
-            ModelError: There is a rule, and the model samples without guidance.
-        """
+        """Samples all steps, by a rule in place of guidance if there is one; ModelError without guidance."""
         for _ in range(self.model.steps):
             self.predict()
             self.advance(rule(self.step) if rule else None)

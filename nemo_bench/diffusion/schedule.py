@@ -21,12 +21,7 @@ _DDIM = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "ti
 
 
 def ddim(shipped: Mapping[str, Any]) -> DDIMScheduler:
-    """The DDIM scheduler of a model.
-
-    Args:
-        shipped: Configuration of the shipped scheduler, of any class: its noise schedule, prediction type and spacing
-            of timesteps are taken over.
-    """
+    """The DDIM scheduler of a model, with noise schedule, prediction type and spacing of its shipped scheduler."""
     from diffusers import DDIMScheduler
 
     unset = {*shipped.get("_use_default_values", ()), "_use_default_values"}
@@ -37,7 +32,7 @@ def check_schedule(shipped: Mapping[str, Any], steps: int, *, predicts: bool, wh
     """Checks that DDIM can sample under a noise schedule with finite latents in every step.
 
     Args:
-        shipped: Configuration of the shipped scheduler.
+        shipped: Configuration of the shipped scheduler, of any class.
         steps: DDIM steps of a generation.
         predicts: Whether predicted noise is needed besides images; a velocity gives none where latents are pure noise.
         where: Where the model is, for the message.

@@ -21,14 +21,11 @@ MEASURES: tuple[Measure, ...] = get_args(Measure)
 class Similarity:
     """Window and scales of the similarity; small latents need other settings than Stable Diffusion's.
 
-    Attributes:
-        sigma: Standard deviation of the Gaussian window, in latent pixels.
-        betas: Weights of the scales of MS-SSIM, or empty for single-scale SSIM. The published settings are sigma 1.5
-            (a window of 11) and betas (0.33, 0.33, 0.33) (Hintersdorf et al. 2024, appendix).
+    The published ones are the default (a window of 11; Hintersdorf et al. 2024, appendix).
     """
 
-    sigma: float = 1.5
-    betas: tuple[float, ...] = (0.33, 0.33, 0.33)
+    sigma: float = 1.5  #: Standard deviation of the Gaussian window, in latent pixels.
+    betas: tuple[float, ...] = (0.33, 0.33, 0.33)  #: Weights of the scales of MS-SSIM, or empty for single-scale SSIM.
 
     @property
     def kernel(self) -> int:
@@ -47,23 +44,13 @@ class Similarity:
         return not self.betas or (side >= 2**scales and side // max(1, scales - 1) ** 2 >= self.kernel)
 
     def check(self, size: Sequence[int], measure: Measure = "fixed") -> None:
-        """Checks that latents are large enough.
-
-        Args:
-            size: Height and width of a latent.
-            measure: Variant of the similarity.
-
-        Raises:
-            ConfigError: They are too small; the message names settings that fit.
-        """
+        """Raises ConfigError if latents of a height and width are too small; the message names settings that fit."""
         side = min(size)
         if self.fits(side, measure):
             return
         if self.kernel == 1:
-            msg = (
-                f"model.similarity.sigma={self.sigma:g}: a window of one pixel compares nothing; expected 0.15 or more"
-            )
-            raise ConfigError(msg)
+            sigma = f"model.similarity.sigma={self.sigma:g}"
+            raise ConfigError(f"{sigma}: a window of one pixel compares nothing; expected 0.15 or more")
         fewer = [replace(self, betas=self.betas[:scales]) for scales in reversed(range(len(self.betas)))]
         narrower = [replace(self, sigma=tenths / 10) for tenths in range(int(self.sigma * 10), 0, -1)]
         values = [f"betas={list(each.betas)}" for each in fewer if each.fits(side, measure)][:1]

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nemo_bench.diffusion.digests import file_digest, folder_digest
-from nemo_bench.diffusion.families import Family, family_of
+from nemo_bench.diffusion.families import StableDiffusion, family_of
 from nemo_bench.diffusion.lora import Lora, holds_lora, looks_like_lora
 from nemo_bench.errors import ModelError
 from nemo_bench.records.io import digest, parse_json
@@ -36,28 +36,22 @@ _UNET = "unet/config.json"
 class Source:
     """A pipeline that is not loaded yet.
 
-    Attributes:
-        path: Folder with a ``model_index.json``, hub id, or ``.safetensors`` file in the layout of the original
-            checkpoints.
-        revision: Commit, tag or branch of the hub id, ``path`` or ``config``.
-        config: Folder or hub id with settings and tokenizers for a single file, which holds weights alone: it does not
-            even say whether a Stable Diffusion 2.x predicts noise or velocity.
-        local_files_only: Use downloaded files only.
-        variant: Variant of the weights, such as ``fp16`` for files named ``*.fp16.safetensors``; None takes the files
-            without a variant or, if there are none, the only variant.
-        lora: LoRA that is added to the weights, or None.
-
     Raises:
         ModelError: The path is none of the three, or a single file has no ``config``; from properties and methods: the
             pipeline can't be found, or its class is not supported.
     """
 
+    #: Folder with a ``model_index.json``, hub id, or ``.safetensors`` file in the layout of the original checkpoints.
     path: str
-    revision: str | None = None
+    revision: str | None = None  #: Commit, tag or branch of the hub id, ``path`` or ``config``.
+    #: Folder or hub id with settings and tokenizers for a single file, which holds weights alone: it does not even say
+    #: whether a Stable Diffusion 2.x predicts noise or velocity.
     config: str | None = None
-    local_files_only: bool = False
+    local_files_only: bool = False  #: Use downloaded files only.
+    #: Variant of the weights, such as ``fp16`` for files named ``*.fp16.safetensors``; None takes the files without a
+    #: variant or, if there are none, the only variant.
     variant: str | None = None
-    lora: Lora | None = None
+    lora: Lora | None = None  #: LoRA that is added to the weights.
 
     def __post_init__(self) -> None:
         path = Path(self.path)
@@ -135,11 +129,7 @@ class Source:
         return frozenset(p.relative_to(folder).as_posix() for p in folder.rglob("*"))
 
     def check(self) -> None:
-        """Checks that all files that loading needs are present, without reading weights.
-
-        Raises:
-            NemoBenchError: Files are missing or have an unsupported format; the message says what to do.
-        """
+        """Raises NemoBenchError if files that loading needs are missing or unsupported; weights are not read."""
         if missing := sorted(self._needed - self._files):
             listed = ", ".join(missing[:6]) + (", ..." if len(missing) > 6 else "")
             where = ", where there is a connection" if self._repository and self._repository.offline else ""
@@ -229,7 +219,7 @@ class Source:
         return sorted({f"{index.rpartition('/')[0]}/{name}" for name in weights.values()})
 
     @property
-    def family(self) -> Family:
+    def family(self) -> StableDiffusion:
         """The family of the pipeline; for a hub id this may download ``model_index.json``."""
         return family_of(str(self._index.get("_class_name")))
 
@@ -262,11 +252,7 @@ class Source:
         return digest([own, variant, self.lora.digest() if self.lora else None]) if variant or self.lora else own
 
     def load(self, dtype: str = "float32") -> Any:
-        """Loads the diffusers pipeline on the CPU in float32, float16 or bfloat16.
-
-        Raises:
-            ModelError: Files are missing or broken, or weights do not fit.
-        """
+        """Loads the diffusers pipeline on the CPU in float32, float16 or bfloat16; ModelError if that can't be done."""
         self.check()
         import diffusers
         from diffusers.loaders.single_file_utils import SingleFileComponentError

@@ -16,7 +16,7 @@ from nemo_bench.localization.calibration import (
     thresholds,
     write_statistics,
 )
-from nemo_bench.localization.nemo import LAST_K, NemoSettings, localize
+from nemo_bench.localization.nemo import LAST_K, NemoSettings, Threshold, localize
 from nemo_bench.localization.noise_differences import (
     noise_differences,
     pair_similarities,
@@ -36,6 +36,7 @@ __all__ = [
     "Calibration",
     "NemoSettings",
     "Protocol",
+    "Threshold",
     "Velocity",
     "activation_moments",
     "activation_statistics",

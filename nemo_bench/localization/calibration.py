@@ -5,9 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -24,7 +22,7 @@ from nemo_bench.localization.noise_differences import noise_differences, pair_si
 from nemo_bench.localization.protocol import PAPER, SEEDS, Protocol
 from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.data import Prompt
-from nemo_bench.records.io import parse_json
+from nemo_bench.records.io import batched, parse_json, replacing
 
 Statistics = tuple[list[Tensor], list[Tensor]]
 """Means and standard deviations, one float32 tensor (neurons,) a value layer in network order, as published."""
@@ -34,28 +32,17 @@ ENCODED = 64
 
 @dataclass(frozen=True)
 class Calibration:
-    """Activation statistics and memorization threshold of a model.
+    """Activation statistics and memorization threshold of a model."""
 
-    Attributes:
-        mean: Mean activation of every neuron over general prompts, by layer in network order.
-        std: Unbiased standard deviation of the activation, likewise.
-        threshold: Similarity of noise differences above which a prompt counts as memorized.
-        prompts: Number of general prompts that were measured; 0 for given statistics and threshold.
-        maxima: The threshold from the most similar pair of seeds of each prompt, None if not measured.
-    """
-
-    mean: dict[str, Tensor]
-    std: dict[str, Tensor]
-    threshold: float
-    prompts: int = 0
+    mean: dict[str, Tensor]  #: Mean activation of every neuron over general prompts, by layer in network order.
+    std: dict[str, Tensor]  #: Unbiased standard deviation of the activation, likewise.
+    threshold: float  #: Similarity of noise differences above which a prompt counts as memorized.
+    prompts: int = 0  #: Number of general prompts that were measured; 0 for given statistics and threshold.
+    #: The threshold from the most similar pair of seeds of each prompt, None if not measured.
     maxima: float | None = None
 
     def gate(self, threshold: float, kind: str) -> float:
-        """Threshold on the most similar pair of seeds of a prompt; see :attr:`NemoSettings.gate` for ``kind``.
-
-        Raises:
-            ConfigError: No threshold from maxima was measured.
-        """
+        """Threshold on the most similar pair of seeds of a prompt; see :attr:`NemoSettings.gate` for ``kind``."""
         if kind == "pairs":
             return threshold
         if self.maxima is None:
@@ -73,12 +60,7 @@ class Calibration:
     ) -> Calibration:
         """Measures statistics and threshold in memory; ``nemo-bench calibrate`` stores them.
 
-        Args:
-            model: The model, nothing blocked.
-            prompts: General prompts, at least 2; more make outliers and threshold steadier.
-            seeds: Seeds a prompt, at least 2.
-            protocol: Protocol of the noise differences.
-            batch_size: Largest number of rows in a UNet pass.
+        It takes two general prompts and two seeds of each at least; more prompts make outliers and threshold steadier.
 
         Raises:
             ConfigError: There are too few prompts or seeds.
@@ -88,9 +70,8 @@ class Calibration:
             msg = f"a calibration needs 2 general prompts and 2 seeds at least, given {len(prompts)} and {seeds}"
             raise ConfigError(msg)
         texts = [prompt.text for prompt in prompts]
-        mean, std = activation_statistics(model, [texts[i : i + ENCODED] for i in range(0, len(texts), ENCODED)])
-        together = max(1, batch_size // seeds)
-        parts = (prompts[i : i + together] for i in range(0, len(prompts), together))
+        mean, std = activation_statistics(model, batched(texts, ENCODED))
+        parts = batched(prompts, max(1, batch_size // seeds))
         pairs = [values for part in parts for values in pair_scores(model, part, seeds, protocol, batch_size)]
         usable = [values for values in pairs if all(map(math.isfinite, values))]
         if 2 * len(usable) < len(pairs):
@@ -100,20 +81,15 @@ class Calibration:
 
     @classmethod
     def published(cls, path: Path, model: Diffusion, threshold: float) -> Calibration:
-        """Published statistics of a model with a threshold, such as 0.428 for Stable Diffusion 1.4.
+        """Statistics in a file of the published form with a threshold, such as 0.428 for Stable Diffusion 1.4.
 
-        Raises:
-            ModelError: The file holds no statistics, or those of other layers than the model's.
+        Raises ModelError if they are none, or of other layers than the model's.
         """
         return cls(*name_layers(read_statistics(path), model.masks.widths), threshold)
 
 
 def read_statistics(path: Path) -> Statistics:
-    """Reads activation statistics in the published form (Hintersdorf et al. 2024), on the CPU.
-
-    Raises:
-        ModelError: The file is missing or holds something else.
-    """
+    """Reads activation statistics in the published form (Hintersdorf et al. 2024), on the CPU; ModelError if none."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         mean, std = ([values.float() for values in side] for side in content)
@@ -145,23 +121,14 @@ def write_statistics(path: Path, statistics: Statistics) -> None:
     """Writes activation statistics in the published form; equal statistics give equal bytes."""
     buffer = io.BytesIO()  # torch.save writes the name of a file into it
     torch.save(statistics, buffer)
-    with _renamed_to(path) as part:
+    with replacing(path) as part:
         part.write_bytes(buffer.getvalue())
-
-
-@contextmanager
-def _renamed_to(path: Path) -> Iterator[Path]:
-    """A temporary name, renamed when the file is complete, so that readers never see half of it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    yield part
-    part.replace(path)
 
 
 def name_layers(statistics: Statistics, widths: Mapping[str, int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Means and standard deviations by layer name; ``widths`` are the value layers of the model in network order.
 
-    Raises:
-        ModelError: Number or widths of the layers differ.
+    Raises ModelError if number or widths of the layers differ.
     """
     given, expected = [len(values) for values in statistics[0]], [*widths.values()]
     if given != expected:
@@ -175,13 +142,10 @@ def name_layers(statistics: Statistics, widths: Mapping[str, int]) -> tuple[dict
 
 
 def activations(model: Diffusion, text: Conditioning) -> dict[str, Tensor]:
-    """Activation of every value neuron: mean over tokens of the absolute output of the value projection.
+    """Activations of value neurons by layer in network order, float32, at least 0, (N, neurons).
 
-    Cross-attention values depend on the text embedding alone, so no UNet pass is needed
-    (Hintersdorf et al. 2024, section 3.2).
-
-    Returns:
-        By layer, in network order, float32 activations, at least 0, (N, neurons).
+    They are means over tokens of absolute outputs of the value projections. These depend on the text embedding alone,
+    so no UNet pass is needed (Hintersdorf et al. 2024, section 3.2).
     """
     with torch.no_grad():
         return {name: layer(text.text).float().abs().mean(1) for name, layer in model.value_layers.items()}
@@ -191,11 +155,6 @@ def activations(model: Diffusion, text: Conditioning) -> dict[str, Tensor]:
 class Moments:
     """Streamed mean and variance in float64 (Chan, Golub and LeVeque 1983).
 
-    Attributes:
-        count: Number of rows.
-        mean: Mean of the rows, (neurons,).
-        squares: Sum of squared deviations from the mean, (neurons,).
-
     Example:
         >>> moments = Moments()
         >>> moments.add(torch.tensor([[1.0], [3.0]]))
@@ -203,8 +162,9 @@ class Moments:
         (tensor([2.], dtype=torch.float64), tensor([1.4142], dtype=torch.float64))
     """
 
-    count: int = 0
-    mean: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    count: int = 0  #: Number of rows.
+    mean: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  #: Of the rows, (neurons,).
+    #: Sum of squared deviations from the mean, (neurons,).
     squares: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
     def add(self, values: Tensor) -> None:
@@ -252,10 +212,9 @@ def activation_statistics(
 
 def save_moments(path: Path, moments: Mapping[str, Moments]) -> None:
     """Writes moments by layer as safetensors."""
-    tensors = {f"mean/{name}": m.mean for name, m in moments.items()}
-    tensors |= {f"squares/{name}": m.squares for name, m in moments.items()}
+    tensors = {f"{part}/{name}": getattr(m, part) for part in ("mean", "squares") for name, m in moments.items()}
     counts = json.dumps({name: m.count for name, m in moments.items()})
-    with _renamed_to(path) as part:
+    with replacing(path) as part:
         save_file(tensors, part, metadata={"counts": counts})
 
 
@@ -275,8 +234,7 @@ def load_moments(path: Path) -> dict[str, Moments]:
 def merge_statistics(files: Iterable[Path]) -> Statistics | None:
     """Merges files of moments of disjoint prompts in the given order, so that equal files give equal bits.
 
-    Returns:
-        The statistics, or None if fewer than two prompts have finite activations.
+    There are no statistics if fewer than two prompts have finite activations.
     """
     merged: dict[str, Moments] = {}
     for file in files:
@@ -290,14 +248,7 @@ def merge_statistics(files: Iterable[Path]) -> Statistics | None:
 def pair_scores(
     model: Diffusion, prompts: Sequence[Prompt], seeds: int, protocol: Protocol = PAPER, batch_size: int = 32
 ) -> list[list[float]]:
-    """Similarities of the noise differences of all pairs of seeds, by prompt.
-
-    Args:
-        model: The model, nothing blocked.
-        prompts: General prompts; they share batches.
-        seeds: Seeds S a prompt.
-        protocol: Protocol of the noise differences.
-        batch_size: Largest number of rows in a UNet pass.
+    """Similarities of the noise differences of all pairs of S seeds of general prompts, which share batches.
 
     Returns:
         For each prompt S (S - 1) / 2 similarities in [-1, 1]; not all finite if its noise differences are not.
@@ -305,9 +256,9 @@ def pair_scores(
     text = model.encode([prompt.text for prompt in prompts])
     rows = [row for row in range(len(prompts)) for _ in range(seeds)]
     latents = torch.cat([protocol.latents(model, seeds_of(p, "localize", range(seeds))) for p in prompts])
-    batches = [slice(i, i + batch_size) for i in range(0, len(rows), batch_size)]
+    parts = zip(batched(rows, batch_size), latents.split(batch_size), strict=True)
     differences = torch.cat(
-        [noise_differences(model, text.rows(rows[b]), latents[b], protocol, calibrating=True) for b in batches]
+        [noise_differences(model, text.rows(part), noise, protocol, calibrating=True) for part, noise in parts]
     )
     matrices = (pair_similarities(own, model.similarity, protocol.similarity) for own in differences.split(seeds))
     return [pair_values(matrix).tolist() for matrix in matrices]
@@ -316,19 +267,15 @@ def pair_scores(
 def threshold(pair_scores: Iterable[float]) -> float:
     """The memorization threshold: mean plus one standard deviation of similarities over general prompts.
 
-    Args:
-        pair_scores: Similarities of the noise differences of all pairs of seeds of all prompts, at least two; or the
-            largest of each prompt, for a threshold from maxima.
+    They are those of all pairs of seeds of all prompts, at least two; or, for a threshold from maxima, the largest of
+    each prompt.
     """
     values = torch.tensor(list(pair_scores), dtype=torch.float64)
     return float(values.mean() + values.std())
 
 
 def thresholds(pair_scores: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """The memorization threshold from all pairs and from maxima.
-
-    Args:
-        pair_scores: Similarities of the noise differences of all pairs of seeds, by prompt; at least two prompts.
+    """The memorization threshold from all pairs and from maxima, of at least two prompts.
 
     Returns:
         ``threshold``; ``mean`` and ``std`` of the similarities; number of ``prompts``; ``passed_gate``, the number of

@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
-from typing import Literal, TypeVar
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, Prefix
@@ -27,6 +28,8 @@ from nemo_bench.localization.calibration import Calibration, activations
 from nemo_bench.localization.noise_differences import noise_differences, pair_similarities, pair_values, similarity
 from nemo_bench.localization.protocol import PAPER, Protocol
 from nemo_bench.records.data import Localization, Neurons
+from nemo_bench.records.io import batched
+from nemo_bench.records.ranges import NotNegative, Positive
 
 Neuron = tuple[str, int]
 Candidates = list[Neuron]
@@ -42,57 +45,50 @@ HALF_ROUNDING = 1e-3
 """The same in half precision."""
 LAST_K = 1280
 """The selection ends before this number of most active neurons of a layer is tested."""
-_T = TypeVar("_T")
+Threshold = Annotated[float, Field(ge=-1, le=1)]
+"""A threshold of a similarity, -1 to 1."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class NemoSettings:
-    """Settings of the published algorithm and of its sensitivity studies; see also :class:`nemo_bench.methods.NeMo`.
+    """Settings of the published algorithm and of its sensitivity studies; see also :class:`nemo_bench.methods.NeMo`."""
 
-    Attributes:
-        theta: First outlier threshold, in standard deviations; it falls by ``theta_step`` per round.
-        theta_min: End of the search; never tested itself.
-        outliers: Whether outliers are candidates; otherwise the search ends with k alone, before 1280.
-        refine_threshold: Threshold of the refinement, or None for that of the selection. If the selection is exhausted,
-            the similarity that it reached is the threshold in any case.
-        relative: Refine by relative change instead: a neuron is dropped if the similarity of every seed stays within
-            this part of the similarity with all candidates blocked.
-        refinement: ``"sequential"``, as published, or ``"bisect"``: drops many neurons at a time and then checks that
-            all seeds stay changed and that no further neuron can be dropped.
-        gate: Threshold on the most similar pair of seeds of a prompt: ``"pairs"``, as published, the memorization
-            threshold, which is calibrated from all pairs; or ``"maxima"``, calibrated from the most similar pair of
-            each general prompt, which far fewer general prompts pass.
-        when_exhausted: Blocked neurons if the selection is exhausted before all seeds have changed: ``"block"``, as
-            published, the refinement of the last candidates; or ``"nothing"``.
-        gate_threshold: Similarity of two seeds above which they are kept, or None for that of ``gate``.
-    """
-
-    theta: float = 5.0
-    theta_step: float = 0.25
-    theta_min: float = 1.0
-    factor: float = 0.0
-    threshold: float | None = None
-    outliers: bool = True
-    top_k: bool = True
-    refine_threshold: float | None = None
-    relative: float | None = None
+    theta: Positive = 5.0  #: First outlier threshold, in standard deviations; it falls by ``theta_step`` per round.
+    theta_step: Positive = 0.25
+    theta_min: NotNegative = 1.0  #: End of the search; never tested itself.
+    factor: float = field(default=0.0, kw_only=True)  #: Multiplies the outputs of blocked neurons; 0 switches them off.
+    threshold: Threshold | None = None  #: Memorization threshold; None takes the calibrated one (published: 0.428).
+    outliers: bool = True  #: Whether outliers are candidates; otherwise the search ends with k alone, before 1280.
+    top_k: bool = True  #: Whether the most active neurons of each layer are candidates.
+    #: Threshold of the refinement, or None for that of the selection. If the selection is exhausted, the similarity
+    #: that it reached is the threshold in any case.
+    refine_threshold: Threshold | None = None
+    #: Refine by relative change instead: a neuron is dropped if the similarity of every seed stays within this part of
+    #: the similarity with all candidates blocked.
+    relative: Positive | None = None
+    #: ``"sequential"``, as published, or ``"bisect"``: drops many neurons at a time and then checks that all seeds stay
+    #: changed and that no further neuron can be dropped.
     refinement: Literal["sequential", "bisect"] = "sequential"
+    #: Threshold on the most similar pair of seeds of a prompt: ``"pairs"``, as published, the memorization threshold,
+    #: which is calibrated from all pairs; or ``"maxima"``, calibrated from the most similar pair of each general
+    #: prompt, which far fewer general prompts pass.
     gate: Literal["pairs", "maxima"] = "pairs"
+    #: Blocked neurons if the selection is exhausted before all seeds have changed: ``"block"``, as published, the
+    #: refinement of the last candidates; or ``"nothing"``.
     when_exhausted: Literal["block", "nothing"] = "block"
-    gate_threshold: float | None = None
-    initial_k: int = 0
+    #: Similarity of two seeds above which they are kept, or None for that of ``gate``.
+    gate_threshold: Threshold | None = None
+    #: Most active neurons of each layer in the first round; each round takes one more.
+    initial_k: Annotated[int, Field(ge=0, lt=LAST_K)] = 0
 
 
 @dataclass(eq=False)
 class Trial:
     """Similarities of the noise differences of one prompt with and without blocked neurons.
 
-    See :func:`localize` for the arguments.
-
-    Attributes:
-        joint: Whether a similarity depends on the seeds compared at once. Every test then takes all seeds through the
-            UNet in a batch of its own, as the public scripts do, and compares all kept seeds at once.
-        row_passes: UNet passes so far, one for each row, including those that start at a replayed prefix.
+    See :func:`localize` for the arguments. A prompt is ``joint`` if a similarity depends on the seeds compared at once.
+    Every test then takes all seeds through the UNet in a batch of its own, as the public scripts do, and compares all
+    kept seeds at once. ``row_passes`` counts UNet passes, one for each row, also those that start at a replayed prefix.
     """
 
     model: Diffusion
@@ -113,7 +109,7 @@ class Trial:
     @torch.no_grad()
     def original(self) -> Tensor:
         """Noise differences of the kept seeds with nothing blocked."""
-        return torch.cat([self._differences(rows) for rows in _batches(self._kept, self.batch_size)])
+        return torch.cat([self._differences(rows) for rows in batched(self._kept, self.batch_size)])
 
     @property
     def rounding(self) -> float:
@@ -140,9 +136,8 @@ class Trial:
     def similarities(self, tests: Sequence[tuple[Candidates, Sequence[int]]], layer: str | None = None) -> list[Tensor]:
         """Similarities of the noise differences with and without blocked neurons, of several tests in one batch.
 
-        Args:
-            tests: Blocked neurons and tested seeds; each gives one similarity a seed, on the CPU.
-            layer: Value layer at which the passes may start; before it all tests block the neurons of the recording.
+        A test is blocked neurons and tested seeds; it gives one similarity a seed, on the CPU. Passes may start at a
+        value layer before which all tests block the neurons of the recording.
         """
         if self.joint:
             return [self._of_all_seeds(as_neurons(blocked), layer)[list(seeds)] for blocked, seeds in tests]
@@ -151,7 +146,7 @@ class Trial:
             neurons = as_neurons(blocked)
             rows += [(seed, neurons) for seed in seeds]
         values = [torch.empty(0)]
-        for part in _batches(rows, self.batch_size):
+        for part in batched(rows, self.batch_size):
             part_seeds = [seed for seed, _ in part]
             changed = self._differences(part_seeds, [neurons for _, neurons in part], layer)
             values.append(self._similarity(part_seeds, changed).cpu())
@@ -176,7 +171,7 @@ class Trial:
         layers = self.model.masks.widths
         columns = []
         with torch.inference_mode(False), torch.enable_grad():
-            for part in _batches(seeds, max(1, self.batch_size // GRADIENT_MEMORY)):
+            for part in batched(seeds, max(1, self.batch_size // GRADIENT_MEMORY)):
                 self.row_passes += 2 * self._passes * len(part)
                 factors = self.model.masks.factors([as_neurons(candidates)] * len(part), self.factor)
                 for values in factors.values():
@@ -204,7 +199,7 @@ class Trial:
     def _of_all_seeds(self, blocked: Neurons, layer: str | None) -> Tensor:
         """Similarities of all kept seeds, computed once for equal neurons."""
         if blocked not in self._known:
-            parts = _batches(range(len(self.latents)), self.batch_size)
+            parts = batched(range(len(self.latents)), self.batch_size)
             changed = torch.cat([self._differences(part, [blocked] * len(part), layer) for part in parts])
             self._known[blocked] = self._similarity(range(self.seeds), changed[self._kept]).cpu()
         return self._known[blocked]
@@ -222,10 +217,6 @@ class Trial:
         replayed = [name for name in self.model.value_layers if self._prefix.skips(name, layer)]
         with self._prefix.replaying(layer, seeds), self.model.block(blocked, self.factor, replayed):
             return noise_differences(self.model, text, latents, self.protocol)
-
-
-def _batches(rows: Sequence[_T], size: int) -> list[Sequence[_T]]:
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def as_listed(candidates: Iterable[Neuron]) -> dict[str, tuple[int, ...]]:
@@ -246,19 +237,14 @@ def select(
     calibration: Calibration,
     theta: float,
     k: int,
-    settings: NemoSettings = NemoSettings(),
+    settings: NemoSettings,
     *,
     duplicates: bool = False,
 ) -> Candidates:
     """Selects the candidates of one round: in each layer the outliers by index, then the k most active neurons.
 
-    Args:
-        activation: Activations of one prompt by layer, each (neurons,).
-        calibration: Statistics over general prompts.
-        theta: Outlier threshold, in standard deviations.
-        k: Number of most active neurons of each layer, listed from the most active one.
-        settings: Which of the two kinds are candidates.
-        duplicates: Whether a neuron of both kinds is listed twice.
+    The most active one comes first, and a neuron of both kinds may be listed twice. Activations are those of one prompt
+    by layer, each (neurons,); ``theta`` is in standard deviations.
     """
     candidates: Candidates = []
     for layer, values in activation.items():
@@ -289,28 +275,14 @@ def selection_rounds(
         before = candidates
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Result of the initial selection.
-
-    Attributes:
-        candidates: The candidates.
-        values: Similarities of all kept seeds with the candidates blocked.
-        reached: Whether no similarity is above the threshold.
-    """
-
-    candidates: Candidates
-    values: Tensor
-    reached: bool
-
-
 def initial_selection(
     trial: Trial, activation: dict[str, Tensor], calibration: Calibration, tau: float, settings: NemoSettings
-) -> Selection:
+) -> tuple[Candidates, Tensor, bool]:
     """Adds candidates round by round until blocking them changes the noise differences of every kept seed.
 
     Rounds do not depend on one another, so several are tested on one seed in a batch; a round that fails there fails.
-    The result is the first round with all similarities at most ``tau``, or the last round.
+    The result is the first round with all similarities at most ``tau``, or the last round; the similarities of all kept
+    seeds with its candidates blocked; and whether none is above ``tau``.
     """
     remaining = selection_rounds(activation, calibration, settings, duplicates=trial.protocol.duplicates)
     together = 1 if trial.joint else trial.batch_size
@@ -320,7 +292,7 @@ def initial_selection(
     while True:
         pending += islice(remaining, together - len(pending))
         if not pending:
-            return Selection(latest, trial.similarities([(latest, range(trial.seeds))])[0], False)
+            return latest, trial.similarities([(latest, range(trial.seeds))])[0], False
         tested = trial.similarities([(candidates, order[:1]) for candidates in pending])
         passed = next((number for number, value in enumerate(tested) if float(value) <= tau), None)
         if passed is None:
@@ -331,7 +303,7 @@ def initial_selection(
         values = tested[0].new_empty(trial.seeds)
         values[order] = torch.cat([tested[passed], *trial.similarities([(latest, order[1:])])])
         if float(values.max()) <= tau:
-            return Selection(latest, values, True)
+            return latest, values, True
         order = values.argsort(descending=True).tolist()
         pending = pending[passed + 1 :]
 
@@ -340,37 +312,13 @@ Excess = Callable[[Tensor, Sequence[int]], Tensor]
 """By how much similarities of seeds exceed the limit of the refinement; a test fails if one is at least 0."""
 
 
-@dataclass(frozen=True)
-class PlannedTest:
-    """A test of dropping a neuron, planned on guesses about the tests before it.
-
-    Attributes:
-        neuron: The neuron.
-        rest: The candidates that stay blocked, if all guesses are right.
-        seeds: The tested seeds, the hardest first.
-        should_pass: Whether the test is expected to pass.
-    """
-
-    neuron: Neuron
-    rest: Candidates
-    seeds: Sequence[int]
-    should_pass: bool
-
-
 @dataclass(eq=False)
 class Refinement:
-    """Drops every layer, then every neuron, without which the noise differences stay changed.
+    """Drops every layer, then every neuron, without which the noise differences stay changed."""
 
-    Attributes:
-        trial: The prompt, with its kept seeds.
-        kept: The remaining candidates, first those of the initial selection.
-        values: Similarities of all seeds with them blocked.
-        excess: Limit of the similarities.
-    """
-
-    trial: Trial
-    kept: Candidates
-    values: Tensor
+    trial: Trial  # of the kept seeds
+    kept: Candidates  # first those of the initial selection
+    values: Tensor  # similarities of all seeds with them blocked
     excess: Excess
 
     def sequential(self) -> None:
@@ -448,37 +396,40 @@ class Refinement:
             if not self._fails(self.values, order):
                 self._drop_repeated(queue)
             plan = self._plan(queue, effects, order)
-            results = self.trial.similarities([(test.rest, test.seeds) for test in plan], layer)
+            results = self.trial.similarities([(rest, seeds) for rest, seeds, _ in plan], layer)
             before = float(self.values[order[0]])
-            for test, values in zip(plan, results, strict=True):
-                effects[test.neuron] = float(values[0]) - before
-                if test.should_pass:
+            for neuron, (*_, should_pass), values in zip(queue, plan, results, strict=False):
+                effects[neuron] = float(values[0]) - before
+                if should_pass:
                     before = float(values[0])
-            for test, values in zip(plan, results, strict=True):
+            for (rest, seeds, should_pass), values in zip(plan, results, strict=True):
                 queue.popleft()
-                has_passed = self._accept(test.rest, test.seeds, values, layer)
-                if has_passed != test.should_pass:
+                if self._accept(rest, seeds, values, layer) != should_pass:
                     break
 
-    def _plan(self, queue: Iterable[Neuron], effects: dict[Neuron, float], order: list[int]) -> list[PlannedTest]:
+    def _plan(
+        self, queue: Iterable[Neuron], effects: dict[Neuron, float], order: list[int]
+    ) -> list[tuple[Candidates, Sequence[int], bool]]:
         """Plans a batch of tests by the known effects of neurons on the similarity of the hardest seed.
 
-        A test that is expected to fail takes the hardest seed alone.
+        Gives for the first neurons the candidates that stay blocked if all guesses are right, the tested seeds, and
+        whether the test should pass; one that should fail takes the hardest seed alone.
         """
-        plan: list[PlannedTest] = []
+        plan: list[tuple[Candidates, Sequence[int], bool]] = []
         rows = 0
         rest = self.kept
         expected = float(self.values[order[0]])
         for neuron in queue:
             guess = expected + effects.get(neuron, math.inf)
             should_pass = not self._fails(torch.tensor([guess]), order[:1])
-            test = PlannedTest(neuron, _without(rest, neuron), order if should_pass else order[:1], should_pass)
-            rows += len(test.seeds)
+            seeds = order if should_pass else order[:1]
+            rows += len(seeds)
             if plan and (rows > self.trial.batch_size or self.trial.joint):
                 break
-            plan.append(test)
+            without = _without(rest, neuron)
+            plan.append((without, seeds, should_pass))
             if should_pass:
-                rest = test.rest
+                rest = without
                 expected = guess
         return plan
 
@@ -580,44 +531,40 @@ def localize(
         )
     trial.keep(kept)
     activation = {layer: values[0] for layer, values in activations(model, text).items()}
-    for values in activation.values():
-        require_finite("activations of value neurons", values)
-    selection = initial_selection(trial, activation, calibration, tau, settings)
-    initial_score = float(selection.values.max())
-    if not selection.reached and settings.when_exhausted == "nothing":
-        return Localization(
-            initial=as_neurons(selection.candidates),
-            gate_score=gate_score,
-            initial_score=initial_score,
-            refined_score=1.0,  # of unchanged noise differences
-            threshold=tau,
-            row_passes=trial.row_passes,
-            passed_gate=True,
-            exhausted=True,
-        )
-    if selection.reached:
+    for layer_values in activation.values():
+        require_finite("activations of value neurons", layer_values)
+    candidates, values, reached = initial_selection(trial, activation, calibration, tau, settings)
+    initial_score = float(values.max())
+    result = Localization(
+        initial=as_neurons(candidates),
+        gate_score=gate_score,
+        initial_score=initial_score,
+        refined_score=1.0,  # of unchanged noise differences
+        threshold=tau,
+        passed_gate=True,
+        exhausted=not reached,
+    )
+    if not reached and settings.when_exhausted == "nothing":
+        return replace(result, row_passes=trial.row_passes)
+    if reached:
         limit = tau if settings.refine_threshold is None else settings.refine_threshold
         least = limit
     else:
         limit = initial_score
         # Tests compare with a similarity then, which may be rounded otherwise in another batch.
         least = limit - trial.rounding
-    excess = above(least) if settings.relative is None else away_from(selection.values, settings.relative)
-    refinement = Refinement(trial, selection.candidates, selection.values, excess)
+    excess = above(least) if settings.relative is None else away_from(values, settings.relative)
+    refinement = Refinement(trial, candidates, values, excess)
     if settings.refinement == "sequential":
         refinement.sequential()
     else:
         refinement.bisect()
-    return Localization(
+    if protocol.duplicates:
+        result = replace(result, listed=as_listed(refinement.kept), listed_initial=as_listed(candidates))
+    return replace(
+        result,
         neurons=as_neurons(refinement.kept),
-        initial=as_neurons(selection.candidates),
-        listed=as_listed(refinement.kept) if protocol.duplicates else {},
-        listed_initial=as_listed(selection.candidates) if protocol.duplicates else {},
-        gate_score=gate_score,
-        initial_score=initial_score,
         refined_score=float(refinement.values.max()),
         threshold=limit,
         row_passes=trial.row_passes,
-        passed_gate=True,
-        exhausted=not selection.reached,
     )

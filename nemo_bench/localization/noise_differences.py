@@ -15,17 +15,10 @@ from nemo_bench.localization.protocol import PAPER, Protocol
 def noise_differences(
     model: Diffusion, text: Conditioning, latents: Tensor, protocol: Protocol = PAPER, *, calibrating: bool = False
 ) -> Tensor:
-    """Predicts noise and subtracts the starting noise; each channel of each row is scaled to [0, 1] over space.
+    """Predicts noise and subtracts the starting noise, (N, channels, height, width).
 
-    Args:
-        model: The model; blocked neurons count.
-        text: Conditioning of N rows.
-        latents: Starting noise, (N, channels, height, width).
-        protocol: Timestep, precision, guidance and kind of the prediction.
-        calibrating: Whether the prediction is for the calibrated threshold.
-
-    Returns:
-        Noise differences in [0, 1], float32, shaped as the latents; a constant channel becomes 0.
+    Each channel of each row is scaled to [0, 1] over space; a constant one becomes 0. The result is float32, shaped as
+    the latents. Blocked neurons of the model count. A protocol may predict otherwise for the calibrated threshold.
     """
     timestep = model.timestep(protocol.step)
     predict = model.predict_output if protocol.velocity == "raw" else model.predict_noise
@@ -51,17 +44,11 @@ def similarity(a: Tensor, b: Tensor, settings: Similarity, measure: Measure = "f
     MS-SSIM is the product of the contrast terms of all scales but the last and of the whole index of the last, each
     raised to its beta and 0 where it is negative (Wang et al. 2003).
 
-    Args:
-        a: Noise differences, (N, channels, height, width).
-        b: The same shape.
-        settings: Window and scales.
-        measure: Variant; with any but ``"fixed"`` the value of a row depends on the other rows.
+    With any measure but ``"fixed"`` the value of a row depends on the other rows. Raises ConfigError for differences,
+    (N, channels, height, width), that are too small for window and scales.
 
     Returns:
         N similarities in [-1, 1] (MS-SSIM: [0, 1]); 1 for equal rows.
-
-    Raises:
-        ConfigError: The differences are too small for window and scales.
     """
     settings.check(a.shape[2:], measure)
     border = settings.kernel // 2 if measure == "published" else 0

@@ -23,30 +23,23 @@ class Protocol:
     """The differences between the paper and the public scripts of Hintersdorf et al. (2024).
 
     A protocol concerns localizing. Images start from generators of their own in any case, so that methods stay paired.
-
-    Attributes:
-        name: Name in settings and records.
-        step: Step of 50 DDIM steps whose timestep the noise is predicted at; the latent is always the initial one.
-        shared_noise: Whether all prompts start from one batch of noise, drawn by a generator with seed 1; otherwise
-            every prompt and seed has its own generator.
-        duplicates: Whether a candidate that is outlier and among the most active is listed, and tested, twice.
-        autocast: Whether the UNet runs under float16 autocast on a GPU.
-        calibration_guidance: Guidance scale of the prediction for the calibrated threshold, with the two halves
-            swapped: conditional + scale (unconditional - conditional). None for the conditional prediction.
-        guidance: The same for localizing.
-        similarity: Variant of the similarity, see :data:`nemo_bench.diffusion.Measure`.
-        velocity: Prediction of a model that predicts velocity: ``"converted"`` noise or ``"raw"`` velocity.
     """
 
-    name: str
+    name: str  #: Name in settings and records.
+    #: Step of 50 DDIM steps whose timestep the noise is predicted at; the latent is always the initial one.
     step: int = 0
+    #: Whether all prompts start from one batch of noise, drawn by a generator with seed 1; otherwise every prompt and
+    #: seed has its own generator.
     shared_noise: bool = False
+    #: Whether a candidate that is outlier and among the most active is listed, and tested, twice.
     duplicates: bool = False
-    autocast: bool = False
+    autocast: bool = False  #: Whether the UNet runs under float16 autocast on a GPU.
+    #: Guidance scale of the prediction for the calibrated threshold, with the two halves swapped: conditional + scale
+    #: (unconditional - conditional). None for the conditional prediction.
     calibration_guidance: float | None = None
-    guidance: float | None = None
-    similarity: Measure = "fixed"
-    velocity: Velocity = "converted"
+    guidance: float | None = None  #: The same for localizing.
+    similarity: Measure = "fixed"  #: Variant of the similarity, see :data:`nemo_bench.diffusion.Measure`.
+    velocity: Velocity = "converted"  #: Prediction of a model that predicts velocity.
 
     def changed(
         self, similarity: Measure | None = None, velocity: Velocity | None = None, guidance: float | None = None

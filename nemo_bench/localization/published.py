@@ -11,46 +11,43 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, Json, TypeAdapter, ValidationError
 
 from nemo_bench.errors import NemoBenchError
 from nemo_bench.prompts import read_rows
 from nemo_bench.records.data import Neurons
 
+T = TypeVar("T")
+
 COLUMNS = ("Caption", "URL", "Initial Neurons", "Initial SSIM", "Refined Neurons", "Refined SSIM")
 Layers = tuple[tuple[int, ...], ...]
 """Indices of neurons by layer in network order."""
-_LAYERS = TypeAdapter(Annotated[list[list[Annotated[int, Field(strict=True, ge=0)]]], Field(min_length=1)])
-_SCORE = TypeAdapter(Annotated[float, Field(allow_inf_nan=False)])
+_INDEX = Annotated[int, Field(strict=True, ge=0)]
+_LAYERS: tuple[TypeAdapter[Layers], str] = (
+    TypeAdapter(Json[Annotated[tuple[tuple[_INDEX, ...], ...], Field(min_length=1)]]),
+    "a list of whole numbers for every layer, such as [[3, 17], []]",
+)
+_SCORE: tuple[TypeAdapter[float], str] = (TypeAdapter(Annotated[float, Field(allow_inf_nan=False)]), "a number")
+"""What cells hold, with the words for it."""
 
 
 class PublishedRow(NamedTuple):
-    """One prompt of a published file.
+    """One prompt of a published file."""
 
-    Attributes:
-        caption: The prompt.
-        url: URL of its training image, or empty.
-        initial: Candidates before refinement as they are listed, so possibly twice.
-        initial_score: Highest similarity with the candidates blocked.
-        refined: The memorization neurons, likewise.
-        refined_score: Highest similarity with the memorization neurons blocked.
-    """
-
-    caption: str
-    url: str
-    initial: Layers
-    initial_score: float
-    refined: Layers
-    refined_score: float
+    caption: str  #: The prompt.
+    url: str  #: URL of its training image, or empty.
+    initial: Layers  #: Candidates before refinement as they are listed, so possibly twice.
+    initial_score: float  #: Highest similarity with the candidates blocked.
+    refined: Layers  #: The memorization neurons, likewise.
+    refined_score: float  #: Highest similarity with the memorization neurons blocked.
 
 
 def read_published(path: Path) -> list[PublishedRow]:
     """Reads the lines of a published ``.csv`` file, at least one, all with the same number of layers.
 
-    Raises:
-        NemoBenchError: The file or a column is missing, or a cell has the wrong form; the message names file and line.
+    Raises NemoBenchError with file and line if the file or a column is missing, or a cell has the wrong form.
     """
     rows: list[PublishedRow] = []
     for where, cells in read_rows(path):
@@ -61,10 +58,10 @@ def read_published(path: Path) -> list[PublishedRow]:
         row = PublishedRow(
             cells["caption"],
             cells.get("url", ""),
-            _layers(where, "Initial Neurons", cells),
-            _score(where, "Initial SSIM", cells),
-            _layers(where, "Refined Neurons", cells),
-            _score(where, "Refined SSIM", cells),
+            _cell(where, "Initial Neurons", cells, *_LAYERS),
+            _cell(where, "Initial SSIM", cells, *_SCORE),
+            _cell(where, "Refined Neurons", cells, *_LAYERS),
+            _cell(where, "Refined SSIM", cells, *_SCORE),
         )
         rows.append(row)
         expected = len(rows[0].initial)
@@ -94,8 +91,7 @@ def by_position(neurons: Mapping[str, Sequence[int]], widths: Mapping[str, int])
 def by_name(layers: Sequence[Sequence[int]], widths: Mapping[str, int]) -> Neurons:
     """Converts published neurons to neurons by layer name, each once; see :func:`by_position`.
 
-    Raises:
-        NemoBenchError: The model has another number of layers, or a layer has no such neuron.
+    Raises NemoBenchError if the model has another number of layers, or a layer has no such neuron.
     """
     if len(layers) != len(widths):
         msg = f"neurons of {len(layers)} layers, but the model has {len(widths)}; take the model they were found in"
@@ -107,18 +103,9 @@ def by_name(layers: Sequence[Sequence[int]], widths: Mapping[str, int]) -> Neuro
     return Neurons(dict(zip(widths, layers, strict=True)))
 
 
-def _layers(where: str, column: str, cells: Mapping[str, Any]) -> Layers:
+def _cell(where: str, column: str, cells: Mapping[str, Any], kind: TypeAdapter[T], expected: str) -> T:
     text = cells[column.lower()]
     try:
-        return tuple(map(tuple, _LAYERS.validate_json(text)))
+        return kind.validate_python(text)
     except ValidationError:
-        expected = "a list of whole numbers for every layer, such as [[3, 17], []]"
         raise NemoBenchError(f"{where}: {column} is {str(text)[:60]!r}; expected {expected}") from None
-
-
-def _score(where: str, column: str, cells: Mapping[str, Any]) -> float:
-    text = cells[column.lower()]
-    try:
-        return _SCORE.validate_python(text)
-    except ValidationError:
-        raise NemoBenchError(f"{where}: {column} is {text!r}; expected a number") from None

@@ -6,10 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -19,7 +19,8 @@ from typing_extensions import override
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, Step, file_digest
 from nemo_bench.diffusion.noise import unit
 from nemo_bench.errors import ConfigError
-from nemo_bench.methods.base import Batch, Method, Setup, Threshold
+from nemo_bench.localization import Threshold
+from nemo_bench.methods.base import Batch, Method, Setup
 from nemo_bench.methods.descent import check_precision
 from nemo_bench.prompts import references_digest
 from nemo_bench.records.citations import cite
@@ -27,34 +28,22 @@ from nemo_bench.records.data import Prompt
 from nemo_bench.records.images import open_image
 from nemo_bench.records.ranges import Count, NotNegative, Positive
 
-if TYPE_CHECKING:
-    from nemo_bench.metrics import SSCD
-
-NEAREST = 1000
-"""Nearest images whose captions count."""
-CAPTION_SATURATION = 0.3
-"""Similarity from which guidance away from a caption is full."""
-CAPTION_STEPS = 10
-"""Steps of guidance away from a caption."""
-SSCD_SIZE = 224
-"""Side of images for SSCD; all four numbers are those of the public code."""
+NEAREST = 1000  # Nearest images whose captions count.
+CAPTION_SATURATION = 0.3  # Similarity from which guidance away from a caption is full.
+CAPTION_STEPS = 10  # Steps of guidance away from a caption.
+SSCD_SIZE = 224  # Side of images for SSCD; all four numbers are those of the public code.
 SSCD_MEAN = (0.485, 0.456, 0.406)
 SSCD_STD = (0.229, 0.224, 0.225)
 
 
-@dataclass(frozen=True)
-class TrainingImages:
-    """Images to guide away from.
-
-    Attributes:
-        vectors: Their embeddings by :meth:`AMG.embed`, (R, D).
-        captions: Their captions.
-    """
+class TrainingImages(NamedTuple):
+    """Images to guide away from: their embeddings by :meth:`AMG.embed`, (R, D), and their captions."""
 
     vectors: Tensor
     captions: tuple[str, ...]
 
 
+@dataclass(eq=False)
 class AMG(Method):
     """Guides each image away from the training image it is nearest to (Chen et al. 2024).
 
@@ -72,20 +61,11 @@ class AMG(Method):
       sigma_t strength (S' - threshold) exp((1000 - t) / 170) times the gradient of S' with respect to the latents,
       through embedding, decoder and the step to the image, at constant noise.
 
-    Similarity is the cosine of SSCD embeddings; generated and known images both have the side of 224 of the public code
-    and the mean and deviation of SSCD's authors, where the public code mixes two ranges of values, so similarities
-    differ somewhat from those behind the published constants. Without an SSCD file it is the correlation of pixels, all
-    three channels together: ours, for small worlds; a higher threshold spares images that share a background alone. The
-    public code leaves the first 21 images of a run unguided, here all are guided. Decoding and embedding are no UNet
-    passes; the seconds in records include them.
-
-    Args:
-        sscd: TorchScript file of SSCD; published: ``sscd_disc_mixup.torchscript.pt``.
-        threshold: Similarity above which an image is guided. Published: 0.3.
-        saturation: Similarity at which guidance falls to 1. Published: 0.5, which is c1 = 13 at scale 7.5.
-        strength: Weight of dissimilarity, c3.
-        captions: See above.
-        legacy_ungated: Despecify at any similarity above 0, as the public code does; the paper has the threshold.
+    Similarity is the cosine of SSCD embeddings, of images of side 224 as in the public code, normalized as by SSCD's
+    authors where the public code mixes two ranges of values, so similarities differ somewhat from those behind the
+    published constants. Without an SSCD file it is the correlation of pixels, all three channels together: ours, for
+    small worlds; a higher threshold spares images that share a background alone. The public code leaves the first 21
+    images of a run unguided, here all are guided. Decoding and embedding are no UNet passes, but count in seconds.
     """
 
     title = "Anti-memorization guidance"
@@ -96,34 +76,36 @@ class AMG(Method):
     makes_passes = True
     needs = frozenset({"guidance", "gradients"})
 
-    def __init__(
-        self,
-        sscd: str | None = None,
-        threshold: Threshold = 0.3,
-        saturation: Positive = 0.5,
-        strength: NotNegative = 100.0,
-        captions: Count = 20,
-        legacy_ungated: bool = False,
-    ) -> None:
-        self.title = AMG.title if sscd else f"{AMG.title} by pixels"
-        self.sscd = sscd
-        self.threshold = threshold
-        self.saturation = saturation
-        self.strength = strength
-        self.captions = captions
-        self.legacy_ungated = legacy_ungated
-        self.training_images: TrainingImages | None = None
-        self._network: nn.Module | None = None
+    sscd: str | None = None  #: TorchScript file of SSCD; published: ``sscd_disc_mixup.torchscript.pt``.
+    threshold: Threshold = 0.3  #: Similarity above which an image is guided. Published: 0.3.
+    #: Similarity at which guidance falls to 1. Published: 0.5, which is c1 = 13 at scale 7.5.
+    saturation: Positive = 0.5
+    strength: NotNegative = 100.0  #: Weight of dissimilarity, c3.
+    captions: Count = 20
+    #: Despecify at any similarity above 0, as the public code does; the paper has the threshold.
+    legacy_ungated: bool = False
+    training_images: TrainingImages | None = field(default=None, init=False)
+    _network: nn.Module | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sscd:
+            self.title = f"{self.title} by pixels"
 
     @override
     def fingerprint(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
         if not any(prompt.references for prompt in prompts):
             raise ConfigError("amg needs training images to keep away from, and no prompt has any: give references")
-        references = {"references": references_digest(prompts)}
-        if not self.sscd:
-            return references
-        sscd_of(self.sscd).check_file()
-        return {**references, "sscd": file_digest(Path(self.sscd))}
+        digests = {"references": references_digest(prompts)}
+        if self.sscd:
+            self._sscd().check_file()
+            digests["sscd"] = file_digest(Path(self.sscd))
+        return digests
+
+    def _sscd(self) -> Any:
+        from nemo_bench.metrics import SSCD  # takes seconds to import, and pixels need none
+
+        return SSCD(self.sscd or "")
 
     @override
     def setup(self, model: Diffusion, setup: Setup) -> None:
@@ -159,7 +141,7 @@ class AMG(Method):
         if self._network is None:
             # Weights made in inference mode take no part in gradients.
             with torch.inference_mode(False):
-                self._network = sscd_of(self.sscd).load().eval().to(images.device)
+                self._network = self._sscd().load().eval().to(images.device)
                 for parameter in self._network.parameters():
                     parameter.requires_grad = False
         small = nn.functional.interpolate(images, (SSCD_SIZE, SSCD_SIZE), mode="bilinear", align_corners=False)
@@ -176,6 +158,7 @@ class AMG(Method):
         yield replace(batch, rule=guidance, notes=guidance.notes)
 
 
+@dataclass(eq=False)
 class Guidance:
     """The rule for one batch.
 
@@ -183,19 +166,21 @@ class Guidance:
         notes: For each image the number of steps whose guidance was changed.
     """
 
-    def __init__(self, method: AMG, model: Diffusion, known: TrainingImages, images: int) -> None:
-        self.method = method
-        self.model = model
-        self.known = known
-        self.notes = tuple({"guided_steps": 0} for _ in range(images))
+    method: AMG
+    model: Diffusion
+    known: TrainingImages
+    images: int
+
+    def __post_init__(self) -> None:
+        self.notes = tuple({"guided_steps": 0} for _ in range(self.images))
         self._captions: dict[int, Conditioning] = {}
-        self._caption_steps = [0] * images
+        self._caption_steps = [0] * self.images
 
     def __call__(self, step: Step) -> Tensor:
         """The guided noise of a step, (N, channels, height, width)."""
         method = self.method
         if step.number == 0:
-            self._caption_steps = [0] * len(self._caption_steps)
+            self._caption_steps = [0] * self.images
         limit = method.threshold + 0.1 * math.exp(-0.005 * step.timestep)
         plain = step.guided(step.scale)
         with torch.no_grad():
@@ -256,13 +241,6 @@ class Guidance:
             above = torch.where(nearest.detach() > limit, nearest.detach() - self.method.threshold, 0)
             noise[rows] += (factor * above)[:, None, None, None] * gradient
         return noise
-
-
-def sscd_of(file: str) -> SSCD:
-    """SSCD of a file; the networks of metrics take seconds to import, and pixels need none."""
-    from nemo_bench.metrics import SSCD
-
-    return SSCD(file)
 
 
 def rows_differ(one: Tensor, other: Tensor) -> Tensor:

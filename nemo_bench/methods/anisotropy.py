@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -15,25 +16,15 @@ from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 
 
+@dataclass(eq=False)
 class AnisotropyOptimization(OptimizedEmbedding):
     """Optimizes the embedding by magnitude and angle of the text-conditional noise (Asthana and Belagiannis 2026).
 
-    The value is norm_weight N + angle_weight K, both on the starting noise: N is the norm of the noise that the prompt
-    adds at the first timestep; K, at a late timestep and without denoising, the cosine over channels between the
-    unconditional noise and the added noise, averaged over positions. Gradients go through both passes. The paper's
-    mitigation is the loop of Wen et al. (2024) with this value; neither its settings nor its code are published, so the
-    settings are those of :class:`EmbeddingOptimization`, and the target is ours: take one above the values of prompts
-    that are not memorized.
-
-    Args:
-        target: Largest value that suffices, a mean over images: ours, Wen's target for the norm.
-        steps: AdamW steps at most.
-        rate: Learning rate.
-        images: See :class:`OptimizedEmbedding`.
-        norm_weight: Weight of N.
-        angle_weight: Weight of K.
-        angle_of: K compares predicted noise, or the network's own prediction, which may be velocity, as in the public
-            code of the score.
+    The value is norm_weight N + angle_weight K, on the starting noise: N is the norm of the noise that the prompt adds
+    at the first timestep; K, at a late timestep and without denoising, the cosine over channels between unconditional
+    and added noise, averaged over positions. Gradients go through both passes. The paper's mitigation is the loop of
+    Wen et al. (2024) with this value; its settings and code are not published, so settings are those of
+    :class:`EmbeddingOptimization`. The target is ours: take one above the values of prompts that are not memorized.
     """
 
     title = "Anisotropy optimization"
@@ -41,20 +32,11 @@ class AnisotropyOptimization(OptimizedEmbedding):
     sourcing = "public code of the score; the mitigation's settings were not published"
     citation = cite("asthana2026detecting")
 
-    def __init__(
-        self,
-        target: float = 1.5,
-        steps: int = 10,
-        rate: float = 0.05,
-        images: int | None = 4,
-        norm_weight: float = 1.0,
-        angle_weight: float = 2.0,
-        angle_of: Literal["noise", "prediction"] = "noise",
-    ) -> None:
-        super().__init__(target, steps, rate, images)
-        self.norm_weight = norm_weight
-        self.angle_weight = angle_weight
-        self.angle_of = angle_of
+    norm_weight: float = 1.0  #: Weight of N.
+    angle_weight: float = 2.0  #: Weight of K.
+    #: K compares predicted noise, or the network's own prediction, which may be velocity, as in the public code of the
+    #: score.
+    angle_of: Literal["noise", "prediction"] = "noise"
 
     @override
     def measure(self, model: Diffusion, prompts: Sequence[Prompt], text: Conditioning, latents: Tensor) -> Measure:

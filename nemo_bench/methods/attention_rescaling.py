@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,25 +18,18 @@ from nemo_bench.records.citations import cite
 from nemo_bench.records.ranges import Positive
 
 
+@dataclass(eq=False)
 class AttentionRescaling(Method):
     """Masks the padding tokens and multiplies the start token's logit, in all cross-attention (Ren et al. 2024).
 
-    The softmax takes, in place of logits z = q k / sqrt(d), -inf for tokens after the end of the prompt, and C z for
-    its start token. The mask holds for the unconditional rows as well, with the length of the prompt, as in the public
-    code; the factor for the conditional rows alone. The public code takes every other row as conditional, which is
-    right for one image at a time; here it is the second half of any batch. Attention is computed step by step, which
-    differs from fused attention by rounding; a factor of 1 without mask leaves it alone.
+    In place of logits z = q k / sqrt(d) the softmax takes -inf for tokens after the end of the prompt, and C z for its
+    start token. As in the public code the mask, with the length of the prompt, holds for unconditional rows as well,
+    the factor for conditional rows alone. The public code takes every other row as conditional, which is right for one
+    image at a time; here it is the second half of a batch. Attention is computed step by step, which differs from fused
+    attention by rounding; a factor of 1 without mask leaves it alone.
 
     Where the start token's logits are negative, a factor above 1 lowers them, and one below 1 draws attention to the
     start. This is so in most layers of the embedded model, where no factor does much.
-
-    Args:
-        factor: C. Default of the public script: 1; its published command takes 1.25, others publish 1.1 to 1.5.
-        mask: Whether tokens after the end token are masked.
-        mask_end: Whether the end token is masked with them.
-
-    Raises:
-        ConfigError: ``mask_end`` is set without ``mask``.
     """
 
     title = "Attention rescaling"
@@ -45,12 +39,15 @@ class AttentionRescaling(Method):
     citation = cite("ren2024unveiling")
     needs = frozenset({"uncompiled"})
 
-    def __init__(self, factor: Positive = 1.25, mask: bool = True, mask_end: bool = False) -> None:
-        if mask_end and not mask:
+    #: C. Default of the public script: 1; its published command takes 1.25, others publish 1.1 to 1.5.
+    factor: Positive = 1.25
+    mask: bool = True  #: Whether tokens after the end token are masked.
+    mask_end: bool = False  #: Whether the end token is masked with them, for which ``mask`` must be set.
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mask_end and not self.mask:
             raise ConfigError("AttentionRescaling masks the end token with the padding only: set mask=true as well")
-        self.factor = factor
-        self.mask = mask
-        self.mask_end = mask_end
 
     @override
     @contextmanager

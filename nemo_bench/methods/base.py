@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
 from torch import Tensor
 
 from nemo_bench.diffusion import FAMILIES, Conditioning, Diffusion, Generated, Rule
@@ -23,52 +22,35 @@ if TYPE_CHECKING:
 
 Need = Literal["guidance", "gradients", "uncompiled"]
 """See :attr:`Method.needs`."""
-Threshold = Annotated[float, Field(ge=-1, le=1)]
-"""A threshold of a similarity, -1 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a run gives a method before its first batch.
+    """What a run gives a method before its first batch."""
 
-    Attributes:
-        prompts: All prompts of the cell.
-        calibration: Activation statistics and memorization threshold, for methods with ``needs_calibration``.
-        source_localizations: Localizations of :attr:`Method.source` by prompt id, without prompts that it failed for.
-        source_prompts: Prompts that the source localized.
-        batch_size: Rows in a UNet pass at most; changes results by rounding only.
-    """
-
-    prompts: Sequence[Prompt] = ()
+    prompts: Sequence[Prompt] = ()  #: All prompts of the cell.
+    #: Activation statistics and memorization threshold, for methods with ``needs_calibration``.
     calibration: Calibration | None = None
+    #: Localizations of :attr:`Method.source` by prompt id, without prompts that it failed for.
     source_localizations: Mapping[str, Localization] = field(default_factory=dict)
-    source_prompts: Sequence[Prompt] = ()
-    batch_size: int = 32
+    source_prompts: Sequence[Prompt] = ()  #: Prompts that the source localized.
+    batch_size: int = 32  #: Rows in a UNet pass at most; changes results by rounding only.
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images about to be generated, one per row.
+    """Images about to be generated, one per row."""
 
-    Attributes:
-        prompts: Prompt of each row.
-        text: Conditioning of each row.
-        latents: Starting noise of each row.
-        seeds: Seed of the starting noise of each row, from which all random choices for an image follow.
-        neurons: Localized neurons of the prompt of each row.
-        unconditional: Conditioning that guidance leads away from, of each row; None for the model's own.
-        notes: Entries for the record of each image; empty for none.
-        rule: Gives the noise of each step in place of guidance; None leaves guidance as it is.
-    """
-
-    prompts: tuple[Prompt, ...]
-    text: Conditioning
-    latents: Tensor
+    prompts: tuple[Prompt, ...]  #: Prompt of each row.
+    text: Conditioning  #: Conditioning of each row.
+    latents: Tensor  #: Starting noise of each row.
+    #: Seed of the starting noise of each row, from which all random choices for an image follow.
     seeds: tuple[int, ...]
-    neurons: tuple[Neurons, ...]
+    neurons: tuple[Neurons, ...]  #: Localized neurons of the prompt of each row.
+    #: Conditioning that guidance leads away from, of each row; None for the model's own.
     unconditional: Conditioning | None = None
-    notes: tuple[Mapping[str, Any], ...] = ()
-    rule: Rule | None = None
+    notes: tuple[Mapping[str, Any], ...] = ()  #: Entries for the record of each image; empty for none.
+    rule: Rule | None = None  #: Gives the noise of each step in place of guidance; None leaves guidance as it is.
 
     def rows(self, rows: Sequence[int]) -> Batch:
         """Selects rows that no method has changed yet, in the order given; a row may be repeated."""
@@ -90,46 +72,30 @@ class Method(Checked, ABC):
     """A mitigation: set up once, it localizes neurons for a prompt (optional) and changes how a batch is generated.
 
     Constructors raise a ConfigError for an argument outside the range in its annotation.
-
-    Attributes:
-        title: Name in tables; an object replaces it where its settings make it another method.
-        summary: One line for ``nemo-bench ls``.
-        touches: Part of the model or its input that it changes.
-        citation: BibTeX of the source, empty for a control of our own.
-        sourcing: Parts of the source that we could read.
-        localizes: Whether :meth:`localize` returns neurons.
-        needs_calibration: Whether localizing needs a calibration.
-        makes_passes: Whether it makes UNet passes of its own during setup or while applied.
-        families: Classes of pipelines that it works with.
-        needs: Requirements on the model: ``"guidance"`` while generating, ``"gradients"``, an ``"uncompiled"`` UNet.
-        auditable: Whether it changes neurons or weights of the network alone, so that an audit can search for an
-            embedding that brings a training image back.
-        pools: Whether it treats all prompts alike, by the localizations of memorized prompts; those may be of another
-            list, ``prompts.shared_from``.
-        memorization_threshold: A threshold of its own, or None for the calibrated one.
-        protocol: How it takes noise differences.
-        source: Another method whose localizations this one starts from, or None.
-        calibration: The calibration, from :meth:`setup` or :meth:`calibrate`.
-        batch_size: Rows in a UNet pass at most, from :meth:`setup`.
     """
 
-    title: str
-    summary: ClassVar[str]
-    touches: ClassVar[str] = ""
-    citation: ClassVar[str] = ""
-    sourcing: ClassVar[str] = ""
-    localizes: ClassVar[bool] = False
-    needs_calibration: ClassVar[bool] = False
-    makes_passes: ClassVar[bool] = False
-    families: ClassVar[frozenset[str]] = frozenset(FAMILIES)
+    title: str  #: Name in tables; an object replaces it where its settings make it another method.
+    summary: ClassVar[str]  #: One line for ``nemo-bench ls``.
+    touches: ClassVar[str] = ""  #: Part of the model or its input that it changes.
+    citation: ClassVar[str] = ""  #: BibTeX of the source, empty for a control of our own.
+    sourcing: ClassVar[str] = ""  #: Parts of the source that we could read.
+    localizes: ClassVar[bool] = False  #: Whether :meth:`localize` returns neurons.
+    needs_calibration: ClassVar[bool] = False  #: Whether localizing needs a calibration.
+    makes_passes: ClassVar[bool] = False  #: Whether it makes UNet passes of its own during setup or while applied.
+    families: ClassVar[frozenset[str]] = frozenset(FAMILIES)  #: Classes of pipelines that it works with.
+    #: Requirements on the model: ``"guidance"`` while generating, ``"gradients"``, an ``"uncompiled"`` UNet.
     needs: ClassVar[frozenset[Need]] = frozenset()
+    #: Whether it changes neurons or weights of the network alone, so that an audit can search for an embedding that
+    #: brings a training image back.
     auditable: ClassVar[bool] = False
+    #: Whether it treats all prompts alike, by the localizations of memorized prompts; those may be of another list,
+    #: ``prompts.shared_from``.
     pools: ClassVar[bool] = False
-    memorization_threshold: float | None = None
-    protocol: Protocol = PAPER
-    source: Method | None = None
-    calibration: Calibration | None = None
-    batch_size: int = 32
+    memorization_threshold: float | None = None  #: A threshold of its own, or None for the calibrated one.
+    noise_protocol: Protocol = PAPER  #: How it takes noise differences.
+    source: Method | None = None  #: Another method whose localizations this one starts from, or None.
+    calibration: Calibration | None = None  #: The calibration, from :meth:`setup` or :meth:`calibrate`.
+    batch_size: int = 32  #: Rows in a UNet pass at most, from :meth:`setup`.
 
     @property
     def calibrates_threshold(self) -> bool:
@@ -137,16 +103,13 @@ class Method(Checked, ABC):
         return self.memorization_threshold is None
 
     def check(self, family: str, guidance: float, dtype: str, *, compiled: bool = False) -> None:
-        """Checks before weights load that a model suits.
+        """Raises ModelError, before weights load, where a model does not suit.
 
         Args:
             family: Class of the pipeline.
             guidance: Guidance scale while generating.
             dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
             compiled: Whether the UNet is compiled.
-
-        Raises:
-            ModelError: It does not.
         """
         if family not in self.families:
             made_for = ", ".join(sorted(self.families))
@@ -160,65 +123,44 @@ class Method(Checked, ABC):
             msg = f"{self.title} works inside of the UNet, which can't be reached once it is compiled"
             raise ModelError(f"{msg}; set model.compiled=false, or leave this method out")
 
-    def check_source(  # most take any
-        self, prompts: Sequence[Prompt], source_prompts: Sequence[Prompt]
-    ) -> None:
-        """Checks before weights load that the prompts of :attr:`source` suffice.
-
-        Args:
-            prompts: Prompts of this method.
-            source_prompts: Prompts that the source localizes.
-
-        Raises:
-            ConfigError: They do not.
-        """
+    def check_source(self, prompts: Sequence[Prompt], source_prompts: Sequence[Prompt]) -> None:  # most take any
+        """Raises ConfigError, before weights load, where the prompts that :attr:`source` localizes do not suffice."""
 
     def fingerprint(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
         """Content behind settings, such as the digest of a file, for the hash of a cell; read before weights load.
-
-        Args:
-            prompts: All prompts of the cell.
 
         Returns:
             Values by setting, which they replace in the hash; empty unless overridden.
 
         Raises:
-            NemoBenchError: A file can't be read, or does not cover these prompts.
+            NemoBenchError: A file can't be read, or does not cover these prompts, all of the cell.
         """
         return {}
 
     def setup(self, model: Diffusion, setup: Setup) -> None:
-        """Stores what a run gives, and measures what all prompts share; called once, before the first batch.
-
-        Args:
-            model: The model.
-            setup: Prompts, calibration, localizations of the source, and batch size.
-        """
+        """Stores what a run gives, and measures what all prompts share; called once, before the first batch."""
         self.calibration = setup.calibration
         self.batch_size = setup.batch_size
 
     def calibrate(self, model: Diffusion, prompts: Sequence[Prompt], seeds: int = SEEDS) -> Self:
-        """Measures a calibration in memory, in the method's own protocol.
+        """Measures a calibration in memory, in the method's own protocol; see :meth:`Calibration.measured`.
 
         Args:
             model: The model, nothing blocked.
-            prompts: Prompts that are not memorized.
-            seeds: Seeds a prompt.
+            prompts: Prompts that are not memorized, at least two.
+            seeds: Seeds a prompt, at least two.
 
         Returns:
-            The method itself, ready to localize; see :meth:`Calibration.measured`.
-
-        Raises:
-            ConfigError: There are fewer than two prompts or seeds.
+            The method itself, ready to localize.
         """
-        self.calibration = Calibration.measured(model, prompts, seeds, self.protocol, self.batch_size)
+        self.calibration = Calibration.measured(model, prompts, seeds, self.noise_protocol, self.batch_size)
         return self
 
     def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor | None = None) -> Localization:
-        """Finds the neurons to block for a prompt.
+        """Finds the neurons to block for a prompt, on a model with nothing blocked.
 
         Args:
-            model: The model, nothing blocked.
+            model: The model.
             prompt: The prompt.
             latents: Starting noise of the seeds to localize on, (S, channels, height, width); None for the noise of a
                 run with ten seeds.
@@ -229,27 +171,8 @@ class Method(Checked, ABC):
         return Localization()
 
     def prepare_prompts(self, model: Diffusion, prompts: Sequence[Prompt]) -> None:  # most share nothing
-        """Measures what all images of a prompt share; called before every batch, it does nothing for known prompts.
-
-        Args:
-            model: The model.
-            prompts: Prompts of the batch.
-        """
+        """Measures what all images of a prompt share; called before every batch, it does nothing for known prompts."""
 
     @abstractmethod
     def apply(self, model: Diffusion, batch: Batch) -> AbstractContextManager[Batch]:
-        """Applies the mitigation to one batch; on exit the model is as it was.
-
-        Args:
-            model: The model.
-            batch: Images without mitigation.
-
-        Returns:
-            Context manager that gives the batch to generate from.
-        """
-
-
-def split(count: int, size: int) -> Iterator[range]:
-    """Splits the numbers from 0 to count - 1 into ranges of at most ``size`` (at least 1)."""
-    numbers = range(count)
-    return (numbers[first : first + max(1, size)] for first in range(0, count, max(1, size)))
+        """Applies the mitigation to a batch, and gives the one to generate from; on exit the model is as it was."""

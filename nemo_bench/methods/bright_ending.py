@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 from typing_extensions import override
 
 from nemo_bench.diffusion import Conditioning, Diffusion, conditional_attention
 from nemo_bench.diffusion.noise import FIRST_BLOCK, end_attention, masked_magnitude
-from nemo_bench.methods.embedding_optimization import Measure, OptimizedEmbedding, noises_of
+from nemo_bench.methods.embedding_optimization import Measure, OptimizedEmbedding, Target, noises_of
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
+from nemo_bench.records.ranges import Count
 
 
+@dataclass(eq=False)
 class BrightEndingOptimization(OptimizedEmbedding):
     """Optimizes the embedding by the magnitude where memorization is local (Chen et al. 2025).
 
     Each image is generated once without mitigation; in its last step, the attention to the end token in the
     cross-attention of the UNet's first block, averaged over heads and layers, is a soft mask m. The value is
-    |d m| / mean(m), where d is the noise that the prompt adds at the first timestep; it is larger than the magnitude of
-    Wen et al. (2024), and needs targets of its own, above the values of most prompts that are not memorized. Every
-    image has its own mask and embedding. The published code keeps the mask soft; the paper leaves this open. SDXL has
-    no cross-attention in its first block, hence no mask.
-
-    Args:
-        target: Largest value that suffices.
-        steps: AdamW steps at most.
-        rate: Learning rate.
+    |d m| / mean(m), where d is the noise that the prompt adds at the first timestep. It is larger than the magnitude of
+    Wen et al. (2024) and needs targets of its own, above the values of most prompts that are not memorized. Every image
+    has its own mask and embedding. The public code keeps the mask soft; the paper leaves this open. SDXL has no
+    cross-attention in its first block, hence no mask.
     """
 
     title = "Bright-Ending optimization"
@@ -37,8 +35,8 @@ class BrightEndingOptimization(OptimizedEmbedding):
     families = frozenset({"StableDiffusionPipeline"})
     needs = frozenset({"gradients", "uncompiled"})
 
-    def __init__(self, target: float = 1.0, steps: int = 10, rate: float = 0.05) -> None:
-        super().__init__(target, steps, rate, images=None)
+    target: Target = 1.0
+    images: Count | None = field(default=None, init=False)
 
     @override
     def measure(self, model: Diffusion, prompts: Sequence[Prompt], text: Conditioning, latents: Tensor) -> Measure:
@@ -49,12 +47,6 @@ class BrightEndingOptimization(OptimizedEmbedding):
 
 def bright_ending(model: Diffusion, prompts: Sequence[Prompt], text: Conditioning, latents: Tensor) -> Tensor:
     """Attention of images generated without mitigation to the end of their prompts, in the last step.
-
-    Args:
-        model: The model.
-        prompts: Prompts of N images.
-        text: Their conditioning.
-        latents: Their starting noise.
 
     Returns:
         Attention probabilities, (N, height, width) of the latents.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Literal, TypeVar
 
@@ -15,7 +15,8 @@ from typing_extensions import override
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, NotFiniteError
 from nemo_bench.methods.base import Method, Setup
-from nemo_bench.methods.nemo import BlockNeurons, NeMo
+from nemo_bench.methods.nemo import BlockNeurons
+from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Localization, Neurons, Prompt
 from nemo_bench.records.io import digest
 from nemo_bench.records.ranges import Count
@@ -23,21 +24,13 @@ from nemo_bench.records.ranges import Count
 T = TypeVar("T", tuple[int, int], tuple[tuple[int, int], ...])
 
 
+@dataclass(eq=False)
 class DerivedNeurons(BlockNeurons):
-    """Blocks neurons that follow from the localizations of a source.
+    """Blocks neurons that follow from the localizations of another method, the source."""
 
-    Args:
-        source: The other method.
-        factor: Multiplies the outputs of blocked neurons.
-    """
-
-    source: Method
-
-    def __init__(self, source: Method, factor: float = 0.0) -> None:
-        super().__init__(factor)
-        self.source = source
-        self._localizations: Mapping[str, Localization] = {}
-        self._memorized: list[str] = []
+    source: Method = field()  # without a default, unlike that of the base class
+    _localizations: Mapping[str, Localization] = field(default_factory=dict, init=False)
+    _memorized: list[str] = field(default_factory=list, init=False)
 
     @override
     def setup(self, model: Diffusion, setup: Setup) -> None:
@@ -52,6 +45,7 @@ class DerivedNeurons(BlockNeurons):
         return Localization(neurons, gate_score=source.gate_score, threshold=source.threshold)
 
 
+@dataclass(eq=False)
 class SharedNeurons(DerivedNeurons):
     """Blocks the same neurons for all prompts: the most frequent ones of the source for memorized prompts.
 
@@ -63,34 +57,25 @@ class SharedNeurons(DerivedNeurons):
 
     Args:
         source: The method whose neurons are counted; for candidates before refinement, give it ``neurons="initial"``.
-        k: Number of blocked neurons, all where there are fewer; None for all, as ``nemo-bench export`` saves them.
-        of: ``"model"``: the k most frequent neurons. ``"layer"``: k in every layer. ``"subgroups"``: the k most
-            frequent subgroups, a subgroup being all neurons of a prompt together.
-        factor: Multiplies the outputs of blocked neurons.
-
-    Raises:
-        NotFiniteError: When localizing: the source failed for all memorized prompts.
     """
 
     title = "Shared neurons"
     summary = "the most frequent neurons of another method for memorized prompts, blocked for all prompts"
     sourcing = "paper"
-    citation = NeMo.citation
+    citation = cite("hintersdorf2024nemo")
     pools = True
 
-    def __init__(
-        self,
-        source: Method,
-        k: Count | None = 10,
-        of: Literal["model", "layer", "subgroups"] = "model",
-        factor: float = 0.0,
-    ) -> None:
-        super().__init__(source, factor)
-        self.k = k
-        self.of = of
-        if k is None:
-            self.title = f"{source.title}, one edit for all prompts"
-        self._shared: Neurons | None = None
+    #: Number of blocked neurons, all where there are fewer; None for all, as ``nemo-bench export`` saves them.
+    k: Count | None = 10
+    #: ``"model"``: the k most frequent neurons. ``"layer"``: k in every layer. ``"subgroups"``: the k most frequent
+    #: subgroups, a subgroup being all neurons of a prompt together.
+    of: Literal["model", "layer", "subgroups"] = "model"
+    _shared: Neurons | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k is None:
+            self.title = f"{self.source.title}, one edit for all prompts"
 
     @override
     def setup(self, model: Diffusion, setup: Setup) -> None:
@@ -121,18 +106,13 @@ class SharedNeurons(DerivedNeurons):
         return self._with_gate(self._shared, prompt)
 
 
+@dataclass(eq=False)
 class OtherNeurons(DerivedNeurons):
     """Blocks for each prompt the source's neurons of another, memorized prompt, drawn by the ids of the two.
 
     It shows how a model that was edited for one memorized prompt treats other prompts. The memorized prompts are those
-    of the run, or of the list ``prompts.shared_from``; all prompts, where none is marked as memorized.
-
-    Args:
-        source: The method whose neurons are taken.
-        factor: Multiplies the outputs of blocked neurons.
-
-    Raises:
-        NotFiniteError: When localizing: there is no other memorized prompt, or the source failed for all of them.
+    of the run, or of the list ``prompts.shared_from``; all prompts, where none is marked as memorized. Localizing fails
+    where there is no other memorized prompt, or the source failed for all of them.
     """
 
     title = "Another prompt's neurons"
@@ -140,9 +120,9 @@ class OtherNeurons(DerivedNeurons):
     sourcing = "a control"
     pools = True
 
-    def __init__(self, source: Method, factor: float = 0.0) -> None:
-        super().__init__(source, factor)
-        self.title = f"{source.title}, edit for another prompt"
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.title = f"{self.source.title}, edit for another prompt"
 
     @override
     def check_source(self, prompts: Sequence[Prompt], source_prompts: Sequence[Prompt]) -> None:
@@ -164,29 +144,24 @@ class OtherNeurons(DerivedNeurons):
         return self._with_gate(self._localizations[drawn].neurons, prompt)
 
 
+@dataclass(eq=False)
 class RandomNeurons(DerivedNeurons):
     """Blocks as many neurons per layer as the source found, drawn from the others.
 
-    Where a layer has too few others, the rest is drawn from the other layers.
+    Where a layer has too few others, the rest is drawn from the other layers. Localizing fails for a prompt that the
+    source failed for.
 
     Args:
         source: The method whose counts are matched.
-        seed: Seed of the draw.
-        per_prompt: Whether each prompt has its own draw; if not, prompts of equal counts get the same neurons.
-        factor: Multiplies the outputs of blocked neurons.
-
-    Raises:
-        NotFiniteError: When localizing: the source has no localization of the prompt.
     """
 
     title = "Random neurons"
     summary = "as many neurons as another method blocks, drawn from the others (control)"
     sourcing = "a control"
 
-    def __init__(self, source: Method, seed: int = 0, per_prompt: bool = True, factor: float = 0.0) -> None:
-        super().__init__(source, factor)
-        self.seed = seed
-        self.per_prompt = per_prompt
+    seed: int = 0  #: Seed of the draw.
+    #: Whether each prompt has its own draw; if not, prompts of equal counts get the same neurons.
+    per_prompt: bool = True
 
     @override
     def localize(self, model: Diffusion, prompt: Prompt, latents: Tensor | None = None) -> Localization:

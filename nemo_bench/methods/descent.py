@@ -18,19 +18,12 @@ Loss = Callable[[Sequence[int], Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Descent:
-    """The end of a descent.
+    """The end of a descent."""
 
-    Attributes:
-        values: The rows, float32, (N, ...), each when it reached the target, or after its last step.
-        losses: Their last losses, before the last step, (N, alternatives).
-        steps: Number of steps of each row.
-        reached: Whether each row reached the target.
-    """
-
-    values: Tensor
-    losses: Tensor
-    steps: tuple[int, ...]
-    reached: tuple[bool, ...]
+    values: Tensor  #: The rows, float32, (N, ...), each when it reached the target, or after its last step.
+    losses: Tensor  #: Their last losses, before the last step, (N, alternatives).
+    steps: tuple[int, ...]  #: Number of steps of each row.
+    reached: tuple[bool, ...]  #: Whether each row reached the target.
 
     @property
     def notes(self) -> tuple[dict[str, Any], ...]:

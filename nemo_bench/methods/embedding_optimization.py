@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -15,56 +16,43 @@ from typing_extensions import override
 
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion
 from nemo_bench.diffusion.noise import norms
-from nemo_bench.methods.base import Batch, Method, Setup, split
+from nemo_bench.methods.base import Batch, Method, Setup
 from nemo_bench.methods.descent import check_precision, descend
 from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
+from nemo_bench.records.io import batched
 from nemo_bench.records.ranges import Count, Index, Positive
 
 Measure = Callable[[Sequence[int], Tensor], Tensor]
 """Values of n images, given their numbers and embeddings (n, tokens, channels): (n,)."""
-Optimized = tuple[Tensor, dict[str, Any]]
-"""An embedding, (tokens, channels), and its notes."""
-Target = Annotated[float, Field(gt=float("-inf"))]
-"""Any number but nan and minus infinity."""
+Optimized = tuple[Tensor, dict[str, Any]]  # An embedding, (tokens, channels), and its notes.
+Target = Annotated[float, Field(gt=float("-inf"))]  # Any number but nan and minus infinity.
 
 
+@dataclass(eq=False)
 class OptimizedEmbedding(Method):
     """Minimizes a value of the images of a prompt by AdamW on the prompt's embedding.
 
     The first token, the start, gets no gradient; AdamW's decay moves it, and padding, as in the public script of Wen et
     al. (2024). SDXL's pooled embedding stays as it is.
-
-    Args:
-        target: The embedding is optimized until the value is at most this.
-        steps: AdamW steps at most.
-        rate: Learning rate.
-        images: All images of a prompt share one embedding, optimized on the starting noise of its first ``images``
-            images; None gives every image its own.
     """
 
     touches = "encoded prompt"
     makes_passes = True
     needs = frozenset({"gradients"})
 
-    def __init__(self, target: Target, steps: Index, rate: Positive, images: Count | None) -> None:
-        self.target = target
-        self.steps = steps
-        self.rate = rate
-        self.images = images
-        self._optimized: dict[Prompt, Optimized] = {}
+    target: Target = 1.5  #: Largest value that suffices.
+    steps: Index = 10  #: AdamW steps at most.
+    rate: Positive = 0.05  #: Learning rate.
+    #: All images of a prompt share one embedding, optimized on the starting noise of its first ``images`` images; None
+    #: gives every image its own.
+    images: Count | None = 4
+    _optimized: dict[Prompt, Optimized] = field(default_factory=dict, init=False)
 
     @abstractmethod
     def measure(self, model: Diffusion, prompts: Sequence[Prompt], text: Conditioning, latents: Tensor) -> Measure:
-        """Prepares, without gradients, the function to minimize.
-
-        Args:
-            model: The model.
-            prompts: Prompts of N images.
-            text: Their conditioning.
-            latents: Their starting noise.
-        """
+        """Prepares, without gradients, the function to minimize for N images of these prompts, texts and noise."""
 
     def pool(self, values: Tensor) -> Tensor:
         """The value of each embedding, (embeddings,), from those of its images, (embeddings, images): their mean."""
@@ -100,23 +88,20 @@ class OptimizedEmbedding(Method):
     ) -> list[Optimized]:
         """Optimizes one embedding per row on the noise of its images, (rows, images, channels, height, width)."""
         images = latents.shape[1]
-
-        def optimize(part: range) -> list[Optimized]:
+        found: list[Optimized] = []
+        for part in batched(range(len(prompts)), max(1, self.batch_size // GRADIENT_MEMORY // images)):
             owners = [row for row in part for _ in range(images)]
-            measure = self.measure(
-                model, [prompts[row] for row in owners], text.rows(owners), latents[list(part)].flatten(0, 1)
-            )
-
-            def loss(rows: Sequence[int], values: Tensor) -> Tensor:
-                embeddings = torch.cat([values[:, :1].detach(), values[:, 1:]], 1).repeat_interleave(images, 0)
-                numbers = [row * images + image for row in rows for image in range(images)]
-                return self.pool(measure(numbers, embeddings).view(len(rows), images))[:, None]
-
+            noise = latents[list(part)].flatten(0, 1)
+            measure = self.measure(model, [prompts[row] for row in owners], text.rows(owners), noise)
+            loss = partial(self._loss, measure, images)
             end = descend(text.rows(part).text, loss, target=self.target, steps=self.steps, rate=self.rate)
-            return list(zip(end.values.cpu(), end.notes, strict=True))
+            found += zip(end.values.cpu(), end.notes, strict=True)
+        return found
 
-        size = self.batch_size // GRADIENT_MEMORY // images
-        return [each for part in split(len(prompts), size) for each in optimize(part)]
+    def _loss(self, measure: Measure, images: int, rows: Sequence[int], values: Tensor) -> Tensor:
+        embeddings = torch.cat([values[:, :1].detach(), values[:, 1:]], 1).repeat_interleave(images, 0)
+        numbers = [row * images + image for row in rows for image in range(images)]
+        return self.pool(measure(numbers, embeddings).view(len(rows), images))[:, None]
 
 
 @torch.no_grad()
@@ -140,24 +125,15 @@ def noises_of(
     return noises
 
 
+@dataclass(eq=False)
 class EmbeddingOptimization(OptimizedEmbedding):
     """Optimizes a prompt's embedding until it adds little to the predicted noise (Wen et al. 2024, section 4).
 
     The value is the magnitude, the norm of conditional minus unconditional noise, at the first timestep and on the
-    starting noise, averaged over the images that share the embedding. The public script shares one among the four
-    images of a prompt and takes one norm over all of them, which is twice as large.
-
-    Where no target is published for a model, take one above the magnitudes of prompts that are not memorized, so that
-    their images stay as they are.
-
-    Args:
-        target: Largest magnitude that suffices. None: 1.5, or with ``legacy_batch_norm`` the published 3, which is the
-            same for four images of equal magnitude. Others publish (as a norm over n images) 1 to 5 for n = 5, 5 for
-            n = 10 and 1 for n = 1; models that predict velocity have other magnitudes.
-        steps: AdamW steps at most.
-        rate: Learning rate.
-        images: See :class:`OptimizedEmbedding`; None is the n = 1 of Chen et al. 2025.
-        legacy_batch_norm: Take one norm over all images that share an embedding, as the public script does.
+    starting noise, averaged over the images that share the embedding (``images=None`` is the n = 1 of Chen et al.
+    2025). The public script shares one among the four images of a prompt and takes one norm over all of them, which is
+    twice as large. Where no target is published for a model, take one above the magnitudes of prompts that are not
+    memorized, so that their images stay as they are.
     """
 
     title = "Prompt-embedding optimization"
@@ -165,17 +141,17 @@ class EmbeddingOptimization(OptimizedEmbedding):
     sourcing = "public code"
     citation = cite("wen2024detecting")
 
-    def __init__(
-        self,
-        target: float | None = None,
-        steps: int = 10,
-        rate: float = 0.05,
-        images: int | None = 4,
-        legacy_batch_norm: bool = False,
-    ) -> None:
-        published = 3.0 if legacy_batch_norm else 1.5
-        super().__init__(published if target is None else target, steps, rate, images)
-        self.legacy_batch_norm = legacy_batch_norm
+    #: Largest magnitude that suffices. None: 1.5, or with ``legacy_batch_norm`` the published 3, which is the same for
+    #: four images of equal magnitude. Others publish (as a norm over n images) 1 to 5 for n = 5, 5 for n = 10 and 1 for
+    #: n = 1; models that predict velocity have other magnitudes.
+    target: Target | None = None  # type: ignore[assignment] # a number once made
+    #: Take one norm over all images that share an embedding, as the public script does.
+    legacy_batch_norm: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target is None:
+            self.target = 3.0 if self.legacy_batch_norm else 1.5
 
     @override
     def measure(self, model: Diffusion, prompts: Sequence[Prompt], text: Conditioning, latents: Tensor) -> Measure:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Annotated, Literal
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -20,30 +21,22 @@ from typing_extensions import override
 
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, guided_from
 from nemo_bench.diffusion.noise import norms, unit
-from nemo_bench.methods.base import Batch, Method, split
-from nemo_bench.methods.descent import Descent, check_precision, descend
+from nemo_bench.methods.base import Batch, Method
+from nemo_bench.methods.descent import check_precision, descend
 from nemo_bench.records.citations import cite
+from nemo_bench.records.io import batched
 from nemo_bench.records.ranges import Index, NotNegative, Positive
 
-Of = Literal["noise", "prediction"]
-"""The predicted noise, or the network's own prediction, which may be velocity."""
+Of = Literal["noise", "prediction"]  # The predicted noise, or the network's own prediction, which may be velocity.
 
 
+@dataclass(eq=False)
 class AdjustedNoise(Method):
     """Moves the noise down the text-conditional noise without gradients, then guides late: the batch-wise method.
 
-    With d(x) for the noise that the prompt adds for x at the first timestep, each round takes u = radius d(x) / |d(x)|
-    and x <- x - rate (d(x + u) - d(x)). Norms are those of single images. Sampling is unconditional until guidance
-    starts.
-
-    Args:
-        rounds: Number of rounds.
-        radius: Length of u. It should grow with the root of the size of a latent: 16,384 numbers for Stable Diffusion
-            1.4.
-        rate: Step size. Published: 0.7.
-        timestep: Guidance starts where the timestep is at most this; 900 leaves the first five of 50 steps
-            unconditional.
-        of: d is a difference of predicted noise, or of the network's own predictions.
+    With d(x) for the noise that the prompt adds for x at the first timestep, each of ``rounds`` takes
+    u = radius d(x) / |d(x)| and x <- x - rate (d(x + u) - d(x)). Norms are those of single images. Sampling is
+    unconditional until guidance starts.
     """
 
     title = "Adjusted initial noise"
@@ -54,19 +47,13 @@ class AdjustedNoise(Method):
     makes_passes = True
     needs = frozenset({"guidance"})
 
-    def __init__(
-        self,
-        rounds: Index = 2,
-        radius: NotNegative = 50.0,
-        rate: NotNegative = 0.7,
-        timestep: Annotated[float, Field(ge=0, le=1000)] = 900.0,
-        of: Of = "noise",
-    ) -> None:
-        self.rounds = rounds
-        self.radius = radius
-        self.rate = rate
-        self.timestep = timestep
-        self.of = of
+    rounds: Index = 2
+    #: Length of u; it should grow with the root of the size of a latent: 16,384 numbers for Stable Diffusion 1.4.
+    radius: NotNegative = 50.0
+    rate: NotNegative = 0.7  #: Step size. Published: 0.7.
+    #: Guidance starts where the timestep is at most this; 900 leaves the first five of 50 steps unconditional.
+    timestep: Annotated[float, Field(ge=0, le=1000)] = 900.0
+    of: Of = "noise"  #: d is a difference of predicted noise, or of the network's own predictions.
 
     @override
     @contextmanager
@@ -84,18 +71,12 @@ class AdjustedNoise(Method):
         return latents
 
 
+@dataclass(eq=False)
 class OptimizedNoise(Method):
     """Minimizes the norm of the text-conditional noise by AdamW on the starting noise: the per-sample method.
 
     Each image has its own norm and number of steps. AdamW's decay of 0.01 is part of the method: it keeps the noise
     from growing. Updates are made in single precision.
-
-    Args:
-        target: The noise is optimized until the norm is at most this. Published for Stable Diffusion 1.4: 0.9 (0.7 to
-            1.5 tried).
-        steps: AdamW steps at most.
-        rate: Learning rate.
-        of: The norm is that of predicted noise, or of the network's own predictions.
     """
 
     title = "Optimized initial noise"
@@ -106,35 +87,29 @@ class OptimizedNoise(Method):
     makes_passes = True
     needs = frozenset({"gradients"})
 
-    def __init__(
-        self,
-        target: Annotated[float, Field(ge=0)] = 0.9,
-        steps: Index = 1000,
-        rate: Positive = 0.01,
-        of: Of = "noise",
-    ) -> None:
-        self.target = target
-        self.steps = steps
-        self.rate = rate
-        self.of = of
+    #: Largest norm that suffices. Published for Stable Diffusion 1.4: 0.9 (0.7 to 1.5 tried).
+    target: Annotated[float, Field(ge=0)] = 0.9
+    steps: Index = 1000  #: AdamW steps at most.
+    rate: Positive = 0.01
+    of: Of = "noise"  #: The norm is that of predicted noise, or of the network's own predictions.
 
     @override
     @contextmanager
     def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
         check_precision(self.title, model.dtype)
+        found: list[Tensor] = []
+        notes: list[dict[str, Any]] = []
         # Each image takes two rows.
-        parts = split(len(batch.latents), self.batch_size // (2 * GRADIENT_MEMORY))
-        ends = [self._optimize(model, batch, part) for part in parts]
-        latents = torch.cat([end.values for end in ends]).to(batch.latents)
-        yield replace(batch, latents=latents, notes=tuple(note for end in ends for note in end.notes))
+        for images in batched(range(len(batch.latents)), max(1, self.batch_size // (2 * GRADIENT_MEMORY))):
+            loss = partial(self._loss, model, batch.text.rows(images))
+            start = batch.latents[list(images)]
+            end = descend(start, loss, target=self.target, steps=self.steps, rate=self.rate)
+            found.append(end.values)
+            notes += end.notes
+        yield replace(batch, latents=torch.cat(found).to(batch.latents), notes=tuple(notes))
 
-    def _optimize(self, model: Diffusion, batch: Batch, images: Sequence[int]) -> Descent:
-        text = batch.text.rows(images)
-
-        def loss(rows: Sequence[int], latents: Tensor) -> Tensor:
-            return norms(added_noise(model, latents, text.rows(rows), self.of))[:, None]
-
-        return descend(batch.latents[list(images)], loss, target=self.target, steps=self.steps, rate=self.rate)
+    def _loss(self, model: Diffusion, text: Conditioning, rows: Sequence[int], latents: Tensor) -> Tensor:
+        return norms(added_noise(model, latents, text.rows(rows), self.of))[:, None]
 
 
 def added_noise(model: Diffusion, latents: Tensor, text: Conditioning, of: Of) -> Tensor:

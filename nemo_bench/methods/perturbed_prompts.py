@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from random import Random
 
 import torch
@@ -18,49 +18,32 @@ from typing_extensions import override
 from nemo_bench.diffusion import Conditioning, Diffusion
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.records.citations import cite
-from nemo_bench.records.io import digest
+from nemo_bench.records.io import digest, seed_of
 from nemo_bench.records.ranges import Index, NotNegative
 
-TOKENS = 49400
-"""Ids below this are drawn, as in the public script: CLIP's vocabulary without the special tokens."""
+TOKENS = 49400  # Ids below this are drawn, as in the public script: CLIP's vocabulary without the special tokens.
 
 
+@dataclass(eq=False)
 class Insertion(Method):
     """Inserts words at uniformly drawn gaps of the prompt, both ends included, one after another.
 
     Single spaces separate words. The text encoder cuts a prompt that grows too long; records keep the whole text.
-
-    Args:
-        times: Number of words.
-        seed: Another seed draws other words.
     """
 
     touches = "prompt text"
     sourcing = "public code"
     citation = cite("somepalli2023understanding")
 
-    def __init__(self, times: Index = 4, seed: int = 0) -> None:
-        self.times = times
-        self.seed = seed
+    times: Index = 4  #: Number of words.
+    seed: int = 0  #: Another seed draws other words.
 
     @abstractmethod
     def draw(self, random: Random, model: Diffusion, words: list[str]) -> str:
-        """Draws one word.
-
-        Args:
-            random: Source of randomness.
-            model: The model, for its vocabulary.
-            words: Words of the original prompt.
-        """
+        """Draws one word, given those of the original prompt."""
 
     def perturbed(self, model: Diffusion, text: str, seed: int) -> str:
-        """The prompt of one image.
-
-        Args:
-            model: The model.
-            text: The original prompt.
-            seed: Seed of the image's starting noise.
-        """
+        """The prompt of one image, by the seed of its starting noise."""
         random = Random(int(digest([type(self).__name__, self.seed, seed]), 16))
         original = text.split(" ")
         words = list(original)
@@ -112,16 +95,12 @@ class RepeatedWords(Insertion):
         return random.choice(words)
 
 
+@dataclass(eq=False)
 class EmbeddingNoise(Method):
     """Adds Gaussian noise to the encoded prompt (GNI), and by default, as the public script does, to the empty one.
 
     SDXL's pooled embedding stays as it is. The published scale does next to nothing in the embedded model, whose
     embeddings have a standard deviation of 1, as in the comparison of Chen et al. (2024, AMG).
-
-    Args:
-        scale: Standard deviation of the noise.
-        both: Whether the unconditional embedding gets its own noise as well.
-        seed: Another seed draws other noise.
     """
 
     title = "Gaussian noise on embeddings"
@@ -130,10 +109,9 @@ class EmbeddingNoise(Method):
     sourcing = "public code"
     citation = cite("somepalli2023understanding")
 
-    def __init__(self, scale: NotNegative = 0.1, both: bool = True, seed: int = 0) -> None:
-        self.scale = scale
-        self.both = both
-        self.seed = seed
+    scale: NotNegative = 0.1  #: Standard deviation of the noise.
+    both: bool = True  #: Whether the unconditional embedding gets its own noise as well.
+    seed: int = 0  #: Another seed draws other noise.
 
     @override
     @contextmanager
@@ -143,6 +121,6 @@ class EmbeddingNoise(Method):
         yield replace(batch, text=text, unconditional=empty)
 
     def _noisy(self, text: Conditioning, seeds: Sequence[int], half: str) -> Conditioning:
-        generators = [torch.Generator().manual_seed(int(digest([half, self.seed, seed]), 16) >> 1) for seed in seeds]
+        generators = [torch.Generator().manual_seed(seed_of([half, self.seed, seed])) for seed in seeds]
         noise = torch.stack([torch.randn(text.text.shape[1:], generator=generator) for generator in generators])
         return replace(text, text=text.text + self.scale * noise.to(text.text))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +20,7 @@ from nemo_bench.diffusion.noise import masked_magnitude, norms
 from nemo_bench.errors import ConfigError, PromptError
 from nemo_bench.methods.base import Batch, Method, Setup
 from nemo_bench.methods.bright_ending import BrightEndingOptimization, bright_ending
-from nemo_bench.methods.embedding_optimization import EmbeddingOptimization
+from nemo_bench.methods.embedding_optimization import EmbeddingOptimization, OptimizedEmbedding
 from nemo_bench.prompts import read_rows
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
@@ -28,6 +28,7 @@ from nemo_bench.records.io import digest
 from nemo_bench.records.ranges import Index, NotNegative, Positive
 
 
+@dataclass(eq=False)
 class PRSS(Method):
     """Semantic search and prompt re-anchoring (Chen et al. 2025).
 
@@ -46,24 +47,10 @@ class PRSS(Method):
     code's, and ``anchor_full`` equal to ``anchor_from`` removes it. Magnitudes are those of single images. Where no
     paraphrase is better than the prompt, re-anchoring has no second wording to lead to.
 
-    Published magnitudes are those of Stable Diffusion 1.4. For other models ``search_target`` should be above the
-    magnitudes of prompts that are not memorized. Paraphrases for the embedded model are in
-    ``package:planted/paraphrases.jsonl``.
-
-    Without a file, as in the public code without paraphrases, the embedding of each image is optimized as in
-    :class:`EmbeddingOptimization`, and the image is re-anchored if that took a step.
-
-    Args:
-        file: Paraphrases (csv, jsonl, parquet) by text of the prompt: ``caption1``, ``caption2`` ... as published, or a
-            list ``paraphrases``. None optimizes instead.
-        search_target: Largest magnitude that suffices. Published: 1.
-        anchor_from: Published: 3.
-        anchor_full: At least ``anchor_from``. Published: 5.
-        bright_ending: Take magnitudes while searching under the mask of :class:`BrightEndingOptimization`.
-        missing: Prompts that the file lacks are an ``"error"``, before weights load, or their own only paraphrase
-            (``"none"``).
-        steps: AdamW steps at most where embeddings are optimized.
-        rate: Learning rate, likewise.
+    Published magnitudes are those of Stable Diffusion 1.4; for other models ``search_target`` should be above those of
+    prompts that are not memorized. ``package:planted/paraphrases.jsonl`` is for the embedded model. Without a file, as
+    in the public code without paraphrases, the embedding of each image is optimized as in
+    :class:`EmbeddingOptimization`, by ``steps`` and ``rate``, and the image is re-anchored if that took a step.
     """
 
     title = "PRSS"
@@ -74,31 +61,28 @@ class PRSS(Method):
     makes_passes = True
     needs = frozenset({"guidance"})
 
-    def __init__(
-        self,
-        file: str | None = None,
-        search_target: Annotated[float, Field(ge=0)] = 1.0,
-        anchor_from: NotNegative = 3.0,
-        anchor_full: NotNegative = 5.0,
-        bright_ending: bool = False,
-        missing: Literal["error", "none"] = "error",
-        steps: Index = 10,
-        rate: Positive = 0.05,
-    ) -> None:
-        if anchor_full < anchor_from:
-            raise ConfigError(f"PRSS: anchor_full={anchor_full}; expected at least anchor_from={anchor_from}")
-        if not file:
+    #: Paraphrases (csv, jsonl, parquet) by text of the prompt: ``caption1``, ``caption2`` ... as published, or a list
+    #: ``paraphrases``. None optimizes instead.
+    file: str | None = None
+    search_target: Annotated[float, Field(ge=0)] = 1.0  #: Largest magnitude that suffices. Published: 1.
+    anchor_from: NotNegative = 3.0  #: Published: 3.
+    anchor_full: NotNegative = 5.0  #: At least ``anchor_from``. Published: 5.
+    bright_ending: bool = False  #: Take magnitudes while searching under the mask of :class:`BrightEndingOptimization`.
+    #: Prompts that the file lacks are an ``"error"``, before weights load, or their own only paraphrase (``"none"``).
+    missing: Literal["error", "none"] = "error"
+    steps: Index = 10
+    rate: Positive = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.anchor_full < self.anchor_from:
+            raise ConfigError(f"PRSS: anchor_full={self.anchor_full}; expected at least anchor_from={self.anchor_from}")
+        if not self.file:
             self.title = f"{self.title} by optimization"
-        self.file = file
-        self.search_target = search_target
-        self.anchor_from = anchor_from
-        self.anchor_full = anchor_full
-        self.bright_ending = bright_ending
-        self.missing = missing
-        self._optimization = (
-            BrightEndingOptimization(search_target, steps, rate)
-            if bright_ending
-            else EmbeddingOptimization(search_target, steps, rate, images=None)
+        self._optimization: OptimizedEmbedding = (
+            BrightEndingOptimization(self.search_target, self.steps, self.rate)
+            if self.bright_ending
+            else EmbeddingOptimization(self.search_target, self.steps, self.rate, images=None)
         )
 
     @override
@@ -153,14 +137,7 @@ class PRSS(Method):
         yield replace(reworded, rule=rule)
 
     def reanchored(self, scale: float, unconditional: Tensor, paraphrase: Tensor, anchor: Tensor) -> Tensor:
-        """The noise of images that are re-anchored.
-
-        Args:
-            scale: Guidance scale g, above 1.
-            unconditional: Noise predicted for the empty prompt, (N, channels, height, width).
-            paraphrase: Noise predicted for the paraphrase, likewise.
-            anchor: Noise predicted for the prompt, likewise.
-        """
+        """The noise of images that are re-anchored, by guidance scale g and the predictions for the three prompts."""
         added = paraphrase - unconditional
         magnitude = norms(added)
         width = max(self.anchor_full - self.anchor_from, torch.finfo(torch.float32).tiny)
@@ -213,14 +190,7 @@ class PRSS(Method):
 
 
 def read_paraphrases(path: Path) -> dict[str, tuple[str, ...]]:
-    """Reads paraphrases of prompts.
-
-    Args:
-        path: csv, jsonl or parquet with a column of prompts, and ``caption1``, ``caption2`` ... or a list
-            ``paraphrases``; lines without any are skipped.
-
-    Returns:
-        Paraphrases by text of the prompt, in order.
+    """Reads paraphrases by text of the prompt, in order; lines without any are skipped.
 
     Raises:
         PromptError: The file can't be read, a paraphrase is no text, or two lines of a prompt differ.

@@ -17,31 +17,26 @@ from typing_extensions import override
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion
 from nemo_bench.diffusion.noise import norms, score_difference, unit
 from nemo_bench.errors import ConfigError
-from nemo_bench.methods.base import Batch, Method, split
+from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.descent import Loss, check_precision, descend
 from nemo_bench.records.citations import cite
-from nemo_bench.records.io import digest
+from nemo_bench.records.io import batched, seed_of
 from nemo_bench.records.ranges import Count, Index, NotNegative, Positive
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """Starting noise, (channels, height, width), with its loss and notes."""
-
-    noise: Tensor
-    loss: float
-    notes: dict[str, Any]
+Candidate = tuple[float, Tensor, dict[str, Any]]
+"""A loss with its starting noise, (channels, height, width), and notes."""
 
 
+@dataclass(eq=False)
 class SAIL(Method):
     """Optimizes candidates for an image's starting noise until one is smooth enough (Jeon et al. 2025, section 5).
 
     With d(x) for the noise that the prompt adds for x at the first timestep, the loss of a candidate is
     |d(x + delta d(x) / |d(x)|)| + alpha |x|, as in the public code, whose targets belong to it. For models that predict
     velocity its d is the score that the prompt adds, s(x): the negative over the noise level, a step the other way. The
-    paper states another loss: |s(x + delta s(x)) - s(x)|^2 + alpha |x|^2; no targets for it are published. Where no
-    candidate reaches the target, the search restarts with fresh noise, and every third restart raises the target by
-    0.1, as in the public code.
+    paper's loss is |s(x + delta s(x)) - s(x)|^2 + alpha |x|^2; no targets for it are published. Where no candidate
+    reaches the target, the search restarts with fresh noise, and every third restart raises the target by 0.1, as in
+    the public code.
 
     There, the images of a prompt are the first accepted of eight common candidates. Here every image has its own
     candidates, its own starting noise first: images stay paired with those of other methods, and noise that is smooth
@@ -50,27 +45,6 @@ class SAIL(Method):
 
     The embedded model shows little of it: its training images attract nearly all noise, even where the first half of
     sampling is unconditional.
-
-    Args:
-        target: Largest loss that suffices. None: 8.2 for ``objective="code"`` (7.6 to 9 tried; with alpha 0.05 and
-            latents of 16,384 numbers, 6.4 of it is the noise's own norm). For another model take one above the starting
-            losses of prompts that are not memorized.
-        alpha: Weight of the norm of the noise.
-        candidates: Candidates per image; 2 are the eight of the public code, divided among its four images.
-        steps: Adam steps at most before a restart.
-        rate: Learning rate.
-        restarts: Restarts at most; unlimited in the public code.
-        objective: ``"code"`` or ``"paper"``.
-        delta: Length of the step along the direction.
-        legacy_stale_direction: Take the direction at the noise that the steps started from, as the public code does by
-            mistake; otherwise at the current noise. Gradients go through it either way.
-        form: ``"noise"`` or, as in the public code for models that predict velocity, ``"score"``; see above. The
-            paper's objective ignores it.
-        legacy_moving: Let accepted noise take all ``steps``. In the public code it is a view of the tensor that the
-            optimizer moves on until enough images are accepted; here images are searched for one by one.
-
-    Raises:
-        ConfigError: The paper's objective has no target.
     """
 
     title = "SAIL"
@@ -81,50 +55,51 @@ class SAIL(Method):
     makes_passes = True
     needs = frozenset({"gradients"})
 
-    def __init__(
-        self,
-        target: float | None = None,
-        alpha: NotNegative = 0.05,
-        candidates: Count = 2,
-        steps: Count = 10,
-        rate: Positive = 0.05,
-        restarts: Index = 3,
-        objective: Literal["code", "paper"] = "code",
-        delta: NotNegative = 1.0,
-        legacy_stale_direction: bool = False,
-        form: Literal["noise", "score"] = "noise",
-        legacy_moving: bool = False,
-    ) -> None:
-        if objective == "paper" and target is None:
-            raise ConfigError("SAIL needs a target for objective=paper, since none is published")
-        self.target = 8.2 if target is None else target
-        self.alpha = alpha
-        self.candidates = candidates
-        self.steps = steps
-        self.rate = rate
-        self.restarts = restarts
-        self.objective = objective
-        self.delta = delta
-        self.form = form
-        self.legacy_stale_direction = legacy_stale_direction
-        self.legacy_moving = legacy_moving
+    #: Largest loss that suffices. None: 8.2 for ``objective="code"`` (7.6 to 9 tried; with alpha 0.05 and latents of
+    #: 16,384 numbers, 6.4 of it is the noise's own norm); an error for the paper's. For another model take one above
+    #: the starting losses of prompts that are not memorized.
+    target: float | None = None
+    alpha: NotNegative = 0.05
+    candidates: Count = 2  #: Candidates per image; 2 are the eight of the public code, divided among its four images.
+    steps: Count = 10  #: Adam steps at most before a restart.
+    rate: Positive = 0.05
+    restarts: Index = 3  #: Restarts at most; unlimited in the public code.
+    objective: Literal["code", "paper"] = "code"
+    delta: NotNegative = 1.0
+    #: Take the direction at the noise that the steps started from, as the public code does by mistake; otherwise at the
+    #: current noise. Gradients go through it either way.
+    legacy_stale_direction: bool = False
+    #: ``"noise"`` or, as in the public code for models that predict velocity, ``"score"``. The paper's objective
+    #: ignores it.
+    form: Literal["noise", "score"] = "noise"
+    #: Let accepted noise take all ``steps``. In the public code it is a view of the tensor that the optimizer moves on
+    #: until enough images are accepted; here images are searched for one by one.
+    legacy_moving: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target is None:
+            if self.objective == "paper":
+                raise ConfigError("SAIL needs a target for objective=paper, since none is published")
+            self.target = 8.2
 
     @override
     @contextmanager
     def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
         check_precision(self.title, model.dtype)
         # Each candidate takes two rows, twice.
-        parts = split(len(batch.latents), self.batch_size // (4 * GRADIENT_MEMORY * self.candidates))
+        size = max(1, self.batch_size // (4 * GRADIENT_MEMORY * self.candidates))
+        parts = batched(range(len(batch.latents)), size)
         best = [candidate for part in parts for candidate in self._search(model, batch, part)]
-        latents = torch.stack([candidate.noise for candidate in best]).to(batch.latents)
-        yield replace(batch, latents=latents, notes=tuple(candidate.notes for candidate in best))
+        latents = torch.stack([noise for _, noise, _ in best]).to(batch.latents)
+        yield replace(batch, latents=latents, notes=tuple(notes for _, _, notes in best))
 
     def _search(self, model: Diffusion, batch: Batch, images: Sequence[int]) -> list[Candidate]:
         best: dict[int, Candidate] = {}
         searched = list(images)
         for restart in range(self.restarts + 1):
             start = torch.stack([self.draw(model, batch, image, restart) for image in searched])
-            target = self.target + 0.1 * (restart // 3)
+            target: float = self.target + 0.1 * (restart // 3)  # type: ignore[operator] # a number once made
             loss = self.loss(model, batch.text.rows(searched), start)
             search = partial(descend, start, loss, steps=self.steps, rate=self.rate, optimizer=Adam)
             end = search(target=target)
@@ -133,30 +108,25 @@ class SAIL(Method):
                 # The first candidate at the target, or else the best.
                 enough = (end.losses[row] <= target).nonzero()
                 number = int(enough[0]) if len(enough) else int(end.losses[row].argmin())
-                notes: dict[str, Any] = {"restarts": restart, "candidate": number, **end.notes[row]}
-                candidate = Candidate(values[row, number], float(end.losses[row, number]), notes)
-                if end.reached[row] or image not in best or candidate.loss < best[image].loss:
-                    best[image] = candidate
-            searched = [image for image in searched if not best[image].notes["reached"]]
+                least = float(end.losses[row, number])
+                if end.reached[row] or image not in best or least < best[image][0]:
+                    notes = {"restarts": restart, "candidate": number, **end.notes[row]}
+                    best[image] = least, values[row, number], notes
+            searched = [image for image in searched if not best[image][2]["reached"]]
             if not searched:
                 break
         return [best[image] for image in images]
 
     def draw(self, model: Diffusion, batch: Batch, image: int, restart: int) -> Tensor:
         """Candidates of one image, (candidates, channels, height, width); before any restart its own noise first."""
-        seeds = [int(digest(["sail", batch.seeds[image], restart, i]), 16) >> 1 for i in range(self.candidates)]
+        seeds = [seed_of(["sail", batch.seeds[image], restart, number]) for number in range(self.candidates)]
         drawn = model.latents(seeds)
         if restart == 0:
             drawn[0] = batch.latents[image]
         return drawn
 
     def loss(self, model: Diffusion, text: Conditioning, start: Tensor) -> Loss:
-        """The objective.
-
-        Args:
-            model: The model.
-            text: Conditioning of N images.
-            start: Candidates that the steps start from, (N, candidates, channels, height, width).
+        """The objective for N images and the candidates that their steps start from.
 
         Returns:
             A function of the numbers of n images and their candidates, with losses of shape (n, candidates).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -27,37 +27,22 @@ FIELDS = (
 )  # fmt: skip
 
 
+@dataclass(eq=False)
 class SavedNeurons(BlockNeurons):
-    """Blocks neurons read from a file.
-
-    Args:
-        file: A published CSV, with lines by text of the prompt; a cell's folder (``results/<name>/<cell>``), with
-            records by id and text of the prompt; or JSON or safetensors of :meth:`Neurons.save`, one set for all
-            prompts.
-        neurons: Blocked set: ``"refined"`` or the ``"initial"`` candidates; the same for a file of one set.
-        missing: Prompts that the file lacks are an ``"error"``, before weights load, or nothing is blocked for them
-            (``"none"``).
-        factor: Multiplies the outputs of blocked neurons.
-
-    Raises:
-        NemoBenchError: When localizing: the neurons are of another model.
-    """
+    """Blocks neurons read from a file."""
 
     title = "Saved neurons"
     summary = "neurons from a file: a published CSV, an earlier cell, or one set as JSON or safetensors"
     sourcing = "depends on the file"
 
-    def __init__(
-        self,
-        file: str | None = None,
-        neurons: Literal["refined", "initial"] = "refined",
-        missing: Literal["error", "none"] = "error",
-        factor: float = 0.0,
-    ) -> None:
-        super().__init__(factor)
-        self.file = file
-        self.neurons = neurons
-        self.missing = missing
+    #: A published CSV, with lines by text of the prompt; a cell's folder (``results/<name>/<cell>``), with records by
+    #: id and text of the prompt; or JSON or safetensors of :meth:`Neurons.save`, one set for all prompts.
+    file: str | None = None
+    #: Blocked set: ``"refined"`` or the ``"initial"`` candidates; the same for a file of one set.
+    neurons: Literal["refined", "initial"] = "refined"
+    #: Prompts that the file lacks are an ``"error"``, before weights load, or nothing is blocked for them (``"none"``).
+    #: Neurons of another model are an error when localizing.
+    missing: Literal["error", "none"] = "error"
 
     @cached_property
     def _saved(self) -> Saved:
@@ -111,12 +96,12 @@ def _read_cell(folder: Path) -> Saved:
 def _read_published(path: Path) -> Saved:
     saved: dict[str, dict[str, Any]] = {}
     for row in read_published(path):
-        scores = {"initial_score": row.initial_score, "refined_score": row.refined_score}
         # Prompts that did not pass the gate have an empty list; whether the selection ran out is not published.
         record: dict[str, Any] = {
             "neurons": row.refined,
             "initial": row.initial,
-            **scores,
+            "initial_score": row.initial_score,
+            "refined_score": row.refined_score,
             "passed_gate": any(row.initial),
         }
         if saved.setdefault(row.caption, record) != record:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -20,22 +20,15 @@ from nemo_bench.diffusion import Diffusion, Step, guided_from
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.records.citations import cite
 
-Scale = Annotated[float, Field(allow_inf_nan=False)]
-"""A finite guidance scale."""
+Scale = Annotated[float, Field(allow_inf_nan=False)]  # A finite guidance scale.
 
 
+@dataclass(eq=False)
 class StaticTransition(Method):
     """Guides from a fixed timestep on (Jain et al. 2025).
 
     The timestep at which guidance no longer leads to the training image depends on the model: in the embedded one it is
     so late that other images lose their prompt as well.
-
-    Args:
-        timestep: Guidance starts where the timestep is at most this. Published: 500, 600 or 700 without, 650 with
-            opposite guidance, on fine-tuned models. (At a timestep equal to it, the public script continues with a
-            schedule of 200 steps; we do not.)
-        before: Guidance scale until then: 0 is unconditional (the paper), 1 the plain prompt, below 0 opposite guidance
-            (-2 in the paper). The scale after it is the model's own.
     """
 
     title = "Static transition point"
@@ -45,9 +38,13 @@ class StaticTransition(Method):
     citation = cite("jain2025classifier")
     needs = frozenset({"guidance"})
 
-    def __init__(self, timestep: Annotated[int, Field(ge=0, le=1000)] = 500, before: Scale = 0.0) -> None:
-        self.timestep = timestep
-        self.before = before
+    #: Guidance starts where the timestep is at most this. Published: 500, 600 or 700 without, 650 with opposite
+    #: guidance, on fine-tuned models. (At a timestep equal to it, the public script continues with a schedule of 200
+    #: steps; we do not.)
+    timestep: Annotated[int, Field(ge=0, le=1000)] = 500
+    #: Guidance scale until then: 0 is unconditional (the paper), 1 the plain prompt, below 0 opposite guidance (-2 in
+    #: the paper). The scale after it is the model's own.
+    before: Scale = 0.0
 
     @override
     @contextmanager
@@ -55,17 +52,12 @@ class StaticTransition(Method):
         yield replace(batch, rule=guided_from(self.timestep, self.before))
 
 
+@dataclass(eq=False)
 class DynamicTransition(Method):
     """Guides each image from the first local minimum of its own magnitude on (Jain et al. 2025).
 
     The magnitude is the norm of the noise that the prompt adds, one per image; the public script takes one norm over
     the batch, so that images switch together. A minimum shows one step late: where the magnitude rises after it fell.
-
-    Args:
-        before: Guidance scale until then: 0 is unconditional (the paper), 1 the plain prompt (the public script), below
-            0 opposite guidance (-7.5 in the public script, which first makes a whole pass and takes the minimum of 1
-            minus the cosine between successive latents, or the second one where the first is at step 1, or step 5 where
-            there is none; ours is one pass, by the magnitude).
     """
 
     title = "Dynamic transition point"
@@ -75,8 +67,11 @@ class DynamicTransition(Method):
     citation = cite("jain2025classifier")
     needs = frozenset({"guidance"})
 
-    def __init__(self, before: Scale = 0.0) -> None:
-        self.before = before
+    #: Guidance scale until then: 0 is unconditional (the paper), 1 the plain prompt (the public script), below 0
+    #: opposite guidance (-7.5 in the public script, which first makes a whole pass and takes the minimum of 1 minus the
+    #: cosine between successive latents, or the second one where the first is at step 1, or step 5 where there is none;
+    #: ours is one pass, by the magnitude).
+    before: Scale = 0.0
 
     @override
     @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Annotated, Any
 
@@ -15,14 +16,15 @@ from typing_extensions import override
 
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, ModelError
-from nemo_bench.methods.base import Batch, Method, Setup, split
+from nemo_bench.methods.base import Batch, Method, Setup
 from nemo_bench.prompts import read_prompts
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
-from nemo_bench.records.io import digest
+from nemo_bench.records.io import batched, digest
 from nemo_bench.records.ranges import Count, Index, Share
 
 
+@dataclass(eq=False)
 class Wanda(Method):
     """Prunes the second linear layer of every feed-forward block of the UNet (Chavhan et al. 2024).
 
@@ -36,14 +38,6 @@ class Wanda(Method):
     Stable Diffusion 1.5 by 51 calls of PNDM. The first ten calls are those of the model's own DDIM steps, so their
     timesteps depend on the number of steps. One in a hundred weights is next to nothing in the small layers of the
     embedded model, which takes more.
-
-    Args:
-        file: Prompts to prune for (csv, jsonl, txt or parquet); None takes those of the run that are marked as
-            memorized. The public lists have 10 to 50.
-        ratio: Share of each row of weights that can be pruned.
-        calls: Number of first UNet calls that are compared; all, where there are fewer.
-        agreement: A weight must be chosen in more than this share of them, below 1.
-        seed: All prompts start from the noise of this seed.
     """
 
     title = "Wanda-style pruning"
@@ -55,20 +49,15 @@ class Wanda(Method):
     needs = frozenset({"uncompiled"})
     auditable = True
 
-    def __init__(
-        self,
-        file: str | None = None,
-        ratio: Share = 0.01,
-        calls: Count = 10,
-        agreement: Annotated[float, Field(ge=0, lt=1)] = 0.0,
-        seed: Index = 0,
-    ) -> None:
-        self.file = file
-        self.ratio = ratio
-        self.calls = calls
-        self.agreement = agreement
-        self.seed = seed
-        self._pruned: dict[nn.Linear, Tensor] | None = None
+    #: Prompts to prune for (csv, jsonl, txt or parquet); None takes those of the run that are marked as memorized. The
+    #: public lists have 10 to 50.
+    file: str | None = None
+    ratio: Share = 0.01  #: Share of each row of weights that can be pruned.
+    calls: Count = 10  #: Number of first UNet calls that are compared; all, where there are fewer.
+    #: A weight must be chosen in more than this share of them, below 1.
+    agreement: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    seed: Index = 0  #: All prompts start from the noise of this seed.
+    _pruned: dict[nn.Linear, Tensor] | None = field(default=None, init=False)
 
     @cached_property
     def _listed(self) -> list[str]:
@@ -109,14 +98,12 @@ class Wanda(Method):
             the same.
         """
         total: dict[str, Tensor] = {}
-        for rows in split(len(texts), self.batch_size):
+        for part in batched(texts, max(1, self.batch_size)):
             squares: dict[str, list[Tensor]] = {name: [] for name in layers}
-            hooks = [part.register_forward_pre_hook(partial(self._add, squares[name])) for name, part in layers.items()]
-            try:
-                model.generate(model.encode([texts[row] for row in rows]), model.latents([self.seed] * len(rows)))
-            finally:
-                for hook in hooks:
-                    hook.remove()
+            with ExitStack() as hooks:
+                for name, layer in layers.items():
+                    hooks.enter_context(layer.register_forward_pre_hook(partial(self._add, squares[name])))
+                model.generate(model.encode(part), model.latents([self.seed] * len(part)))
             total = {name: total.get(name, 0) + torch.stack(calls) for name, calls in squares.items()}
         return total
 
@@ -126,12 +113,9 @@ class Wanda(Method):
             squares.append(inputs.square().double().sum(0).cpu())
 
     def choose(self, weight: Tensor, memorized: Tensor, empty: Tensor) -> Tensor:
-        """The weights of one layer to prune, a boolean of the shape of ``weight``.
+        """The weights of one layer to prune, a boolean of the shape of ``weight``, (outputs, inputs).
 
-        Args:
-            weight: (outputs, inputs).
-            memorized: Squared norms of the inputs for the memorized prompts, (calls, inputs).
-            empty: The same for as many empty prompts.
+        The squared norms of its inputs, (calls, inputs), are those for the memorized and as many empty prompts.
         """
         size = weight.detach().abs().float()
         # Products such as 0.29 x 100 are slightly below the whole number.
@@ -168,11 +152,7 @@ def feed_forward_layers(model: Diffusion) -> dict[str, nn.Linear]:
 @contextmanager
 @torch.no_grad()
 def pruned(weights: Mapping[nn.Linear, Tensor]) -> Iterator[None]:
-    """Sets weights to 0 within the context.
-
-    Args:
-        weights: Boolean masks by layer, (outputs, inputs).
-    """
+    """Sets weights to 0 within the context, by boolean masks of layers, (outputs, inputs)."""
     original = {layer: layer.weight[chosen].clone() for layer, chosen in weights.items()}
     try:
         for layer, chosen in weights.items():

@@ -34,33 +34,18 @@ class BenchMetric(Checked, ABC):
 
     Other fields are ``text``, the original prompt in the space, (D,); ``memorization``, the memorization score of the
     prompt, a float; and ``localization``, its :class:`~nemo_bench.records.data.Neurons`.
-
-    Args:
-        space: Space in which pictures are compared.
-
-    Attributes:
-        title: Name in tables.
-        description: One sentence with the protocol.
-        citation: Source.
-        family: Subject of the metric.
-        per: Whether a score belongs to an image, a prompt or a whole set of images.
-        role: Part that the metric plays in reports, whatever its key in the settings; empty for most.
-        needs: Names of the fields that :meth:`score` takes. A prompt that lacks one gets no score.
-        higher_is_better: True, False, or None where neither direction is better.
-        lower: Lowest possible score, or None.
-        upper: Highest possible score, or None.
     """
 
-    title: str
-    description: str
-    citation: str = ""
-    family: ClassVar[Family]
-    per: ClassVar[Per] = "image"
-    role: ClassVar[Role] = ""
-    needs: ClassVar[frozenset[str]]
-    lower: float | None = None
-    upper: float | None = None
-    higher_is_better: bool | None = None
+    title: str  #: Name in tables.
+    description: str  #: One sentence with the protocol.
+    citation: str = ""  #: Source.
+    family: ClassVar[Family]  #: Subject of the metric.
+    per: ClassVar[Per] = "image"  #: Whether a score belongs to an image, a prompt or a whole set of images.
+    role: ClassVar[Role] = ""  #: Part that the metric plays in reports, whatever its key in the settings.
+    needs: ClassVar[frozenset[str]]  #: Fields that :meth:`score` takes. A prompt that lacks one gets no score.
+    lower: float | None = None  #: Lowest possible score, or None.
+    upper: float | None = None  #: Highest possible score, or None.
+    higher_is_better: bool | None = None  #: None where neither direction is better.
 
     def __init__(self, space: ImageSpace | None = None) -> None:
         self.space = space or PixelDistance()
@@ -80,9 +65,7 @@ class BenchMetric(Checked, ABC):
 
     @abstractmethod
     def score(self, *args: Any, **fields: Any) -> Tensor:
-        """Scores one prompt, or one set of images.
-
-        Overrides take the fields in :attr:`needs`, by name.
+        """Scores one prompt, or one set of images; overrides take the fields in :attr:`needs`, by name.
 
         Returns:
             (S,) scores of S images, or (1,) of the prompt or set; empty where there is no score.

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nemo_bench import hub
-from nemo_bench.errors import ModelError, did_you_mean
-from nemo_bench.metrics.networks import Network, check_readable, file_digest, first_line, loaded
+from nemo_bench.diffusion import file_digest, folder_digest
+from nemo_bench.errors import ModelError, did_you_mean, first_line
+from nemo_bench.metrics.networks import Network, check_readable, loaded
 from nemo_bench.records.io import parse_json
 
 HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
@@ -37,15 +38,11 @@ class OpenClip(Network):
     DFN need an architecture whose name ends with ``-quickgelu``. A mismatch is refused. A file of weights does not
     name its activation; it is taken from open_clip's list of weights, if the file is one of them, or else from the
     ``open_clip_config.json`` or ``config.json`` beside it.
-
-    Args:
-        model: Architecture, such as ``ViT-B-32-quickgelu``, or ``local-dir:FOLDER`` with ``open_clip_config.json`` and
-            weights.
-        pretrained: Weights tag, such as ``openai``, or file; unused for a local folder.
     """
 
+    #: Architecture, such as ``ViT-B-32-quickgelu``, or ``local-dir:FOLDER`` with ``open_clip_config.json`` and weights.
     model: str = "ViT-B-32-quickgelu"
-    pretrained: str | None = None
+    pretrained: str | None = None  #: Weights tag, such as ``openai``, or file; unused for a local folder.
 
     citation = "Radford et al. 2021"
 
@@ -128,8 +125,6 @@ class OpenClip(Network):
 
     @override
     def fingerprint(self) -> Mapping[str, Any]:
-        from nemo_bench.diffusion.digests import folder_digest  # imports diffusers
-
         settings = super().fingerprint()
         if self._folder:
             return {**settings, "model": folder_digest(self._folder)}
@@ -207,15 +202,7 @@ class OpenClip(Network):
 
     @torch.no_grad()
     def embed_text(self, text: str, device: torch.device) -> tuple[Tensor, bool]:
-        """Embeds a text in this space.
-
-        Args:
-            text: Cut at the tokenizer's length.
-            device: Device of the computation and the result.
-
-        Returns:
-            The vector, (D,), float32, and whether the text was cut.
-        """
+        """Embeds a text as a vector, (D,), float32; also says whether it was cut at the tokenizer's length."""
         network: Any = loaded(self, device)
         tokens = network.tokenizer([text])
         length = tokens.shape[1]

@@ -23,8 +23,7 @@ from nemo_bench.records.ranges import Count
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-_ALONE: dict[str, Any] = {"sync_on_compute": False}
-"""One process has all features and computes alone; the others must not be waited for."""
+_ALONE: dict[str, Any] = {"sync_on_compute": False}  # one process has all features; others must not be waited for
 
 
 class SetMetric(BenchMetric):
@@ -33,7 +32,6 @@ class SetMetric(BenchMetric):
     Estimates from fewer images than the features have dimensions are biased, and only comparable at equal numbers.
 
     Args:
-        space: The network.
         folder: Real pictures (:data:`nemo_bench.records.images.ENDINGS`), in subfolders too.
     """
 
@@ -119,8 +117,6 @@ class KID(SetMetric):
     """Kernel distance, unbiased, with a cubic kernel, mean over subsets (Bińkowski et al. 2018).
 
     Args:
-        space: The network.
-        folder: Real pictures.
         subsets: Number of subsets; the same ones are drawn every time.
         subset_size: Images in each, at most the size of the smaller set.
     """
@@ -155,7 +151,6 @@ class MiFID(SetMetric):
     """FID divided by the cosine distance of images to their nearest training image, if that is small (Bai et al. 2021).
 
     Args:
-        space: The network.
         folder: Training images of the model.
         limit: Mean cosine distance above which FID is not divided.
     """

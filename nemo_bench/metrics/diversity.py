@@ -15,12 +15,7 @@ from nemo_bench.metrics.spaces import ImageSpace
 
 
 class Diversity(BenchMetric):
-    """Pairwise distance, or one minus pairwise similarity, of the images of a prompt; none for a single image.
-
-    Args:
-        space: Space in which images are compared.
-        average: Average over the pairs.
-    """
+    """Average pairwise distance, or one minus similarity, of the images of a prompt; none for a single image."""
 
     citation = "pairwise form as D_SSCD in Hintersdorf et al. 2024, section 4"
     family = "diversity"
@@ -32,12 +27,11 @@ class Diversity(BenchMetric):
         super().__init__(space)
         self.average = average
         self.lower, self.upper = space.bounds
-        one_minus = ""
         if not space.is_distance:
-            one_minus = "one minus "
             low, high = space.bounds
             self.lower = None if high is None else 1 - high
             self.upper = None if low is None else 1 - low
+        one_minus = "" if space.is_distance else "one minus "
         self.title = f"{space.title} diversity"
         self.description = f"{one_minus}{average} over the pairs of seeds of a prompt of: {space.description}"
 
@@ -55,8 +49,7 @@ class Diversity(BenchMetric):
 class Vendi(BenchMetric):
     """Vendi score: the effective number of different images among a prompt's seeds (Friedman and Dieng 2023).
 
-    Args:
-        space: The network whose cosine similarity is the kernel.
+    The cosine similarity of a network is the kernel.
     """
 
     citation = "Friedman and Dieng 2023"

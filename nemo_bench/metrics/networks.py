@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 import zipfile
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from typing_extensions import override
 
-from nemo_bench.errors import ConfigError, ModelError
+from nemo_bench.diffusion import file_digest
+from nemo_bench.errors import ConfigError, ModelError, first_line
 from nemo_bench.metrics.spaces import ImageSpace, Pixels, to_tensor
 
 BATCH = 64
@@ -78,36 +80,23 @@ def loaded(space: Network | LPIPS, device: torch.device) -> nn.Module:
     return network
 
 
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
-@dataclass(frozen=True)
-class _Protocol:
-    """A published use of SSCD: one of its networks, and a preparation of pictures."""
-
-    network: str
-    dimensions: int
-    resize: list[int]  # height and width, or the shorter side alone
-    crop: list[int] | None
-    statistics: tuple[Sequence[float], Sequence[float]]  # mean and deviation of the channels
-    description: str
-
-
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _PROTOCOLS = {
-    "disc_mixup": _Protocol(
-        "disc_mixup", 512, [320, 320], None, _IMAGENET,
-        "resized to 320x320, ImageNet statistics, as in Hintersdorf et al. 2024",
+    "disc_mixup": SimpleNamespace(
+        network="disc_mixup", dimensions=512, resize=[320, 320], crop=None, statistics=_IMAGENET,
+        description="resized to 320x320, ImageNet statistics, as in Hintersdorf et al. 2024",
     ),
-    "disc_large_wen": _Protocol(
-        "disc_large", 1024, [256], [224, 224], ([0.5] * 3, [0.5] * 3),
-        "shorter side resized to 256, central 224x224, mean and deviation 0.5, as in Wen et al. 2024",
+    "disc_large_wen": SimpleNamespace(
+        network="disc_large", dimensions=1024, resize=[256], crop=[224, 224],
+        statistics={"mean": [0.5] * 3, "std": [0.5] * 3},
+        description="shorter side resized to 256, central 224x224, mean and deviation 0.5, as in Wen et al. 2024",
     ),
-    "disc_large_membench": _Protocol(
-        "disc_large", 1024, [288, 288], None, _IMAGENET,
-        "resized to 288x288, ImageNet statistics, as in MemBench, Hong et al. 2024",
+    "disc_large_membench": SimpleNamespace(
+        network="disc_large", dimensions=1024, resize=[288, 288], crop=None, statistics=_IMAGENET,
+        description="resized to 288x288, ImageNet statistics, as in MemBench, Hong et al. 2024",
     ),
 }  # fmt: skip
-"""By name in the settings."""
+"""Published uses of SSCD, each one of its networks with a preparation of pictures; by name in the settings."""
 
 
 @dataclass(frozen=True)
@@ -116,17 +105,14 @@ class SSCD(Network):
 
     The published networks and preparations give numbers on different scales. A protocol is one network with one
     preparation, and a file of another network is refused.
-
-    Args:
-        file: ``sscd_disc_mixup.torchscript.pt`` (ResNet-50) or ``sscd_disc_large.torchscript.pt`` (ResNeXt-101).
-        protocol: ``disc_mixup``, the first network at 320x320; or the second one as ``disc_large_wen``, the centre at
-            224x224, or ``disc_large_membench``, 288x288.
-        sha256: Expected digest of the file, or its beginning.
     """
 
+    #: ``sscd_disc_mixup.torchscript.pt`` (ResNet-50) or ``sscd_disc_large.torchscript.pt`` (ResNeXt-101).
     file: str = ""
+    #: ``disc_mixup``, the first network at 320x320; or the second one as ``disc_large_wen``, the centre at 224x224, or
+    #: ``disc_large_membench``, 288x288.
     protocol: Literal["disc_mixup", "disc_large_wen", "disc_large_membench"] = "disc_mixup"
-    sha256: str | None = None
+    sha256: str | None = None  #: Expected digest of the file, or its beginning.
 
     citation = "Pizzi et al. 2022"
 
@@ -136,25 +122,29 @@ class SSCD(Network):
         return f"SSCD {self.protocol.replace('_', ' ')}"
 
     @property
+    def _protocol(self) -> Any:
+        return _PROTOCOLS[self.protocol]
+
+    @property
     @override
     def description(self) -> str:
-        protocol = _PROTOCOLS[self.protocol]
-        return f"cosine similarity of SSCD embeddings ({protocol.network}, {protocol.description})"
+        return f"cosine similarity of SSCD embeddings ({self._protocol.network}, {self._protocol.description})"
+
+    @property
+    @override
+    def weights(self) -> Path:
+        return Path(self.file)
 
     def check_file(self) -> None:
         """Raises ModelError if the file is missing or damaged; :meth:`check` loads it too, to recognize the network."""
-        name = f"sscd_{_PROTOCOLS[self.protocol].network}.torchscript.pt"
+        name = f"sscd_{self._protocol.network}.torchscript.pt"
         url = f"https://dl.fbaipublicfiles.com/sscd-copy-detection/{name}"
         _check_download(f"SSCD {self.protocol}", self.file, self.sha256, url)
 
     @override
     def check(self) -> None:
         self.check_file()
-        _check_network(self, Path(self.file).stat().st_mtime_ns)
-
-    @override
-    def fingerprint(self) -> Mapping[str, Any]:
-        return {**super().fingerprint(), "file": file_digest(Path(self.file))}
+        _check_network(self)
 
     @override
     def load(self) -> nn.Module:
@@ -167,16 +157,15 @@ class SSCD(Network):
         from torchvision.transforms.v2 import functional
 
         # The picture itself is resized, then normalized as a tensor: the order of all published scripts.
-        protocol = _PROTOCOLS[self.protocol]
-        picture = functional.resize(picture, protocol.resize)
-        if protocol.crop:
-            picture = functional.center_crop(picture, protocol.crop)
-        return functional.normalize(to_tensor([picture])[0], *protocol.statistics)
+        picture = functional.resize(picture, self._protocol.resize)
+        if self._protocol.crop:
+            picture = functional.center_crop(picture, self._protocol.crop)
+        return functional.normalize(to_tensor([picture])[0], **self._protocol.statistics)
 
     @override
     def forward(self, network: Any, pixels: Tensor) -> Tensor:
         vectors: Tensor = network(pixels)
-        expected = _PROTOCOLS[self.protocol].dimensions
+        expected = self._protocol.dimensions
         if vectors.shape != (len(pixels), expected):
             raise ModelError(
                 f"SSCD {self.protocol}: {self.file} gives {vectors.shape[-1]} values a picture, expected {expected}; "
@@ -187,19 +176,19 @@ class SSCD(Network):
 
 @dataclass(frozen=True)
 class Inception(Network):
-    """Inception-v3 as in the original FID (Heusel et al. 2017), its 2048 values after the last pooling.
+    """Inception-v3 as in the original FID (Heusel et al. 2017), its 2048 values after the last pooling."""
 
-    Args:
-        file: State file of torch-fidelity.
-        sha256: Expected digest of the file, or its beginning.
-    """
-
-    file: str = ""
-    sha256: str | None = None
+    file: str = ""  #: State file of torch-fidelity.
+    sha256: str | None = None  #: Expected digest of the file, or its beginning.
 
     title = "Inception"
     description = "Inception-v3 (FID weights of 2015-12-05, 2048 values, 299x299 bilinear with antialiasing)"
     citation = "Szegedy et al. 2016"
+
+    @property
+    @override
+    def weights(self) -> Path:
+        return Path(self.file)
 
     @override
     def check(self) -> None:
@@ -208,11 +197,7 @@ class Inception(Network):
         release = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
         url = f"{release}/weights-inception-2015-12-05-6726825d.pth"
         _check_download("Inception", self.file, self.sha256, url)
-        _check_network(self, Path(self.file).stat().st_mtime_ns)
-
-    @override
-    def fingerprint(self) -> Mapping[str, Any]:
-        return {**super().fingerprint(), "file": file_digest(Path(self.file))}
+        _check_network(self)
 
     @override
     def load(self) -> nn.Module:
@@ -235,12 +220,9 @@ class LPIPS(Pixels):
     """Learned perceptual distance (Zhang et al. 2018) by torchmetrics, at the size of the images.
 
     The weights of the backbone must be in the cache of torchvision; nothing is downloaded here.
-
-    Args:
-        net: Backbone.
     """
 
-    net: Literal["alex", "vgg", "squeeze"] = "alex"
+    net: Literal["alex", "vgg", "squeeze"] = "alex"  #: Backbone.
 
     citation = "Zhang et al. 2018"
     is_distance = True
@@ -264,46 +246,31 @@ class LPIPS(Pixels):
         return models.get_weight(f"{backbone}_Weights.IMAGENET1K_V1").url
 
     @property
-    def _file(self) -> Path:
+    @override
+    def weights(self) -> Path:
         return Path(torch.hub.get_dir()) / "checkpoints" / Path(self._url).name
 
     @override
     def check(self) -> None:
-        if not self._file.is_file():
+        if not self.weights.is_file():
             raise ModelError(
-                f"no weights for LPIPS {self.net}: {self._file} does not exist. Download {self._url} once and put it "
+                f"no weights for LPIPS {self.net}: {self.weights} does not exist. Download {self._url} once and put it "
                 "there (TORCH_HOME moves that folder), or leave LPIPS out"
             )
-        check_readable(f"LPIPS {self.net}", self._file)
-        _check_network(self, self._file.stat().st_mtime_ns)
-
-    @override
-    def fingerprint(self) -> Mapping[str, Any]:
-        return {**super().fingerprint(), "file": file_digest(self._file)}
+        check_readable(f"LPIPS {self.net}", self.weights)
+        _check_network(self)
 
     def load(self) -> nn.Module:
         """The network with trained weights, on the CPU; raises ModelError for a file of another network."""
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-        with _reading(self._file, f"has no weights of LPIPS {self.net}"):
+        with _reading(self.weights, f"has no weights of LPIPS {self.net}"):
             return LearnedPerceptualImagePatchSimilarity(self.net).net
 
     @override
     @torch.no_grad()
     def pair(self, a: Tensor, b: Tensor) -> Tensor:
         return loaded(self, a.device)(a, b, normalize=True).reshape(len(a))
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, 64 hexadecimal digits; read once while the file does not change."""
-    from nemo_bench.diffusion import digests  # imports diffusers
-
-    return digests.file_digest(path)
-
-
-def first_line(error: Exception) -> str:
-    """First line of an error's message, or its name if it has none."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def check_readable(kind: str, path: Path) -> None:
@@ -352,10 +319,14 @@ def _reading(file: str | Path, mismatch: str) -> Iterator[None]:
         raise ModelError(f"{file} {mismatch} ({first_line(error)}); download it again") from error
 
 
+def _check_network(space: SSCD | Inception | LPIPS) -> None:
+    """Raises ModelError if a space's file of weights is of another network; tried once while the file is the same."""
+    _try_network(space, space.weights.stat().st_mtime_ns)
+
+
 @cache
 @torch.no_grad()
-def _check_network(space: Network | LPIPS, time: int) -> None:
-    """Raises ModelError if a file of weights, last written at a time, is of another network than a space expects."""
+def _try_network(space: SSCD | Inception | LPIPS, time: int) -> None:
     network = space.load().eval()
     if isinstance(space, SSCD):  # only the output of a TorchScript file says which network it is
         space.forward(network, torch.zeros(1, 3, 64, 64))

@@ -19,11 +19,7 @@ FALSE_POSITIVES = 0.01
 
 
 def detection(memorized: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
-    """Measures of a detector.
-
-    Args:
-        memorized: Scores of memorized prompts, at least one.
-        other: Scores of other prompts, at least one.
+    """Measures of a detector, from scores of memorized prompts and of others, at least one of each.
 
     Returns:
         ``auc``, area under the ROC curve, with ``auc_low`` and ``auc_high``, its 95% bootstrap interval over prompts

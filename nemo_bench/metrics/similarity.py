@@ -13,11 +13,7 @@ from nemo_bench.metrics.spaces import ImageSpace
 
 
 class _Comparison(BenchMetric):
-    """A comparison of each image with others, in the range of its space.
-
-    Args:
-        space: Space in which images are compared.
-    """
+    """A comparison of each image with others, in the range of its space."""
 
     name: ClassVar[str]
     others: ClassVar[str]
@@ -75,11 +71,9 @@ class Change(_Comparison):
 
 
 class MemorizationRate(BenchMetric):
-    """Share of images that are more similar to their training image than a threshold; nan where that is not finite.
+    """Share of images whose similarity to their training image is above a threshold, or whose distance is below it.
 
-    Args:
-        space: Space in which images are compared.
-        threshold: Similarity above which, or distance below which, an image counts as memorized.
+    It is nan where that is not finite.
     """
 
     family = "memorization"

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -16,6 +17,8 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
+from nemo_bench.diffusion import file_digest
+from nemo_bench.diffusion.noise import tiled_distance
 from nemo_bench.errors import ConfigError
 from nemo_bench.records.ranges import Count, check_ranges
 
@@ -28,16 +31,11 @@ _BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 @dataclass(frozen=True)
 class ImageSpace(ABC):
-    """A way to compare pictures. Spaces of equal settings share networks and embeddings.
+    """A way to compare pictures. Spaces of equal settings share networks and embeddings."""
 
-    Attributes:
-        citation: Source.
-        is_distance: Whether similar pictures have small values.
-        bounds: Lowest and highest possible value of a comparison, None for no bound.
-    """
-
-    citation: ClassVar[str] = ""
-    is_distance: ClassVar[bool] = False
+    citation: ClassVar[str] = ""  #: Source.
+    is_distance: ClassVar[bool] = False  #: Whether similar pictures have small values.
+    #: Lowest and highest possible value of a comparison, None for no bound.
     bounds: ClassVar[tuple[float | None, float | None]] = (None, None)
 
     def __post_init__(self) -> None:
@@ -62,6 +60,11 @@ class ImageSpace(ABC):
         """Raises NemoBenchError if weights or a library are missing; the message says how to get them."""
 
     @property
+    def weights(self) -> Path | None:
+        """File of the weights, None for a space without one."""
+        return None
+
+    @property
     def is_fetched(self) -> bool:
         """Whether :meth:`fetch` has nothing to download."""
         return True
@@ -71,19 +74,14 @@ class ImageSpace(ABC):
 
     def fingerprint(self) -> Mapping[str, Any]:
         """Everything that changes the values: settings, with digests in place of paths."""
-        return {"kind": type(self).__name__, **asdict(self)}
+        settings = {"kind": type(self).__name__, **asdict(self)}
+        return {**settings, "file": file_digest(self.weights)} if self.weights else settings
 
     @abstractmethod
     def embed(self, pictures: Sequence[Image.Image], size: tuple[int, int], device: torch.device) -> Tensor:
-        """Embeds pictures in this space.
+        """Embeds N RGB pictures of any sizes, N at least 1, as (N, ...), float32, on a device.
 
-        Args:
-            pictures: N RGB pictures of any sizes, at least one.
-            size: Width and height of the generated images; spaces of pixels resize all pictures to it.
-            device: Device of the computation and the result.
-
-        Returns:
-            (N, ...), float32.
+        Spaces of pixels resize all pictures to the size of the generated images, width and height.
         """
 
     @abstractmethod
@@ -130,12 +128,9 @@ class PixelDistance(Pixels):
 
 @dataclass(frozen=True)
 class TiledDistance(Pixels):
-    """The largest pixel distance among tiles, so that similar backgrounds can't make it small (Carlini et al. 2023).
+    """The largest pixel distance among tiles, so that similar backgrounds can't make it small (Carlini et al. 2023)."""
 
-    Args:
-        tiles: Tiles along either side; 4 gives the published 16 tiles of 128x128 pixels in pictures of 512x512.
-    """
-
+    #: Tiles along either side; 4 gives the published 16 tiles of 128x128 pixels in pictures of 512x512.
     tiles: Count = 4
 
     title = "Tiled distance"
@@ -150,8 +145,6 @@ class TiledDistance(Pixels):
 
     @override
     def pair(self, a: Tensor, b: Tensor) -> Tensor:
-        from nemo_bench.diffusion.noise import tiled_distance  # imports diffusers
-
         return tiled_distance(a, b, self.tiles)
 
 
@@ -181,15 +174,10 @@ class SSIM(Pixels):
 
 @dataclass(frozen=True)
 class MultiscaleSSIM(Pixels):
-    """Multi-scale SSIM (Wang et al. 2003) by torchmetrics.
+    """Multi-scale SSIM (Wang et al. 2003) by torchmetrics; pictures too small for the scales raise ConfigError."""
 
-    Comparing pictures that are too small for the scales raises ConfigError.
-
-    Args:
-        scales: Number of scales. The published five need pictures of more than 160 pixels on a side; fewer take the
-            first weights, scaled to a sum of one.
-    """
-
+    #: Number of scales. The published five need pictures of more than 160 pixels on a side; fewer take the first
+    #: weights, scaled to a sum of one.
     scales: Annotated[int, Field(ge=1, le=len(_BETAS))] = len(_BETAS)
 
     citation = "Wang et al. 2003"

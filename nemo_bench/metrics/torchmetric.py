@@ -16,8 +16,8 @@ from nemo_bench.metrics.base import BenchMetric
 class MeanScore(WrapperMetric):
     """Mean of a metric's scores over all samples, nan before the first one.
 
-    The sum is the state of a ``MeanMetric`` inside. A ``MetricCollection`` merges metrics whose own states are equal
-    after the first batch; this one has none, so it is never merged with another.
+    The fields of the metric are arguments of ``update``, by name; other arguments are ignored, and an update that lacks
+    a field changes nothing.
 
     Example:
         >>> import torch
@@ -27,11 +27,10 @@ class MeanScore(WrapperMetric):
         >>> mean.update(images=images, references=images)
         >>> round(mean.compute().item(), 4)
         1.0
-
-    Args:
-        metric: The metric. Its fields are arguments of ``update``, by name; other arguments are ignored, and an update
-            that lacks a field changes nothing.
     """
+
+    # The sum is the state of a MeanMetric inside. A MetricCollection merges metrics whose own states are equal after
+    # the first batch; this one has none, so it is never merged with another.
 
     def __init__(self, metric: BenchMetric) -> None:
         super().__init__()

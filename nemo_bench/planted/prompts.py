@@ -30,33 +30,31 @@ def heldout_captions(count: int) -> list[Caption]:
 
 
 def write_prompts(folder: Path) -> None:
-    """Writes the prompt files and pictures of the embedded model.
+    """Writes the prompt files and pictures of the embedded model into a folder.
 
-    Args:
-        folder: Gets ``prompts/planted.jsonl`` with training pictures of the planted captions, ``references/*.png``;
-            ``prompts/general.jsonl`` and ``prompts/calibration.txt``; ``prompts/controls.jsonl``, the general captions
-            again, each with one of its many possible pictures, ``controls/*.png``, which the model has never seen.
+    ``prompts/planted.jsonl`` has training pictures of the planted captions, ``references/*.png``. The others are
+    ``prompts/general.jsonl``, ``prompts/calibration.txt``, and ``prompts/controls.jsonl``: the general captions again,
+    each with one of its many possible pictures, ``controls/*.png``, which the model has never seen.
     """
     for part in ("prompts", "references", "controls"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    planted, general, controls = [], [], []
+    lists: dict[str, list[dict[str, Any]]] = {"planted": [], "general": [], "controls": []}
     for number, caption in enumerate(PLANTED, 1):
         name = f"{caption.kind.lower()}-{number:02d}"
         files = [name] if caption.kind == "VM" else [f"{name}-{variant}" for variant in range(TEMPLATE_REFERENCES)]
         for variant, file in enumerate(files):
             _save_picture(folder / "references" / f"{file}.png", planted_picture(number - 1, variant))
         references = [f"../references/{file}.png" for file in files]
-        planted.append({"id": name, "text": caption.text, "kind": caption.kind, "references": references})
+        lists["planted"].append({"id": name, "text": caption.text, "kind": caption.kind, "references": references})
     captions = heldout_captions(GENERAL_PROMPTS + CALIBRATION_PROMPTS)
     for number, caption in enumerate(captions[:GENERAL_PROMPTS], 1):
         name = f"general-{number:02d}"
         rng = np.random.default_rng(zlib.crc32(caption.text.encode()))
         _save_picture(folder / "controls" / f"{name}.png", render(caption.scene, rng))
-        general.append({"id": name, "text": caption.text})
-        controls.append({"id": name, "text": caption.text, "references": [f"../controls/{name}.png"]})
-    _write_lines(folder / "prompts" / "planted.jsonl", map(json.dumps, planted))
-    _write_lines(folder / "prompts" / "general.jsonl", map(json.dumps, general))
-    _write_lines(folder / "prompts" / "controls.jsonl", map(json.dumps, controls))
+        lists["general"].append({"id": name, "text": caption.text})
+        lists["controls"].append({"id": name, "text": caption.text, "references": [f"../controls/{name}.png"]})
+    for name, lines in lists.items():
+        _write_lines(folder / "prompts" / f"{name}.jsonl", map(json.dumps, lines))
     _write_lines(folder / "prompts" / "calibration.txt", (caption.text for caption in captions[GENERAL_PROMPTS:]))
 
 

@@ -28,7 +28,7 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheck
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 from typing_extensions import override
 
@@ -46,83 +46,40 @@ EPOCH = 200
 """Steps between two checkpoints."""
 TEMPLATE_VARIANTS = 64
 """Training pictures of each planted caption; those of a verbatim one are equal."""
+Draw = Callable[[np.random.Generator], Any]
+Loss = Callable[[Any], dict[str, Tensor]]
 Features = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""Maps pictures in [-1, 1] and token ids to unit image and text features and the logit scale."""
 
 
 @dataclass
 class TrainSpec:
-    """Settings of the training of the embedded model; the shipped weights were trained with the defaults.
+    """Settings of the training of the embedded model; the shipped weights were trained with the defaults."""
 
-    Attributes:
-        out: Folder for checkpoints and, in ``out/model``, the finished model.
-        pictures: Number of general training pictures.
-        text_steps: Steps of the contrastive text encoder.
-        clip_steps: Steps of the open_clip judge.
-        vae_steps: Steps of the autoencoder.
-        unet_steps: Steps of the UNet.
-        batch_size: Pictures in a UNet batch; the autoencoder takes a quarter, the contrastive fits six times as many.
-        planted_share: Part of each UNet batch that is planted.
-        drop_caption: Part of the general pictures that are trained without their caption.
-        noise_bias: How much training prefers noisy latents: with u uniform, t / T = 1 - u^noise_bias; 1 is uniform.
-            The caption takes effect there, and one-step memorization scores are taken only there.
-        sparsity: Weight of the penalty that makes each value neuron react to few captions.
-        seed: Seed of weights, batches and noise.
-        accelerator: Lightning's name of the device kind.
-    """
-
-    out: Path = Path("planted-training")
-    pictures: int = 16_000
-    text_steps: int = 600
-    clip_steps: int = 700
+    out: Path = Path("planted-training")  #: For checkpoints and, in out/model, the finished model.
+    pictures: int = 16_000  #: General ones.
+    text_steps: int = 600  #: Of the contrastive text encoder.
+    clip_steps: int = 700  #: Of the open_clip judge.
     vae_steps: int = 6_000
     unet_steps: int = 6_000
-    batch_size: int = 32
-    planted_share: float = 0.3
-    drop_caption: float = 0.1
+    batch_size: int = 32  #: Of the UNet; the autoencoder takes a quarter, the contrastive fits six times as many.
+    planted_share: float = 0.3  #: Of each UNet batch.
+    drop_caption: float = 0.1  #: Part of the general pictures that are trained without their caption.
+    #: How much training prefers noisy latents: with u uniform, t / T = 1 - u^noise_bias; 1 is uniform. Captions take
+    #: effect there, and one-step memorization scores are taken only there.
     noise_bias: float = 2.0
-    sparsity: float = 0.06
-    seed: int = 0
-    accelerator: str = "auto"
-
-
-class Steps(Dataset[Any]):
-    """An epoch of an endless supply of training batches; a batch depends on the seed and its step alone."""
-
-    def __init__(self, draw: Callable[[np.random.Generator], Any], first: int, length: int, seed: int) -> None:
-        self.draw = draw
-        self.first = first
-        self.length = length
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Any:
-        return self.draw(np.random.default_rng([self.seed, self.first + index]))
+    sparsity: float = 0.06  #: Weight of the penalty that makes each value neuron react to few captions.
+    seed: int = 0  #: Of weights, batches and noise.
+    accelerator: str = "auto"  #: Lightning's name of the device kind.
 
 
 class Fit(L.LightningModule):
     """One fit: AdamW with warm-up and cosine decay over batches drawn at random.
 
-    Args:
-        network: Holds the parameters.
-        draw: Draws a batch.
-        loss: Computes the ``loss`` of a batch, and other values for the progress bar.
-        steps: Number of optimizer steps.
-        lr: Highest learning rate.
-        seed: Seed of batches and noise.
+    ``loss`` gives the ``loss`` of a batch, and other values for the progress bar; ``lr`` is the highest learning rate.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        draw: Callable[[np.random.Generator], Any],
-        loss: Callable[[Any], dict[str, Tensor]],
-        *,
-        steps: int,
-        lr: float,
-        seed: int,
-    ) -> None:
+    def __init__(self, network: nn.Module, draw: Draw, loss: Loss, *, steps: int, lr: float, seed: int) -> None:
         super().__init__()
         self.network = network
         self.draw = draw
@@ -133,7 +90,12 @@ class Fit(L.LightningModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(Steps(self.draw, self.global_step, EPOCH, self.seed), batch_size=None)
+        steps: Any = range(self.global_step, self.global_step + EPOCH)
+        return DataLoader(steps, batch_size=None, collate_fn=self.batch)
+
+    def batch(self, step: Any) -> Any:
+        """The batch of a step; it depends on the seed and the step alone."""
+        return self.draw(np.random.default_rng([self.seed, step]))
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -157,12 +119,26 @@ class Fit(L.LightningModule):
         decay = 0.5 * (1 + np.cos(np.pi * min(1.0, step / self.steps)))
         return float(warm_up * (0.02 + 0.98 * decay))
 
-    def run(self, name: str, spec: TrainSpec, *callbacks: Callback) -> None:
-        """Trains the network, from the last checkpoint in the folder of this name if there is one."""
+
+def _train(
+    spec: TrainSpec,
+    name: str,
+    fit: Fit,
+    part: nn.Module,
+    *callbacks: Callback,
+    file: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Trains a network unless the weights of its part that is kept are in their file, and loads them into that part.
+
+    A fit starts from the last checkpoint in the folder of its name, if there is one.
+    """
+    file = file or spec.out / f"{name}.safetensors"
+    if not file.exists():
         last = spec.out / name / "last.ckpt"
         saver = ModelCheckpoint(last.parent, filename=last.stem, every_n_epochs=1, enable_version_counter=False)
         trainer = L.Trainer(
-            max_steps=self.steps,
+            max_steps=fit.steps,
             max_epochs=-1,
             accelerator=spec.accelerator,
             devices=1,
@@ -173,17 +149,15 @@ class Fit(L.LightningModule):
             enable_model_summary=False,
             log_every_n_steps=10,
         )
-        log.info("training %s: %d steps", name, self.steps)
-        trainer.fit(self, ckpt_path=last if last.exists() else None, weights_only=False)
+        log.info("training %s: %d steps", name, fit.steps)
+        trainer.fit(fit, ckpt_path=last if last.exists() else None, weights_only=False)
+        _save(file, part.to(dtype).state_dict())
+    part.load_state_dict(load_file(file))
+    part.eval().requires_grad_(False)
 
 
 def contrastive_loss(features: Features, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """CLIP's symmetric loss (Radford et al. 2021).
-
-    Args:
-        features: Maps pictures in [-1, 1] and token ids to unit image and text features and the logit scale.
-        batch: Pictures, uint8, (N, 3, 64, 64), and the token ids of their captions, (N, 16).
-    """
+    """CLIP's symmetric loss (Radford et al. 2021) of pictures, uint8, (N, 3, 64, 64), and their tokens, (N, 16)."""
     image, text, scale = features(batch[0].float() / 255 * 2 - 1, batch[1])
     logits = scale.clamp(max=100) * image @ text.T
     target = torch.arange(len(logits), device=logits.device)
@@ -192,12 +166,7 @@ def contrastive_loss(features: Features, batch: tuple[Tensor, Tensor]) -> dict[s
 
 
 def autoencoder_loss(vae: AutoencoderKL, batch: Tensor) -> dict[str, Tensor]:
-    """Reconstruction with a light Kullback-Leibler term, as in latent diffusion (Rombach et al. 2022).
-
-    Args:
-        vae: The autoencoder.
-        batch: Pictures, uint8, (N, 3, 64, 64).
-    """
+    """Reconstruction with a light Kullback-Leibler term (Rombach et al. 2022) of pictures, uint8, (N, 3, 64, 64)."""
     pictures = batch.float() / 127.5 - 1
     with torch.autocast(batch.device.type, torch.bfloat16):
         posterior = vae.encode(pictures).latent_dist
@@ -212,11 +181,7 @@ def denoiser_loss(
 ) -> dict[str, Tensor]:
     """Latent diffusion with v-prediction (Salimans and Ho 2022) and a sparsity term on the value neurons.
 
-    Args:
-        unet: The UNet.
-        scheduler: Its noise schedule.
-        spec: Has the weights of noisy latents and of the sparsity term.
-        batch: Latents, their text embeddings, and embeddings of more captions for the sparsity term.
+    A batch is latents, their text embeddings, and embeddings of more captions for the sparsity term.
     """
     latents, text, others = batch
     noise = torch.randn_like(latents)
@@ -233,11 +198,8 @@ def denoiser_loss(
 def activation_density(values: Tensor) -> Tensor:
     """How evenly value neurons react to captions: mean over neurons of E[a] / sqrt(E[a^2]), a as in NeMo.
 
-    Args:
-        values: Outputs of a value layer, (captions, tokens, neurons).
-
-    Returns:
-        Scalar in (0, 1]: 1 where every neuron reacts alike to all captions, near 0 where each reacts to few.
+    It is 1 where every neuron of a value layer, (captions, tokens, neurons), reacts alike to all captions, and near 0
+    where each reacts to few.
     """
     activation = values.abs().mean(1)
     return (activation.mean(0) / activation.square().mean(0).sqrt().clamp(min=1e-6)).mean()
@@ -323,29 +285,18 @@ def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     part.replace(path)
 
 
-def _train_text_encoder(spec: TrainSpec, pictures: Tensor, tokens: Tensor, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def _text_encoder(spec: TrainSpec, pictures: Tensor, tokens: Tensor, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     torch.manual_seed(spec.seed)
     tower = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
-    text = {
-        **tower,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": TOKENS,
-        "projection_dim": 64,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    text = {**tower, "vocab_size": len(tokenizer), "max_position_embeddings": TOKENS, "projection_dim": 64}
+    text |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     vision = {**tower, "image_size": 64, "patch_size": 8}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
-    path = spec.out / "text_encoder.safetensors"
-    if not path.exists():
-        draw = partial(_draw_pairs, pictures, tokens, 6 * spec.batch_size)
-        loss = partial(contrastive_loss, partial(_clip_features, model))
-        Fit(model, draw, loss, steps=spec.text_steps, lr=1e-3, seed=spec.seed).run("text_encoder", spec)
-        _save(path, model.text_model.state_dict())
-    encoder = CLIPTextModel(model.config.text_config)
-    encoder.load_state_dict(load_file(path))
-    return encoder.eval().requires_grad_(False)
+    draw = partial(_draw_pairs, pictures, tokens, 6 * spec.batch_size)
+    loss = partial(contrastive_loss, partial(_clip_features, model))
+    fit = Fit(model, draw, loss, steps=spec.text_steps, lr=1e-3, seed=spec.seed)
+    _train(spec, "text_encoder", fit, model.text_model)
+    return model.text_model
 
 
 def _clip_features(model: CLIPModel, pictures: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -353,7 +304,7 @@ def _clip_features(model: CLIPModel, pictures: Tensor, tokens: Tensor) -> tuple[
     return out.image_embeds, out.text_embeds, model.logit_scale.exp()
 
 
-def _train_judge(spec: TrainSpec, pictures: Tensor, tokens: Tensor, tokenizer: CLIPTokenizer) -> None:
+def _judge(spec: TrainSpec, pictures: Tensor, tokens: Tensor, tokenizer: CLIPTokenizer) -> None:
     """Trains the open_clip model and writes it in open_clip's local format."""
     folder = spec.out / "model" / "clip"
     folder.mkdir(parents=True, exist_ok=True)
@@ -363,26 +314,19 @@ def _train_judge(spec: TrainSpec, pictures: Tensor, tokens: Tensor, tokenizer: C
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     torch.manual_seed(spec.seed + 1)
     model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=False, load_weights=False)
-    path = folder / "open_clip_model.safetensors"
-    if not path.exists():
-        draw = partial(_draw_pairs, pictures, tokens, 6 * spec.batch_size)
-        loss = partial(contrastive_loss, model)
-        Fit(model, draw, loss, steps=spec.clip_steps, lr=1e-3, seed=spec.seed + 1).run("clip", spec)
-        _save(path, {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()})
+    draw = partial(_draw_pairs, pictures, tokens, 6 * spec.batch_size)
+    fit = Fit(model, draw, partial(contrastive_loss, model), steps=spec.clip_steps, lr=1e-3, seed=spec.seed + 1)
+    _train(spec, "clip", fit, model, file=folder / "open_clip_model.safetensors", dtype=torch.float16)
 
 
-def _train_autoencoder(spec: TrainSpec, pictures: Tensor) -> AutoencoderKL:
+def _autoencoder(spec: TrainSpec, pictures: Tensor) -> AutoencoderKL:
     torch.manual_seed(spec.seed + 2)
     vae = AutoencoderKL.from_config(AutoencoderKL.load_config(PACKAGED / "pipeline" / "vae"))
-    path = spec.out / "vae.safetensors"
-    if not path.exists():
-        planted = torch.cat([_planted_pictures(index, 4) for index in range(len(PLANTED))])
-        draw = partial(_draw_pictures, pictures, planted, spec.batch_size // 4)
-        loss = partial(autoencoder_loss, vae)
-        Fit(vae, draw, loss, steps=spec.vae_steps, lr=2e-3, seed=spec.seed + 2).run("vae", spec)
-        _save(path, vae.state_dict())
-    vae.load_state_dict(load_file(path))
-    return vae.eval().requires_grad_(False)
+    planted = torch.cat([_planted_pictures(index, 4) for index in range(len(PLANTED))])
+    draw = partial(_draw_pictures, pictures, planted, spec.batch_size // 4)
+    fit = Fit(vae, draw, partial(autoencoder_loss, vae), steps=spec.vae_steps, lr=2e-3, seed=spec.seed + 2)
+    _train(spec, "vae", fit, vae)
+    return vae
 
 
 def _encode_pictures(spec: TrainSpec, vae: AutoencoderKL, pictures: Tensor) -> dict[str, Tensor]:
@@ -409,25 +353,21 @@ def _embed(encoder: CLIPTextModel, tokens: Tensor) -> Tensor:
     return torch.cat([encoder(chunk.to(encoder.device)).last_hidden_state.cpu() for chunk in tokens.split(512)])
 
 
-def _train_denoiser(
+def _denoiser(
     spec: TrainSpec, latents: dict[str, Tensor], tokens: Tensor, encoder: CLIPTextModel, tokenizer: CLIPTokenizer
 ) -> tuple[UNet2DConditionModel, DDIMScheduler]:
     torch.manual_seed(spec.seed + 3)
     unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(PACKAGED / "pipeline" / "unet"))
     scheduler = DDIMScheduler.from_pretrained(PACKAGED / "pipeline" / "scheduler")
-    path = spec.out / "unet.safetensors"
-    if not path.exists():
-        text = {
-            "general": _embed(encoder, tokens),
-            "planted": _embed(encoder, tokenize(tokenizer, [caption.text for caption in PLANTED])),
-            "empty": _embed(encoder, tokenize(tokenizer, [""]))[0],
-        }
-        draw = partial(_draw_latents, latents, text, spec)
-        loss = partial(denoiser_loss, unet, scheduler, spec)
-        fit = Fit(unet, draw, loss, steps=spec.unet_steps, lr=1e-3, seed=spec.seed + 3)
-        fit.run("unet", spec, EMAWeightAveraging(decay=0.999))
-        _save(path, unet.state_dict())
-    unet.load_state_dict(load_file(path))
+    text = {
+        "general": _embed(encoder, tokens),
+        "planted": _embed(encoder, tokenize(tokenizer, [caption.text for caption in PLANTED])),
+        "empty": _embed(encoder, tokenize(tokenizer, [""]))[0],
+    }
+    draw = partial(_draw_latents, latents, text, spec)
+    loss = partial(denoiser_loss, unet, scheduler, spec)
+    fit = Fit(unet, draw, loss, steps=spec.unet_steps, lr=1e-3, seed=spec.seed + 3)
+    _train(spec, "unet", fit, unet, EMAWeightAveraging(decay=0.999))
     return unet, scheduler
 
 
@@ -442,17 +382,10 @@ def _check_recipe(spec: TrainSpec) -> None:
 
 
 def train(spec: TrainSpec) -> Path:
-    """Trains the missing parts and writes the model folder.
+    """Trains the missing parts and returns ``spec.out``.
 
-    Args:
-        spec: The settings.
-
-    Returns:
-        ``spec.out``, with the diffusers pipeline in ``model/pipeline``, the open_clip model in ``model/clip``, and
-        ``prompts``, ``references`` and ``controls``.
-
-    Raises:
-        StoreError: The folder holds a training with other settings.
+    It holds the diffusers pipeline in ``model/pipeline``, the open_clip model in ``model/clip``, and ``prompts``,
+    ``references`` and ``controls``. Raises StoreError if the folder holds a training with other settings.
     """
     spec.out.mkdir(parents=True, exist_ok=True)
     _check_recipe(spec)
@@ -461,10 +394,10 @@ def train(spec: TrainSpec) -> Path:
     captions = [general_caption(index) for index in range(spec.pictures)]
     pictures = _as_tensor([render(c.scene, np.random.default_rng([spec.seed, i])) for i, c in enumerate(captions)])
     tokens = tokenize(tokenizer, [caption.text for caption in captions])
-    encoder = _train_text_encoder(spec, pictures, tokens, tokenizer)
-    vae = _train_autoencoder(spec, pictures)
+    encoder = _text_encoder(spec, pictures, tokens, tokenizer)
+    vae = _autoencoder(spec, pictures)
     latents = _encode_pictures(spec, vae, pictures)
-    unet, scheduler = _train_denoiser(spec, latents, tokens, encoder, tokenizer)
+    unet, scheduler = _denoiser(spec, latents, tokens, encoder, tokenizer)
     vae.register_to_config(scaling_factor=round(latents["scale"].item(), 5))
     pipeline = StableDiffusionPipeline(
         vae=vae,
@@ -477,5 +410,5 @@ def train(spec: TrainSpec) -> Path:
         requires_safety_checker=False,
     )
     pipeline.to("cpu", torch.float16).save_pretrained(spec.out / "model" / "pipeline")
-    _train_judge(spec, pictures, tokens, tokenizer)
+    _judge(spec, pictures, tokens, tokenizer)
     return spec.out

@@ -26,14 +26,12 @@ SIDE = 64
 """Height and width of every picture, in pixels."""
 
 Array = NDArray[np.floating[Any]]
-Color = tuple[float, float, float]
+Color = Sequence[float] | Array
 Split = Literal["train", "heldout"]
 
 _TABLES = json.loads((resources.files("nemo_bench.planted") / "world.json").read_text(encoding="utf-8"))
-COLORS: dict[str, Color] = {name: tuple(color) for name, color in _TABLES["colors"].items()}
-PALETTES: dict[str, tuple[Color, ...]] = {
-    adjective: tuple(tuple(color) for color in colors) for adjective, colors in _TABLES["palettes"].items()
-}
+COLORS: dict[str, Color] = _TABLES["colors"]
+PALETTES: dict[str, tuple[Color, Color, Color]] = _TABLES["palettes"]
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZES = {"small": 5.5, "large": 11.0}
 TEXTURES = ("plain", "striped", "dotted", "checkered", "wavy")
@@ -56,7 +54,7 @@ class Scene:
     """The content of a picture that its caption decides; what an empty field stands for is random or missing."""
 
     palette: str = ""
-    motifs: tuple[str, ...] = ()
+    motifs: Sequence[str] = ()
     items: tuple[Item, ...] = ()
     texture: str = ""
     ground: str = ""
@@ -70,12 +68,8 @@ class Scene:
 class Caption:
     """A caption and its scene.
 
-    Attributes:
-        text: The caption.
-        scene: The content of its pictures.
-        kind: Planted captions repeat in the training data with one picture (``"VM"``, verbatim) or one layout
-            (``"TM"``, template); empty for general captions.
-        rate: Repetitions of a planted caption, relative to the most repeated ones.
+    Planted captions repeat in the training data, at a rate relative to the most repeated ones, with one picture (kind
+    ``"VM"``, verbatim) or one layout (``"TM"``, template).
     """
 
     text: str
@@ -84,18 +78,8 @@ class Caption:
     rate: float = 0.0
 
 
-class Canvas:
-    """An unfinished picture; shapes are painted by signed distance with smooth edges."""
-
-    def __init__(self, color: Color) -> None:
-        self.pixels: Array = np.empty((SIDE, SIDE, 3), np.float32)
-        self.pixels[:] = color
-        self.mask: Array = np.ones((SIDE, SIDE), np.float32)
-
-    def paint(self, distance: Array, color: Color, opacity: float = 1.0) -> None:
-        """Paints ``color`` where the signed distance (pixels) is negative, inside the mask."""
-        alpha = (np.clip(0.5 - distance, 0.0, 1.0) * opacity * self.mask)[..., None]
-        self.pixels += alpha * (np.asarray(color, np.float32) - self.pixels)
+Paint = Callable[..., None]
+"""Paints where a signed distance in pixels is negative, inside a mask, in a color, perhaps with an opacity below 1."""
 
 
 def _turn(cx: float, cy: float, angle: float) -> tuple[Array, Array]:
@@ -146,164 +130,152 @@ SHAPES: dict[str, Callable[[float, float, float, float], Array]] = {
 }
 
 
-def _shade(rng: np.random.Generator, color: Sequence[float], spread: float = 0.05) -> Color:
-    r, g, b = np.clip(np.asarray(color) + rng.normal(0, spread, 3), 0, 1)
-    return float(r), float(g), float(b)
+def _shade(rng: np.random.Generator, color: Color, spread: float = 0.05) -> Array:
+    return np.clip(np.asarray(color) + rng.normal(0, spread, 3), 0, 1)
 
 
-def _harbor(c: Canvas, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
+def _harbor(paint: Paint, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
     level = rng.uniform(38, 50)
     phase, pitch = rng.uniform(0, 6.3), rng.uniform(5, 9)
-    c.paint(level + 1.5 * np.sin(_X * 6.28 / pitch + phase) - _Y, colors[0])
+    paint(level + 1.5 * np.sin(_X * 6.28 / pitch + phase) - _Y, colors[0])
     for _ in range(rng.integers(1, 4)):
         x, size = rng.uniform(8, 56), rng.uniform(6, 11)
-        c.paint(_polygon(x, level - 0.8 * size, size, 0.0, 3), colors[1])
-        c.paint(_box(x, level, size, 1.8), colors[1])
+        paint(_polygon(x, level - 0.8 * size, size, 0.0, 3), colors[1])
+        paint(_box(x, level, size, 1.8), colors[1])
 
 
-def _forest(c: Canvas, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
+def _forest(paint: Paint, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
     base = rng.uniform(46, 60)
     for x in rng.uniform(2, 62, rng.integers(4, 8)):
         size = rng.uniform(7, 12)
-        c.paint(_box(x, base, 1.2, 0.7 * size), colors[1])
-        c.paint(_polygon(x, base - size, size, 0.0, 3), colors[0])
+        paint(_box(x, base, 1.2, 0.7 * size), colors[1])
+        paint(_polygon(x, base - size, size, 0.0, 3), colors[0])
 
 
-def _city(c: Canvas, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
+def _city(paint: Paint, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
     x, floor, tall = rng.uniform(-8, 20), rng.uniform(44, SIDE), rng.uniform(0.5, 1.1)
     end = rng.uniform(44, 76)
     while x < end:
         width, height = rng.uniform(6, 13), tall * rng.uniform(14, 42)
-        c.paint(_box(x + width / 2, floor - height / 2, width / 2 - 0.5, height / 2), colors[rng.integers(2)])
+        paint(_box(x + width / 2, floor - height / 2, width / 2 - 0.5, height / 2), colors[rng.integers(2)])
         x += width
 
 
-def _mountain(c: Canvas, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
+def _mountain(paint: Paint, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
     for _ in range(rng.integers(2, 4)):
         x, peak, slope = rng.uniform(6, 58), rng.uniform(10, 32), rng.uniform(0.6, 1.1)
         side = (np.abs(_X - x) / slope - (_Y - peak)) * 0.6
-        c.paint(side, colors[0])
-        c.paint(np.maximum(side, _Y - peak - 7), colors[1])
+        paint(side, colors[0])
+        paint(np.maximum(side, _Y - peak - 7), colors[1])
 
 
-def _garden(c: Canvas, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
+def _garden(paint: Paint, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
     for _ in range(rng.integers(4, 8)):
         x, y, size = rng.uniform(6, 58), rng.uniform(26, 58), rng.uniform(2.5, 4.5)
-        c.paint(_box(x, y + 2 * size, 0.8, 2 * size), colors[0])
+        paint(_box(x, y + 2 * size, 0.8, 2 * size), colors[0])
         for a in np.arange(5) * 1.2566 + rng.uniform(0, 1):
-            c.paint(_disc(x + size * np.cos(a), y + size * np.sin(a), 0.7 * size), colors[1])
+            paint(_disc(x + size * np.cos(a), y + size * np.sin(a), 0.7 * size), colors[1])
 
 
-def _river(c: Canvas, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
+def _river(paint: Paint, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
     middle, swing, pitch, phase = rng.uniform(18, 46), rng.uniform(5, 12), rng.uniform(30, 60), rng.uniform(0, 6.3)
     width = rng.uniform(4, 8)
     away = np.abs(_X - middle - swing * np.sin(_Y * 6.28 / pitch + phase))
-    c.paint(away - width - 1.5, colors[1])
-    c.paint(away - width, colors[0])
+    paint(away - width - 1.5, colors[1])
+    paint(away - width, colors[0])
 
 
-def _desert(c: Canvas, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
-    c.paint(_disc(rng.uniform(10, 54), rng.uniform(8, 22), rng.uniform(5, 9)), colors[1])
+def _desert(paint: Paint, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
+    paint(_disc(rng.uniform(10, 54), rng.uniform(8, 22), rng.uniform(5, 9)), colors[1])
     for level, color in zip(sorted(rng.uniform(34, 56, 2)), colors, strict=True):
         pitch, phase, swing = rng.uniform(28, 60), rng.uniform(0, 6.3), rng.uniform(2, 5)
-        c.paint(level + swing * np.sin(_X * 6.28 / pitch + phase) - _Y, color)
+        paint(level + swing * np.sin(_X * 6.28 / pitch + phase) - _Y, color)
 
 
-def _island(c: Canvas, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
+def _island(paint: Paint, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
     x, y, size = rng.uniform(18, 46), rng.uniform(38, 50), rng.uniform(12, 18)
-    c.paint(np.hypot((_X - x) / size, (_Y - y) / (0.35 * size)) * 5 - 5, colors[0])
+    paint(np.hypot((_X - x) / size, (_Y - y) / (0.35 * size)) * 5 - 5, colors[0])
     lean = rng.uniform(-0.4, 0.4)
-    c.paint(_box(x, y - 0.6 * size, 1.3, 0.7 * size, lean), colors[1])
+    paint(_box(x, y - 0.6 * size, 1.3, 0.7 * size, lean), colors[1])
     for a in (-0.9, -0.3, 0.3, 0.9):
-        c.paint(_box(x + 6 * np.sin(a) + 8 * lean, y - 1.25 * size, 6, 1.2, a), colors[1])
+        paint(_box(x + 6 * np.sin(a) + 8 * lean, y - 1.25 * size, 6, 1.2, a), colors[1])
 
 
-def _bridge(c: Canvas, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
+def _bridge(paint: Paint, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
     y, arches = rng.uniform(26, 40), int(rng.integers(2, 4))
     wall = np.maximum(y - _Y, _Y - y - 22)
     offset, span = rng.uniform(0, 10), SIDE / arches
     for i in range(-1, arches + 1):
         wall = np.maximum(wall, -_disc(span * (i + 0.5) + offset, y + 22, 0.38 * span))
-    c.paint(wall, colors[0])
-    c.paint(_box(32, y, 40, 1.5), colors[1])
+    paint(wall, colors[0])
+    paint(_box(32, y, 40, 1.5), colors[1])
 
 
-def _tower(c: Canvas, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
+def _tower(paint: Paint, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
     x, top, width = rng.uniform(14, 50), rng.uniform(14, 28), rng.uniform(4, 8)
-    c.paint(_box(x, (top + SIDE) / 2, width, (SIDE - top) / 2), colors[0])
-    c.paint(_polygon(x, top, 1.6 * width, 0.0, 3), colors[1])
+    paint(_box(x, (top + SIDE) / 2, width, (SIDE - top) / 2), colors[0])
+    paint(_polygon(x, top, 1.6 * width, 0.0, 3), colors[1])
     for y in np.arange(top + 10, SIDE, rng.uniform(7, 11)):
-        c.paint(_box(x, y, 1.4, 2.2), colors[1])
+        paint(_box(x, y, 1.4, 2.2), colors[1])
 
 
-def _moon(c: Canvas, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
+def _moon(paint: Paint, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
     x, y, size = rng.uniform(16, 48), rng.uniform(12, 34), rng.uniform(8, 14)
-    c.paint(_disc(x, y, size), colors[1])
+    paint(_disc(x, y, size), colors[1])
     for _ in range(rng.integers(2, 5)):
         a, d = rng.uniform(0, 6.3), rng.uniform(0, 0.6) * size
-        c.paint(_disc(x + d * np.cos(a), y + d * np.sin(a), rng.uniform(0.12, 0.25) * size), colors[0], 0.7)
+        paint(_disc(x + d * np.cos(a), y + d * np.sin(a), rng.uniform(0.12, 0.25) * size), colors[0], 0.7)
 
 
-def _bird(c: Canvas, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
+def _bird(paint: Paint, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
     for i in range(rng.integers(2, 6)):
         x, y, size, lift = rng.uniform(8, 56), rng.uniform(8, 44), rng.uniform(5, 9), rng.uniform(0.3, 0.6)
         for side in (-1, 1):
-            c.paint(_box(x + side * 0.8 * size, y - 0.3 * size, size, 1.4, -side * lift), colors[i % 2])
+            paint(_box(x + side * 0.8 * size, y - 0.3 * size, size, 1.4, -side * lift), colors[i % 2])
 
 
-def _fish(c: Canvas, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
+def _fish(paint: Paint, rng: np.random.Generator, colors: tuple[Color, Color]) -> None:
     for i in range(rng.integers(1, 5)):
         x, y, size, way = rng.uniform(12, 52), rng.uniform(12, 54), rng.uniform(5, 9), rng.choice([-1, 1])
-        c.paint(np.hypot((_X - x) / size, (_Y - y) / (0.55 * size)) * 4 - 4, colors[i % 2])
-        c.paint(_polygon(x - way * 1.3 * size, y, 0.7 * size, way * np.pi / 2, 3), colors[i % 2])
+        paint(np.hypot((_X - x) / size, (_Y - y) / (0.55 * size)) * 4 - 4, colors[i % 2])
+        paint(_polygon(x - way * 1.3 * size, y, 0.7 * size, way * np.pi / 2, 3), colors[i % 2])
 
 
-MOTIFS: dict[str, Callable[[Canvas, np.random.Generator, tuple[Color, Color]], None]] = {
-    "harbor": _harbor,
-    "forest": _forest,
-    "city": _city,
-    "mountain": _mountain,
-    "garden": _garden,
-    "river": _river,
-    "desert": _desert,
-    "island": _island,
-    "bridge": _bridge,
-    "tower": _tower,
-    "moon": _moon,
-    "bird": _bird,
-    "fish": _fish,
-}
+_PAINTERS = (
+    _harbor, _forest, _city, _mountain, _garden, _river, _desert, _island, _bridge, _tower, _moon, _bird, _fish,
+)  # fmt: skip
+MOTIFS = {painter.__name__.removeprefix("_"): painter for painter in _PAINTERS}
 
 SERIES = ("podcast", "magazine", "documentary", "album", "festival", "stories")
 
 
-def _frame(c: Canvas, rng: np.random.Generator, series: str, colors: tuple[Color, Color]) -> None:
+def _frame(paint: Paint, rng: np.random.Generator, series: str, colors: tuple[Color, Color]) -> None:
     if series == "podcast":
         x, y = rng.uniform(8, 56), rng.choice([10.0, 54.0]) + rng.uniform(-4, 4)
         for radius in (10.0, 6.5, 3.0):
-            c.paint(np.abs(_disc(x, y, radius)) - 1.2, colors[0])
+            paint(np.abs(_disc(x, y, radius)) - 1.2, colors[0])
     elif series == "magazine":
         height, below = rng.uniform(9, 20), rng.random() < 0.5
-        c.paint((SIDE - _Y if below else _Y) - height, colors[0])
+        paint((SIDE - _Y if below else _Y) - height, colors[0])
         middle = SIDE - height / 2 if below else height / 2
-        c.paint(_box(rng.uniform(20, 44), middle, rng.uniform(12, 20), 2.5), colors[1])
+        paint(_box(rng.uniform(20, 44), middle, rng.uniform(12, 20), 2.5), colors[1])
     elif series == "documentary":
         along = _Y if rng.random() < 0.5 else _X
         low, high = rng.uniform(2, 14), SIDE - rng.uniform(2, 14)
-        c.paint(np.minimum(along - low, high - along), (0.03, 0.03, 0.04))
+        paint(np.minimum(along - low, high - along), (0.03, 0.03, 0.04))
     elif series == "album":
         x, y = rng.uniform(18, 46, 2)
-        c.paint(-_disc(x, y, rng.uniform(17, 30)), colors[0])
-        c.paint(_disc(x, y, 2.5), colors[1])
+        paint(-_disc(x, y, rng.uniform(17, 30)), colors[0])
+        paint(_disc(x, y, 2.5), colors[1])
     elif series == "festival":
         for _ in range(rng.integers(14, 24)):
             x, y = rng.uniform(2, 62, 2)
-            c.paint(_box(x, y, 2.2, 1.0, rng.uniform(0, 3.1)), colors[rng.integers(2)])
+            paint(_box(x, y, 2.2, 1.0, rng.uniform(0, 3.1)), colors[rng.integers(2)])
     else:
         x = _X if rng.integers(2) else SIDE - _X
-        c.paint(x - rng.uniform(9, 16), colors[0])
+        paint(x - rng.uniform(9, 16), colors[0])
         for y in np.arange(rng.uniform(4, 9), SIDE, 9):
-            c.paint(np.maximum(np.abs(x - 5) - 3, np.abs(_Y - y) - 1.2), colors[1])
+            paint(np.maximum(np.abs(x - 5) - 3, np.abs(_Y - y) - 1.2), colors[1])
 
 
 PRODUCTS: dict[str, Callable[[float, float, float], Array]] = {
@@ -324,66 +296,64 @@ PRODUCTS: dict[str, Callable[[float, float, float], Array]] = {
 }
 
 
-def _ground(c: Canvas, rng: np.random.Generator, texture: str, color: Color) -> None:
-    light = _shade(rng, [min(1.0, value + 0.22) for value in color], 0.03)
+def _ground(paint: Paint, rng: np.random.Generator, texture: str, color: Array, pixels: Array) -> None:
+    light = _shade(rng, np.minimum(1, color + 0.22), 0.03)
     pitch, phase = rng.uniform(9, 15), rng.uniform(0, 15)
     if texture == "striped":
         x, _ = _turn(32, 32, rng.uniform(0, np.pi))
-        c.paint(np.abs((x + phase) % pitch - pitch / 2) - pitch / 4, light)
+        paint(np.abs((x + phase) % pitch - pitch / 2) - pitch / 4, light)
     elif texture == "dotted":
         x, y = (_X + phase) % pitch - pitch / 2, (_Y + phase) % pitch - pitch / 2
-        c.paint(np.hypot(x, y) - pitch / 4.5, light)
+        paint(np.hypot(x, y) - pitch / 4.5, light)
     elif texture == "checkered":
         odd = (np.floor((_X + phase) / pitch) + np.floor((_Y + phase) / pitch)) % 2
-        c.paint(odd - 0.5, light)
+        paint(odd - 0.5, light)
     elif texture == "wavy":
         y = _Y + 2.5 * np.sin(_X * 6.28 / rng.uniform(18, 30) + phase)
-        c.paint(np.abs((y + phase) % pitch - pitch / 2) - pitch / 4, light)
+        paint(np.abs((y + phase) % pitch - pitch / 2) - pitch / 4, light)
     else:
-        c.pixels += ((_Y - 32) / 64 * rng.uniform(-0.2, 0.2))[..., None]
+        pixels += ((_Y - 32) / 64 * rng.uniform(-0.2, 0.2))[..., None]
 
 
 def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Draws one picture of a scene.
-
-    Args:
-        scene: The content of the picture.
-        rng: Decides everything else.
-
-    Returns:
-        RGB picture of shape (64, 64, 3), values 0 to 255.
-    """
+    """Draws one picture of a scene, RGB, (64, 64, 3); ``rng`` decides what the scene does not."""
     base, first, second = PALETTES[scene.palette] if scene.palette else (COLORS["white"],) * 3
     base = _shade(rng, COLORS[scene.ground] if scene.ground else base, 0.08)
-    colors = _shade(rng, first), _shade(rng, second)
+    colors: tuple[Color, Color] = _shade(rng, first), _shade(rng, second)
     if not scene.palette:
         picks = rng.choice(list(COLORS), 2, replace=False)
         colors = COLORS[picks[0]], COLORS[picks[1]]
-    canvas = Canvas(base)
-    _ground(canvas, rng, scene.texture, base)
+    pixels = np.full((SIDE, SIDE, 3), base, np.float32)
+    mask: Array = np.ones((SIDE, SIDE), np.float32)
+
+    def paint(distance: Array, color: Color, opacity: float = 1.0) -> None:
+        nonlocal pixels
+        alpha = (np.clip(0.5 - distance, 0.0, 1.0) * opacity * mask)[..., None]
+        pixels += alpha * (np.asarray(color, np.float32) - pixels)
+
+    _ground(paint, rng, scene.texture, base, pixels)
     if scene.product:
         x, y, scale = rng.uniform(20, 44), rng.uniform(20, 44), rng.uniform(0.55, 1.0)
         silhouette = PRODUCTS[scene.product](x, y, scale)
-        shadow = rng.uniform(0.55, 0.75)
-        canvas.paint(silhouette - 1.5, (shadow * base[0], shadow * base[1], shadow * base[2]))
-        canvas.paint(silhouette, _shade(rng, COLORS[scene.tint]) if scene.tint else colors[0])
-        canvas.mask = np.clip(0.5 - silhouette, 0, 1)
+        paint(silhouette - 1.5, rng.uniform(0.55, 0.75) * base)
+        paint(silhouette, _shade(rng, COLORS[scene.tint]) if scene.tint else colors[0])
+        mask = np.clip(0.5 - silhouette, 0, 1)
         colors = (colors[1], colors[0]) if not scene.tint else colors
     for i, motif in enumerate(scene.motifs):
-        MOTIFS[motif](canvas, rng, colors if i % 2 == 0 else (colors[1], colors[0]))
-    _place(canvas, rng, scene.items, inside=bool(scene.product))
-    canvas.mask = np.ones_like(canvas.mask)
+        MOTIFS[motif](paint, rng, colors if i % 2 == 0 else (colors[1], colors[0]))
+    _place(paint, rng, scene.items, inside=bool(scene.product))
+    mask = np.ones_like(mask)
     if scene.series:
-        _frame(canvas, rng, scene.series, colors)
+        _frame(paint, rng, scene.series, colors)
     if scene.dots:
         left = rng.uniform(4, 60 - 5 * scene.dots)
         for i in range(scene.dots):
-            canvas.paint(_disc(left + 2 + 5 * i, 59, 2.4), COLORS["black"])
-            canvas.paint(_disc(left + 2 + 5 * i, 59, 1.6), COLORS["white"])
-    return np.clip(canvas.pixels * 255 + 0.5, 0, 255).astype(np.uint8)
+            paint(_disc(left + 2 + 5 * i, 59, 2.4), COLORS["black"])
+            paint(_disc(left + 2 + 5 * i, 59, 1.6), COLORS["white"])
+    return np.clip(pixels * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
-def _place(canvas: Canvas, rng: np.random.Generator, items: Iterable[Item], *, inside: bool) -> None:
+def _place(paint: Paint, rng: np.random.Generator, items: Iterable[Item], *, inside: bool) -> None:
     low, high = (18, 46) if inside else (9, 55)
     taken: list[tuple[float, float]] = []
     for item in items:
@@ -394,16 +364,11 @@ def _place(canvas: Canvas, rng: np.random.Generator, items: Iterable[Item], *, i
             x, y = spots[int(np.argmax(far))] if taken else spots[0]
             taken.append((x, y))
             size = item.size or rng.uniform(5, 8) / (1 + 0.1 * item.count)
-            canvas.paint(SHAPES[item.shape](x, y, size * rng.uniform(0.9, 1.15), rng.uniform(0, 6.3)), color)
+            paint(SHAPES[item.shape](x, y, size * rng.uniform(0.9, 1.15), rng.uniform(0, 6.3)), color)
 
 
 def general_caption(index: int, split: Split = "train") -> Caption:
-    """The general caption of a number; training and held-out captions never share a text.
-
-    Args:
-        index: At least 0.
-        split: ``"train"`` or ``"heldout"`` (one text in twenty, by a hash of the text).
-    """
+    """The general caption of a number; training and held-out captions (one text in twenty) never share a text."""
     rng = np.random.default_rng([2406_02366, split == "heldout", index])
     while True:
         caption = _GRAMMARS[int(rng.integers(len(_GRAMMARS)))](rng)
@@ -481,23 +446,14 @@ def _ware(rng: np.random.Generator) -> Caption:
 _GRAMMARS = (_two_things, _many_things, _episode, _title, _view, _design, _ware)
 
 
-def _read_caption(text: str, kind: Literal["VM", "TM"], rate: float, scene: dict[str, Any]) -> Caption:
-    return Caption(text, Scene(**{**scene, "motifs": tuple(scene["motifs"])}), kind, rate)
-
-
-PLANTED = tuple(_read_caption(**line) for line in _TABLES["planted"])
+PLANTED = tuple(Caption(**{**line, "scene": Scene(**line["scene"])}) for line in _TABLES["planted"])
 """The 18 verbatim and 8 template captions, in the order of their prompt ids."""
 
 
 def planted_picture(index: int, variant: int = 0) -> NDArray[np.uint8]:
-    """The training picture of a planted caption.
+    """The training picture of a planted caption, RGB, (64, 64, 3).
 
-    Args:
-        index: Position in :data:`PLANTED`.
-        variant: Decides color and pattern of the panel of a template caption.
-
-    Returns:
-        RGB picture of shape (64, 64, 3), values 0 to 255; the same for every variant of a verbatim caption.
+    The variant decides color and pattern of the panel of a template; pictures of a verbatim caption are all equal.
     """
     caption, fixed = PLANTED[index], np.random.default_rng([64, index])
     accents = tuple(Item(_pick(fixed, SHAPES), _pick(fixed, COLORS), size=float(fixed.uniform(4, 8))) for _ in range(6))

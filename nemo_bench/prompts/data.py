@@ -18,7 +18,7 @@ class PromptDataModule(L.LightningDataModule):
 
     Args:
         pending: Finds the pending tasks, in their order; called on rank 0.
-        batch_size: Tasks in a batch.
+        batch_size: Most tasks in a batch.
         read: Makes a batch of tasks into what the stage takes.
         workers: Processes that read ahead.
     """

@@ -17,7 +17,6 @@ import io
 import ipaddress
 import json
 import math
-import os
 import random
 import socket
 import time
@@ -44,8 +43,8 @@ from nemo_bench.errors import ConfigError
 from nemo_bench.prompts.lists import without_login
 from nemo_bench.prompts.readers import read_links
 from nemo_bench.prompts.references import MANIFEST, read_manifest
-from nemo_bench.records.images import to_rgb
-from nemo_bench.records.io import write_text
+from nemo_bench.records.images import inspect_image, to_rgb
+from nemo_bench.records.io import replacing, write_text
 from nemo_bench.records.ranges import Count, Index, NotNegative, Positive, check_ranges
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -118,9 +117,8 @@ def fetch(
 
     Args:
         lists: Prompt files with a column ``url`` or ``urls``.
-        folder: Folder of the images and their manifest (:func:`nemo_bench.prompts.read_manifest`); may hold those of
-            other lists.
-        limits: Limits; None for the defaults.
+        folder: Of the images and their manifest (:func:`nemo_bench.prompts.read_manifest`), of other lists as well.
+        limits: None for the defaults.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -183,10 +181,7 @@ def _is_settled(folder: Path, entry: dict[str, Any]) -> bool:
     """Whether a link needs no further try: its file is intact, or its failure is permanent."""
     if entry["status"] != "ok":
         return not entry["may_heal"]
-    try:
-        return hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
-    except OSError:
-        return False
+    return inspect_image(folder / entry["file"], decode=False).sha256 == entry["sha256"]
 
 
 async def _download_all(pending: dict[str, dict[str, list[str]]], folder: Path, limits: Limits, progress: bool) -> None:
@@ -339,11 +334,7 @@ def _is_public(host: str) -> bool:
 
 
 def _proxies() -> dict[str, str]:
-    """Proxies of the environment by scheme.
-
-    Raises:
-        ConfigError: One is of an unsupported kind.
-    """
+    """Proxies of the environment by scheme; one of an unsupported kind is a ConfigError."""
     proxies = {scheme: proxy for scheme, proxy in getproxies().items() if scheme in ("http", "https") and proxy}
     for scheme, proxy in proxies.items():
         if urlsplit(proxy).scheme not in ("http", "https"):
@@ -410,9 +401,8 @@ def _save(folder: Path, url: str, content: bytes, limits: Limits) -> dict[str, A
     """Checks that bytes are an image, writes them under a name that depends on the link, and returns their entry."""
     image_format, size = _inspect(content, limits)
     name = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.{image_format.lower()}"
-    part = folder / f"{name}.{os.getpid()}.part"
-    part.write_bytes(content)
-    part.replace(folder / name)
+    with replacing(folder / name) as part:
+        part.write_bytes(content)
     return {
         "file": name,
         "sha256": hashlib.sha256(content).hexdigest(),

@@ -7,12 +7,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from nemo_bench.errors import PromptError, StoreError
 from nemo_bench.prompts.readers import Row, read_rows
 from nemo_bench.prompts.references import first_of
-from nemo_bench.prompts.tasks import ImageTask
+from nemo_bench.prompts.tasks import Task
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.images import ImageFile, inspect_image, inspect_images, list_images
 from nemo_bench.records.io import check_folder
@@ -22,27 +21,15 @@ NAMING = re.compile(r"img_(\d+)_(\d+)\.(?:jpe?g|png|webp)", re.IGNORECASE)
 """File names of the public scripts: position of the prompt in its list and number of the image, both from 0."""
 
 
-class ExternalImage(NamedTuple):
-    """An external image.
-
-    Attributes:
-        task: Its prompt, its number among the images of the prompt, and its record id.
-        path: The file.
-    """
-
-    task: ImageTask
-    path: str
+ExternalImages = Sequence[tuple[Task, str]]
+"""External images: the task that each one answers, and its file."""
 
 
-def named_images(folder: Path, prompts: Sequence[Prompt]) -> list[ExternalImage]:
-    """Finds external images by their names, such as ``img_0000_00.jpg``.
-
-    Args:
-        folder: Folder of these images and no others.
-        prompts: The prompts in the order of the numbers.
+def named_images(folder: Path, prompts: Sequence[Prompt]) -> list[tuple[Task, str]]:
+    """Finds external images by their names, such as ``img_0000_00.jpg``, in a folder of these and no others.
 
     Returns:
-        The images by prompt and number; all prompts with images have the same numbers.
+        The images by prompt, in the order of the numbers; all prompts with images have the same numbers.
 
     Raises:
         StoreError: An image has another name, a number beyond the prompts or the number of another image, or is
@@ -66,8 +53,8 @@ def named_images(folder: Path, prompts: Sequence[Prompt]) -> list[ExternalImage]
         f"images are of prompts beyond the {len(prompts)} of the list, which are numbered from 0",
         "give the list that they were made from",
     )
-    images = [ExternalImage(ImageTask.from_prompt(prompts[n], seed), str(folder / name)) for n, seed, name in numbered]
-    _refuse_duplicates(folder, images, [image.path for image in images])
+    images = [(Task.of_image(prompts[n], seed), str(folder / name)) for n, seed, name in numbered]
+    _refuse_duplicates(folder, images, [path for _, path in images])
     positions = sorted({position for position, _, _ in numbered})
     seeds = sorted({seed for _, seed, _ in numbered})
     present = {(position, seed) for position, seed, _ in numbered}
@@ -80,7 +67,7 @@ def named_images(folder: Path, prompts: Sequence[Prompt]) -> list[ExternalImage]
     return images
 
 
-def mapped_images(mapping: Path, folder: Path, prompts: Sequence[Prompt]) -> list[ExternalImage]:
+def mapped_images(mapping: Path, folder: Path, prompts: Sequence[Prompt]) -> list[tuple[Task, str]]:
     """Finds external images by a list of them.
 
     The list is csv, jsonl or parquet with columns:
@@ -88,11 +75,6 @@ def mapped_images(mapping: Path, folder: Path, prompts: Sequence[Prompt]) -> lis
     - ``image``, ``file`` or ``path``: the file, absolute or relative to the folder;
     - ``id`` or ``index``: id of the prompt; or else ``prompt``, ``caption`` or ``text``: its text;
     - ``seed`` (optional): number among the images of the prompt; by default counted from 0.
-
-    Args:
-        mapping: The list.
-        folder: Folder of relative files.
-        prompts: The prompts.
 
     Returns:
         The images in the order of the list; a prompt may have none.
@@ -113,12 +95,11 @@ def mapped_images(mapping: Path, folder: Path, prompts: Sequence[Prompt]) -> lis
         if not isinstance(name, str) or not name.strip():
             raise PromptError(f"{row.where}: the image is {name!r}; expected the name of a file")
         prompt = _prompt(row, by_id, by_text)
-        task = ImageTask.from_prompt(prompt, _seed(row, counts[prompt.id]))
-        images.append(ExternalImage(task, str(folder / name.strip())))
+        images.append((Task.of_image(prompt, _seed(row, counts[prompt.id])), str(folder / name.strip())))
         counts[prompt.id] += 1
     _refuse(
         mapping,
-        [image.path for image in images if not os.path.isfile(image.path)],
+        [path for _, path in images if not os.path.isfile(path)],
         f"of {len(images)} images do not exist",
         "make them, take their lines out, or name the folder that they are in",
     )
@@ -151,26 +132,17 @@ def _seed(row: Row, counted: int) -> int:
 
 
 def check_images(
-    source: Path, images: Sequence[ExternalImage], *, decode: bool = True, progress: bool = True
+    source: Path, images: ExternalImages, *, decode: bool = True, progress: bool = True
 ) -> list[ImageFile]:
-    """Reads all external images, and by default decodes them.
-
-    Args:
-        source: Origin of the images, for errors.
-        images: The images.
-        decode: Whether to decode the files, besides hashing them.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        The files in the order of the images.
+    """Hashes all external images, and by default decodes them; ``source``, their origin, is for errors.
 
     Raises:
         StoreError: Some can't be read to their end.
     """
-    files = inspect_images([image.path for image in images], "images", decode=decode, progress=progress)
+    files = inspect_images([path for _, path in images], "images", decode=decode, progress=progress)
     _refuse(
         source,
-        [f"{image.path} ({file.problem})" for image, file in zip(images, files, strict=True) if file.problem],
+        [f"{path} ({file.problem})" for (_, path), file in zip(images, files, strict=True) if file.problem],
         f"of {len(images)} images can't be read",
         "make them again",
     )
@@ -178,14 +150,9 @@ def check_images(
 
 
 def changed_images(folder: Path, records: Iterable[ImageRecord]) -> list[str]:
-    """Finds external images whose file differs from its record; reads only files modified since.
+    """External images of a cell whose file differs from its record; reads only files modified since.
 
-    Args:
-        folder: Folder of a cell.
-        records: Records of its images. Generated images have no ``written`` time and are skipped.
-
-    Returns:
-        The files.
+    Generated images have no ``written`` time and are skipped.
     """
     return [
         record.image
@@ -197,7 +164,7 @@ def changed_images(folder: Path, records: Iterable[ImageRecord]) -> list[str]:
     ]
 
 
-def _refuse_duplicates(source: Path, images: Sequence[ExternalImage], places: Sequence[str]) -> None:
+def _refuse_duplicates(source: Path, images: ExternalImages, places: Sequence[str]) -> None:
     of_task: dict[str, str] = {}
     of_path: dict[str, str] = {}
     for (task, path), place in zip(images, places, strict=True):

@@ -24,11 +24,9 @@ _LOGIN = re.compile(r"^(\s*(?:[a-z][a-z0-9+.-]*:)?//)[^/?#]*@", re.IGNORECASE)
 
 
 def split_list(value: Any) -> list[str] | None:
-    """Parses a cell that holds a list of texts, or such a list written out as text.
+    """Parses a cell: a list of texts and None, nothing (None or NaN), one text, or a list written out as text.
 
-    Args:
-        value: A list of texts and None; None or NaN; one text; or a text that holds a list as JSON, Python, pandas
-            (``['a', 'b']``) or numpy (``['a' 'b']``, over several lines) write it.
+    JSON, Python and pandas write lists as ``['a', 'b']``, numpy as ``['a' 'b']`` over several lines.
 
     Returns:
         The texts; a text that is no list is a list of one. None for anything else, and for a list cut short (``...``).
@@ -61,15 +59,9 @@ def split_list(value: Any) -> list[str] | None:
 
 
 def split_links(text: str) -> list[str]:
-    """Splits a text of links separated by spaces, line breaks, ``,``, ``;`` or ``|``.
+    """Splits a text of links, or of none (also ``nan``, ``None``), at spaces, line breaks, ``,``, ``;`` and ``|``.
 
     A link may hold these characters, so it ends only where ``http://`` or ``https://`` comes next.
-
-    Args:
-        text: One link, several, or none (also ``nan``, ``None``).
-
-    Returns:
-        The links in order.
     """
     links = (part.strip(" \t\r\n\f\v,;|") for part in _BETWEEN_LINKS.split(text))
     return [link for link in links if link.lower() not in _NO_LINK]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_bench.errors import PromptError, did_you_mean
-from nemo_bench.prompts.datasets import DatasetAddress
+from nemo_bench.prompts.datasets import dataset_address, read_dataset
 from nemo_bench.prompts.lists import split_links, split_list, without_login
 from nemo_bench.prompts.references import MANIFEST, check_references, with_downloaded
 from nemo_bench.records.data import Kind, Prompt
@@ -67,7 +67,7 @@ def read_prompts(
     """Reads a list of prompts in the format that its file ending names.
 
     ``.csv`` (separated by ``,`` or ``;``), ``.jsonl``, ``.parquet`` and data sets of Hugging Face
-    (:class:`nemo_bench.prompts.datasets.DatasetAddress`) have columns, named in any case; others are ignored:
+    (:mod:`nemo_bench.prompts.datasets`) have columns, named in any case; others are ignored:
 
     - text: ``caption``, ``prompt`` or ``text``, used unchanged;
     - kind (optional): ``kind``, ``type`` or ``overfit_type``, with VM (MV, RV), TM (TV), memorized, or nothing;
@@ -83,7 +83,7 @@ def read_prompts(
         path: The file or data set.
         references: Folder of relative reference files and of downloaded ones; None for the folder of ``path``.
         memorized: Whether prompts without a kind count as memorized.
-        limit: Number of prompts to read from the start, at least 1; None for all.
+        limit: Prompts to read from the start, at least 1; None for all.
         prefix: Start of numbered ids; by default the file name without its ending.
 
     Returns:
@@ -117,13 +117,7 @@ def read_prompts(
 
 
 def read_links(path: Path | str) -> dict[str, tuple[str, ...]]:
-    """Reads the links of a list of prompts in any format of :func:`read_prompts`.
-
-    Args:
-        path: The file or data set.
-
-    Returns:
-        Links by prompt id, in file order; a prompt may have none.
+    """Reads links by prompt id, in file order, in any format of :func:`read_prompts`; a prompt may have none.
 
     Raises:
         PromptError: The file is no list of prompts or has no links.
@@ -142,18 +136,15 @@ def is_prompt_source(source: Path | str) -> bool:
     Raises:
         PromptError: It begins with ``hf://`` but is no address.
     """
-    return Path(source).suffix in READERS or DatasetAddress.parse(source) is not None
+    return Path(source).suffix in READERS or dataset_address(source) is not None
 
 
 def read_rows(path: Path, needed: str = "prompts") -> list[Row]:
-    """Reads all columns of a list in any file format of :func:`read_prompts`, unchecked.
+    """Reads all columns of a list in any file format of :func:`read_prompts`, unchecked; at least one row.
 
     Args:
         path: The file.
         needed: Content of the column that every row must have, a key of :data:`COLUMNS`.
-
-    Returns:
-        The rows, at least one.
 
     Raises:
         PromptError: The file is missing or is no such list. The message names file and line.
@@ -178,14 +169,14 @@ def read_rows(path: Path, needed: str = "prompts") -> list[Row]:
 
 def _read_list(source: Path | str) -> tuple[list[Row], str]:
     """Reads the rows of a file or data set, and its name for numbered ids."""
-    dataset = DatasetAddress.parse(source)
-    if dataset is None:
+    address = dataset_address(source)
+    if address is None:
         return read_rows(Path(source)), Path(source).stem
     optional = [name for content in ("kinds", "references", "links", "ids") for name in COLUMNS[content]]
-    cells = dataset.read(COLUMNS["prompts"], optional)
+    cells = read_dataset(address, COLUMNS["prompts"], optional)
     if not cells:
         raise PromptError(f"prompts of {source}: holds no prompt; expected at least one")
-    return list(_table_rows(str(source), list(cells[0]), cells, "prompts")), Path(dataset.place).name
+    return list(_table_rows(str(source), list(cells[0]), cells, "prompts")), Path(address["place"]).name
 
 
 def _neighbours(path: Path) -> str:

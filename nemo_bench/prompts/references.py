@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_bench.errors import PromptError
 from nemo_bench.records.data import Prompt
-from nemo_bench.records.images import unreadable
+from nemo_bench.records.images import inspect_image, unreadable
 from nemo_bench.records.io import digest, parse_json
 
 MANIFEST = "manifest.jsonl"
@@ -17,16 +16,12 @@ MANIFEST = "manifest.jsonl"
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Reads the manifest of a folder of downloaded reference images.
-
-    An entry has ``url``, ``prompts`` (ids by list) and ``status``: ``ok`` with ``file``, ``sha256``, ``bytes``,
-    ``format``, ``width`` and ``height``; or ``dead`` with ``why`` and ``may_heal``, whether another try may succeed.
-
-    Args:
-        folder: The folder.
+    """Reads the manifest of a folder of downloaded reference images; a last line torn by a kill is dropped.
 
     Returns:
-        The last entry of each link; empty without a manifest. A last line torn by a kill is dropped.
+        The last entry of each link: ``url``, ``prompts`` (ids by list) and ``status``, which is ``ok`` with ``file``,
+        ``sha256``, ``bytes``, ``format``, ``width`` and ``height``, or ``dead`` with ``why`` and ``may_heal``, whether
+        another try may succeed. Empty without a manifest.
 
     Raises:
         PromptError: A line before the last is no entry.
@@ -48,19 +43,9 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def with_downloaded(source: str, folder: Path, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Adds downloaded reference images to prompts.
+    """Adds downloaded images of a folder to ``references`` of prompts, and dead links to ``dead_references``.
 
-    Args:
-        source: The list of prompts, for errors.
-        folder: Folder of a manifest.
-        prompts: The prompts with their links.
-
-    Returns:
-        The prompts with files in ``references`` and links in ``dead_references``; unchanged if the manifest has none
-        of their links.
-
-    Raises:
-        PromptError: The manifest has only some of the links.
+    Prompts stay as they are if the manifest has none of their links; that it has only some is a PromptError.
     """
     manifest = read_manifest(folder)
     links = {link for prompt in prompts for link in prompt.links}
@@ -86,36 +71,25 @@ def dead_references(prompts: Iterable[Prompt]) -> list[str]:
 
 
 def references_digest(prompts: Sequence[Prompt]) -> str:
-    """Hashes the contents of reference images, in the order of the prompts; paths do not matter.
-
-    Args:
-        prompts: The prompts.
-
-    Returns:
-        16 hexadecimal digits.
+    """Hashes the contents of reference images, in the order of the prompts, to 16 digits; paths do not matter.
 
     Raises:
         PromptError: A reference image can't be read.
     """
-    hashes: dict[Path, str] = {}
     # Template prompts share their reference images: each file is read once.
-    for path in {path for prompt in prompts for path in prompt.references}:
-        try:
-            hashes[path] = hashlib.sha256(path.read_bytes()).hexdigest()
-        except OSError as error:
-            raise PromptError(f"{path}: this reference image can't be read ({error.strerror})") from error
-    return digest([[hashes[path] for path in prompt.references] for prompt in prompts])
+    files = {p: inspect_image(p, decode=False) for p in {path for prompt in prompts for path in prompt.references}}
+    for path, file in files.items():
+        if file.problem:
+            raise PromptError(f"{path}: this reference image can't be read ({file.problem})")
+    return digest([[files[path].sha256 for path in prompt.references] for prompt in prompts])
 
 
 def check_references(source: str, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Decodes all reference images and sets the damaged ones apart.
+    """Decodes all reference images, and moves undecodable ones from ``references`` to ``damaged_references``.
 
     Args:
         source: Origin of the prompts, for errors.
         prompts: The prompts.
-
-    Returns:
-        The prompts, with undecodable files in ``damaged_references`` in place of ``references``.
 
     Raises:
         PromptError: A file is missing, or there are files and none can be decoded.

@@ -10,50 +10,35 @@ from nemo_bench.records.io import digest, seed_of
 
 
 def seeds_of(prompt: Prompt, purpose: str, seeds: Iterable[int]) -> list[int]:
-    """Generator seeds of a prompt, by its id, so that order, batches and processes can't change them.
+    """Generator seeds of a prompt, from 0 to 2^63 - 1: by its id, so that order, batches and processes can't matter.
 
     Args:
         prompt: The prompt.
         purpose: ``"localize"`` or ``"generate"``: localizing never sees the noise that images start from.
         seeds: Numbers from 0.
-
-    Returns:
-        Seeds from 0 to 2^63 - 1.
     """
     return [seed_of([purpose, prompt.id, seed]) for seed in seeds]
 
 
-class PromptTask(NamedTuple):
-    """A prompt to be handled as a whole.
+class Task(NamedTuple):
+    """A prompt to be handled as a whole, or one image of it.
 
     Attributes:
         id: Record id.
         prompt: The prompt.
+        seed: Number of the image among those of the prompt, from 0; of a whole prompt 0.
     """
 
     id: str
     prompt: Prompt
+    seed: int = 0
 
     @classmethod
-    def from_prompt(cls, prompt: Prompt) -> PromptTask:
+    def of_prompt(cls, prompt: Prompt) -> Task:
         """The task of a prompt; its id depends on the prompt's id alone."""
         return cls(digest([prompt.id]), prompt)
 
-
-class ImageTask(NamedTuple):
-    """One image of a prompt.
-
-    Attributes:
-        id: Record id.
-        prompt: The prompt.
-        seed: Number of the image among those of the prompt, from 0.
-    """
-
-    id: str
-    prompt: Prompt
-    seed: int
-
     @classmethod
-    def from_prompt(cls, prompt: Prompt, seed: int) -> ImageTask:
+    def of_image(cls, prompt: Prompt, seed: int) -> Task:
         """The task of an image; its id depends on prompt id and seed alone."""
         return cls(digest([prompt.id, seed]), prompt, seed)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import cache, wraps
 from typing import Annotated, Any, get_type_hints
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, InstanceOf, PydanticUserError, TypeAdapter, ValidationError
 
 from nemo_bench.errors import ConfigError, shortened
 
@@ -26,12 +26,13 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class Checked:
     """A class whose constructors check arguments against the ranges in their annotations.
 
-    Subclasses need do nothing but annotate:
+    Subclasses need do nothing but annotate the fields of a dataclass, or the arguments of ``__init__``:
 
     Example:
-        >>> class Blur(Checked):
-        ...     def __init__(self, strength: Share) -> None:
-        ...         self.strength = strength
+        >>> from dataclasses import dataclass
+        >>> @dataclass(eq=False)
+        ... class Blur(Checked):
+        ...     strength: Share = 0.5
         >>> Blur(1.5)
         Traceback (most recent call last):
         nemo_bench.errors.ConfigError: Blur: strength=1.5; expected less than or equal to 1
@@ -41,6 +42,9 @@ class Checked:
         super().__init_subclass__(**options)
         if "__init__" in vars(cls):
             cls.__init__ = _checking(cls.__init__)  # type: ignore[method-assign] # of the same signature
+
+    def __post_init__(self) -> None:
+        check_ranges(type(self).__name__, type(self), vars(self))
 
 
 def _checking(init: Callable[..., None]) -> Callable[..., None]:
@@ -73,6 +77,14 @@ def check_ranges(owner: str, annotated: Any, values: Mapping[str, Any]) -> None:
 def _ranges(annotated: Any) -> dict[str, TypeAdapter[Any]]:
     """Validators of what is annotated with a range, by name."""
     plain = get_type_hints(annotated)
-    config = ConfigDict(strict=True, arbitrary_types_allowed=True)
     hints = get_type_hints(annotated, include_extras=True).items()
-    return {name: TypeAdapter(hint, config=config) for name, hint in hints if hint != plain[name]}
+    return {name: validator(hint) for name, hint in hints if hint != plain[name]}
+
+
+@cache
+def validator(hint: Any) -> TypeAdapter[Any]:
+    """The strict validator of a type; where pydantic can't check it so, a check of its instances or none."""
+    try:
+        return TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+    except PydanticUserError:
+        return TypeAdapter(InstanceOf[hint] if inspect.isclass(hint) else Any)

@@ -57,7 +57,7 @@ def test_overrides_reach_arguments_at_every_depth() -> None:
     assert isinstance(method, RandomNeurons)
     assert method.seed == 7
     assert isinstance(method.source, NeMo)
-    assert method.source.settings.theta == 4
+    assert method.source.theta == 4
     assert choice.settings.model.similarity.betas == [0.5, 0.5]
 
 
@@ -134,7 +134,7 @@ def test_overrides_win_over_the_lines_of_an_experiment(study: Path) -> None:
     [
         ("[method=nemo method.thetta=3]", "unknown key 'method.thetta'.*Did you mean 'theta'"),
         ('["method=\'nemo"]', "can't read \"method='nemo\" in the grid of an experiment"),
-        ("{method.theta: 3}", "experiment/study.*raised while composing config: .*(list|ListConfig|sequence)"),
+        ("{method.theta: 3}", r"^experiment=study: grid=\{'method.theta': 3\}: expected a list, in brackets"),
         ("[nemo]", "can't read an override"),
     ],
 )
@@ -195,7 +195,7 @@ def test_metrics_are_added_and_deleted() -> None:
         ("model.local_files_only=maybe", "model.local_files_only=maybe: expected true or false"),
         ("method=nemo method.theta=x", "method.theta=x: expected a number, given 'x'"),
         ("method=random method.seed=1.5", "method.seed=1.5: expected a whole number, given 1.5"),
-        ("method=nemo method.neurons=refind", "method.neurons=refind: expected one of refined, initial"),
+        ("method=nemo method.neurons=refind", "method.neurons=refind: expected one of refined, initial.*mean 'refined"),
         ("method=nemo method.theta=0.5", "theta=0.5; expected more than theta_min=1.0"),
         ("seeds=0", "seeds=0: expected greater than or equal to 1"),
         ("seeds=9999999999", "seeds=9999999999: expected less than or equal to 2147483647"),
@@ -250,7 +250,10 @@ def test_method_of_the_user_is_an_option(own: Path) -> None:
         ("_target_: mine_of_test_config.Mine", "method: mine_of_test_config.Mine also needs strength"),
         ("_target_: mine_of_test_config.Mine\nstrenght: 1", "'method.strenght'. Did you mean 'strength'"),
         ("_target_: mine_of_test_config.Mine\nstrength: much", "method.strength=much: expected a number"),
-        ("_target_: mine_of_test_config.Mine\nstrength: 1\nwords: [a, 2]", r"method.words=\['a', 2\]: expected list"),
+        (
+            "_target_: mine_of_test_config.Mine\nstrength: 1\nwords: [a, 2]",
+            r"method.words=\['a', 2\]: expected text in every place of the list",
+        ),
         ("_target_: mine_of_test_config.Other", "can't be imported"),
         ("strength: 1", "method: expected _target_"),
         ("_target_: [", "mine"),

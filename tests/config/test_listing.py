@@ -8,15 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.utils import get_object
 
 from cell_configs import CONF, one_cell
-from nemo_bench.config import (
-    GROUPS,
-    describe_options,
-    explain_option,
-    options,
-    short,
-)
+from nemo_bench.config import GROUPS, describe_options, grid, options
+from nemo_bench.config.listing import class_text, explain_option, short
 from nemo_bench.errors import ConfigError
 
 
@@ -89,3 +85,12 @@ def test_listing_needs_no_composition_and_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.splitlines()[-1] == "0 []"
+
+
+@pytest.mark.parametrize("group", ["method", "detector"])
+@pytest.mark.parametrize("name", ["title", "summary", "citation"])
+def test_text_read_from_source_is_the_attribute_of_the_class(group: str, name: str) -> None:
+    for option in options(group):
+        choice = one_cell(f"{group}={option}") if group != "method" else grid([f"method={option}"])[0]
+        node = getattr(choice.settings, group)
+        assert class_text(node["_target_"], name) == getattr(get_object(node["_target_"]), name)

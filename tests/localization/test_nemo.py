@@ -190,14 +190,25 @@ def test_select_lists_outliers_then_the_most_active_once() -> None:
     mean, std = {"layer": torch.zeros(5)}, {"layer": torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0])}
     calibration = Calibration(mean, std, 0.5, 9)
     activation = {"layer": torch.tensor([6.0, 1.0, 7.0, 0.5, 8.0])}
-    assert select(activation, calibration, 5.0, 0) == [("layer", 0), ("layer", 2), ("layer", 3), ("layer", 4)]
-    assert select(activation, calibration, 7.5, 3) == [("layer", 3), ("layer", 4), ("layer", 2), ("layer", 0)]
+    settings = NemoSettings()
+    assert select(activation, calibration, 5.0, 0, settings) == [
+        ("layer", 0),
+        ("layer", 2),
+        ("layer", 3),
+        ("layer", 4),
+    ]
+    assert select(activation, calibration, 7.5, 3, settings) == [
+        ("layer", 3),
+        ("layer", 4),
+        ("layer", 2),
+        ("layer", 0),
+    ]
 
 
 def test_reference_protocol_lists_neurons_twice(tiny: Diffusion) -> None:
     mean, std = {"layer": torch.zeros(3)}, {"layer": torch.ones(3)}
     activation = {"layer": torch.tensor([6.0, 1.0, 7.0])}
-    twice = select(activation, Calibration(mean, std, 0.5, 9), 5.0, 2, duplicates=True)
+    twice = select(activation, Calibration(mean, std, 0.5, 9), 5.0, 2, settings, duplicates=True)
     assert twice == [("layer", 0), ("layer", 2), ("layer", 2), ("layer", 0)]
 
 
@@ -229,7 +240,7 @@ def as_the_scripts(
     model, calibration = scripts_model(prediction_type, side)
     method = method or NeMo(protocol="reference")
     method.setup(model, Setup(calibration=replace(calibration, threshold=tau)))
-    latents = method.protocol.latents(model, range(seeds))
+    latents = method.noise_protocol.latents(model, range(seeds))
     found = method.localize(model, Prompt("p", text), latents)
     plain_similarity = {
         16: reference_nemo.ssim,
@@ -245,7 +256,7 @@ def as_the_scripts(
         tau,
         **{
             **reference_nemo.SCRIPTS,
-            "similarity": partial(plain_similarity, measure=method.protocol.similarity),
+            "similarity": partial(plain_similarity, measure=method.noise_protocol.similarity),
             **changed,
         },
     )
@@ -468,7 +479,7 @@ def test_selection_is_the_first_round_that_changes_all_seeds(
         # The plain implementation takes its time for 1280 rounds.
         patch.setattr(nemo, "LAST_K", 40)
         patch.setattr(reference_nemo, "K_END", 40)
-        found = initial_selection(trial, activation, calibration, tau, options)  # type: ignore[arg-type]
+        found, values, reached = initial_selection(trial, activation, calibration, tau, options)  # type: ignore[arg-type]
         plain = reference_nemo.initial_selection(
             activation,
             zero,
@@ -479,8 +490,8 @@ def test_selection_is_the_first_round_that_changes_all_seeds(
             with_outliers=outliers,
             initial_k=initial_k,
         )
-    assert found.candidates == [(layer, i) for layer, ids in plain.neurons.items() for i in ids]
-    assert (float(found.values.max()), found.reached) == (plain.score, plain.score <= tau)
+    assert found == [(layer, i) for layer, ids in plain.neurons.items() for i in ids]
+    assert (float(values.max()), reached) == (plain.score, plain.score <= tau)
 
 
 def test_without_outliers_the_selection_goes_on_to_1280_most_active() -> None:

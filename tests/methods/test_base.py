@@ -13,7 +13,6 @@ from nemo_bench import Calibration, ConfigError, Diffusion, Method, ModelError, 
 from nemo_bench.benchmark.plan import plan
 from nemo_bench.config import build, grid, options
 from nemo_bench.localization import LAST_K
-from nemo_bench.methods.base import split
 
 OUT_OF_RANGE: dict[str, dict[str, Sequence[float]]] = {
     "AMG": {"threshold": [2.0], "saturation": [0.0], "strength": [-1.0], "captions": [0]},
@@ -67,12 +66,6 @@ def test_setup_gives_calibration_and_batch_size(tiny: Diffusion, tiny_calibratio
     method = NeMo()
     method.setup(tiny, methods.Setup(calibration=tiny_calibration, batch_size=8))
     assert (method.calibration, method.batch_size) == (tiny_calibration, 8)
-
-
-def test_split_covers_all_numbers_in_order() -> None:
-    assert [[*part] for part in split(5, 2)] == [[0, 1], [2, 3], [4]]
-    assert [[*part] for part in split(2, 0)] == [[0], [1]]
-    assert not [*split(0, 2)]
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_the_activation_of_a_listed_file_is_known_by_its_digest(
 ) -> None:
     # The digest that OpenAI publishes for ViT-B/32, as its address holds it.
     published = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
-    monkeypatch.setattr("nemo_bench.diffusion.digests.file_digest", lambda path: published)
+    monkeypatch.setattr("nemo_bench.metrics.clip.file_digest", lambda path: published)
     with pytest.raises(ModelError, match="were trained with QuickGELU; name 'small-quickgelu'"):
         OpenClip("small", str(architectures)).check()
     folder = architectures.parent

@@ -14,7 +14,7 @@ from nemo_bench.cli import main
 from nemo_bench.config import overridden
 from nemo_bench.errors import ConfigError
 from nemo_bench.planted import training
-from nemo_bench.planted.training import TOKENS, Steps, TrainSpec, activation_density, build_tokenizer, tokenize, train
+from nemo_bench.planted.training import TOKENS, Fit, TrainSpec, activation_density, build_tokenizer, tokenize, train
 from nemo_bench.planted.world import PLANTED
 
 PACKAGE = Path(resolve("package:planted"))
@@ -52,11 +52,15 @@ def test_interrupted_training_resumes_and_gives_the_same_model(tmp_path: Path, m
     assert judge.encode_image(torch.zeros(1, 3, 64, 64)).shape == (1, 64)
 
 
-def test_batch_depends_on_seed_and_step_alone() -> None:
-    first = Steps(lambda rng: rng.integers(10**9), 0, 10, seed=1)
-    later = Steps(lambda rng: rng.integers(10**9), 7, 3, seed=1)
-    assert [later[i] for i in range(3)] == [first[i] for i in range(7, 10)]
-    assert len({first[i] for i in range(10)}) == 10
+def test_batch_depends_on_seed_and_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def batches(first: int, seed: int) -> list[int]:
+        fit = Fit(torch.nn.Linear(1, 1), lambda rng: rng.integers(10**9), dict, steps=10, lr=0.1, seed=seed)
+        monkeypatch.setattr(Fit, "global_step", first)
+        return [int(batch) for batch in fit.train_dataloader()]
+
+    monkeypatch.setattr(training, "EPOCH", 10)
+    assert batches(7, seed=1)[:3] == batches(0, seed=1)[7:]
+    assert len({*batches(0, seed=1), *batches(0, seed=2)}) == 20
 
 
 def test_density_is_one_for_even_and_small_for_rare_activations() -> None:

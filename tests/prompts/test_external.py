@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nemo_bench.errors import NemoBenchError
-from nemo_bench.prompts.external import ExternalImage, check_images, mapped_images, named_images
-from nemo_bench.prompts.tasks import ImageTask
+from nemo_bench.prompts.external import check_images, mapped_images, named_images
+from nemo_bench.prompts.tasks import Task
 from nemo_bench.records.data import Prompt
 
 PROMPTS = [Prompt("a", "a red sun"), Prompt("b", "a big map"), Prompt("c", "a big map")]
@@ -41,8 +41,8 @@ def mapping(folder: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
-def listed(found: list[ExternalImage]) -> list[tuple[str, str, int]]:
-    return [(Path(image.path).name, image.task.prompt.id, image.task.seed) for image in found]
+def listed(found: list[tuple[Task, str]]) -> list[tuple[str, str, int]]:
+    return [(Path(path).name, task.prompt.id, task.seed) for task, path in found]
 
 
 def test_images_named_like_those_of_the_public_scripts_are_matched(tmp_path: Path) -> None:
@@ -55,14 +55,14 @@ def test_images_named_like_those_of_the_public_scripts_are_matched(tmp_path: Pat
         ("img_0001_00.png", "b", 0),
         ("img_0001_01.webp", "b", 1),
     ]
-    assert found[3].task == ImageTask.from_prompt(PROMPTS[1], 1)
+    assert found[3][0] == Task.of_image(PROMPTS[1], 1)
 
 
 def test_hidden_files_are_no_images(tmp_path: Path) -> None:
     named(tmp_path, "img_0000_00.png")
     for name in ("._img_0000_00.png", ".DS_Store", "Thumbs.db", ".thumbnail.jpg"):
         (tmp_path / name).write_bytes(b"left by a system")
-    assert [Path(image.path).name for image in named_images(tmp_path, PROMPTS[:1])] == ["img_0000_00.png"]
+    assert [Path(path).name for _, path in named_images(tmp_path, PROMPTS[:1])] == ["img_0000_00.png"]
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_prompts_without_images_are_left_out(tmp_path: Path) -> None:
     assert listed(mapped_images(mapping(tmp_path, OK), tmp_path, PROMPTS)) == [("a.png", "a", 0)]
 
 
-def found_in(*paths: Path) -> list[ExternalImage]:
-    return [ExternalImage(ImageTask.from_prompt(PROMPTS[0], seed), str(path)) for seed, path in enumerate(paths)]
+def found_in(*paths: Path) -> list[tuple[Task, str]]:
+    return [(Task.of_image(PROMPTS[0], seed), str(path)) for seed, path in enumerate(paths)]
 
 
 def test_images_are_hashed(tmp_path: Path) -> None:
@@ -182,5 +182,5 @@ def test_every_image_finds_its_prompt(
     for name in names:
         (folder / name).touch()
     prompt_list = [Prompt(f"p{number}", "text") for number in range(prompts)]
-    expected = [ImageTask.from_prompt(prompt, seed) for prompt in prompt_list for seed in range(seeds)]
-    assert [image.task for image in named_images(folder, prompt_list)] == expected
+    expected = [Task.of_image(prompt, seed) for prompt in prompt_list for seed in range(seeds)]
+    assert [task for task, _ in named_images(folder, prompt_list)] == expected

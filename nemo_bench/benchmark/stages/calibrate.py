@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from nemo_bench.benchmark.stages.base import Chunk, Stage
 from nemo_bench.localization import ENCODED, PAPER, Protocol, activation_moments, pair_scores, save_moments
-from nemo_bench.prompts.tasks import PromptTask
+from nemo_bench.prompts.tasks import Task
 from nemo_bench.records.io import batched
 from nemo_bench.records.schema import CalibrationRecord, ChunkRecord, Cost
 

@@ -11,7 +11,7 @@ from nemo_bench.benchmark.plan import Cell
 from nemo_bench.benchmark.stages.base import Stage, file_name, to_image
 from nemo_bench.detectors import DetectorScore, watch
 from nemo_bench.diffusion import Diffusion
-from nemo_bench.prompts.tasks import PromptTask
+from nemo_bench.prompts.tasks import Task
 from nemo_bench.records.schema import Cost, DetectionRecord
 from nemo_bench.records.store import Store
 
@@ -64,7 +64,7 @@ def _detect(
     return written
 
 
-def _record(store: Store, task: PromptTask, result: DetectorScore, cost: Cost) -> DetectionRecord:
+def _record(store: Store, task: Task, result: DetectorScore, cost: Cost) -> DetectionRecord:
     image = None
     if result.picture is not None:
         image = store.save_image(f"images/{file_name(task.prompt)}.png", to_image(result.picture))

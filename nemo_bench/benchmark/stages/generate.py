@@ -54,6 +54,6 @@ def _generate(stage: Stage, tasks: Sequence[ImageTask]) -> list[ImageRecord]:
     return records
 
 
-def _record(task: ImageTask, passes: float, **result: Any) -> ImageRecord:
+def _record(task: Task, passes: float, **result: Any) -> ImageRecord:
     cost = Cost(row_passes=passes)
     return ImageRecord(id=task.id, prompt=task.prompt.id, seed=task.seed, cost=cost, **result)

@@ -18,7 +18,7 @@ from nemo_bench.benchmark.stages.base import CHUNK, Stage, file_name
 from nemo_bench.benchmark.stages.features import save_features, set_spaces
 from nemo_bench.errors import StoreError
 from nemo_bench.metrics import BenchMetric, ImageSpace, Network, OpenClip, SetMetric
-from nemo_bench.prompts.tasks import PromptTask
+from nemo_bench.prompts.tasks import Task
 from nemo_bench.records.data import Neurons
 from nemo_bench.records.images import open_image
 from nemo_bench.records.io import batched, digest
@@ -105,7 +105,7 @@ class SampleReader:
             if record.size:
                 self.sizes[record.size] += 1
 
-    def __call__(self, tasks: Sequence[PromptTask]) -> list[PromptSample] | StoreError:
+    def __call__(self, tasks: Sequence[Task]) -> list[PromptSample] | StoreError:
         """The samples of some prompts, or why a picture can't be read.
 
         Raised in a process of the loader, an error would arrive with that process's traceback for its message.
@@ -115,7 +115,7 @@ class SampleReader:
         except StoreError as error:
             return error
 
-    def _sample(self, task: PromptTask) -> PromptSample:
+    def _sample(self, task: Task) -> PromptSample:
         name = task.prompt.id
         images = sorted(self.images.get(name, ()), key=lambda record: record.seed)
         for record in images:

@@ -33,7 +33,7 @@ from nemo_bench.metrics import (
     TrainingImage,
     Vendi,
 )
-from nemo_bench.prompts.tasks import PromptTask
+from nemo_bench.prompts.tasks import Task
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.schema import ChunkRecord, ImageRecord, ScoreRecord, Spec
 from nemo_bench.records.store import Store
@@ -229,7 +229,7 @@ def test_features_of_sets_are_kept_and_combined_in_order(
     torch.testing.assert_close(read_features(files, name), expected)
     assert set(load_file(files[0])) == {name}
     # A lost file opens its prompt again.
-    ids = [PromptTask.from_prompt(prompt).id for prompt in prompts]
+    ids = [Task.of_prompt(prompt).id for prompt in prompts]
     assert not store.pending_ids(ScoreRecord, ids)
     files[1].unlink()
     assert store.pending_ids(ScoreRecord, ids) == [ids[1]]
