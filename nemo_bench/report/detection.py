@@ -12,42 +12,16 @@ from nemo_bench.records.io import write_json, write_text
 from nemo_bench.records.results import DetectorResults
 from nemo_bench.records.schema import DetectionRow, DetectionTable, MeasuredDetectionRow
 from nemo_bench.report.tables import markdown_table
+from nemo_bench.report.texts import TEXTS
 from nemo_bench.report.thumbnails import Thumbnails
 
-COLUMNS = {
-    "auc": "AUC",
-    "VM": "VM",
-    "TM": "TM",
-    "tpr_at_1_fpr_below": "TPR<1%",
-    "tpr_at_1_fpr_nearest": "TPR≈1%",
-    "tpr_at_1_fpr_first": "first≈1%",
-    "best_accuracy": "Acc.",
-    "detect_row_passes_per_prompt": "Passes",
-    "detect_extra_row_passes_per_prompt": "Own",
-    "detect_seconds_per_prompt": "s",
-}
+COLUMNS: dict[str, str] = TEXTS["detectors"]["columns"]
 """Titles of the columns of the table, by measure or cost."""
-NOTE = (
-    "AUC with its 95% bootstrap interval over prompts, over all memorized prompts and over those of a kind. TPR at "
-    "the last point with fewer than 1% false positives (<), and at the one nearest to 1% (≈): the highest of equally "
-    "near ones, and the first of those that scikit-learn keeps. Accuracy is the best of all thresholds, either sort of "
-    "prompts counting half. UNet passes and seconds are a prompt's, as if the detector ran alone; own passes are those "
-    "that no other detector could share. A derivative counts as one more pass. Failed are prompts without a finite "
-    "score, which nothing else rests on; a detector with any is not ranked above one without."
-)
-"""How to read the table."""
 _PIXELS = 640
 
 
 def write_detection(detectors: Sequence[DetectorResults]) -> Path:
-    """Writes ``detection.html``, ``detection.md`` and ``detection.json`` into the folder of a run.
-
-    Args:
-        detectors: Of one run, from :func:`nemo_bench.records.results.load_detections`.
-
-    Returns:
-        The page.
-    """
+    """Writes ``detection.html``, ``detection.md`` and ``detection.json`` into the folder of a run; gives the page."""
     folder = detectors[0].folder.parent
     table = DetectionTable(name=folder.name, detectors=[_row(detector) for detector in detectors])
     write_json(folder / "detection.json", table)
@@ -95,8 +69,7 @@ def _model_settings(detector: DetectorResults) -> dict[str, Any]:
     """Settings of the model that decide scores, flat: ``similarity.sigma`` beside ``steps``."""
     flat = {}
     for key, value in detector.spec.settings["model"].items():
-        inner = {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, Mapping) else {key: value}
-        flat.update(inner)
+        flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, Mapping) else {key: value}
     return flat
 
 
@@ -142,7 +115,7 @@ def markdown(detectors: Sequence[DetectorResults]) -> str:
         lines = _lines(group, some_failed=some_failed)
         table = markdown_table(lines, ["---", *["---:"] * (len(lines[0]) - 1)])
         parts.append(f"## {heading}: {count_of(group[0])}\n\n{table}")
-    return "\n".join([*parts, NOTE + "\n"])
+    return "\n".join([*parts, TEXTS["detectors"]["note"] + "\n"])
 
 
 def _page(folder: Path, detectors: Sequence[DetectorResults]) -> str:
@@ -171,7 +144,6 @@ def _page(folder: Path, detectors: Sequence[DetectorResults]) -> str:
         name=folder.name,
         has_report=(folder / "report.html").is_file(),
         sections=sections,
-        note=NOTE,
         citations={title: text for detector in detectors for title, text in detector.spec.citations.items()},
     )
 

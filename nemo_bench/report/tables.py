@@ -5,40 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from nemo_bench.errors import counted
 from nemo_bench.records.results import CellResults, Results
-from nemo_bench.records.schema import Aggregate, Leaderboard, LeaderboardRow
+from nemo_bench.records.schema import Aggregate, Leaderboard, LeaderboardRow, Paired
 from nemo_bench.records.statistics import holm, paired
-
-SIGNIFICANCE = (
-    "Stars: different from no mitigation on the same prompts and seeds, two-sided paired sign-flip test, "
-    "Holm-corrected over the rows of a table; * p < 0.05, ** p < 0.01, *** p < 0.001."
-)
-"""Meaning of the stars at a mean."""
-BEST = (
-    "{clear}: best mean among at least two methods of one model, and different from the runner-up (two-sided paired "
-    "sign-flip test over prompts, p < 0.05, not corrected). {unclear}: best mean, but not shown to differ from the "
-    "runner-up: the difference is too small, the prompts are too few, or single prompts have no value."
-)
-"""Meaning of a best value."""
-SEARCHES = (
-    "Search: prompts that passed NeMo's gate, so that neurons were searched; and those of them in which the selection "
-    "ran out without meeting its criterion. An edited model has no neurons of general prompts off: what it makes of "
-    "these is in the rows of edits for other prompts."
-)
-"""Meaning of the column of searches."""
-FAILED = "Failed: what was not finite; it has no value, and where a mean lacks any it is no best one and has no stars."
-"""Meaning of the column of failures."""
+from nemo_bench.report.texts import TEXTS
 
 _LEVELS = (0.05, 0.01, 0.001)
-_NUMBERS = ("mean", "low", "high", "median", "mad", "prompts")
-_PAIRED = ("difference", "low", "high", "p", "prompts", "p_holm")
 _SEARCHED = ("passed_gate", "exhausted")
+_ABOUT = ("cell", "label", "model", "method", "prompts", "group", "n_prompts", *_SEARCHED)
+_NUMBERS = [name for name in Aggregate.model_fields if name != "paired"]
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -46,67 +26,44 @@ _LATEX = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Row:
-    """One cell and one group of prompts.
-
-    Attributes:
-        cell: The cell.
-        group: ``"VM"``, ``"TM"``, ``"memorized"``, ``"general"`` or ``"all"``.
-        values: Aggregates by metric, with p corrected over the rows of the group; metrics without meaning are absent.
-        best: Metrics in which the cell has the best mean among the cells of the same model, prompts and group, with p
-            of the paired test against the runner-up: 1 where there is nothing to pair.
-    """
-
-    cell: CellResults
-    group: str
-    values: Mapping[str, Aggregate]
-    best: Mapping[str, float]
-
-    @property
-    def failed(self) -> str:
-        """Counts of failures, such as ``3 images``; empty where nothing failed."""
-        return str(self.cell.failures(self.group))
-
-    @property
-    def is_tested(self) -> bool:
-        """Whether any metric is compared with no mitigation."""
-        return any(value.paired for value in self.values.values())
-
-    def is_clear(self, metric: str) -> bool:
-        """Whether the cell is the best in a metric, and differs from the runner-up; see :data:`BEST`."""
-        return self.best.get(metric, 1.0) < _LEVELS[0]
-
-    def stars(self, metric: str) -> str:
-        """One star for each level in :data:`SIGNIFICANCE` above the corrected p of a metric.
-
-        None where images or scores failed: the others may differ because of what is missing.
-        """
-        change = self.values[metric].paired if metric in self.values else None
-        if change is None or change.p_holm is None or not self.cell.is_complete(self.group, metric):
-            return ""
-        return "*" * sum(change.p_holm < level for level in _LEVELS)
-
-
-def leaderboard(results: Results) -> list[Row]:
-    """One row per group and cell, groups and cells in the order of display."""
+def leaderboard(results: Results) -> list[LeaderboardRow]:
+    """One row per group and cell, groups and cells in the order of display; p is corrected over the rows of a group."""
     rows = []
     for group in results.groups:
         cells = [cell for cell in results.cells if group in cell.summary.aggregates]
-        table = {cell.name: cell.summary.aggregates[group] for cell in cells}
-        corrected = {name: dict(row) for name, row in table.items()}
+        table = {cell.name: dict(cell.summary.aggregates[group]) for cell in cells}
         for key in results.metrics:
             changes = {name: row[key].paired for name, row in table.items() if key in row}
             tested = {name: change for name, change in changes.items() if change}
             for name, p in holm({name: change.p for name, change in tested.items()}).items():
                 change = tested[name].model_copy(update={"p_holm": p})
-                corrected[name][key] = table[name][key].model_copy(update={"paired": change})
-        rows += [Row(cell, group, corrected[cell.name], _best(results, cell, group)) for cell in cells]
+                table[name][key] = table[name][key].model_copy(update={"paired": change})
+        rows += [
+            LeaderboardRow(
+                cell=cell.name,
+                label=cell.label,
+                model=cell.model,
+                method=cell.method,
+                prompts=cell.spec.prompts,
+                group=group,
+                n_prompts=cell.count(group),
+                **{key: cell.summary.localization.get(group, {}).get(key) for key in _SEARCHED},
+                metrics=table[cell.name],
+                failed=cell.failures(group),
+                best=_best(results, cell, group),
+                cost=cell.summary.cost,
+                counts=cell.counts,
+            )
+            for cell in cells
+        ]
     return rows
 
 
 def _best(results: Results, cell: CellResults, group: str) -> dict[str, float]:
-    """Metrics with the best mean among the cells that lack no value, and p of the paired test against the runner-up."""
+    """Metrics with the best mean among the cells that lack no value, and p of the paired test against the runner-up.
+
+    Cells of the same model and prompts are compared; p is 1 where there is nothing to pair.
+    """
     best = {}
     comparable = [c for c in results.cells if (c.model, c.spec.prompts) == (cell.model, cell.spec.prompts)]
     for key, info in results.metrics.items():
@@ -128,57 +85,95 @@ def _best(results: Results, cell: CellResults, group: str) -> dict[str, float]:
     return best
 
 
+def is_clear(row: LeaderboardRow, metric: str) -> bool:
+    """Whether the row is the best in a metric, and differs from the runner-up."""
+    return row.best.get(metric, 1.0) < _LEVELS[0]
+
+
+def stars(row: LeaderboardRow, metric: str) -> str:
+    """One star for each level of significance above the corrected p of a metric.
+
+    None where images or scores failed: the others may differ because of what is missing.
+    """
+    change = row.metrics[metric].paired if metric in row.metrics else None
+    if change is None or change.p_holm is None or row.failed.metrics.get(metric):
+        return ""
+    return "*" * sum(change.p_holm < level for level in _LEVELS)
+
+
 def number(results: Results, metric: str, value: float, sign: str = "") -> str:
     """A value of a metric, or a difference of two, as it is shown: counts without needless decimals."""
     text = f"{value:{sign}.{results.places.get(metric, 3)}f}"
     return text.removesuffix(".0") if metric in results.counted else text
 
 
-def ends(results: Results, row: Row, metric: str) -> tuple[str, str]:
+def mean(results: Results, row: LeaderboardRow, metric: str, clear: str, unclear: str) -> str:
+    """The mean of a metric as it is shown, in one of two formats where it is a best one."""
+    text = number(results, metric, row.metrics[metric].mean)
+    if metric not in row.best:
+        return text
+    return (clear if is_clear(row, metric) else unclear).format(text)
+
+
+def ends(results: Results, row: LeaderboardRow, metric: str) -> tuple[str, str]:
     """Ends of the interval of a mean as they are shown, empty where it has none."""
-    value = row.values[metric]
+    value = row.metrics[metric]
     if value.low is None or value.high is None:
         return "", ""
     return number(results, metric, value.low), number(results, metric, value.high)
 
 
-def fewer(row: Row, value: Aggregate) -> str:
+def fewer(row: LeaderboardRow, metric: str) -> str:
     """The number of prompts with a value where it is not that of the row, such as ``3 prompts``."""
-    return "" if value.prompts == row.cell.count(row.group) else counted(value.prompts, "prompt")
+    prompts = row.metrics[metric].prompts
+    return "" if prompts == row.n_prompts else counted(prompts, "prompt")
+
+
+def notes(results: Results, rows: Sequence[LeaderboardRow], clear: str, unclear: str) -> dict[str, str]:
+    """What a reader needs to be told of these rows, by subject; ``clear`` and ``unclear`` say how best means look."""
+    needed = {
+        "best": any(row.best for row in rows),
+        "searches": any(cell.summary.localization for cell in results.cells),
+        "significance": any(value.paired for row in rows for value in row.metrics.values()),
+        "failed": any(row.failed.total for row in rows),
+    }
+    texts = {name: TEXTS["notes"][name] for name, is_needed in needed.items() if is_needed}
+    return {name: text.format(clear=clear, unclear=unclear) for name, text in texts.items()}
+
+
+def _legend(results: Results, rows: Sequence[LeaderboardRow]) -> str:
+    first = "Mean over prompts with its 95% bootstrap interval. ↓ lower is better, ↑ higher is better."
+    return " ".join([first, *notes(results, rows, "Bold", "Italic").values()])
 
 
 def _lines(
     results: Results,
-    rows: Sequence[Row],
+    rows: Sequence[LeaderboardRow],
     group: str,
-    show_value: Callable[[Results, Row, str], str],
+    show_value: Callable[[Results, LeaderboardRow, str], str],
     escape: Callable[[str], str] = str,
 ) -> list[list[str]]:
     """The table of a group as texts: its titles, then a line for each row."""
-    some_failed = any(row.failed for row in rows)
-    some_searched = any(cell.searches(group) for cell in results.cells)
+    some_failed = any(row.failed.total for row in rows)
+    searches = {cell.name: cell.searches(group) for cell in results.cells}
+    some_searched = any(searches.values())
     titles = [escape(f"{info.title} {info.arrow}".strip()) for info in results.metrics.values()]
     lines = [["Method", *titles, *["Failed"] * some_failed, *["Search"] * some_searched]]
     for row in (row for row in rows if row.group == group):
-        values = [show_value(results, row, key) if key in row.values else escape("–") for key in results.metrics]
-        failed = [escape(row.failed or "–")] * some_failed
-        searches = [escape(row.cell.searches(group) or "–")] * some_searched
-        lines.append([escape(row.cell.label), *values, *failed, *searches])
+        values = [show_value(results, row, key) if key in row.metrics else escape("–") for key in results.metrics]
+        failed = [escape(str(row.failed) or "–")] * some_failed
+        searched = [escape(searches[row.cell] or "–")] * some_searched
+        lines.append([escape(row.label), *values, *failed, *searched])
     return lines
 
 
 def markdown_table(lines: Sequence[Sequence[str]], aligned: Sequence[str]) -> str:
-    """A table in Markdown.
-
-    Args:
-        lines: Titles, then the rows.
-        aligned: What stands between both for each column, such as ``---:``.
-    """
+    """A table in Markdown: titles, what is below each of them, such as ``---:``, and the other lines."""
     texts = [lines[0], aligned, *lines[1:]]
     return "".join(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |\n" for line in texts)
 
 
-def markdown(results: Results, rows: Sequence[Row]) -> str:
+def markdown(results: Results, rows: Sequence[LeaderboardRow]) -> str:
     """The leaderboard as a Markdown document, one table per group."""
     parts = [f"# {results.name}\n"]
     for group in results.own_groups:
@@ -186,24 +181,21 @@ def markdown(results: Results, rows: Sequence[Row]) -> str:
         aligned = ["---" if title in ("Method", "Search") else "---:" for title in lines[0]]
         heading = f"## {results.heading(group)} ({results.meaning(group)})"
         parts.append(f"{heading}\n\n{markdown_table(lines, aligned)}")
-    parts.append(f"{_legend(rows)}\n".replace("*", r"\*"))
+    parts.append(f"{_legend(results, rows)}\n".replace("*", r"\*"))
     if results.unfinished:
         listed = "".join(f"- {name}: {why}\n" for name, why in results.unfinished.items())
         parts.append(f"Not finished:\n\n{listed}\n{results.advice}\n")
     return "\n".join(parts)
 
 
-def _markdown(results: Results, row: Row, key: str) -> str:
-    mean = number(results, key, row.values[key].mean)
-    if key in row.best:
-        mean = f"**{mean}**" if row.is_clear(key) else f"*{mean}*"
+def _markdown(results: Results, row: LeaderboardRow, key: str) -> str:
+    shown = mean(results, row, key, "**{}**", "*{}*") + r"\*" * len(stars(row, key))
     low, high = ends(results, row, key)
-    few = fewer(row, row.values[key])
-    interval = f" [{low}, {high}]{few and f', {few}'}" if low else ""
-    return mean + r"\*" * len(row.stars(key)) + interval
+    few = fewer(row, key)
+    return f"{shown} [{low}, {high}]{few and f', {few}'}" if low else shown
 
 
-def latex(results: Results, rows: Sequence[Row]) -> str:
+def latex(results: Results, rows: Sequence[LeaderboardRow]) -> str:
     r"""The leaderboard as LaTeX, one ``table`` per group; needs booktabs and graphicx.
 
     Rows are in the order of the run and columns in that of :attr:`Results.metrics`, as on the page. A table wider than
@@ -221,7 +213,7 @@ def latex(results: Results, rows: Sequence[Row]) -> str:
         name = f"{results.name}, {results.heading(group)} ({results.meaning(group)})"
         parts.append(
             "\\begin{table}\n  \\centering\n"
-            f"  \\caption{{{tex(f'{name}. {_legend(rows)}')}}}\n"
+            f"  \\caption{{{tex(f'{name}. {_legend(results, rows)}')}}}\n"
             f"  \\label{{tab:{re.sub('[^0-9A-Za-z]+', '-', f'{results.name}-{group}').strip('-')}}}\n"
             "  \\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
             f"  \\begin{{tabular}}{{{aligned}}}\n"
@@ -236,32 +228,17 @@ def tex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
 
 
-def _latex(results: Results, row: Row, key: str) -> str:
-    mean = number(results, key, row.values[key].mean)
-    if key in row.best:
-        mean = rf"\mathbf{{{mean}}}" if row.is_clear(key) else rf"\mathit{{{mean}}}"
-    stars = f"^{{{row.stars(key)}}}" if row.stars(key) else ""
+def _latex(results: Results, row: LeaderboardRow, key: str) -> str:
+    shown = mean(results, row, key, r"\mathbf{{{}}}", r"\mathit{{{}}}")
+    if above := stars(row, key):
+        shown += f"^{{{above}}}"
     low, high = ends(results, row, key)
-    few = fewer(row, row.values[key]).replace(" ", "~")
+    few = fewer(row, key).replace(" ", "~")
     few = rf",\,\mathrm{{{few}}}" if few else ""
-    interval = rf"_{{[{low},\,{high}]{few}}}" if low else ""
-    return f"${mean}{stars}{interval}$"
+    return rf"${shown}_{{[{low},\,{high}]{few}}}$" if low else f"${shown}$"
 
 
-def _legend(rows: Sequence[Row]) -> str:
-    parts = ["Mean over prompts with its 95% bootstrap interval. ↓ lower is better, ↑ higher is better."]
-    if any(row.best for row in rows):
-        parts.append(BEST.format(clear="Bold", unclear="Italic"))
-    if any(row.cell.searches(row.group) for row in rows):
-        parts.append(SEARCHES)
-    if any(row.is_tested for row in rows):
-        parts.append(SIGNIFICANCE)
-    if any(row.failed for row in rows):
-        parts.append(FAILED)
-    return " ".join(parts)
-
-
-def csv_text(results: Results, rows: Sequence[Row]) -> str:
+def csv_text(results: Results, rows: Sequence[LeaderboardRow]) -> str:
     """The leaderboard as CSV: one line per group and cell, every number in full, what is absent empty.
 
     ``prompts`` is the prompt list, ``n_prompts`` its number of prompts in the group; ``passed_gate`` and ``exhausted``
@@ -269,48 +246,24 @@ def csv_text(results: Results, rows: Sequence[Row]) -> str:
     """
     costs = list(dict.fromkeys(key for cell in results.cells for key in cell.summary.cost))
     counts = [key for key in dict.fromkeys(k for cell in results.cells for k in cell.counts) if key != "prompts"]
-    of_metric = [*_NUMBERS, *(f"paired_{name}" for name in _PAIRED), "failed"]
-    about = ["cell", "label", "model", "method", "prompts", "group", "n_prompts", *_SEARCHED]
+    of_metric = [*_NUMBERS, *(f"paired_{name}" for name in Paired.model_fields), "failed"]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*about, *(f"{key}_{name}" for key in results.metrics for name in of_metric), *costs, *counts])
+    writer.writerow([*_ABOUT, *(f"{key}_{name}" for key in results.metrics for name in of_metric), *costs, *counts])
     for row in rows:
-        cell = row.cell
-        searched = cell.summary.localization.get(row.group, {})
-        values: list[object] = [cell.name, cell.label, cell.model, cell.method, cell.spec.prompts, row.group]
-        values += [cell.count(row.group), *map(searched.get, _SEARCHED)]
+        values: list[object] = [getattr(row, name) for name in _ABOUT]
         for key in results.metrics:
-            value = row.values.get(key)
+            value = row.metrics.get(key)
             values += [getattr(value, name, None) for name in _NUMBERS]
-            values += [getattr(value.paired if value else None, name, None) for name in _PAIRED]
-            values.append(cell.failures(row.group).metrics.get(key, 0))
-        writer.writerow([*values, *map(cell.summary.cost.get, costs), *map(cell.counts.get, counts)])
+            values += [getattr(value.paired if value else None, name, None) for name in Paired.model_fields]
+            values.append(row.failed.metrics.get(key, 0))
+        writer.writerow([*values, *map(row.cost.get, costs), *map(row.counts.get, counts)])
     return buffer.getvalue()
 
 
-def json_text(results: Results, rows: Sequence[Row]) -> str:
+def json_text(results: Results, rows: Sequence[LeaderboardRow]) -> str:
     """The leaderboard as JSON: metrics, rows with every number in full, and unfinished cells."""
     content = Leaderboard(
-        name=results.name,
-        metrics=results.metrics,
-        rows=[
-            LeaderboardRow(
-                cell=row.cell.name,
-                label=row.cell.label,
-                model=row.cell.model,
-                method=row.cell.method,
-                prompts=row.cell.spec.prompts,
-                group=row.group,
-                n_prompts=row.cell.count(row.group),
-                **{key: row.cell.summary.localization.get(row.group, {}).get(key) for key in _SEARCHED},
-                metrics=dict(row.values),
-                failed=row.cell.failures(row.group),
-                best=dict(row.best),
-                cost=row.cell.summary.cost,
-                counts=row.cell.counts,
-            )
-            for row in rows
-        ],
-        unfinished=dict(results.unfinished),
+        name=results.name, metrics=results.metrics, rows=list(rows), unfinished=dict(results.unfinished)
     )
     return content.json_text(indent=1) + "\n"

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from nemo_bench.report.svg import PALETTE
-
-FOLDER = Path(__file__).parent / "page"
+from nemo_bench.report.texts import FOLDER, TEXTS
 
 
 @cache
@@ -19,15 +16,10 @@ def _environment() -> Environment:
         loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.globals.update(palette=PALETTE, style=(FOLDER / "style.css").read_text(encoding="utf-8"))
+    environment.globals.update(texts=TEXTS, style=(FOLDER / "style.css").read_text(encoding="utf-8"))
     return environment
 
 
 def render(name: str, /, **values: Any) -> str:
-    """HTML of a template; texts are escaped.
-
-    Args:
-        name: File in the folder of templates.
-        values: What it shows; the colours and the style sheet are known to every template.
-    """
+    """HTML of a template, with texts escaped; the style sheet and :data:`TEXTS` are known to every template."""
     return _environment().get_template(name).render(**values)

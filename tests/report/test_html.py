@@ -146,7 +146,7 @@ def test_unfinished_cells_are_listed(tmp_path: Path) -> None:
 def test_what_may_be_chance_is_called_neither_better_nor_worse(run: Path) -> None:
     results, seen = load_results(run), set()
     for row in leaderboard(results):
-        for metric, value in row.values.items():
+        for metric, value in row.metrics.items():
             if value.paired and results.metrics[metric].higher_is_better is not None:
                 is_said = html.change(results, row, metric).endswith(("better", "worse"))
                 assert is_said == (value.paired.p < 0.05)

@@ -14,10 +14,10 @@ from matplotlib.mathtext import MathTextParser
 from fake_results import METRICS, PROMPTS, change_file, write_fake_results
 from nemo_bench.records.io import read_file
 from nemo_bench.records.results import load_results
-from nemo_bench.records.schema import Failures, Leaderboard, Summary
+from nemo_bench.records.schema import Failures, Leaderboard, LeaderboardRow, Summary
 from nemo_bench.records.statistics import paired
 from nemo_bench.report import html, write_report
-from nemo_bench.report.tables import Row, latex, leaderboard, markdown, tex
+from nemo_bench.report.tables import is_clear, latex, leaderboard, markdown, stars, tex
 from nemo_bench.report.terminal import terminal_table
 from tags import Tags
 
@@ -61,10 +61,10 @@ def test_no_two_columns_of_the_csv_share_a_name(run: Path, page: str) -> None:
 def test_best_is_marked_within_a_model_and_only_where_a_direction_exists(run: Path) -> None:
     rows = leaderboard(load_results(run))
     for model in ("planted", "sd14"):
-        group = [row for row in rows if row.cell.model == model and row.group == "VM"]
+        group = [row for row in rows if row.model == model and row.group == "VM"]
         for metric, info in METRICS.items():
-            means = [row.values[metric].mean for row in group]
-            marked = [row.values[metric].mean for row in group if metric in row.best]
+            means = [row.metrics[metric].mean for row in group]
+            marked = [row.metrics[metric].mean for row in group if metric in row.best]
             wanted = {True: max, False: min}.get(info.higher_is_better)
             assert marked == ([wanted(means)] if wanted else [])
 
@@ -73,24 +73,25 @@ def test_best_is_clear_only_where_prompts_tell_it_from_the_runner_up(tmp_path: P
     few = load_results(write_fake_results(tmp_path / "few"))
     # Two prompts have four patterns of signs: no p below a half.
     assert min(p for row in leaderboard(few) if row.group == "VM" for p in row.best.values()) >= 0.5
-    assert not any(row.is_clear(key) for row in leaderboard(few) for key in METRICS)
+    assert not any(is_clear(row, key) for row in leaderboard(few) for key in METRICS)
     prompts = [(f"vm-{i:02d}", f"prompt {i}", "VM") for i in range(12)]
     many = load_results(write_fake_results(tmp_path / "many", prompts=prompts))
-    rows = {row.cell.method: row for row in leaderboard(many) if row.group == "VM"}
+    rows = {row.method: row for row in leaderboard(many) if row.group == "VM"}
+    cells = {cell.name: cell for cell in many.cells}
     # NeMo copies nothing, and the other two copy alike: one is the best in alignment by chance.
-    assert rows["nemo"].is_clear("ssim")
+    assert is_clear(rows["nemo"], "ssim")
     for metric in ("ssim", "diversity"):
-        row, second, _ = sorted(rows.values(), key=lambda row: row.values[metric].mean * (-1) ** (metric != "ssim"))
-        own, its = (np.array(list(r.cell.prompt_means(metric, ["VM"]).values())) for r in (row, second))
+        row, second, _ = sorted(rows.values(), key=lambda row: row.metrics[metric].mean * (-1) ** (metric != "ssim"))
+        own, its = (np.array(list(cells[r.cell].prompt_means(metric, ["VM"]).values())) for r in (row, second))
         assert row.best[metric] == paired(own - its).p
-    assert not any(row.is_clear("fid") for row in rows.values())
+    assert not any(is_clear(row, "fid") for row in rows.values())
     page = Tags(html.page(many, leaderboard(many)))
     marks = {cell["data-key"]: cell["class"] for cell in page.all("td") if cell.get("class") in ("best", "unclear")}
     assert (marks["ssim"], marks["fid"]) == ("best", "unclear")
     text = markdown(many, leaderboard(many))
-    assert f"| **{rows['nemo'].values['ssim'].mean:.3f}**" in text
+    assert f"| **{rows['nemo'].metrics['ssim'].mean:.3f}**" in text
     (best,) = (row for row in rows.values() if "fid" in row.best)
-    assert f"| *{best.values['fid'].mean:.1f}* |" in text
+    assert f"| *{best.metrics['fid'].mean:.1f}* |" in text
 
 
 def test_one_method_is_best_of_nothing(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_counts_have_no_needless_decimals(tmp_path: Path) -> None:
     text = markdown(results, rows)
     for row in rows:
         if row.group != "all":
-            mean = row.values["neurons"].mean
+            mean = row.metrics["neurons"].mean
             shown = f"{mean:.0f}" if mean == int(mean) else f"{mean:.1f}"
             assert re.search(rf"\| {shown}(\\\*)* \[", text)
     assert "| 0 [0, 0] |" in text
@@ -138,10 +139,10 @@ def test_markdown_has_a_table_for_each_group(run: Path) -> None:
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert {len(re.split(r"(?<!\\)\|", line)) for line in lines} == {len(METRICS) + 3}
     value = results.cells[2].summary.aggregates["VM"]["ssim"]
-    (row,) = (row for row in leaderboard(results) if row.cell == results.cells[2] and row.group == "VM")
-    stars = r"\*" * len(row.stars("ssim"))
-    assert stars
-    assert f"*{value.mean:.3f}*{stars} [{value.low:.3f}, {value.high:.3f}]" in text
+    (row,) = (row for row in leaderboard(results) if row.cell == results.cells[2].name and row.group == "VM")
+    starred = r"\*" * len(stars(row, "ssim"))
+    assert starred
+    assert f"*{value.mean:.3f}*{starred} [{value.low:.3f}, {value.high:.3f}]" in text
     assert "| No mitigation · sd14 | – | – |" in text
 
 
@@ -150,20 +151,20 @@ def test_stars_are_of_the_corrected_p_over_the_rows_of_a_group(run: Path) -> Non
     seen = set()
     for row in rows:
         for metric in METRICS:
-            family = [r.values[metric].paired.p for r in rows if r.group == row.group and has_test(r, metric)]
+            family = [r.metrics[metric].paired.p for r in rows if r.group == row.group and has_test(r, metric)]
             if has_test(row, metric):
-                own = row.values[metric].paired.p
+                own = row.metrics[metric].paired.p
                 smaller = [p for p in family if p <= own]
                 bound = max(min(1.0, p * (len(family) - sorted(family).index(p))) for p in smaller)
-                assert row.values[metric].paired.p_holm == pytest.approx(bound)
-            p = row.values[metric].paired.p_holm if has_test(row, metric) else 1
-            assert row.stars(metric) == ("***" if p < 0.001 else "**" if p < 0.01 else "*" if p < 0.05 else "")
-            seen.add(row.stars(metric))
+                assert row.metrics[metric].paired.p_holm == pytest.approx(bound)
+            p = row.metrics[metric].paired.p_holm if has_test(row, metric) else 1
+            assert stars(row, metric) == ("***" if p < 0.001 else "**" if p < 0.01 else "*" if p < 0.05 else "")
+            seen.add(stars(row, metric))
     assert {"", "***"} <= seen
 
 
-def has_test(row: Row, metric: str) -> bool:
-    return metric in row.values and row.values[metric].paired is not None
+def has_test(row: LeaderboardRow, metric: str) -> bool:
+    return metric in row.metrics and row.metrics[metric].paired is not None
 
 
 def test_latex_has_a_table_for_each_group_with_the_best_marked(run: Path) -> None:
@@ -205,22 +206,20 @@ def test_latex_shows_any_text() -> None:
 
 
 def best(default: Path) -> dict[str, set[str]]:
-    return {r.cell.method: set(r.best) for r in leaderboard(load_results(default)) if r.group == "VM"}
+    return {r.method: set(r.best) for r in leaderboard(load_results(default)) if r.group == "VM"}
 
 
 def test_a_mean_that_lacks_values_is_neither_best_nor_starred(default: Path) -> None:
     assert "ssim" in best(default)["nemo"]
-    assert any(
-        r.stars("ssim") for r in leaderboard(load_results(default)) if (r.cell.method, r.group) == ("nemo", "VM")
-    )
+    assert any(stars(r, "ssim") for r in leaderboard(load_results(default)) if (r.method, r.group) == ("nemo", "VM"))
     lost = Failures(images=4, metrics={"ssim": 4})
     change_file(next(default.glob("*__nemo__*/metrics.json")), Summary, failed={"VM": lost, "all": lost})
     found = best(default)
     assert "ssim" not in found["nemo"]
     assert "ssim" in found["none"] | found["random"]  # the better one of those that lack nothing
-    (row,) = (r for r in leaderboard(load_results(default)) if (r.cell.method, r.group) == ("nemo", "VM"))
-    assert (row.stars("ssim"), row.failed) == ("", "4 images")
-    assert row.values["ssim"].paired.p_holm < 0.05  # the test itself is shown, with the prompts that it rests on
+    (row,) = (r for r in leaderboard(load_results(default)) if (r.method, r.group) == ("nemo", "VM"))
+    assert (stars(row, "ssim"), str(row.failed)) == ("", "4 images")
+    assert row.metrics["ssim"].paired.p_holm < 0.05  # the test itself is shown, with the prompts that it rests on
 
 
 def test_a_method_all_of_whose_images_failed_is_still_in_every_table(default: Path) -> None:

@@ -93,8 +93,8 @@ def test_the_terminal_table_keeps_every_number_in_80_columns(default: Path) -> N
     Console(file=buffer, width=80).print(terminal_table(results))
     text = buffer.getvalue()
     for row in (row for row in leaderboard(results) if row.group != "all"):
-        assert f"{row.values['alignment'].mean:.3f}" in text
-        assert f"{row.values['fid'].mean:.1f}" in text
+        assert f"{row.metrics['alignment'].mean:.3f}" in text
+        assert f"{row.metrics['fid'].mean:.1f}" in text
     assert "2 more metrics in leaderboard.md" in text
     assert "…" not in text
 
