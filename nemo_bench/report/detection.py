@@ -15,8 +15,8 @@ from nemo_bench.report.tables import markdown_table
 from nemo_bench.report.texts import TEXTS
 from nemo_bench.report.thumbnails import Thumbnails
 
-COLUMNS: dict[str, str] = TEXTS["detectors"]["columns"]
-"""Titles of the columns of the table, by measure or cost."""
+COLUMNS: dict[str, tuple[str, str]] = TEXTS["detectors"]["columns"]
+"""Titles and formats of the columns of the table, by measure or cost."""
 _PIXELS = 640
 
 
@@ -78,18 +78,7 @@ def texts(detector: DetectorResults) -> dict[str, str]:
     roc = detector.roc
     measures = {**roc.model_dump(exclude={"curve", "kinds", "title"}), **roc.kinds} if roc else {}
     values = {**measures, **detector.summary.cost}
-    shown = {}
-    for key in COLUMNS:
-        value = values.get(key)
-        if value is None:
-            shown[key] = "–"
-        elif key == "auc":
-            shown[key] = f"{value:.3f} {values['auc_low']:.2f}–{values['auc_high']:.2f}"
-        elif key.startswith("detect_"):
-            shown[key] = f"{value:.2f}" if "seconds" in key else f"{value:g}"
-        else:
-            shown[key] = f"{value:.3f}"
-    return shown
+    return {key: "–" if values.get(key) is None else form.format(**values) for key, (_, form) in COLUMNS.items()}
 
 
 def count_of(detector: DetectorResults) -> str:
@@ -100,7 +89,7 @@ def count_of(detector: DetectorResults) -> str:
 
 def _lines(group: Sequence[DetectorResults], *, some_failed: bool) -> list[list[str]]:
     """Titles, then one line a detector; with a column of failures where there are any on the page."""
-    lines = [["Detector", *COLUMNS.values(), *["Failed"] * some_failed]]
+    lines = [["Detector", *(title for title, _ in COLUMNS.values()), *["Failed"] * some_failed]]
     for detector in group:
         failed = f"{detector.failed} of {len(detector.prompts)}" if detector.failed else "–"
         lines.append([detector.label, *texts(detector).values(), *[failed] * some_failed])
@@ -153,16 +142,11 @@ def _prompt(group: Sequence[DetectorResults], prompt: Prompt, thumbnails: Mappin
     records = [(detector, detector.records[prompt.id]) for detector in group]
     explained = (r.details["tokens"] for _, r in records if r.details and "tokens" in r.details)
     tokens: Sequence[tuple[str, float]] = next(explained, [])
-    largest = max((value for _, value in tokens), default=0.0) or 1.0
     return {
-        "id": prompt.id,
-        "text": prompt.text,
-        "group": prompt.group,
-        "tokens": [(word.replace("</w>", " "), value, value / largest) for word, value in tokens],
-        "scores": [
-            (None, 0.0, record.failed) if record.score is None else (record.score, _below(detector, record.score), "")
-            for detector, record in records
-        ],
+        "prompt": prompt,
+        "tokens": tokens,
+        "largest": max((value for _, value in tokens), default=0.0) or 1.0,
+        "scores": [(record, _below(detector, record.score)) for detector, record in records],
         "pictures": [
             (detector.label, thumbnails[detector.folder](detector.folder / record.image, (_PIXELS, _PIXELS)))
             for detector, record in records
@@ -171,7 +155,7 @@ def _prompt(group: Sequence[DetectorResults], prompt: Prompt, thumbnails: Mappin
     }
 
 
-def _below(detector: DetectorResults, score: float) -> float:
+def _below(detector: DetectorResults, score: float | None) -> float:
     """Share of prompts that are not memorized and score below."""
     others = detector.scores(memorized=False)
-    return sum(other < score for other in others) / len(others) if others else 0.0
+    return sum(other < score for other in others) / len(others) if others and score is not None else 0.0

@@ -67,6 +67,7 @@ def page(results: Results, rows: Sequence[LeaderboardRow]) -> str:
     for of_cell in thumbnails.values():
         of_cell.save()
     families = list(dict.fromkeys(info.family for info in results.metrics.values()))
+    last = max((start for cell in results.cells for start in cell.starts), key=lambda start: start.time)
     costs = {cell.name: {**cell.summary.cost, **cell.counts} for cell in results.cells}
     return render(
         "page.html.jinja",
@@ -74,7 +75,10 @@ def page(results: Results, rows: Sequence[LeaderboardRow]) -> str:
         script=script,
         script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
         looks=looks(results),
-        facts=_facts(results),
+        versions=[v for name, v in last.versions.items() if name.replace("-", "_") == "nemo_bench"],
+        last=last,
+        prompt_count=len({(cell.spec.prompts, prompt.id) for cell in results.cells for prompt in cell.prompts}),
+        seed_count=len({seed for cell in results.cells for own in cell.outcomes.values() for seed in own.seeds}),
         gaps=_gaps(results),
         sections={name: title for name, title in TEXTS["sections"].items() if filled.get(name, True)},
         has_detection_page=(results.folder / "detection.html").is_file(),
@@ -92,14 +96,12 @@ def page(results: Results, rows: Sequence[LeaderboardRow]) -> str:
         interval=partial(_interval, results),
         change=partial(change, results),
         cost=_cost,
-        stars=tables.stars,
-        fewer=tables.fewer,
-        is_clear=tables.is_clear,
+        tables=tables,
         notes=tables.notes(results, rows, "“Best”", "“Best?”"),
         scored=_scored(results),
         median=median,
         scores_of=partial(_scores_of, results),
-        order_title=_order_title(results),
+        order=_order(results)[0],
         cards=cards,
         all_groups=GROUPS,
         kinds=[group for group in GROUPS if any(p.group == group for cell in results.cells for p in cell.prompts)],
@@ -109,22 +111,6 @@ def page(results: Results, rows: Sequence[LeaderboardRow]) -> str:
         citations=list(dict.fromkeys(text for cell in results.cells for text in cell.spec.citations.values())),
         pretty=partial(json.dumps, indent=2, ensure_ascii=False, default=str),
     )
-
-
-def _facts(results: Results) -> list[tuple[str, str]]:
-    """Facts about the run, for the head of the page."""
-    prompts = {(cell.spec.prompts, prompt.id) for cell in results.cells for prompt in cell.prompts}
-    seeds = {seed for cell in results.cells for outcome in cell.outcomes.values() for seed in outcome.seeds}
-    last = max((start for cell in results.cells for start in cell.starts), key=lambda start: start.time)
-    versions = [v for name, v in last.versions.items() if name.replace("-", "_") == "nemo_bench"]
-    return [
-        ("Model" + "s" * (len(results.models) > 1), ", ".join(results.models)),
-        ("Methods", "; ".join(dict.fromkeys(cell.spec.title for cell in results.cells))),
-        ("Prompts", f"{len(prompts)} ({', '.join(results.prompt_lists)})"),
-        ("Images", f"{len(seeds)} of each prompt"),
-        ("Run", last.time[:10]),
-        *(("Version", version) for version in versions),
-    ]
 
 
 def _gaps(results: Results) -> list[str]:
@@ -145,10 +131,9 @@ def _gaps(results: Results) -> list[str]:
 
 def _examples(results: Results, thumbnails: Mapping[str, Thumbnails]) -> list[dict[str, Any]]:
     """The memorized prompts that the best mitigation of each model serves worst and best, with their first images."""
-    key = results.leading.get("memorization")
-    if key is None or results.metrics[key].per == "set":
+    key, sign = _order(results)
+    if not key:
         return []
-    sign = -1 if results.metrics[key].higher_is_better else 1
     cells = {cell.name: cell for cell in results.cells}
     examples = []
     for model in results.models:
@@ -272,8 +257,7 @@ def _card(
     first, prompt = own[0]
     outcomes = {cell.name: cell.outcomes[prompt.id] for cell, _ in own}
     seeds = sorted({seed for outcome in outcomes.values() for seed in outcome.seeds})
-    key = results.leading.get("memorization", "")
-    sign = -1 if key and results.metrics[key].higher_is_better else 1
+    key, sign = _order(results)
     order = [outcomes[cell.name].values(key) if cell.name in outcomes else [] for cell in results.cells]
     reference = [thumbnails[first.name](path, (size.side, size.side)) for path in prompt.references[:1]]
     return {
@@ -319,10 +303,12 @@ def _scored(results: Results) -> list[str]:
     return [key for key, info in wanted.items() if info.per != "set" and info.role != "neuron_count"][:_SCORES]
 
 
-def _order_title(results: Results) -> str:
-    """Title of the metric by which prompts can be ordered."""
+def _order(results: Results) -> tuple[str, int]:
+    """The metric by which prompts are ordered, empty where there is none, and -1 where its small values are bad."""
     key = results.leading.get("memorization")
-    return results.metrics[key].title if key and results.metrics[key].per != "set" else ""
+    if key is None or results.metrics[key].per == "set":
+        return "", 1
+    return key, -1 if results.metrics[key].higher_is_better else 1
 
 
 def _cost(value: float | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from nemo_bench.report.texts import FOLDER, TEXTS
 
@@ -13,13 +13,16 @@ from nemo_bench.report.texts import FOLDER, TEXTS
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=FileSystemLoader(FOLDER),
+        autoescape=select_autoescape(["html.jinja"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     environment.globals.update(texts=TEXTS, style=(FOLDER / "style.css").read_text(encoding="utf-8"))
     return environment
 
 
 def render(name: str, /, **values: Any) -> str:
-    """HTML of a template, with texts escaped; the style sheet and :data:`TEXTS` are known to every template."""
+    """Fills in a template, texts escaped where it is HTML; each knows :data:`TEXTS` and the style sheet."""
     return _environment().get_template(name).render(**values)

@@ -79,7 +79,7 @@ def terminal_detection(detectors: Sequence[DetectorResults]) -> list[Table]:
     tables = []
     for heading, group in comparable(detectors):
         title = f"{escape(heading)}: {count_of(group[0])}"
-        shown = (COLUMNS[key] for key in columns)
+        shown = (COLUMNS[key][0] for key in columns)
         table = _table("Detector", shown, title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
         for detector in group:
             failed = f"{detector.failed} of {len(detector.prompts)}"
