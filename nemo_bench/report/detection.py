@@ -76,8 +76,7 @@ def _model_settings(detector: DetectorResults) -> dict[str, Any]:
 def texts(detector: DetectorResults) -> dict[str, str]:
     """Texts below the titles of :data:`COLUMNS`."""
     roc = detector.roc
-    measures = {**roc.model_dump(exclude={"curve", "kinds", "title"}), **roc.kinds} if roc else {}
-    values = {**measures, **detector.summary.cost}
+    values = {**(roc.model_dump() if roc else {}), **(roc.kinds if roc else {}), **detector.summary.cost}
     return {key: "–" if values.get(key) is None else form.format(**values) for key, (_, form) in COLUMNS.items()}
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.results import CellResults, GeneratedImage, Outcome, Results, short_layers
-from nemo_bench.records.schema import LeaderboardRow, Thumbnail
+from nemo_bench.records.schema import LeaderboardRow
 from nemo_bench.records.statistics import GROUPS
 from nemo_bench.report import tables
 from nemo_bench.report.audit import audits_of
@@ -135,14 +135,11 @@ def _examples(results: Results, thumbnails: Mapping[str, Thumbnails]) -> list[di
     if not key:
         return []
     cells = {cell.name: cell for cell in results.cells}
+    box = (SIZES[0].side, SIZES[0].side)
     examples = []
     for model in results.models:
-        means = {
-            cell.name: cell.prompt_means(key, MEMORIZED)
-            for cell in results.cells
-            if cell.model == model and cell.summary.unmitigated in cells
-        }
-        means = {name: values for name, values in means.items() if values}
+        mitigated = [c for c in results.cells if c.model == model and c.summary.unmitigated in cells]
+        means = {c.name: values for c in mitigated if (values := c.prompt_means(key, MEMORIZED))}
         # What failed may be what would have been bad.
         complete = {name: v for name, v in means.items() if all(cells[name].is_complete(g, key) for g in MEMORIZED)}
         means = complete or means
@@ -154,31 +151,17 @@ def _examples(results: Results, thumbnails: Mapping[str, Thumbnails]) -> list[di
         count = min(_EXAMPLES, max(1, len(order) // 2))
         words = {**dict.fromkeys(order[:count], "Worst"), **dict.fromkeys(order[count:][::-1][:count], "Best")}
         prompts = {prompt.id: prompt for prompt in cell.prompts}
-        compared = (cells[cell.summary.unmitigated or ""], cell)
-        shown = [
-            {
-                "word": word,
-                "prompt": prompts[name],
-                "address": _address(results, cell, prompts[name]),
-                "mean": own[name],
-                "pictures": _triple(compared, prompts[name], thumbnails),
-            }
-            for name, word in words.items()
-        ]
+        shown = []
+        for name, word in words.items():
+            prompt = prompts[name]
+            files = [("Training image", cell, path) for path in prompt.references[:1]]
+            for compared in (cells[cell.summary.unmitigated or ""], cell):
+                files += [(compared.short, compared, image.path) for image in compared.outcomes[name].images[:1]]
+            pictures = [(caption, thumbnails[of.name](path, box)) for caption, of, path in files]
+            address = _address(results, cell, prompt)
+            shown.append({"word": word, "prompt": prompt, "address": address, "mean": own[name], "pictures": pictures})
         examples.append({"cell": cell, "metric": key, "prompts": shown})
     return examples
-
-
-def _triple(
-    cells: tuple[CellResults, CellResults], prompt: Prompt, thumbnails: Mapping[str, Thumbnails]
-) -> list[tuple[str, Thumbnail | None]]:
-    """The training image of a prompt, and the first image without and with mitigation, each with its caption."""
-    box = (SIZES[0].side, SIZES[0].side)
-    pictures = [("Training image", thumbnails[cells[1].name](path, box)) for path in prompt.references[:1]]
-    for cell in cells:
-        make = thumbnails[cell.name]
-        pictures += [(cell.short, make(image.path, box)) for image in cell.outcomes[prompt.id].images[:1]]
-    return pictures
 
 
 def _address(results: Results, cell: CellResults, prompt: Prompt) -> str:
