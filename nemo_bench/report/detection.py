@@ -67,7 +67,7 @@ def comparable(detectors: Sequence[DetectorResults]) -> list[tuple[str, list[Det
 
 def _model_settings(detector: DetectorResults) -> dict[str, Any]:
     """Settings of the model that decide scores, flat: ``similarity.sigma`` beside ``steps``."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in detector.spec.settings["model"].items():
         flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, Mapping) else {key: value}
     return flat

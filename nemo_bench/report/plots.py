@@ -125,8 +125,8 @@ def _tradeoffs(results: Results) -> list[Plot]:
     across = results.leading.get("memorization")
     if not across:
         return figures
-    upward = {family: results.leading[family] for family in ("alignment", "quality") if family in results.leading}
-    for number, (family, up) in enumerate({**upward, "cost": _COST}.items()):
+    upward = [(family, results.leading[family]) for family in ("alignment", "quality") if family in results.leading]
+    for number, (family, up) in enumerate([*upward, ("cost", _COST)]):
         spots = {
             cell.name: (x, y)
             for cell in results.cells
