@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nemo_bench.records.results import load_results
 from nemo_bench.records.schema import LeaderboardRow
-from nemo_bench.report.tables import leaderboard, number
+from nemo_bench.report.tables import leaderboard, number, stars
 
 COLUMNS = (("VM", "ssim"), ("VM", "memorized"), ("VM", "alignment"), ("VM", "diversity"), ("TM", "ssim"),
            ("general", "alignment"), ("general", "kid"), ("VM", "target_reached"),
@@ -32,7 +32,7 @@ def table(folder: Path) -> str:
         if shown is None:
             return "–"
         span = "" if shown.low is None else f" [{shown.low:.2f}, {shown.high:.2f}]"
-        return number(results, metric, shown.mean) + row.stars(metric).replace("*", "\\*") + span
+        return number(results, metric, shown.mean) + stars(row, metric).replace("*", "\\*") + span
 
     columns = [(group, metric) for group, metric in COLUMNS if metric in results.metrics]
     heads = [f"{group}: {results.metrics[metric].title} {results.metrics[metric].arrow}" for group, metric in columns]

@@ -25,18 +25,12 @@ if TYPE_CHECKING:
     from nemo_bench.config import CellConfig
 
 _TYPES = {"path": Path, "int": int, "float": float}
-_LISTED_LINKS = 20
-"""Dead links that are printed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Runs one command, by default the words that the program was started with.
 
-    Args:
-        arguments: Words after the program's name; None takes those it was started with.
-
-    Returns:
-        0, 1 after an error that was explained, or 130 where it was stopped.
+    Gives 0, 1 after an error that was explained, or 130 where it was stopped.
     """
     if arguments is None:
         prepare_process()
@@ -46,7 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     stop_at_sigterm()
     try:
-        _check_given(options)
+        if options.reads:  # is checked before torch loads
+            from nemo_bench.records.io import check_folder
+
+            argument, wanted = options.reads
+            check_folder(getattr(options, argument), wanted)
         options.command(options)
     except NemoBenchError as error:
         print(f"nemo-bench: {error}", file=sys.stderr)
@@ -63,15 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nnemo-bench: stopped{kept}", file=sys.stderr)
         return 130
     return 0
-
-
-def _check_given(options: argparse.Namespace) -> None:
-    """Refuses a folder to read that is not there, before torch loads."""
-    if options.reads:
-        from nemo_bench.records.io import check_folder
-
-        argument, wanted = options.reads
-        check_folder(getattr(options, argument), wanted)
 
 
 def _options(words: Sequence[str]) -> argparse.Namespace:
@@ -279,6 +268,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     from nemo_bench.benchmark.calibrate import calibrate
     from nemo_bench.benchmark.plan import plan
     from nemo_bench.benchmark.processes import is_main
+    from nemo_bench.report.templates import render
 
     cells = plan([replace(choice, settings=replace(choice.settings, metrics={})) for choice in choices])
     results = calibrate(cells, progress=not options.json)
@@ -287,23 +277,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(results, indent=2))
         return
-    for result in results:
-        count = result["prompts"]
-        failed = f", {result['failed']} more failed" if result["failed"] else ""
-        print(f"{result['model']}: threshold {result['threshold']:.4f}, {count} general prompts{failed}")
-        if result["general_prompts"]:
-            print(f"general prompts: {result['general_prompts']}")
-        if result["mean"] is not None:
-            print(f"pairwise scores: {result['mean']:.4f} ± {result['std']:.4f}")
-            for name, gate in (("pairs", result), ("maxima", result["maxima"])):
-                passed = gate["passed_gate"] or 0
-                print(
-                    f"gate={name}: above {gate['threshold']:.4f} are {passed} of these {count} prompts "
-                    f"({passed / count:.0%}), though none is memorized"
-                )
-        print(f"statistics: {result['statistics']}")
-        if result["folder"]:
-            print(f"records: {result['folder']}")
+    print(render("calibrate.txt.jinja", results=results), end="")
 
 
 def _ls(options: argparse.Namespace) -> None:
@@ -412,6 +386,7 @@ def _references(options: argparse.Namespace) -> None:
     from nemo_bench.config.overrides import quoted, shell_word
     from nemo_bench.prompts import MANIFEST
     from nemo_bench.prompts.download import Limits, fetch
+    from nemo_bench.report.templates import render
 
     given = {field.name: getattr(options, field.name, None) for field in fields(Limits)}
     limits = Limits(**{name: value for name, value in given.items() if value is not None})
@@ -419,22 +394,14 @@ def _references(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(summary, indent=2))
         return
-    dead, same = summary["dead"], summary["same"]
-    print(f"{summary['links']} links: {summary['fetched']} fetched, {summary['kept']} kept, {len(dead)} dead")
-    for why, count in Counter(entry["why"] for entry in dead).most_common():
-        print(f"{count:>6}  {why}")
-    for entry in dead[:_LISTED_LINKS]:
-        print(f"dead: {entry['url']}")
-    if len(dead) > _LISTED_LINKS:
-        print(f"dead: ... all of them are in {options.folder / MANIFEST}")
-    if healing := sum(entry["may_heal"] for entry in dead):
-        print(f"{healing} of the dead links may heal; the same command tries those again")
-    if same:
-        print(f"{sum(map(len, same))} links gave {len(same)} files; a file of many links may stand in for lost images:")
-        print("\n".join(f"same: {len(links)} x {links[0]}" for links in sorted(same, key=len, reverse=True)[:3]))
-    print(f"{summary['prompts_without_reference']} of {summary['prompts']} prompts have no training image left")
     files = shlex.quote(f"prompts.files=[{','.join(map(quoted, options.lists))}]")
-    print(f"use them: nemo-bench run {files} {shell_word('prompts.references', str(options.folder))}")
+    words = {
+        "manifest": options.folder / MANIFEST,
+        "whys": Counter(entry["why"] for entry in summary["dead"]).most_common(),
+        "largest": sorted(summary["same"], key=len, reverse=True)[:3],
+        "command": f"nemo-bench run {files} {shell_word('prompts.references', str(options.folder))}",
+    }
+    print(render("references.txt.jinja", **summary, **words))
 
 
 def _train(options: argparse.Namespace) -> None:

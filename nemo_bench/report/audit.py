@@ -8,24 +8,12 @@ from dataclasses import dataclass
 from nemo_bench.errors import counted
 from nemo_bench.records.results import CellResults, Results
 from nemo_bench.records.schema import Audit, SearchResult, Thumbnail
+from nemo_bench.report.texts import TEXTS
 from nemo_bench.report.thumbnails import Thumbnails
 
 _GROUPS = {"memorized": "Memorized", "control": "Controls"}
-_MEANING = {
-    "hidden": "Training images come back: the method hides them and does not remove them.",
-    "kept": "Training images are there, with a search or without: the method leaves them.",
-    "unclear": "Training images come back more often than controls; whether more often than by their prompts is "
-    "unclear.",
-    "memorized": "The model gives its training images more readily than other pictures.",
-    "not shown": "Training images do not clearly come back more often than others.",
-    "too few": "A verdict takes at least 6 different controls; searches that share a control count once.",
-    "no controls": "Without controls this may be a search that brings back any picture.",
-}
-"""Meaning of verdicts; see :func:`nemo_bench.benchmark.audit.verdict`."""
-SHOWN = 8
-"""Searches of an audit that the page shows with pictures."""
-PIXELS = 720
-"""Longest side of a sheet on the page."""
+_SHOWN = 8  # searches that the page shows with pictures
+_PIXELS = 720  # longest side of a sheet on the page
 
 
 @dataclass(frozen=True)
@@ -76,23 +64,19 @@ class CellAudit:
                 f"{title}: {own['prompt']['mean']:.0%} of the images of a prompt, "
                 f"{own['found']['mean']:.0%} with the embedding found"
             )
-            if "control" in scores:
-                text += f", {scores['control'][key]['found']['mean']:.0%} of controls"
-            yield f"{text}. {_MEANING[verdict]}"
+            if "control" in groups:
+                text += f", {groups['control'].scores[key]['found']['mean']:.0%} of controls"
+            yield f"{text}. {TEXTS['verdicts'][verdict]}"
         if failed := sum(self.audit.failed.values()):
             yield f"Searches that failed, since something was not finite, and are left out: {failed}."
 
     def pictures(self) -> list[tuple[SearchResult, Thumbnail | None]]:
         """The first searches and their sheets."""
         make = Thumbnails(self.cell.folder)
-        searches = self.audit.searches[:SHOWN]
-        return [(search, make(self.cell.folder / search.sheet, (PIXELS, PIXELS))) for search in searches]
+        searches = self.audit.searches[:_SHOWN]
+        return [(search, make(self.cell.folder / search.sheet, (_PIXELS, _PIXELS))) for search in searches]
 
 
 def audits_of(results: Results) -> list[CellAudit]:
-    """All audits of the finished cells of a run, none where there are none.
-
-    Raises:
-        StoreError: An ``audit.json`` does not hold what it should.
-    """
+    """All audits of the finished cells of a run."""
     return [CellAudit(cell, audit) for cell in results.cells for audit in cell.audits]

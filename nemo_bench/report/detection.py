@@ -12,42 +12,16 @@ from nemo_bench.records.io import write_json, write_text
 from nemo_bench.records.results import DetectorResults
 from nemo_bench.records.schema import DetectionRow, DetectionTable
 from nemo_bench.report.tables import markdown_table
+from nemo_bench.report.texts import TEXTS
 from nemo_bench.report.thumbnails import Thumbnails
 
-COLUMNS = {
-    "auc": "AUC",
-    "VM": "VM",
-    "TM": "TM",
-    "tpr_at_1_fpr_below": "TPR<1%",
-    "tpr_at_1_fpr_nearest": "TPR≈1%",
-    "tpr_at_1_fpr_first": "first≈1%",
-    "best_accuracy": "Acc.",
-    "detect_row_passes_per_prompt": "Passes",
-    "detect_extra_row_passes_per_prompt": "Own",
-    "detect_seconds_per_prompt": "s",
-}
-"""Titles of the columns of the table, by measure or cost."""
-NOTE = (
-    "AUC with its 95% bootstrap interval over prompts, over all memorized prompts and over those of a kind. TPR at "
-    "the last point with fewer than 1% false positives (<), and at the one nearest to 1% (≈): the highest of equally "
-    "near ones, and the first of those that scikit-learn keeps. Accuracy is the best of all thresholds, either sort of "
-    "prompts counting half. UNet passes and seconds are a prompt's, as if the detector ran alone; own passes are those "
-    "that no other detector could share. A derivative counts as one more pass. Failed are prompts without a finite "
-    "score, which nothing else rests on; a detector with any is not ranked above one without."
-)
-"""How to read the table."""
+COLUMNS: dict[str, tuple[str, str]] = TEXTS["detectors"]["columns"]
+"""Titles and formats of the columns of the table, by measure or cost."""
 _PIXELS = 640
 
 
 def write_detection(detectors: Sequence[DetectorResults]) -> Path:
-    """Writes ``detection.html``, ``detection.md`` and ``detection.json`` into the folder of a run.
-
-    Args:
-        detectors: Of one run, from :func:`nemo_bench.records.results.load_detections`.
-
-    Returns:
-        The page.
-    """
+    """Writes ``detection.html``, ``detection.md`` and ``detection.json`` into the folder of a run; gives the page."""
     folder = detectors[0].folder.parent
     table = DetectionTable(name=folder.name, detectors=[_row(detector) for detector in detectors])
     write_json(folder / "detection.json", table)
@@ -91,30 +65,17 @@ def comparable(detectors: Sequence[DetectorResults]) -> list[tuple[str, list[Det
 
 def _model_settings(detector: DetectorResults) -> dict[str, Any]:
     """Settings of the model that decide scores, flat: ``similarity.sigma`` beside ``steps``."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in detector.spec.settings["model"].items():
-        inner = {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, Mapping) else {key: value}
-        flat.update(inner)
+        flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, Mapping) else {key: value}
     return flat
 
 
 def texts(detector: DetectorResults) -> dict[str, str]:
     """Texts below the titles of :data:`COLUMNS`."""
     roc = detector.roc
-    measures = {**roc.model_dump(exclude={"curve", "kinds", "title"}), **roc.kinds} if roc else {}
-    values = {**measures, **detector.summary.cost}
-    shown = {}
-    for key in COLUMNS:
-        value = values.get(key)
-        if value is None:
-            shown[key] = "–"
-        elif key == "auc":
-            shown[key] = f"{value:.3f} {values['auc_low']:.2f}–{values['auc_high']:.2f}"
-        elif key.startswith("detect_"):
-            shown[key] = f"{value:.2f}" if "seconds" in key else f"{value:g}"
-        else:
-            shown[key] = f"{value:.3f}"
-    return shown
+    values = {**(roc.model_dump() if roc else {}), **(roc.kinds if roc else {}), **detector.summary.cost}
+    return {key: "–" if values.get(key) is None else form.format(**values) for key, (_, form) in COLUMNS.items()}
 
 
 def count_of(detector: DetectorResults) -> str:
@@ -125,7 +86,7 @@ def count_of(detector: DetectorResults) -> str:
 
 def _lines(group: Sequence[DetectorResults], *, some_failed: bool) -> list[list[str]]:
     """Titles, then one line a detector; with a column of failures where there are any on the page."""
-    lines = [["Detector", *COLUMNS.values(), *["Failed"] * some_failed]]
+    lines = [["Detector", *(title for title, _ in COLUMNS.values()), *["Failed"] * some_failed]]
     for detector in group:
         failed = f"{detector.failed} of {len(detector.prompts)}" if detector.failed else "–"
         lines.append([detector.label, *texts(detector).values(), *[failed] * some_failed])
@@ -140,7 +101,7 @@ def markdown(detectors: Sequence[DetectorResults]) -> str:
         lines = _lines(group, some_failed=some_failed)
         table = markdown_table(lines, ["---", *["---:"] * (len(lines[0]) - 1)])
         parts.append(f"## {heading}: {count_of(group[0])}\n\n{table}")
-    return "\n".join([*parts, NOTE + "\n"])
+    return "\n".join([*parts, TEXTS["detectors"]["note"] + "\n"])
 
 
 def _page(folder: Path, detectors: Sequence[DetectorResults]) -> str:
@@ -169,7 +130,6 @@ def _page(folder: Path, detectors: Sequence[DetectorResults]) -> str:
         name=folder.name,
         has_report=(folder / "report.html").is_file(),
         sections=sections,
-        note=NOTE,
         citations={title: text for detector in detectors for title, text in detector.spec.citations.items()},
     )
 
@@ -179,16 +139,11 @@ def _prompt(group: Sequence[DetectorResults], prompt: Prompt, thumbnails: Mappin
     records = [(detector, detector.records[prompt.id]) for detector in group]
     explained = (r.details["tokens"] for _, r in records if r.details and "tokens" in r.details)
     tokens: Sequence[tuple[str, float]] = next(explained, [])
-    largest = max((value for _, value in tokens), default=0.0) or 1.0
     return {
-        "id": prompt.id,
-        "text": prompt.text,
-        "group": prompt.group,
-        "tokens": [(word.replace("</w>", " "), value, value / largest) for word, value in tokens],
-        "scores": [
-            (None, 0.0, record.failed) if record.score is None else (record.score, _below(detector, record.score), "")
-            for detector, record in records
-        ],
+        "prompt": prompt,
+        "tokens": tokens,
+        "largest": max((value for _, value in tokens), default=0.0) or 1.0,
+        "scores": [(record, _below(detector, record.score)) for detector, record in records],
         "pictures": [
             (detector.label, thumbnails[detector.folder](detector.folder / record.image, (_PIXELS, _PIXELS)))
             for detector, record in records
@@ -197,7 +152,7 @@ def _prompt(group: Sequence[DetectorResults], prompt: Prompt, thumbnails: Mappin
     }
 
 
-def _below(detector: DetectorResults, score: float) -> float:
+def _below(detector: DetectorResults, score: float | None) -> float:
     """Share of prompts that are not memorized and score below."""
     others = detector.scores(memorized=False)
-    return sum(other < score for other in others) / len(others) if others else 0.0
+    return sum(other < score for other in others) / len(others) if others and score is not None else 0.0

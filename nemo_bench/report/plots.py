@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -39,15 +39,7 @@ _COST = "UNet passes per prompt"
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure.
-
-    Attributes:
-        section: ``"tradeoffs"``, ``"distributions"``, ``"neurons"`` or ``"detection"``.
-        name: Unique on the page.
-        title: A few words.
-        caption: How to read it.
-        svg: The SVG element.
-    """
+    """A figure as an SVG element, for a section of the page; its name is unique there."""
 
     section: str
     name: str
@@ -60,6 +52,26 @@ class _Spot(NamedTuple):
     value: float
     low: float
     high: float
+
+
+def _panel(height: float, lines: Literal["both", "x"] = "both") -> tuple[Figure, Axes]:
+    """A figure of one panel with grid lines; its height is in inches."""
+    figure = Figure(figsize=(5.0, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(axis=lines)
+    return figure, axes
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Names horizontal rows, the first on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+
+
+def _plot(figure: Figure, section: str, name: str, title: str, caption: str, label: str = "") -> Plot:
+    """A figure that is done; the label tells those who can't see it what it shows, where that is not its title."""
+    return Plot(section, name, title, caption, svg(figure, name, label or title))
 
 
 def plots(results: Results) -> list[Plot]:
@@ -78,8 +90,7 @@ def plots(results: Results) -> list[Plot]:
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
     """The Pareto front: indices of points that no other point improves on, where smaller is better in both coordinates.
 
-    Returns:
-        Indices from the smallest first coordinate on; of equal points all.
+    They go from the smallest first coordinate on; of equal points there are all.
 
     Example:
         >>> front([(1, 3), (2, 2), (3, 2), (3, 1)])
@@ -165,9 +176,7 @@ def _tradeoff(
     best = [complete[i] for i in front([(signs[0] * values[i][0], signs[1] * values[i][1]) for i in complete])]
     many = len(cells) > _LABELS
     rows = math.ceil(len(cells) / 2) if many else 0
-    figure = Figure(figsize=(5.0, 4.2 + 0.2 * rows), layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid()
+    figure, axes = _panel(4.2 + 0.2 * rows)
     axes.margins(0.16)
     if keys[1] == _COST and max(y.value for _, y in spots.values()) > 10 * min(y.value for _, y in spots.values()):
         axes.set_yscale("log")
@@ -200,7 +209,7 @@ def _tradeoff(
     )
     if left_out := [cell.short for i, cell in enumerate(cells) if i not in complete]:
         caption += f" Left out of the front, since images or scores failed: {'; '.join(left_out)}."
-    return Plot("tradeoffs", name, title, caption, svg(figure, name, f"{title}. Pareto front: {listed}"))
+    return _plot(figure, "tradeoffs", name, title, caption, f"{title}. Pareto front: {listed}")
 
 
 def _label(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
@@ -250,20 +259,18 @@ def _distribution(results: Results, key: str, model: str) -> Plot | None:
         for place, cell in enumerate(cells):
             if numbers := values[cell.name, group]:
                 _strip(axes, place, numbers, looks(results)[cell.short])
-        axes.tick_params(axis="y", length=0)
+        _name_rows(axes, [cell.short for cell in cells])
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(4 - min(len(groups), 2), steps=[1, 2, 2.5, 4, 5, 10]))
     every = [value for numbers in values.values() for value in numbers]
     margin = 0.04 * (max(every) - min(every)) or 0.1
     panels[0].set_xlim(min(every) - margin, max(every) + margin)
-    panels[0].set_yticks(range(len(cells)), [cell.short for cell in cells])
-    panels[0].set_ylim(len(cells) - 0.5, -0.5)
     figure.supxlabel(_axis(results, key), fontsize="medium")
     drawn = "a dot is a prompt" if max(map(len, values.values())) <= _DOTS else "the shape counts prompts"
     caption = f"Means over the images of each prompt: {drawn}, the line is the median, the band the middle half."
     title = _title(results, results.metrics[key].title, model)
     name = f"distribution-{key}-{results.models.index(model)}"
-    return Plot("distributions", name, title, caption, svg(figure, name, f"{title}: spread over prompts by method"))
+    return _plot(figure, "distributions", name, title, caption, f"{title}: spread over prompts by method")
 
 
 def _strip(axes: Axes, place: float, numbers: Sequence[float], look: Look) -> None:
@@ -300,9 +307,7 @@ def _counts(results: Results, model: str) -> Plot | None:
     _, cells = _blocked(results, model)
     if not cells:
         return None
-    figure = Figure(figsize=(5.0, 3.4 + 0.2 * math.ceil(len(cells) / 2)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid()
+    figure, axes = _panel(3.4 + 0.2 * math.ceil(len(cells) / 2))
     for cell, counts in cells:
         look, totals = looks(results)[cell.short], np.sort(counts.sum(axis=1))
         axes.step(
@@ -318,7 +323,7 @@ def _counts(results: Results, model: str) -> Plot | None:
     figure.legend(loc="outside upper left", ncols=2)
     name, title = f"counts-{results.models.index(model)}", _title(results, "Neurons per prompt", model)
     caption = "Share of memorized prompts by the largest number of neurons blocked."
-    return Plot("neurons", name, title, caption, svg(figure, name, title))
+    return _plot(figure, "neurons", name, title, caption)
 
 
 def _layers(results: Results, model: str) -> Plot | None:
@@ -327,9 +332,7 @@ def _layers(results: Results, model: str) -> Plot | None:
         return None
     row = min(max(0.3, 0.09 * len(cells)), 0.6)
     height = 1.0 + row * len(layers) + 0.2 * math.ceil(len(cells) / 2)
-    figure = Figure(figsize=(5.0, max(2.4, height)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(axis="x")
+    figure, axes = _panel(max(2.4, height), "x")
     size = 0.8 / len(cells)
     for number, (cell, counts) in enumerate(cells):
         look = looks(results)[cell.short]
@@ -341,16 +344,14 @@ def _layers(results: Results, model: str) -> Plot | None:
             counts.mean(axis=0), places, look.marker, color=look.color, ms=min(5, 40 * size), mew=0, label=cell.short
         )
     short = short_layers(layers)
-    axes.set_yticks(range(len(layers)), [short[layer] for layer in layers])
-    axes.set_ylim(len(layers) - 0.5, -0.5)
+    _name_rows(axes, [short[layer] for layer in layers])
     axes.set_xlim(left=0)
-    axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel("Neurons blocked per prompt")
     figure.legend(loc="outside upper left", ncols=2)
     name, title = f"layers-{results.models.index(model)}", _title(results, "Neurons by layer", model)
     caption = "Value layers in network order: mean over memorized prompts, and the middle half of them as a line."
-    return Plot("neurons", name, title, caption, svg(figure, name, title))
+    return _plot(figure, "neurons", name, title, caption)
 
 
 def _roc(results: Results, model: str) -> Plot | None:
@@ -360,24 +361,17 @@ def _roc(results: Results, model: str) -> Plot | None:
     detectors = [(cell, roc) for cell in cells for roc in cell.summary.detection.values() if roc.curve]
     if not detectors:
         return None
-    figure = Figure(figsize=(5.0, 4.6), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = _panel(4.6)
     several = len(cells) > 1
     _draw_curves(axes, [(f"{roc.title}, {cell.short}" if several else roc.title, roc) for cell, roc in detectors])
     axes.legend(loc="lower right")
     name, title = f"roc-{results.models.index(model)}", _title(results, "Detection of memorized prompts", model)
     caption = "One curve a detector, over the prompts known to be memorized and the others; dotted is chance."
-    return Plot("detection", name, title, caption, svg(figure, name, title))
+    return _plot(figure, "detection", name, title, caption)
 
 
 def detector_curves(detectors: Sequence[tuple[str, Roc]], name: str, prompts: str) -> str:
-    """ROC curves of detectors over the same prompts as an SVG element.
-
-    Args:
-        detectors: Label and measures of each.
-        name: Unique on the page.
-        prompts: Model and prompts, for those who can't see it.
-    """
+    """ROC curves of detectors, label and measures of each, over the same prompts as an SVG element."""
     with style():
         figure = Figure(figsize=(9.0, 4.8), layout=ConstrainedLayoutEngine(h_pad=0.12))
         axes, legend = figure.subplots(1, 2, width_ratios=[1.1, 1])
@@ -388,7 +382,7 @@ def detector_curves(detectors: Sequence[tuple[str, Roc]], name: str, prompts: st
 
 
 def _draw_curves(axes: Axes, detectors: Sequence[tuple[str, Roc]], *, clip: bool = True) -> None:
-    axes.grid()
+    axes.grid(visible=True)  # twice without an argument is off again
     axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, alpha=0.4, linestyle=":")
     axes.axvline(0.01, color=INK, linewidth=0.8, alpha=0.4, linestyle="--")
     for number, (label, roc) in enumerate(detectors):
@@ -430,9 +424,7 @@ def _calibration(results: Results, calibrated: CellResults, folder: Path) -> Plo
         axes.set_title("Memorized prompts, nothing mitigated")
         for place, group in enumerate(groups):
             _strip(axes, place, list(rows[group].values()), looks(results)[plain[0].short])
-        axes.set_yticks(range(len(groups)), groups)
-        axes.set_ylim(len(groups) - 0.5, -0.5)
-        axes.tick_params(axis="y", length=0)
+        _name_rows(axes, groups)
         axes.spines["left"].set_visible(False)
     for axes in (top, *below):
         axes.grid(axis="x")
@@ -445,7 +437,7 @@ def _calibration(results: Results, calibrated: CellResults, folder: Path) -> Plo
         caption += " Dots are memorized prompts, each the mean over its pairs, with their median and middle half."
     if threshold.failed:
         caption += f" {threshold.failed} general prompts failed: their noise differences are not finite."
-    return Plot("detection", name, title, caption, svg(figure, name, title))
+    return _plot(figure, "detection", name, title, caption)
 
 
 def _shares_scores(cell: CellResults, other: CellResults) -> bool:

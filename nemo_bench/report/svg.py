@@ -11,21 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 
 import matplotlib.style
 from matplotlib.figure import Figure
 
 from nemo_bench.records.results import Results
+from nemo_bench.report.texts import FOLDER, TEXTS
 
 INK = "#010203"
 """Stands for the colour of text."""
-PALETTE = {"vermilion": "#d55e00", "blue": "#0072b2", "green": "#009e73", "purple": "#cc79a7", "orange": "#e69f00"}
-"""Okabe and Ito (2008) without the hues too pale on white; their black is the colour of the text."""
-
-_COLORS = (INK, *PALETTE.values())
+_COLORS = (INK, *TEXTS["palette"].values())
 _MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"))
-_STYLE = Path(__file__).parent / "page" / "figures.mplstyle"
+_STYLE = FOLDER / "figures.mplstyle"
 _METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 _RULES = (
     (r"<style.*?</style>", ""),
@@ -47,7 +44,7 @@ class Look:
 
     @property
     def css(self) -> str:
-        """The colour on the page, which defines one variable for each name in :data:`PALETTE`."""
+        """The colour on the page, which defines one variable for each name of the palette."""
         return _page_colors(self.color)
 
 
@@ -69,13 +66,7 @@ def style() -> Iterator[None]:
 
 
 def svg(figure: Figure, name: str, label: str) -> str:
-    """A figure as an SVG element.
-
-    Args:
-        figure: The figure.
-        name: Unique on the page.
-        label: Its content, for those who can't see it.
-    """
+    """A figure as an SVG element; its name is unique on the page, its label tells those who can't see it what it is."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata=_METADATA)
     text = buffer.getvalue().decode()
@@ -87,6 +78,6 @@ def svg(figure: Figure, name: str, label: str) -> str:
 
 
 def _page_colors(text: str) -> str:
-    for name, color in PALETTE.items():
+    for name, color in TEXTS["palette"].items():
         text = text.replace(color, f"var(--{name})")
     return text.replace(INK, "currentColor")

@@ -12,31 +12,14 @@ import numpy as np
 from nemo_bench.errors import counted
 from nemo_bench.records.io import as_json
 from nemo_bench.records.results import CellResults, Results
-from nemo_bench.records.schema import Aggregate, Leaderboard, LeaderboardRow
+from nemo_bench.records.schema import Aggregate, Leaderboard, LeaderboardRow, Paired
 from nemo_bench.records.statistics import holm, paired
+from nemo_bench.report.texts import TEXTS
 
-SIGNIFICANCE = (
-    "Stars: different from no mitigation on the same prompts and seeds, two-sided paired sign-flip test, "
-    "Holm-corrected over the rows of a table; * p < 0.05, ** p < 0.01, *** p < 0.001."
-)
-"""Meaning of the stars at a mean."""
-BEST = (
-    "{clear}: best mean among at least two methods of one model, and different from the runner-up (two-sided paired "
-    "sign-flip test over prompts, p < 0.05, not corrected). {unclear}: best mean, but not shown to differ from the "
-    "runner-up: the difference is too small, the prompts are too few, or single prompts have no value."
-)
-"""Meaning of a best value."""
-SEARCHES = (
-    "Search: prompts that passed NeMo's gate, so that neurons were searched; and those of them in which the selection "
-    "ran out without meeting its criterion. An edited model has no neurons of general prompts off: what it makes of "
-    "these is in the rows of edits for other prompts."
-)
-"""Meaning of the column of searches."""
-FAILED = "Failed: what was not finite; it has no value, and where a mean lacks any it is no best one and has no stars."
-"""Meaning of the column of failures."""
-
-_NUMBERS = ("mean", "low", "high", "median", "mad", "prompts")
-_PAIRED = ("difference", "low", "high", "p", "prompts", "p_holm")
+_LEVELS = (0.05, 0.01, 0.001)
+_SEARCHED = ("passed_gate", "exhausted")
+_ABOUT = ("cell", "label", "model", "method", "prompts", "group", "n_prompts", *_SEARCHED)
+_NUMBERS = [name for name in Aggregate.model_fields if name != "paired"]
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -45,21 +28,19 @@ _LATEX = {
 
 
 def leaderboard(results: Results) -> list[LeaderboardRow]:
-    """One row per group and cell, groups and cells in the order of display."""
+    """One row per group and cell, groups and cells in the order of display; p is corrected over the rows of a group."""
     rows = []
     for group in results.groups:
         cells = [cell for cell in results.cells if group in cell.summary.aggregates]
-        table = {cell.name: cell.summary.aggregates[group] for cell in cells}
-        corrected = {name: dict(row) for name, row in table.items()}
+        table = {cell.name: dict(cell.summary.aggregates[group]) for cell in cells}
         for key in results.metrics:
             changes = {name: row[key].paired for name, row in table.items() if key in row}
             tested = {name: change for name, change in changes.items() if change}
             for name, p in holm({name: change.p for name, change in tested.items()}).items():
                 change = tested[name].model_copy(update={"p_holm": p})
-                corrected[name][key] = table[name][key].model_copy(update={"paired": change})
-        for cell in cells:
-            searched = cell.summary.localization.get(group, {})
-            row = LeaderboardRow(
+                table[name][key] = table[name][key].model_copy(update={"paired": change})
+        rows += [
+            LeaderboardRow(
                 cell=cell.name,
                 label=cell.label,
                 model=cell.model,
@@ -67,20 +48,23 @@ def leaderboard(results: Results) -> list[LeaderboardRow]:
                 prompts=cell.spec.prompts,
                 group=group,
                 n_prompts=cell.count(group),
-                passed_gate=searched.get("passed_gate"),
-                exhausted=searched.get("exhausted"),
-                metrics=corrected[cell.name],
+                **{key: cell.summary.localization.get(group, {}).get(key) for key in _SEARCHED},
+                metrics=table[cell.name],
                 failed=cell.failures(group),
                 best=_best(results, cell, group),
                 cost=cell.summary.cost,
                 counts=cell.counts,
             )
-            rows.append(row)
+            for cell in cells
+        ]
     return rows
 
 
 def _best(results: Results, cell: CellResults, group: str) -> dict[str, float]:
-    """Metrics with the best mean among the cells that lack no value, and p of the paired test against the runner-up."""
+    """Metrics with the best mean among the cells that lack no value, and p of the paired test against the runner-up.
+
+    Cells of the same model and prompts are compared; p is 1 where there is nothing to pair.
+    """
     best = {}
     comparable = [c for c in results.cells if (c.model, c.spec.prompts) == (cell.model, cell.spec.prompts)]
     for key, info in results.metrics.items():
@@ -102,10 +86,34 @@ def _best(results: Results, cell: CellResults, group: str) -> dict[str, float]:
     return best
 
 
+def is_clear(row: LeaderboardRow, metric: str) -> bool:
+    """Whether the row is the best in a metric, and differs from the runner-up."""
+    return row.best.get(metric, 1.0) < _LEVELS[0]
+
+
+def stars(row: LeaderboardRow, metric: str) -> str:
+    """One star for each level of significance above the corrected p of a metric.
+
+    None where images or scores failed: the others may differ because of what is missing.
+    """
+    change = row.metrics[metric].paired if metric in row.metrics else None
+    if change is None or change.p_holm is None or row.failed.metrics.get(metric):
+        return ""
+    return "*" * sum(change.p_holm < level for level in _LEVELS)
+
+
 def number(results: Results, metric: str, value: float, sign: str = "") -> str:
     """A value of a metric, or a difference of two, as it is shown: counts without needless decimals."""
     text = f"{value:{sign}.{results.places.get(metric, 3)}f}"
     return text.removesuffix(".0") if metric in results.counted else text
+
+
+def mean(results: Results, row: LeaderboardRow, metric: str, clear: str, unclear: str) -> str:
+    """The mean of a metric as it is shown, in one of two formats where it is a best one."""
+    text = number(results, metric, row.metrics[metric].mean)
+    if metric not in row.best:
+        return text
+    return (clear if is_clear(row, metric) else unclear).format(text)
 
 
 def ends(results: Results, row: LeaderboardRow, metric: str) -> tuple[str, str]:
@@ -116,9 +124,27 @@ def ends(results: Results, row: LeaderboardRow, metric: str) -> tuple[str, str]:
     return number(results, metric, value.low), number(results, metric, value.high)
 
 
-def fewer(row: LeaderboardRow, value: Aggregate) -> str:
+def fewer(row: LeaderboardRow, metric: str) -> str:
     """The number of prompts with a value where it is not that of the row, such as ``3 prompts``."""
-    return "" if value.prompts == row.n_prompts else counted(value.prompts, "prompt")
+    prompts = row.metrics[metric].prompts
+    return "" if prompts == row.n_prompts else counted(prompts, "prompt")
+
+
+def notes(results: Results, rows: Sequence[LeaderboardRow], clear: str, unclear: str) -> dict[str, str]:
+    """What a reader needs to be told of these rows, by subject; ``clear`` and ``unclear`` say how best means look."""
+    needed = {
+        "best": any(row.best for row in rows),
+        "searches": any(cell.summary.localization for cell in results.cells),
+        "significance": any(value.paired for row in rows for value in row.metrics.values()),
+        "failed": any(row.failed.total for row in rows),
+    }
+    texts = {name: TEXTS["notes"][name] for name, is_needed in needed.items() if is_needed}
+    return {name: text.format(clear=clear, unclear=unclear) for name, text in texts.items()}
+
+
+def _legend(results: Results, rows: Sequence[LeaderboardRow]) -> str:
+    first = "Mean over prompts with its 95% bootstrap interval. ↓ lower is better, ↑ higher is better."
+    return " ".join([first, *notes(results, rows, "Bold", "Italic").values()])
 
 
 def _lines(
@@ -130,25 +156,20 @@ def _lines(
 ) -> list[list[str]]:
     """The table of a group as texts: its titles, then a line for each row."""
     some_failed = any(row.failed.total for row in rows)
-    of_group = [row for row in rows if row.group == group]
-    some_searched = any(row.searches for row in of_group)
+    searches = {cell.name: cell.searches(group) for cell in results.cells}
+    some_searched = any(searches.values())
     titles = [escape(f"{info.title} {info.arrow}".strip()) for info in results.metrics.values()]
     lines = [["Method", *titles, *["Failed"] * some_failed, *["Search"] * some_searched]]
-    for row in of_group:
+    for row in (row for row in rows if row.group == group):
         values = [show_value(results, row, key) if key in row.metrics else escape("–") for key in results.metrics]
         failed = [escape(str(row.failed) or "–")] * some_failed
-        searches = [escape(row.searches or "–")] * some_searched
-        lines.append([escape(row.label), *values, *failed, *searches])
+        searched = [escape(searches[row.cell] or "–")] * some_searched
+        lines.append([escape(row.label), *values, *failed, *searched])
     return lines
 
 
 def markdown_table(lines: Sequence[Sequence[str]], aligned: Sequence[str]) -> str:
-    """A table in Markdown.
-
-    Args:
-        lines: Titles, then the rows.
-        aligned: What stands between both for each column, such as ``---:``.
-    """
+    """A table in Markdown: titles, what is below each of them, such as ``---:``, and the other lines."""
     texts = [lines[0], aligned, *lines[1:]]
     return "".join(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |\n" for line in texts)
 
@@ -161,7 +182,7 @@ def markdown(results: Results, rows: Sequence[LeaderboardRow]) -> str:
         aligned = ["---" if title in ("Method", "Search") else "---:" for title in lines[0]]
         heading = f"## {results.heading(group)} ({results.meaning(group)})"
         parts.append(f"{heading}\n\n{markdown_table(lines, aligned)}")
-    parts.append(f"{_legend(rows)}\n".replace("*", r"\*"))
+    parts.append(f"{_legend(results, rows)}\n".replace("*", r"\*"))
     if results.unfinished:
         listed = "".join(f"- {name}: {why}\n" for name, why in results.unfinished.items())
         parts.append(f"Not finished:\n\n{listed}\n{results.advice}\n")
@@ -169,13 +190,10 @@ def markdown(results: Results, rows: Sequence[LeaderboardRow]) -> str:
 
 
 def _markdown(results: Results, row: LeaderboardRow, key: str) -> str:
-    mean = number(results, key, row.metrics[key].mean)
-    if key in row.best:
-        mean = f"**{mean}**" if row.is_clear(key) else f"*{mean}*"
+    shown = mean(results, row, key, "**{}**", "*{}*") + r"\*" * len(stars(row, key))
     low, high = ends(results, row, key)
-    few = fewer(row, row.metrics[key])
-    interval = f" [{low}, {high}]{few and f', {few}'}" if low else ""
-    return mean + r"\*" * len(row.stars(key)) + interval
+    few = fewer(row, key)
+    return f"{shown} [{low}, {high}]{few and f', {few}'}" if low else shown
 
 
 def latex(results: Results, rows: Sequence[LeaderboardRow]) -> str:
@@ -196,7 +214,7 @@ def latex(results: Results, rows: Sequence[LeaderboardRow]) -> str:
         name = f"{results.name}, {results.heading(group)} ({results.meaning(group)})"
         parts.append(
             "\\begin{table}\n  \\centering\n"
-            f"  \\caption{{{tex(f'{name}. {_legend(rows)}')}}}\n"
+            f"  \\caption{{{tex(f'{name}. {_legend(results, rows)}')}}}\n"
             f"  \\label{{tab:{re.sub('[^0-9A-Za-z]+', '-', f'{results.name}-{group}').strip('-')}}}\n"
             "  \\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
             f"  \\begin{{tabular}}{{{aligned}}}\n"
@@ -212,28 +230,13 @@ def tex(text: str) -> str:
 
 
 def _latex(results: Results, row: LeaderboardRow, key: str) -> str:
-    mean = number(results, key, row.metrics[key].mean)
-    if key in row.best:
-        mean = rf"\mathbf{{{mean}}}" if row.is_clear(key) else rf"\mathit{{{mean}}}"
-    stars = f"^{{{row.stars(key)}}}" if row.stars(key) else ""
+    shown = mean(results, row, key, r"\mathbf{{{}}}", r"\mathit{{{}}}")
+    if above := stars(row, key):
+        shown += f"^{{{above}}}"
     low, high = ends(results, row, key)
-    few = fewer(row, row.metrics[key]).replace(" ", "~")
+    few = fewer(row, key).replace(" ", "~")
     few = rf",\,\mathrm{{{few}}}" if few else ""
-    interval = rf"_{{[{low},\,{high}]{few}}}" if low else ""
-    return f"${mean}{stars}{interval}$"
-
-
-def _legend(rows: Sequence[LeaderboardRow]) -> str:
-    parts = ["Mean over prompts with its 95% bootstrap interval. ↓ lower is better, ↑ higher is better."]
-    if any(row.best for row in rows):
-        parts.append(BEST.format(clear="Bold", unclear="Italic"))
-    if any(row.searches for row in rows):
-        parts.append(SEARCHES)
-    if any(row.is_tested for row in rows):
-        parts.append(SIGNIFICANCE)
-    if any(row.failed.total for row in rows):
-        parts.append(FAILED)
-    return " ".join(parts)
+    return rf"${shown}_{{[{low},\,{high}]{few}}}$" if low else f"${shown}$"
 
 
 def csv_text(results: Results, rows: Sequence[LeaderboardRow]) -> str:
@@ -244,17 +247,16 @@ def csv_text(results: Results, rows: Sequence[LeaderboardRow]) -> str:
     """
     costs = list(dict.fromkeys(key for cell in results.cells for key in cell.summary.cost))
     counts = [key for key in dict.fromkeys(k for cell in results.cells for k in cell.counts) if key != "prompts"]
-    of_metric = [*_NUMBERS, *(f"paired_{name}" for name in _PAIRED), "failed"]
-    about = ["cell", "label", "model", "method", "prompts", "group", "n_prompts", "passed_gate", "exhausted"]
+    of_metric = [*_NUMBERS, *(f"paired_{name}" for name in Paired.model_fields), "failed"]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*about, *(f"{key}_{name}" for key in results.metrics for name in of_metric), *costs, *counts])
+    writer.writerow([*_ABOUT, *(f"{key}_{name}" for key in results.metrics for name in of_metric), *costs, *counts])
     for row in rows:
-        values: list[object] = [getattr(row, name) for name in about]
+        values: list[object] = [getattr(row, name) for name in _ABOUT]
         for key in results.metrics:
             value = row.metrics.get(key)
             values += [getattr(value, name, None) for name in _NUMBERS]
-            values += [getattr(value.paired if value else None, name, None) for name in _PAIRED]
+            values += [getattr(value.paired if value else None, name, None) for name in Paired.model_fields]
             values.append(row.failed.metrics.get(key, 0))
         writer.writerow([*values, *map(row.cost.get, costs), *map(row.counts.get, counts)])
     return buffer.getvalue()

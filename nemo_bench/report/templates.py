@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-from nemo_bench.report.svg import PALETTE
-
-FOLDER = Path(__file__).parent / "page"
+from nemo_bench.report.texts import FOLDER, TEXTS
 
 
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=FileSystemLoader(FOLDER),
+        autoescape=select_autoescape(["html.jinja"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
-    environment.globals.update(palette=PALETTE, style=(FOLDER / "style.css").read_text(encoding="utf-8"))
+    )
+    environment.globals.update(texts=TEXTS, style=(FOLDER / "style.css").read_text(encoding="utf-8"))
     return environment
 
 
 def render(name: str, /, **values: Any) -> str:
-    """HTML of a template; texts are escaped.
-
-    Args:
-        name: File in the folder of templates.
-        values: What it shows; the colours and the style sheet are known to every template.
-    """
+    """Fills in a template, texts escaped where it is HTML; each knows :data:`TEXTS` and the style sheet."""
     return _environment().get_template(name).render(**values)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich.box import SIMPLE
 from rich.markup import escape
@@ -14,10 +15,18 @@ from nemo_bench.records.schema import LeaderboardRow, MetricInfo
 from nemo_bench.records.store import remake
 from nemo_bench.report.audit import CellAudit
 from nemo_bench.report.detection import COLUMNS, comparable, count_of, texts
-from nemo_bench.report.tables import ends, fewer, leaderboard, number
+from nemo_bench.report.tables import ends, fewer, leaderboard, mean
 
 _METRICS = 6  # that fit 80 characters
 _ZERO = re.compile(r"\b0\.(?=\d{3})")  # left out of intervals so that the table fits 80 columns
+
+
+def _table(names: str, numbers: Iterable[str], **look: Any) -> Table:
+    """A table whose first column names the rows, and whose others are never broken."""
+    table = Table(names, **look)
+    for title in numbers:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table
 
 
 def terminal_table(results: Results) -> Table:
@@ -38,11 +47,12 @@ def terminal_table(results: Results) -> Table:
         if cell.lost_images:
             lost = f"{cell.label}: images that are gone or cut since they were scored: {cell.lost_images}"
             caption += f"\n[yellow]{escape(f'{lost}; {remake(cell.folder)}')}[/yellow]"
-    table = Table(title=escape(results.name), caption=caption, box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("method")
-    for key, info in shown.items():
-        heading = f"{key.replace('_', ' ')} {info.arrow}".strip().replace(" ", "\n")
-        table.add_column(escape(heading), justify="right", no_wrap=True)
+    headings = (f"{key.replace('_', ' ')} {info.arrow}".strip().replace(" ", "\n") for key, info in shown.items())
+    table = _table(
+        "method", map(escape, headings), title=escape(results.name), caption=caption, box=None, padding=(0, 2, 0, 0),
+        pad_edge=False,
+    )  # fmt: skip
+    searches = {(cell.name, group): cell.searches(group) for cell in results.cells for group in results.groups}
     rows = leaderboard(results)
     for group in results.own_groups:
         table.add_row()
@@ -50,20 +60,16 @@ def terminal_table(results: Results) -> Table:
         for row in (row for row in rows if row.group == group):
             values = [_value(results, row, key) if key in row.metrics else "[dim]–[/dim]" for key in shown]
             notes = [f"[yellow]failed: {row.failed}[/yellow]"] if row.failed.total else []
-            notes += [f"[dim]{words}[/dim]"] if (words := row.searches) else []
+            notes += [f"[dim]{words}[/dim]"] if (words := searches[row.cell, group]) else []
             table.add_row("\n".join([escape(row.label), *notes]), *values)
     return table
 
 
 def _value(results: Results, row: LeaderboardRow, key: str) -> str:
-    value = row.metrics[key]
-    mean = number(results, key, value.mean)
-    if key in row.best:
-        mean = f"[bold green]{mean}[/bold green]" if row.is_clear(key) else f"[green]{mean}[/green]"
     low, high = ends(results, row, key)
-    lines = [mean]
+    lines = [mean(results, row, key, "[bold green]{}[/bold green]", "[green]{}[/green]")]
     lines += [f"[dim]{_ZERO.sub('.', low)}–{_ZERO.sub('.', high)}[/dim]"] if low else []
-    lines += [f"[dim]{few}[/dim]"] if (few := fewer(row, value)) else []
+    lines += [f"[dim]{few}[/dim]"] if (few := fewer(row, key)) else []
     return "\n".join(lines)
 
 
@@ -73,10 +79,8 @@ def terminal_detection(detectors: Sequence[DetectorResults]) -> list[Table]:
     tables = []
     for heading, group in comparable(detectors):
         title = f"{escape(heading)}: {count_of(group[0])}"
-        table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
-        table.add_column("Detector")
-        for key in columns:
-            table.add_column(COLUMNS[key], justify="right", no_wrap=True)
+        shown = (COLUMNS[key][0] for key in columns)
+        table = _table("Detector", shown, title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
         for detector in group:
             failed = f"{detector.failed} of {len(detector.prompts)}"
             note = f"\n[yellow]failed: {failed} prompts[/yellow]" if detector.failed else ""
@@ -91,11 +95,11 @@ def terminal_audits(audits: Sequence[CellAudit]) -> list[Table | str]:
     for shown in audits:
         groups = shown.audit.groups
         names = {"memorized": "training images", "control": "controls"}
-        counts = ", ".join(f"{groups[group]} {word}" for group, word in names.items() if group in groups)
-        table = Table(title=escape(f"{shown.title} ({counts})"), title_justify="left", box=None, pad_edge=False)
-        for heading in ("", *shown.headings):
-            table.add_column(heading.replace(": ", "\n"), justify="right" if heading else "left", no_wrap=bool(heading))
-        for title, cells in shown.rows:
-            table.add_row(escape(title), *cells)
+        counts = ", ".join(f"{groups[group].prompts} {word}" for group, word in names.items() if group in groups)
+        headings = (heading.replace(": ", "\n") for heading in shown.headings)
+        title = escape(f"{shown.title} ({counts})")
+        table = _table("", headings, title=title, title_justify="left", box=None, pad_edge=False)
+        for metric, cells in shown.rows:
+            table.add_row(escape(metric), *cells)
         parts += [table, *(escape(f"{text}\n") for text in shown.sentences)]
     return parts

@@ -17,9 +17,6 @@ class Thumbnails:
     """Thumbnails of one cell, kept in its ``thumbnails.json``, which may be deleted at any time.
 
     One is made again when name, size or time of its image has changed. Threads may share an instance.
-
-    Args:
-        folder: The folder of the cell.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,12 +27,9 @@ class Thumbnails:
             self._cached = read_file(self._file, dict[str, Thumbnail])
 
     def __call__(self, path: Path, box: tuple[int, int], *, lossless: bool = True) -> Thumbnail | None:
-        """An image as WebP, made to fit a box; None if there is no image to read.
+        """An image as WebP, made to fit a box of width and height; None if there is no image to read.
 
-        Args:
-            path: The image.
-            box: Width and height to fit.
-            lossless: Keep every pixel of an image that fits already.
+        Where ``lossless``, an image that fits already keeps every pixel.
         """
         try:
             stat = path.stat()

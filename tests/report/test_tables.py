@@ -17,7 +17,7 @@ from nemo_bench.records.results import load_results
 from nemo_bench.records.schema import Failures, Leaderboard, LeaderboardRow, Summary
 from nemo_bench.records.statistics import paired
 from nemo_bench.report import html, write_report
-from nemo_bench.report.tables import latex, leaderboard, markdown, tex
+from nemo_bench.report.tables import is_clear, latex, leaderboard, markdown, stars, tex
 from nemo_bench.report.terminal import terminal_table
 from tags import Tags
 
@@ -73,18 +73,18 @@ def test_best_is_clear_only_where_prompts_tell_it_from_the_runner_up(tmp_path: P
     few = load_results(write_fake_results(tmp_path / "few"))
     # Two prompts have four patterns of signs: no p below a half.
     assert min(p for row in leaderboard(few) if row.group == "VM" for p in row.best.values()) >= 0.5
-    assert not any(row.is_clear(key) for row in leaderboard(few) for key in METRICS)
+    assert not any(is_clear(row, key) for row in leaderboard(few) for key in METRICS)
     prompts = [(f"vm-{i:02d}", f"prompt {i}", "VM") for i in range(12)]
     many = load_results(write_fake_results(tmp_path / "many", prompts=prompts))
-    cells = {cell.name: cell for cell in many.cells}
     rows = {row.method: row for row in leaderboard(many) if row.group == "VM"}
+    cells = {cell.name: cell for cell in many.cells}
     # NeMo copies nothing, and the other two copy alike: one is the best in alignment by chance.
-    assert rows["nemo"].is_clear("ssim")
+    assert is_clear(rows["nemo"], "ssim")
     for metric in ("ssim", "diversity"):
         row, second, _ = sorted(rows.values(), key=lambda row: row.metrics[metric].mean * (-1) ** (metric != "ssim"))
         own, its = (np.array(list(cells[r.cell].prompt_means(metric, ["VM"]).values())) for r in (row, second))
         assert row.best[metric] == paired(own - its).p
-    assert not any(row.is_clear("fid") for row in rows.values())
+    assert not any(is_clear(row, "fid") for row in rows.values())
     page = Tags(html.page(many, leaderboard(many)))
     marks = {cell["data-key"]: cell["class"] for cell in page.all("td") if cell.get("class") in ("best", "unclear")}
     assert (marks["ssim"], marks["fid"]) == ("best", "unclear")
@@ -140,9 +140,9 @@ def test_markdown_has_a_table_for_each_group(run: Path) -> None:
     assert {len(re.split(r"(?<!\\)\|", line)) for line in lines} == {len(METRICS) + 3}
     value = results.cells[2].summary.aggregates["VM"]["ssim"]
     (row,) = (row for row in leaderboard(results) if row.cell == results.cells[2].name and row.group == "VM")
-    stars = r"\*" * len(row.stars("ssim"))
-    assert stars
-    assert f"*{value.mean:.3f}*{stars} [{value.low:.3f}, {value.high:.3f}]" in text
+    starred = r"\*" * len(stars(row, "ssim"))
+    assert starred
+    assert f"*{value.mean:.3f}*{starred} [{value.low:.3f}, {value.high:.3f}]" in text
     assert "| No mitigation · sd14 | – | – |" in text
 
 
@@ -158,8 +158,8 @@ def test_stars_are_of_the_corrected_p_over_the_rows_of_a_group(run: Path) -> Non
                 bound = max(min(1.0, p * (len(family) - sorted(family).index(p))) for p in smaller)
                 assert row.metrics[metric].paired.p_holm == pytest.approx(bound)
             p = row.metrics[metric].paired.p_holm if has_test(row, metric) else 1
-            assert row.stars(metric) == ("***" if p < 0.001 else "**" if p < 0.01 else "*" if p < 0.05 else "")
-            seen.add(row.stars(metric))
+            assert stars(row, metric) == ("***" if p < 0.001 else "**" if p < 0.01 else "*" if p < 0.05 else "")
+            seen.add(stars(row, metric))
     assert {"", "***"} <= seen
 
 
@@ -211,14 +211,14 @@ def best(default: Path) -> dict[str, set[str]]:
 
 def test_a_mean_that_lacks_values_is_neither_best_nor_starred(default: Path) -> None:
     assert "ssim" in best(default)["nemo"]
-    assert any(r.stars("ssim") for r in leaderboard(load_results(default)) if (r.method, r.group) == ("nemo", "VM"))
+    assert any(stars(r, "ssim") for r in leaderboard(load_results(default)) if (r.method, r.group) == ("nemo", "VM"))
     lost = Failures(images=4, metrics={"ssim": 4})
     change_file(next(default.glob("*__nemo__*/metrics.json")), Summary, failed={"VM": lost, "all": lost})
     found = best(default)
     assert "ssim" not in found["nemo"]
     assert "ssim" in found["none"] | found["random"]  # the better one of those that lack nothing
     (row,) = (r for r in leaderboard(load_results(default)) if (r.method, r.group) == ("nemo", "VM"))
-    assert (row.stars("ssim"), str(row.failed)) == ("", "4 images")
+    assert (stars(row, "ssim"), str(row.failed)) == ("", "4 images")
     assert row.metrics["ssim"].paired.p_holm < 0.05  # the test itself is shown, with the prompts that it rests on
 
 
