@@ -313,7 +313,7 @@ def summarize(cell: Cell, command: str = "") -> Audit:
     )
 
 
-def _by_source(tasks: Sequence[Search], values: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
+def _by_source(tasks: Sequence[Search], values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Means over searches for the same picture: few controls are used in turn, and tell no more for it."""
     of: dict[str, list[float]] = {}
     for task, value in zip(tasks, values, strict=True):

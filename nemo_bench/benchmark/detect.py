@@ -140,10 +140,8 @@ def summarize(cell: Cell) -> Summary:
     other = [score for kind, score in scored if not kind]
     measured = {}
     if memorized and other:
-        kinds = {}
-        for kind in ("VM", "TM"):
-            if of_kind := [score for own, score in scored if own == kind]:
-                kinds[kind] = detection(of_kind, other)["auc"]
+        by_kind = {kind: [score for own, score in scored if own == kind] for kind in ("VM", "TM")}
+        kinds = {kind: detection(scores, other)["auc"] for kind, scores in by_kind.items() if scores}
         roc = Roc(title=cell.spec.title, kinds=kinds, **detection(memorized, other))
         measured[str(cell.spec.detector)] = roc
     costs = [record.cost for record in records.values() if record.cost]

@@ -82,10 +82,9 @@ class Cell:
         return bool(self.spec.settings["method"] != UNMITIGATED)
 
     @property
-    def stages(self) -> list[type[PromptRecord]]:
+    def stages(self) -> list[type[schema.Record]]:
         """Records of the stages that it goes through, in their order."""
-        kinds = (LocalizationRecord, schema.MemorizationRecord, ImageRecord, ScoreRecord)
-        return [kind for kind in kinds if kind.stage in self.spec.stages]
+        return [kind for kind in schema.RECORDS if kind.stage in self.spec.stages]
 
     @property
     def localization(self) -> str:

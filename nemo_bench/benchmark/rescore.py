@@ -31,9 +31,6 @@ from nemo_bench.records.store import (
     remake,
 )
 
-BEFORE_SCORES = (LocalizationRecord, MemorizationRecord, ImageRecord)
-"""Stages that come before the scores."""
-DONE = f"{ImageRecord.stage}.done"
 OTHER_MODEL = "unnamed"
 """Name of the model of external images that is none of conf/model."""
 
@@ -67,18 +64,11 @@ def cells_of(
     """The cells of existing images, checked for everything that can be wrong; no weights are loaded.
 
     Of a run, all cells that have their images; else one cell, after the one without mitigation that it is compared
-    with, if there is one.
-
-    Args:
-        folder: A run, a cell of one, or a folder of images made by other code.
-        overrides: ``key=value`` words. For a run or cell those of :data:`nemo_bench.config.SCORING`. For external
-            images those of a run, with at least ``model`` and ``prompts``; ``method`` may be any name, ``none`` for
-            images without mitigation, which others of the same run are then compared with.
-        conf: The user's own folder of settings.
-        mapping: List of external images (:func:`nemo_bench.prompts.external.mapped_images`); without, they are
-            named ``img_0000_00.jpg`` (:func:`nemo_bench.prompts.external.named_images`).
-        say: Takes single lines.
-        progress: Whether a bar is shown.
+    with, if there is one. Overrides of a run or cell are those of :data:`nemo_bench.config.SCORING`; of external images
+    those of a run, with at least ``model`` and ``prompts``, and any name as ``method``, ``none`` for images without
+    mitigation, which others of the same run are then compared with. External images are named ``img_0000_00.jpg``
+    (:func:`nemo_bench.prompts.external.named_images`) or by a list, ``mapping``
+    (:func:`nemo_bench.prompts.external.mapped_images`).
 
     Raises:
         NemoBenchError: Anything is wrong with settings, images or prompts.
@@ -105,7 +95,7 @@ def _of_run(folder: Path, overrides: Sequence[str], conf: Path | None, say: Call
         for name, reason in lacking.items():
             say(f"{name}: left out, {reason}")
     cells = [reread(folder / name, overrides, conf) for name in names if name not in lacking]
-    latest_first = sorted(cells, key=lambda cell: (cell.store.folder / DONE).stat().st_mtime_ns, reverse=True)
+    latest_first = sorted(cells, key=lambda c: (c.store.folder / "generate.done").stat().st_mtime_ns, reverse=True)
     for cell in cells:
         if cell.is_mitigated:
             found = find_unmitigated(cell.spec, folder, latest_first)
@@ -118,7 +108,8 @@ def _missing(cell: Path) -> str:
     if not Store(cell).is_done(ImageRecord):
         return "not all images are there; give the command of the run again to go on"
     spec = read_spec(cell)
-    if reason := missing_records(cell, spec, read_cell_prompts(cell, spec), BEFORE_SCORES):
+    before_scores = (LocalizationRecord, MemorizationRecord, ImageRecord)
+    if reason := missing_records(cell, spec, read_cell_prompts(cell, spec), before_scores):
         return reason
     with suppress(FileNotFoundError):  # said of each cell where it is read
         if changed := changed_images(cell, Store(cell).records(ImageRecord).values()):
