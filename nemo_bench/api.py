@@ -8,7 +8,8 @@ from typing import Any
 from nemo_bench.benchmark.plan import plan, read_listed
 from nemo_bench.benchmark.run import run as run_cells
 from nemo_bench.benchmark.runner import load_model
-from nemo_bench.config import PromptSettings, grid, quoted
+from nemo_bench.config import PromptSettings, grid
+from nemo_bench.config.overrides import quoted
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError
 from nemo_bench.prompts import is_prompt_source

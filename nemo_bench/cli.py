@@ -281,7 +281,8 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _ls(options: argparse.Namespace) -> None:
-    from nemo_bench.config import GROUPS, describe_options, explain_option, overview, short
+    from nemo_bench.config.groups import GROUPS
+    from nemo_bench.config.listing import describe_options, explain_option, overview, short
     from nemo_bench.report.console import show_entries
 
     if options.name:

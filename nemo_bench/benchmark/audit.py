@@ -20,7 +20,10 @@ from nemo_bench.benchmark.run import write_pages
 from nemo_bench.benchmark.runner import Runner
 from nemo_bench.benchmark.stages.audit import STATES, AuditSettings, Search, score_sheets, search
 from nemo_bench.benchmark.stages.base import Chunk
-from nemo_bench.config import SCORING, PromptSettings, build, check_stored, named_classes, overridden, rows_at_once
+from nemo_bench.config import SCORING, PromptSettings, build, overridden
+from nemo_bench.config.groups import named_classes
+from nemo_bench.config.schema import rows_at_once
+from nemo_bench.config.targets import check_stored
 from nemo_bench.diffusion import GRADIENT_MEMORY
 from nemo_bench.errors import ConfigError, ModelError, StoreError, did_you_mean
 from nemo_bench.methods import NoMitigation

@@ -52,7 +52,7 @@ def _result(cell: Cell) -> dict[str, Any]:
     if cell.method.memorization_threshold is not None:
         values["threshold"] = cell.method.memorization_threshold
     return {
-        **Threshold(**{**values, **cell.method.protocol.of_threshold}).model_dump(),
+        **Threshold(**{**values, **cell.method.noise_protocol.of_threshold}).model_dump(),
         "model": cell.spec.model,
         "general_prompts": cell.config.settings.prompts.calibration if cell.calibration_prompts else None,
         "statistics": resolve(given) if given else str(cell.calibration_file(STATISTICS)),

@@ -175,5 +175,5 @@ def _calibrating(cell: Cell) -> int:
     assert cell.calibration is not None
     assert cell.method is not None
     done = len(cell.calibration.records(schema.CalibrationRecord))
-    guided = 2 if cell.method.protocol.calibration_guidance is not None else 1
+    guided = 2 if cell.method.noise_protocol.calibration_guidance is not None else 1
     return (len(cell.calibration_prompts) - done) * cell.config.settings.localize_seeds * guided

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nemo_bench.benchmark.plan import SCORING_FILE, Cell, has_stale_scores, with_sources
 from nemo_bench.errors import ModelError, NemoBenchError, StoreError
-from nemo_bench.prompts.tasks import ImageTask, PromptTask
+from nemo_bench.prompts.tasks import Task
 from nemo_bench.records import schema
 from nemo_bench.records.data import Neurons, Prompt
 from nemo_bench.records.io import read_file

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from nemo_bench.config import CellConfig, ModelSettings, PromptSettings, RunSettings, build, name_of_files, resolve
+from nemo_bench.config import CellConfig, ModelSettings, PromptSettings, RunSettings, build, resolve
+from nemo_bench.config.composition import name_of_files
 from nemo_bench.diffusion import Lora, Similarity, Source, check_schedule
 from nemo_bench.errors import ConfigError, NemoBenchError, StoreError, counted
 from nemo_bench.localization import is_readable, read_statistics
@@ -408,7 +409,7 @@ def _calibration_identity(
         "statistics": digest([[v.tolist() for v in side] for side in given]) if given else None,
         "seeds": settings.localize_seeds,
         "prompts": prompts_digest(general),
-        "protocol": next((m.protocol.of_threshold for m in lineage(method) if m.needs_calibration), None),
+        "protocol": next((m.noise_protocol.of_threshold for m in lineage(method) if m.needs_calibration), None),
     }
 
 

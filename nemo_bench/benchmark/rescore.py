@@ -16,7 +16,8 @@ from nemo_bench.config.composition import CellConfig, one, rescore
 from nemo_bench.config.listing import about_method
 from nemo_bench.errors import ConfigError, StoreError, counted
 from nemo_bench.prompts import check_references
-from nemo_bench.prompts.external import ExternalImage, changed_images, check_images, mapped_images, named_images
+from nemo_bench.prompts.external import changed_images, check_images, mapped_images, named_images
+from nemo_bench.prompts.tasks import Task
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.images import ImageFile
 from nemo_bench.records.io import check_folder, digest, prompts_digest, write_json
@@ -233,7 +234,7 @@ def _report_sizes(contents: Sequence[ImageFile], without: int, say: Callable[[st
         say(f"images of {len(sizes)} sizes ({shown}): metrics of pixels bring all to the first; they are counted")
 
 
-def _record_images(store: Store, found: ExternalImages, contents: Sequence[ImageFile]) -> None:
+def _record_images(store: Store, found: Sequence[tuple[Task, str]], contents: Sequence[ImageFile]) -> None:
     """Records external images where they are, and what is in them."""
     ids = [task.id for task, _ in found]
     write_json(store.folder / "layers.json", {})

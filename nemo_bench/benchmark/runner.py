@@ -34,13 +34,14 @@ from nemo_bench.benchmark.stages.generate import generate
 from nemo_bench.benchmark.stages.localize import localize
 from nemo_bench.benchmark.stages.memorization import measure_memorization
 from nemo_bench.benchmark.stages.score import SampleReader, Scorer
-from nemo_bench.config import ModelSettings, TrainerSettings, build, resolve, rows_at_once
+from nemo_bench.config import ModelSettings, TrainerSettings, build, resolve
+from nemo_bench.config.schema import rows_at_once
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, StoreError
 from nemo_bench.methods import Method, Setup
 from nemo_bench.metrics import BenchMetric, SetMetric
 from nemo_bench.prompts.data import PromptDataModule
-from nemo_bench.prompts.tasks import PromptTask
+from nemo_bench.prompts.tasks import Task
 from nemo_bench.records import schema
 from nemo_bench.records.images import visible
 from nemo_bench.records.io import digest, is_whole, read_file, write_json
@@ -276,8 +277,8 @@ class Runner:
 
     def _measure_threshold(self, cell: Cell, store: Store) -> None:
         assert cell.method is not None
-        protocol = next(m for m in plan.lineage(cell.method) if m.needs_calibration).protocol
-        tasks = [PromptTask.from_prompt(prompt) for prompt in cell.calibration_prompts]
+        protocol = next(m for m in plan.lineage(cell.method) if m.needs_calibration).noise_protocol
+        tasks = [Task.of_prompt(prompt) for prompt in cell.calibration_prompts]
         seeds = cell.config.settings.localize_seeds
         handle = partial(measure_pairs, seeds=seeds, protocol=protocol)
         size = max(1, self.rows(cell) // seeds)

@@ -64,8 +64,8 @@ class CellAudit:
                 f"{title}: {own['prompt']['mean']:.0%} of the images of a prompt, "
                 f"{own['found']['mean']:.0%} with the embedding found"
             )
-            if "control" in groups:
-                text += f", {groups['control'].scores[key]['found']['mean']:.0%} of controls"
+            if "control" in scores:
+                text += f", {scores['control'][key]['found']['mean']:.0%} of controls"
             yield f"{text}. {TEXTS['verdicts'][verdict]}"
         if failed := sum(self.audit.failed.values()):
             yield f"Searches that failed, since something was not finite, and are left out: {failed}."

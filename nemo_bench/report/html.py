@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
-from nemo_bench.records.results import CellResults, GeneratedImage, Outcome, Results, short_layers
+from nemo_bench.records.results import CellResults, Outcome, Results, short_layers
 from nemo_bench.records.schema import LeaderboardRow
 from nemo_bench.records.statistics import GROUPS
 from nemo_bench.report import tables
@@ -156,7 +156,7 @@ def _examples(results: Results, thumbnails: Mapping[str, Thumbnails]) -> list[di
             prompt = prompts[name]
             files = [("Training image", cell, path) for path in prompt.references[:1]]
             for compared in (cells[cell.summary.unmitigated or ""], cell):
-                files += [(compared.short, compared, image.path) for image in compared.outcomes[name].images[:1]]
+                files += [(compared.short, compared, path) for path in [*compared.outcomes[name].images.values()][:1]]
             pictures = [(caption, thumbnails[of.name](path, box)) for caption, of, path in files]
             address = _address(results, cell, prompt)
             shown.append({"word": word, "prompt": prompt, "address": address, "mean": own[name], "pictures": pictures})
@@ -258,22 +258,22 @@ def _card(
 
 def _strip(cell: CellResults, outcome: Outcome, seeds: Sequence[int], size: Size, make: Thumbnails) -> dict[str, Any]:
     """A cell's images of a prompt, each with its seed and how it is shown."""
-    of_seed = {image.seed: image for image in outcome.images}
-    images = [(seed, of_seed.get(seed)) for seed in seeds]
+    images = [(seed, outcome.images.get(seed)) for seed in seeds]
     short = short_layers(cell.layers)
     return {
         "cell": cell,
         "outcome": outcome,
-        "images": [(seed, image, image and make(image.path, (size.side, size.side))) for seed, image in images],
+        "images": [(seed, path, path and make(path, (size.side, size.side))) for seed, path in images],
         "noise": make(outcome.noise, (16 * size.noise, size.noise), lossless=False) if outcome.noise else None,
         "layers": {short[layer]: outcome.neurons[layer] for layer in cell.layers if layer in outcome.neurons},
     }
 
 
-def _scores_of(results: Results, image: GeneratedImage) -> str:
+def _scores_of(results: Results, outcome: Outcome, seed: int) -> str:
     """All scores of an image, a line each."""
-    own = {key: info.title for key, info in results.metrics.items() if key in image.scores}
-    return "\n".join(f"{title} {_number(results, key, image.scores[key])}" for key, title in own.items())
+    scores = outcome.scores.get(seed, {})
+    own = {key: info.title for key, info in results.metrics.items() if key in scores}
+    return "\n".join(f"{title} {_number(results, key, scores[key])}" for key, title in own.items())
 
 
 def _scored(results: Results) -> list[str]:

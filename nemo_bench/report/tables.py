@@ -156,14 +156,13 @@ def _lines(
 ) -> list[list[str]]:
     """The table of a group as texts: its titles, then a line for each row."""
     some_failed = any(row.failed.total for row in rows)
-    searches = {cell.name: cell.searches(group) for cell in results.cells}
-    some_searched = any(searches.values())
+    some_searched = any(row.searches for row in rows if row.group == group)
     titles = [escape(f"{info.title} {info.arrow}".strip()) for info in results.metrics.values()]
     lines = [["Method", *titles, *["Failed"] * some_failed, *["Search"] * some_searched]]
     for row in (row for row in rows if row.group == group):
         values = [show_value(results, row, key) if key in row.metrics else escape("–") for key in results.metrics]
         failed = [escape(str(row.failed) or "–")] * some_failed
-        searched = [escape(searches[row.cell] or "–")] * some_searched
+        searched = [escape(row.searches or "–")] * some_searched
         lines.append([escape(row.label), *values, *failed, *searched])
     return lines
 

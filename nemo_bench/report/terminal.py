@@ -52,7 +52,6 @@ def terminal_table(results: Results) -> Table:
         "method", map(escape, headings), title=escape(results.name), caption=caption, box=None, padding=(0, 2, 0, 0),
         pad_edge=False,
     )  # fmt: skip
-    searches = {(cell.name, group): cell.searches(group) for cell in results.cells for group in results.groups}
     rows = leaderboard(results)
     for group in results.own_groups:
         table.add_row()
@@ -60,7 +59,7 @@ def terminal_table(results: Results) -> Table:
         for row in (row for row in rows if row.group == group):
             values = [_value(results, row, key) if key in row.metrics else "[dim]–[/dim]" for key in shown]
             notes = [f"[yellow]failed: {row.failed}[/yellow]"] if row.failed.total else []
-            notes += [f"[dim]{words}[/dim]"] if (words := searches[row.cell, group]) else []
+            notes += [f"[dim]{row.searches}[/dim]"] if row.searches else []
             table.add_row("\n".join([escape(row.label), *notes]), *values)
     return table
 
@@ -95,7 +94,7 @@ def terminal_audits(audits: Sequence[CellAudit]) -> list[Table | str]:
     for shown in audits:
         groups = shown.audit.groups
         names = {"memorized": "training images", "control": "controls"}
-        counts = ", ".join(f"{groups[group].prompts} {word}" for group, word in names.items() if group in groups)
+        counts = ", ".join(f"{groups[group]} {word}" for group, word in names.items() if group in groups)
         headings = (heading.replace(": ", "\n") for heading in shown.headings)
         title = escape(f"{shown.title} ({counts})")
         table = _table("", headings, title=title, title_justify="left", box=None, pad_edge=False)

@@ -25,7 +25,7 @@ def measure_statistics(stage: Stage, tasks: Sequence[Chunk]) -> list[ChunkRecord
 
 
 def measure_pairs(
-    stage: Stage, tasks: Sequence[PromptTask], seeds: int, protocol: Protocol = PAPER
+    stage: Stage, tasks: Sequence[Task], seeds: int, protocol: Protocol = PAPER
 ) -> list[CalibrationRecord]:
     """Similarity of noise differences of all pairs of seeds of general prompts, from which the threshold comes."""
     before = stage.model.row_passes

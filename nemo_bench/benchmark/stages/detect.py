@@ -16,9 +16,9 @@ from nemo_bench.records.schema import Cost, DetectionRecord
 from nemo_bench.records.store import Store
 
 
-def pending_tasks(cells: Sequence[Cell]) -> list[tuple[PromptTask, tuple[str, ...]]]:
+def pending_tasks(cells: Sequence[Cell]) -> list[tuple[Task, tuple[str, ...]]]:
     """Prompts whose record or picture some of the cells lack, with those cells; the cells have the same prompts."""
-    tasks = [PromptTask.from_prompt(prompt) for prompt in cells[0].prompts]
+    tasks = [Task.of_prompt(prompt) for prompt in cells[0].prompts]
     ids = [task.id for task in tasks]
     pending = {cell.id: set(cell.store.pending_ids(DetectionRecord, ids)) for cell in cells}
     found = [(task, tuple(name for name, todo in pending.items() if task.id in todo)) for task in tasks]
@@ -42,7 +42,7 @@ def detection_stage(model: Diffusion, cells: Sequence[Cell], batch_size: int) ->
 
 def _detect(
     stage: Stage,
-    tasks: Sequence[tuple[PromptTask, tuple[str, ...]]],
+    tasks: Sequence[tuple[Task, tuple[str, ...]]],
     cells: Mapping[str, Cell],
     writers: Mapping[str, Callable[[Iterable[DetectionRecord]], None]],
 ) -> list[DetectionRecord]:

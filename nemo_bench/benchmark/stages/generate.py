@@ -8,11 +8,11 @@ from typing import Any
 from nemo_bench.benchmark.stages.base import UNLOCALIZED, Stage, file_name, to_image
 from nemo_bench.errors import NotFiniteError
 from nemo_bench.methods import Batch
-from nemo_bench.prompts.tasks import ImageTask, seeds_of
+from nemo_bench.prompts.tasks import Task, seeds_of
 from nemo_bench.records.schema import Cost, ImageRecord
 
 
-def generate(stage: Stage, tasks: Sequence[ImageTask]) -> list[ImageRecord]:
+def generate(stage: Stage, tasks: Sequence[Task]) -> list[ImageRecord]:
     """Generates images with the method applied.
 
     An image that is not finite is recorded as ``failed``, with the reason and without a file; the others of its batch
@@ -23,7 +23,7 @@ def generate(stage: Stage, tasks: Sequence[ImageTask]) -> list[ImageRecord]:
     return [records.get(task.id) or _record(task, 0, failed=UNLOCALIZED) for task in tasks]
 
 
-def _generate(stage: Stage, tasks: Sequence[ImageTask]) -> list[ImageRecord]:
+def _generate(stage: Stage, tasks: Sequence[Task]) -> list[ImageRecord]:
     model = stage.model
     before = model.row_passes
     try:

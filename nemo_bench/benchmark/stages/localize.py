@@ -7,22 +7,22 @@ from collections.abc import Sequence
 
 from nemo_bench.benchmark.stages.base import Stage
 from nemo_bench.errors import NotFiniteError
-from nemo_bench.prompts.tasks import PromptTask, seeds_of
+from nemo_bench.prompts.tasks import Task, seeds_of
 from nemo_bench.records.schema import Cost, LocalizationRecord
 
 
-def localize(stage: Stage, tasks: Sequence[PromptTask], seeds: int) -> list[LocalizationRecord]:
+def localize(stage: Stage, tasks: Sequence[Task], seeds: int) -> list[LocalizationRecord]:
     """Localizes the neurons of each prompt; a prompt whose activations are not finite fails."""
     return [_localize(stage, task, seeds) for task in tasks]
 
 
-def _localize(stage: Stage, task: PromptTask, seeds: int) -> LocalizationRecord:
+def _localize(stage: Stage, task: Task, seeds: int) -> LocalizationRecord:
     start = time.perf_counter()
     model = stage.model
     before = model.row_passes
     try:
         method = stage.method()
-        latents = method.protocol.latents(model, seeds_of(task.prompt, "localize", range(seeds)))
+        latents = method.noise_protocol.latents(model, seeds_of(task.prompt, "localize", range(seeds)))
         found = method.localize(model, task.prompt, latents)
     except NotFiniteError as error:
         cost = Cost(row_passes=model.row_passes - before)

@@ -13,7 +13,7 @@ from nemo_bench.diffusion.noise import require_finite
 from nemo_bench.errors import NotFiniteError
 from nemo_bench.localization import noise_differences, pair_similarities, pair_values
 from nemo_bench.methods import Batch, Method
-from nemo_bench.prompts.tasks import PromptTask, seeds_of
+from nemo_bench.prompts.tasks import Task, seeds_of
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.io import batched
 from nemo_bench.records.schema import Cost, MemorizationRecord
@@ -22,7 +22,7 @@ PICTURED_SEEDS = 4
 """Number of seeds whose noise differences are pictured."""
 
 
-def measure_memorization(stage: Stage, tasks: Sequence[PromptTask], seeds: int) -> list[MemorizationRecord]:
+def measure_memorization(stage: Stage, tasks: Sequence[Task], seeds: int) -> list[MemorizationRecord]:
     """Similarity of the noise differences of all pairs of seeds; a prompt of which they are not finite fails.
 
     Of a record's cost, ``once_row_passes`` and ``once_seconds`` are what the method takes once for a prompt before the
@@ -31,7 +31,7 @@ def measure_memorization(stage: Stage, tasks: Sequence[PromptTask], seeds: int) 
     return [_measure(stage, task, seeds) for task in tasks]
 
 
-def _measure(stage: Stage, task: PromptTask, seeds: int) -> MemorizationRecord:
+def _measure(stage: Stage, task: Task, seeds: int) -> MemorizationRecord:
     model, prompt = stage.model, task.prompt
     record = MemorizationRecord(id=task.id, prompt=prompt.id, truncated=model.truncated(prompt.text))
     if prompt.id not in stage.neurons:

@@ -39,7 +39,7 @@ class PromptSample:
         size: Width and height that pictures are compared in.
     """
 
-    task: PromptTask
+    task: Task
     images: Sequence[ImageRecord]
     pictures: dict[str, list[Image.Image]]
     values: Mapping[str, Any]

@@ -82,7 +82,7 @@ def score(
 ) -> dict[str, ScoreRecord]:
     pool = [path for prompt in prompts for path in prompt.references]
     stage = Stage(Scorer(metrics, pool), ScoreRecord, store)
-    tasks = [PromptTask.from_prompt(prompt) for prompt in prompts]
+    tasks = [Task.of_prompt(prompt) for prompt in prompts]
     for start in range(0, len(tasks), at_once):
         stage.predict_step(reader(tasks[start : start + at_once]), 0)
     records = store.records(ScoreRecord).values()
