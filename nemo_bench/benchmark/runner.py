@@ -22,6 +22,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
+from typing_extensions import override
 
 from nemo_bench import localization
 from nemo_bench.benchmark import pending, plan
@@ -29,11 +30,10 @@ from nemo_bench.benchmark.plan import STATISTICS, THRESHOLD, Cell
 from nemo_bench.benchmark.processes import is_main, together
 from nemo_bench.benchmark.stages.base import Chunk, Stage
 from nemo_bench.benchmark.stages.calibrate import measure_pairs, measure_statistics
-from nemo_bench.benchmark.stages.features import embed_real, read_features
 from nemo_bench.benchmark.stages.generate import generate
 from nemo_bench.benchmark.stages.localize import localize
 from nemo_bench.benchmark.stages.memorization import measure_memorization
-from nemo_bench.benchmark.stages.score import SampleReader, Scorer
+from nemo_bench.benchmark.stages.score import SampleReader, Scorer, embed_real, read_features
 from nemo_bench.config import ModelSettings, TrainerSettings, build, resolve, rows_at_once
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, StoreError
@@ -118,17 +118,13 @@ def _device_name(trainer: L.Trainer) -> str:
 class StageBar(TQDMProgressBar):
     """Lightning's progress bar with the stage's name; shows rate and remaining time."""
 
-    description = ""
+    predict_description = ""
 
-    @property
-    def predict_description(self) -> str:
-        """What stands before the bar."""
-        return self.description
-
+    @override
     def on_predict_batch_start(self, *args: Any, **options: Any) -> None:
-        """Keeps the description free of the number of the only dataloader."""
         super().on_predict_batch_start(*args, **options)
-        self.predict_progress_bar.set_description(self.description)
+        # Without the number of the only dataloader.
+        self.predict_progress_bar.set_description(self.predict_description)
 
 
 class Runner:
@@ -383,7 +379,7 @@ class Runner:
 
     def describe(self, stage: str, label: str) -> None:
         """Says beside the bar what comes next."""
-        self.bar.description = f"{stage:>12} {label:<8}"
+        self.bar.predict_description = f"{stage:>12} {label:<8}"
 
     def predict(self, stage: L.LightningModule, data: L.LightningDataModule) -> None:
         """Runs a stage over all pending tasks; every process goes on when all are through."""

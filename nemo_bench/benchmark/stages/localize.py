@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from nemo_bench.benchmark.stages.base import Stage
 from nemo_bench.errors import NotFiniteError
@@ -28,22 +28,6 @@ def _localize(stage: Stage, task: PromptTask, seeds: int) -> LocalizationRecord:
         cost = Cost(row_passes=model.row_passes - before)
         return LocalizationRecord(id=task.id, prompt=task.prompt.id, failed=str(error), cost=cost)
     passes = model.row_passes - before
-    return LocalizationRecord(
-        id=task.id,
-        prompt=task.prompt.id,
-        neurons=_lists(found.neurons),
-        initial=_lists(found.initial),
-        gate_score=found.gate_score,
-        initial_score=found.initial_score,
-        refined_score=found.refined_score,
-        threshold=found.threshold,
-        passed_gate=found.passed_gate,
-        exhausted=found.exhausted,
-        listed=_lists(found.listed),
-        listed_initial=_lists(found.listed_initial),
-        cost=Cost(row_passes=passes, once_row_passes=passes, once_seconds=round(time.perf_counter() - start, 4)),
-    )
-
-
-def _lists(layers: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    return {layer: list(ids) for layer, ids in layers.items()}
+    cost = Cost(row_passes=passes, once_row_passes=passes, once_seconds=round(time.perf_counter() - start, 4))
+    result = {name: value for name, value in vars(found).items() if name != "row_passes"}
+    return LocalizationRecord(id=task.id, prompt=task.prompt.id, cost=cost, **result)
