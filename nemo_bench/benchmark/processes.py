@@ -1,10 +1,12 @@
-"""Which processes run together: those that Lightning starts, or those of a launcher such as torchrun or Slurm."""
+"""Which processes run together, by Lightning or by a launcher such as torchrun or Slurm, and how they are stopped."""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping
 
@@ -26,6 +28,12 @@ def is_main() -> bool:
     by_launchers = ("SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "NODE_RANK")
     ranks = ("RANK", "LOCAL_RANK", *by_launchers)
     return next((os.environ[name] for name in ranks if name in os.environ), "0") == "0"
+
+
+def stop_at_sigterm() -> None:
+    """Has SIGTERM, which schedulers send before they take a machine back, stop this process as Ctrl-C does."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def together(devices: int | None, nodes: int) -> tuple[int, int]:

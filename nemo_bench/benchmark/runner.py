@@ -224,12 +224,11 @@ class Runner:
             settings = {"model": cell.spec.model, "prompts": len(cell.calibration_prompts)}
             spec = schema.Spec(task="calibrate", settings=settings, general_prompts=cell.spec.general_prompts)
             store.open(spec, is_named=True)
-        if STATISTICS in cell.measured:
+        if STATISTICS in cell.measured and not localization.is_readable(store.folder / STATISTICS):
             self._measure_statistics(cell, store)
-        if THRESHOLD not in cell.measured or plan.is_measured(store.folder / THRESHOLD):
-            return
+        is_open = THRESHOLD in cell.measured and not plan.is_measured(store.folder / THRESHOLD)
         # Without finite activations localizing fails prompt by prompt, and the rest of the run goes on.
-        if self._statistics(cell) is not None:
+        if is_open and self._statistics(cell) is not None:
             self._measure_threshold(cell, store)
 
     def _calibration(self, cell: Cell, method: Method) -> localization.Calibration | None:
@@ -239,16 +238,13 @@ class Runner:
         statistics = self._statistics(cell)
         if statistics is None:
             return localization.Calibration({}, {}, math.nan)
-        mean, std = statistics
-        threshold = method.memorization_threshold
-        highest = None
+        threshold, highest = method.memorization_threshold, None
         if THRESHOLD in cell.measured:
             measured = read_file(cell.calibration_file(THRESHOLD), schema.Threshold)
             highest = measured.maxima.threshold
-            if threshold is None:
-                threshold = measured.threshold
+            threshold = measured.threshold if threshold is None else threshold
         tau = math.nan if threshold is None else threshold
-        return localization.Calibration(mean, std, tau, len(cell.calibration_prompts), highest)
+        return localization.Calibration(*statistics, tau, len(cell.calibration_prompts), highest)
 
     def _statistics(self, cell: Cell) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
         """Mean and standard deviation of activations by layer, given or measured; None where none were finite."""
@@ -259,16 +255,13 @@ class Runner:
         return localization.name_layers(localization.read_statistics(path), self.model(cell).masks.widths)
 
     def _measure_statistics(self, cell: Cell, store: Store) -> None:
-        path = store.folder / STATISTICS
-        if localization.is_readable(path):
-            return
         chunks = Chunk.from_prompts(cell.calibration_prompts)
         label = cell.spec.model
         self.run_stage(schema.StatisticsRecord, measure_statistics, cell, chunks, store=store, label=label)
         records = store.records(schema.StatisticsRecord)
         files = (store.folder / str(records[chunk.id].file) for chunk in chunks)
         if is_main() and (merged := localization.merge_statistics(files)):
-            localization.write_statistics(path, merged)
+            localization.write_statistics(store.folder / STATISTICS, merged)
         self.wait()
 
     def _measure_threshold(self, cell: Cell, store: Store) -> None:

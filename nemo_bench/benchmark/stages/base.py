@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
-from nemo_bench.benchmark.stopping import stop_at_sigterm
+from nemo_bench.benchmark.processes import stop_at_sigterm
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.methods import Method
 from nemo_bench.records.data import Neurons, Prompt
