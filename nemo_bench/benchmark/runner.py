@@ -360,12 +360,9 @@ class Runner:
             neurons = pending.localized_neurons(cell.store, cell.spec, cell.prompts)
             method = partial(self.method, cell)
             parts = {"model": self.model(cell), "method": method, "neurons": neurons, "batch_size": self.rows(cell)}
-
-        def left() -> list[Any]:
-            return [by_id[name] for name in store.pending_ids(kind, by_id)]
-
+        stage = Stage(handle, kind, store, by_id, **parts)
         self.describe(kind.stage, label or str(cell.spec.method))
-        self.predict(Stage(handle, kind, store, **parts), PromptDataModule(left, batch_size, read, workers))
+        self.predict(stage, PromptDataModule(stage.pending, batch_size, read, workers))
         if is_main():
             store.finish(kind, by_id)
         self.wait()

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from nemo_bench.benchmark.stages.base import CHUNK, Chunk, Stage, file_name
+from nemo_bench.benchmark.stages.base import CHUNK, Chunk, Stage, file_name, save_tensors
 from nemo_bench.errors import StoreError
 from nemo_bench.metrics import BenchMetric, ImageSpace, Network, OpenClip, SetMetric
 from nemo_bench.prompts.tasks import PromptTask
 from nemo_bench.records.data import Neurons
 from nemo_bench.records.images import open_image
-from nemo_bench.records.io import batched, digest, replacing
+from nemo_bench.records.io import batched, digest
 from nemo_bench.records.schema import FeatureRecord, ImageRecord, ScoreRecord
 
 
@@ -190,7 +190,7 @@ class Scorer:
         if self.set_spaces and sample.images:
             whole["file"] = f"features/{file_name(prompt)}.safetensors"
             features = {name: sample.field("images", space, stage.device) for name, space in self.set_spaces.items()}
-            save_features(stage.store.folder / whole["file"], features)
+            save_tensors(stage.store.folder / whole["file"], features)
             finite = {name: bool(values.isfinite().all()) for name, values in features.items()}
             of_prompt |= {name: math.nan for name, space in self.whole_sets.items() if not finite[space]}
         records = [
@@ -254,7 +254,7 @@ def embed_real(stage: Stage, tasks: Sequence[Chunk], space: Network) -> list[Fea
         pictures = [open_image(path) for path in chunk.items]
         features = space.embed(pictures, pictures[0].size, stage.device)
         file = f"features/{chunk.id}.safetensors"
-        save_features(stage.store.folder / file, {"real": features})
+        save_tensors(stage.store.folder / file, {"real": features})
         records.append(FeatureRecord(id=chunk.id, file=file, count=len(chunk.items)))
     return records
 
@@ -262,13 +262,6 @@ def embed_real(stage: Stage, tasks: Sequence[Chunk], space: Network) -> list[Fea
 def set_spaces(metrics: Iterable[BenchMetric]) -> dict[str, Network]:
     """The networks whose features metrics of whole sets need, by the name they are kept under."""
     return {digest(m.space.fingerprint()): m.space for m in metrics if isinstance(m, SetMetric)}
-
-
-def save_features(path: Path, features: Mapping[str, Tensor]) -> None:
-    """Writes features by name, (N, D) each, whole."""
-    path.parent.mkdir(exist_ok=True)
-    with replacing(path) as part:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in features.items()}, part)
 
 
 def read_features(paths: Iterable[Path], name: str) -> Tensor:
