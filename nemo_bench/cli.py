@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prepare_process()
         arguments = sys.argv[1:]
     options = _options(arguments)
-    from nemo_bench.benchmark.stopping import stop_at_sigterm
+    from nemo_bench.benchmark.processes import stop_at_sigterm
 
     stop_at_sigterm()
     try:

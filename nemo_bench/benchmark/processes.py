@@ -1,10 +1,12 @@
-"""Which processes run together: those that Lightning starts, or those of a launcher such as torchrun or Slurm."""
+"""Which processes run together, by Lightning or by a launcher such as torchrun or Slurm, and how they are stopped."""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping
 
@@ -23,27 +25,22 @@ def is_main() -> bool:
         from lightning.fabric.utilities.rank_zero import rank_zero_only
 
         return bool(getattr(rank_zero_only, "rank", 0) == 0)
-    ranks = (
-        "RANK",
-        "LOCAL_RANK",
-        "SLURM_PROCID",
-        "JSM_NAMESPACE_RANK",
-        "OMPI_COMM_WORLD_RANK",
-        "PMI_RANK",
-        "NODE_RANK",
-    )
+    by_launchers = ("SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "NODE_RANK")
+    ranks = ("RANK", "LOCAL_RANK", *by_launchers)
     return next((os.environ[name] for name in ranks if name in os.environ), "0") == "0"
+
+
+def stop_at_sigterm() -> None:
+    """Has SIGTERM, which schedulers send before they take a machine back, stop this process as Ctrl-C does."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def together(devices: int | None, nodes: int) -> tuple[int, int]:
     """Processes a node and nodes of this run; a launcher that is none is found out before anything waits for it.
 
-    Args:
-        devices: Processes a node that were asked for; None for as many as torchrun started, or else one.
-        nodes: Nodes that were asked for.
-
-    Raises:
-        ConfigError: Ranks are left over from a job that is over, or are others than were asked for.
+    Without ``devices`` there are as many as torchrun started, or else one. ConfigError where ranks are left over from a
+    job that is over, or are others than were asked for.
     """
     # Lightning takes seconds to import.
     from lightning.fabric.plugins.environments.lsf import LSFEnvironment

@@ -34,8 +34,7 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
         The folder of the run, with ``report.html`` and the leaderboard.
 
     Raises:
-        NemoBenchError: See :func:`nemo_bench.benchmark.plan.plan`; also where a results folder belongs to something
-            else.
+        NemoBenchError: As by the plan, or a results folder belongs to something else.
     """
     settings = cells[0].config.settings
     folder = Path(settings.root) / settings.name
@@ -88,13 +87,7 @@ def renew_scores(cells: Sequence[Cell]) -> None:
 
 
 def finish(cells: Sequence[Cell], runner: Runner, say: Callable[[str], None] = print) -> None:
-    """Scores pending images of cells, to the report of their run.
-
-    Args:
-        cells: Cells of one run whose images are there.
-        runner: The trainer.
-        say: Where single lines go.
-    """
+    """Scores pending images of cells of one run, to its report."""
     for cell in cells:
         runner.score(cell)
     if is_main():

@@ -22,6 +22,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
+from typing_extensions import override
 
 from nemo_bench import localization
 from nemo_bench.benchmark import pending, plan
@@ -29,11 +30,10 @@ from nemo_bench.benchmark.plan import STATISTICS, THRESHOLD, Cell
 from nemo_bench.benchmark.processes import is_main, together
 from nemo_bench.benchmark.stages.base import Chunk, Stage
 from nemo_bench.benchmark.stages.calibrate import measure_pairs, measure_statistics
-from nemo_bench.benchmark.stages.features import embed_real, read_features
 from nemo_bench.benchmark.stages.generate import generate
 from nemo_bench.benchmark.stages.localize import localize
 from nemo_bench.benchmark.stages.memorization import measure_memorization
-from nemo_bench.benchmark.stages.score import SampleReader, Scorer
+from nemo_bench.benchmark.stages.score import SampleReader, Scorer, embed_real, read_features
 from nemo_bench.config import ModelSettings, TrainerSettings, build, resolve
 from nemo_bench.config.schema import rows_at_once
 from nemo_bench.diffusion import Diffusion
@@ -119,17 +119,13 @@ def _device_name(trainer: L.Trainer) -> str:
 class StageBar(TQDMProgressBar):
     """Lightning's progress bar with the stage's name; shows rate and remaining time."""
 
-    description = ""
+    predict_description = ""
 
-    @property
-    def predict_description(self) -> str:
-        """What stands before the bar."""
-        return self.description
-
+    @override
     def on_predict_batch_start(self, *args: Any, **options: Any) -> None:
-        """Keeps the description free of the number of the only dataloader."""
         super().on_predict_batch_start(*args, **options)
-        self.predict_progress_bar.set_description(self.description)
+        # Without the number of the only dataloader.
+        self.predict_progress_bar.set_description(self.predict_description)
 
 
 class Runner:
@@ -228,12 +224,11 @@ class Runner:
             settings = {"model": cell.spec.model, "prompts": len(cell.calibration_prompts)}
             spec = schema.Spec(task="calibrate", settings=settings, general_prompts=cell.spec.general_prompts)
             store.open(spec, is_named=True)
-        if STATISTICS in cell.measured:
+        if STATISTICS in cell.measured and not localization.is_readable(store.folder / STATISTICS):
             self._measure_statistics(cell, store)
-        if THRESHOLD not in cell.measured or plan.is_measured(store.folder / THRESHOLD):
-            return
+        is_open = THRESHOLD in cell.measured and not plan.is_measured(store.folder / THRESHOLD)
         # Without finite activations localizing fails prompt by prompt, and the rest of the run goes on.
-        if self._statistics(cell) is not None:
+        if is_open and self._statistics(cell) is not None:
             self._measure_threshold(cell, store)
 
     def _calibration(self, cell: Cell, method: Method) -> localization.Calibration | None:
@@ -243,16 +238,13 @@ class Runner:
         statistics = self._statistics(cell)
         if statistics is None:
             return localization.Calibration({}, {}, math.nan)
-        mean, std = statistics
-        threshold = method.memorization_threshold
-        highest = None
+        threshold, highest = method.memorization_threshold, None
         if THRESHOLD in cell.measured:
             measured = read_file(cell.calibration_file(THRESHOLD), schema.Threshold)
             highest = measured.maxima.threshold
-            if threshold is None:
-                threshold = measured.threshold
+            threshold = measured.threshold if threshold is None else threshold
         tau = math.nan if threshold is None else threshold
-        return localization.Calibration(mean, std, tau, len(cell.calibration_prompts), highest)
+        return localization.Calibration(*statistics, tau, len(cell.calibration_prompts), highest)
 
     def _statistics(self, cell: Cell) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
         """Mean and standard deviation of activations by layer, given or measured; None where none were finite."""
@@ -263,16 +255,13 @@ class Runner:
         return localization.name_layers(localization.read_statistics(path), self.model(cell).masks.widths)
 
     def _measure_statistics(self, cell: Cell, store: Store) -> None:
-        path = store.folder / STATISTICS
-        if localization.is_readable(path):
-            return
         chunks = Chunk.from_prompts(cell.calibration_prompts)
         label = cell.spec.model
         self.run_stage(schema.ChunkRecord, measure_statistics, cell, chunks, store=store, label=label)
         records = store.records(schema.ChunkRecord)
         files = (store.folder / str(records[chunk.id].file) for chunk in chunks)
         if is_main() and (merged := localization.merge_statistics(files)):
-            localization.write_statistics(path, merged)
+            localization.write_statistics(store.folder / STATISTICS, merged)
         self.wait()
 
     def _measure_threshold(self, cell: Cell, store: Store) -> None:
@@ -370,19 +359,16 @@ class Runner:
             neurons = pending.localized_neurons(cell.store, cell.spec, cell.prompts)
             method = partial(self.method, cell)
             parts = {"model": self.model(cell), "method": method, "neurons": neurons, "batch_size": self.rows(cell)}
-
-        def left() -> list[Any]:
-            return [by_id[name] for name in store.pending_ids(kind, by_id)]
-
+        stage = Stage(handle, kind, store, by_id, **parts)
         self.describe(kind.stage, label or str(cell.spec.method))
-        self.predict(Stage(handle, kind, store, **parts), PromptDataModule(left, batch_size, read, workers))
+        self.predict(stage, PromptDataModule(stage.pending, batch_size, read, workers))
         if is_main():
             store.finish(kind, by_id)
         self.wait()
 
     def describe(self, stage: str, label: str) -> None:
         """Says beside the bar what comes next."""
-        self.bar.description = f"{stage:>12} {label:<8}"
+        self.bar.predict_description = f"{stage:>12} {label:<8}"
 
     def predict(self, stage: L.LightningModule, data: L.LightningDataModule) -> None:
         """Runs a stage over all pending tasks; every process goes on when all are through."""

@@ -110,10 +110,7 @@ class LoggedCell:
         return fmean(values) if values else None
 
     def pictures(self, prompt: Prompt) -> dict[str, Image.Image]:
-        """Small pictures of a prompt by :data:`PICTURES`: the first reference and the first seed, where there are any.
-
-        Noise differences are a strip over seeds.
-        """
+        """Small pictures of a prompt by :data:`PICTURES`, of its first reference and first seed where there are any."""
         outcome = self.results.outcomes[prompt.id]
         before = self.unmitigated.outcomes.get(prompt.id) if self.unmitigated else None
         files = (
@@ -125,14 +122,11 @@ class LoggedCell:
         made = {name: thumbnail(file, _BOX) for name, file in zip(PICTURES, files, strict=True) if file}
         return {name: picture[0] for name, picture in made.items() if picture}
 
-    def neurons_by_layer(self) -> list[tuple[str, int, float]]:
+    def neurons_by_layer(self) -> list[list[Any]]:
         """Short name, width and mean number of neurons a prompt of every value layer, in network order."""
-        names = short_layers(self.results.layers)
-        outcomes = self.results.outcomes.values()
-        return [
-            (names[layer], width, fmean(len(outcome.neurons.get(layer, ())) for outcome in outcomes))
-            for layer, width in self.results.layers.items()
-        ]
+        names, outcomes = short_layers(self.results.layers), self.results.outcomes.values()
+        means = {layer: fmean(len(o.neurons.get(layer, ())) for o in outcomes) for layer in self.results.layers}
+        return [[names[layer], width, means[layer]] for layer, width in self.results.layers.items()]
 
 
 def logged_cells(results: Results) -> list[LoggedCell]:

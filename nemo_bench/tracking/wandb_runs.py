@@ -91,8 +91,7 @@ def _log(cell: LoggedCell, settings: LoggerSettings, tracked: Tracked, *, in_swe
             ),
         ) as run,
     ):
-        charts = {**_curves(cell), **_tradeoff(cell), **_neurons(cell)}
-        run.log({**cell.means, "prompts": _prompts(cell, settings.thumbnails), **charts})
+        run.log({**cell.means, "prompts": _prompts(cell, settings.thumbnails), **_charts(cell)})
         run.summary.update(cell.row)
         run.log_artifact(_artifact(cell))
     return None if run.offline else run.url
@@ -167,47 +166,35 @@ def _prompts(cell: LoggedCell, thumbnails: int) -> wandb.Table:
     return table
 
 
-def _curves(cell: LoggedCell) -> dict[str, Any]:
-    charts = {}
-    for name, roc in cell.results.summary.detection.items():
-        if not roc.curve:
-            continue
-        rows = [[cell.results.spec.title, x, y] for x, y in roc.curve]
-        table = wandb.Table(columns=["class", "fpr", "tpr"], data=rows)
-        axes = {"x-axis-title": "False positive rate", "y-axis-title": "True positive rate"}
-        words = {"title": f"ROC: {roc.title}", **axes}
-        fields = {"x": "fpr", "y": "tpr", "class": "class"}
-        # wandb.plot.roc_curve draws the same, but has scikit-learn compute the points.
-        charts[f"detection/roc/{name}"] = wandb.plot_table("wandb/area-under-curve/v0", table, fields, words)
+def _charts(cell: LoggedCell) -> dict[str, Any]:
+    results = cell.results
+    title, outcomes = results.spec.title, results.outcomes
+    charts: dict[str, Any] = {}
+    for name, roc in results.summary.detection.items():
+        if roc.curve:
+            table = wandb.Table(columns=["class", "fpr", "tpr"], data=[[title, x, y] for x, y in roc.curve])
+            axes = {"x-axis-title": "False positive rate", "y-axis-title": "True positive rate"}
+            words = {"title": f"ROC: {roc.title}", **axes}
+            fields = {"x": "fpr", "y": "tpr", "class": "class"}
+            # wandb.plot.roc_curve draws the same, but has scikit-learn compute the points.
+            charts[f"detection/roc/{name}"] = wandb.plot_table("wandb/area-under-curve/v0", table, fields, words)
+    if cell.tradeoff:
+        x, y = cell.tradeoff
+        aggregates = results.summary.aggregates.items()
+        means = [[title, group, row[x].mean, row[y].mean] for group, row in aggregates if x in row and y in row]
+        table = wandb.Table(columns=["method", "group", x, y], data=means)
+        charts["tradeoff/groups"] = wandb.plot.scatter(table, x, y, "Trade-off, mean of each group")
+        points = [[p.id, p.group, cell.value(p, x), cell.value(p, y)] for p in results.prompts]
+        table = wandb.Table(columns=["prompt", "group", x, y], data=[point for point in points if None not in point])
+        charts["tradeoff/prompts"] = wandb.plot.scatter(table, x, y, "Trade-off, one point a prompt")
+    if any(outcome.neurons for outcome in outcomes.values()):
+        counts = [[p.id, p.group, outcomes[p.id].neurons.count] for p in results.prompts]
+        table = wandb.Table(columns=["prompt", "group", "neurons"], data=counts)
+        charts["neurons/per_prompt"] = wandb.plot.histogram(table, "neurons", "Neurons per prompt")
+        table = wandb.Table(columns=["layer", "width", "neurons"], data=cell.neurons_by_layer())
+        heading = "Neurons per layer, mean over prompts"
+        charts["neurons/per_layer"] = wandb.plot.bar(table, "layer", "neurons", heading)
     return charts
-
-
-def _tradeoff(cell: LoggedCell) -> dict[str, Any]:
-    if not cell.tradeoff:
-        return {}
-    x, y = cell.tradeoff
-    title, aggregates = cell.results.spec.title, cell.results.summary.aggregates
-    means = [[title, g, row[x].mean, row[y].mean] for g, row in aggregates.items() if x in row and y in row]
-    rows = [[p.id, p.group, cell.value(p, x), cell.value(p, y)] for p in cell.results.prompts]
-    by_group = wandb.Table(columns=["method", "group", x, y], data=means)
-    by_prompt = wandb.Table(columns=["prompt", "group", x, y], data=[row for row in rows if None not in row])
-    return {
-        "tradeoff/groups": wandb.plot.scatter(by_group, x, y, "Trade-off, mean of each group"),
-        "tradeoff/prompts": wandb.plot.scatter(by_prompt, x, y, "Trade-off, one point a prompt"),
-    }
-
-
-def _neurons(cell: LoggedCell) -> dict[str, Any]:
-    outcomes = cell.results.outcomes
-    if not any(outcome.neurons for outcome in outcomes.values()):
-        return {}
-    counts = [[p.id, p.group, outcomes[p.id].neurons.count] for p in cell.results.prompts]
-    by_prompt = wandb.Table(columns=["prompt", "group", "neurons"], data=counts)
-    by_layer = wandb.Table(columns=["layer", "width", "neurons"], data=[list(row) for row in cell.neurons_by_layer()])
-    return {
-        "neurons/per_prompt": wandb.plot.histogram(by_prompt, "neurons", "Neurons per prompt"),
-        "neurons/per_layer": wandb.plot.bar(by_layer, "layer", "neurons", "Neurons per layer, mean over prompts"),
-    }
 
 
 def _artifact(cell: LoggedCell) -> wandb.Artifact:

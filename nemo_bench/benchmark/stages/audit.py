@@ -12,11 +12,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_bench.benchmark.embedding_search import RATE, SAMPLES, STEPS, random_embeddings, search_embeddings
-from nemo_bench.benchmark.stages.base import UNLOCALIZED, Chunk, Stage, file_name, to_image
+from nemo_bench.benchmark.stages.base import UNLOCALIZED, Chunk, Stage, file_name, save_tensors, to_image
 from nemo_bench.diffusion import Conditioning, file_digest
 from nemo_bench.errors import NotFiniteError
 from nemo_bench.methods import Batch, Method, NoMitigation
@@ -151,11 +150,14 @@ def _search_together(stage: Stage, tasks: Sequence[Search], settings: AuditSetti
     (store.folder / folder).mkdir(parents=True, exist_ok=True)
     records = []
     for row, task in enumerate(tasks):
-        if reason := _failure(found.text.rows([row]), {state: images[row] for state, images in rows.items()}):
+        embedding = found.text.rows([row])
+        if reason := _failure(embedding, {state: images[row] for state, images in rows.items()}):
             records.append(_record(task, passes, failed=reason))
             continue
         name = f"{folder}/{task.name}"
-        _save_search(store.folder / f"{name}.safetensors", found.text.rows([row]), found.losses[row])
+        pooled = {} if embedding.pooled is None else {"pooled": embedding.pooled}
+        tensors = {"text": embedding.text, "losses": found.losses[row], **pooled}
+        save_tensors(store.folder / f"{name}.safetensors", tensors)
         sheet = [torch.cat([pictures[row].to(images), *images[row]], 2) for images in rows.values()]
         image = store.save_image(f"{name}.png", to_image(torch.cat(sheet, 1)))
         records.append(_record(task, passes, states=list(rows), file=f"{name}.safetensors", image=image))
@@ -193,11 +195,6 @@ def fitted_picture(path: Path, size: tuple[int, int]) -> Tensor:
     """A picture as training saw it, (3, H, W), float32, in [0, 1]: its middle, brought to width and height ``size``."""
     fitted = ImageOps.fit(open_image(path), size, Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
-
-
-def _save_search(path: Path, text: Conditioning, losses: Tensor) -> None:
-    parts = {"text": text.text, "losses": losses, **({} if text.pooled is None else {"pooled": text.pooled})}
-    save_file({name: tensor.cpu().contiguous() for name, tensor in parts.items()}, path)
 
 
 def score_sheets(

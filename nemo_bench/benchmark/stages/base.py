@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
 
-from nemo_bench.benchmark.stopping import stop_at_sigterm
+from nemo_bench.benchmark.processes import stop_at_sigterm
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.methods import Method
 from nemo_bench.records.data import Neurons, Prompt
-from nemo_bench.records.io import batched, digest
+from nemo_bench.records.io import batched, digest, replacing
 from nemo_bench.records.schema import Cost, Record
 from nemo_bench.records.store import Store
 
@@ -37,6 +38,7 @@ class Stage(L.LightningModule):
         handle: Computes the records of a batch, given the stage and the batch.
         kind: Class of the records.
         store: Where they go; None where ``handle`` writes them.
+        tasks: All tasks by record id, done or not.
         model: The model, where one is needed.
         method: Gives the mitigation, set up; the first call counts to the first task.
         neurons: Localized neurons by prompt id; images of other prompts fail.
@@ -48,6 +50,7 @@ class Stage(L.LightningModule):
         handle: Callable[[Stage, Any], Sequence[Record]],
         kind: type[Record],
         store: Store | None,
+        tasks: Mapping[str, Any] | None = None,
         *,
         model: Any = None,
         method: Any = None,
@@ -56,12 +59,18 @@ class Stage(L.LightningModule):
     ) -> None:
         super().__init__()
         self.handle = handle
+        self.kind = kind
+        self.tasks = tasks or {}
         self.write = store.writer(kind) if store else None
         self.store: Store = store  # type: ignore[assignment] # who asks for it has given one, as of all that follows
         self.model: Diffusion = model
         self.method: Callable[[], Method] = method
         self.neurons = neurons or {}
         self.batch_size = batch_size
+
+    def pending(self) -> list[Any]:
+        """The tasks without a record."""
+        return [self.tasks[name] for name in self.store.pending_ids(self.kind, self.tasks)]
 
     @override
     def on_predict_start(self) -> None:
@@ -118,6 +127,13 @@ def file_name(prompt: Prompt) -> str:
     """
     plain = re.sub(r"[^a-z0-9._-]+", "-", prompt.id.lower())[:60].lstrip(".")
     return plain if plain == prompt.id else f"{plain}-{digest([prompt.id], 8)}"
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors by name, whole, to a file of safetensors."""
+    path.parent.mkdir(exist_ok=True)
+    with replacing(path) as part:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
 
 
 def to_image(image: Tensor) -> Image.Image:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -36,32 +35,26 @@ def detection_stage(model: Diffusion, cells: Sequence[Cell], batch_size: int) ->
         cell.detector.check_model(model)
     by_id = {cell.id: cell for cell in cells}
     writers = {cell.id: cell.store.writer(DetectionRecord) for cell in cells}
-    handle = partial(_detect, cells=by_id, writers=writers)
-    return Stage(handle, DetectionRecord, None, model=model, batch_size=batch_size)
 
+    def handle(stage: Stage, tasks: Sequence[tuple[Task, tuple[str, ...]]]) -> list[DetectionRecord]:
+        written: list[DetectionRecord] = []
+        for names, group in groupby(tasks, lambda task: task[1]):
+            prompts = [task for task, _ in group]
+            detectors: dict[str, Any] = {name: by_id[name].detector for name in names}
+            scores, costs = watch(model, detectors, [task.prompt for task in prompts], batch_size)
+            for name, of_detector in scores.items():
+                cost = Cost(
+                    row_passes=costs[name].row_passes / len(prompts),
+                    extra_row_passes=costs[name].extra_row_passes / len(prompts),
+                    seconds=round(costs[name].seconds / len(prompts), 4),
+                )
+                pairs = zip(prompts, of_detector, strict=True)
+                records = [_record(by_id[name].store, task, score, cost) for task, score in pairs]
+                writers[name](records)
+                written += records
+        return written
 
-def _detect(
-    stage: Stage,
-    tasks: Sequence[tuple[Task, tuple[str, ...]]],
-    cells: Mapping[str, Cell],
-    writers: Mapping[str, Callable[[Iterable[DetectionRecord]], None]],
-) -> list[DetectionRecord]:
-    written: list[DetectionRecord] = []
-    for names, group in groupby(tasks, lambda task: task[1]):
-        prompts = [task for task, _ in group]
-        detectors: dict[str, Any] = {name: cells[name].detector for name in names}
-        scores, costs = watch(stage.model, detectors, [task.prompt for task in prompts], stage.batch_size)
-        for name, of_detector in scores.items():
-            cost = Cost(
-                row_passes=costs[name].row_passes / len(prompts),
-                extra_row_passes=costs[name].extra_row_passes / len(prompts),
-                seconds=round(costs[name].seconds / len(prompts), 4),
-            )
-            pairs = zip(prompts, of_detector, strict=True)
-            records = [_record(cells[name].store, task, score, cost) for task, score in pairs]
-            writers[name](records)
-            written += records
-    return written
+    return Stage(handle, DetectionRecord, None, model=model)
 
 
 def _record(store: Store, task: Task, result: DetectorScore, cost: Cost) -> DetectionRecord:

@@ -1,4 +1,4 @@
-"""Scores of images by every metric."""
+"""Scores of images by every metric, and features of pictures for metrics of whole sets."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
-from nemo_bench.benchmark.stages.base import CHUNK, Stage, file_name
-from nemo_bench.benchmark.stages.features import save_features, set_spaces
+from nemo_bench.benchmark.stages.base import CHUNK, Chunk, Stage, file_name, save_tensors
 from nemo_bench.errors import StoreError
 from nemo_bench.metrics import BenchMetric, ImageSpace, Network, OpenClip, SetMetric
 from nemo_bench.prompts.tasks import Task
 from nemo_bench.records.data import Neurons
 from nemo_bench.records.images import open_image
 from nemo_bench.records.io import batched, digest
-from nemo_bench.records.schema import ImageRecord, ScoreRecord
+from nemo_bench.records.schema import ChunkRecord, ImageRecord, ScoreRecord
 
 
 @dataclass
@@ -138,9 +138,8 @@ class SampleReader:
         try:
             is_other = known is not None and hashlib.sha256(path.read_bytes()).hexdigest() not in known
         except OSError as error:
-            raise StoreError(
-                f"{path} can't be read ({error.strerror}); the command that made it makes it again"
-            ) from error
+            msg = f"{path} can't be read ({error.strerror}); the command that made it makes it again"
+            raise StoreError(msg) from error
         if is_other:
             msg = f"{path} is not the image that was recorded"
             raise StoreError(f"{msg}; delete it, and the command that made it makes it again")
@@ -191,7 +190,7 @@ class Scorer:
         if self.set_spaces and sample.images:
             whole["file"] = f"features/{file_name(prompt)}.safetensors"
             features = {name: sample.field("images", space, stage.device) for name, space in self.set_spaces.items()}
-            save_features(stage.store.folder / whole["file"], features)
+            save_tensors(stage.store.folder / whole["file"], features)
             finite = {name: bool(values.isfinite().all()) for name, values in features.items()}
             of_prompt |= {name: math.nan for name, space in self.whole_sets.items() if not finite[space]}
         records = [
@@ -207,7 +206,8 @@ class Scorer:
         compared = [field for field in ("images", "unmitigated") if field in fields]
         if compared and len(rows) < len(sample.images):
             fields["images"] = fields["images"][rows]
-        finite = [all(one) for one in zip(*(_finite_rows(fields[field]) for field in compared), strict=True)]
+        rows_finite = [fields[field].isfinite().flatten(1).all(1).tolist() for field in compared]
+        finite = [all(one) for one in zip(*rows_finite, strict=True)]
         if not all(finite):
             for field in compared:
                 fields[field] = fields[field][torch.tensor(finite)]
@@ -230,11 +230,6 @@ class Scorer:
         return self._pools[key]
 
 
-def _finite_rows(embedded: Tensor) -> list[bool]:
-    """Whether all numbers of each embedded picture are finite."""
-    return embedded.isfinite().flatten(1).all(1).tolist()
-
-
 def _finite_scores(scores: Mapping[str, float]) -> dict[str, Any]:
     """Scores by metric as they are recorded: those that are not finite under ``failed``, with the reason."""
     failed = {name: f"the score is {value}" for name, value in scores.items() if not math.isfinite(value)}
@@ -250,3 +245,26 @@ def embed_together(samples: Sequence[PromptSample], field: str, space: Network, 
         vectors = space.embed(pictures, having[0].size, device)
         for sample, part in zip(having, vectors.split([len(sample.pictures[field]) for sample in having]), strict=True):
             sample.seen[field, space.view] = part
+
+
+def embed_real(stage: Stage, tasks: Sequence[Chunk], space: Network) -> list[ChunkRecord]:
+    """Takes the features of the real pictures of a folder."""
+    records = []
+    for chunk in tasks:
+        pictures = [open_image(path) for path in chunk.items]
+        features = space.embed(pictures, pictures[0].size, stage.device)
+        file = f"features/{chunk.id}.safetensors"
+        save_tensors(stage.store.folder / file, {"real": features})
+        records.append(ChunkRecord(id=chunk.id, file=file, count=len(chunk.items)))
+    return records
+
+
+def set_spaces(metrics: Iterable[BenchMetric]) -> dict[str, Network]:
+    """The networks whose features metrics of whole sets need, by the name they are kept under."""
+    return {digest(m.space.fingerprint()): m.space for m in metrics if isinstance(m, SetMetric)}
+
+
+def read_features(paths: Iterable[Path], name: str) -> Tensor:
+    """Features of several files in their order, (N, D), without rows that are not finite."""
+    features = torch.cat([load_file(path)[name] for path in paths])
+    return features[features.isfinite().all(1)]

@@ -14,8 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nemo_bench.benchmark.stages.base import Chunk, Stage
-from nemo_bench.benchmark.stages.features import embed_real, read_features, set_spaces
-from nemo_bench.benchmark.stages.score import SampleReader, Scorer
+from nemo_bench.benchmark.stages.score import SampleReader, Scorer, embed_real, read_features, set_spaces
 from nemo_bench.errors import ConfigError
 from nemo_bench.metrics import (
     FID,
