@@ -23,15 +23,10 @@ UNCHANGED = "neurons and weights stay as they are; an audit asks whether a chang
 
 @dataclass(frozen=True)
 class Found:
-    """Where a search ended.
+    """Where a search ended."""
 
-    Attributes:
-        text: What was found, float32, N rows.
-        losses: Training loss of each row before each step, (N, steps).
-    """
-
-    text: Conditioning
-    losses: Tensor
+    text: Conditioning  #: What was found, float32, N rows.
+    losses: Tensor  #: Training loss of each row before each step, (N, steps).
 
 
 def search_embeddings(

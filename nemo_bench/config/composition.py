@@ -55,17 +55,11 @@ ConfigStore.instance().store(name="run_schema", node={**asdict(RunSettings()), "
 
 @dataclass(frozen=True)
 class CellConfig:
-    """Settings of one cell and the options that they come from.
+    """Settings of one cell and the options that they come from."""
 
-    Attributes:
-        names: Option by group, such as ``{"model": "planted", "method": "nemo", ...}``.
-        settings: The checked settings.
-        families: Settings that were chosen for the family of the model.
-    """
-
-    names: Mapping[str, str]
-    settings: RunSettings
-    families: tuple[FamilySettings, ...] = ()
+    names: Mapping[str, str]  #: Option by group, such as ``{"model": "planted", "method": "nemo", ...}``.
+    settings: RunSettings  #: The checked settings.
+    families: tuple[FamilySettings, ...] = ()  #: Settings that were chosen for the family of the model.
 
 
 def grid(

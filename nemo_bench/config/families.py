@@ -15,21 +15,14 @@ FAMILIES = "families"
 
 @dataclass(frozen=True)
 class FamilySettings:
-    """Settings of a method or detector that were chosen for the family of a model.
+    """Settings of a method or detector that were chosen for the family of a model."""
 
-    Attributes:
-        node: Key of the method or detector: ``method``, ``method.source``, ``detector``.
-        family: Family of the model, see :attr:`nemo_bench.config.ModelSettings.family`.
-        known: Whether the file of the method has settings for this family.
-        values: Chosen settings; of an unknown family the file's defaults of all settings that differ by family.
-        given: Settings that the user gave instead.
-    """
-
-    node: str
-    family: str | None
-    known: bool
+    node: str  #: Key of the method or detector: ``method``, ``method.source``, ``detector``.
+    family: str | None  #: Family of the model, see :attr:`nemo_bench.config.ModelSettings.family`.
+    known: bool  #: Whether the file of the method has settings for this family.
+    #: Chosen settings; of an unknown family the file's defaults of all settings that differ by family.
     values: Mapping[str, Any]
-    given: Mapping[str, Any]
+    given: Mapping[str, Any]  #: Settings that the user gave instead.
 
     def __str__(self) -> str:
         parts = [_listed(self.values) or "the defaults", *([_listed(self.given)] if self.given else [])]

@@ -37,159 +37,105 @@ class SimilaritySettings:
 
 @dataclass
 class ModelSettings:
-    """A model and how it is used.
+    """A model and how it is used."""
 
-    Attributes:
-        source: Pipeline folder, hub id or ``.safetensors`` file; ``package:`` stands for the folder of this package.
-        revision: Commit, tag or branch of a hub id.
-        config: Folder or hub id of a pipeline of the same form; for a ``source`` that is a file of weights.
-        local_files_only: Never ask the hub.
-        variant: Form of the weights, such as ``fp16`` for ``*.fp16.safetensors``; null for the available one.
-        lora: LoRA added to the weights: ``.safetensors`` file, folder, hub id or ``user/name/FILE``.
-        lora_scale: Factor of the LoRA, 1 as trained.
-        dtype: float32, float16 or bfloat16.
-        compiled: Compile the UNet with torch.compile; changes results by rounding only.
-        layers: Value layers that can be blocked, ``down+mid`` or ``all``.
-        steps: DDIM steps.
-        guidance: Scale of classifier-free guidance, 1 for none.
-        similarity: How noise differences are compared.
-        family: Models that share published settings of methods and detectors, such as ``sd1``, ``sd2`` and ``sdxl``;
-            None for other models.
-        statistics: File of published activation statistics, used in place of measured ones.
-        clip: open_clip model for alignment and diversity; weights of OpenAI need one of ``-quickgelu``.
-        clip_pretrained: Weights of the open_clip model: tag or file.
-        summary: One line for ``nemo-bench ls``.
-    """
-
+    #: Pipeline folder, hub id or ``.safetensors`` file; ``package:`` stands for the folder of this package.
     source: str = MISSING
-    revision: str | None = None
+    revision: str | None = None  #: Commit, tag or branch of a hub id.
+    #: Folder or hub id of a pipeline of the same form; for a ``source`` that is a file of weights.
     config: str | None = None
-    local_files_only: bool = False
+    local_files_only: bool = False  #: Never ask the hub.
+    #: Form of the weights, such as ``fp16`` for ``*.fp16.safetensors``; null for the available one.
     variant: str | None = None
-    lora: str | None = None
-    lora_scale: float = 1.0
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    compiled: bool = False
-    layers: Literal["down+mid", "all"] = "down+mid"
-    steps: Annotated[int, at_least(1)] = 50
-    guidance: Annotated[float, at_least(0)] = 7.0
-    similarity: SimilaritySettings = field(default_factory=SimilaritySettings)
+    lora: str | None = None  #: LoRA added to the weights: ``.safetensors`` file, folder, hub id or ``user/name/FILE``.
+    lora_scale: float = 1.0  #: Factor of the LoRA, 1 as trained.
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"  #: float32, float16 or bfloat16.
+    compiled: bool = False  #: Compile the UNet with torch.compile; changes results by rounding only.
+    layers: Literal["down+mid", "all"] = "down+mid"  #: Value layers that can be blocked, ``down+mid`` or ``all``.
+    steps: Annotated[int, at_least(1)] = 50  #: DDIM steps.
+    guidance: Annotated[float, at_least(0)] = 7.0  #: Scale of classifier-free guidance, 1 for none.
+    similarity: SimilaritySettings = field(default_factory=SimilaritySettings)  #: How noise differences are compared.
+    #: Models that share published settings of methods and detectors, such as ``sd1``, ``sd2`` and ``sdxl``; None for
+    #: other models.
     family: str | None = None
-    statistics: str | None = None
+    statistics: str | None = None  #: File of published activation statistics, used in place of measured ones.
+    #: open_clip model for alignment and diversity; weights of OpenAI need one of ``-quickgelu``.
     clip: str = "ViT-B-32-quickgelu"
-    clip_pretrained: str | None = "openai"
-    summary: str = ""
+    clip_pretrained: str | None = "openai"  #: Weights of the open_clip model: tag or file.
+    summary: str = ""  #: One line for ``nemo-bench ls``.
     citation: str = ""
 
 
 @dataclass
 class PromptSettings:
-    """Prompts to benchmark.
+    """Prompts to benchmark."""
 
-    Attributes:
-        files: Prompt files, csv, jsonl, txt or parquet.
-        memorized: Files whose prompts are memorized where no kind is annotated; a part of ``files``.
-        references: Folder of reference images that a file names by relative paths, or that ``nemo-bench references``
-            fetched; by default each file's own folder.
-        calibration: General prompts for statistics and threshold.
-        controls: File of prompts whose reference images the model was not trained on, for audits.
-        shared_from: Prompt files whose neurons methods such as ``shared`` switch off for all prompts; none for the
-            memorized prompts of ``files``.
-        obtain: Where to get the files.
-        limit: At most this many prompts per file, and per file of ``shared_from``.
-        calibration_limit: At most this many general prompts.
-        summary: One line for ``nemo-bench ls``.
-    """
-
-    files: list[str] = MISSING
+    files: list[str] = MISSING  #: Prompt files, csv, jsonl, txt or parquet.
+    #: Files whose prompts are memorized where no kind is annotated; a part of ``files``.
     memorized: list[str] = field(default_factory=list)
+    #: Folder of reference images that a file names by relative paths, or that ``nemo-bench references`` fetched; by
+    #: default each file's own folder.
     references: str | None = None
-    calibration: str | None = None
-    controls: str | None = None
+    calibration: str | None = None  #: General prompts for statistics and threshold.
+    controls: str | None = None  #: File of prompts whose reference images the model was not trained on, for audits.
+    #: Prompt files whose neurons methods such as ``shared`` switch off for all prompts; none for the memorized prompts
+    #: of ``files``.
     shared_from: list[str] = field(default_factory=list)
+    #: At most this many prompts per file, and per file of ``shared_from``.
     limit: Annotated[int, at_least(1)] | None = None
-    calibration_limit: Annotated[int, at_least(2)] | None = None
-    obtain: str = ""
-    summary: str = ""
+    calibration_limit: Annotated[int, at_least(2)] | None = None  #: At most this many general prompts.
+    obtain: str = ""  #: Where to get the files.
+    summary: str = ""  #: One line for ``nemo-bench ls``.
     citation: str = ""
 
 
 @dataclass
 class TrainerSettings:
-    """Lightning's trainer.
+    """Lightning's trainer."""
 
-    Attributes:
-        accelerator: ``auto``, ``cpu``, ``gpu`` and so on.
-        devices: Processes per node; null for the number that torchrun started, or one.
-        strategy: ``auto``, ``ddp`` and so on.
-    """
-
-    accelerator: str = "auto"
+    accelerator: str = "auto"  #: ``auto``, ``cpu``, ``gpu`` and so on.
+    #: Processes per node; null for the number that torchrun started, or one.
     devices: Annotated[int, at_least(1)] | None = None
     num_nodes: Annotated[int, at_least(1)] = 1
-    strategy: str = "auto"
+    strategy: str = "auto"  #: ``auto``, ``ddp`` and so on.
 
 
 @dataclass
 class LoggerSettings:
-    """Experiment tracking.
+    """Experiment tracking."""
 
-    Attributes:
-        wandb: Whether cells become Weights & Biases runs.
-        csv: Whether Lightning's CSV logger logs every cell.
-        tensorboard: Whether Lightning's TensorBoard logger logs every cell.
-        project: W&B project.
-        entity: W&B user or team.
-        mode: ``online``, ``offline``, or None for wandb's own settings, or else online only with a key.
-        timeout: Most seconds for W&B to begin a run, and to end it.
-        thumbnails: Number of prompts shown with images.
-    """
-
-    wandb: bool = False
-    csv: bool = False
-    tensorboard: bool = False
-    project: str = "nemo-bench"
-    entity: str | None = None
+    wandb: bool = False  #: Whether cells become Weights & Biases runs.
+    csv: bool = False  #: Whether Lightning's CSV logger logs every cell.
+    tensorboard: bool = False  #: Whether Lightning's TensorBoard logger logs every cell.
+    project: str = "nemo-bench"  #: W&B project.
+    entity: str | None = None  #: W&B user or team.
+    #: ``online``, ``offline``, or None for wandb's own settings, or else online only with a key.
     mode: Literal["online", "offline"] | None = None
-    timeout: Annotated[float, at_least(1)] = 120
-    thumbnails: Annotated[int, at_least(0)] = 64
+    timeout: Annotated[float, at_least(1)] = 120  #: Most seconds for W&B to begin a run, and to end it.
+    thumbnails: Annotated[int, at_least(0)] = 64  #: Number of prompts shown with images.
 
 
 @dataclass
 class RunSettings:
-    """One cell: a model, a method and prompts, and how they are run.
+    """One cell: a model, a method and prompts, and how they are run."""
 
-    Attributes:
-        name: Folder of the run under ``root``.
-        root: Folder of all results.
-        method: ``_target_`` and arguments of the mitigation.
-        detector: ``_target_`` and arguments of the detector, for ``nemo-bench detect`` alone.
-        metrics: ``_target_`` and arguments of each metric by name.
-        weights: Folder of the weights that metrics need, each file under its published name.
-        real_images: Folder of real images for FID and other distances between sets of images.
-        seeds: Images per prompt.
-        localize_seeds: Seeds per prompt for noise differences.
-        batch_size: Images in a batch, or ``auto`` for the number that fits on the GPU (32 on a CPU); changes results by
-            rounding only.
-        workers: Processes that read images ahead of scoring.
-        summary: One line about an experiment for ``nemo-bench ls``; only in the file of an experiment.
-        grid: Cells of an experiment as lines of overrides; only in the file of an experiment.
-    """
-
-    name: str = "default"
-    root: str = "results"
+    name: str = "default"  #: Folder of the run under ``root``.
+    root: str = "results"  #: Folder of all results.
     model: ModelSettings = field(default_factory=ModelSettings)
-    method: Any = MISSING
-    detector: Any = None
+    method: Any = MISSING  #: ``_target_`` and arguments of the mitigation.
+    detector: Any = None  #: ``_target_`` and arguments of the detector, for ``nemo-bench detect`` alone.
     prompts: PromptSettings = field(default_factory=PromptSettings)
-    metrics: dict[str, Any] = field(default_factory=dict)
-    weights: str = "weights"
-    real_images: str | None = None
-    seeds: Annotated[int, at_least(1)] = 4
-    localize_seeds: Annotated[int, at_least(2)] = 10
+    metrics: dict[str, Any] = field(default_factory=dict)  #: ``_target_`` and arguments of each metric by name.
+    weights: str = "weights"  #: Folder of the weights that metrics need, each file under its published name.
+    real_images: str | None = None  #: Folder of real images for FID and other distances between sets of images.
+    seeds: Annotated[int, at_least(1)] = 4  #: Images per prompt.
+    localize_seeds: Annotated[int, at_least(2)] = 10  #: Seeds per prompt for noise differences.
+    #: Images in a batch, or ``auto`` for the number that fits on the GPU (32 on a CPU); changes results by rounding
+    #: only.
     batch_size: Annotated[int, at_least(1)] | Literal["auto"] = 32
-    workers: Annotated[int, at_least(0)] = 0
-    summary: str = ""
+    workers: Annotated[int, at_least(0)] = 0  #: Processes that read images ahead of scoring.
+    summary: str = ""  #: One line about an experiment for ``nemo-bench ls``; only in the file of an experiment.
+    #: Cells of an experiment as lines of overrides; only in the file of an experiment.
     grid: list[str] = field(default_factory=list)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     logger: LoggerSettings = field(default_factory=LoggerSettings)

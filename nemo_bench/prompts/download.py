@@ -63,35 +63,24 @@ _NAT64_LOCAL = ipaddress.ip_network("64:ff9b:1::/48")
 class Limits:
     """Limits of downloads.
 
-    Attributes:
-        parallel: Links downloaded at a time.
-        per_host: Links of one host downloaded at a time.
-        retries: Further tries after a temporary failure.
-        backoff: Seconds before the second try, doubled before each further one; up to half as much is added at random.
-        longest_wait: Longest wait in seconds that a server may ask for (``Retry-After``) before its link is given up.
-        connect: Seconds to connect.
-        read: Seconds without a single byte.
-        total: Seconds of a try.
-        megabytes: Size of an image file, in units of 2^20 bytes.
-        megapixels: Pixels of an image, in millions.
-        redirects: Redirections followed.
-        private: Whether addresses that are not public are allowed, such as those of this machine and its network.
-
     Raises:
         ConfigError: A limit is out of range.
     """
 
-    parallel: Count = 16
-    per_host: Count = 4
-    retries: Index = 3
+    parallel: Count = 16  #: Links downloaded at a time.
+    per_host: Count = 4  #: Links of one host downloaded at a time.
+    retries: Index = 3  #: Further tries after a temporary failure.
+    #: Seconds before the second try, doubled before each further one; up to half as much is added at random.
     backoff: NotNegative = 1.0
+    #: Longest wait in seconds that a server may ask for (``Retry-After``) before its link is given up.
     longest_wait: NotNegative = 60.0
-    connect: Positive = 10.0
-    read: Positive = 20.0
-    total: Positive = 90.0
-    megabytes: Positive = 32.0
-    megapixels: Positive = 64.0
-    redirects: Index = 5
+    connect: Positive = 10.0  #: Seconds to connect.
+    read: Positive = 20.0  #: Seconds without a single byte.
+    total: Positive = 90.0  #: Seconds of a try.
+    megabytes: Positive = 32.0  #: Size of an image file, in units of 2^20 bytes.
+    megapixels: Positive = 64.0  #: Pixels of an image, in millions.
+    redirects: Index = 5  #: Redirections followed.
+    #: Whether addresses that are not public are allowed, such as those of this machine and its network.
     private: bool = False
 
     def __post_init__(self) -> None:

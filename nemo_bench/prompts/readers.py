@@ -41,14 +41,10 @@ KINDS: dict[str, Kind | None] = {
 
 
 class Row(NamedTuple):
-    """A row of a list.
+    """A row of a list."""
 
-    Attributes:
-        where: File and line, for errors.
-        cells: Cells by column name in lower case; columns without a name are called by position, such as ``#0``.
-    """
-
-    where: str
+    where: str  #: File and line, for errors.
+    #: Cells by column name in lower case; columns without a name are called by position, such as ``#0``.
     cells: dict[str, Any]
 
     def first(self, content: str) -> Any:

@@ -21,17 +21,11 @@ def seeds_of(prompt: Prompt, purpose: str, seeds: Iterable[int]) -> list[int]:
 
 
 class Task(NamedTuple):
-    """A prompt to be handled as a whole, or one image of it.
+    """A prompt to be handled as a whole, or one image of it."""
 
-    Attributes:
-        id: Record id.
-        prompt: The prompt.
-        seed: Number of the image among those of the prompt, from 0; of a whole prompt 0.
-    """
-
-    id: str
-    prompt: Prompt
-    seed: int = 0
+    id: str  #: Record id.
+    prompt: Prompt  #: The prompt.
+    seed: int = 0  #: Number of the image among those of the prompt, from 0; of a whole prompt 0.
 
     @classmethod
     def of_prompt(cls, prompt: Prompt) -> Task:

@@ -37,26 +37,19 @@ STATES = {
 
 @dataclass
 class AuditSettings:
-    """How an audit searches.
+    """How an audit searches."""
 
-    Attributes:
-        steps: Steps of Adam. Enough of them bring back any picture, so stay with those of Kowalczuk et al. (2025).
-        rate: Learning rate.
-        samples: Noisy pictures a step.
-        start: What a search starts from, the embedded ``prompt`` or ``random`` numbers.
-        images: Images generated from a prompt and from what was found, of the seeds that the run has first.
-        controls: Prompts with pictures that the model was not trained on; None for the general prompts of the run that
-            have reference images, or else those that belong to its prompts.
-        limit: At most this many prompts of each kind.
-    """
-
+    #: Steps of Adam. Enough of them bring back any picture, so stay with those of Kowalczuk et al. (2025).
     steps: Count = STEPS
-    rate: Positive = RATE
-    samples: Count = SAMPLES
+    rate: Positive = RATE  #: Learning rate.
+    samples: Count = SAMPLES  #: Noisy pictures a step.
+    #: What a search starts from, the embedded ``prompt`` or ``random`` numbers.
     start: Literal["prompt", "random"] = "prompt"
-    images: Count = 4
+    images: Count = 4  #: Images generated from a prompt and from what was found, of the seeds that the run has first.
+    #: Prompts with pictures that the model was not trained on; None for the general prompts of the run that have
+    #: reference images, or else those that belong to its prompts.
     controls: str | None = None
-    limit: Count | None = None
+    limit: Count | None = None  #: At most this many prompts of each kind.
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -70,20 +63,13 @@ class AuditSettings:
 
 
 class Search(NamedTuple):
-    """A search for an embedding that brings a picture back.
+    """A search for an embedding that brings a picture back."""
 
-    Attributes:
-        id: Record id.
-        prompt: Whose neurons are blocked.
-        source: Whose embedding it starts from, and whose picture it is after: the prompt itself or, for a control,
-            another one.
-        picture: The picture.
-    """
-
-    id: str
-    prompt: Prompt
+    id: str  #: Record id.
+    prompt: Prompt  #: Whose neurons are blocked.
+    #: Whose embedding it starts from, and whose picture it is after: the prompt itself or, for a control, another one.
     source: Prompt
-    picture: Path
+    picture: Path  #: The picture.
 
     @classmethod
     def from_prompts(cls, prompt: Prompt, source: Prompt, settings: AuditSettings) -> Search:

@@ -27,24 +27,17 @@ from nemo_bench.records.schema import ChunkRecord, ImageRecord, ScoreRecord
 
 @dataclass
 class PromptSample:
-    """What there is to see of one prompt, embedded once for all metrics that look at it in the same space.
+    """What there is to see of one prompt, embedded once for all metrics that look at it in the same space."""
 
-    Attributes:
-        task: The prompt to be scored.
-        images: Records of its images, by seed.
-        pictures: ``images``, none where all failed; ``references`` and ``unmitigated`` as far as they are needed and
-            there are images.
-        values: ``localization``, its :class:`Neurons`, and ``memorization``, its score, where there are any.
-        paired: Which of its images there are unmitigated ones of, in the order of those.
-        size: Width and height that pictures are compared in.
-    """
-
-    task: Task
-    images: Sequence[ImageRecord]
+    task: Task  #: The prompt to be scored.
+    images: Sequence[ImageRecord]  #: Records of its images, by seed.
+    #: ``images``, none where all failed; ``references`` and ``unmitigated`` as far as they are needed and there are
+    #: images.
     pictures: dict[str, list[Image.Image]]
+    #: ``localization``, its :class:`Neurons`, and ``memorization``, its score, where there are any.
     values: Mapping[str, Any]
-    paired: list[int]
-    size: tuple[int, int]
+    paired: list[int]  #: Which of its images there are unmitigated ones of, in the order of those.
+    size: tuple[int, int]  #: Width and height that pictures are compared in.
 
     def __post_init__(self) -> None:
         self.seen: dict[tuple[str, Hashable], Tensor] = {}
