@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from runpy import run_path
 from typing import Any, get_args
 
 import yaml
@@ -20,6 +19,7 @@ import yaml
 import nemo_bench.metrics
 from nemo_bench import cli
 from nemo_bench.config import build, describe_options, grid, options
+from nemo_bench.config.listing import field_texts
 from nemo_bench.metrics import BenchMetric, ImageSpace
 from nemo_bench.records import schema as records_schema
 from nemo_bench.records.data import Prompt
@@ -27,7 +27,6 @@ from nemo_bench.records.schema import FILES, RECORDS, Entry, MetricInfo, ScoreRe
 from nemo_bench.records.statistics import presets
 
 ROOT = Path(__file__).parents[1]
-field_texts = run_path(str(ROOT / "docs" / "fields.py"))["field_texts"]
 MARK = re.compile(r"^<!-- from (code|file): (\S+) -->$", re.MULTILINE)
 
 

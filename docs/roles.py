@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from runpy import run_path
 from typing import Any
 
 from griffe import Alias, AliasResolutionError, Class, Extension, Module, NameResolutionError, Object
 
-field_texts = run_path(str(Path(__file__).with_name("fields.py")))["field_texts"]
+from nemo_bench.config.listing import field_texts
+
 ROLE = re.compile(r":(?:class|meth|func|attr|data|mod):`([^`]+)`")
 
 

@@ -22,6 +22,8 @@ from nemo_bench.records.citations import cite
 
 PACKAGE = "nemo_bench"
 
+_FIELD = re.compile(r"^((?:    #: .*\n)*)    (\w+): .*?(?:  #: (.*))?$", re.MULTILINE)
+
 
 def describe_options(group: str, conf: Path | None = None) -> list[dict[str, str]]:
     """Describes all options of a group, for ``nemo-bench ls GROUP``.
@@ -123,8 +125,21 @@ def _first_comment(path: Path) -> str:
 
 
 def _docstring(target: str | None) -> list[str]:
-    text = inspect.getdoc(get_object(target)) if target else None
-    return [f"{target}:", text] if text else []
+    """What a class says of itself and, in comments, of its settings and those of its bases."""
+    kind = get_object(target) if target else None
+    text = inspect.getdoc(kind)
+    if not kind or not text:
+        return []
+    sources = [inspect.getsource(base) for base in reversed(kind.__mro__) if base.__module__ != "builtins"]
+    texts = {name: about for source in sources for name, about in field_texts(source).items()}
+    names = [name for name in inspect.signature(kind).parameters if name in texts]
+    return [f"{target}:", text, *([""] if names else []), *(f"  {name}: {texts[name]}" for name in names)]
+
+
+def field_texts(source: str) -> dict[str, str]:
+    """What the source of a class says of its fields in comments ``#:``, behind a field or in the lines above it."""
+    found = {name: f"{above.replace('#:', '')}{behind}" for above, name, behind in _FIELD.findall(source)}
+    return {name: " ".join(text.split()) for name, text in found.items() if text}
 
 
 def about_method(name: str, conf: Path | None) -> tuple[dict[str, Any], str, str]:

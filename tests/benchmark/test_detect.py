@@ -86,7 +86,7 @@ def test_table_json_and_page_say_the_same(done: Path) -> None:
     for d in found:
         memorized, other = d.scores(memorized=True), d.scores(memorized=False)
         right = [(m > o) + 0.5 * (m == o) for m in memorized for o in other]
-        assert rows[d.spec.detector]["auc"] == pytest.approx(sum(right) / len(right))
+        assert rows[d.spec.detector]["roc"]["auc"] == pytest.approx(sum(right) / len(right))
     page = (done / "detection.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 1
     assert page.count("data:image/webp") == 3
@@ -198,7 +198,7 @@ def test_prompts_of_one_sort_are_scored_without_measures(
     words = [w for w in command(tmp_path, only) if not w.startswith("detector")]
     assert main([*words, "detector=magnitude_first", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["detectors"]
-    assert "auc" not in row
+    assert "roc" not in row
     assert row["prompts"] == 2
     assert "No ROC curves" in (tmp_path / "default" / "detection.html").read_text(encoding="utf-8")
 

@@ -41,7 +41,7 @@ def test_options_of_the_user_are_described(own: Path) -> None:
 def test_option_is_explained_by_its_file_and_its_class() -> None:
     text = explain_option("method", "nemo")
     assert "theta_min: 1.0" in text
-    assert "theta_min: The search ends before it reaches this theta" in text
+    assert "theta_min: End of the search; never tested itself." in text
     assert "guidance: 7" in explain_option("model", "sd14")
     with pytest.raises(ConfigError, match=r"unknown model 'sd1'.*Choices"):
         explain_option("model", "sd1")

@@ -208,7 +208,7 @@ def test_select_lists_outliers_then_the_most_active_once() -> None:
 def test_reference_protocol_lists_neurons_twice(tiny: Diffusion) -> None:
     mean, std = {"layer": torch.zeros(3)}, {"layer": torch.ones(3)}
     activation = {"layer": torch.tensor([6.0, 1.0, 7.0])}
-    twice = select(activation, Calibration(mean, std, 0.5, 9), 5.0, 2, settings, duplicates=True)
+    twice = select(activation, Calibration(mean, std, 0.5, 9), 5.0, 2, NemoSettings(), duplicates=True)
     assert twice == [("layer", 0), ("layer", 2), ("layer", 2), ("layer", 0)]
 
 
