@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Mapping
 
 from nemo_bench.errors import ConfigError
@@ -54,7 +55,10 @@ def together(devices: int | None, nodes: int) -> tuple[int, int]:
     if is_torchelastic_launched():
         return _of_torchrun(devices, nodes, environment)
     given = {name: environment[name] for name in _RANKS if name in environment}
-    launched = any(kind.detect() for kind in (SLURMEnvironment, LSFEnvironment, MPIEnvironment))
+    with warnings.catch_warnings():
+        # Lightning's advice to begin with srun wherever there is one, also where nobody wants to use it.
+        warnings.filterwarnings("ignore", message="The `srun` command is available")
+        launched = any(kind.detect() for kind in (SLURMEnvironment, LSFEnvironment, MPIEnvironment))
     # Where several nodes were asked for, ranks may be given by hand; Lightning says what it takes.
     by_hand = nodes > 1 and "MASTER_ADDR" in environment
     size = (devices or 1) * nodes

@@ -488,7 +488,7 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             for message in (
                 "does not have many workers", "Total length of .* across ranks is zero", "predict returned None",
-                "LeafSpec.* is deprecated", "torch.jit.script.* is deprecated",
+                "LeafSpec.* is deprecated", "torch.jit.script.* is deprecated", "`srun` command is available",
             ):  # fmt: skip
                 warnings.filterwarnings("ignore", message=f".*{message}")
             yield

@@ -12,15 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 from torch import Tensor
 from typing_extensions import override
 
 from nemo_bench.diffusion import Diffusion, Step, guided_from
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.records.citations import cite
-
-Scale = Annotated[float, Field(allow_inf_nan=False)]  # A finite guidance scale.
 
 
 @dataclass(eq=False)
@@ -44,7 +42,7 @@ class StaticTransition(Method):
     timestep: Annotated[int, Field(ge=0, le=1000)] = 500
     #: Guidance scale until then: 0 is unconditional (the paper), 1 the plain prompt, below 0 opposite guidance (-2 in
     #: the paper). The scale after it is the model's own.
-    before: Scale = 0.0
+    before: FiniteFloat = 0.0
 
     @override
     @contextmanager
@@ -71,7 +69,7 @@ class DynamicTransition(Method):
     #: opposite guidance (-7.5 in the public script, which first makes a whole pass and takes the minimum of 1 minus the
     #: cosine between successive latents, or the second one where the first is at step 1, or step 5 where there is none;
     #: ours is one pass, by the magnitude).
-    before: Scale = 0.0
+    before: FiniteFloat = 0.0
 
     @override
     @contextmanager
