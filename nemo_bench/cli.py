@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from nemo_bench.benchmark.processes import stop_at_sigterm
 
     stop_at_sigterm()
+    _show_messages(options)
     try:
         if options.reads:  # is checked before torch loads
             from nemo_bench.records.io import check_folder
@@ -61,6 +62,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nnemo-bench: stopped{kept}", file=sys.stderr)
         return 130
     return 0
+
+
+def _show_messages(options: argparse.Namespace) -> None:
+    """Prints messages of the package: to standard error where JSON stands alone on standard output."""
+    from nemo_bench.benchmark.processes import is_main
+
+    # Only what was computed says how it went, so only its commands can be quiet.
+    quiet, verbose = (getattr(options, name, False) for name in ("quiet", "verbose"))
+    handler = logging.StreamHandler(sys.stderr if getattr(options, "json", False) else sys.stdout)
+    handler.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    logger = logging.getLogger("nemo_bench")
+    logger.handlers = [handler] if is_main() else []
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
 
 
 def _options(words: Sequence[str]) -> argparse.Namespace:
@@ -124,7 +139,8 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=command["help"], description=command["help"])
         goes_on, reads = command.get("goes_on", False), command.get("reads")
         sub.set_defaults(command=globals()[f"_{name}"], goes_on=goes_on, reads=reads)
-        for argument, words in command["arguments"].items():
+        messages = about["messages"] if goes_on else {}
+        for argument, words in {**command["arguments"], **messages}.items():
             kind = {"type": _TYPES[words["type"]]} if "type" in words else {}
             added = sub.add_argument(argument, **{**words, **kind})
             if argument == "overrides" and "--cfg" in command["arguments"]:
@@ -142,27 +158,34 @@ def _run(options: argparse.Namespace) -> None:
     if options.dry_run:
         _dry_run(choices, options.json)
         return
-    from nemo_bench.benchmark.pending import check_failures, is_complete, pending_work, track_cells
+    from nemo_bench.benchmark.pending import check_failures, is_complete, is_finished, pending_work, track_cells
     from nemo_bench.benchmark.plan import plan
     from nemo_bench.benchmark.processes import is_main
     from nemo_bench.records.results import load_results
 
     cells = plan(choices)
     start = time.perf_counter()
-    say = _aside if options.json else print
     folder = cells[0].store.folder.parent
     pending = sum(sum(records.values()) for _, records in pending_work(cells))
+    failed: NemoBenchError | None = None
     if is_complete(cells):
         if is_main():
-            track_cells(load_results(folder), cells, say)
+            track_cells(load_results(folder), cells)
     else:
         from nemo_bench.benchmark.run import run  # with it Lightning loads
 
-        run(cells, options.line, say=say, progress=not options.json)
+        try:
+            run(cells, options.line, progress=not options.quiet)
+        except NemoBenchError as error:
+            if not any(is_finished(cell.store.folder) for cell in cells):
+                raise
+            failed = error  # the table of the others comes first
     if is_main():
         done = f"{pending} records computed" if pending else "everything was done already"
         _show(folder, f"{done}, {time.perf_counter() - start:.0f} s", as_json=options.json)
         _warn_of_limits(choices)
+        if failed:
+            raise failed
         check_failures(cells)
 
 
@@ -183,7 +206,7 @@ def _detect(options: argparse.Namespace) -> None:
     cells = detection.plan(choices)
     start = time.perf_counter()
     is_done = not detection.is_pending(cells)
-    folder = detection.detect(cells, options.line, progress=not options.json)
+    folder = detection.detect(cells, options.line, progress=not options.quiet)
     if is_main() and options.json:
         print((folder / "detection.json").read_text(encoding="utf-8"))
     elif is_main():
@@ -271,7 +294,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     from nemo_bench.report.templates import render
 
     cells = plan([replace(choice, settings=replace(choice.settings, metrics={})) for choice in choices])
-    results = calibrate(cells, progress=not options.json)
+    results = calibrate(cells, progress=not options.quiet)
     if not is_main():
         return
     if options.json:
@@ -332,6 +355,17 @@ def _track(options: argparse.Namespace) -> None:
     track(load_results(folder), logger_settings(options.overrides), cells=cells, again=options.again)
 
 
+def _status(options: argparse.Namespace) -> None:
+    from nemo_bench.benchmark.status import read_status
+    from nemo_bench.report.console import show_status
+
+    found = read_status(options.folder)
+    if options.json:
+        print(json.dumps([asdict(cell) for cell in found], indent=2))
+    else:
+        show_status([asdict(cell) for cell in found])
+
+
 def _export(options: argparse.Namespace) -> None:
     from nemo_bench.benchmark.export import export
 
@@ -345,11 +379,9 @@ def _score(options: argparse.Namespace) -> None:
     from nemo_bench.benchmark.rescore import cells_of, score
 
     start = time.perf_counter()
-    say, progress = (_aside, False) if options.json else (print, True)
-    cells = cells_of(
-        options.folder, options.overrides, conf=options.conf, mapping=options.map, say=say, progress=progress
-    )
-    folder = score(cells, options.line, say, progress=progress)
+    progress = not options.quiet
+    cells = cells_of(options.folder, options.overrides, conf=options.conf, mapping=options.map, progress=progress)
+    folder = score(cells, options.line, progress=progress)
     if is_main():
         _show(folder, f"{time.perf_counter() - start:.0f} s", as_json=options.json)
         check_failures(cells)
@@ -364,9 +396,8 @@ def _audit(options: argparse.Namespace) -> None:
     from nemo_bench.report.terminal import terminal_audits
 
     start = time.perf_counter()
-    say = _aside if options.json else print
-    cells = cells_of(options.folder, options.overrides, options.cell, conf=options.conf, say=say)
-    folder = audit(cells, options.line, progress=not options.json)
+    cells = cells_of(options.folder, options.overrides, options.cell, conf=options.conf)
+    folder = audit(cells, options.line, progress=not options.quiet)
     if not is_main():
         return
     audits = audits_of(load_results(folder))
@@ -409,7 +440,6 @@ def _train(options: argparse.Namespace) -> None:
     from nemo_bench.config import overridden
     from nemo_bench.planted.training import TrainSpec, train
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     print(train(overridden(options.overrides, TrainSpec)))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from nemo_bench.benchmark.embedding_search import UNCHANGED
 from nemo_bench.benchmark.plan import Cell, identity_settings, metrics_of, read_listed, source_of
 from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.rescore import reread
-from nemo_bench.benchmark.run import write_pages
+from nemo_bench.benchmark.run import keep_log, write_pages
 from nemo_bench.benchmark.runner import Runner
 from nemo_bench.benchmark.stages.audit import STATES, AuditSettings, Search, score_sheets, search
 from nemo_bench.benchmark.stages.base import Chunk
@@ -40,13 +41,15 @@ LEVEL = 0.05
 """Training images come back where the chance of such a difference from the controls is below this."""
 
 
+log = logging.getLogger(__name__)
+
+
 def cells_of(
     folder: Path,
     overrides: Sequence[str] = (),
     names: Sequence[str] = (),
     *,
     conf: Path | None = None,
-    say: Callable[[str], None] = print,
 ) -> list[Cell]:
     """The cells of a run, or one cell, that an audit goes through; no weights are loaded.
 
@@ -80,9 +83,9 @@ def cells_of(
         if names or not cells:
             raise ConfigError(f"{', '.join(unfit)} can't be audited: {reason}")
         if is_main():
-            say(f"left out, since {reason}: {', '.join(unfit)}")
+            log.warning("left out, since %s: %s", reason, ", ".join(unfit))
     if is_main() and not any(task.is_control for cell in cells for task in cell.searches):
-        say(
+        log.warning(
             "no controls: whether a search brings back just any picture is not known; name prompts with pictures that "
             "the model was not trained on by controls=FILE"
         )
@@ -205,17 +208,19 @@ def audit(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Path
     runner = Runner(cells[0].config.settings.trainer, progress=progress)
     runner.start()
     if is_main():
+        keep_log(cells[0].store.folder.parent)
         for cell in cells:
             for metric in compared_metrics(cell).values():
                 metric.space.fetch()
     folder = cells[0].store.folder.parent
     for cell in cells:
-        _search(cell, runner)
-        if is_main():
-            path = cell.store.folder / "audit.json"
-            found = summarize(cell, command)
-            before = read_file(path, list[Audit]) if path.exists() else []
-            write_json(path, [*(entry for entry in before if entry.id != found.id), found])
+        with runner.holding(cell.store.folder):
+            _search(cell, runner)
+            if is_main():
+                path = cell.store.folder / "audit.json"
+                found = summarize(cell, command)
+                before = read_file(path, list[Audit]) if path.exists() else []
+                write_json(path, [*(entry for entry in before if entry.id != found.id), found])
     if is_main():
         write_pages(folder)
     return folder

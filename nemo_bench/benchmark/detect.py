@@ -19,16 +19,15 @@ from nemo_bench.benchmark.plan import (
     source_of,
 )
 from nemo_bench.benchmark.processes import is_main
-from nemo_bench.benchmark.run import write_pages
+from nemo_bench.benchmark.run import keep_log, write_pages
 from nemo_bench.benchmark.runner import Runner, note_start, open_folder
 from nemo_bench.benchmark.stages.detect import detection_stage, pending_tasks
 from nemo_bench.config import CellConfig, build
 from nemo_bench.detectors import Detector, NoiseDifference
 from nemo_bench.errors import ConfigError
 from nemo_bench.metrics import detection
-from nemo_bench.prompts.data import PromptDataModule
 from nemo_bench.records.data import Prompt
-from nemo_bench.records.io import digest, prompts_digest, write_json
+from nemo_bench.records.io import batched, digest, prompts_digest, write_json
 from nemo_bench.records.results import load_detections
 from nemo_bench.records.schema import DetectionRecord, Roc, Summary
 from nemo_bench.records.store import Store
@@ -95,6 +94,7 @@ def detect(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Pat
     runner.start()
     if is_main():
         open_folder(folder, [])
+        keep_log(folder)
         for cell in cells:
             cell.store.open(cell.spec)
             note_start(cell, command, runner)
@@ -105,7 +105,8 @@ def detect(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Pat
         if not cell.store.is_done(DetectionRecord):
             groups.setdefault(digest([cell.spec.settings[key] for key in ("model", "prompts")]), []).append(cell)
     for group in groups.values():
-        _detect(runner, group)
+        with runner.holding(*(cell.store.folder for cell in group)):
+            _detect(runner, group)
     if is_main():
         for cell in cells:
             write_json(cell.store.folder / "metrics.json", summarize(cell))
@@ -119,10 +120,11 @@ def _detect(runner: Runner, cells: Sequence[Cell]) -> None:
     detectors = [cell.detector for cell in cells if cell.detector is not None]
     sampling = [detector.seeds for detector in detectors if detector.samples]
     seeds = max(sampling or [detector.seeds for detector in detectors])
-    runner.describe(DetectionRecord.stage, cells[0].spec.model)
     rows = runner.rows(cells[0])
     stage = detection_stage(runner.model(cells[0]), cells, rows)
-    runner.predict(stage, PromptDataModule(partial(pending_tasks, cells), max(1, rows // seeds)))
+    tasks = runner.agree(partial(pending_tasks, cells))
+    batches = list(batched(tasks, max(1, rows // seeds)))
+    runner.predict(stage, batches, cells[0].spec.model, len(cells[0].prompts) - len(tasks))
     if is_main():
         for cell in cells:
             cell.store.finish(DetectionRecord, task_ids(cell, DetectionRecord))

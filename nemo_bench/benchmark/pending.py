@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_bench.benchmark.plan import SCORING_FILE, Cell, has_stale_scores, with_sources
@@ -11,7 +12,7 @@ from nemo_bench.errors import ModelError, NemoBenchError, StoreError
 from nemo_bench.prompts.tasks import Task
 from nemo_bench.records import schema
 from nemo_bench.records.data import Neurons, Prompt
-from nemo_bench.records.io import read_file
+from nemo_bench.records.io import is_whole, read_file
 from nemo_bench.records.results import Results, load_results
 from nemo_bench.records.schema import ImageRecord, LocalizationRecord, Record, ScoreRecord, Spec
 from nemo_bench.records.store import Store, read_localizations
@@ -21,6 +22,8 @@ from nemo_bench.tracking import track
 SETS_FILE = "sets.json"
 SCORE_FILES = (f"{ScoreRecord.stage}.done", SCORING_FILE, SETS_FILE)
 """Files of a cell that are written with its scores."""
+
+log = logging.getLogger(__name__)
 
 
 def prompt_tasks(cell: Cell) -> list[Task]:
@@ -95,31 +98,45 @@ def pending_work(cells: Sequence[Cell]) -> list[tuple[Cell, dict[str, int]]]:
 def is_complete(cells: Sequence[Cell]) -> bool:
     """Whether a run has nothing to do: all is there and whole, and table and report were made from the last of it."""
     folder = cells[0].store.folder.parent
+    if not is_current(folder) or not all(map(_is_summarized, cells)):
+        return False
+    shown = {row.cell for row in read_file(folder / "leaderboard.json", schema.Leaderboard).rows}
+    if not all(cell.id in shown for cell in cells):
+        return False
+    return not any(sum(records.values()) for _, records in pending_work(cells))
+
+
+def is_current(folder: Path) -> bool:
+    """Whether the report of a run shows all its cells, in their last state, and no unfinished one."""
     try:
         results = load_results(folder)
         board = read_file(folder / "leaderboard.json", schema.Leaderboard)
     except StoreError:
         return False
-    shown = {row.cell for row in board.rows}
     # Cells that are listed, but neither finished nor asked for, are taken off the list.
-    if results.unfinished or board.unfinished or shown != {cell.name for cell in results.cells}:
-        return False
-    if not all(cell.id in shown and _is_summarized(cell, results) for cell in cells):
+    if results.unfinished or board.unfinished or {row.cell for row in board.rows} != {c.name for c in results.cells}:
         return False
     tables = [_written(cell.folder / "metrics.json") for cell in results.cells]
-    if not all(_written(folder / name) >= max(tables) for name in REPORT_FILES):
+    return all(_written(folder / name) >= max(tables) for name in REPORT_FILES)
+
+
+def is_up_to_date(cell: Cell) -> bool:
+    """Whether a cell has all its records, and a table made from the last of them."""
+    if not _is_summarized(cell) or has_stale_scores(cell):
         return False
-    return not any(sum(records.values()) for _, records in pending_work(cells))
+    return not any(cell.store.pending_ids(kind, task_ids(cell, kind)) for kind in cell.stages)
 
 
-def _is_summarized(cell: Cell, results: Results) -> bool:
+def _is_summarized(cell: Cell) -> bool:
     """Whether the table of a cell was made from its last scores, and from those without mitigation that it has now."""
-    summary = next(found.summary for found in results.cells if found.name == cell.id)
+    path = cell.store.folder / "metrics.json"
+    if not is_whole(path, schema.Summary) or not cell.store.is_done(ScoreRecord):
+        return False
     others = [cell.unmitigated] if cell.unmitigated else []
-    if summary.unmitigated != (others[0].folder.name if others else None):
+    if read_file(path, schema.Summary).unmitigated != (others[0].folder.name if others else None):
         return False
     sources = [store.folder / name for store in (cell.store, *others) for name in SCORE_FILES]
-    return _written(cell.store.folder / "metrics.json") >= max(map(_written, sources))
+    return _written(path) >= max(map(_written, sources))
 
 
 def _written(path: Path) -> int:
@@ -127,12 +144,12 @@ def _written(path: Path) -> int:
     return path.stat().st_mtime_ns if path.is_file() else 0
 
 
-def track_cells(results: Results, cells: Sequence[Cell], say: Callable[[str], None]) -> None:
+def track_cells(results: Results, cells: Sequence[Cell]) -> None:
     """Logs finished cells of a run; a logger that fails costs a line, and the results nothing."""
     try:
-        track(results, cells[0].config.settings.logger, cells=[cell.id for cell in cells], say=say)
+        track(results, cells[0].config.settings.logger, cells=[cell.id for cell in cells])
     except NemoBenchError as error:
-        say(str(error))
+        log.warning("%s", error)
 
 
 def check_failures(cells: Sequence[Cell]) -> None:

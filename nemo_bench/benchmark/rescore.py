@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from nemo_bench.benchmark.pending import track_cells
 from nemo_bench.benchmark.plan import Cell, check_metrics, find_unmitigated, make_spec, read_listed
 from nemo_bench.benchmark.processes import is_main
-from nemo_bench.benchmark.run import finish, renew_scores, report_damaged
+from nemo_bench.benchmark.run import fetch_weights, keep_log, report_damaged, take_to_table, write_pages
 from nemo_bench.benchmark.runner import Runner, note_start, open_folder
 from nemo_bench.config.composition import CellConfig, one, rescore
 from nemo_bench.config.listing import about_method
@@ -32,25 +34,35 @@ from nemo_bench.records.store import (
     remake,
 )
 
+log = logging.getLogger(__name__)
+
 OTHER_MODEL = "unnamed"
 """Name of the model of external images that is none of conf/model."""
 
 
-def score(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print, *, progress: bool = True) -> Path:
+def score(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Path:
     """Scores what is pending of some cells, to table and report in the folder of the run.
 
-    ``command`` is what the user typed, for the records; ``say`` takes single lines.
+    ``command`` is what the user typed, for the records.
     """
+    folder = cells[0].store.folder.parent
     runner = Runner(cells[0].config.settings.trainer, progress=progress)
     runner.start()
     if is_main():
-        renew_scores(cells)
-        report_damaged(cells, say)
+        keep_log(folder)
         for cell in cells:
-            note_start(cell, command, runner)
-    runner.wait()
-    finish(cells, runner, say)
-    return cells[0].store.folder.parent
+            fetch_weights(cell)
+        report_damaged(cells)
+    for cell in cells:
+        with runner.holding(cell.store.folder):
+            if is_main():
+                note_start(cell, command, runner)
+            take_to_table(cell, runner)
+    if is_main():
+        # Another command of this name may have taken them off the list while they were not finished.
+        open_folder(folder, cells)
+        track_cells(write_pages(folder), cells)
+    return folder
 
 
 def cells_of(
@@ -59,7 +71,6 @@ def cells_of(
     *,
     conf: Path | None = None,
     mapping: Path | None = None,
-    say: Callable[[str], None] = print,
     progress: bool = True,
 ) -> list[Cell]:
     """The cells of existing images, checked for everything that can be wrong; no weights are loaded.
@@ -76,17 +87,17 @@ def cells_of(
     """
     check_folder(folder)
     if mapping is None and (folder / "run.json").is_file():
-        cells = _of_run(folder, overrides, conf, say)
+        cells = _of_run(folder, overrides, conf)
     elif mapping is None and (folder / "spec.json").is_file():
         cells = _with_unmitigated(reread(folder, overrides, conf), conf)
     else:
-        cells = _with_unmitigated(_of_images(folder, mapping, overrides, conf, say, progress=progress), conf)
+        cells = _with_unmitigated(_of_images(folder, mapping, overrides, conf, progress=progress), conf)
     for cell in cells:
         check_metrics(cell.config.settings)
     return cells
 
 
-def _of_run(folder: Path, overrides: Sequence[str], conf: Path | None, say: Callable[[str], None]) -> list[Cell]:
+def _of_run(folder: Path, overrides: Sequence[str], conf: Path | None) -> list[Cell]:
     names = [name for name in read_run(folder).cells if (folder / name).is_dir()]
     lacking = {name: reason for name in names if (reason := _missing(folder / name))}
     if len(lacking) == len(names):
@@ -94,7 +105,7 @@ def _of_run(folder: Path, overrides: Sequence[str], conf: Path | None, say: Call
         raise StoreError(f"{folder}: no cell has all its images; give the command of the run again ({listed})")
     if is_main():
         for name, reason in lacking.items():
-            say(f"{name}: left out, {reason}")
+            log.warning("%s: left out, %s", name, reason)
     cells = [reread(folder / name, overrides, conf) for name in names if name not in lacking]
     latest_first = sorted(cells, key=lambda c: (c.store.folder / "generate.done").stat().st_mtime_ns, reverse=True)
     for cell in cells:
@@ -177,7 +188,6 @@ def _of_images(
     mapping: Path | None,
     overrides: Sequence[str],
     conf: Path | None,
-    say: Callable[[str], None],
     *,
     progress: bool,
 ) -> Cell:
@@ -202,7 +212,7 @@ def _of_images(
     settings.method, title, citation = about_method(method, conf)
     counts = Counter(task.prompt.id for task, _ in found)
     settings.seeds = max(counts.values())
-    _report_sizes(contents, len(prompts) - len(counts), say)
+    _report_sizes(contents, len(prompts) - len(counts))
     model = config.names["model"] if is_named else OTHER_MODEL
     listed = config.names["prompts"] if "prompts" in keys else Path(settings.prompts.files[0]).stem
     config = CellConfig({"model": model, "method": method, "prompts": listed}, settings)
@@ -222,16 +232,17 @@ def _of_images(
     return cell
 
 
-def _report_sizes(contents: Sequence[ImageFile], without: int, say: Callable[[str], None]) -> None:
+def _report_sizes(contents: Sequence[ImageFile], without: int) -> None:
     """Says what is scored in another way than may be expected."""
     if not is_main():
         return
     if without:
-        say(f"{counted(without, 'prompt')} without an image: counted, but without a part in any number")
+        log.warning("%s without an image: counted, but without a part in any number", counted(without, "prompt"))
     sizes = Counter(content.size for content in contents if content.size).most_common()
     if len(sizes) > 1:
         shown = ", ".join(f"{count} of {size[0]}x{size[1]}" for size, count in sizes[:3])
-        say(f"images of {len(sizes)} sizes ({shown}): metrics of pixels bring all to the first; they are counted")
+        what = f"images of {len(sizes)} sizes ({shown})"
+        log.warning("%s: metrics of pixels bring all to the first; they are counted", what)
 
 
 def _record_images(store: Store, found: Sequence[tuple[Task, str]], contents: Sequence[ImageFile]) -> None:

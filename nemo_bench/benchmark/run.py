@@ -2,39 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import os
+import socket
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_bench.benchmark.pending import SETS_FILE, scored_tasks, task_ids, track_cells
-from nemo_bench.benchmark.plan import SCORING_FILE, Cell, has_stale_scores, metrics_of, scoring_of, with_sources
+from nemo_bench.benchmark.pending import SETS_FILE, is_current, is_finished, scored_tasks, task_ids, track_cells
+from nemo_bench.benchmark.plan import (
+    SCORING_FILE,
+    Cell,
+    has_current_scores,
+    has_stale_scores,
+    metrics_of,
+    scoring_of,
+    with_sources,
+)
 from nemo_bench.benchmark.processes import is_main
-from nemo_bench.benchmark.runner import Runner, note_start, open_folder
+from nemo_bench.benchmark.runner import POLL, Runner, holder, note_start, open_folder
 from nemo_bench.benchmark.summary import summarize
+from nemo_bench.benchmark.work import LOG_FILE, Work
 from nemo_bench.localization.published import PublishedRow, by_position, published_text
 from nemo_bench.records.images import unreadable
 from nemo_bench.records.io import read_file, write_json, write_text
 from nemo_bench.records.results import Results, load_detections, load_results
 from nemo_bench.records.schema import Layers, LocalizationRecord, ScoreRecord
-from nemo_bench.records.store import Store, read_localizations
+from nemo_bench.records.store import Store, read_localizations, read_run
 from nemo_bench.report import write_report
 from nemo_bench.report.detection import write_detection
 from nemo_bench.tracking import sweep_trial
 
+log = logging.getLogger(__name__)
 
-def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print, *, progress: bool = True) -> Path:
-    """Runs what is pending of some cells, to the report.
+
+def run(cells: Sequence[Cell], command: str, *, progress: bool = True, shard: tuple[int, int] | None = None) -> Path:
+    """Runs what is pending of some cells, one after the other to its scores, and the report.
+
+    Any number of runs may work on one folder at a time: each takes the next cell that no other one has. A cell that
+    fails does not stop the others.
 
     Args:
         cells: From :func:`nemo_bench.benchmark.plan.plan`, of one name and root.
         command: What the user typed, for the records.
-        say: Where single lines go.
-        progress: Whether bars are shown.
+        progress: Whether it is shown how far the stages are.
+        shard: ``(i, n)``: every n-th cell alone, from the i-th of 1 to n; None for all.
 
     Returns:
         The folder of the run, with ``report.html`` and the leaderboard.
 
     Raises:
-        NemoBenchError: As by the plan, or a results folder belongs to something else.
+        NemoBenchError: As by the plan, or a results folder belongs to something else; also once everything else is
+            done, where cells failed.
     """
     settings = cells[0].config.settings
     folder = Path(settings.root) / settings.name
@@ -44,23 +63,137 @@ def run(cells: Sequence[Cell], command: str, say: Callable[[str], None] = print,
     runner.start()
     if is_main():
         open_folder(folder, cells, instead=True)
+        keep_log(folder)
         for cell in with_sources(cells):
             cell.store.open(cell.spec)
-            note_start(cell, command, runner)
-            _reopen(cell)
-        renew_scores(cells)
-        report_damaged(cells, say)
-    runner.wait()
-    for cell in cells:
-        runner.generate(cell)
-    if is_main():
         for cell in cells:
-            _publish(cell)
-    finish(cells, runner, say)
+            fetch_weights(cell)
+        report_damaged(cells)
+    work = Work(cells, runner.leases, shard)
+    try:
+        _work_off(work, cells, runner, command)
+    finally:
+        runner.leases.release_all()
+    work.check()
     return folder
 
 
-def report_damaged(cells: Sequence[Cell], say: Callable[[str], None]) -> None:
+def _work_off(work: Work, cells: Sequence[Cell], runner: Runner, command: str) -> None:
+    """Takes cells to their end until all are over."""
+    folder = cells[0].store.folder.parent
+    report = Report(folder, runner)
+    said: set[str] = set()
+    while True:
+        # All processes of a run work on the cell that the first one took.
+        number, is_over = runner.agree(lambda: _next(work))
+        if is_over:
+            break
+        if number is None:
+            if is_main():
+                for cell in work.open:
+                    if (held := holder(cell.store.folder)) not in said:
+                        said.add(held)
+                        log.info("%s; waiting", held)
+            time.sleep(POLL)
+            continue
+        cell = work.all[number]
+        try:
+            _take_to_end(cell, runner, command, is_asked=cell in cells)
+        except Exception as error:
+            # Other processes would wait for this one; a disk that is full is so for all cells.
+            if runner.trainer.world_size > 1 or isinstance(error, OSError):
+                raise
+            work.give_up(cell, error)
+            continue
+        if is_main():
+            work.finish(cell)
+            if cell in cells:
+                if cell.id not in read_run(folder).cells:  # another run took it off while it was not finished
+                    open_folder(folder, [cell])
+                report.write()
+                _track(folder, cell)
+    if is_main() and any(is_finished(cell.store.folder) for cell in cells):
+        report.write(is_last=True)
+
+
+def _next(work: Work) -> tuple[int | None, bool]:
+    """Number of the next cell, if one can be worked on, and whether all are over."""
+    cell = work.take()
+    return (None if cell is None else work.all.index(cell)), not work.open
+
+
+def _take_to_end(cell: Cell, runner: Runner, command: str, *, is_asked: bool) -> None:
+    """Takes a cell to its table; of a source that was not asked for the neurons alone are needed."""
+    if is_main():
+        note_start(cell, command, runner)
+        reopen(cell)
+    runner.wait()
+    if not is_asked:
+        runner.localize(cell)
+        return
+    runner.generate(cell)
+    if is_main():
+        _publish(cell)
+    take_to_table(cell, runner)
+
+
+def take_to_table(cell: Cell, runner: Runner) -> None:
+    """Scores the images of a cell where that is not done, and writes its table."""
+    if is_main():
+        renew_scores(cell)
+    runner.wait()
+    runner.score(cell)
+    if is_main():
+        write_json(cell.store.folder / "metrics.json", summarize(cell))
+
+
+class Report:
+    """The report of a run, written again as cells finish, which takes a tenth of the time at most.
+
+    Args:
+        folder: Of the run.
+        runner: Its leases keep another run from writing at the same time, which may know less.
+    """
+
+    def __init__(self, folder: Path, runner: Runner) -> None:
+        self.folder = folder
+        self.runner = runner
+        self._next = 0.0
+
+    def write(self, *, is_last: bool = False) -> None:
+        """Writes the report if that is due; ``is_last``: in any case, but where nothing has changed."""
+        start = time.monotonic()
+        if start < self._next and not is_last:
+            return
+        while not self.runner.leases.claim(self.folder):
+            time.sleep(POLL)
+        try:
+            if not is_last or not is_current(self.folder):
+                write_pages(self.folder)
+        finally:
+            self.runner.leases.release(self.folder)
+        end = time.monotonic()
+        self._next = end + 9 * (end - start)
+
+
+def keep_log(folder: Path) -> None:
+    """Has all further messages of this process also go to a file in the folder of a run, each with its time."""
+    handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8")
+    form = f"%(asctime)s {socket.gethostname()} {os.getpid()} %(levelname)s %(message)s"
+    handler.setFormatter(logging.Formatter(form))
+    logger = logging.getLogger("nemo_bench")
+    logger.addHandler(handler)
+    if logger.getEffectiveLevel() > logging.INFO:
+        logger.setLevel(logging.INFO)
+
+
+def _track(folder: Path, cell: Cell) -> None:
+    logger = cell.config.settings.logger
+    if logger.wandb or logger.csv or logger.tensorboard:
+        track_cells(load_results(folder), [cell])
+
+
+def report_damaged(cells: Sequence[Cell]) -> None:
     """Says how many training images can't be decoded, and how many prompts have no similarity to any for it."""
     prompts = {prompt.id: prompt for cell in cells for prompt in cell.prompts}.values()
     files = list(dict.fromkeys(file for prompt in prompts for file in prompt.damaged_references))
@@ -70,34 +203,22 @@ def report_damaged(cells: Sequence[Cell], say: Callable[[str], None]) -> None:
         why = unreadable(files[:1], "training images").get(files[0], "mended by now")
         what = f"{len(files)} of {total} training images can't be decoded and are left out: {files[0]} ({why})"
         more = ", ..." if len(files) > 1 else ""
-        say(f"{what}{more}. Prompts that have no other, so no similarity to training images: {alone}")
+        log.warning("%s%s. Prompts that have no other, so no similarity to training images: %d", what, more, alone)
 
 
-def renew_scores(cells: Sequence[Cell]) -> None:
-    """Downloads the weights of metrics that are pending; forgets scores that can't stay."""
-    stale = [cell for cell in cells if has_stale_scores(cell)]
-    for cell in cells:
-        cell.store.recount(ScoreRecord, [task.id for task in scored_tasks(cell)])
-        if cell in stale or not cell.store.is_done(ScoreRecord):
-            for metric in metrics_of(cell).values():
-                metric.space.fetch()
-    for cell in stale:
+def fetch_weights(cell: Cell) -> None:
+    """Downloads the weights of metrics where scores are pending."""
+    if not has_current_scores(cell):
+        for metric in metrics_of(cell).values():
+            metric.space.fetch()
+
+
+def renew_scores(cell: Cell) -> None:
+    """Forgets scores that can't stay."""
+    cell.store.recount(ScoreRecord, [task.id for task in scored_tasks(cell)])
+    if has_stale_scores(cell):
         _forget_scores(cell.store)
         write_json(cell.store.folder / SCORING_FILE, scoring_of(cell))
-
-
-def finish(cells: Sequence[Cell], runner: Runner, say: Callable[[str], None] = print) -> None:
-    """Scores pending images of cells of one run, to its report."""
-    for cell in cells:
-        runner.score(cell)
-    if is_main():
-        folder = cells[0].store.folder.parent
-        for cell in cells:
-            write_json(cell.store.folder / "metrics.json", summarize(cell))
-        # Another command of this name may have taken them off the list while they were not finished.
-        open_folder(folder, cells)
-        results = write_pages(folder)
-        track_cells(results, cells, say)
 
 
 def write_pages(folder: Path) -> Results:
@@ -109,7 +230,7 @@ def write_pages(folder: Path) -> Results:
     return results
 
 
-def _reopen(cell: Cell) -> None:
+def reopen(cell: Cell) -> None:
     """Reopens finished stages that miss something; images that are made again are scored again."""
     store = cell.store
     for kind in cell.stages:

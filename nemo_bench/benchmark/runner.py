@@ -9,25 +9,26 @@ import math
 import platform
 import secrets
 import subprocess
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache, partial
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
-from typing_extensions import override
 
 from nemo_bench import localization
 from nemo_bench.benchmark import pending, plan
 from nemo_bench.benchmark.plan import STATISTICS, THRESHOLD, Cell
 from nemo_bench.benchmark.processes import is_main, together
+from nemo_bench.benchmark.progress import ProgressReport
 from nemo_bench.benchmark.stages.base import Chunk, Stage
 from nemo_bench.benchmark.stages.calibrate import measure_pairs, measure_statistics
 from nemo_bench.benchmark.stages.generate import generate
@@ -40,14 +41,21 @@ from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, StoreError
 from nemo_bench.methods import Method, Setup
 from nemo_bench.metrics import BenchMetric, SetMetric
-from nemo_bench.prompts.data import PromptDataModule
+from nemo_bench.prompts.data import Counters, PromptDataModule
 from nemo_bench.prompts.tasks import Task
 from nemo_bench.records import schema
 from nemo_bench.records.images import visible
-from nemo_bench.records.io import digest, is_whole, read_file, write_json
+from nemo_bench.records.io import batched, digest, is_whole, read_file, write_json
+from nemo_bench.records.lease import Leases, read_lease
 from nemo_bench.records.schema import Record
 from nemo_bench.records.statistics import GROUPS
 from nemo_bench.records.store import Store, read_digests, read_localizations, read_run, write_prompts
+
+POLL = 2.0
+"""Seconds between two looks whether another run is through with something."""
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 def open_folder(folder: Path, cells: Sequence[Cell], *, instead: bool = False) -> None:
@@ -56,7 +64,7 @@ def open_folder(folder: Path, cells: Sequence[Cell], *, instead: bool = False) -
     Args:
         folder: The folder.
         cells: The cells that are asked for.
-        instead: Take those off the list that are neither asked for nor finished; their folders stay.
+        instead: Take those off the list that are neither asked for nor finished nor worked on; their folders stay.
 
     Raises:
         StoreError: It holds something else.
@@ -73,9 +81,21 @@ def open_folder(folder: Path, cells: Sequence[Cell], *, instead: bool = False) -
         methods = [name for name in begun if read_file(folder / name / "spec.json", schema.Spec).method is not None]
         present = schema.Run(name=folder.name, token=secrets.token_hex(4), cells=methods)
     names = [cell.id for cell in cells]
-    listed = [name for name in present.cells if name in names or not instead or pending.is_finished(folder / name)]
+    listed = [
+        name
+        for name in present.cells
+        if name in names or not instead or pending.is_finished(folder / name) or read_lease(folder / name)
+    ]
     listed += [name for name in names if name not in listed]
     write_json(path, present.model_copy(update={"name": folder.name, "cells": listed}))
+
+
+def holder(folder: Path) -> str:
+    """Who works on a folder, and since when, for a message."""
+    lease = read_lease(folder)
+    if lease is None:
+        return f"{folder}: another run works on it"
+    return f"{folder}: process {lease.pid} on {lease.host} works on it since {lease.since}"
 
 
 def note_start(cell: Cell, command: str, runner: Runner) -> None:
@@ -116,27 +136,23 @@ def _device_name(trainer: L.Trainer) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-class StageBar(TQDMProgressBar):
-    """Lightning's progress bar with the stage's name; shows rate and remaining time."""
-
-    predict_description = ""
-
-    @override
-    def on_predict_batch_start(self, *args: Any, **options: Any) -> None:
-        super().on_predict_batch_start(*args, **options)
-        # Without the number of the only dataloader.
-        self.predict_progress_bar.set_description(self.predict_description)
-
-
 class Runner:
     """One Lightning trainer, the model loaded last, and the method set up last.
+
+    Args:
+        settings: Of the trainer.
+        progress: Whether it is shown how far the stages are.
 
     Raises:
         ConfigError: Lightning can't have such a trainer on this machine, or a launcher's ranks do not fit it.
     """
 
     def __init__(self, settings: TrainerSettings, *, progress: bool = True) -> None:
-        self.bar = StageBar()
+        self.counters = Counters()
+        self.progress = ProgressReport(self.counters, show=progress)
+        self.leases = Leases()
+        self.progress.listeners.append(self.leases.note)
+        self._stages = count()
         devices, nodes = together(settings.devices, settings.num_nodes)
         try:
             with _quiet():
@@ -149,8 +165,8 @@ class Runner:
                     logger=False,
                     enable_checkpointing=False,
                     enable_model_summary=False,
-                    enable_progress_bar=progress,
-                    callbacks=[self.bar] if progress else [],
+                    enable_progress_bar=False,
+                    callbacks=[self.progress],
                 )
         except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise ConfigError(f"trainer settings do not fit this machine: {str(error).strip()}") from error
@@ -164,11 +180,31 @@ class Runner:
         Lightning does so where it first predicts; each process would have looked at the records by then.
         """
         if self.trainer.world_size > 1:
-            self.predict(Stage(lambda *_: [], Record, None), PromptDataModule(list, 1))
+            self._predict(Stage(lambda *_: [], Record, None), PromptDataModule([], int))
 
     def wait(self) -> None:
         """Waits for all processes."""
         self.trainer.strategy.barrier()
+
+    def agree(self, decide: Callable[[], T]) -> T:
+        """What the first process decides, in all processes."""
+        return self.trainer.strategy.broadcast(decide() if is_main() else None)  # type: ignore[return-value]
+
+    @contextmanager
+    def holding(self, *folders: Path) -> Iterator[None]:
+        """Owns some folders, once no other run does."""
+        for folder in folders:
+            waited = False
+            while not self.agree(partial(self.leases.claim, folder)):
+                if is_main() and not waited:
+                    log.info("%s; waiting", holder(folder))
+                waited = True
+                time.sleep(POLL)
+        try:
+            yield
+        finally:
+            for folder in folders:
+                self.leases.release(folder)
 
     def generate(self, cell: Cell) -> None:
         """Takes a cell to its images, through the stages that are not done."""
@@ -220,16 +256,19 @@ class Runner:
         store = cell.calibration
         if store is None or cell.method is None or not cell.method.needs_calibration or not cell.measured:
             return  # a source calibrates itself
+        if self.agree(lambda: cell.is_calibrated):
+            return
         if is_main():
             settings = {"model": cell.spec.model, "prompts": len(cell.calibration_prompts)}
             spec = schema.Spec(task="calibrate", settings=settings, general_prompts=cell.spec.general_prompts)
             store.open(spec, is_named=True)
-        if STATISTICS in cell.measured and not localization.is_readable(store.folder / STATISTICS):
-            self._measure_statistics(cell, store)
-        is_open = THRESHOLD in cell.measured and not plan.is_measured(store.folder / THRESHOLD)
-        # Without finite activations localizing fails prompt by prompt, and the rest of the run goes on.
-        if is_open and self._statistics(cell) is not None:
-            self._measure_threshold(cell, store)
+        with self.holding(store.folder):
+            if STATISTICS in cell.measured and not localization.is_readable(store.folder / STATISTICS):
+                self._measure_statistics(cell, store)
+            is_open = THRESHOLD in cell.measured and not plan.is_measured(store.folder / THRESHOLD)
+            # Without finite activations localizing fails prompt by prompt, and the rest of the run goes on.
+            if is_open and self._statistics(cell) is not None:
+                self._measure_threshold(cell, store)
 
     def _calibration(self, cell: Cell, method: Method) -> localization.Calibration | None:
         """What localizing compares with."""
@@ -312,11 +351,12 @@ class Runner:
         """Takes the features of the real pictures that sets are compared with; once, then they are cached."""
         chunks = Chunk.from_files(metric.files)
         store = real_store(metric, cell)
-        if is_main():
-            store.open(schema.Spec(task="features", settings=dict(metric.space.fingerprint())), is_named=True)
-        self.wait()
         handle = partial(embed_real, space=metric.space)
-        self.run_stage(schema.ChunkRecord, handle, cell, chunks, store=store, label=metric.title, needs_model=False)
+        with self.holding(store.folder):
+            if is_main():
+                store.open(schema.Spec(task="features", settings=dict(metric.space.fingerprint())), is_named=True)
+            self.wait()
+            self.run_stage(schema.ChunkRecord, handle, cell, chunks, store=store, label=metric.title, needs_model=False)
 
     def run_stage(
         self,
@@ -341,37 +381,67 @@ class Runner:
             tasks: All tasks.
             batch_size: Tasks in a batch.
             store: Where the records go; None for the cell's folder.
-            label: What stands beside the bar; empty for the method.
+            label: What stands beside the stage's name where progress is shown; empty for the method.
             needs_model: Whether it needs the cell's model and mitigation.
             read: Makes a batch of tasks into what ``handle`` takes.
             workers: Processes that read ahead.
         """
-        by_id = {task.id: task for task in tasks}
         store = store or cell.store
+        ids = [task.id for task in tasks]
         if is_main():
-            store.recount(kind, by_id)
+            store.recount(kind, ids)
         self.wait()
         if store.is_done(kind):
             return
 
-        parts: dict[str, Any] = {}
+        def share_out() -> tuple[list[Sequence[Any]], list[str]]:
+            open_ids = set(store.pending_ids(kind, ids))
+            # Batches of images are the same whatever is done already, so that images are the same to the bit.
+            every = tasks if kind is schema.ImageRecord else [task for task in tasks if task.id in open_ids]
+            batches = [batch for batch in batched(every, batch_size) if any(task.id in open_ids for task in batch)]
+            return batches, [task.id for batch in batches for task in batch if task.id not in open_ids]
+
+        batches, done = self.agree(share_out)
+        parts: dict[str, Any] = {"done": set(done)}
         if needs_model:
             neurons = pending.localized_neurons(cell.store, cell.spec, cell.prompts)
             method = partial(self.method, cell)
-            parts = {"model": self.model(cell), "method": method, "neurons": neurons, "batch_size": self.rows(cell)}
-        stage = Stage(handle, kind, store, by_id, **parts)
-        self.describe(kind.stage, label or str(cell.spec.method))
-        self.predict(stage, PromptDataModule(stage.pending, batch_size, read, workers))
+            parts |= {"model": self.model(cell), "method": method, "neurons": neurons, "batch_size": self.rows(cell)}
+        stage = Stage(handle, kind, store, **parts)
+        left = sum(map(len, batches)) - len(done)
+        self.predict(stage, batches, label or str(cell.spec.method), len(ids) - left, read=read, workers=workers)
         if is_main():
-            store.finish(kind, by_id)
+            store.finish(kind, ids)
         self.wait()
 
-    def describe(self, stage: str, label: str) -> None:
-        """Says beside the bar what comes next."""
-        self.bar.predict_description = f"{stage:>12} {label:<8}"
+    def predict(
+        self,
+        stage: Stage,
+        batches: Sequence[Sequence[Any]],
+        label: str,
+        done: int = 0,
+        *,
+        read: Callable[[list[Any]], Any] = list,
+        workers: int = 0,
+    ) -> None:
+        """Runs a stage over batches of tasks, each taken by a process that is free; returns when all are through.
 
-    def predict(self, stage: L.LightningModule, data: L.LightningDataModule) -> None:
-        """Runs a stage over all pending tasks; every process goes on when all are through."""
+        Args:
+            stage: The stage.
+            batches: Tasks in batches, the same in all processes.
+            label: What stands beside the stage's name where progress is shown.
+            done: Tasks that were done before.
+            read: Makes a batch into what the stage takes.
+            workers: Processes that read ahead.
+        """
+        name = f"stage {next(self._stages)}"
+        if not batches:
+            return
+        self.progress.begin(name, stage.name, label, done, done + sum(map(len, batches)))
+        self._predict(stage, PromptDataModule(batches, partial(self.counters.add, name, 1), read, workers))
+        self.progress.end()
+
+    def _predict(self, stage: Stage, data: PromptDataModule) -> None:
         with _quiet():
             self.trainer.predict(stage, datamodule=data, return_predictions=False)
         self.wait()

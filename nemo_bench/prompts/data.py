@@ -1,52 +1,81 @@
-"""Pending tasks of a predict loop, shared out over processes."""
+"""Batches of tasks for a predict loop, which processes take as they get free."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning as L
+from torch import distributed
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 
-class PromptDataModule(L.LightningDataModule):
-    """Gives every process its part of the pending tasks.
+class Counters:
+    """Counters that all processes of a run share, in the store of their process group."""
 
-    Lightning's own sampler is not used: it fails where fewer tasks than processes are pending. Rank 0 alone reads what
-    is done, so that all ranks share out the same list while records are being written.
+    def __init__(self) -> None:
+        self._own: dict[str, int] = {}
+
+    def add(self, name: str, amount: int) -> int:
+        """Adds to a counter, which begins with 0, and gives the sum; never the same sum to two processes."""
+        if distributed.is_available() and distributed.is_initialized():
+            return int(distributed.distributed_c10d._get_default_store().add(name, amount))
+        self._own[name] = self._own.get(name, 0) + amount
+        return self._own[name]
+
+
+class SharedBatches:
+    """Batches in their order, each for the process that asks next.
+
+    This is no sampler of Lightning's: those deal tasks out beforehand, though they differ tenfold in cost, and fail
+    where there are fewer tasks than processes. Batches do not depend on the number of processes.
 
     Args:
-        pending: Finds the pending tasks, in their order; called on rank 0.
-        batch_size: Most tasks in a batch.
+        batches: All batches.
+        take: Gives 1, 2, ... in turn, each number to one process.
         read: Makes a batch of tasks into what the stage takes.
         workers: Processes that read ahead.
     """
 
     def __init__(
+        self, batches: Sequence[Sequence[Any]], take: Callable[[], int], read: Callable[[Any], Any], workers: int
+    ) -> None:
+        self.batches = batches
+        self.take = take
+        self.read = read
+        self.workers = workers
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        tasks = [task for batch in self.batches for task in batch]
+        workers = min(self.workers, len(tasks))
+        yield from DataLoader(tasks, batch_sampler=self._taken(), collate_fn=self.read, num_workers=workers)  # type: ignore[arg-type]
+
+    def _taken(self) -> Iterator[list[int]]:
+        starts = [0]
+        for batch in self.batches:
+            starts.append(starts[-1] + len(batch))
+        while (number := self.take()) <= len(self.batches):
+            yield list(range(starts[number - 1], starts[number]))
+
+
+class PromptDataModule(L.LightningDataModule):
+    """Gives every process the next batch of pending tasks when it is free; see :class:`SharedBatches`."""
+
+    def __init__(
         self,
-        pending: Callable[[], Sequence[Any]],
-        batch_size: int,
+        batches: Sequence[Sequence[Any]],
+        take: Callable[[], int],
         read: Callable[[list[Any]], Any] = list,
         workers: int = 0,
     ) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True
-        self.pending = pending
-        self.batch_size = batch_size
-        self.read = read
-        self.workers = workers
-        self.tasks: Sequence[Any] = []
+        self.batches = SharedBatches(batches, take, read, workers)
 
     @override
-    def setup(self, stage: str) -> None:
-        trainer = self.trainer
-        assert trainer is not None
-        pending = trainer.strategy.broadcast(self.pending() if trainer.is_global_zero else [])
-        # Rank r of w takes every w-th, beginning with the r-th.
-        self.tasks = pending[trainer.global_rank :: trainer.world_size]
-
-    @override
-    def predict_dataloader(self) -> DataLoader[Any]:
-        options: dict[str, Any] = {"collate_fn": self.read, "num_workers": min(self.workers, len(self.tasks))}
-        return DataLoader(self.tasks, batch_size=self.batch_size, **options)  # type: ignore[arg-type]
+    def predict_dataloader(self) -> SharedBatches:
+        return self.batches

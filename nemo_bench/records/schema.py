@@ -199,6 +199,51 @@ class Run(Entry):
     cells: list[str]
 
 
+class Progress(Entry):
+    """How far a stage is, over all processes of a run."""
+
+    stage: str
+    label: str  #: Method or model.
+    done: int  #: Records done, those of before this run included.
+    total: int
+    seconds: float  #: Since the stage began in this run.
+    computed: int  #: Records computed in this run.
+    failed: int = 0  #: Of those computed by the first process, the ones that failed.
+    row_passes: float = 0.0  #: UNet passes of a row, of records computed by the first process.
+
+    @property
+    def pace(self) -> float:
+        """Records a second."""
+        return self.computed / self.seconds if self.seconds else 0.0
+
+    @property
+    def left(self) -> float | None:
+        """Seconds left; None before the first record."""
+        return (self.total - self.done) / self.pace if self.pace else None
+
+
+class Lease(Entry):
+    """Who works on a cell: ``.lease.<n>.json``, there only as long as somebody does."""
+
+    host: str
+    pid: int
+    process: str  #: The process, told from others that had or will have its id.
+    place: str  #: Boot of a machine and container, in which process ids mean the same.
+    since: str  #: ISO 8601, UTC.
+    beat: int = 0  #: Counts signs of life.
+    progress: Progress | None = None
+
+
+class Failure(Entry):
+    """Why a cell was given up the last time: ``failure.json``."""
+
+    time: str  #: ISO 8601, UTC.
+    host: str
+    pid: int
+    error: str
+    log: str  #: File with the traceback, beside the cell's folder.
+
+
 class Scoring(Entry):
     """What decides the scores of given images: ``scoring.json``."""
 
@@ -496,6 +541,7 @@ FILES: Mapping[str, tuple[Any, str]] = {
     "spec.json": (Spec, _RUN),
     "env.json": (list[Start], _RUN),
     "prompts.jsonl": (None, _RUN),
+    "failure.json": (Failure, "it is needed by nothing, and the command of the run tries the cell again"),
     "layers.json": (Layers, _RUN),
     "scoring.json": (Scoring, _SCORE),
     "sets.json": (Sets, _SCORE),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any
@@ -69,6 +70,19 @@ def show_entries(
     for entry in entries:
         table.add_row(*(entry[name] for name in columns))
     show(table)
+
+
+def show_status(cells: Sequence[Mapping[str, Any]]) -> None:
+    """Prints how far the cells of a run are, from :func:`nemo_bench.benchmark.status.read_status`."""
+    table = Table(*(Column(title, overflow="fold") for title in ("cell", "state", "records", "now", "left", "by")))
+    for cell in cells:
+        records = f"{cell['done']:,}" if cell["total"] is None else f"{cell['done']:,} of {cell['total']:,}"
+        now = f"{cell['stage']}, {cell['pace']:.2f}/s" if cell["stage"] else ""
+        left = _duration(cell["left"], "") if cell["left"] is not None else ""
+        table.add_row(cell["cell"], cell["state"], records, now, left, cell["owner"] or cell["failure"])
+    show(table)
+    states = Counter(cell["state"] for cell in cells)
+    print(", ".join(f"{count} {state}" for state, count in states.items()))
 
 
 def show_forecast(expected: Mapping[str, Any]) -> None:

@@ -9,14 +9,17 @@ Example:
 
 from __future__ import annotations
 
+import logging
 import os
 import pkgutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 
 from nemo_bench.config import LoggerSettings
 from nemo_bench.errors import ConfigError, StoreError, TrackingError
 from nemo_bench.records.results import Results
 from nemo_bench.tracking.logged import LoggedCell, logged_cells
+
+log = logging.getLogger(__name__)
 
 __all__ = ["LoggedCell", "sweep_trial", "track"]
 
@@ -34,7 +37,6 @@ def track(
     *,
     cells: Collection[str] | None = None,
     again: bool = False,
-    say: Callable[[str], None] = print,
 ) -> None:
     """Logs the finished cells of a run to every logger that is asked for.
 
@@ -43,7 +45,6 @@ def track(
         settings: Which loggers, and their settings.
         cells: Names of the cells to log; None takes all.
         again: Log unchanged cells to W&B as well.
-        say: Receives single lines.
 
     Raises:
         StoreError: No cell that was asked for is finished.
@@ -59,11 +60,11 @@ def track(
         msg = f"{results.folder} has no finished cell to track ({why}); give the command of the run again to go on"
         raise StoreError(msg)
     for name, why in unfinished.items():
-        say(f"not tracked, {why}: {name}")
+        log.info("not tracked, %s: %s", why, name)
     failures = []
     for name in loggers:
         try:
-            pkgutil.resolve_name(f"nemo_bench.tracking.{_LOGGERS[name]}")(logged, settings, again, say)
+            pkgutil.resolve_name(f"nemo_bench.tracking.{_LOGGERS[name]}")(logged, settings, again)
         except Exception as error:  # whatever a logger raises: results that are complete must not suffer from it
             failures.append(f"{name} failed: {' '.join(str(error).split()) or type(error).__name__}")
     if failures:

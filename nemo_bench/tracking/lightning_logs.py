@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -13,8 +14,10 @@ from nemo_bench.config import LoggerSettings
 from nemo_bench.errors import TrackingError
 from nemo_bench.tracking.logged import LoggedCell
 
+log = logging.getLogger(__name__)
 
-def log_csv(cells: Sequence[LoggedCell], settings: LoggerSettings, again: bool, say: Callable[[str], None]) -> None:
+
+def log_csv(cells: Sequence[LoggedCell], settings: LoggerSettings, again: bool) -> None:
     """Writes ``csv/metrics.csv``, the row of the leaderboard, and ``csv/hparams.yaml``, the config."""
     for cell in cells:
         shutil.rmtree(cell.folder / "csv", ignore_errors=True)
@@ -22,12 +25,10 @@ def log_csv(cells: Sequence[LoggedCell], settings: LoggerSettings, again: bool, 
         logger.log_hyperparams(cell.config)
         logger.log_metrics({**cell.row}, step=0)
         logger.finalize("success")
-    say(f"CSV: {cells[0].folder.parent}/*/csv/metrics.csv")
+    log.info("CSV: %s/*/csv/metrics.csv", cells[0].folder.parent)
 
 
-def log_tensorboard(
-    cells: Sequence[LoggedCell], settings: LoggerSettings, again: bool, say: Callable[[str], None]
-) -> None:
+def log_tensorboard(cells: Sequence[LoggedCell], settings: LoggerSettings, again: bool) -> None:
     """Writes ``tensorboard/``: the row as scalars, config and means as hyper-parameters, neurons, pictures of prompts.
 
     Raises:
@@ -48,4 +49,4 @@ def log_tensorboard(
             for name, picture in cell.pictures(prompt).items():
                 writer.add_image(f"{prompt.id}/{name}", np.asarray(picture), 0, dataformats="HWC")
         logger.finalize("success")
-    say(f"TensorBoard: tensorboard --logdir {cells[0].folder.parent}")
+    log.info("TensorBoard: tensorboard --logdir %s", cells[0].folder.parent)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from nemo_bench.records.schema import Tracked
 from nemo_bench.tracking import sweep_trial
 from nemo_bench.tracking.logged import PICTURES, LoggedCell
 
+log = logging.getLogger(__name__)
 
-def log_wandb(cells: Sequence[LoggedCell], settings: LoggerSettings, again: bool, say: Callable[[str], None]) -> None:
+
+def log_wandb(cells: Sequence[LoggedCell], settings: LoggerSettings, again: bool) -> None:
     """Makes or continues the W&B run of every cell: config, summary, tables with pictures, charts, an artifact.
 
     A run's id follows from run and cell, or is that of the sweep agent, whose trial is then the only cell logged, and
@@ -32,7 +35,7 @@ def log_wandb(cells: Sequence[LoggedCell], settings: LoggerSettings, again: bool
     if trial:
         cells = [cell for cell in cells if cell.results.name == trial]
     mode, why = _mode(settings.mode)
-    say(f"W&B: {mode}, {why}")
+    log.info("W&B: %s, %s", mode, why)
     if mode == "disabled":
         return
     logged = 0
@@ -55,12 +58,14 @@ def log_wandb(cells: Sequence[LoggedCell], settings: LoggerSettings, again: bool
         write_json(file, tracked.model_copy(update={"url": url}))
         logged += 1
         if url:
-            say(f"W&B: {url}")
+            log.info("W&B: %s", url)
     run = cells[0].folder.parent
     if logged < len(cells):
-        say(f"W&B: {counted(len(cells) - logged, 'cell')} unchanged since they were tracked ({mode})")
+        log.info("W&B: %s unchanged since they were tracked (%s)", counted(len(cells) - logged, "cell"), mode)
     if logged and mode == "offline":
-        say(f"W&B (offline): {run}/*/wandb; nemo-bench track {run} logger.mode=online uploads it, from any machine")
+        log.info(
+            "W&B (offline): %s/*/wandb; nemo-bench track %s logger.mode=online uploads it, from any machine", run, run
+        )
 
 
 def _log(cell: LoggedCell, settings: LoggerSettings, tracked: Tracked, *, in_sweep: bool) -> str | None:

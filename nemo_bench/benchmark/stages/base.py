@@ -6,7 +6,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,11 +38,11 @@ class Stage(L.LightningModule):
         handle: Computes the records of a batch, given the stage and the batch.
         kind: Class of the records.
         store: Where they go; None where ``handle`` writes them.
-        tasks: All tasks by record id, done or not.
         model: The model, where one is needed.
         method: Gives the mitigation, set up; the first call counts to the first task.
         neurons: Localized neurons by prompt id; images of other prompts fail.
         batch_size: Rows in a UNet pass at most.
+        done: Ids of tasks that are done, and in a batch only so that the others are computed as in an undisturbed run.
     """
 
     def __init__(
@@ -50,27 +50,25 @@ class Stage(L.LightningModule):
         handle: Callable[[Stage, Any], Sequence[Record]],
         kind: type[Record],
         store: Store | None,
-        tasks: Mapping[str, Any] | None = None,
         *,
         model: Any = None,
         method: Any = None,
         neurons: Mapping[str, Neurons] | None = None,
         batch_size: int = 1,
+        done: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.handle = handle
-        self.kind = kind
-        self.tasks = tasks or {}
+        self.name = kind.stage
         self.write = store.writer(kind) if store else None
         self.store: Store = store  # type: ignore[assignment] # who asks for it has given one, as of all that follows
         self.model: Diffusion = model
         self.method: Callable[[], Method] = method
         self.neurons = neurons or {}
         self.batch_size = batch_size
-
-    def pending(self) -> list[Any]:
-        """The tasks without a record."""
-        return [self.tasks[name] for name in self.store.pending_ids(self.kind, self.tasks)]
+        self.done = done
+        #: Records of the last batch.
+        self.written: Sequence[Record] = ()
 
     @override
     def on_predict_start(self) -> None:
@@ -81,7 +79,7 @@ class Stage(L.LightningModule):
     @override
     def predict_step(self, tasks: Any, batch_idx: int) -> None:
         start = time.perf_counter()
-        records = self.handle(self, tasks)
+        records = self.written = self.handle(self, tasks)
         if self.write is None:
             return
         measured = {

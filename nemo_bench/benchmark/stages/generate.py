@@ -16,11 +16,12 @@ def generate(stage: Stage, tasks: Sequence[Task]) -> list[ImageRecord]:
     """Generates images with the method applied.
 
     An image that is not finite is recorded as ``failed``, with the reason and without a file; the others of its batch
-    are not touched by it.
+    are not touched by it. Images that are done are made again, since they round the others of their batch, and dropped.
     """
     localized = [task for task in tasks if task.prompt.id in stage.neurons]
     records = {record.id: record for record in (_generate(stage, localized) if localized else [])}
-    return [records.get(task.id) or _record(task, 0, failed=UNLOCALIZED) for task in tasks]
+    pending = [task for task in tasks if task.id not in stage.done]
+    return [records.get(task.id) or _record(task, 0, failed=UNLOCALIZED) for task in pending]
 
 
 def _generate(stage: Stage, tasks: Sequence[Task]) -> list[ImageRecord]:
@@ -44,6 +45,8 @@ def _generate(stage: Stage, tasks: Sequence[Task]) -> list[ImageRecord]:
     passes = round((model.row_passes - before) / len(tasks), 2)
     records = []
     for row, (task, image, reason) in enumerate(zip(tasks, *generated, strict=True)):
+        if task.id in stage.done:
+            continue
         result: dict[str, Any] = {"notes": dict(changed.notes[row]) if changed.notes else None}
         if reason:
             result["failed"] = reason

@@ -1,0 +1,81 @@
+"""How far a run is, read from its folder; any process may look, while others work on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nemo_bench.benchmark.pending import is_finished
+from nemo_bench.benchmark.work import FAILURE
+from nemo_bench.errors import StoreError, first_line
+from nemo_bench.records.io import is_whole, read_file
+from nemo_bench.records.lease import is_dead, read_lease
+from nemo_bench.records.schema import RECORDS, Failure, ImageRecord, Lease, ScoreRecord, Spec
+from nemo_bench.records.store import read_cell_prompts, read_records, read_run, read_spec
+
+
+@dataclass(frozen=True)
+class CellStatus:
+    """How far a cell is."""
+
+    cell: str  #: Name of its folder.
+    state: Literal["finished", "running", "failed", "open"]
+    done: int  #: Records of all stages that are there.
+    total: int | None  #: All records; None before the cell was begun for the first time.
+    stage: str = ""  #: What is computed now, by whoever works on it.
+    pace: float | None = None  #: Records of that stage a second.
+    left: float | None = None  #: Seconds that are left of that stage.
+    owner: str = ""  #: Host and process that work on it, and since when.
+    failure: str = ""  #: Why it was given up, or can't be read.
+
+
+def read_status(folder: Path) -> list[CellStatus]:
+    """The cells of a run in the order asked for, such as of ``results/default``; sources that work goes on in as well.
+
+    Raises:
+        StoreError: The folder holds no run.
+    """
+    names = read_run(folder).cells
+    held = [path.parent.name for path in folder.glob("*/.lease.*.json")]
+    return [_of_cell(folder / name) for name in dict.fromkeys([*names, *held])]
+
+
+def _of_cell(cell: Path) -> CellStatus:
+    lease = read_lease(cell)
+    if lease is not None and is_dead(lease):
+        lease = None
+    try:
+        spec = read_spec(cell)
+        done, total = _count(cell, spec)
+    except StoreError as error:
+        return CellStatus(cell.name, "running" if lease else "open", 0, None, failure=first_line(error))
+    failed = cell / FAILURE
+    why = first_line(Exception(read_file(failed, Failure).error)) if is_whole(failed, Failure) else ""
+    if lease is not None:
+        return _running(cell.name, done, total, lease)
+    state: Literal["finished", "failed", "open"] = "failed" if why else "finished" if is_finished(cell) else "open"
+    return CellStatus(cell.name, state, done, total, failure=why)
+
+
+def _running(name: str, done: int, total: int | None, lease: Lease) -> CellStatus:
+    owner = f"{lease.host} {lease.pid} since {lease.since}"
+    progress = lease.progress
+    if progress is None:
+        return CellStatus(name, "running", done, total, owner=owner)
+    left = None if progress.left is None else round(progress.left, 1)
+    return CellStatus(name, "running", done, total, progress.stage, round(progress.pace, 3), left, owner)
+
+
+def _count(cell: Path, spec: Spec) -> tuple[int, int | None]:
+    """Records that are there, and all; the scores of a prompt with its images count once."""
+    done = {}
+    for kind in (kind for kind in RECORDS if kind.stage in spec.stages):
+        records = read_records(cell, kind).values()
+        done[kind] = sum(not isinstance(record, ScoreRecord) or record.seed is None for record in records)
+    if not (cell / "prompts.jsonl").is_file():
+        return sum(done.values()), None
+    prompts = len(read_cell_prompts(cell, spec))
+    images = prompts * spec.settings.get("seeds", 1)
+    total = sum(images if kind is ImageRecord else prompts for kind in done)
+    return sum(done.values()), total

@@ -1,0 +1,122 @@
+"""Which cell a run works on next, where several runs may work on one folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+
+from nemo_bench.benchmark.pending import is_up_to_date, task_ids
+from nemo_bench.benchmark.plan import Cell, with_sources
+from nemo_bench.benchmark.processes import is_main
+from nemo_bench.errors import NemoBenchError, counted, first_line
+from nemo_bench.records.io import is_whole, read_file, write_json
+from nemo_bench.records.lease import Leases
+from nemo_bench.records.schema import Failure, LocalizationRecord
+
+LOG_FILE = "run.log"
+"""Messages of all runs on the folder of a run."""
+FAILURE = "failure.json"
+
+log = logging.getLogger(__name__)
+
+
+class Work:
+    """The cells that a run takes to their end, and those that it gave up.
+
+    Args:
+        cells: Cells that are asked for.
+        leases: Of this process.
+        shard: ``(i, n)``: every n-th cell alone, from the i-th of 1 to n, with what these start from; None for all.
+    """
+
+    def __init__(self, cells: Sequence[Cell], leases: Leases, shard: tuple[int, int] | None = None) -> None:
+        self.all = in_order(cells)
+        wanted = self.all
+        if shard:
+            number, count = shard
+            wanted = [need for cell in self.all[number - 1 :: count] for need in [*self._needs(cell), cell]]
+        #: Cells that are not over as far as this run knows; of the first process alone, which hands them out.
+        self.open = [cell for cell in self.all if is_main() and cell in wanted and not _is_over(cell, cells)]
+        self.failed: dict[Cell, Exception] = {}
+        self._asked = cells
+        self._leases = leases
+        self._failures = {cell: _failure(cell) for cell in self.open}
+
+    def take(self) -> Cell | None:
+        """Owns the next cell that can be worked on; None where all are over, or others have to finish theirs first."""
+        for cell in list(self.open):
+            missing = self._needs(cell)
+            if lost := [other for other in missing if other in self.failed]:
+                self.give_up(cell, NemoBenchError(f"it starts from {lost[0].id}, which failed"))
+            elif _failure(cell) != self._failures[cell]:
+                self.give_up(cell, NemoBenchError(f"another run gave it up: {_failure(cell)}"), is_new=False)
+            elif not any(other in self.open for other in missing) and self._leases.claim(cell.store.folder):
+                if not _is_over(cell, self._asked):
+                    return cell
+                self.finish(cell)
+        return None
+
+    def finish(self, cell: Cell) -> None:
+        """Gives a cell back that is over."""
+        self.open.remove(cell)
+        (cell.store.folder / FAILURE).unlink(missing_ok=True)
+        self._leases.release(cell.store.folder)
+
+    def give_up(self, cell: Cell, error: Exception, *, is_new: bool = True) -> None:
+        """Gives a cell back that failed, and notes why."""
+        self.open.remove(cell)
+        self.failed[cell] = error
+        if is_new and cell.store.folder.is_dir():
+            failure = Failure(
+                time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                error=str(error) or type(error).__name__,
+                log=LOG_FILE,
+            )
+            write_json(cell.store.folder / FAILURE, failure)
+        self._leases.release(cell.store.folder)
+        log.error("%s failed: %s", cell.id, first_line(error))
+        log.debug("%s", cell.id, exc_info=error)
+
+    def check(self) -> None:
+        """Raises the error of a cell that was given up, with those of all others."""
+        if not self.failed:
+            return
+        first = next(iter(self.failed.values()))
+        if len({str(error) for error in self.failed.values()}) == 1:
+            raise first
+        failed = "".join(f"\n  {cell.id}: {first_line(error)}" for cell, error in self.failed.items())
+        folder = next(iter(self.failed)).store.folder.parent
+        raise NemoBenchError(f"{counted(len(self.failed), 'cell')} failed, see {folder / LOG_FILE}:{failed}") from first
+
+    def _needs(self, cell: Cell) -> list[Cell]:
+        """Cells of the run that have to come first."""
+        needs = []
+        if cell.unmitigated:
+            needs += [other for other in self.all if other.store.folder == cell.unmitigated.folder]
+        if cell.source and not cell.store.is_done(LocalizationRecord):
+            needs += [] if cell.source.store.is_done(LocalizationRecord) else [*self._needs(cell.source), cell.source]
+        return needs
+
+
+def in_order(cells: Sequence[Cell]) -> list[Cell]:
+    """Cells and the sources that were not asked for: first what others start from or are compared with."""
+    ordered = with_sources(cells)
+    first = {cell.source for cell in ordered}
+    compared = {cell.unmitigated.folder for cell in ordered if cell.unmitigated}
+    return sorted(ordered, key=lambda cell: (cell not in first) and cell.store.folder not in compared)
+
+
+def _is_over(cell: Cell, asked: Iterable[Cell]) -> bool:
+    if cell in asked:
+        return is_up_to_date(cell)
+    return not cell.store.pending_ids(LocalizationRecord, task_ids(cell, LocalizationRecord))
+
+
+def _failure(cell: Cell) -> str | None:
+    path = cell.store.folder / FAILURE
+    return read_file(path, Failure).error if is_whole(path, Failure) else None

@@ -1,0 +1,168 @@
+"""Leases: one run at a time works on a folder, and a run that died loses it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+from nemo_bench.errors import StoreError
+from nemo_bench.records.io import read_file, write_json
+from nemo_bench.records.schema import Lease, Progress
+
+BEAT = 5.0
+"""Seconds between two signs of life of an owner."""
+PATIENCE = 60.0
+"""Seconds without one after which an owner on another machine counts as dead; many, since shared file systems lag."""
+_NAME = re.compile(r"\.lease\.(\d+)\.json")
+
+log = logging.getLogger(__name__)
+
+
+class Leases:
+    """The folders that this process owns; a thread gives signs of life as long as there are any.
+
+    The owner of a folder is named in ``.lease.<n>.json``, of several such files in the one with the highest number: who
+    takes a folder from a dead owner makes the file with the next number, which only one can make. Whether an owner is
+    alive is told by its process where that is on this machine, else by whether its file changes; no clock is compared.
+    """
+
+    def __init__(self, patience: float = PATIENCE) -> None:
+        self.patience = patience
+        self._own: dict[Path, tuple[Path, Lease]] = {}
+        self._seen: dict[Path, tuple[tuple[Path, bytes], float]] = {}
+        self._lock = threading.Lock()
+        self._beating: threading.Thread | None = None
+
+    def claim(self, folder: Path) -> bool:
+        """Takes a folder, which is made if need be, unless another run has it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        files = _files(folder)
+        if files and not self._is_dead(folder, files[-1]):
+            return False
+        number = int(_NAME.fullmatch(files[-1].name)[1]) + 1 if files else 0  # type: ignore[index]
+        path = folder / f".lease.{number}.json"
+        own = Lease(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            process=_process(os.getpid()),
+            place=_place(),
+            since=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+        try:
+            path.open("x").close()
+        except FileExistsError:
+            return False
+        write_json(path, own)
+        for file in files:
+            file.unlink(missing_ok=True)
+        with self._lock:
+            self._own[folder] = (path, own)
+        if self._beating is None:
+            self._beating = threading.Thread(target=self._beat, daemon=True, name="leases")
+            self._beating.start()
+        return True
+
+    def note(self, progress: Progress) -> None:
+        """Has the next sign of life say in every folder how far the work is."""
+        with self._lock:
+            self._own = {
+                folder: (path, own.model_copy(update={"progress": progress}))
+                for folder, (path, own) in self._own.items()
+            }
+
+    def release(self, folder: Path) -> None:
+        """Gives a folder back; nothing where it is not owned."""
+        with self._lock:
+            path, _ = self._own.pop(folder, (None, None))
+        if path:
+            path.unlink(missing_ok=True)
+
+    def release_all(self) -> None:
+        """Gives every folder back."""
+        for folder in list(self._own):
+            self.release(folder)
+
+    def _beat(self) -> None:
+        while True:
+            time.sleep(BEAT)
+            with self._lock:
+                for folder, (path, own) in list(self._own.items()):
+                    if _files(folder)[-1:] != [path]:
+                        # It was taken for dead, such as after a machine slept; records of both are the same.
+                        log.warning("%s: another run took over", folder)
+                        del self._own[folder]
+                        continue
+                    own = own.model_copy(update={"beat": own.beat + 1})
+                    self._own[folder] = (path, own)
+                    with contextlib.suppress(OSError):  # a full disk ends the run where it writes its results
+                        write_json(path, own)
+
+    def _is_dead(self, folder: Path, path: Path) -> bool:
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return False  # it was given back or taken over just now
+        lease = read_lease(folder)
+        if lease and lease.place == _place():
+            return is_dead(lease)
+        seen, since = self._seen.get(folder, (None, 0.0))
+        if seen != (path, content):
+            self._seen[folder] = ((path, content), time.monotonic())
+            return False
+        return time.monotonic() - since > self.patience
+
+
+def read_lease(folder: Path) -> Lease | None:
+    """Who has a folder, whether alive or not; None where nobody does or its file is being written."""
+    for path in reversed(_files(folder)):
+        try:
+            return read_file(path, Lease)
+        except StoreError:
+            return None
+    return None
+
+
+def is_dead(lease: Lease) -> bool:
+    """Whether an owner is known to be dead: its process was on this machine, and is no more."""
+    return lease.place == _place() and lease.process != _process(lease.pid)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Files of leases, the owner's last."""
+    found = [(int(match[1]), path) for path in folder.glob(".lease.*.json") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def _process(pid: int) -> str:
+    """A process on this machine, in words that no later one has again; empty where there is none."""
+    with contextlib.suppress(OSError):
+        # The name in parentheses may have spaces; after it come the state and, as 20th word, the time of the start.
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if words[0] in "ZX" else f"{pid}:{words[19]}"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        pass  # it is there, and somebody else's
+    return str(pid)
+
+
+def _place() -> str:
+    """Where process ids mean the same: a boot of a machine, and a container of it."""
+    parts: list[Callable[[], str]] = [
+        lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        lambda: os.readlink("/proc/self/ns/pid"),
+    ]
+    try:
+        return " ".join(part() for part in parts)
+    except OSError:
+        return socket.gethostname()
