@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+from typing_extensions import override
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ["WANDB_MODE"] = "offline"
@@ -27,6 +30,26 @@ hypothesis.settings.load_profile("untimed")
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """The package's messages of a test as they come, without those for debugging."""
+    lines: list[str] = []
+
+    class Collector(logging.Handler):
+        @override
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    collector = Collector(logging.INFO)
+    logger = logging.getLogger("nemo_bench")
+    level = logger.level
+    logger.addHandler(collector)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.removeHandler(collector)
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from nemo_bench.benchmark.embedding_search import UNCHANGED
 from nemo_bench.benchmark.plan import Cell, identity_settings, metrics_of, read_listed, source_of
 from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.rescore import reread
-from nemo_bench.benchmark.run import keep_log, write_pages
+from nemo_bench.benchmark.run import log_file, write_pages
 from nemo_bench.benchmark.runner import Runner
 from nemo_bench.benchmark.stages.audit import STATES, AuditSettings, Search, score_sheets, search
 from nemo_bench.benchmark.stages.base import Chunk
@@ -207,22 +207,22 @@ def audit(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Path
     """
     runner = Runner(cells[0].config.settings.trainer, progress=progress)
     runner.start()
-    if is_main():
-        keep_log(cells[0].store.folder.parent)
-        for cell in cells:
-            for metric in compared_metrics(cell).values():
-                metric.space.fetch()
     folder = cells[0].store.folder.parent
-    for cell in cells:
-        with runner.holding(cell.store.folder):
-            _search(cell, runner)
-            if is_main():
-                path = cell.store.folder / "audit.json"
-                found = summarize(cell, command)
-                before = read_file(path, list[Audit]) if path.exists() else []
-                write_json(path, [*(entry for entry in before if entry.id != found.id), found])
-    if is_main():
-        write_pages(folder)
+    with log_file(folder):
+        if is_main():
+            for cell in cells:
+                for metric in compared_metrics(cell).values():
+                    metric.space.fetch()
+        for cell in cells:
+            with runner.holding(cell.store.folder):
+                _search(cell, runner)
+                if is_main():
+                    path = cell.store.folder / "audit.json"
+                    found = summarize(cell, command)
+                    before = read_file(path, list[Audit]) if path.exists() else []
+                    write_json(path, [*(entry for entry in before if entry.id != found.id), found])
+        if is_main():
+            write_pages(folder)
     return folder
 
 

@@ -19,7 +19,7 @@ from nemo_bench.benchmark.plan import (
     source_of,
 )
 from nemo_bench.benchmark.processes import is_main
-from nemo_bench.benchmark.run import keep_log, write_pages
+from nemo_bench.benchmark.run import log_file, write_pages
 from nemo_bench.benchmark.runner import Runner, note_start, open_folder
 from nemo_bench.benchmark.stages.detect import detection_stage, pending_tasks
 from nemo_bench.config import CellConfig, build
@@ -94,25 +94,26 @@ def detect(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Pat
     runner.start()
     if is_main():
         open_folder(folder, [])
-        keep_log(folder)
+    with log_file(folder):
+        if is_main():
+            for cell in cells:
+                cell.store.open(cell.spec)
+                note_start(cell, command, runner)
+                cell.store.recount(DetectionRecord, task_ids(cell, DetectionRecord))
+        runner.wait()
+        groups: dict[str, list[Cell]] = {}
         for cell in cells:
-            cell.store.open(cell.spec)
-            note_start(cell, command, runner)
-            cell.store.recount(DetectionRecord, task_ids(cell, DetectionRecord))
-    runner.wait()
-    groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        if not cell.store.is_done(DetectionRecord):
-            groups.setdefault(digest([cell.spec.settings[key] for key in ("model", "prompts")]), []).append(cell)
-    for group in groups.values():
-        with runner.holding(*(cell.store.folder for cell in group)):
-            _detect(runner, group)
-    if is_main():
-        for cell in cells:
-            write_json(cell.store.folder / "metrics.json", summarize(cell))
-        write_detection(load_detections(folder))
-        if (folder / "report.html").is_file():
-            write_pages(folder)
+            if not cell.store.is_done(DetectionRecord):
+                groups.setdefault(digest([cell.spec.settings[key] for key in ("model", "prompts")]), []).append(cell)
+        for group in groups.values():
+            with runner.holding(*(cell.store.folder for cell in group)):
+                _detect(runner, group)
+        if is_main():
+            for cell in cells:
+                write_json(cell.store.folder / "metrics.json", summarize(cell))
+            write_detection(load_detections(folder))
+            if (folder / "report.html").is_file():
+                write_pages(folder)
     return folder
 
 

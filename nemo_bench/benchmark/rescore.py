@@ -12,7 +12,7 @@ from pathlib import Path
 from nemo_bench.benchmark.pending import track_cells
 from nemo_bench.benchmark.plan import Cell, check_metrics, find_unmitigated, make_spec, read_listed
 from nemo_bench.benchmark.processes import is_main
-from nemo_bench.benchmark.run import fetch_weights, keep_log, report_damaged, take_to_table, write_pages
+from nemo_bench.benchmark.run import fetch_weights, log_file, report_damaged, take_to_table, write_pages
 from nemo_bench.benchmark.runner import Runner, note_start, open_folder
 from nemo_bench.config.composition import CellConfig, one, rescore
 from nemo_bench.config.listing import about_method
@@ -48,20 +48,20 @@ def score(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Path
     folder = cells[0].store.folder.parent
     runner = Runner(cells[0].config.settings.trainer, progress=progress)
     runner.start()
-    if is_main():
-        keep_log(folder)
+    with log_file(folder):
+        if is_main():
+            for cell in cells:
+                fetch_weights(cell)
+            report_damaged(cells)
         for cell in cells:
-            fetch_weights(cell)
-        report_damaged(cells)
-    for cell in cells:
-        with runner.holding(cell.store.folder):
-            if is_main():
-                note_start(cell, command, runner)
-            take_to_table(cell, runner)
-    if is_main():
-        # Another command of this name may have taken them off the list while they were not finished.
-        open_folder(folder, cells)
-        track_cells(write_pages(folder), cells)
+            with runner.holding(cell.store.folder):
+                if is_main():
+                    note_start(cell, command, runner)
+                take_to_table(cell, runner)
+        if is_main():
+            # Another command of this name may have taken them off the list while they were not finished.
+            open_folder(folder, cells)
+            track_cells(write_pages(folder), cells)
     return folder
 
 

@@ -6,7 +6,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_bench.benchmark.pending import SETS_FILE, is_current, is_finished, scored_tasks, task_ids, track_cells
@@ -63,17 +64,18 @@ def run(cells: Sequence[Cell], command: str, *, progress: bool = True, shard: tu
     runner.start()
     if is_main():
         open_folder(folder, cells, instead=True)
-        keep_log(folder)
-        for cell in with_sources(cells):
-            cell.store.open(cell.spec)
-        for cell in cells:
-            fetch_weights(cell)
-        report_damaged(cells)
-    work = Work(cells, runner.leases, shard)
-    try:
-        _work_off(work, cells, runner, command)
-    finally:
-        runner.leases.release_all()
+    with log_file(folder):
+        if is_main():
+            for cell in with_sources(cells):
+                cell.store.open(cell.spec)
+            for cell in cells:
+                fetch_weights(cell)
+            report_damaged(cells)
+        work = Work(cells, runner.leases, shard)
+        try:
+            _work_off(work, cells, runner, command)
+        finally:
+            runner.leases.release_all()
     work.check()
     return folder
 
@@ -176,15 +178,25 @@ class Report:
         self._next = end + 9 * (end - start)
 
 
-def keep_log(folder: Path) -> None:
-    """Has all further messages of this process also go to a file in the folder of a run, each with its time."""
+@contextmanager
+def log_file(folder: Path) -> Iterator[None]:
+    """Has the messages of the first process also go to a file in the folder of a run, each with its time."""
+    if not is_main():
+        yield
+        return
+    logger = logging.getLogger("nemo_bench")
+    level = logger.level
     handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8")
     form = f"%(asctime)s {socket.gethostname()} {os.getpid()} %(levelname)s %(message)s"
     handler.setFormatter(logging.Formatter(form))
-    logger = logging.getLogger("nemo_bench")
     logger.addHandler(handler)
-    if logger.getEffectiveLevel() > logging.INFO:
-        logger.setLevel(logging.INFO)
+    logger.setLevel(min(logger.getEffectiveLevel(), logging.INFO))
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        handler.close()
 
 
 def _track(folder: Path, cell: Cell) -> None:

@@ -252,10 +252,9 @@ def set_dtype(place: Path, dtype: str) -> None:
     (place / "env.json").write_text(json.dumps(env))
 
 
-def test_a_cell_in_half_precision_is_left_out_and_the_others_are_audited(copy: Path) -> None:
+def test_a_cell_in_half_precision_is_left_out_and_the_others_are_audited(copy: Path, said: list[str]) -> None:
     set_dtype(cell(copy, "none"), "float16")
-    said: list[str] = []
-    assert [c.spec.method for c in cells_of(copy, QUICK, say=said.append)] == ["nemo"]
+    assert [c.spec.method for c in cells_of(copy, QUICK)] == ["nemo"]
     (line,) = (line for line in said if "float16" in line)
     assert line.endswith(cell(copy, "none").name)
 
@@ -301,10 +300,9 @@ def test_methods_that_change_neurons_or_weights_alone_are_auditable() -> None:
 
 
 def test_cells_that_cannot_be_audited_are_left_out_or_explained(
-    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
-    said: list[str] = []
-    cells = cells_of(copy, QUICK, say=said.append)
+    cells = cells_of(copy, QUICK)
     assert [c.spec.method for c in cells] == ["none", "nemo"]
     assert len(said) == 1
     assert re.fullmatch(

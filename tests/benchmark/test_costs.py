@@ -22,7 +22,7 @@ def test_methods_go_through_all_stages(method: str, prompt_file: Path, tmp_path:
         "batch_size=3", f"root={tmp_path}",
     ]  # fmt: skip
     (cell,) = plan(grid(words))
-    run([cell], "test", say=lambda line: None, progress=False)
+    run([cell], "test", progress=False)
     assert cell.store.is_done(ScoreRecord)
     assert len(read_records(cell.store.folder, "generate")) == 3
 
@@ -33,7 +33,7 @@ def test_records_count_a_methods_own_passes(prompt_file: Path, tmp_path: Path) -
         f"prompts.files=[{prompt_file}]", "seeds=2", "localize_seeds=2", f"root={tmp_path}",
     ]  # fmt: skip
     none, optimized = plan(grid(words))
-    run([none, optimized], "test", say=lambda line: None, progress=False)
+    run([none, optimized], "test", progress=False)
     plain = {record["id"]: record for record in read_records(none.store.folder, "generate").values()}
     assert {record["cost"]["row_passes"] for record in plain.values()} == {8}
     assert all("notes" not in record for record in plain.values())
@@ -55,12 +55,12 @@ def test_what_images_share_is_no_cost_of_an_image_wherever_it_is_found(prompt_fi
         f"prompts.files=[{prompt_file}]", "seeds=2", "localize_seeds=2", f"root={tmp_path}",
     ]  # fmt: skip
     (cell,) = plan(grid(words))
-    run([cell], "test", say=lambda line: None, progress=False)
+    run([cell], "test", progress=False)
     for path in (cell.store.folder / "records").glob("generate.*"):
         path.unlink()
     (cell.store.folder / "generate.done").unlink()
     (again,) = plan(grid(words))
-    run([again], "test", say=lambda line: None, progress=False)
+    run([again], "test", progress=False)
     assert {record["cost"]["row_passes"] for record in read_records(again.store.folder, "generate").values()} == {8}
 
 
@@ -70,7 +70,7 @@ def test_moving_the_noise_costs_each_image(prompt_file: Path, tmp_path: Path) ->
         f"root={tmp_path}",
     ]  # fmt: skip
     (cell,) = plan(grid(words))
-    run([cell], "test", say=lambda line: None, progress=False)
+    run([cell], "test", progress=False)
     assert {record["cost"]["row_passes"] for record in read_records(cell.store.folder, "generate").values()} == {8 + 8}
     assert read_json(cell.store.folder / "metrics.json")["cost"]["once_row_passes_per_prompt"] == 0
 
@@ -81,7 +81,7 @@ def test_the_share_of_images_that_reached_their_target_is_in_the_table(prompt_fi
         f"prompts.files=[{prompt_file}]", "localize_seeds=2", f"root={tmp_path}",
     ]  # fmt: skip
     cells = plan(grid(words))
-    folder = run(cells, "test", say=lambda line: None, progress=False)
+    folder = run(cells, "test", progress=False)
     shares = [
         read_json(cell.store.folder / "metrics.json")["aggregates"]["all"].get("target_reached") for cell in cells
     ]

@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "name=made",
         "method=none,random",
     ]
-    return run(plan(grid(words)), "test", say=lambda line: None, progress=False)
+    return run(plan(grid(words)), "test", progress=False)
 
 
 @pytest.fixture
@@ -67,8 +67,7 @@ def cell(folder: Path, method: str) -> Path:
 
 def scored(folder: Path, *words: str, **options: Any) -> Path:
     options = {"progress": False, **options}
-    say = options.get("say", lambda line: None)
-    return score(cells_of(folder, words, **options), "test", say=say, progress=False)
+    return score(cells_of(folder, words, **options), "test", progress=False)
 
 
 def values(path: Path) -> dict[tuple[str, int | None], dict[str, float]]:
@@ -208,7 +207,7 @@ def test_references_may_come_later(tmp_path: Path) -> None:
     assert read_json(cell(run_folder, "x") / "metrics.json")["counts"] == counts
 
 
-def test_a_damaged_reference_costs_its_prompt_the_similarity_and_is_counted(tmp_path: Path) -> None:
+def test_a_damaged_reference_costs_its_prompt_the_similarity_and_is_counted(tmp_path: Path, said: list[str]) -> None:
     prompts, images = [], tmp_path / "images"
     images.mkdir()
     for number, name in enumerate("abc"):
@@ -220,9 +219,8 @@ def test_a_damaged_reference_costs_its_prompt_the_similarity_and_is_counted(tmp_
     listed.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[: len(whole) // 2])
-    said: list[str] = []
     words = [f"prompts.files=[{listed}]", "model=planted", "trainer=cpu", f"root={tmp_path}", "method=x"]
-    run_folder = scored(images, *words, say=said.append)
+    run_folder = scored(images, *words)
     assert said[0].startswith(f"1 of 3 training images can't be decoded and are left out: {damaged} (image file is tru")
     assert said[0].endswith("no similarity to training images: 1")
     having = {name for (name, _), scores in values(cell(run_folder, "x")).items() if "ssim" in scores}
@@ -277,7 +275,9 @@ def test_a_mapping_names_images_anywhere(made: Path, tmp_path: Path) -> None:
     assert all(found[key].get("ssim") == pytest.approx(native[key].get("ssim")) for key in found)
 
 
-def test_images_that_moved_are_found_again_and_changed_ones_are_others(made: Path, tmp_path: Path) -> None:
+def test_images_that_moved_are_found_again_and_changed_ones_are_others(
+    made: Path, tmp_path: Path, said: list[str]
+) -> None:
     images = export(cell(made, "random"), tmp_path / "before")
     folder = scored(images, *elsewhere(tmp_path / "results", "x"))
     images = images.rename(tmp_path / "after")
@@ -291,9 +291,8 @@ def test_images_that_moved_are_found_again_and_changed_ones_are_others(made: Pat
     scored(images, *elsewhere(tmp_path / "results", "x"))
     assert len(list(folder.glob("*__x__*"))) == 2
     # The former ones are no longer there: their scores stay, and are not made from other images.
-    said: list[str] = []
     before = {path: path.read_text() for path in folder.glob("*/metrics.json")}
-    score(cells_of(folder, ["~metrics.neurons"], say=said.append, progress=False), "test", say=said.append)
+    score(cells_of(folder, ["~metrics.neurons"], progress=False), "test")
     (line,) = (line for line in said if "left out" in line)
     former = folder / line.split(":")[0]
     assert "1 image not as scored" in line
@@ -302,11 +301,10 @@ def test_images_that_moved_are_found_again_and_changed_ones_are_others(made: Pat
         scored(former)
 
 
-def test_images_made_elsewhere_can_be_tracked(made: Path, tmp_path: Path) -> None:
+def test_images_made_elsewhere_can_be_tracked(made: Path, tmp_path: Path, said: list[str]) -> None:
     folder = scored(export(cell(made, "random"), tmp_path / "images"), *elsewhere(tmp_path / "results", "x"))
     settings = grid(["method=none", "logger=all"])[0].settings.logger
-    said: list[str] = []
-    track(load_results(folder), settings, say=said.append)
+    track(load_results(folder), settings)
     assert list(cell(folder, "x").glob("wandb/offline-run-*/*.wandb")), said
     assert list(cell(folder, "x").glob("csv/metrics.csv"))
 
@@ -358,10 +356,9 @@ def test_what_can_be_wrong_with_a_run(
     assert {path: path.read_bytes() for path in finished.glob("*/*.json*")} == before
 
 
-def test_an_unfinished_cell_is_left_out_and_named(finished: Path) -> None:
+def test_an_unfinished_cell_is_left_out_and_named(finished: Path, said: list[str]) -> None:
     (cell(finished, "random") / "generate.done").unlink()
-    said: list[str] = []
-    cells = cells_of(finished, say=said.append, progress=False)
+    cells = cells_of(finished, progress=False)
     assert [c.spec.method for c in cells] == ["none"]
     why = "not all images are there; give the command of the run again to go on"
     assert said == [f"{cell(finished, 'random').name}: left out, {why}"]
@@ -423,7 +420,9 @@ def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
     assert "Did you mean 'nothings'?" in done.stderr
 
 
-def test_a_part_of_the_prompts_and_images_of_any_size_are_scored_and_counted(made: Path, tmp_path: Path) -> None:
+def test_a_part_of_the_prompts_and_images_of_any_size_are_scored_and_counted(
+    made: Path, tmp_path: Path, said: list[str]
+) -> None:
     """CLIP is named by itself: no diffusion model of conf/ made these."""
     native = values(cell(made, "random"))
     images = export(cell(made, "random"), tmp_path / "images")
@@ -435,9 +434,8 @@ def test_a_part_of_the_prompts_and_images_of_any_size_are_scored_and_counted(mad
     made_with = read_json(cell(made, "random") / "env.json")[-1]["settings"]["model"]
     clip = [f"model.clip={made_with['clip']}", f"model.clip_pretrained={made_with['clip_pretrained']}"]
     words = [word for word in elsewhere(tmp_path / "results", "x", *clip) if not word.startswith("model=")]
-    said: list[str] = []
-    cells = cells_of(images, words, say=said.append, progress=False)
-    folder = score(cells, "test", said.append, progress=False)
+    cells = cells_of(images, words, progress=False)
+    folder = score(cells, "test", progress=False)
     assert said[0] == "1 prompt without an image: counted, but without a part in any number"
     assert said[1].startswith("images of 2 sizes (1 of ")
     path = cell(folder, "x")

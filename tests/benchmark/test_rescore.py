@@ -49,7 +49,7 @@ def words(root: Path, prompts: Path, *more: str) -> list[str]:
 
 def execute(root: Path, prompts: Path, *more: str) -> dict[str, Path]:
     """Runs it; cells by method."""
-    folder = run(plan(grid(words(root, prompts, *more))), "test", say=lambda line: None, progress=False)
+    folder = run(plan(grid(words(root, prompts, *more))), "test", progress=False)
     return {path.name.split("__")[1]: path for path in folder.iterdir() if path.is_dir()}
 
 

@@ -40,7 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, prompts: str) -> Path:
     """Shared neurons of two sizes, and random ones in place of found and of shared ones; NeMo is not asked for."""
     root = tmp_path_factory.mktemp("reuse")
     methods = (["method=random,random_shared"], ["method=shared", "method.k=2,100"])
-    return run(plan([c for more in methods for c in grid(words(root, prompts, *more))]), "test", say=lambda line: None)
+    return run(plan([c for more in methods for c in grid(words(root, prompts, *more))]), "test")
 
 
 def cells(folder: Path, method: str) -> list[Path]:
@@ -92,7 +92,7 @@ def test_a_finished_cell_has_the_published_form_of_what_it_found(finished: Path,
         rows, widths = read_published(cell / "neurons.csv"), read_json(cell / "layers.json")
         assert [row.caption for row in rows] == [prompt.text for prompt in read_prompts(prompts, limit=2)]
         assert [by_name(row.refined, widths) for row in rows] == list(neurons(cell).values())
-    folder = run(plan(grid(words(tmp_path, prompts, "method=none"))), "test", say=lambda line: None)
+    folder = run(plan(grid(words(tmp_path, prompts, "method=none"))), "test")
     (none,) = cells(folder, "none")
     assert not (none / "neurons.csv").exists()
 
@@ -104,7 +104,7 @@ def test_neurons_of_the_reference_protocol_are_written_as_the_scripts_write_them
     listed.write_text(f"id;caption;url;type\np;{prompt.text};https://me:secret@a.example/1.jpg;VM\n")
     short = ["method.theta=4", "method.theta_min=3", "method.theta_step=0.5", "method.initial_k=1"]
     own = words(tmp_path, str(listed), "method=nemo", "method.protocol=reference", *short)
-    (nemo,) = cells(run(plan(grid(own)), "test", say=lambda line: None), "nemo")
+    (nemo,) = cells(run(plan(grid(own)), "test"), "nemo")
     (row,), widths = read_published(nemo / "neurons.csv"), read_json(nemo / "layers.json")
     (record,) = read_records(nemo, "localize").values()
     found = record["localization"]
@@ -116,7 +116,7 @@ def test_neurons_of_the_reference_protocol_are_written_as_the_scripts_write_them
     assert any(len(ids) > len(set(ids)) for ids in row.initial), "no neuron is found in two ways"
     assert any(list(ids) != sorted(ids) for ids in row.initial)
     saved = words(tmp_path, str(listed), "method=saved", f"method.file={nemo / 'neurons.csv'}")
-    (again,) = cells(run(plan(grid(saved)), "test", say=lambda line: None), "saved")
+    (again,) = cells(run(plan(grid(saved)), "test"), "saved")
     assert neurons(again) == neurons(nemo)
 
 
@@ -125,7 +125,7 @@ def test_what_was_found_is_blocked_again(finished: Path, tmp_path: Path, prompts
     before = cells(finished, "shared")[0]
     file = before if kind == "cell" else shutil.copy(before / "neurons.csv", tmp_path / "old.csv")
     chosen = plan(grid(words(tmp_path, prompts, "method=saved", f"method.file='{file}'")))
-    folder = run(chosen, "test", say=lambda line: None)
+    folder = run(chosen, "test")
     again = folder / chosen[0].id
     assert neurons(again) == neurons(before)
     images = [sorted((cell / "images").glob("*.png")) for cell in (before, again)]

@@ -65,7 +65,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", refuse)
         patch.setattr(socket, "getaddrinfo", refuse)
-        return run(plan(grid(words(root, prompts))), "test", say=lambda line: None), prompts
+        return run(plan(grid(words(root, prompts))), "test"), prompts
 
 
 def test_every_cell_is_complete(finished: tuple[Path, Path]) -> None:
@@ -168,30 +168,30 @@ def test_again_nothing_is_open_and_nothing_is_loaded(
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("nemo_bench.benchmark.runner.load_model", refuse)
-    run(cells, "test", say=lambda line: None)
+    run(cells, "test")
     assert results(folder) == before
 
 
 def test_lost_images_are_made_again_and_equal(finished: tuple[Path, Path], tmp_path: Path) -> None:
     folder, prompts = finished
-    again = run(plan(grid(words(tmp_path, prompts, "method=none"))), "test", say=lambda line: None)
+    again = run(plan(grid(words(tmp_path, prompts, "method=none"))), "test")
     (cell,) = (p for p in again.iterdir() if p.is_dir())
     lost = sorted((cell / "images").glob("*.png"))[1]
     content = lost.read_bytes()
     lost.unlink()
     (cell / "generate.done").unlink()
     (cell / "score.done").unlink()
-    run(plan(grid(words(tmp_path, prompts, "method=none"))), "test", say=lambda line: None)
+    run(plan(grid(words(tmp_path, prompts, "method=none"))), "test")
     assert lost.read_bytes() == content
     assert results(again).items() <= results(folder).items()
 
 
 def test_other_metrics_score_again_and_keep_the_images(finished: tuple[Path, Path], tmp_path: Path) -> None:
     _, prompts = finished
-    folder = run(plan(grid(words(tmp_path, prompts, "method=none"))), "test", say=lambda line: None)
+    folder = run(plan(grid(words(tmp_path, prompts, "method=none"))), "test")
     (cell,) = (p for p in folder.iterdir() if p.is_dir())
     times = {p: p.stat().st_mtime_ns for p in (cell / "images").iterdir()}
-    run(plan(grid(words(tmp_path, prompts, "method=none", "~metrics.ssim_nearest"))), "test", say=lambda line: None)
+    run(plan(grid(words(tmp_path, prompts, "method=none", "~metrics.ssim_nearest"))), "test")
     assert {p: p.stat().st_mtime_ns for p in (cell / "images").iterdir()} == times
     assert not any("ssim_nearest" in r["scores"] for r in read_records(cell, "score").values())
 
@@ -219,7 +219,7 @@ def test_a_folder_of_something_else_is_refused(finished: tuple[Path, Path], tmp_
 def test_a_cell_written_by_another_configuration_is_refused(finished: tuple[Path, Path], tmp_path: Path) -> None:
     _, prompts = finished
     cells = plan(grid(words(tmp_path, prompts, "method=none")))
-    folder = run(cells, "test", say=lambda line: None)
+    folder = run(cells, "test")
     path = folder / cells[0].id / "spec.json"
     path.write_text(path.read_text().replace('"seeds": 2', '"seeds": 5'))
     before = results(folder)

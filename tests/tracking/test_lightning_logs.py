@@ -29,10 +29,9 @@ def events(cell: Path) -> EventAccumulator:
     return accumulator.Reload()
 
 
-def test_csv_holds_the_row_and_the_config(run: Path, nemo: Path) -> None:
-    said: list[str] = []
+def test_csv_holds_the_row_and_the_config(run: Path, nemo: Path, said: list[str]) -> None:
     for _ in range(2):
-        track(load_results(run), LoggerSettings(csv=True), say=said.append)
+        track(load_results(run), LoggerSettings(csv=True))
     assert said[-1] == f"CSV: {run}/*/csv/metrics.csv"
     assert len(list(run.glob("*/csv/metrics.csv"))) == 2
     with (nemo / "csv" / "metrics.csv").open(newline="") as file:

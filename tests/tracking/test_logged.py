@@ -95,12 +95,11 @@ def test_pictures_that_are_gone_are_left_out(default: Path) -> None:
     assert list(cell.pictures(prompt)) == ["training image", "unmitigated", "mitigated"]
 
 
-def test_unfinished_cells_are_named_and_the_others_logged(default: Path) -> None:
-    said: list[str] = []
+def test_unfinished_cells_are_named_and_the_others_logged(default: Path, said: list[str]) -> None:
     (none,) = default.glob("*__none__*")
     (none / "score.done").unlink()
     results = load_results(default)
-    track(results, LoggerSettings(csv=True), say=said.append)
+    track(results, LoggerSettings(csv=True))
     assert said[0] == f"not tracked, score not finished: {none.name}"
     assert {path.parent.name for path in default.glob("*/csv")} == {cell.name for cell in results.cells}
     with pytest.raises(StoreError, match=r"no finished cell to track.*score not finished"):

@@ -43,7 +43,7 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def logged_run(cell: Path, **settings: Any) -> OfflineRun:
-    track_cell(cell, LoggerSettings(wandb=True, mode="offline", **settings), say=lambda line: None)
+    track_cell(cell, LoggerSettings(wandb=True, mode="offline", **settings))
     return OfflineRun(cell)
 
 
@@ -182,16 +182,17 @@ def test_one_artifact_holds_the_records_and_their_context(nemo: Path) -> None:
         assert Path(entry["local_path"]).is_relative_to(nemo / "wandb")
 
 
-def test_unchanged_results_are_logged_once_and_changed_ones_continue_the_run(run: Path, nemo: Path) -> None:
-    said: list[str] = []
-    track(load_results(run), SETTINGS, say=said.append)
+def test_unchanged_results_are_logged_once_and_changed_ones_continue_the_run(
+    run: Path, nemo: Path, said: list[str]
+) -> None:
+    track(load_results(run), SETTINGS)
     first = OfflineRun(nemo)
     assert len(list(run.glob("*/wandb/offline-run-*"))) == 2
-    track(load_results(run), SETTINGS, say=said.append)
+    track(load_results(run), SETTINGS)
     assert len(list(run.glob("*/wandb/offline-run-*"))) == 2
     assert "2 cells unchanged" in said[-1]
     write_json(nemo / "env.json", read_starts(nemo) * 2)
-    track_cell(nemo, SETTINGS, again=True, say=said.append)
+    track_cell(nemo, SETTINGS, again=True)
     again = OfflineRun(nemo)
     assert again.folder != first.folder
     assert again.contents("run")[0]["run_id"] == first.contents("run")[0]["run_id"]
@@ -199,7 +200,7 @@ def test_unchanged_results_are_logged_once_and_changed_ones_continue_the_run(run
     aggregates = read_file(nemo / "metrics.json", Summary).aggregates
     aggregates["VM"]["ssim"] = aggregates["VM"]["ssim"].model_copy(update={"mean": 0.5})
     change_file(nemo / "metrics.json", Summary, aggregates=aggregates)
-    track(load_results(run), SETTINGS, say=said.append)
+    track(load_results(run), SETTINGS)
     changed = OfflineRun(nemo)
     assert changed.summary["VM/ssim/mean"] == 0.5
     assert changed.contents("run")[0]["run_id"] == first.contents("run")[0]["run_id"]
@@ -308,7 +309,7 @@ NO_KEY = "`wandb login` keeps one, or set WANDB_API_KEY"
 
 
 @pytest.mark.parametrize(
-    ("files", "environment", "said"),
+    ("files", "environment", "expected"),
     [
         ({}, {}, f"offline, no key for {DEFAULT}; {NO_KEY}"),
         ({".netrc": machine("other")}, {}, f"offline, no key for {DEFAULT}; {NO_KEY}"),
@@ -349,8 +350,9 @@ def test_the_mode_follows_from_what_wandb_itself_finds_and_is_said(
     home: Path,
     files: dict[str, str],
     environment: dict[str, str],
-    said: str,
+    expected: str,
     monkeypatch: pytest.MonkeyPatch,
+    said: list[str],
 ) -> None:
     modes: list[str] = []
 
@@ -364,11 +366,10 @@ def test_the_mode_follows_from_what_wandb_itself_finds_and_is_said(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(wandb, "init", note)
-    lines: list[str] = []
     with contextlib.suppress(TrackingError):
-        track_cell(nemo, LoggerSettings(wandb=True), say=lines.append)
-    assert lines == [f"W&B: {said}"]
-    assert modes == [mode for mode in ("online", "offline") if said.startswith(mode)]
+        track_cell(nemo, LoggerSettings(wandb=True))
+    assert said == [f"W&B: {expected}"]
+    assert modes == [mode for mode in ("online", "offline") if expected.startswith(mode)]
 
 
 @pytest.mark.parametrize("asked", ["logger.mode", "WANDB_MODE"])
