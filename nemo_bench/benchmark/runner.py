@@ -173,6 +173,8 @@ class Runner:
         self._models: dict[str, Diffusion] = {}
         self._methods: dict[str, Method] = {}
         self._rows: dict[str, int] = {}
+        self._costs: dict[str, float] = {}
+        """UNet passes that localizing took for a prompt, in cells before."""
 
     def start(self) -> None:
         """Starts the other processes and connects them, so that they wait for what the first one writes from now on.
@@ -226,6 +228,8 @@ class Runner:
         self.calibrate(cell)
         handle = partial(localize, seeds=cell.config.settings.localize_seeds)
         self.run_stage(schema.LocalizationRecord, handle, cell, pending.prompt_tasks(cell))
+        records = store.records(schema.LocalizationRecord).values()
+        self._costs |= {r.prompt: r.cost.once_row_passes for r in records if r.cost and r.cost.once_row_passes}
 
     def method(self, cell: Cell) -> Method:
         """The cell's mitigation, set up: the only place where a method is given anything.
@@ -399,6 +403,9 @@ class Runner:
             # Batches of images are the same whatever is done already, so that images are the same to the bit.
             every = tasks if kind is schema.ImageRecord else [task for task in tasks if task.id in open_ids]
             batches = [batch for batch in batched(every, batch_size) if any(task.id in open_ids for task in batch)]
+            if kind is schema.LocalizationRecord:
+                # What takes longest first, so that no process is left with it at the end.
+                batches.sort(key=lambda batch: -sum(self._costs.get(task.prompt.id, math.inf) for task in batch))
             return batches, [task.id for batch in batches for task in batch if task.id not in open_ids]
 
         batches, done = self.agree(share_out)

@@ -1,0 +1,199 @@
+"""Which cell comes next, what happens to those that fail, and several runs on one folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_bench import ModelError, resolve
+from nemo_bench.benchmark.pending import is_complete
+from nemo_bench.benchmark.plan import Cell, plan
+from nemo_bench.benchmark.run import run
+from nemo_bench.benchmark.runner import Runner
+from nemo_bench.benchmark.status import read_status
+from nemo_bench.benchmark.work import Work, in_order
+from nemo_bench.cli import main
+from nemo_bench.config import grid
+from nemo_bench.errors import NemoBenchError
+from nemo_bench.records.lease import Leases
+from nemo_bench.records.results import load_results
+from on_disk import read_json, read_records
+from small_runs import small
+
+METHODS = "method=random_tokens,none,embedding_noise"
+WORDS = [
+    *small(seeds=2, steps=2),
+    f"prompts.files=[{resolve('package:planted/prompts/planted.jsonl')}]",
+    "prompts.limit=2",
+]
+
+
+def words(root: Path, *more: str) -> list[str]:
+    return [*WORDS, f"root={root}", *more]
+
+
+def cells_of(root: Path, *more: str) -> list[Cell]:
+    return plan(grid(words(root, *more)))
+
+
+def names(cells: list[Cell]) -> list[str]:
+    return [str(cell.spec.method) for cell in cells]
+
+
+def images(folder: Path) -> dict[str, Any]:
+    cells = sorted(folder.glob("*__*"))
+    return {
+        f"{cell.name}/{name}": record["sha256"]
+        for cell in cells
+        for name, record in read_records(cell, "generate").items()
+    }
+
+
+def test_cells_come_after_those_that_they_start_from_or_are_compared_with(tmp_path: Path) -> None:
+    cells = cells_of(tmp_path, "method=random,one_edit,nemo,none")
+    assert names(in_order(cells)) == ["nemo", "none", "random", "one_edit"]
+    # A source that nobody asked for is localized before all others.
+    assert names(in_order(cells_of(tmp_path, "method=random,none"))) == ["nemo", "none", "random"]
+
+
+def test_a_shard_has_every_nth_cell_and_what_these_start_from(tmp_path: Path) -> None:
+    cells = cells_of(tmp_path, "method=random,one_edit,nemo,none")
+    parts = [names(Work(cells, Leases(), (number, 2)).open) for number in (1, 2)]
+    assert parts == [["nemo", "none", "random"], ["nemo", "none", "one_edit"]]
+
+
+def test_what_another_run_holds_is_left_to_it_and_what_waits_for_that_too(tmp_path: Path) -> None:
+    cells = cells_of(tmp_path, METHODS)
+    (none,) = (cell for cell in cells if cell.spec.method == "none")
+    first, second = Work(cells, Leases()), Work(cells, Leases())
+    assert first.take() is none
+    assert second.take() is None  # the others are compared with it
+    assert set(second.open) == set(cells)
+    assert set(second._needs(cells[0])) == {none}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(cells_of(tmp_path_factory.mktemp("work"), METHODS), "test", progress=False)
+
+
+def test_a_finished_run_has_no_open_cells_no_leases_and_a_log(finished: Path) -> None:
+    cells = cells_of(finished.parent, METHODS)
+    assert Work(cells, Leases()).open == []
+    assert is_complete(cells)
+    assert not list(finished.glob("**/.lease*"))
+    assert (finished / "run.log").is_file()
+
+
+def test_the_status_of_a_run_says_how_far_each_cell_is(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "default"
+    shutil.copytree(finished, folder)
+    first, second, third = (cell.name for cell in load_results(folder).cells)
+    records = next((folder / first / "records").glob("generate.*"))
+    records.write_text("".join(records.read_text().splitlines(keepends=True)[:-1]))
+    (folder / first / "score.done").unlink()
+    leases = Leases()
+    assert leases.claim(folder / first)
+    (folder / second / "score.done").unlink()
+    failure = {"time": "", "host": "a", "pid": 1, "error": "no memory", "log": "run.log"}
+    (folder / second / "failure.json").write_text(json.dumps(failure))
+    found = {status.cell: status for status in read_status(folder)}
+    leases.release_all()
+    assert (found[first].state, found[second].state, found[third].state) == ("running", "failed", "finished")
+    assert (found[first].done, found[first].total) == (7, 8)
+    assert "since" in found[first].owner
+    assert found[second].failure == "no memory"
+    assert found[third].done == found[third].total
+    assert main(["status", str(folder)]) == 0
+    assert "1 failed" in capsys.readouterr().out
+    assert main(["status", str(folder), "--json"]) == 0
+
+
+def test_a_cell_that_fails_does_not_stop_the_others_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate = Runner.generate
+
+    def fail(self: Runner, cell: Cell) -> None:
+        if cell.spec.method == "random_tokens":
+            raise ModelError("no such layer")
+        generate(self, cell)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "generate", fail)
+        assert main(["run", *words(tmp_path, METHODS), "--verbose"]) == 1
+    shown = capsys.readouterr()
+    assert shown.err.endswith("\nnemo-bench: no such layer\n")
+    assert "Traceback" in shown.out
+    folder = tmp_path / "default"
+    results = load_results(folder)
+    assert sorted(cell.method for cell in results.cells) == ["embedding_noise", "none"]
+    (failed,) = folder.glob("*__random_tokens__*")
+    assert read_json(failed / "failure.json")["error"] == "no such layer"
+    assert "no such layer" in (folder / "run.log").read_text()
+    assert "no such layer" in {status.failure for status in read_status(folder)}
+    assert main(["run", *words(tmp_path, METHODS)]) == 0
+    assert not (failed / "failure.json").exists()
+    assert len(load_results(folder).cells) == 3
+
+
+def test_cells_that_start_from_a_failed_one_fail_as_well_and_all_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Runner, cell: Cell) -> None:
+        raise ModelError(f"{cell.spec.method} does not load")
+
+    monkeypatch.setattr(Runner, "generate", fail)
+    with pytest.raises(NemoBenchError, match=r"3 cells failed, see .*run\.log") as error:
+        run(cells_of(tmp_path, METHODS), "test", progress=False)
+    assert str(error.value).count("it starts from") == 2
+    assert str(error.value).count("none does not load") == 1
+
+
+def test_what_another_run_gave_up_meanwhile_is_not_tried_again(tmp_path: Path) -> None:
+    cells = cells_of(tmp_path, "method=none")
+    first, second = Work(cells, Leases()), Work(cells, Leases())
+    (cell,) = cells
+    assert first.take() is cell
+    first.give_up(cell, ModelError("no memory"))
+    assert second.take() is None
+    with pytest.raises(NemoBenchError, match="another run gave it up: no memory"):
+        second.check()
+    assert Work(cells, Leases()).take() is cell  # but by a run that begins later
+
+
+def test_two_runs_at_once_share_the_cells_and_end_with_the_records_of_one(finished: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "nemo_bench.cli", "run", *words(tmp_path, METHODS)]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=280)[0] for process in runs]
+    assert [process.returncode for process in runs] == [0, 0], said
+    folder = tmp_path / "default"
+    assert images(folder) == images(finished)
+    for cell in folder.glob("*__*"):
+        for stage in ("memorization", "generate", "score"):
+            lines = [line for path in cell.glob(f"records/{stage}.*") for line in path.read_text().splitlines()]
+            assert len(lines) == len(read_records(cell, stage))
+    assert not list(folder.glob("**/.lease*"))
+
+
+def test_the_cell_of_a_killed_run_is_continued_at_once(finished: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "nemo_bench.cli", "run", *words(tmp_path, "method=none", "batch_size=1")]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = tmp_path / "default"
+    while killed.poll() is None and not list(folder.glob("*/records/generate.*")):
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    assert list(folder.glob("*__none__*/.lease.0.json"))
+    assert main(command[3:]) == 0
+    assert not list(folder.glob("**/.lease*"))
+    assert load_results(folder).cells[0].summary.counts["images"] == 4
