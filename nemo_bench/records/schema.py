@@ -42,7 +42,7 @@ class Cost(Entry):
 class Record(Entry):
     """A line of a stage."""
 
-    stage: ClassVar[str]  #: Name of the stage.
+    stage: ClassVar[str] = ""  #: Name of the stage.
     result: ClassVar[str | None] = None  #: Field that has a value wherever the record does not say why it failed.
     id: str  #: Hash of what the record is of.
     #: What it took; all that may differ between two runs beside :attr:`sha256` and :attr:`bytes`.
