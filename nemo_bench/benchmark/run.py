@@ -8,7 +8,9 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from nemo_bench.benchmark.pending import SETS_FILE, is_current, is_finished, scored_tasks, task_ids, track_cells
 from nemo_bench.benchmark.plan import (
@@ -28,7 +30,7 @@ from nemo_bench.localization.published import PublishedRow, by_position, publish
 from nemo_bench.records.images import unreadable
 from nemo_bench.records.io import read_file, write_json, write_text
 from nemo_bench.records.results import Results, load_detections, load_results
-from nemo_bench.records.schema import Layers, LocalizationRecord, ScoreRecord
+from nemo_bench.records.schema import Layers, LocalizationRecord, Record, ScoreRecord
 from nemo_bench.records.store import Store, read_localizations, read_run
 from nemo_bench.report import write_report
 from nemo_bench.report.detection import write_detection
@@ -87,16 +89,19 @@ def _work_off(work: Work, cells: Sequence[Cell], runner: Runner, command: str) -
     said: set[str] = set()
     while True:
         # All processes of a run work on the cell that the first one took.
-        number, is_over = runner.agree(lambda: _next(work))
-        if is_over:
+        step, number, kind = runner.agree(partial(_next, work))
+        if step == "over":
             break
-        if number is None:
+        if step == "wait":
             if is_main():
                 for cell in work.open:
                     if (held := holder(cell.store.folder)) not in said:
                         said.add(held)
                         log.info("%s; waiting", held)
             time.sleep(POLL)
+            continue
+        if step == "assist":
+            runner.make(kind, work.all[number], assisting=True)
             continue
         cell = work.all[number]
         try:
@@ -118,10 +123,16 @@ def _work_off(work: Work, cells: Sequence[Cell], runner: Runner, command: str) -
         report.write(is_last=True)
 
 
-def _next(work: Work) -> tuple[int | None, bool]:
-    """Number of the next cell, if one can be worked on, and whether all are over."""
-    cell = work.take()
-    return (None if cell is None else work.all.index(cell)), not work.open
+def _next(work: Work) -> tuple[Literal["take", "assist", "wait", "over"], int, type[Record]]:
+    """What to do next, the number of the cell to do it with, and the stage where it is assisted."""
+    if cell := work.take():
+        return "take", work.all.index(cell), Record
+    if not work.open:
+        return "over", -1, Record
+    if assisted := work.assist():
+        log.info("%s; assisting it", holder(assisted[0].store.folder))
+        return "assist", work.all.index(assisted[0]), assisted[1]
+    return "wait", -1, Record
 
 
 def _take_to_end(cell: Cell, runner: Runner, command: str, *, is_asked: bool) -> None:

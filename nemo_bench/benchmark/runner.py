@@ -7,11 +7,12 @@ import importlib.metadata
 import logging
 import math
 import platform
+import random
 import secrets
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -41,7 +42,7 @@ from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, StoreError
 from nemo_bench.methods import Method, Setup
 from nemo_bench.metrics import BenchMetric, SetMetric
-from nemo_bench.prompts.data import Counters, PromptDataModule
+from nemo_bench.prompts.data import Counters, PromptDataModule, SharedBatches
 from nemo_bench.prompts.tasks import Task
 from nemo_bench.records import schema
 from nemo_bench.records.images import visible
@@ -51,6 +52,10 @@ from nemo_bench.records.schema import Record
 from nemo_bench.records.statistics import GROUPS
 from nemo_bench.records.store import Store, read_digests, read_localizations, read_run, write_prompts
 
+MADE = (schema.LocalizationRecord, schema.MemorizationRecord, schema.ImageRecord)
+"""Records of the stages in which runs may assist each other."""
+LOOK = 5.0
+"""Seconds between two looks at what others have recorded, at least."""
 POLL = 2.0
 """Seconds between two looks whether another run is through with something."""
 T = TypeVar("T")
@@ -182,7 +187,7 @@ class Runner:
         Lightning does so where it first predicts; each process would have looked at the records by then.
         """
         if self.trainer.world_size > 1:
-            self._predict(Stage(lambda *_: [], Record, None), PromptDataModule([], int))
+            self._predict(Stage(lambda *_: [], Record, None), SharedBatches([], int))
 
     def wait(self) -> None:
         """Waits for all processes."""
@@ -211,10 +216,9 @@ class Runner:
     def generate(self, cell: Cell) -> None:
         """Takes a cell to its images, through the stages that are not done."""
         self.localize(cell)
-        measure = partial(measure_memorization, seeds=cell.config.settings.localize_seeds)
-        self.run_stage(schema.MemorizationRecord, measure, cell, pending.prompt_tasks(cell))
-        if not cell.store.is_done(schema.ImageRecord):
-            self.run_stage(schema.ImageRecord, generate, cell, pending.image_tasks(cell), self.rows(cell))
+        for kind in (schema.MemorizationRecord, schema.ImageRecord):
+            if not cell.store.is_done(kind):
+                self.make(kind, cell)
 
     def localize(self, cell: Cell) -> None:
         """Localizes the neurons of a cell's prompts, and before them those that its method starts from."""
@@ -226,10 +230,25 @@ class Runner:
         if cell.source:
             self.localize(cell.source)
         self.calibrate(cell)
-        handle = partial(localize, seeds=cell.config.settings.localize_seeds)
-        self.run_stage(schema.LocalizationRecord, handle, cell, pending.prompt_tasks(cell))
+        self.make(schema.LocalizationRecord, cell)
         records = store.records(schema.LocalizationRecord).values()
         self._costs |= {r.prompt: r.cost.once_row_passes for r in records if r.cost and r.cost.once_row_passes}
+
+    def make(self, kind: type[Record], cell: Cell, *, assisting: bool = False) -> None:
+        """Makes the records of one of the stages :data:`MADE` that are pending.
+
+        ``assisting`` the run that owns the cell, it goes through them in another order than that one.
+        """
+        seeds = cell.config.settings.localize_seeds
+        handles: dict[type[Record], Callable[..., Sequence[Record]]] = {
+            schema.LocalizationRecord: partial(localize, seeds=seeds),
+            schema.MemorizationRecord: partial(measure_memorization, seeds=seeds),
+            schema.ImageRecord: generate,
+        }
+        is_image = kind is schema.ImageRecord
+        tasks = pending.image_tasks(cell) if is_image else pending.prompt_tasks(cell)
+        size = self.rows(cell) if is_image else 1
+        self.run_stage(kind, handles[kind], cell, tasks, size, assisting=assisting)
 
     def method(self, cell: Cell) -> Method:
         """The cell's mitigation, set up: the only place where a method is given anything.
@@ -375,6 +394,7 @@ class Runner:
         needs_model: bool = True,
         read: Callable[[list[Any]], Any] = list,
         workers: int = 0,
+        assisting: bool = False,
     ) -> None:
         """Runs a stage over its tasks without a record; what was done before is counted again.
 
@@ -389,16 +409,16 @@ class Runner:
             needs_model: Whether it needs the cell's model and mitigation.
             read: Makes a batch of tasks into what ``handle`` takes.
             workers: Processes that read ahead.
+            assisting: Whether another run owns the stage: its tasks are taken in any order, and left for it to count.
         """
         store = store or cell.store
         ids = [task.id for task in tasks]
-        if is_main():
+        if is_main() and not assisting:
             store.recount(kind, ids)
-        self.wait()
-        if store.is_done(kind):
+        if self.agree(partial(store.is_done, kind)):
             return
 
-        def share_out() -> tuple[list[Sequence[Any]], list[str]]:
+        def share_out() -> tuple[list[Sequence[Any]], list[str], set[str]]:
             open_ids = set(store.pending_ids(kind, ids))
             # Batches of images are the same whatever is done already, so that images are the same to the bit.
             every = tasks if kind is schema.ImageRecord else [task for task in tasks if task.id in open_ids]
@@ -406,9 +426,13 @@ class Runner:
             if kind is schema.LocalizationRecord:
                 # What takes longest first, so that no process is left with it at the end.
                 batches.sort(key=lambda batch: -sum(self._costs.get(task.prompt.id, math.inf) for task in batch))
-            return batches, [task.id for batch in batches for task in batch if task.id not in open_ids]
+            if assisting:
+                random.shuffle(batches)
+            done = [task.id for batch in batches for task in batch if task.id not in open_ids]
+            # Of an image that was lost there is a record, which says nothing of whether it is there again.
+            return batches, done, open_ids & store.records(kind).keys()
 
-        batches, done = self.agree(share_out)
+        batches, done, lost = self.agree(share_out)
         parts: dict[str, Any] = {"done": set(done)}
         if needs_model:
             neurons = pending.localized_neurons(cell.store, cell.spec, cell.prompts)
@@ -416,20 +440,15 @@ class Runner:
             parts |= {"model": self.model(cell), "method": method, "neurons": neurons, "batch_size": self.rows(cell)}
         stage = Stage(handle, kind, store, **parts)
         left = sum(map(len, batches)) - len(done)
-        self.predict(stage, batches, label or str(cell.spec.method), len(ids) - left, read=read, workers=workers)
-        if is_main():
+        is_open = Unrecorded(store, kind, lost)
+        options: dict[str, Any] = {"read": read, "workers": workers, "is_open": is_open}
+        self.predict(stage, batches, label or str(cell.spec.method), len(ids) - left, **options)
+        if is_main() and not assisting:
             store.finish(kind, ids)
         self.wait()
 
     def predict(
-        self,
-        stage: Stage,
-        batches: Sequence[Sequence[Any]],
-        label: str,
-        done: int = 0,
-        *,
-        read: Callable[[list[Any]], Any] = list,
-        workers: int = 0,
+        self, stage: Stage, batches: Sequence[Sequence[Any]], label: str, done: int = 0, **options: Any
     ) -> None:
         """Runs a stage over batches of tasks, each taken by a process that is free; returns when all are through.
 
@@ -438,19 +457,18 @@ class Runner:
             batches: Tasks in batches, the same in all processes.
             label: What stands beside the stage's name where progress is shown.
             done: Tasks that were done before.
-            read: Makes a batch into what the stage takes.
-            workers: Processes that read ahead.
+            options: Of :class:`nemo_bench.prompts.data.SharedBatches`.
         """
         name = f"stage {next(self._stages)}"
         if not batches:
             return
         self.progress.begin(name, stage.name, label, done, done + sum(map(len, batches)))
-        self._predict(stage, PromptDataModule(batches, partial(self.counters.add, name, 1), read, workers))
+        self._predict(stage, SharedBatches(batches, partial(self.counters.add, name, 1), **options))
         self.progress.end()
 
-    def _predict(self, stage: Stage, data: PromptDataModule) -> None:
+    def _predict(self, stage: Stage, batches: SharedBatches) -> None:
         with _quiet():
-            self.trainer.predict(stage, datamodule=data, return_predictions=False)
+            self.trainer.predict(stage, datamodule=PromptDataModule(batches), return_predictions=False)
         self.wait()
 
     def model(self, cell: Cell) -> Diffusion:
@@ -480,6 +498,35 @@ class Runner:
             self._rows[key] = largest_batch(lambda rows: try_batch(model, rows))
             torch.cuda.empty_cache()
         return self._rows[key]
+
+
+class Unrecorded:
+    """Whether any task of a batch has no record yet, as far as a look at the records some seconds ago told.
+
+    Other runs that assist this one record tasks too. What is looked at too late is recorded twice, and counts once.
+
+    Args:
+        store: Where the records are.
+        kind: Class of the records.
+        lost: Ids of records whose file was lost, which count as tasks without.
+    """
+
+    def __init__(self, store: Store, kind: type[Record], lost: Collection[str]) -> None:
+        self.store = store
+        self.kind = kind
+        self.lost = lost
+        self._recorded: Collection[str] = ()
+        self._next = 0.0
+
+    def __call__(self, batch: Sequence[Any]) -> bool:
+        """Whether a batch is left to do."""
+        start = time.monotonic()
+        if start >= self._next:
+            self._recorded = self.store.records(self.kind).keys()
+            end = time.monotonic()
+            # Reading all records takes no more than a fiftieth of the time.
+            self._next = end + max(LOOK, 50 * (end - start))
+        return any(task.id in self.lost or task.id not in self._recorded for task in batch)
 
 
 def largest_batch(attempt: Callable[[int], None], most: int = 256) -> int:

@@ -11,14 +11,17 @@ from datetime import datetime, timezone
 from nemo_bench.benchmark.pending import is_up_to_date, task_ids
 from nemo_bench.benchmark.plan import Cell, with_sources
 from nemo_bench.benchmark.processes import is_main
+from nemo_bench.benchmark.runner import MADE
 from nemo_bench.errors import NemoBenchError, counted, first_line
 from nemo_bench.records.io import is_whole, read_file, write_json
-from nemo_bench.records.lease import Leases
-from nemo_bench.records.schema import Failure, LocalizationRecord
+from nemo_bench.records.lease import Leases, read_lease
+from nemo_bench.records.schema import Failure, LocalizationRecord, Record
 
 LOG_FILE = "run.log"
 """Messages of all runs on the folder of a run."""
 FAILURE = "failure.json"
+ASSISTED = 120.0
+"""Seconds that a stage of another run has to take still for a run without work to assist it; that may load a model."""
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,18 @@ class Work:
                 if not _is_over(cell, self._asked):
                     return cell
                 self.finish(cell)
+        return None
+
+    def assist(self) -> tuple[Cell, type[Record]] | None:
+        """A cell of another run, and the stage that it is in, where that takes so long that two are faster."""
+        for cell in self.open:
+            lease = read_lease(cell.store.folder)
+            progress = lease.progress if lease else None
+            if progress is None or (progress.left or 0) < ASSISTED or any(o in self.open for o in self._needs(cell)):
+                continue
+            for kind in MADE:
+                if kind.stage == progress.stage:
+                    return cell, kind
         return None
 
     def finish(self, cell: Cell) -> None:

@@ -36,15 +36,22 @@ class SharedBatches:
         take: Gives 1, 2, ... in turn, each number to one process.
         read: Makes a batch of tasks into what the stage takes.
         workers: Processes that read ahead.
+        is_open: Whether another run has left a batch to do; asked when the batch is taken.
     """
 
     def __init__(
-        self, batches: Sequence[Sequence[Any]], take: Callable[[], int], read: Callable[[Any], Any], workers: int
+        self,
+        batches: Sequence[Sequence[Any]],
+        take: Callable[[], int],
+        read: Callable[[Any], Any] = list,
+        workers: int = 0,
+        is_open: Callable[[Sequence[Any]], bool] = bool,
     ) -> None:
         self.batches = batches
         self.take = take
         self.read = read
         self.workers = workers
+        self.is_open = is_open
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -59,22 +66,17 @@ class SharedBatches:
         for batch in self.batches:
             starts.append(starts[-1] + len(batch))
         while (number := self.take()) <= len(self.batches):
-            yield list(range(starts[number - 1], starts[number]))
+            if self.is_open(self.batches[number - 1]):
+                yield list(range(starts[number - 1], starts[number]))
 
 
 class PromptDataModule(L.LightningDataModule):
     """Gives every process the next batch of pending tasks when it is free; see :class:`SharedBatches`."""
 
-    def __init__(
-        self,
-        batches: Sequence[Sequence[Any]],
-        take: Callable[[], int],
-        read: Callable[[list[Any]], Any] = list,
-        workers: int = 0,
-    ) -> None:
+    def __init__(self, batches: SharedBatches) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True
-        self.batches = SharedBatches(batches, take, read, workers)
+        self.batches = batches
 
     @override
     def predict_dataloader(self) -> SharedBatches:

@@ -22,8 +22,10 @@ from nemo_bench.benchmark.work import Work, in_order
 from nemo_bench.cli import main
 from nemo_bench.config import grid
 from nemo_bench.errors import NemoBenchError
+from nemo_bench.records import lease
 from nemo_bench.records.lease import Leases
 from nemo_bench.records.results import load_results
+from nemo_bench.records.schema import ImageRecord, MemorizationRecord, Progress
 from on_disk import read_json, read_records
 from small_runs import small
 
@@ -183,6 +185,32 @@ def test_two_runs_at_once_share_the_cells_and_end_with_the_records_of_one(finish
             lines = [line for path in cell.glob(f"records/{stage}.*") for line in path.read_text().splitlines()]
             assert len(lines) == len(read_records(cell, stage))
     assert not list(folder.glob("**/.lease*"))
+
+
+def test_a_run_without_work_assists_one_that_has_long_to_go(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cell,) = cells_of(tmp_path, "method=none")
+    cell.store.open(cell.spec)
+    (cell.store.folder / "layers.json").write_text("{}")
+    owner, runner = Leases(), Runner(cell.config.settings.trainer, progress=False)
+    assert owner.claim(cell.store.folder)
+    work = Work([cell], Leases())
+    assert work.assist() is None
+    runner.make(MemorizationRecord, cell)
+    monkeypatch.setattr(lease, "BEAT", 0.01)
+    for left, expected in ((60.0, None), (600.0, (cell, ImageRecord))):
+        owner.note(Progress(stage="generate", label="none", done=0, total=2, computed=1, seconds=left / 2))
+        assert work.take() is None
+        deadline = time.monotonic() + 60
+        while work.assist() != expected:
+            assert time.monotonic() < deadline
+    runner.make(ImageRecord, cell, assisting=True)
+    assert not cell.store.is_done(ImageRecord)  # which is for the owner to count
+    owner.release_all()
+    assert main(["run", *words(tmp_path, "method=none")]) == 0
+    of_none = {name: sha for name, sha in images(finished).items() if "__none__" in name}
+    assert images(tmp_path / "default") == of_none
 
 
 def test_the_cell_of_a_killed_run_is_continued_at_once(finished: Path, tmp_path: Path) -> None:

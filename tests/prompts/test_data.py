@@ -16,8 +16,7 @@ def test_every_batch_goes_to_one_process_in_any_order_of_their_asking(
 ) -> None:
     counters = Counters()
     processes = [
-        iter(SharedBatches(batches, lambda: counters.add("stage", 1), list, 0))
-        for _ in range(data.draw(st.integers(1, 4)))
+        iter(SharedBatches(batches, lambda: counters.add("stage", 1))) for _ in range(data.draw(st.integers(1, 4)))
     ]
     taken = []
     while processes:
@@ -31,9 +30,18 @@ def test_every_batch_goes_to_one_process_in_any_order_of_their_asking(
 
 def test_batches_are_read_ahead_by_workers_in_their_order() -> None:
     numbers = count(1)
-    data = PromptDataModule([[1, 2], [3], [4, 5]], lambda: next(numbers), read=sum, workers=2)
+    data = PromptDataModule(SharedBatches([[1, 2], [3], [4, 5]], lambda: next(numbers), read=sum, workers=2))
     assert list(data.predict_dataloader()) == [3, 3, 9]
     assert len(data.predict_dataloader()) == 3
+
+
+def test_batches_that_another_run_has_done_meanwhile_are_left_out() -> None:
+    numbers = count(1)
+    done: set[int] = set()
+    batches = iter(SharedBatches([[1], [2], [3]], lambda: next(numbers), is_open=lambda batch: batch[0] not in done))
+    assert next(batches) == [1]
+    done.add(2)
+    assert list(batches) == [[3]]
 
 
 def test_counters_begin_with_zero_and_are_told_apart_by_name() -> None:
