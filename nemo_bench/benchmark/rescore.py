@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from nemo_bench.benchmark.pending import track_cells
-from nemo_bench.benchmark.plan import Cell, check_metrics, find_unmitigated, make_spec, read_listed
+from nemo_bench.benchmark.plan import Cell, check_metrics, make_spec, pair, read_listed
 from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.run import fetch_weights, log_file, report_damaged, take_to_table, write_pages
 from nemo_bench.benchmark.runner import Runner, note_start, open_folder
@@ -108,10 +108,10 @@ def _of_run(folder: Path, overrides: Sequence[str], conf: Path | None) -> list[C
             log.warning("%s: left out, %s", name, reason)
     cells = [reread(folder / name, overrides, conf) for name in names if name not in lacking]
     latest_first = sorted(cells, key=lambda c: (c.store.folder / "generate.done").stat().st_mtime_ns, reverse=True)
+    pair(latest_first, folder)
+    own = {cell.store for cell in cells}
     for cell in cells:
-        if cell.is_mitigated:
-            found = find_unmitigated(cell.spec, folder, latest_first)
-            cell.unmitigated = found if found in [other.store for other in cells] else None
+        cell.unmitigated = cell.unmitigated if cell.unmitigated in own else None
     return cells
 
 
@@ -132,8 +132,7 @@ def _missing(cell: Path) -> str:
 
 def _with_unmitigated(cell: Cell, conf: Path | None) -> list[Cell]:
     """The cell, and before it the latest one of its run without mitigation, to be scored alike, if there is one."""
-    if cell.is_mitigated:
-        cell.unmitigated = find_unmitigated(cell.spec, cell.store.folder.parent)
+    pair([cell], cell.store.folder.parent)
     if cell.unmitigated is None:
         return [cell]
     other = reread(cell.unmitigated.folder, (), conf)
