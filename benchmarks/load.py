@@ -27,6 +27,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from random import Random
 
 SEEDS = 10
 """Images a prompt where images are counted."""
@@ -106,7 +107,9 @@ def copy(base: Path, root: Path, words: Sequence[str]) -> None:
             records = Store(model).records(kind).values()
             by_group = {("general" in r.prompt, getattr(r, "seed", None) is None): r for r in records}
 
-            def like(task: Task, seed: int | None, by_group=by_group, folder=store.folder, model=model):
+            def like(
+                task: Task, seed: int | None, cell=cell, kind=kind, by_group=by_group, folder=store.folder, model=model
+            ):
                 record = by_group[task.prompt.kind is None, seed is None]
                 changed = {"id": task.id, "prompt": task.prompt.id}
                 if seed is not None:
@@ -115,6 +118,9 @@ def copy(base: Path, root: Path, words: Sequence[str]) -> None:
                     end = "" if seed is None else f"_{seed:02d}"
                     changed["image"] = f"{Path(record.image).parent}/{task.prompt.id}{end}.png"
                     os.link(model / record.image, folder / changed["image"])
+                if kind is schema.ScoreRecord:  # no two cells are alike
+                    shift = 1e-3 * Random(f"{cell.id} {task.id}").random()
+                    changed["scores"] = {name: value + shift for name, value in record.scores.items()}
                 return record.model_copy(update=changed)
 
             of_images = [like(t, t.seed) for t in images] if kind in (schema.ImageRecord, schema.ScoreRecord) else []
@@ -167,7 +173,11 @@ def main() -> None:
                 words = words_of_cells(size) if what == "cells" else words_of_images(size, root)
                 found.setdefault(what, {})[size] = steps(root, words)
     if arguments.json:
-        print(json.dumps({w: {n: {s: asdict(u) for s, u in own.items()} for n, own in r.items()} for w, r in found.items()}))
+        print(
+            json.dumps(
+                {w: {n: {s: asdict(u) for s, u in own.items()} for n, own in r.items()} for w, r in found.items()}
+            )
+        )
         return
     for what, by_size in found.items():
         show(what, by_size)

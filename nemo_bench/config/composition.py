@@ -331,9 +331,7 @@ def _placed(settings: Sequence[str], base: Composed, bases: Sequence[Composed]) 
     return tuple(placed)
 
 
-def _cell_config(
-    base: Composed, settings: Sequence[tuple[str, str]], metrics: Mapping[str, Any] | None
-) -> CellConfig:
+def _cell_config(base: Composed, settings: Sequence[tuple[str, str]], metrics: Mapping[str, Any] | None) -> CellConfig:
     """Sets words on top of what Hydra composed, and checks the result but for classes that it names."""
     names, content = dict(base.names), base.content
     if metrics is not None:
