@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -512,10 +512,11 @@ def read_list(file: str, settings: PromptSettings, limit: int | None = None) -> 
         raise type(error)(f"{error} {settings.obtain}".rstrip()) from error
 
 
-def check_metrics(settings: RunSettings) -> None:
+def check_metrics(settings: Iterable[RunSettings]) -> None:
     """Raises NemoBenchError where one is no metric, or weights or pictures that some need are missing."""
     planner = Planner()
-    planner.metrics(settings)
+    for each in settings:
+        planner.metrics(each)
     planner.check()
 
 

@@ -117,6 +117,7 @@ def note_start(cell: Cell, command: str, runner: Runner) -> None:
     write_prompts(cell.store.folder, cell.prompts)
 
 
+@cache  # the code that runs is that of the start, and git takes as long as the rest of a cell
 def _git_state() -> dict[str, Any]:
     def git(*words: str) -> str | None:
         here = Path(__file__).parent

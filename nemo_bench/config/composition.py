@@ -52,6 +52,7 @@ class Composed(NamedTuple):
 
     names: dict[str, str]  #: Option by group.
     content: dict[str, Any]  #: Settings with interpolations unresolved.
+    config: DictConfig  #: The same, for words to be set on.
     by_experiment: list[str]  #: Keys of settings that the file of the experiment has.
     by_option: dict[str, list[str]]  #: Keys of settings that files of method and detector have, by group.
 
@@ -98,7 +99,7 @@ def grid(
 
     @cache
     def composed(groups: tuple[str, ...]) -> Composed:
-        return _compose(groups, conf)
+        return _compose(groups, conf, metrics)
 
     rows: dict[tuple[str, ...], None] = {}
     for given in _product(overrides):
@@ -110,7 +111,7 @@ def grid(
     bases = [composed(groups) for groups in dict.fromkeys(groups for groups, _ in split)]
     # Methods that lack a setting give the same cell for each of its values.
     cells = dict.fromkeys((groups, _placed(settings, composed(groups), bases)) for groups, settings in split)
-    configs = [_cell_config(composed(groups), settings, metrics) for groups, settings in cells]
+    configs = [_cell_config(composed(groups), settings) for groups, settings in cells]
     # Most cells of a grid share most nodes: each is looked at once.
     nodes = {(key, repr(node)): node for config in configs for key, node in targets_of(config.settings).items()}
     for (key, _), node in nodes.items():  # before any class is built, since that loads torch
@@ -146,11 +147,16 @@ def detector_grid(overrides: Sequence[str], conf: Path | None = None) -> list[Ce
 
 
 def rescore(
-    overrides: Sequence[str], names: Mapping[str, str], stored: Mapping[str, Any], conf: Path | None
+    overrides: Sequence[str],
+    names: Mapping[str, str],
+    stored: Mapping[str, Any],
+    conf: Path | None,
+    known: dict[str, RunSettings] | None = None,
 ) -> CellConfig:
     """Makes the settings for scoring images again, from the options and settings that they were made with.
 
     Overrides of :data:`SCORING` change the stored metrics, or name others. The trainer is that of this machine.
+    ``known`` keeps what one cell composed for others of these overrides.
     """
     keys = _keys_of(overrides)
     for key in sorted(keys):
@@ -165,7 +171,10 @@ def rescore(
     before = {key: attrgetter(key)(settings) for key in referred if key not in keys}
     words = [f"{key}={quoted(value)}" for key, value in before.items() if value is not None]
     metrics = None if "metrics" in keys else settings.metrics
-    changed = one([*overrides, *words, "method=none"], conf, metrics).settings
+    known = {} if known is None else known
+    if (key := repr([words, metrics])) not in known:
+        known[key] = one([*overrides, *words, "method=none"], conf, metrics).settings
+    changed = known[key]
     for part in {"trainer", *(key.split(".")[0] for key in keys)} - {"prompts"}:
         setattr(settings, part, getattr(changed, part))
     settings.prompts.references = changed.prompts.references or settings.prompts.references
@@ -278,7 +287,7 @@ def _split(words: Sequence[str], conf: Path | None) -> tuple[tuple[str, ...], tu
     return tuple(groups), tuple(settings)
 
 
-def _compose(groups: Sequence[str], conf: Path | None) -> Composed:
+def _compose(groups: Sequence[str], conf: Path | None, metrics: Mapping[str, Any] | None) -> Composed:
     folders = ",".join(quoted(f"{ConfFolder.scheme()}://{folder.resolve()}") for folder in own_folders(conf))
     try:
         with initialize_config_module("nemo_bench.conf", version_base="1.3"):
@@ -298,7 +307,9 @@ def _compose(groups: Sequence[str], conf: Path | None) -> Composed:
     by_option = {
         group: _written_by_option(group, names[group], conf) for group in ("method", "detector") if group in names
     }
-    return Composed(names, content, by_experiment, by_option)
+    if metrics is not None:
+        content["metrics"] = metrics
+    return Composed(names, content, OmegaConf.create(content), by_experiment, by_option)
 
 
 def _has(content: Any, key: str) -> bool:
@@ -331,19 +342,17 @@ def _placed(settings: Sequence[str], base: Composed, bases: Sequence[Composed]) 
     return tuple(placed)
 
 
-def _cell_config(base: Composed, settings: Sequence[tuple[str, str]], metrics: Mapping[str, Any] | None) -> CellConfig:
+def _cell_config(base: Composed, settings: Sequence[tuple[str, str]]) -> CellConfig:
     """Sets words on top of what Hydra composed, and checks the result but for classes that it names."""
-    names, content = dict(base.names), base.content
-    if metrics is not None:
-        content = {**content, "metrics": metrics}
-    config = OmegaConf.create(content)
+    names, given = dict(base.names), [key for key, _ in settings]
     try:
         for key, word in settings:
-            _set(config, content, key, read(word))
-        content = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+            _set(base.config, base.content, key, read(word))
+        content: dict[str, Any] = OmegaConf.to_container(base.config, resolve=True)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from error
-    given = [key for key, _ in settings]
+    for part in {key.partition(".")[0] for key in given} & base.content.keys():  # as it was, for the next cell
+        base.config[part] = base.content[part]
     own = given if "prompts.files" in given else [*given, *base.by_experiment]
     if "prompts.files" in own:
         # Other settings of a list of prompts are about its own files.
