@@ -169,7 +169,8 @@ def _run(options: argparse.Namespace) -> None:
     pending = sum(sum(records.values()) for _, records in pending_work(cells))
     failed: NemoBenchError | None = None
     if is_complete(cells):
-        if is_main():
+        logger = cells[0].config.settings.logger
+        if is_main() and (logger.wandb or logger.csv or logger.tensorboard):
             track_cells(load_results(folder), cells)
     else:
         from nemo_bench.benchmark.run import run  # with it Lightning loads

@@ -80,10 +80,10 @@ def pending_work(cells: Sequence[Cell]) -> list[tuple[Cell, dict[str, int]]]:
     Before them come sources that were not asked for, of which the neurons alone count.
     """
     rows: list[tuple[Cell, dict[str, int]]] = []
-    unlocalized: set[Cell] = set()
+    asked, unlocalized = set(cells), set[Cell]()
     for cell in reversed(with_sources(cells)):
         records = {kind.stage: len(cell.store.pending_ids(kind, task_ids(cell, kind))) for kind in cell.stages}
-        if cell not in cells:
+        if cell not in asked:
             # Its neurons alone count, and those only where something starts from them still.
             is_needed = any(other.source is cell for other in unlocalized)
             records = {LocalizationRecord.stage: records[LocalizationRecord.stage] if is_needed else 0}

@@ -133,6 +133,11 @@ class Planner:
         self.counted: list[CellConfig] = []  # those of which there are cells
         self._errors: list[NemoBenchError] = []
         self._prompts: dict[str, list[Prompt]] = {}
+        self._has_metrics: dict[tuple[str, str], bool] = {}  # by name and node
+        self._sources: dict[str, Source] = {}  # by settings of the model, as what follows
+        self._weights: dict[str, str] = {}
+        self._source_cells: dict[str, Cell | None] = {}  # by config
+        self._schedules: set[tuple[Any, ...]] = set()  # those that were checked
 
     def plan(self, configs: Sequence[CellConfig]) -> list[Cell]:
         """Makes cells, each folder once.
@@ -161,14 +166,17 @@ class Planner:
                 msg = f"two cells of the grid share the folder {cell.id}: what differs does not change images"
                 raise ConfigError(f"{msg}; run twice")
         known = list(asked.values())
-        for cell in asked.values():
-            if cell.is_mitigated:
-                cell.unmitigated = find_unmitigated(cell.spec, cell.store.folder.parent, asked.values())
+        pair(known, Path(settings.root) / settings.name)
+        alike: dict[str, list[Cell]] = {}
+        for cell in known:
+            alike.setdefault(cell.localization, []).append(cell)
         for cell in known:  # sources are added to it, which may have sources of their own
             if cell.source:
-                serving = next((other for other in known if _serves(other, cell.source)), None)
+                others = alike.setdefault(cell.source.localization, [])
+                serving = next((other for other in others if _serves(other, cell.source)), None)
                 if serving is None:
                     known.append(cell.source)
+                    others.append(cell.source)
                 else:
                     cell.source = serving
         for cell in asked.values():
@@ -204,7 +212,10 @@ class Planner:
 
     def metrics(self, settings: RunSettings) -> dict[str, Any]:
         """Nodes of the metrics that lack nothing."""
-        return {name: node for name, node in settings.metrics.items() if self._has_metric(name, node)}
+        for name, node in settings.metrics.items():
+            if (name, repr(node)) not in self._has_metrics:
+                self._has_metrics[name, repr(node)] = self._has_metric(name, node)
+        return {name: node for name, node in settings.metrics.items() if self._has_metrics[name, repr(node)]}
 
     def _has_metric(self, name: str, node: Mapping[str, Any]) -> bool:
         metric: BenchMetric = build(node, f"metrics.{name}")
@@ -242,11 +253,14 @@ class Planner:
         self._errors.append(error)
         self.needs[kind, what] = Need(kind, what, "missing", str(error))
 
-    def _cell(self, config: CellConfig) -> Cell | None:
-        """The cell of a config, with those of its sources; None where any file that it needs is missing."""
+    def _cell(self, config: CellConfig, kind: type[PromptRecord] = ImageRecord) -> Cell | None:
+        """The cell of a config, with those of its sources; None where any file that it needs is missing.
+
+        ``kind`` are the last records that the model makes for it: of a source those of its localization.
+        """
         settings, model, listed = config.settings, config.settings.model, config.settings.prompts
         method: Method = build(settings.method, "method")
-        source = source_of(model)
+        source = self._sources.setdefault(repr(model), source_of(model))
         what = f"{source.path} with {source.lora.path}" if source.lora else source.path
         fetched = "some gigabytes, from the hub at the first use"
         has_weights = self._look("weights", what, source.check, lambda: source.is_downloaded, fetched)
@@ -258,7 +272,9 @@ class Planner:
             return None
         prompts = read_listed(listed, self._read)
         general = self._general(listed)[: listed.calibration_limit] if measured else []
-        calibration = _calibration_identity(settings, method, general, source.digest() if has_weights else "missing")
+        if has_weights and repr(model) not in self._weights:
+            self._weights[repr(model)] = source.digest()
+        calibration = _calibration_identity(settings, method, general, self._weights.get(repr(model), "missing"))
         identity = _identity(settings, method, prompts, calibration)
         if edits:
             unmarked = replace(listed, files=edits, memorized=[])
@@ -288,9 +304,11 @@ class Planner:
             calibration=Store(root / "calibration" / calibration_folder),
             measured=measured,
         )
-        if has_weights and not cell.store.is_done(ImageRecord):
+        if has_weights and not cell.store.is_done(kind):
             predicts = any("guidance" in m.needs or m.makes_passes or m.needs_calibration for m in lineage(method))
-            check_scheduler(source, model, predicts=predicts)
+            if (key := (repr(model), predicts)) not in self._schedules:
+                check_scheduler(source, model, predicts=predicts)
+                self._schedules.add(key)
             if size := source.latent_size:
                 check_similarity(size, model, method)
         if method.source:
@@ -323,7 +341,10 @@ class Planner:
             names["prompts"] = name_of_files(prompts.shared_from)
             prompts = replace(prompts, files=prompts.shared_from, memorized=prompts.shared_from, shared_from=[])
         settings = replace(settings, method=settings.method["source"], prompts=prompts)
-        cell.source = self._cell(CellConfig(names, settings))
+        config = CellConfig(names, settings)
+        if (key := repr(config)) not in self._source_cells:
+            self._source_cells[key] = self._cell(config, LocalizationRecord)
+        cell.source = self._source_cells[key]
         if cell.source is not None:
             cell.source_prompts = cell.source.prompts
             method.check_source(cell.prompts, cell.source.prompts)
@@ -428,24 +449,25 @@ def _identity(
     }
 
 
-def find_unmitigated(spec: Spec, run: Path, asked: Iterable[Cell] = ()) -> Store | None:
-    """Finds the images of the same prompts, seeds and model without mitigation.
+def pair(cells: Sequence[Cell], run: Path) -> None:
+    """Gives each cell with a mitigation the images of the same prompts, seeds and model without, where there are any.
 
-    It is a cell that was asked for or else, in the folder of the run, the latest one whose images are all there.
+    They are of the first such cell of these or else, in the folder of the run, the latest whose images are all there.
     """
-    wanted = _unmitigated_identity(spec)
-    for cell in asked:
-        if not cell.is_mitigated and _unmitigated_identity(cell.spec) == wanted:
-            return cell.store
-    done = sorted(run.glob(f"*/{ImageRecord.stage}.done"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for path in done:
-        try:
-            other = read_spec(path.parent)
-        except StoreError:
-            continue  # it is named where that cell is read
-        if other.settings.get("method") == UNMITIGATED and _unmitigated_identity(other) == wanted:
-            return Store(path.parent)
-    return None
+    mitigated = {cell: _unmitigated_identity(cell.spec) for cell in cells if cell.is_mitigated}
+    found: dict[str, Store] = {}
+    for cell in cells:
+        if not cell.is_mitigated:
+            found.setdefault(_unmitigated_identity(cell.spec), cell.store)
+    if not found.keys() >= set(mitigated.values()):
+        done = run.glob(f"*/{ImageRecord.stage}.done")
+        for path in sorted(done, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+            with suppress(StoreError):  # it is named where that cell is read
+                other = read_spec(path.parent)
+                if other.settings.get("method") == UNMITIGATED:
+                    found.setdefault(_unmitigated_identity(other), Store(path.parent))
+    for cell, identity in mitigated.items():
+        cell.unmitigated = found.get(identity)
 
 
 def _unmitigated_identity(spec: Spec) -> str:
@@ -490,10 +512,11 @@ def read_list(file: str, settings: PromptSettings, limit: int | None = None) -> 
         raise type(error)(f"{error} {settings.obtain}".rstrip()) from error
 
 
-def check_metrics(settings: RunSettings) -> None:
+def check_metrics(settings: Iterable[RunSettings]) -> None:
     """Raises NemoBenchError where one is no metric, or weights or pictures that some need are missing."""
     planner = Planner()
-    planner.metrics(settings)
+    for each in settings:
+        planner.metrics(each)
     planner.check()
 
 
@@ -598,4 +621,5 @@ def with_sources(cells: Sequence[Cell]) -> list[Cell]:
         while cell.source:
             cell = cell.source
             sources.insert(0, cell)
-    return [*dict.fromkeys(source for source in sources if source not in cells), *cells]
+    asked = set(cells)
+    return [*dict.fromkeys(source for source in sources if source not in asked), *cells]

@@ -10,10 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from nemo_bench.benchmark.pending import track_cells
-from nemo_bench.benchmark.plan import Cell, check_metrics, find_unmitigated, make_spec, read_listed
+from nemo_bench.benchmark.plan import Cell, check_metrics, make_spec, pair, read_listed
 from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.run import fetch_weights, log_file, report_damaged, take_to_table, write_pages
 from nemo_bench.benchmark.runner import Runner, note_start, open_folder
+from nemo_bench.config import RunSettings
 from nemo_bench.config.composition import CellConfig, one, rescore
 from nemo_bench.config.listing import about_method
 from nemo_bench.errors import ConfigError, StoreError, counted
@@ -92,8 +93,7 @@ def cells_of(
         cells = _with_unmitigated(reread(folder, overrides, conf), conf)
     else:
         cells = _with_unmitigated(_of_images(folder, mapping, overrides, conf, progress=progress), conf)
-    for cell in cells:
-        check_metrics(cell.config.settings)
+    check_metrics([cell.config.settings for cell in cells])
     return cells
 
 
@@ -106,12 +106,13 @@ def _of_run(folder: Path, overrides: Sequence[str], conf: Path | None) -> list[C
     if is_main():
         for name, reason in lacking.items():
             log.warning("%s: left out, %s", name, reason)
-    cells = [reread(folder / name, overrides, conf) for name in names if name not in lacking]
+    known: dict[str, RunSettings] = {}
+    cells = [_reread(folder / name, overrides, conf, known) for name in names if name not in lacking]
     latest_first = sorted(cells, key=lambda c: (c.store.folder / "generate.done").stat().st_mtime_ns, reverse=True)
+    pair(latest_first, folder)
+    own = {cell.store for cell in cells}
     for cell in cells:
-        if cell.is_mitigated:
-            found = find_unmitigated(cell.spec, folder, latest_first)
-            cell.unmitigated = found if found in [other.store for other in cells] else None
+        cell.unmitigated = cell.unmitigated if cell.unmitigated in own else None
     return cells
 
 
@@ -132,8 +133,7 @@ def _missing(cell: Path) -> str:
 
 def _with_unmitigated(cell: Cell, conf: Path | None) -> list[Cell]:
     """The cell, and before it the latest one of its run without mitigation, to be scored alike, if there is one."""
-    if cell.is_mitigated:
-        cell.unmitigated = find_unmitigated(cell.spec, cell.store.folder.parent)
+    pair([cell], cell.store.folder.parent)
     if cell.unmitigated is None:
         return [cell]
     other = reread(cell.unmitigated.folder, (), conf)
@@ -147,14 +147,19 @@ def reread(folder: Path, overrides: Sequence[str], conf: Path | None) -> Cell:
     Raises:
         NemoBenchError: Its images are not all there, or an override is wrong.
     """
-    spec, store = read_spec(folder), Store(folder)
-    if spec.detector is not None:
+    if read_spec(folder).detector is not None:
         raise StoreError(f"{folder} was made by a detector and holds no images; name the cell of a method")
     if reason := _missing(folder):
         raise StoreError(f"{folder}: {reason}")
+    return _reread(folder, overrides, conf, {})
+
+
+def _reread(folder: Path, overrides: Sequence[str], conf: Path | None, known: dict[str, RunSettings]) -> Cell:
+    """A cell of which nothing is missing; ``known`` is shared by those of the same overrides."""
+    spec, store = read_spec(folder), Store(folder)
     prompts = read_cell_prompts(folder, spec)
     names = {"model": spec.model, "method": str(spec.method), "prompts": spec.prompts}
-    config = rescore(overrides, names, read_settings(folder), conf)
+    config = rescore(overrides, names, read_settings(folder), conf, known)
     settings = config.settings
     settings.root, settings.name = str(folder.parent.parent), folder.parent.name
     if any(str(word).startswith("prompts.references=") for word in overrides):
@@ -205,7 +210,7 @@ def _of_images(
         )
     config = one([*(word for word in overrides if not word.startswith("method=")), "method=none"], conf)
     settings = config.settings
-    check_metrics(settings)
+    check_metrics([settings])
     prompts = read_listed(config.settings.prompts)
     found = mapped_images(mapping, folder, prompts) if mapping else named_images(folder, prompts)
     contents = check_images(folder, found, decode=is_main(), progress=progress and is_main())

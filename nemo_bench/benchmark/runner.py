@@ -116,12 +116,16 @@ def note_start(cell: Cell, command: str, runner: Runner) -> None:
         device=_device_name(runner.trainer),
         python=platform.python_version(),
         settings=asdict(cell.config.settings),
-        versions={name: importlib.metadata.version(name) for name in packages},
+        versions={name: _version(name) for name in packages},
     )
     write_json(path, [*starts, start])
     write_prompts(cell.store.folder, cell.prompts)
 
 
+_version = cache(importlib.metadata.version)
+
+
+@cache  # the code that runs is that of the start, and git takes as long as the rest of a cell
 def _git_state() -> dict[str, Any]:
     def git(*words: str) -> str | None:
         here = Path(__file__).parent

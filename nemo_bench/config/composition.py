@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from hydra import compose, initialize_config_module
@@ -34,7 +34,7 @@ from nemo_bench.config.schema import (
     typed,
     unknown_key,
 )
-from nemo_bench.config.targets import check_found, check_stored, check_value, hint_of, resolve
+from nemo_bench.config.targets import build, check_found, check_stored, check_value, hint_of, resolve
 from nemo_bench.errors import ConfigError, did_you_mean, first_line
 
 DEFAULT_METHODS = "none,random,nemo,other_prompt,one_edit"
@@ -46,8 +46,16 @@ SCORING = ("metrics", "weights", "real_images", "batch_size", "workers", "traine
 MOST_CELLS = 10_000
 """Most cells of one command."""
 
-Composed = tuple[dict[str, str], dict[str, Any]]
-"""YAML files of one option per group, merged: option by group, and settings with interpolations unresolved."""
+
+class Composed(NamedTuple):
+    """YAML files of one option per group, merged."""
+
+    names: dict[str, str]  #: Option by group.
+    content: dict[str, Any]  #: Settings with interpolations unresolved.
+    config: DictConfig  #: The same, for words to be set on.
+    by_experiment: list[str]  #: Keys of settings that the file of the experiment has.
+    by_option: dict[str, list[str]]  #: Keys of settings that files of method and detector have, by group.
+
 
 # Without types: Hydra merges files and defaults, and `typed` checks the result. It would refuse a grid of another type.
 ConfigStore.instance().store(name="run_schema", node={**asdict(RunSettings()), "grid": None})
@@ -91,7 +99,7 @@ def grid(
 
     @cache
     def composed(groups: tuple[str, ...]) -> Composed:
-        return _compose(groups, conf)
+        return _compose(groups, conf, metrics)
 
     rows: dict[tuple[str, ...], None] = {}
     for given in _product(overrides):
@@ -103,12 +111,15 @@ def grid(
     bases = [composed(groups) for groups in dict.fromkeys(groups for groups, _ in split)]
     # Methods that lack a setting give the same cell for each of its values.
     cells = dict.fromkeys((groups, _placed(settings, composed(groups), bases)) for groups, settings in split)
-    configs = [_cell_config(composed(groups), settings, conf, metrics) for groups, settings in cells]
-    for config in configs:  # before any class is built, since that loads torch
-        for key, node in targets_of(config.settings).items():
-            check_found(node, key, conf)
+    configs = [_cell_config(composed(groups), settings) for groups, settings in cells]
+    # Most cells of a grid share most nodes: each is looked at once.
+    nodes = {(key, repr(node)): node for config in configs for key, node in targets_of(config.settings).items()}
+    for (key, _), node in nodes.items():  # before any class is built, since that loads torch
+        check_found(node, key, conf)
     for config in configs:
         check_values(config.settings)
+    for (key, _), node in nodes.items():
+        build(node, key)
     return configs
 
 
@@ -136,11 +147,16 @@ def detector_grid(overrides: Sequence[str], conf: Path | None = None) -> list[Ce
 
 
 def rescore(
-    overrides: Sequence[str], names: Mapping[str, str], stored: Mapping[str, Any], conf: Path | None
+    overrides: Sequence[str],
+    names: Mapping[str, str],
+    stored: Mapping[str, Any],
+    conf: Path | None,
+    known: dict[str, RunSettings] | None = None,
 ) -> CellConfig:
     """Makes the settings for scoring images again, from the options and settings that they were made with.
 
     Overrides of :data:`SCORING` change the stored metrics, or name others. The trainer is that of this machine.
+    ``known`` keeps what one cell composed for others of these overrides.
     """
     keys = _keys_of(overrides)
     for key in sorted(keys):
@@ -155,7 +171,10 @@ def rescore(
     before = {key: attrgetter(key)(settings) for key in referred if key not in keys}
     words = [f"{key}={quoted(value)}" for key, value in before.items() if value is not None]
     metrics = None if "metrics" in keys else settings.metrics
-    changed = one([*overrides, *words, "method=none"], conf, metrics).settings
+    known = {} if known is None else known
+    if (key := repr([words, metrics])) not in known:
+        known[key] = one([*overrides, *words, "method=none"], conf, metrics).settings
+    changed = known[key]
     for part in {"trainer", *(key.split(".")[0] for key in keys)} - {"prompts"}:
         setattr(settings, part, getattr(changed, part))
     settings.prompts.references = changed.prompts.references or settings.prompts.references
@@ -233,7 +252,7 @@ def _with_experiment(
     """Adds the given words to each line of the experiment's grid, where there is one."""
     groups, _ = _split(given, conf)
     experiment = tuple(word for word in groups if word.startswith("experiment="))
-    _, content = composed(experiment) if experiment else ({}, {})
+    content = composed(experiment).content if experiment else {}
     lines = check_value(f"{' '.join(experiment)}: grid", content.get("grid", []), list[str])
     # Files given here replace all prompts of the experiment.
     keys = _keys_of(given)
@@ -268,7 +287,7 @@ def _split(words: Sequence[str], conf: Path | None) -> tuple[tuple[str, ...], tu
     return tuple(groups), tuple(settings)
 
 
-def _compose(groups: Sequence[str], conf: Path | None) -> Composed:
+def _compose(groups: Sequence[str], conf: Path | None, metrics: Mapping[str, Any] | None) -> Composed:
     folders = ",".join(quoted(f"{ConfFolder.scheme()}://{folder.resolve()}") for folder in own_folders(conf))
     try:
         with initialize_config_module("nemo_bench.conf", version_base="1.3"):
@@ -284,7 +303,13 @@ def _compose(groups: Sequence[str], conf: Path | None) -> Composed:
     del content["hydra"]
     if content["grid"] is None:
         content["grid"] = []
-    return names, content
+    by_experiment = _written_by_experiment(names["experiment"], conf) if "experiment" in names else []
+    by_option = {
+        group: _written_by_option(group, names[group], conf) for group in ("method", "detector") if group in names
+    }
+    if metrics is not None:
+        content["metrics"] = metrics
+    return Composed(names, content, OmegaConf.create(content), by_experiment, by_option)
 
 
 def _has(content: Any, key: str) -> bool:
@@ -294,13 +319,13 @@ def _has(content: Any, key: str) -> bool:
 
 def _placed(settings: Sequence[str], base: Composed, bases: Sequence[Composed]) -> tuple[tuple[str, str], ...]:
     """Words for settings, each with its key: of the method, or of its source where only that one has the setting."""
-    names, content = base
+    names, content = base.names, base.content
     placed = []
     for word in settings:
         (override,) = _parse([word])
         key = str(override.key_or_group)
         group, _, argument = key.partition(".")
-        others = [other for options_of, other in bases if options_of.get(group) != names.get(group)]
+        others = [other.content for other in bases if other.names.get(group) != names.get(group)]
         is_shared = group in ("method", "detector") and others and override.type is OverrideType.CHANGE
         if is_shared and not _has(content, key):
             in_source = f"{group}.source.{argument}"
@@ -309,7 +334,7 @@ def _placed(settings: Sequence[str], base: Composed, bases: Sequence[Composed]) 
             elif any(_has(other, key) or _has(other, in_source) for other in others):
                 continue
             else:
-                nodes = [other[group] or {} for _, other in bases]
+                nodes = [other.content[group] or {} for other in bases]
                 known = {name for node in nodes for name in (*node, *(node.get("source") or ()))}
                 hint = did_you_mean(argument, known - {"_target_", "source", FAMILIES})
                 raise ConfigError(f"unknown key '{key}': none of the {group}s that are compared has it. {hint}")
@@ -317,23 +342,18 @@ def _placed(settings: Sequence[str], base: Composed, bases: Sequence[Composed]) 
     return tuple(placed)
 
 
-def _cell_config(
-    base: Composed, settings: Sequence[tuple[str, str]], conf: Path | None, metrics: Mapping[str, Any] | None
-) -> CellConfig:
+def _cell_config(base: Composed, settings: Sequence[tuple[str, str]]) -> CellConfig:
     """Sets words on top of what Hydra composed, and checks the result but for classes that it names."""
-    names, content = dict(base[0]), base[1]
-    if metrics is not None:
-        content = {**content, "metrics": metrics}
-    config = OmegaConf.create(content)
+    names, given = dict(base.names), [key for key, _ in settings]
     try:
         for key, word in settings:
-            _set(config, content, key, read(word))
-        content = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+            _set(base.config, base.content, key, read(word))
+        content: dict[str, Any] = OmegaConf.to_container(base.config, resolve=True)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from error
-    given = [key for key, _ in settings]
-    written = _written_by_experiment(names["experiment"], conf) if "experiment" in names else []
-    own = given if "prompts.files" in given else [*given, *written]
+    for part in {key.partition(".")[0] for key in given} & base.content.keys():  # as it was, for the next cell
+        base.config[part] = base.content[part]
+    own = given if "prompts.files" in given else [*given, *base.by_experiment]
     if "prompts.files" in own:
         # Other settings of a list of prompts are about its own files.
         content["prompts"] = {key: value for key, value in content["prompts"].items() if f"prompts.{key}" in own}
@@ -344,8 +364,8 @@ def _cell_config(
     families: list[FamilySettings] = []
     for group, node in (("method", run.method), ("detector", run.detector)):
         if isinstance(node, dict):
-            own_keys = _written_by_option(group, names[group], conf) if group in names else []
-            families += settle(node, group, run.model.family, [*given, *written, *own_keys])
+            own_keys = [*given, *base.by_experiment, *base.by_option.get(group, ())]
+            families += settle(node, group, run.model.family, own_keys)
     return CellConfig(names, run, tuple(families))
 
 

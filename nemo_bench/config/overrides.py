@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from types import NoneType
 from typing import Any, get_args, get_origin
 
@@ -54,6 +55,7 @@ def shell_word(key: str, value: str) -> str:
     return shlex.quote(f"{key}={quoted(value)}")
 
 
+@cache  # a grid has the same few words in thousands of cells
 def read(word: str) -> Override:
     """Reads a ``key=value`` word.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
+from functools import cache, partial
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
@@ -14,7 +15,7 @@ from omegaconf import MISSING, OmegaConf
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from nemo_bench.config.targets import build, check_value, is_text
+from nemo_bench.config.targets import check_value, is_text
 from nemo_bench.errors import ConfigError, did_you_mean, shortened
 
 MOST = 2**31 - 1
@@ -155,7 +156,7 @@ def typed(content: Mapping[str, Any], schema: type[Settings], prefix: str = "") 
 
     An unknown key, or a value that is missing, of the wrong type or out of range, is a ConfigError.
     """
-    hints = get_type_hints(schema, include_extras=True)
+    hints = _hints(schema)
     values = dict(content)
     for name, value in content.items():
         key = f"{prefix}{name}"
@@ -178,8 +179,12 @@ def type_of(key: str, schema: Any = RunSettings) -> Any:
     """The type of a setting, Any where there is no such setting."""
     hint = schema
     for part in key.split("."):
-        hint = get_type_hints(hint).get(part, Any) if is_dataclass(hint) else Any
+        hint = _plain_hints(hint).get(part, Any) if is_dataclass(hint) else Any
     return hint
+
+
+_plain_hints = cache(get_type_hints)
+_hints = cache(partial(get_type_hints, include_extras=True))
 
 
 def is_within(key: str, keys: Iterable[str]) -> bool:
@@ -197,15 +202,13 @@ def unknown_key(key: str, depth: int, known: Iterable[Any]) -> ConfigError:
 
 
 def check_values(settings: RunSettings) -> None:
-    """Checks values against one another, and that method, detector and metrics can be built."""
+    """Checks values against one another."""
     name = settings.name
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name) or not name.strip("."):
         msg = f"name={shortened(name, 40)}: expected letters, digits, '.', '_' and '-' only, at most 200"
         raise ConfigError(f"{msg}; it names a folder")
     if unlisted := [file for file in settings.prompts.memorized if file not in settings.prompts.files]:
         raise ConfigError(f"prompts.memorized: {unlisted[0]} is none of prompts.files={settings.prompts.files}")
-    for key, node in targets_of(settings).items():
-        build(node, key)
 
 
 def targets_of(settings: RunSettings) -> dict[str, Any]:

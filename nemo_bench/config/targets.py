@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,7 +58,7 @@ def _build(node: Mapping[str, Any], key: str, expected: tuple[type, ...]) -> Any
     target: Any = _class_of(node, key, expected)
     arguments = {k: v for k, v in node.items() if k != "_target_"}
     try:
-        parameters = inspect.signature(target).parameters
+        parameters = _parameters(target)
         hints = _hints(target)
     except (TypeError, ValueError, NameError) as error:
         raise ConfigError(f"{key}._target_={node['_target_']}: is no class that can be made here ({error})") from error
@@ -88,6 +89,12 @@ def hint_of(path: str, argument: str) -> Any:
         return Any
 
 
+@cache
+def _parameters(target: type) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(target).parameters
+
+
+@cache
 def _hints(target: type) -> dict[str, Any]:
     """Types of the arguments of a class; those of a dataclass may be names in the modules of its bases."""
     names: dict[str, Any] = {}

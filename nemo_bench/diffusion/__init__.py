@@ -7,7 +7,7 @@ from nemo_bench.diffusion.attention import (
     cross_attentions,
     value_layers,
 )
-from nemo_bench.diffusion.digests import file_digest, folder_digest
+from nemo_bench.diffusion.digests import folder_digest
 from nemo_bench.diffusion.families import FAMILIES, Conditioning
 from nemo_bench.diffusion.lora import Lora
 from nemo_bench.diffusion.model import GRADIENT_MEMORY, Diffusion
@@ -37,7 +37,6 @@ __all__ = [
     "conditional_attention",
     "conditional_rows",
     "cross_attentions",
-    "file_digest",
     "folder_digest",
     "guided_from",
     "value_layers",

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from nemo_bench.diffusion.digests import file_digest
 from nemo_bench.errors import ConfigError, ModelError
-from nemo_bench.records.io import digest
+from nemo_bench.records.io import digest, file_digest
 
 if TYPE_CHECKING:
     from nemo_bench.hub import Repository

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nemo_bench.diffusion.digests import file_digest, folder_digest
+from nemo_bench.diffusion.digests import folder_digest
 from nemo_bench.diffusion.families import StableDiffusion, family_of
 from nemo_bench.diffusion.lora import Lora, holds_lora, looks_like_lora
 from nemo_bench.errors import ModelError
-from nemo_bench.records.io import digest, parse_json
+from nemo_bench.records.io import digest, file_digest, parse_json
 
 if TYPE_CHECKING:
     from nemo_bench.hub import Repository

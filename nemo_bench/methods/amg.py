@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from typing_extensions import override
 
-from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, Step, file_digest
+from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, Step
 from nemo_bench.diffusion.noise import unit
 from nemo_bench.errors import ConfigError
 from nemo_bench.localization import Threshold
@@ -26,6 +26,7 @@ from nemo_bench.prompts import references_digest
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.images import open_image
+from nemo_bench.records.io import file_digest
 from nemo_bench.records.ranges import Count, NotNegative, Positive
 
 NEAREST = 1000  # Nearest images whose captions count.

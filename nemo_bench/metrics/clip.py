@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nemo_bench import hub
-from nemo_bench.diffusion import file_digest, folder_digest
+from nemo_bench.diffusion import folder_digest
 from nemo_bench.errors import ModelError, did_you_mean, first_line
 from nemo_bench.metrics.networks import Network, check_readable, loaded
-from nemo_bench.records.io import parse_json
+from nemo_bench.records.io import file_digest, parse_json
 
 HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 """File names of weights that open_clip reads in a folder, or in a repository of the hub."""

@@ -22,9 +22,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from typing_extensions import override
 
-from nemo_bench.diffusion import file_digest
 from nemo_bench.errors import ConfigError, ModelError, first_line
 from nemo_bench.metrics.spaces import ImageSpace, Pixels, to_tensor
+from nemo_bench.records.io import file_digest
 
 BATCH = 64
 """Pictures in a batch of a network."""

@@ -17,9 +17,9 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
-from nemo_bench.diffusion import file_digest
 from nemo_bench.diffusion.noise import tiled_distance
 from nemo_bench.errors import ConfigError
+from nemo_bench.records.io import file_digest
 from nemo_bench.records.ranges import Count, check_ranges
 
 PAIRED_VALUES = 1 << 18

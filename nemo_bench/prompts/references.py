@@ -8,8 +8,8 @@ from typing import Any
 
 from nemo_bench.errors import PromptError
 from nemo_bench.records.data import Prompt
-from nemo_bench.records.images import inspect_image, unreadable
-from nemo_bench.records.io import digest, parse_json
+from nemo_bench.records.images import unreadable
+from nemo_bench.records.io import digest, file_digest, parse_json
 
 MANIFEST = "manifest.jsonl"
 """File in a folder of downloaded reference images, written by ``nemo-bench references``."""
@@ -77,11 +77,13 @@ def references_digest(prompts: Sequence[Prompt]) -> str:
         PromptError: A reference image can't be read.
     """
     # Template prompts share their reference images: each file is read once.
-    files = {p: inspect_image(p, decode=False) for p in {path for prompt in prompts for path in prompt.references}}
-    for path, file in files.items():
-        if file.problem:
-            raise PromptError(f"{path}: this reference image can't be read ({file.problem})")
-    return digest([[files[path].sha256 for path in prompt.references] for prompt in prompts])
+    files: dict[Path, str] = {}
+    for path in dict.fromkeys(path for prompt in prompts for path in prompt.references):
+        try:
+            files[path] = file_digest(path)
+        except OSError as error:
+            raise PromptError(f"{path}: this reference image can't be read ({error.strerror})") from error
+    return digest([[files[path] for path in prompt.references] for prompt in prompts])
 
 
 def check_references(source: str, prompts: Sequence[Prompt]) -> list[Prompt]:

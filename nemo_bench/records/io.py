@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,6 +94,11 @@ def damaged(path: Path, why: object) -> StoreError:
     return StoreError(f"{path} does not hold what it should ({why}); delete this one file: {repair}")
 
 
+@cache
+def _adapter(form: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(form)
+
+
 def read_file(path: Path, form: type[T]) -> T:
     """Reads a file of the schema by its type; see :data:`nemo_bench.records.schema.FILES`.
 
@@ -100,7 +106,7 @@ def read_file(path: Path, form: type[T]) -> T:
         StoreError: The file is not there or does not hold what it should.
     """
     try:
-        return TypeAdapter(form).validate_json(path.read_bytes(), strict=True)
+        return _adapter(form).validate_json(path.read_bytes(), strict=True)
     except FileNotFoundError:
         repair = FILES[path.name][1] if path.name in FILES else "its run never started"
         msg = f"{path} is missing: {path.parent} is no results folder of nemo_bench, or {repair}"
@@ -141,6 +147,21 @@ def digest(content: Any, length: int = 16) -> str:
     """The first hexadecimal digits of the SHA-256 of JSON-like data, in which the order of keys does not matter."""
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:length]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, 64 hexadecimal digits; a file is read again only after a change."""
+    status = path.stat()
+    return _digest_at(path, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _digest_at(path: Path, size: int, time: int) -> str:
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            total.update(chunk)
+    return total.hexdigest()
 
 
 def seed_of(content: Any) -> int:

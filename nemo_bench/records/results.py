@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
@@ -378,48 +378,61 @@ def _labelled(cells: Sequence[CellResults]) -> tuple[CellResults, ...]:
     """Labels each cell by the title of its method, and by nothing more than tells the cells apart."""
     several_models = len({cell.model for cell in cells}) > 1
     several_lists = len({cell.spec.prompts for cell in cells}) > 1
+    flat = {cell.name: _flat(cell.spec.settings) for cell in cells}
+    words: dict[str, list[str]] = {}
+    for of_title in _grouped(cells, lambda cell: (cell.spec.title, cell.model, cell.spec.prompts)):
+        groups, has_own = [of_title], False
+        if len({c.method for c in of_title}) > 1 and len({frozenset(flat[c.name]) for c in of_title}) > 1:
+            # Different methods of one title: most of their settings can't be compared.
+            groups, has_own = _grouped(of_title, lambda cell: cell.method), True
+        for same in groups:
+            differences = _differences({cell.name: flat[cell.name] for cell in same})
+            for cell in same:
+                words[cell.name] = [cell.spec.title, *[cell.method] * has_own, *differences[cell.name]]
     labelled = []
     for cell in cells:
-        spec = cell.spec
-        same = [c for c in cells if (c.spec.title, c.model, c.spec.prompts) == (spec.title, cell.model, spec.prompts)]
-        words = [spec.title]
-        if len({c.method for c in same}) > 1 and len({frozenset(_flat(c.spec.settings)) for c in same}) > 1:
-            # Different methods of one title: most of their settings can't be compared.
-            words.append(cell.method)
-            same = [c for c in same if c.method == cell.method]
-        words += _differences(cell, same)
-        places = [cell.model] * several_models + [spec.prompts] * several_lists
-        labelled.append(replace(cell, label=" · ".join([*words, *places]), short=" · ".join(words)))
+        places = [cell.model] * several_models + [cell.spec.prompts] * several_lists
+        label = " · ".join([*words[cell.name], *places])
+        labelled.append(replace(cell, label=label, short=" · ".join(words[cell.name])))
     return tuple(labelled)
 
 
-def _differences(cell: CellResults, same: Sequence[CellResults]) -> list[str]:
-    """The fewest settings that tell a cell from others of its method, each only where it is not the usual one."""
-    if len(same) == 1:
-        return []
-    settings = {c.name: _flat(c.spec.settings) for c in same}
-    keys = list(dict.fromkeys(key for flat in settings.values() for key in flat))
+def _grouped(cells: Iterable[CellResults], key: Callable[[CellResults], object]) -> list[list[CellResults]]:
+    """Cells of equal keys together, in their order."""
+    groups: dict[object, list[CellResults]] = {}
+    for cell in cells:
+        groups.setdefault(key(cell), []).append(cell)
+    return list(groups.values())
+
+
+def _differences(settings: Mapping[str, Mapping[str, str | None]]) -> dict[str, list[str]]:
+    """By cell, the fewest settings that tell it from these others, each only where it is not the usual one."""
+    words: dict[str, list[str]] = {name: [] for name in settings}
+    if len(settings) == 1:
+        return words
+    every = dict.fromkeys(key for flat in settings.values() for key in flat)
+    keys = [key for key in every if len({flat.get(key) for flat in settings.values()}) > 1]
 
     def variants(chosen: Sequence[str]) -> int:
         return len({tuple(flat.get(key) for key in chosen) for flat in settings.values()})
 
     total = variants(keys)
-    if total < len(same):
-        return [cell.name[-8:]]
+    if total < len(settings):
+        return {name: [name[-8:]] for name in settings}
     for key in sorted(keys, key=lambda key: key.startswith("method.")):
         others = [other for other in keys if other != key]
         keys = others if variants(others) == total else keys
-    words = []
     for key in keys:
         counts = Counter(flat.get(key) for flat in settings.values()).most_common()
         usual = counts[0][0] if len(counts) == 1 or counts[0][1] > counts[1][1] else None
-        value = settings[cell.name].get(key)
-        if value != usual:
-            last = key.rpartition(".")[2]
-            name = last if sum(other.rpartition(".")[2] == last for other in keys) == 1 else key.removeprefix("method.")
-            # In place of a file's path stands the digest of its content.
-            is_file = value and _DIGEST.fullmatch(value) and {each for each, _ in counts} == {None, value}
-            words.append(f"with {name}" if is_file else f"{name} {_WORDS.get(value, value)}")
+        last = key.rpartition(".")[2]
+        shown = last if sum(other.rpartition(".")[2] == last for other in keys) == 1 else key.removeprefix("method.")
+        for name, flat in settings.items():
+            value = flat.get(key)
+            if value != usual:
+                # In place of a file's path stands the digest of its content.
+                is_file = value and len(counts) == 2 and _DIGEST.fullmatch(value) and {*dict(counts)} == {None, value}
+                words[name].append(f"with {shown}" if is_file else f"{shown} {_WORDS.get(value, value)}")
     return words
 
 

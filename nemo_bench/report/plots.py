@@ -182,8 +182,9 @@ def _tradeoff(
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(LogFormatter())
         axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
+    known = looks(results)
     for place, cell in enumerate(cells):
-        look = looks(results)[cell.short]
+        look = known[cell.short]
         x, y = spots[cell.name]
         axes.hlines(y.value, x.low, x.high, colors=look.color, linewidth=1.1, alpha=0.55)
         axes.vlines(x.value, y.low, y.high, colors=look.color, linewidth=1.1, alpha=0.55)
@@ -252,13 +253,14 @@ def _distribution(results: Results, key: str, model: str) -> Plot | None:
     if not set(groups) & set(MEMORIZED):
         return None
     figure = Figure(figsize=(5.0, 0.9 + max(1.2, 0.46 * len(cells))), layout="constrained")
+    known = looks(results)
     panels = figure.subplots(1, len(groups), sharex=True, sharey=True, squeeze=False)[0]
     for axes, group in zip(panels, groups, strict=True):
         axes.grid(axis="x")
         axes.set_title(group)
         for place, cell in enumerate(cells):
             if numbers := values[cell.name, group]:
-                _strip(axes, place, numbers, looks(results)[cell.short])
+                _strip(axes, place, numbers, known[cell.short])
         _name_rows(axes, [cell.short for cell in cells])
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(4 - min(len(groups), 2), steps=[1, 2, 2.5, 4, 5, 10]))
@@ -308,8 +310,9 @@ def _counts(results: Results, model: str) -> Plot | None:
     if not cells:
         return None
     figure, axes = _panel(3.4 + 0.2 * math.ceil(len(cells) / 2))
+    known = looks(results)
     for cell, counts in cells:
-        look, totals = looks(results)[cell.short], np.sort(counts.sum(axis=1))
+        look, totals = known[cell.short], np.sort(counts.sum(axis=1))
         axes.step(
             [0, *totals], np.arange(len(totals) + 1) / len(totals), look.color, marker=look.marker, ms=5, mew=0,
             markevery=max(1, len(totals) // 6), where="post", linewidth=1.3, label=cell.short,
@@ -334,8 +337,9 @@ def _layers(results: Results, model: str) -> Plot | None:
     height = 1.0 + row * len(layers) + 0.2 * math.ceil(len(cells) / 2)
     figure, axes = _panel(max(2.4, height), "x")
     size = 0.8 / len(cells)
+    known = looks(results)
     for number, (cell, counts) in enumerate(cells):
-        look = looks(results)[cell.short]
+        look = known[cell.short]
         places = np.arange(len(layers)) - 0.4 + size * (number + 0.5)
         axes.barh(places, counts.mean(axis=0), size * 0.9, color=look.color, alpha=0.3, linewidth=0)
         first, third = np.percentile(counts, [25, 75], axis=0)

@@ -33,6 +33,7 @@ def leaderboard(results: Results) -> list[LeaderboardRow]:
     for group in results.groups:
         cells = [cell for cell in results.cells if group in cell.summary.aggregates]
         table = {cell.name: dict(cell.summary.aggregates[group]) for cell in cells}
+        best = _best(results, cells, group)
         for key in results.metrics:
             changes = {name: row[key].paired for name, row in table.items() if key in row}
             tested = {name: change for name, change in changes.items() if change}
@@ -51,7 +52,7 @@ def leaderboard(results: Results) -> list[LeaderboardRow]:
                 **{key: cell.summary.localization.get(group, {}).get(key) for key in _SEARCHED},
                 metrics=table[cell.name],
                 failed=cell.failures(group),
-                best=_best(results, cell, group),
+                best=best[cell.name],
                 cost=cell.summary.cost,
                 counts=cell.counts,
             )
@@ -60,29 +61,33 @@ def leaderboard(results: Results) -> list[LeaderboardRow]:
     return rows
 
 
-def _best(results: Results, cell: CellResults, group: str) -> dict[str, float]:
-    """Metrics with the best mean among the cells that lack no value, and p of the paired test against the runner-up.
+def _best(results: Results, cells: Sequence[CellResults], group: str) -> dict[str, dict[str, float]]:
+    """By cell, metrics with the best mean of those that lack no value, and p of the paired test against the runner-up.
 
     Cells of the same model and prompts are compared; p is 1 where there is nothing to pair.
     """
-    best = {}
-    comparable = [c for c in results.cells if (c.model, c.spec.prompts) == (cell.model, cell.spec.prompts)]
-    for key, info in results.metrics.items():
-        means = {
-            c.name: c.summary.aggregates[group][key].mean
-            for c in comparable
-            if key in c.summary.aggregates.get(group, {}) and c.is_complete(group, key)
-        }
-        if cell.name not in means or len(means) == 1 or info.higher_is_better is None:
-            continue
-        sign = 1 if info.higher_is_better else -1
-        ahead = {name: sign * (means[cell.name] - mean) for name, mean in means.items() if name != cell.name}
-        if min(ahead.values()) >= 0 < max(ahead.values()):
-            second = min((c for c in comparable if c.name in ahead), key=lambda other: ahead[other.name])
-            own = cell.prompt_means(key, [group])
-            its = second.prompt_means(key, [group])
-            differences = [own[prompt] - its[prompt] for prompt in own if prompt in its]
-            best[key] = paired(np.array(differences)).p if differences else 1.0
+    best: dict[str, dict[str, float]] = {cell.name: {} for cell in cells}
+    comparable: dict[tuple[str, str], list[CellResults]] = {}
+    for cell in cells:
+        comparable.setdefault((cell.model, cell.spec.prompts), []).append(cell)
+    directed = [(key, info.higher_is_better) for key, info in results.metrics.items()]
+    for key, higher in ((key, higher) for key, higher in directed if higher is not None):
+        for alike in comparable.values():
+            means = {
+                cell.name: cell.summary.aggregates[group][key].mean
+                for cell in alike
+                if key in cell.summary.aggregates[group] and cell.is_complete(group, key)
+            }
+            ranking = sorted((c for c in alike if c.name in means), key=lambda c: means[c.name], reverse=higher)
+            if not ranking or means[ranking[0].name] == means[ranking[-1].name]:
+                continue
+            for place, cell in enumerate(ranking):
+                if means[cell.name] != means[ranking[0].name]:
+                    break
+                own = cell.prompt_means(key, [group])
+                its = ranking[0 if place else 1].prompt_means(key, [group])
+                differences = [own[prompt] - its[prompt] for prompt in own if prompt in its]
+                best[cell.name][key] = paired(np.array(differences)).p if differences else 1.0
     return best
 
 

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from nemo_bench.benchmark.embedding_search import RATE, SAMPLES, STEPS, random_embeddings, search_embeddings
 from nemo_bench.benchmark.stages.base import UNLOCALIZED, Chunk, Stage, file_name, save_tensors, to_image
-from nemo_bench.diffusion import Conditioning, file_digest
+from nemo_bench.diffusion import Conditioning
 from nemo_bench.errors import NotFiniteError
 from nemo_bench.methods import Batch, Method, NoMitigation
 from nemo_bench.metrics import BenchMetric
 from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.images import open_image
-from nemo_bench.records.io import batched, digest, seed_of
+from nemo_bench.records.io import batched, digest, file_digest, seed_of
 from nemo_bench.records.ranges import Count, Positive
 from nemo_bench.records.schema import Cost, SearchRecord, SearchScoreRecord
 
