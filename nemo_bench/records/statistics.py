@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, TypeVar
@@ -25,8 +26,8 @@ FLIPS = 10000
 """Sign patterns that a permutation test draws where there are too many to take all."""
 ALL_FLIPS = 13
 """Numbers of prompts up to which it takes all."""
-TOGETHER = 1 << 20
-"""Values drawn at a time."""
+TOGETHER = 1 << 16
+"""Values drawn at a time, few enough to stay in a processor's cache."""
 TOP = 3
 ABOVE = 0.5
 """Images, and similarity, of the numbers that MemBench gives."""
@@ -80,22 +81,22 @@ def _groups(prompts: Sequence[Prompt]) -> dict[str, list[str]]:
 
 
 def _scores(records: Iterable[ScoreRecord]) -> Scores:
-    values: Scores = {}
+    values: Scores = defaultdict(lambda: defaultdict(list))
     for record in records:
         for metric, value in record.scores.items():
-            values.setdefault(metric, {}).setdefault(record.prompt, []).append(value)
+            values[metric][record.prompt].append(value)
     return values
 
 
 def _differences(records: Iterable[ScoreRecord], unmitigated: Iterable[ScoreRecord]) -> Scores:
     """Scores minus those of the same prompt and seed, for what both have."""
     others = {(record.prompt, record.seed): record.scores for record in unmitigated}
-    values: Scores = {}
+    values: Scores = defaultdict(lambda: defaultdict(list))
     for record in records:
         other = others.get((record.prompt, record.seed), {})
-        for metric in record.scores.keys() & other.keys():
-            difference = record.scores[metric] - other[metric]
-            values.setdefault(metric, {}).setdefault(record.prompt, []).append(difference)
+        for metric, value in record.scores.items():
+            if metric in other:
+                values[metric][record.prompt].append(value - other[metric])
     return values
 
 
@@ -114,9 +115,9 @@ def _reduced(scores: Scores, statistic: Statistics) -> dict[str, dict[str, float
 
 def _reduce(by_prompt: Mapping[str, Sequence[float]], statistic: Statistics) -> dict[str, float]:
     """A number a prompt; prompts with equally many values are rows of one array."""
-    lengths: dict[int, list[str]] = {}
+    lengths: dict[int, list[str]] = defaultdict(list)
     for prompt, values in by_prompt.items():
-        lengths.setdefault(len(values), []).append(prompt)
+        lengths[len(values)].append(prompt)
     reduced: dict[str, float] = {}
     for prompts in lengths.values():
         rows = np.array([by_prompt[prompt] for prompt in prompts])
@@ -161,46 +162,46 @@ def bootstrap_intervals(
         Lower and upper end.
     """
     resampled = _resampled_medians if of_median else _resampled_means
-    intervals = {}
+    intervals: dict[_K, tuple[float, float]] = {}
     for count, those in _by_length(columns).items():
         random = np.random.default_rng(0)
-        drawn: dict[_K, list[NDArray[Any]]] = {key: [] for key in those}
-        for part in _parts(RESAMPLES, count):
-            rows = random.integers(count, size=(part, count))
-            for key, statistics in zip(those, resampled(rows, list(those.values())), strict=True):
-                drawn[key].append(statistics)
-        for key, parts in drawn.items():
-            low, high = np.quantile(np.concatenate(parts), [(1 - level) / 2, (1 + level) / 2])
-            intervals[key] = float(low), float(high)
+        rows = (random.integers(count, size=(part, count)) for part in _parts(RESAMPLES, count))
+        drawn = np.concatenate(list(resampled(rows, list(those.values()))), axis=1)
+        low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=1).tolist()
+        intervals.update(zip(those, zip(low, high, strict=True), strict=True))
     return intervals
 
 
 def _by_length(columns: Mapping[_K, NDArray[Any]]) -> dict[int, dict[_K, NDArray[Any]]]:
-    lengths: dict[int, dict[_K, NDArray[Any]]] = {}
+    lengths: dict[int, dict[_K, NDArray[Any]]] = defaultdict(dict)
     for key, values in columns.items():
-        lengths.setdefault(len(values), {})[key] = values
+        lengths[len(values)][key] = values
     return lengths
 
 
-def _resampled_means(rows: NDArray[Any], columns: Sequence[NDArray[Any]]) -> Iterator[NDArray[Any]]:
-    """The means of resamples, given the prompts of each, (resamples, N)."""
-    return (values.take(rows).mean(axis=1) for values in columns)
+def _resampled_means(rows: Iterable[NDArray[Any]], columns: Sequence[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+    """Means of resamples, (columns, resamples), for each of several parts that say which prompts are in each."""
+    for part in rows:
+        yield np.array([values.take(part).mean(axis=1) for values in columns])
 
 
-def _resampled_medians(rows: NDArray[Any], columns: Sequence[NDArray[Any]]) -> Iterator[NDArray[Any]]:
-    """The medians of resamples, given the prompts of each, (resamples, N).
+def _resampled_medians(rows: Iterable[NDArray[Any]], columns: Sequence[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+    """Medians of resamples, in the same form.
 
     How often each prompt was drawn is counted once; summed up in the order of a column's values, these counts say where
     the middle is without sorting any resample.
     """
-    resamples, count = rows.shape
-    places = rows + count * np.arange(resamples)[:, None]
-    times = np.bincount(places.ravel(), minlength=rows.size).reshape(rows.shape).astype(np.min_scalar_type(count))
-    for values in columns:
-        order = np.argsort(values)
-        reached = times.take(order, axis=1).cumsum(axis=1, dtype=times.dtype)
-        lower, upper = (values[order[(reached <= middle).sum(axis=1)]] for middle in ((count - 1) // 2, count // 2))
-        yield (lower + upper) / 2
+    orders = [np.argsort(values) for values in columns]
+    for part in rows:
+        resamples, count = part.shape
+        places = part + count * np.arange(resamples)[:, None]
+        times = np.bincount(places.ravel(), minlength=part.size).reshape(part.shape).astype(np.min_scalar_type(count))
+        medians = []
+        for order, values in zip(orders, columns, strict=True):
+            reached = times.take(order, axis=1).cumsum(axis=1, dtype=times.dtype)
+            lower, upper = (values[order[(reached <= middle).sum(axis=1)]] for middle in ((count - 1) // 2, count // 2))
+            medians.append((lower + upper) / 2)
+        yield np.array(medians)
 
 
 def _parts(rows: int, columns: int) -> Iterator[int]:
