@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
@@ -28,6 +29,8 @@ ALL_FLIPS = 13
 """Numbers of prompts up to which it takes all."""
 TOGETHER = 1 << 16
 """Values drawn at a time, few enough to stay in a processor's cache."""
+DEVIATIONS = 8
+"""Standard deviations around the middle in which the median of a resample is looked for first."""
 TOP = 3
 ABOVE = 0.5
 """Images, and similarity, of the numbers that MemBench gives."""
@@ -186,22 +189,37 @@ def _resampled_means(rows: Iterable[NDArray[Any]], columns: Sequence[NDArray[Any
 
 
 def _resampled_medians(rows: Iterable[NDArray[Any]], columns: Sequence[NDArray[Any]]) -> Iterator[NDArray[Any]]:
-    """Medians of resamples, in the same form.
-
-    How often each prompt was drawn is counted once; summed up in the order of a column's values, these counts say where
-    the middle is without sorting any resample.
-    """
+    """Medians of resamples, in the same form; how often each prompt is in them is counted once for all columns."""
     orders = [np.argsort(values) for values in columns]
     for part in rows:
         resamples, count = part.shape
         places = part + count * np.arange(resamples)[:, None]
-        times = np.bincount(places.ravel(), minlength=part.size).reshape(part.shape).astype(np.min_scalar_type(count))
-        medians = []
-        for order, values in zip(orders, columns, strict=True):
-            reached = times.take(order, axis=1).cumsum(axis=1, dtype=times.dtype)
-            lower, upper = (values[order[(reached <= middle).sum(axis=1)]] for middle in ((count - 1) // 2, count // 2))
-            medians.append((lower + upper) / 2)
-        yield np.array(medians)
+        times = np.bincount(places.ravel(), minlength=part.size).reshape(part.shape).astype(float)
+        yield np.array([_medians(times, *column) for column in zip(columns, orders, strict=True)])
+
+
+def _medians(times: NDArray[Any], values: NDArray[Any], order: NDArray[Any]) -> NDArray[Any]:
+    """Medians of resamples, without sorting any of them.
+
+    Args:
+        times: How often each prompt is in each resample, (resamples, N).
+        values: Of the prompts, (N,).
+        order: What sorts these values.
+    """
+    count = len(values)
+    middle = (count - 1) // 2, count // 2
+    margin = 1 + round(DEVIATIONS * math.sqrt(count) / 2)
+    while True:
+        low, high = max(0, middle[0] - margin), middle[1] + margin
+        is_below = np.zeros(count)
+        is_below[order[:low]] = 1
+        below = times @ is_below
+        reached = below[:, None] + times.take(order[low:high], axis=1).cumsum(axis=1)
+        if below.max() <= middle[0] and reached[:, -1].min() > middle[1]:
+            break
+        margin *= 2
+    lower, upper = (values[order[low + (reached <= place).sum(axis=1)]] for place in middle)
+    return np.asarray((lower + upper) / 2)
 
 
 def _parts(rows: int, columns: int) -> Iterator[int]:
