@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -16,27 +16,33 @@ from nemo_bench.records.statistics import ALL_FLIPS, FLIPS, GROUPS, RESAMPLES
 Scores = dict[str, dict[str, list[float]]]
 
 
+def parts(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Shapes of what is drawn, some megabytes at a time."""
+    size = max(1, 2**20 // columns)
+    return ((min(size, rows - start), columns) for start in range(0, rows, size))
+
+
 def interval(values: NDArray[Any], statistic: Callable[..., Any] = np.mean) -> tuple[float, float]:
-    """Percentile bootstrap interval, resample by resample."""
-    random = np.random.default_rng(0)
-    drawn = [statistic(values[random.integers(len(values), size=len(values))]) for _ in range(RESAMPLES)]
-    low, high = np.quantile(drawn, [(1 - 0.95) / 2, (1 + 0.95) / 2])
+    """Percentile bootstrap interval of one column."""
+    random, count = np.random.default_rng(0), len(values)
+    drawn = [statistic(values[random.integers(count, size=shape)], axis=1) for shape in parts(RESAMPLES, count)]
+    low, high = np.quantile(np.concatenate(drawn), [(1 - 0.95) / 2, (1 + 0.95) / 2])
     return float(low), float(high)
 
 
 def test_of(differences: NDArray[Any]) -> Paired:
-    """Sign-flip permutation test, pattern by pattern."""
-    count = len(differences)
-    random = np.random.default_rng(0)
+    """Sign-flip permutation test of one column."""
+    random, count = np.random.default_rng(0), len(differences)
     drawn = int(count > ALL_FLIPS)
-    patterns: Iterable[Any] = product((1.0, -1.0), repeat=count)
     if drawn:
-        patterns = (random.choice((1.0, -1.0), size=count) for _ in range(FLIPS))
-    found = abs(differences.mean()) * (1 - 1e-9)
-    extreme = [abs(np.dot(signs, differences)) / count >= found for signs in patterns]
+        patterns = (random.choice((1.0, -1.0), size=shape) for shape in parts(FLIPS, count))
+    else:
+        patterns = iter([np.array(list(product((1.0, -1.0), repeat=count)))])
+    means = np.concatenate([np.abs(signs @ differences) / count for signs in patterns])
+    extreme = int((means >= abs(differences.mean()) * (1 - 1e-9)).sum())
     low, high = interval(differences)
-    p = (sum(extreme) + drawn) / (len(extreme) + drawn)
-    return Paired(difference=float(differences.mean()), low=low, high=high, p=float(p), prompts=count)
+    p = (extreme + drawn) / (len(means) + drawn)
+    return Paired(difference=float(differences.mean()), low=low, high=high, p=p, prompts=count)
 
 
 test_of.__test__ = False  # type: ignore[attr-defined] # a permutation test, none of pytest's
