@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from nemo_bench.environment import prepare_process
-from nemo_bench.errors import NemoBenchError, did_you_mean, shortened
+from nemo_bench.errors import NemoBenchError, StoreError, did_you_mean, shortened
 
 if TYPE_CHECKING:
     from nemo_bench.config import CellConfig
@@ -410,6 +410,35 @@ def _audit(options: argparse.Namespace) -> None:
     print(f"{time.perf_counter() - start:.0f} s\nreport:   {folder / 'report.html'}")
     for cell in cells:
         print(f"pictures: {cell.store.folder / 'audit'}")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from nemo_bench.benchmark.verify import verify
+    from nemo_bench.report.console import show_entries
+
+    say, progress = (_aside, False) if options.json else (print, True)
+    number = {} if options.records is None else {"records": options.records}
+    found = verify(options.folder, options.overrides, conf=options.conf, say=say, progress=progress, **number)
+    if options.json:
+        print(json.dumps([asdict(comparison) for comparison in found], indent=2))
+    else:
+        show_entries(
+            (
+                {
+                    "cell": row.cell,
+                    "stage": row.stage,
+                    "recomputed": str(row.recomputed),
+                    "equal bits": str(row.equal),
+                    "largest difference": "not of numbers" if row.difference is None else f"{row.difference:.2g}",
+                    "passes": f"{row.tolerance:g}",
+                }
+                for row in found
+            ),
+            ("cell", "stage", "recomputed", "equal bits", "largest difference", "passes"),
+            ("cell",),
+        )
+    if wrong := [f"{row.cell}, {row.stage}: {'; '.join(row.differing)}" for row in found if row.differing]:
+        raise StoreError("\n  ".join(["records differ from what this machine computes by more than passes:", *wrong]))
 
 
 def _references(options: argparse.Namespace) -> None:
