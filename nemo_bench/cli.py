@@ -413,8 +413,10 @@ def _audit(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
+    from itertools import groupby
+    from operator import attrgetter
+
     from nemo_bench.benchmark.verify import verify
-    from nemo_bench.report.console import show_entries
 
     say, progress = (_aside, False) if options.json else (print, True)
     number = {} if options.records is None else {"records": options.records}
@@ -422,21 +424,14 @@ def _verify(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps([asdict(comparison) for comparison in found], indent=2))
     else:
-        show_entries(
-            (
-                {
-                    "cell": row.cell,
-                    "stage": row.stage,
-                    "recomputed": str(row.recomputed),
-                    "equal bits": str(row.equal),
-                    "largest difference": "not of numbers" if row.difference is None else f"{row.difference:.2g}",
-                    "passes": f"{row.tolerance:g}",
-                }
-                for row in found
-            ),
-            ("cell", "stage", "recomputed", "equal bits", "largest difference", "passes"),
-            ("cell",),
-        )
+        for cell, rows in groupby(found, key=attrgetter("cell")):
+            print(cell)
+            for row in rows:
+                largest = "not of numbers" if row.difference is None else f"{row.difference:.2g}"
+                print(
+                    f"  {row.stage:<12} {row.recomputed} recomputed, {row.equal} equal bit by bit, "
+                    f"largest difference {largest}; up to {row.tolerance:g} passes"
+                )
     if wrong := [f"{row.cell}, {row.stage}: {'; '.join(row.differing)}" for row in found if row.differing]:
         raise StoreError("\n  ".join(["records differ from what this machine computes by more than passes:", *wrong]))
 
