@@ -22,7 +22,7 @@ from small_runs import small
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small run; not to be changed."""
     root = tmp_path_factory.mktemp("made") / "results"
-    words = [*small(), "prompts.limit=1", "method=none,nemo,random", "name=run", f"root={root}"]
+    words = [*small(steps=1), "prompts.limit=1", "method=none,nemo,random", "name=run", f"root={root}"]
     assert main(["run", *words]) == 0
     return root / "run"
 
@@ -86,12 +86,12 @@ def test_changed_records_are_named(run: Path, capsys: pytest.CaptureFixture[str]
     change(none, "memorization", lambda record: record.update(score=record["score"] - 0.1))
     change(none, "score", lambda record: record["scores"].update(alignment=0.9))
     change(nemo, "localize", drop_a_neuron)
-    assert main(["verify", str(run), "trainer=cpu", "--records", "1"]) == 1
+    assert main(["verify", str(run), "trainer=cpu"]) == 1
     output, errors = capsys.readouterr()
     for folder, stage in ((none, "memorization"), (none, "generate"), (none, "score"), (nemo, "localize")):
         assert f"{folder.name}, {stage}: {prompt}" in errors
-    assert "generate     2 recomputed, 1 equal bit by bit, largest difference 0." in output
-    assert "localize     1 recomputed, 0 equal bit by bit, largest difference not of numbers;" in output
+    assert "generate     4 recomputed, 3 equal bit by bit, largest difference 0." in output
+    assert "localize     2 recomputed, 1 equal bit by bit, largest difference not of numbers;" in output
 
 
 def test_an_image_that_is_not_the_recorded_one_is_named(run: Path) -> None:
