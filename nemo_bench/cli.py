@@ -418,9 +418,8 @@ def _verify(options: argparse.Namespace) -> None:
 
     from nemo_bench.benchmark.verify import verify
 
-    say, progress = (_aside, False) if options.json else (print, True)
     number = {} if options.records is None else {"records": options.records}
-    found = verify(options.folder, options.overrides, conf=options.conf, say=say, progress=progress, **number)
+    found = verify(options.folder, options.overrides, conf=options.conf, progress=not options.json, **number)
     if options.json:
         print(json.dumps([asdict(comparison) for comparison in found], indent=2))
     else:

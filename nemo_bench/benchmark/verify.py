@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,8 @@ SETTINGS = ("trainer", "batch_size", "workers")
 
 _T = TypeVar("_T")
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -66,7 +69,6 @@ def verify(
     *,
     records: int = RECORDS,
     conf: Path | None = None,
-    say: Callable[[str], None] = print,
     progress: bool = True,
 ) -> list[Comparison]:
     """Recomputes some records of every stage of a run, or of one cell, and compares them with those recorded.
@@ -80,7 +82,6 @@ def verify(
         overrides: Settings of :data:`SETTINGS`, such as ``trainer=cpu``.
         records: Records of each stage of a cell, at least; scores are those of as many prompts and their images.
         conf: Folder with more YAML files, as the run had it.
-        say: Takes single lines: what can't be recomputed, and why.
         progress: Whether bars are shown.
 
     Raises:
@@ -91,10 +92,11 @@ def verify(
     for word in overrides:
         if not is_within(word.lstrip("~+").partition("=")[0], SETTINGS):
             raise ConfigError(f"{word} can't be changed for what is recorded; settings here: {', '.join(SETTINGS)}")
+    folder = folder.resolve()
     run = folder if (folder / "run.json").is_file() else folder.parent
     if not (run / "run.json").is_file():
         raise StoreError(f"{folder} is neither a run nor a cell of one; name results/<name> or results/<name>/<cell>")
-    made = {cell.id: cell for cell in cells_of(run, overrides, conf=conf, say=say)}
+    made = {cell.id: cell for cell in cells_of(run, overrides, conf=conf)}
     if folder != run and folder.name not in made:
         raise StoreError(f"{folder} is not finished, so it can't be verified")
     with tempfile.TemporaryDirectory(prefix="nemo-bench-verify-") as place:
@@ -104,7 +106,7 @@ def verify(
         found = []
         for name, cell in made.items():
             if folder in (run, cell.store.folder):
-                found += list(_verified(cell, again.get(name), runner, Path(place) / "apart", records, say))
+                found += list(_verified(cell, again.get(name), runner, Path(place) / "apart", records))
         return found
 
 
@@ -117,10 +119,10 @@ def _planned(made: Sequence[Cell], root: Path, conf: Path | None) -> dict[str, C
     cells = {cell.id: cell for cell in (plan(configs) if configs else ())}
     for cell in own:
         if cell.id not in cells:
-            msg = f"{cell.store.folder}: weights, prompts or other files that it was made from hold something else by"
-            raise StoreError(f"{msg} now; put those back")
+            msg = f"{cell.store.folder}: its settings, or weights, prompts and files that they name, were changed since"
+            raise StoreError(f"{msg}; put the former ones back")
+    run = made[0].store.folder.parent
     for cell in with_sources(list(cells.values())):
-        run = made[0].store.folder.parent
         cell.store.open(cell.spec)
         for path in (run / cell.id / "records").glob(f"{LocalizationRecord.stage}.*.jsonl"):
             shutil.copy(path, cell.store.folder / "records")
@@ -129,24 +131,20 @@ def _planned(made: Sequence[Cell], root: Path, conf: Path | None) -> dict[str, C
     return cells
 
 
-def _verified(
-    made: Cell, cell: Cell | None, runner: Runner, apart: Path, count: int, say: Callable[[str], None]
-) -> Iterator[Comparison]:
+def _verified(made: Cell, cell: Cell | None, runner: Runner, apart: Path, count: int) -> Iterator[Comparison]:
     """Recomputes the stages of a cell, given as recorded and, but for external images, as planned anew."""
     if cell is not None:
-        yield from _from_model(made, cell, runner, apart, count, say)
+        yield from _from_model(made, cell, runner, apart, count)
     if made.store.is_done(ScoreRecord):
         yield _scores(made, runner, apart, count)
 
 
-def _from_model(
-    made: Cell, cell: Cell, runner: Runner, apart: Path, count: int, say: Callable[[str], None]
-) -> Iterator[Comparison]:
+def _from_model(made: Cell, cell: Cell, runner: Runner, apart: Path, count: int) -> Iterator[Comparison]:
     seeds = cell.config.settings.localize_seeds
     tasks = _sample(prompt_tasks(cell), count, cell.id)
     if LocalizationRecord in cell.stages:
         if cell.source and not read_localizations(cell.source.store.folder):
-            say(f"{cell.id}: neurons can't be localized again, since those that they start from are gone")
+            log.warning("%s: neurons can't be localized again, since those that they start from are gone", cell.id)
         else:
             store = Store(apart / LocalizationRecord.stage / cell.id)
             store.open(cell.spec)
