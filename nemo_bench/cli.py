@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from nemo_bench.environment import prepare_process
-from nemo_bench.errors import NemoBenchError, did_you_mean, shortened
+from nemo_bench.errors import NemoBenchError, StoreError, did_you_mean, shortened
 
 if TYPE_CHECKING:
     from nemo_bench.config import CellConfig
@@ -411,6 +411,29 @@ def _audit(options: argparse.Namespace) -> None:
     print(f"{time.perf_counter() - start:.0f} s\nreport:   {folder / 'report.html'}")
     for cell in cells:
         print(f"pictures: {cell.store.folder / 'audit'}")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from itertools import groupby
+    from operator import attrgetter
+
+    from nemo_bench.benchmark.verify import verify
+
+    number = {} if options.records is None else {"records": options.records}
+    found = verify(options.folder, options.overrides, conf=options.conf, progress=not options.json, **number)
+    if options.json:
+        print(json.dumps([asdict(comparison) for comparison in found], indent=2))
+    else:
+        for cell, rows in groupby(found, key=attrgetter("cell")):
+            print(cell)
+            for row in rows:
+                largest = "not of numbers" if row.difference is None else f"{row.difference:.2g}"
+                print(
+                    f"  {row.stage:<12} {row.recomputed} recomputed, {row.equal} equal bit by bit, "
+                    f"largest difference {largest}; up to {row.tolerance:g} passes"
+                )
+    if wrong := [f"{row.cell}, {row.stage}: {'; '.join(row.differing)}" for row in found if row.differing]:
+        raise StoreError("\n  ".join(["records differ from what this machine computes by more than passes:", *wrong]))
 
 
 def _references(options: argparse.Namespace) -> None:

@@ -10,9 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import plain_statistics as plain
+from nemo_bench.records import statistics
 from nemo_bench.records.data import Kind, Prompt
 from nemo_bench.records.schema import MetricInfo, Paired, ScoreRecord
-from nemo_bench.records.statistics import aggregate, bootstrap_interval, holm, paired, presets
+from nemo_bench.records.statistics import (
+    RESAMPLES,
+    TOGETHER,
+    aggregate,
+    bootstrap_interval,
+    bootstrap_intervals,
+    holm,
+    paired,
+    paired_tests,
+    presets,
+)
 
 SCORES = st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=5)
 
@@ -240,3 +252,47 @@ def test_holm_agrees_with_a_case_worked_out_by_hand() -> None:
     )
     assert holm({"a": 0.7, "b": 0.9}) == {"a": 1.0, "b": 1.0}
     assert holm({}) == {}
+
+
+UNEVEN = st.lists(
+    st.tuples(st.sampled_from(["VM", "TM", None]), st.lists(st.floats(-3, 3), min_size=1, max_size=12)),
+    min_size=1,
+    max_size=40,
+)
+
+
+@given(UNEVEN, st.integers(0, 99))
+@settings(max_examples=15, deadline=None)
+def test_shared_draws_give_the_tables_of_the_plain_way(drawn: list[tuple[Kind | None, list[float]]], seed: int) -> None:
+    random = np.random.default_rng(seed)
+    prompts = [Prompt(f"p{number}", "", kind) for number, (kind, _) in enumerate(drawn)]
+    lines, others = [], []
+    for prompt, (_, values) in zip(prompts, drawn, strict=True):
+        for number, value in enumerate(values):
+            other = seeded(prompt.id, number, sscd=float(random.normal()), clip=0.25)
+            # Some metrics have values of some images or prompts only.
+            scores = {"sscd": value, "clip": value / 3} if random.random() < 0.8 else {"sscd": value}
+            lines.append(seeded(prompt.id, number, **scores))
+            others += [other] if random.random() < 0.8 else []
+        lines.append(seeded(prompt.id, None, neurons=len(values)))
+    assert aggregate(lines, prompts, others) == plain.aggregate(lines, prompts, others)
+    aligned = ["clip"] if any("clip" in record.scores for record in lines) else []
+    found = presets(lines, prompts, METRICS)
+    assert {name: preset.rows for name, preset in found.items()} == plain.presets(lines, prompts, ["sscd"], aligned)
+
+
+def test_many_prompts_are_drawn_in_parts() -> None:
+    values = np.random.default_rng(3).normal(size=1500)
+    columns = {"a": values, "few": values[:800], "whole": values.round()}
+    assert TOGETHER // RESAMPLES < 800
+    assert bootstrap_intervals(columns) == {key: plain.interval(column) for key, column in columns.items()}
+    medians = bootstrap_intervals(columns, of_median=True)
+    assert medians == {key: plain.interval(column, np.median) for key, column in columns.items()}
+    assert paired_tests(columns) == {key: plain.test_of(column) for key, column in columns.items()}
+
+
+def test_medians_far_from_the_middle_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(4).normal(size=301)
+    expected = bootstrap_interval(values, of_median=True)
+    monkeypatch.setattr(statistics, "DEVIATIONS", 0)
+    assert bootstrap_interval(values, of_median=True) == expected
