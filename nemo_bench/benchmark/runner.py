@@ -11,7 +11,7 @@ import secrets
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
@@ -21,13 +21,14 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.strategies.launchers import subprocess_script
 from torch import Tensor
 from typing_extensions import override
 
 from nemo_bench import localization
 from nemo_bench.benchmark import pending, plan
 from nemo_bench.benchmark.plan import STATISTICS, THRESHOLD, Cell
-from nemo_bench.benchmark.processes import is_main, together
+from nemo_bench.benchmark.processes import explained, is_main, together, watch_ranks
 from nemo_bench.benchmark.stages.base import Chunk, Stage
 from nemo_bench.benchmark.stages.calibrate import measure_pairs, measure_statistics
 from nemo_bench.benchmark.stages.generate import generate
@@ -164,11 +165,21 @@ class Runner:
         Lightning does so where it first predicts; each process would have looked at the records by then.
         """
         if self.trainer.world_size > 1:
+            # Lightning's own observer kills this process, without a word, once a rank has died.
+            subprocess_script._launch_process_observer = watch_ranks
             self.predict(Stage(lambda *_: [], Record, None), PromptDataModule(list, 1))
 
     def wait(self) -> None:
-        """Waits for all processes."""
-        self.trainer.strategy.barrier()
+        """Waits for all processes.
+
+        Raises:
+            NemoBenchError: One of them has died.
+        """
+        with self._explained():
+            self.trainer.strategy.barrier()
+
+    def _explained(self) -> AbstractContextManager[None]:
+        return explained(getattr(self.trainer.strategy.launcher, "procs", []))
 
     def generate(self, cell: Cell) -> None:
         """Takes a cell to its images, through the stages that are not done."""
@@ -372,7 +383,7 @@ class Runner:
 
     def predict(self, stage: L.LightningModule, data: L.LightningDataModule) -> None:
         """Runs a stage over all pending tasks; every process goes on when all are through."""
-        with _quiet():
+        with _quiet(), self._explained():
             self.trainer.predict(stage, datamodule=data, return_predictions=False)
         self.wait()
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
 
-from nemo_bench.benchmark.processes import stop_at_sigterm
+from nemo_bench.benchmark.processes import stop_at_signals
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.methods import Method
 from nemo_bench.records.data import Neurons, Prompt
@@ -74,7 +74,7 @@ class Stage(L.LightningModule):
 
     @override
     def on_predict_start(self) -> None:
-        stop_at_sigterm()  # Lightning's own handler, which would predict on, is there by now
+        stop_at_signals()  # Lightning's own handler, which would predict on, is there by now
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
