@@ -38,7 +38,7 @@ from nemo_bench.benchmark.stages.score import SampleReader, Scorer, embed_real, 
 from nemo_bench.config import ModelSettings, TrainerSettings, build, resolve
 from nemo_bench.config.schema import rows_at_once
 from nemo_bench.diffusion import Diffusion
-from nemo_bench.errors import ConfigError, StoreError
+from nemo_bench.errors import ConfigError, ModelError, StoreError, first_line
 from nemo_bench.methods import Method, Setup
 from nemo_bench.metrics import BenchMetric, SetMetric
 from nemo_bench.prompts.data import PromptDataModule
@@ -166,7 +166,7 @@ class Runner:
         """
         if self.trainer.world_size > 1:
             # Lightning's own observer kills this process, without a word, once a rank has died.
-            subprocess_script._launch_process_observer = watch_ranks
+            subprocess_script._launch_process_observer = watch_ranks  # type: ignore[attr-defined, assignment]
             self.predict(Stage(lambda *_: [], Record, None), PromptDataModule(list, 1))
 
     def wait(self) -> None:
@@ -202,17 +202,18 @@ class Runner:
         handle = partial(localize, seeds=cell.config.settings.localize_seeds)
         self.run_stage(schema.LocalizationRecord, handle, cell, pending.prompt_tasks(cell))
 
-    def method(self, cell: Cell) -> Method:
+    def method(self, cell: Cell, rows: int | None = None) -> Method:
         """The cell's mitigation, set up: the only place where a method is given anything.
 
-        What localizing starts from is given as long as neurons are pending: later it may be gone.
+        What localizing starts from is given as long as neurons are pending: later it may be gone. Its passes take
+        ``rows`` rows at most, by default those of :meth:`rows`.
 
         Raises:
             NotFiniteError: What all prompts share is not finite.
         """
         if cell.id not in self._methods:
             method: Method = build(cell.config.settings.method, "method")
-            setup = Setup(prompts=cell.prompts, batch_size=self.rows(cell))
+            setup = Setup(prompts=cell.prompts, batch_size=rows or self.rows(cell))
             if not cell.store.is_done(schema.LocalizationRecord):
                 found = read_localizations(cell.source.store.folder) if cell.source else {}
                 setup = replace(
@@ -401,7 +402,11 @@ class Runner:
             self._models[key] = load_model(settings)
         if cell.method is not None:
             plan.check_similarity(self._models[key].latent_shape[1:], settings, cell.method)
-        return self._models[key].to(self.trainer.strategy.root_device)
+        try:
+            return self._models[key].to(self.trainer.strategy.root_device)
+        except torch.OutOfMemoryError as error:
+            msg = f"the model does not fit the memory of the GPU ({first_line(error)}); take model.dtype=float16 or"
+            raise ModelError(f"{msg} bfloat16, or end what else is on it (nvidia-smi shows it)") from error
 
     def rows(self, cell: Cell) -> int:
         """Images in a batch of the cell's model: as many as were asked for or, by ``auto``, as fit on the GPU."""
