@@ -206,6 +206,7 @@ def audit(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Path
     runner.start()
     if is_main():
         for cell in cells:
+            cell.store.set_damaged_aside(SearchRecord, SearchScoreRecord)
             for metric in compared_metrics(cell).values():
                 metric.space.fetch()
     folder = cells[0].store.folder.parent

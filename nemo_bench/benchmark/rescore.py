@@ -44,6 +44,8 @@ def score(cells: Sequence[Cell], command: str, say: Callable[[str], None] = prin
     runner = Runner(cells[0].config.settings.trainer, progress=progress)
     runner.start()
     if is_main():
+        for cell in cells:
+            cell.store.set_damaged_aside(ScoreRecord)
         renew_scores(cells)
         report_damaged(cells, say)
         for cell in cells:

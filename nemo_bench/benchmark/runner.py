@@ -45,7 +45,7 @@ from nemo_bench.prompts.data import PromptDataModule
 from nemo_bench.prompts.tasks import Task
 from nemo_bench.records import schema
 from nemo_bench.records.images import visible
-from nemo_bench.records.io import digest, is_whole, read_file, write_json
+from nemo_bench.records.io import digest, is_whole, read_file, remove_parts, write_json
 from nemo_bench.records.schema import Record
 from nemo_bench.records.statistics import GROUPS
 from nemo_bench.records.store import Store, read_digests, read_localizations, read_run, write_prompts
@@ -68,6 +68,7 @@ def open_folder(folder: Path, cells: Sequence[Cell], *, instead: bool = False) -
     if not is_begun and folder.exists() and any(p.suffix != ".part" for p in visible(folder.iterdir(), folder)):
         raise StoreError(f"{folder} is not empty and holds no run of nemo_bench; choose another name=... or root=...")
     folder.mkdir(parents=True, exist_ok=True)
+    remove_parts(folder.glob("*.part"))
     if is_whole(path, schema.Run):
         present = read_run(folder)
     else:

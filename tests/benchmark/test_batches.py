@@ -75,13 +75,14 @@ def give_room(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nemo_bench.benchmark.runner.load_model", load)
 
 
-def results(root: Path) -> list[dict[str, dict[str, Any]]]:
-    """Records of all cells and stages, without what only tells of the computation."""
+def results(cell: Cell) -> list[dict[str, dict[str, Any]]]:
+    """Takes a cell to its images: records of all stages, without what only tells of the computation."""
+    cell.store.open(cell.spec)
+    Runner(cell.config.settings.trainer, progress=False).generate(cell)
+    found = [read_records(cell.store.folder, stage) for stage in ("localize", "memorization", "generate")]
+    for record in found[0].values():
+        del record["localization"]["row_passes"]
     told = ("cost", "sha256", "bytes")
-    cells = sorted(path.parent for path in (root / "default").glob("*/records"))
-    assert cells
-    stages = ("localize", "memorization", "generate", "score", "detect")
-    found = [read_records(cell, stage) for cell in cells for stage in stages if list(cell.glob(f"records/{stage}.*"))]
     return [{n: {k: v for k, v in r.items() if k not in told} for n, r in records.items()} for records in found]
 
 
@@ -100,18 +101,30 @@ def assert_close(a: Any, b: Any) -> None:
 def test_a_batch_that_does_not_fit_is_halved_and_nothing_changes(
     tmp_path: Path, prompt_file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [*small(), "batch_size=8", f"prompts.files=[{prompt_file}]", "method=none,nemo"]
-    watch = ["trainer=cpu", "model.steps=3", "batch_size=8", f"prompts.files=[{prompt_file}]", "detector=magnitude"]
-    for name in ("roomy", "narrow"):
-        assert main(["run", *words, f"root={tmp_path / name}"]) == 0
-        assert main(["detect", *watch, f"root={tmp_path / name}"]) == 0
-        assert bool(caplog.messages) == (name == "narrow")
-        give_room(3, monkeypatch)
-    assert_close(results(tmp_path / "narrow"), results(tmp_path / "roomy"))
-    said = "a batch did not fit the memory of the GPU; it goes on with batch_size="
-    assert {f"generate: {said}1", f"localize: {said}2"} <= set(caplog.messages)
-    assert len(caplog.messages) == len({*caplog.messages}) + 1  # once a stage and cell, of which two have images
+    words = [*small(), "batch_size=8", f"prompts.files=[{prompt_file}]", "prompts.limit=2", "method=nemo"]
+    roomy, narrow = (plan(grid([*words, f"root={tmp_path / name}"]))[0] for name in ("roomy", "narrow"))
+    expected = results(roomy)
+    assert not caplog.messages
+    give_room(3, monkeypatch)
+    assert_close(results(narrow), expected)
+    said = "with batch_size=8 a batch does not fit the memory of the GPU; it goes on with"
+    assert caplog.messages == [
+        f"calibrate: {said} 1 of 2 at once",
+        f"localize: {said} 1 of 1 at once and batch_size=2",
+        f"generate: {said} 1 of 4 at once",
+    ]
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
+
+
+def test_detectors_halve_their_batch_and_write_once(
+    tmp_path: Path, prompt_file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_room(3, monkeypatch)
+    words = ["trainer=cpu", "model.steps=1", "batch_size=8", f"prompts.files=[{prompt_file}]", "detector=magnitude"]
+    assert main(["detect", *words, f"root={tmp_path}"]) == 0
+    assert len(caplog.messages) == 1
+    (file,) = tmp_path.glob("default/*/records/detect.*")
+    assert len(file.read_text().splitlines()) == 3
 
 
 def test_a_row_that_does_not_fit_is_explained(

@@ -121,13 +121,18 @@ class Stage(L.LightningModule):
                         "with more memory, or end what else is on it (nvidia-smi shows it)"
                     )
                     raise ModelError(msg) from error
-                self._most = -(-len(part) // 2)
-                self.batch_size = -(-self.batch_size // 2)
+                if len(part) > 1:
+                    self._most = -(-len(part) // 2)
+                else:
+                    self.batch_size = -(-self.batch_size // 2)
             else:
                 rest = rest[len(part) :]
         if (most, rows) != (self._most, self.batch_size):
-            halved = f"batch_size={self.batch_size}" if rows > 1 else f"{self._most} at once"
-            log.warning("%s: a batch did not fit the memory of the GPU; it goes on with %s", self.kind.stage, halved)
+            log.warning(
+                "%s: with batch_size=%d a batch does not fit the memory of the GPU; it goes on with %d of %d at once%s",
+                self.kind.stage, rows, self._most or 1, len(tasks),
+                f" and batch_size={self.batch_size}" if self.batch_size < rows else "",
+            )  # fmt: skip
         return records
 
 
