@@ -15,8 +15,9 @@ from torch import nn
 from nemo_bench import Neurons
 from nemo_bench.benchmark.stages.score import read_features
 from nemo_bench.cli import main
+from nemo_bench.config.targets import check_stored
 from nemo_bench.diffusion import Source
-from nemo_bench.errors import NemoBenchError
+from nemo_bench.errors import ConfigError, NemoBenchError
 from nemo_bench.localization.calibration import load_moments, read_statistics
 from nemo_bench.metrics import LPIPS, Inception, OpenClip
 from nemo_bench.planted import training
@@ -100,28 +101,39 @@ def test_checkpoints_of_training_run_no_code(tmp_path: Path, trap: Trap) -> None
         training._train(spec, "part", fit, part)
 
 
-def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), node
+@pytest.mark.parametrize("place", ["method", "method.inner", "metrics.fine.space"])
+def test_settings_of_a_results_folder_import_no_code(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "of_anybody.py").write_text("raise AssertionError('it was imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    node: dict[str, Any] = {"_target_": "of_anybody.Mine"}
+    for part in reversed(place.split(".")[1:]):
+        node = {"_target_": "nemo_bench.methods.NoMitigation", part: node}
+    with pytest.raises(ConfigError, match=rf"{place}\._target_=of_anybody\.Mine: a results folder names this"):
+        check_stored(node, place.split(".")[0], known=())
+    with pytest.raises(ConfigError, match=r"\$\{oc.env:HOME\}: settings of a results folder are resolved"):
+        check_stored({"_target_": "nemo_bench.methods.NoMitigation", "file": "${oc.env:HOME}"}, "method", known=())
 
 
 def test_nothing_in_the_package_unpickles_evaluates_or_asks_a_shell() -> None:
     loads = 0
     for path in SOURCES:
-        for name, call in calls(path):
-            assert name not in {"eval", "exec", "os.system", "yaml.load", "yaml.unsafe_load", "pickle.load"}, path
-            given = {word.arg: ast.unparse(word.value) for word in call.keywords}
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = {alias.name for alias in node.names}
+                assert not {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"} & names, path
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            assert name not in {"eval", "exec", "os.system", "yaml.load", "yaml.unsafe_load"}, path
+            given = {word.arg: ast.unparse(word.value) for word in node.keywords}
             assert "shell" not in given, path
-            assert given.get("weights_only", "True") == "True", path
             assert given.get("trust_remote_code", "False") == "False", path
+            assert given.get("weights_only", "True") == "True", path
             if name in {"torch.load", "trainer.fit"}:
-                assert given["weights_only"] == "True", path
+                assert "weights_only" in given, path
                 loads += 1
-        imported = [
-            *(a.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import) for a in n.names)
-        ]
-        assert not {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"} & {*imported}, path
     assert loads >= 4
 
 
