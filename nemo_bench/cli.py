@@ -36,9 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prepare_process()
         arguments = sys.argv[1:]
     options = _options(arguments)
-    from nemo_bench.benchmark.processes import stop_at_sigterm
+    from nemo_bench.benchmark.processes import follow_starter, stop_at_signals
 
-    stop_at_sigterm()
+    follow_starter()
+    stop_at_signals()
     _show_messages(options)
     try:
         if options.reads:  # is checked before torch loads

@@ -80,6 +80,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("page", ["SECURITY.md", "docs/howto/faults.md"])
+def test_every_test_that_a_page_names_is_there(page: str) -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / page).read_text(encoding="utf-8"))
+    assert len(named) > 10
+    for file, test in named:
+        assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{page} names {file}::{test}"
+
+
 def test_pages_show_commands() -> None:
     assert {"README.md", "docs/index.md", "docs/howto/method.md"} <= {page for page, _ in COMMANDS}
     assert ("docs/howto/cluster.md", "nemo-bench run model=sd14 trainer=gpu trainer.devices=4 trainer.num_nodes=2") in (

@@ -5,18 +5,25 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 
-from nemo_bench.errors import ConfigError
+from nemo_bench.errors import ConfigError, NemoBenchError
 
 STARTER = "NEMO_BENCH_STARTER"
 """Variable with the id of the process that starts others; they tell by it that their ranks are no left-overs."""
 PATIENCE = 5.0
 """Seconds that a launcher may take to answer."""
+PAUSE = 0.2
+"""Seconds between two looks at the processes that belong together."""
+GRACE = 3.0
+"""Seconds that a process has to end by itself once another has died."""
 _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
@@ -31,10 +38,16 @@ def is_main() -> bool:
     return next((os.environ[name] for name in ranks if name in os.environ), "0") == "0"
 
 
-def stop_at_sigterm() -> None:
-    """Has SIGTERM, which schedulers send before they take a machine back, stop this process as Ctrl-C does."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+def stop_at_signals() -> None:
+    """Has SIGTERM, which schedulers send, and SIGHUP of a closed terminal stop this process as Ctrl-C does.
+
+    A process that ignores SIGHUP, as under ``nohup``, goes on ignoring it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
 
 
 def together(devices: int | None, nodes: int) -> tuple[int, int]:
@@ -50,9 +63,11 @@ def together(devices: int | None, nodes: int) -> tuple[int, int]:
     from torch.distributed import is_torchelastic_launched
 
     environment = os.environ
+    follow_starter()
     if environment.get(STARTER) in (str(os.getpid()), str(os.getppid())):
         return devices or 1, nodes
     if is_torchelastic_launched():
+        _follow(os.getppid())
         return _of_torchrun(devices, nodes, environment)
     given = {name: environment[name] for name in _RANKS if name in environment}
     with warnings.catch_warnings():
@@ -72,6 +87,84 @@ def together(devices: int | None, nodes: int) -> tuple[int, int]:
     if size > 1:
         environment[STARTER] = str(os.getpid())
     return devices or 1, nodes
+
+
+def follow_starter() -> None:
+    """Has a rank end with the process that started it: nobody else would, and it keeps its memory as it waits."""
+    if os.environ.get(STARTER) == str(os.getppid()):
+        _follow(os.getppid())
+
+
+@cache
+def _follow(parent: int) -> None:
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PAUSE)
+        _end("", [])
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def watch_ranks(started: list[subprocess.Popen[bytes]]) -> None:
+    """Ends this process, with a message, a while after a rank that it started has died.
+
+    It may be waiting for that rank in code that no signal interrupts.
+
+    Args:
+        started: Ranks 1, 2, ... of this machine.
+    """
+
+    def watch() -> None:
+        while not (told := _died(started)):
+            time.sleep(PAUSE)
+        time.sleep(GRACE)
+        _end(told, started)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def explained(started: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Explains what a lost connection raises by the rank that died.
+
+    Args:
+        started: As for :func:`watch_ranks`; empty in a rank, which ends with the first process if that is the cause.
+
+    Raises:
+        NemoBenchError: A rank has died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        end = time.monotonic() + (GRACE if STARTER in os.environ else 0)
+        while time.monotonic() < end:  # connections are lost before processes are seen to be gone
+            if told := _died(started):
+                raise NemoBenchError(told) from error
+            time.sleep(PAUSE)
+        raise
+
+
+def _died(started: list[subprocess.Popen[bytes]]) -> str:
+    """What to say of the first rank that ended otherwise than well; empty if there is none."""
+    for rank, process in enumerate(started, 1):
+        if status := process.poll():
+            how = f"ended with status {status}; what it said stands above"
+            if status < 0:
+                how = f"was killed by {signal.Signals(-status).name}"
+            if status == -signal.SIGKILL:
+                how += ", perhaps by the system because memory ran out: then take fewer trainer.devices"
+            kept = "All finished records are kept, the same command goes on"
+            return f"rank {rank} (process {process.pid}) {how}, and the others end with it. {kept}"
+    return ""
+
+
+def _end(told: str, started: list[subprocess.Popen[bytes]]) -> None:
+    """Ends this process and those that it started, whatever they are waiting for."""
+    if told:
+        print(f"nemo-bench: {told}", file=sys.stderr, flush=True)
+    for process in started:
+        process.kill()
+    os._exit(1)
 
 
 def _of_torchrun(devices: int | None, nodes: int, environment: Mapping[str, str]) -> tuple[int, int]:

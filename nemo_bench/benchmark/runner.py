@@ -13,7 +13,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from functools import cache, partial
 from itertools import count
@@ -23,12 +23,13 @@ from typing import Any, TypeVar
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies.launchers import subprocess_script
 from torch import Tensor
 
 from nemo_bench import localization
 from nemo_bench.benchmark import pending, plan
 from nemo_bench.benchmark.plan import STATISTICS, THRESHOLD, Cell
-from nemo_bench.benchmark.processes import is_main, together
+from nemo_bench.benchmark.processes import explained, is_main, together, watch_ranks
 from nemo_bench.benchmark.progress import ProgressReport
 from nemo_bench.benchmark.stages.base import Chunk, Stage
 from nemo_bench.benchmark.stages.calibrate import measure_pairs, measure_statistics
@@ -39,14 +40,14 @@ from nemo_bench.benchmark.stages.score import SampleReader, Scorer, embed_real, 
 from nemo_bench.config import ModelSettings, TrainerSettings, build, resolve
 from nemo_bench.config.schema import rows_at_once
 from nemo_bench.diffusion import Diffusion
-from nemo_bench.errors import ConfigError, StoreError
+from nemo_bench.errors import ConfigError, ModelError, StoreError, first_line
 from nemo_bench.methods import Method, Setup
 from nemo_bench.metrics import BenchMetric, SetMetric
 from nemo_bench.prompts.data import Counters, PromptDataModule, SharedBatches
 from nemo_bench.prompts.tasks import Task
 from nemo_bench.records import schema
 from nemo_bench.records.images import visible
-from nemo_bench.records.io import batched, digest, is_whole, read_file, write_json
+from nemo_bench.records.io import batched, digest, is_whole, read_file, remove_parts, write_json
 from nemo_bench.records.lease import Leases, read_lease
 from nemo_bench.records.schema import Record
 from nemo_bench.records.statistics import GROUPS
@@ -80,6 +81,7 @@ def open_folder(folder: Path, cells: Sequence[Cell], *, instead: bool = False) -
     if not is_begun and folder.exists() and any(p.suffix != ".part" for p in visible(folder.iterdir(), folder)):
         raise StoreError(f"{folder} is not empty and holds no run of nemo_bench; choose another name=... or root=...")
     folder.mkdir(parents=True, exist_ok=True)
+    remove_parts(folder.glob("*.part"))
     if is_whole(path, schema.Run):
         present = read_run(folder)
     else:
@@ -191,11 +193,21 @@ class Runner:
         Lightning does so where it first predicts; each process would have looked at the records by then.
         """
         if self.trainer.world_size > 1:
+            # Lightning's own observer kills this process, without a word, once a rank has died.
+            subprocess_script._launch_process_observer = watch_ranks  # type: ignore[attr-defined, assignment]
             self._predict(Stage(lambda *_: [], Record, None), SharedBatches([], int))
 
     def wait(self) -> None:
-        """Waits for all processes."""
-        self.trainer.strategy.barrier()
+        """Waits for all processes.
+
+        Raises:
+            NemoBenchError: One of them has died.
+        """
+        with self._explained():
+            self.trainer.strategy.barrier()
+
+    def _explained(self) -> AbstractContextManager[None]:
+        return explained(getattr(self.trainer.strategy.launcher, "procs", []))
 
     def agree(self, decide: Callable[[], T]) -> T:
         """What the first process decides, in all processes."""
@@ -254,17 +266,18 @@ class Runner:
         size = self.rows(cell) if is_image else 1
         self.run_stage(kind, handles[kind], cell, tasks, size, assisting=assisting)
 
-    def method(self, cell: Cell) -> Method:
+    def method(self, cell: Cell, rows: int | None = None) -> Method:
         """The cell's mitigation, set up: the only place where a method is given anything.
 
-        What localizing starts from is given as long as neurons are pending: later it may be gone.
+        What localizing starts from is given as long as neurons are pending: later it may be gone. Its passes take
+        ``rows`` rows at most, by default those of :meth:`rows`.
 
         Raises:
             NotFiniteError: What all prompts share is not finite.
         """
         if cell.id not in self._methods:
             method: Method = build(cell.config.settings.method, "method")
-            setup = Setup(prompts=cell.prompts, batch_size=self.rows(cell))
+            setup = Setup(prompts=cell.prompts, batch_size=rows or self.rows(cell))
             if not cell.store.is_done(schema.LocalizationRecord):
                 found = read_localizations(cell.source.store.folder) if cell.source else {}
                 setup = replace(
@@ -471,7 +484,7 @@ class Runner:
         self.progress.end()
 
     def _predict(self, stage: Stage, batches: SharedBatches) -> None:
-        with _quiet():
+        with _quiet(), self._explained():
             self.trainer.predict(stage, datamodule=PromptDataModule(batches), return_predictions=False)
         self.wait()
 
@@ -489,7 +502,11 @@ class Runner:
             self._models[key] = load_model(settings)
         if cell.method is not None:
             plan.check_similarity(self._models[key].latent_shape[1:], settings, cell.method)
-        return self._models[key].to(self.trainer.strategy.root_device)
+        try:
+            return self._models[key].to(self.trainer.strategy.root_device)
+        except torch.OutOfMemoryError as error:
+            msg = f"the model does not fit the memory of the GPU ({first_line(error)}); take model.dtype=float16 or"
+            raise ModelError(f"{msg} bfloat16, or end what else is on it (nvidia-smi shows it)") from error
 
     def rows(self, cell: Cell) -> int:
         """Images in a batch of the cell's model: as many as were asked for or, by ``auto``, as fit on the GPU."""

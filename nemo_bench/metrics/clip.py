@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -188,7 +189,7 @@ class OpenClip(Network):
                 return network
         except UserWarning as error:
             raise ModelError(f"open_clip model '{self.model}', pretrained '{self.pretrained}': {error}") from error
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
             msg = f"no weights for open_clip model '{self.model}', pretrained '{self.pretrained}' ({error})"
             raise ModelError(f"{msg}; give a known pair, a weights file, or local-dir:FOLDER") from error
 

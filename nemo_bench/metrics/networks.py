@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -204,6 +205,7 @@ class Inception(Network):
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         with _reading(self.file, "has no weights of Inception"):
+            _refuse_code(self.file)
             return NoTrainInceptionV3("inception-v3-compat", ["2048"], self.file)
 
     @override
@@ -265,6 +267,7 @@ class LPIPS(Pixels):
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
         with _reading(self.weights, f"has no weights of LPIPS {self.net}"):
+            _refuse_code(self.weights)
             return LearnedPerceptualImagePatchSimilarity(self.net).net
 
     @override
@@ -315,8 +318,13 @@ def _reading(file: str | Path, mismatch: str) -> Iterator[None]:
     """Raises ModelError if the code in it fails because the file is of another network."""
     try:
         yield
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, UnpicklingError) as error:
         raise ModelError(f"{file} {mismatch} ({first_line(error)}); download it again") from error
+
+
+def _refuse_code(file: str | Path) -> None:
+    """Raises UnpicklingError for a file that would run code: libraries load some files without a look at that."""
+    torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _check_network(space: SSCD | Inception | LPIPS) -> None:

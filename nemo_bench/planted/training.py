@@ -150,7 +150,7 @@ def _train(
             log_every_n_steps=10,
         )
         log.info("training %s: %d steps", name, fit.steps)
-        trainer.fit(fit, ckpt_path=last if last.exists() else None, weights_only=False)
+        trainer.fit(fit, ckpt_path=last if last.exists() else None, weights_only=True)
         _save(file, part.to(dtype).state_dict())
     part.load_state_dict(load_file(file))
     part.eval().requires_grad_(False)

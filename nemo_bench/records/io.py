@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
+import socket
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
+from safetensors import SafetensorError
 
 from nemo_bench.errors import StoreError, did_you_mean
 from nemo_bench.records.data import Prompt
@@ -66,15 +71,75 @@ def check_writable(folder: Path) -> None:
         raise StoreError(msg) from error
 
 
+_UNWRITABLE = "make its folder writable, or give another one as root=FOLDER"
+_GONE = "bring its disk or folder back"
+_REMEDIES = {
+    errno.ENOSPC: "free space on its disk",
+    errno.EDQUOT: "free some of your quota on its disk",
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _UNWRITABLE),
+    **dict.fromkeys((errno.ENOENT, errno.ENODEV, errno.ENOTCONN, errno.ESTALE, errno.EIO), _GONE),
+}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises StoreError where a file can't be written: it names the file, what is kept, and what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        system = re.search(r"os error (\d+)", str(error))  # safetensors hides the error of the system in its own
+        number = error.errno if isinstance(error, OSError) else int(system[1]) if system else None
+        reason = os.strerror(number) if number else str(error)
+        remedy = _REMEDIES.get(number or 0, "mend that")
+        msg = f"{path} can't be written ({reason}). All that was recorded is kept: {remedy}, and the same command"
+        raise StoreError(f"{msg} goes on") from error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary name to write to and renames it at the end, so that a reader never sees half a file."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    """Gives a temporary name to write to and renames it at the end, so that a reader never sees half a file.
+
+    Raises:
+        StoreError: It can't be written.
+    """
+    part = path.with_name(f"{path.name}.{_system()}.{os.getpid()}.part")
+    with writing(path):
+        try:
+            yield part
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@cache
+def _system() -> str:
+    """Where numbers of processes are unique: a machine or, as far as it is known, a container."""
+    space = Path("/proc/self/ns/pid")
+    return digest([socket.gethostname(), os.readlink(space) if space.is_symlink() else ""], 8)
+
+
+def remove_parts(files: Iterable[Path]) -> None:
+    """Removes those of some files that a killed process left half written; of other machines, after a day."""
+    for file in files:
+        found = re.search(r"\.([0-9a-f]{8})\.(\d+)\.part$", file.name)
+        with suppress(OSError):  # another process may have removed it
+            if found and (
+                not _is_running(int(found[2])) if found[1] == _system() else time.time() - file.stat().st_mtime > _DAY
+            ):
+                file.unlink()
+
+
+_DAY = 24 * 3600
+
+
+def _is_running(process: int) -> bool:
     try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of somebody else
+        return True
+    return True
 
 
 def write_text(path: Path, content: str) -> None:

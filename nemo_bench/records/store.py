@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import re
 import stat
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,11 +33,15 @@ from nemo_bench.records.io import (
     is_whole,
     prompts_digest,
     read_file,
+    remove_parts,
     replacing,
     write_json,
     write_text,
+    writing,
 )
 from nemo_bench.records.schema import ImageRecord, LocalizationRecord, PromptRecord, Record, ScoreRecord, Spec
+
+log = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=Record)
 
@@ -202,7 +208,9 @@ def _parse(files: Iterable[Path], kind: type[R]) -> tuple[dict[str, R], list[R]]
     places: dict[str, Path] = {}
     every = []
     for path in files:
-        for record in _lines(path, kind):
+        for _, record in _lines(path, kind):
+            if isinstance(record, StoreError):
+                raise record
             first = by_id.setdefault(record.id, record)
             place = places.setdefault(record.id, path)
             if first is not record and not _same(_result(first), _result(record)):
@@ -212,25 +220,29 @@ def _parse(files: Iterable[Path], kind: type[R]) -> tuple[dict[str, R], list[R]]
     return by_id, every
 
 
-def _lines(path: Path, kind: type[R]) -> Iterator[R]:
+def _lines(path: Path, kind: type[R]) -> Iterator[tuple[bytes, R | StoreError]]:
+    """Every line with its record, or with what is wrong; without a last one that is no JSON, torn by a kill."""
+    again = "the command that made it sets it aside and computes its item again"
     sets: dict[frozenset[str], set[str]] = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            place = f"{path}, line {number}"
             try:
                 record = kind.model_validate_json(line, strict=True)
             except ValidationError as error:
-                if error.errors()[0]["type"] == "json_invalid" and next(file, None) is None:
+                if error.errors()[0]["type"] == "json_invalid" and not file.peek(1):
                     return
-                msg = f"{path}, line {number} is no record of this stage ({explain(error)})"
-                raise StoreError(f"{msg}; delete that line (its item is computed again) or the file") from None
+                yield line, StoreError(f"{place} is no record of this stage ({explain(error)}); {again}")
+                continue
             if kind.result and getattr(record, kind.result) is None and record.failed is None:
-                msg = f"{path}, line {number}: the record {record.id} has no {kind.result} that it should"
-                raise StoreError(f"{msg}; delete its line (its item is computed again)")
-            for entry in (record, record.cost):
-                if entry is not None:  # 100,000 equal sets are nearly half of what the records of a cell take
-                    names = entry.__pydantic_fields_set__
-                    object.__setattr__(entry, "__pydantic_fields_set__", sets.setdefault(frozenset(names), names))
-            yield record
+                msg = f"{place}: the record {record.id} has no {kind.result} that it should; {again}"
+                yield line, StoreError(msg)
+            else:
+                for entry in (record, record.cost):
+                    if entry is not None:  # 100,000 equal sets are nearly half of what the records of a cell take
+                        names = entry.__pydantic_fields_set__
+                        object.__setattr__(entry, "__pydantic_fields_set__", sets.setdefault(frozenset(names), names))
+                yield line, record
 
 
 def _result(record: Record) -> dict[str, Any]:
@@ -315,6 +327,20 @@ def thumbnail(path: Path, box: tuple[int, int]) -> tuple[Image.Image, bool] | No
     return picture, whole[0] > box[0] or whole[1] > box[1]
 
 
+def _set_aside(path: Path, kind: type[Record]) -> None:
+    lines = [(line, found) for line, found in _lines(path, kind)]
+    damaged = [(line, found) for line, found in lines if isinstance(found, StoreError)]
+    if not damaged:
+        return
+    aside = path.with_name(f"{path.name}.damaged")
+    with writing(aside), aside.open("ab") as file:
+        file.writelines(line for line, _ in damaged)
+    with replacing(path) as part:
+        part.write_bytes(b"".join(line for line, found in lines if not isinstance(found, StoreError)))
+    for _, error in damaged:
+        log.warning("%s: it is in %s now", error, aside.name)
+
+
 class Store:
     """The folder of one cell, which need not exist yet."""
 
@@ -322,7 +348,9 @@ class Store:
         self.folder = folder
 
     def open(self, spec: Spec, *, is_named: bool = False) -> None:
-        """Makes the folder, or checks that it belongs to the same configuration.
+        """Makes the folder, or checks that it belongs to the same configuration; mends what faults left in it.
+
+        Files that killed processes left half written are removed. Damaged lines of records go to a file beside theirs.
 
         A ``spec.json`` that was lost or damaged is written again in a folder that is named by its settings, or has
         another name that no other configuration has (``is_named``).
@@ -343,6 +371,20 @@ class Store:
             write_json(path, spec)
         for part in ("records", "images", "noise"):
             (self.folder / part).mkdir(exist_ok=True)
+        remove_parts(self.folder.rglob("*.part"))
+        self.set_damaged_aside()
+
+    def set_damaged_aside(self, *kinds: type[Record]) -> None:
+        """Moves lines that are no records to ``<file>.damaged``, and says so: their items are computed again.
+
+        Of all stages or, where ``kinds`` are given, of those alone.
+        """
+        for kind in kinds or schema.RECORDS:
+            try:
+                self.records(kind)
+            except StoreError:
+                for path in (self.folder / "records").glob(f"{kind.stage}.*.jsonl"):
+                    _set_aside(path, kind)
 
     def _compare(self, path: Path, present: Spec, asked: Spec, *, is_ours: bool) -> None:
         old = present.settings
@@ -393,9 +435,12 @@ class Store:
         def write(records: Iterable[R]) -> None:
             nonlocal path
             lines = [as_json(self._with_digest(record)) + "\n" for record in records]
-            path = path or self._claim(kind.stage)
-            with path.open("a", encoding="utf-8") as file:
+            place, path = path or self._claim(kind.stage), None
+            with writing(place), place.open("a", encoding="utf-8") as file:
                 file.write("".join(lines))
+                file.flush()
+                os.fsync(file.fileno())
+            path = place  # a file that ends in half a line is never appended to
 
         return write
 
@@ -409,12 +454,10 @@ class Store:
         number = 0
         while True:
             path = self.folder / "records" / f"{stage}.{number}.jsonl"
-            try:
+            with writing(path), suppress(FileExistsError):
                 path.open("x").close()
-            except FileExistsError:
-                number += 1
-            else:
                 return path
+            number += 1
 
     def save_image(self, name: str, image: Image.Image) -> str:
         """Writes an image whole, with a preview inside if it is large, and returns its name in the folder."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -176,6 +178,48 @@ def test_run_makes_lost_records_and_images_again(folder: Path) -> None:
     assert main(["run", *RUN, f"root={folder.parent}"]) == 0
     assert read_records(cell(folder), "generate").keys() == before.keys()
     assert {path.name: path.read_bytes() for path in (cell(folder) / "images").iterdir()} == content
+
+
+REPAIRING = {
+    "memorization": lambda folder: ["run", *RUN, f"root={folder.parent}"],
+    "generate": lambda folder: ["run", *RUN, f"root={folder.parent}"],
+    "score": READING["score"],
+    "audit": READING["audit"],
+}
+
+
+@pytest.mark.parametrize("stage", REPAIRING)
+def test_a_damaged_line_is_named_by_readers_and_set_aside_by_the_command_that_made_it(
+    folder: Path, stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = records(folder, stage)
+    before = {name: {**record, "cost": None} for name, record in read_records(cell(folder), stage).items()}
+    pictures = {path: path.read_bytes() for path in cell(folder).rglob("*.png")}
+    keep(folder, stage, [lines[0][: len(lines[0]) // 2] + "\n", *lines[1:], "{}\n"])
+    damaged = cell(folder) / "records" / f"{stage}.0.jsonl"
+    if stage != "audit":  # of which the report needs no records
+        main(READING["report"](folder))
+        told = " ".join("".join(capsys.readouterr()).split())
+        assert f"{damaged}, line 1 is no record of this stage" in told
+        assert not damaged.with_name(f"{damaged.name}.damaged").exists()
+    assert main(REPAIRING[stage](folder)) == 0
+    after = {name: {**record, "cost": None} for name, record in read_records(cell(folder), stage).items()}
+    assert after == before
+    assert {path: path.read_bytes() for path in pictures} == pictures
+    assert len(damaged.with_name(f"{damaged.name}.damaged").read_text().splitlines()) == 2
+    assert load_results(folder).unfinished == {}
+
+
+def test_a_clock_that_jumps_changes_no_result_and_stops_no_command(folder: Path) -> None:
+    before = values(folder)
+    metrics = read_json(cell(folder) / "metrics.json")["aggregates"]
+    ahead = time.time() + 10**6
+    for path in cell(folder).rglob("*"):
+        os.utime(path, (ahead, ahead) if path.suffix in {".done", ".jsonl", ".png"} else (0, 0))
+    for words in (["run", *RUN, f"root={folder.parent}"], READING["score"](folder), READING["report"](folder)):
+        assert main(words) == 0
+    assert values(folder) == before
+    assert read_json(cell(folder) / "metrics.json")["aggregates"] == metrics
 
 
 def test_a_cut_image_and_a_swapped_one_are_noticed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

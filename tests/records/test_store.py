@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.numpy import save_file
 
 from nemo_bench.errors import StoreError
 from nemo_bench.records import store as store_module
-from nemo_bench.records.io import as_json, read_file, write_json
+from nemo_bench.records.io import as_json, read_file, replacing, write_json
 from nemo_bench.records.schema import (
     VERSION,
     CalibrationRecord,
@@ -87,6 +92,140 @@ def test_garbage_in_the_middle_is_an_error_that_names_file_and_line(store: Store
     path.write_text(f"{good[0]}\n{garbage}\n{good[1]}\n")
     with pytest.raises(StoreError, match=re.escape(f"{path}, line 2 is no record")):
         store.records(DetectionRecord)
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"garbage", b'{"id": "b", "sco', b"\0" * 9, b"\xff", as_json(record("b"))[:-2].encode()]
+)
+def test_opening_a_cell_sets_a_damaged_line_aside_and_its_item_alone_is_pending(
+    store: Store, garbage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = lines_of(store, 0)
+    good = [as_json(record(name)).encode() + b"\n" for name in "acd"]
+    torn = b'{"id": "e", "sc'
+    path.write_bytes(good[0] + garbage + b"\n" + good[1] + garbage + b"\n" + good[2] + torn)
+    with pytest.raises(StoreError, match=r"sets it aside and computes its item again"):
+        store.records(DetectionRecord)
+    store.open(SPEC)
+    assert store.pending_ids(DetectionRecord, "abcde") == ["b", "e"]
+    assert path.with_name("detect.0.jsonl.damaged").read_bytes() == 2 * (garbage + b"\n")
+    assert path.read_bytes() == b"".join(good)
+    assert [f"{path}, line {number} is no" in said for number, said in zip((2, 4), caplog.messages, strict=True)]
+    assert "it is in detect.0.jsonl.damaged now" in caplog.text
+    store.open(SPEC)
+    assert len(caplog.messages) == 2
+
+
+def test_a_whole_file_is_not_written_again(store: Store) -> None:
+    store.writer(DetectionRecord)([record("a")])
+    store.writer(ScoreRecord)([ScoreRecord(id="a", prompt="a")])
+    lines_of(store, 1).write_text("garbage\n" + as_json(record("b")))
+    before = lines_of(store, 0).stat()
+    store.set_damaged_aside(ScoreRecord)
+    assert not list((store.folder / "records").glob("*.damaged"))
+    store.open(SPEC)
+    assert lines_of(store, 0).stat() == before
+    assert set(store.records(DetectionRecord)) == {"a", "b"}
+
+
+def test_a_disk_that_is_full_is_named_and_what_was_recorded_is_kept(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = store.writer(DetectionRecord)
+    write([record("a")])
+
+    def full(file: int) -> None:
+        os.ftruncate(file, os.fstat(file).st_size - 9)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StoreError) as told:
+            write([record("b")])
+    assert str(told.value) == (
+        f"{lines_of(store, 0)} can't be written (No space left on device). All that was recorded is kept: free space "
+        "on its disk, and the same command goes on"
+    )
+    assert set(store.records(DetectionRecord)) == {"a"}
+    write([record("b")])  # never after half a line
+    assert set(store.records(DetectionRecord)) == {"a", "b"}
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 64 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", place], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_small_disk_that_is_filled_made_read_only_and_taken_away(disk: Path) -> None:
+    store = Store(disk / "cell")
+    store.open(SPEC)
+    write = store.writer(DetectionRecord)
+    written: list[str] = []
+
+    def fill() -> None:
+        while True:
+            write([with_text(str(len(written)), "x" * 1000)])
+            written.append(str(len(written)))
+
+    with pytest.raises(StoreError, match=r"detect\.0\.jsonl can't be written \(No space left.*free space on its disk"):
+        fill()
+    assert len(written) > 10
+    assert set(store.records(DetectionRecord)) == {*written}
+    with (
+        pytest.raises(StoreError, match=r"a\.safetensors can't be written \(No space left"),
+        replacing(store.folder / "a.safetensors") as part,
+    ):
+        save_file({"a": np.zeros(100_000)}, part)
+    with pytest.raises(StoreError, match=r"a\.png can't be written \(No space left"):
+        store.save_image("images/a.png", Image.effect_noise((400, 400), 50))
+    assert not list(store.folder.rglob("*.part"))
+    subprocess.run(["mount", "-o", "remount,ro,size=1m", disk], check=True)
+    for act in (lambda: write([record("z")]), lambda: store.save_image("images/a.png", Image.new("L", (2, 2)))):
+        with pytest.raises(StoreError, match=r"can't be written \(Read-only file system\).*make its folder writable"):
+            act()
+    subprocess.run(["mount", "-o", "remount,rw,size=1m", disk], check=True)
+    write([record("z")])
+    assert set(store.records(DetectionRecord)) == {*written, "z"}
+    subprocess.run(["umount", "-l", disk], check=True)
+    with pytest.raises(
+        StoreError, match=r"can't be written \(No such file or directory\).*bring its disk or folder back"
+    ):
+        write([record("y")])
+    subprocess.run(["mount", "-t", "tmpfs", "none", disk], check=True)
+
+
+def test_files_left_half_written_by_a_kill_are_removed_and_those_of_living_processes_stay(store: Store) -> None:
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom nemo_bench.records.io import replacing\n"
+        "with replacing(Path(sys.argv[1])) as part:\n    part.write_text('half')\n"
+        "    print(part, flush=True)\n    sys.stdin.read()"
+    )
+    target = store.folder / "images" / "a.png"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, target], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        part = Path(process.stdout.readline().strip())
+        store.open(SPEC)
+        assert part.read_text() == "half"
+        process.kill()
+    *_, process_id, _ = part.name.split(".")
+    elsewhere = [part.with_name(f"{name}.png.00000000.{process_id}.part") for name in ("new", "old")]
+    foreign = part.with_name("holiday.part")
+    for path in (*elsewhere, foreign):
+        path.write_text("half")
+    os.utime(elsewhere[1], (0, 0))
+    store.open(SPEC)
+    assert {path for path in (part, *elsewhere, foreign) if path.exists()} == {elsewhere[0], foreign}
 
 
 def test_equal_lines_count_once_whatever_their_cost(store: Store) -> None:
@@ -322,7 +461,7 @@ def test_a_record_lacks_its_result_only_where_it_says_why_it_failed(
         assert read_records(store.folder, kind) == {"1": kind(**good)}
     for bad in (lacking, {**lacking, result: None}):
         file.write_text(json.dumps(bad) + "\n")
-        words = f"{file}, line 1: the record 1 has no {result} that it should; delete its line"
+        words = f"{file}, line 1: the record 1 has no {result} that it should; the command that made it"
         with pytest.raises(StoreError, match=re.escape(words)):
             read_records(store.folder, kind)
 

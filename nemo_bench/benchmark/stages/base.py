@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import resource
 import sys
@@ -17,13 +18,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
 
-from nemo_bench.benchmark.processes import stop_at_sigterm
+from nemo_bench.benchmark.processes import stop_at_signals
 from nemo_bench.diffusion import Diffusion
+from nemo_bench.errors import ModelError, first_line
 from nemo_bench.methods import Method
 from nemo_bench.records.data import Neurons, Prompt
 from nemo_bench.records.io import batched, digest, replacing
 from nemo_bench.records.schema import Cost, Record
 from nemo_bench.records.store import Store
+
+log = logging.getLogger(__name__)
 
 UNLOCALIZED = "its prompt has no neurons: localizing it failed"
 """Why there are no images of a prompt."""
@@ -34,12 +38,14 @@ CHUNK = 256
 class Stage(L.LightningModule):
     """A predict loop over tasks; each batch ends with its records on disk.
 
+    A batch that does not fit the memory of the GPU is halved, and so are all after it; results change by rounding only.
+
     Args:
         handle: Computes the records of a batch, given the stage and the batch.
         kind: Class of the records.
         store: Where they go; None where ``handle`` writes them.
         model: The model, where one is needed.
-        method: Gives the mitigation, set up; the first call counts to the first task.
+        method: Gives the mitigation, set up for a number of rows; the first call counts to the first task.
         neurons: Localized neurons by prompt id; images of other prompts fail.
         batch_size: Rows in a UNet pass at most.
         done: Ids of tasks that are done, and in a batch only so that the others are computed as in an undisturbed run.
@@ -63,23 +69,30 @@ class Stage(L.LightningModule):
         self.write = store.writer(kind) if store else None
         self.store: Store = store  # type: ignore[assignment] # who asks for it has given one, as of all that follows
         self.model: Diffusion = model
-        self.method: Callable[[], Method] = method
+        self._method: Callable[[int], Method] = method
         self.neurons = neurons or {}
         self.batch_size = batch_size
         self.done = done
         #: Records of the last batch.
         self.written: Sequence[Record] = ()
+        self._most: int | None = None  # tasks at once, where all of a batch did not fit
+
+    def method(self) -> Method:
+        """The mitigation, set up, for passes of as many rows as fit."""
+        method = self._method(self.batch_size)
+        method.batch_size = self.batch_size
+        return method
 
     @override
     def on_predict_start(self) -> None:
-        stop_at_sigterm()  # Lightning's own handler, which would predict on, is there by now
+        stop_at_signals()  # Lightning's own handler, which would predict on, is there by now
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
     @override
     def predict_step(self, tasks: Any, batch_idx: int) -> None:
         start = time.perf_counter()
-        records = self.written = self.handle(self, tasks)
+        records = self.written = self._fitting(tasks)
         if self.write is None:
             return
         measured = {
@@ -89,6 +102,36 @@ class Stage(L.LightningModule):
         }
         costs = [(record.cost or Cost()).model_copy(update=measured) for record in records]
         self.write(record.model_copy(update={"cost": cost}) for record, cost in zip(records, costs, strict=True))
+
+    def _fitting(self, tasks: Any) -> list[Record]:
+        """The records of a batch, of which as many tasks are taken at once as fit the memory of the GPU."""
+        records: list[Record] = []
+        rest, most, rows = tasks, self._most, self.batch_size
+        while rest:
+            part = rest[: self._most] if self._most else rest
+            try:
+                records += self.handle(self, part)
+            except torch.OutOfMemoryError as error:
+                if len(part) == self.batch_size == 1:
+                    msg = (
+                        f"{self.name}: not even one row at a time fits the memory of the GPU "
+                        f"({first_line(error)}); batch_size can't help. Take model.dtype=float16 or bfloat16, a GPU "
+                        "with more memory, or end what else is on it (nvidia-smi shows it)"
+                    )
+                    raise ModelError(msg) from error
+                if len(part) > 1:
+                    self._most = -(-len(part) // 2)
+                else:
+                    self.batch_size = -(-self.batch_size // 2)
+            else:
+                rest = rest[len(part) :]
+        if (most, rows) != (self._most, self.batch_size):
+            log.warning(
+                "%s: with batch_size=%d a batch does not fit the memory of the GPU; it goes on with %d of %d at once%s",
+                self.name, rows, self._most or 1, len(tasks),
+                f" and batch_size={self.batch_size}" if self.batch_size < rows else "",
+            )  # fmt: skip
+        return records
 
 
 class Chunk(NamedTuple):

@@ -37,11 +37,11 @@ def detection_stage(model: Diffusion, cells: Sequence[Cell], batch_size: int) ->
     writers = {cell.id: cell.store.writer(DetectionRecord) for cell in cells}
 
     def handle(stage: Stage, tasks: Sequence[tuple[Task, tuple[str, ...]]]) -> list[DetectionRecord]:
-        written: list[DetectionRecord] = []
+        found: dict[str, list[DetectionRecord]] = {}
         for names, group in groupby(tasks, lambda task: task[1]):
             prompts = [task for task, _ in group]
             detectors: dict[str, Any] = {name: by_id[name].detector for name in names}
-            scores, costs = watch(model, detectors, [task.prompt for task in prompts], batch_size)
+            scores, costs = watch(model, detectors, [task.prompt for task in prompts], stage.batch_size)
             for name, of_detector in scores.items():
                 cost = Cost(
                     row_passes=costs[name].row_passes / len(prompts),
@@ -50,11 +50,12 @@ def detection_stage(model: Diffusion, cells: Sequence[Cell], batch_size: int) ->
                 )
                 pairs = zip(prompts, of_detector, strict=True)
                 records = [_record(by_id[name].store, task, score, cost) for task, score in pairs]
-                writers[name](records)
-                written += records
-        return written
+                found.setdefault(name, []).extend(records)
+        for name, records in found.items():
+            writers[name](records)
+        return [record for records in found.values() for record in records]
 
-    return Stage(handle, DetectionRecord, None, model=model)
+    return Stage(handle, DetectionRecord, None, model=model, batch_size=batch_size)
 
 
 def _record(store: Store, task: Task, result: DetectorScore, cost: Cost) -> DetectionRecord:

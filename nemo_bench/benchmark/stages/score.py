@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -258,6 +259,17 @@ def set_spaces(metrics: Iterable[BenchMetric]) -> dict[str, Network]:
 
 
 def read_features(paths: Iterable[Path], name: str) -> Tensor:
-    """Features of several files in their order, (N, D), without rows that are not finite."""
-    features = torch.cat([load_file(path)[name] for path in paths])
+    """Features of several files in their order, (N, D), without rows that are not finite.
+
+    Raises:
+        StoreError: A file can't be read.
+    """
+    parts = []
+    for path in paths:
+        try:
+            parts.append(load_file(path)[name])
+        except (OSError, SafetensorError, KeyError) as error:
+            msg = f"{path} holds no features ({error}); delete it, and the same command makes it again"
+            raise StoreError(msg) from error
+    features = torch.cat(parts)
     return features[features.isfinite().all(1)]
