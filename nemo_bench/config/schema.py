@@ -130,7 +130,7 @@ class LauncherSettings:
     restarts: Annotated[int, at_least(0)] = 10
     time: str | None = None  #: Slurm: time limit of a worker, such as ``12:00:00``, after which it begins again.
     notice: Annotated[int, Field(ge=1, le=65535)] = 60  #: Slurm: seconds before that limit at which a worker stops.
-    partition: str | None = None  #: Slurm: partition, or several separated by commas.
+    partition: str | None = None  #: Slurm: partition; for several a quoted list, ``'a,b'``.
     account: str | None = None  #: Slurm: account that is charged.
     options: list[str] = field(
         default_factory=list

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_bench.benchmark.launch.base import OPEN, Worker, Workers
+from nemo_bench.benchmark.launch.base import OPEN, Worker, Workers, log_folder
 from nemo_bench.benchmark.pending import task_ids
 from nemo_bench.benchmark.plan import Cell
 from nemo_bench.benchmark.run import log_file
@@ -52,6 +52,7 @@ def launch(cells: Sequence[Cell], overrides: Sequence[str], conf: Path | None) -
             from nemo_bench.benchmark.launch.ray import RayWorkers
 
             workers = RayWorkers(overrides, conf, settings)
+        log.info("%s, logs: %s", counted(settings.launcher.workers, "worker"), log_folder(settings))
         try:
             ended = _follow(workers, cells)
         finally:
@@ -70,8 +71,6 @@ def _follow(workers: Workers, cells: Sequence[Cell]) -> list[Worker]:
     failures = {cell.failure for cell in _statuses(cells)}  # of earlier tries
     shown = trouble = ""
     due = 0.0
-    found = workers.look()
-    log.info("%s, logs: %s", counted(len(found), "worker"), found[0].log.parent)
     while True:
         try:
             found = workers.look()
@@ -79,6 +78,8 @@ def _follow(workers: Workers, cells: Sequence[Cell]) -> list[Worker]:
             if str(error) != trouble:
                 trouble = str(error)
                 log.warning("%s; asked again every %g s", trouble, POLL)
+            time.sleep(POLL)
+            continue
         states = _states(found)
         is_over = not any(worker.state in OPEN for worker in found)
         start = time.monotonic()
