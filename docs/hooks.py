@@ -228,6 +228,11 @@ def loggers() -> str:
     return "\n\n".join(_file("logger", name) for name in options("logger"))
 
 
+def launchers() -> str:
+    """Every launcher, as its file has it."""
+    return "\n\n".join(_file("launcher", name) for name in options("launcher"))
+
+
 def names() -> str:
     """The names that ``from nemo_bench import ...`` knows."""
     rows = []
@@ -248,6 +253,7 @@ PARTS: dict[str, Callable[[], str]] = {
         detectors,
         experiments,
         files,
+        launchers,
         loggers,
         measures,
         methods,

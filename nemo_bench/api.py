@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nemo_bench.benchmark.launch import check_launcher
+from nemo_bench.benchmark.launch.follow import launch
 from nemo_bench.benchmark.plan import plan, read_listed
 from nemo_bench.benchmark.run import run as run_cells
 from nemo_bench.benchmark.runner import load_model
@@ -78,7 +80,11 @@ def run(*overrides: str, conf: Path | str | None = None, progress: bool = False)
     """
     if not all(isinstance(word, str) for word in overrides):
         raise ConfigError(f"run{overrides}: expected words, each by itself, such as 'seeds=8'")
-    cells = plan(grid(overrides, Path(conf) if conf else None))
+    folder = Path(conf) if conf else None
+    cells = plan(grid(overrides, folder))
+    check_launcher(cells[0].config.settings)
+    if cells[0].config.settings.launcher.kind != "local":
+        return launch(cells, overrides, folder)
     return run_cells(cells, f"nemo_bench.run({', '.join(map(repr, overrides))})", progress=progress)
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -19,12 +20,21 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from nemo_bench.environment import prepare_process
-from nemo_bench.errors import NemoBenchError, StoreError, did_you_mean, shortened
+from nemo_bench.errors import ConfigError, NemoBenchError, StoreError, did_you_mean, shortened
 
 if TYPE_CHECKING:
     from nemo_bench.config import CellConfig
 
-_TYPES = {"path": Path, "int": int, "float": float}
+
+def _shard(text: str) -> tuple[int, int]:
+    """A share of the cells, ``i/n``."""
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"expected i/n, such as 1/4 to 4/4, given '{text}'")
+    return int(found[1]), int(found[2])
+
+
+_TYPES = {"path": Path, "int": int, "float": float, "shard": _shard}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,6 +169,13 @@ def _run(options: argparse.Namespace) -> None:
     if options.dry_run:
         _dry_run(choices, options.json)
         return
+    from nemo_bench.benchmark.launch import check_launcher, printed
+
+    settings = choices[0].settings
+    if options.print:
+        print(printed(options.overrides, options.conf, settings), end="")
+        return
+    check_launcher(settings, options.shard)
     from nemo_bench.benchmark.pending import check_failures, is_complete, is_finished, pending_work, track_cells
     from nemo_bench.benchmark.plan import plan
     from nemo_bench.benchmark.processes import is_main
@@ -174,10 +191,14 @@ def _run(options: argparse.Namespace) -> None:
         if is_main() and (logger.wandb or logger.csv or logger.tensorboard):
             track_cells(load_results(folder), cells)
     else:
+        from nemo_bench.benchmark.launch.follow import launch
         from nemo_bench.benchmark.run import run  # with it Lightning loads
 
         try:
-            run(cells, options.line, progress=not options.quiet)
+            if settings.launcher.kind == "local":
+                run(cells, options.line, progress=not options.quiet, shard=options.shard)
+            else:
+                launch(cells, options.overrides, options.conf)
         except NemoBenchError as error:
             if not any(is_finished(cell.store.folder) for cell in cells):
                 raise
@@ -287,6 +308,8 @@ def _calibrate(options: argparse.Namespace) -> None:
     if not any(word.startswith("method=") for word in overrides):
         overrides = [*overrides, "method=nemo"]
     choices = grid(overrides, options.conf)
+    if choices[0].settings.launcher.kind != "local":
+        raise ConfigError("nemo-bench calibrate works in this process alone; leave out launcher=...")
     if options.cfg:
         _print_settings(choices, options.json)
         return
@@ -306,14 +329,14 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _ls(options: argparse.Namespace) -> None:
-    from nemo_bench.config.groups import GROUPS
+    from nemo_bench.config.groups import GROUPS, HOW
     from nemo_bench.config.listing import describe_options, explain_option, overview, short
     from nemo_bench.report.console import show_entries
 
     if options.name:
         print(explain_option(options.group, options.name, options.conf))
     elif options.json:
-        groups = [options.group] if options.group else [g for g in GROUPS if g not in ("trainer", "logger")]
+        groups = [options.group] if options.group else [g for g in GROUPS if g not in HOW]
         print(json.dumps([entry for group in groups for entry in describe_options(group, options.conf)], indent=2))
     elif options.group:
         entries = describe_options(options.group, options.conf)

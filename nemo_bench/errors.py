@@ -41,6 +41,10 @@ class ModelError(NemoBenchError):
     """A model can't be loaded, or does not support what was asked."""
 
 
+class LaunchError(NemoBenchError):
+    """A launcher did not start workers of a run, or some of its workers failed."""
+
+
 class NotFiniteError(ModelError):
     """A number behind a result is infinite or NaN; the prompt, image or search is recorded as failed."""
 

@@ -117,6 +117,7 @@ def test_results_are_read_without_a_model(library: str) -> None:
         ("omegaconf", "config"),
         ("wandb", "tracking.wandb_runs"),
         ("aiohttp", "prompts.download"),
+        ("ray", "benchmark.launch.ray"),
     ],
 )
 def test_a_library_has_one_importer(library: str, only: str) -> None:

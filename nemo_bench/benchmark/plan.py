@@ -148,7 +148,7 @@ class Planner:
         settings = configs[0].settings
         if any(config.settings.detector is not None for config in configs):
             raise ConfigError("detectors are run by nemo-bench detect; leave out detector=...")
-        check_same(configs, "name", "root", "trainer", "logger")
+        check_same(configs, "name", "root", "trainer", "logger", "launcher")
         check_writable(Path(settings.root) / settings.name)
         asked: dict[str, Cell] = {}
         for config in configs:

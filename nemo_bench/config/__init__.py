@@ -7,6 +7,7 @@ from nemo_bench.config.composition import DEFAULT_METHODS, SCORING, CellConfig, 
 from nemo_bench.config.groups import GROUPS, options
 from nemo_bench.config.listing import describe_options
 from nemo_bench.config.schema import (
+    LauncherSettings,
     LoggerSettings,
     ModelSettings,
     PromptSettings,
@@ -22,6 +23,7 @@ __all__ = [
     "GROUPS",
     "SCORING",
     "CellConfig",
+    "LauncherSettings",
     "LoggerSettings",
     "ModelSettings",
     "PromptSettings",

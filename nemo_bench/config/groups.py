@@ -15,7 +15,9 @@ import yaml
 from nemo_bench.config.targets import targets_in
 from nemo_bench.errors import ConfigError, did_you_mean
 
-GROUPS = ("model", "method", "detector", "prompts", "metrics", "trainer", "logger", "experiment")
+GROUPS = ("model", "method", "detector", "prompts", "metrics", "trainer", "logger", "launcher", "experiment")
+HOW = ("trainer", "logger", "launcher")
+"""Groups of how a cell is run, which change no result."""
 LISTED = (*GROUPS, "sweeps")
 """All that is listed: the groups, and files for W&B's sweep agent."""
 PLUGINS = "nemo_bench.conf"

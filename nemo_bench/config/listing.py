@@ -15,7 +15,7 @@ import yaml
 from hydra.utils import get_object
 
 from nemo_bench.config.composition import one
-from nemo_bench.config.groups import LISTED, file_of, options, read_option
+from nemo_bench.config.groups import HOW, LISTED, file_of, options, read_option
 from nemo_bench.config.targets import build
 from nemo_bench.errors import ConfigError, did_you_mean
 from nemo_bench.records.citations import cite
@@ -65,7 +65,7 @@ def overview(conf: Path | None = None) -> list[dict[str, str]]:
             for name in options(group, conf):
                 metrics = [key for key in _content(group, name, conf) if key != "defaults"]
                 entries.append({"group": group, "name": name, "summary": ", ".join(metrics)})
-        elif group not in ("trainer", "logger"):
+        elif group not in HOW:
             entries += describe_options(group, conf)
     return entries
 

@@ -117,6 +117,30 @@ class LoggerSettings:
 
 
 @dataclass
+class LauncherSettings:
+    """Where ``nemo-bench run`` works: in this process, or by workers of Slurm or Ray that share the results folder."""
+
+    kind: Literal["local", "slurm", "ray"] = "local"  #: This process, a job array of Slurm, or tasks of Ray.
+    workers: Annotated[int, at_least(1)] = 1  #: Processes that take one cell after another; each starts its own ranks.
+    #: GPUs of a worker; null for one a rank where ``trainer=gpu``, and with Ray wherever its nodes have any.
+    gpus: Annotated[int, at_least(0)] | None = None
+    cpus: Annotated[int, at_least(1)] = 1  #: CPUs of a worker, shared by its ranks.
+    memory: Annotated[float, Field(gt=0, le=MOST)] | None = None  #: Gigabytes of a worker.
+    #: Times that a worker begins again whose node died, was taken back, or whose time was over.
+    restarts: Annotated[int, at_least(0)] = 10
+    time: str | None = None  #: Slurm: time limit of a worker, such as ``12:00:00``, after which it begins again.
+    notice: Annotated[int, Field(ge=1, le=65535)] = 60  #: Slurm: seconds before that limit at which a worker stops.
+    partition: str | None = None  #: Slurm: partition; for several a quoted list, ``'a,b'``.
+    account: str | None = None  #: Slurm: account that is charged.
+    options: list[str] = field(
+        default_factory=list
+    )  #: Slurm: further options of sbatch, such as ``--constraint=a100``.
+    address: str | None = (
+        None  #: Ray: address of a cluster, such as ``auto`` or ``ray://head:10001``; null for this machine.
+    )
+
+
+@dataclass
 class RunSettings:
     """One cell: a model, a method and prompts, and how they are run."""
 
@@ -140,6 +164,7 @@ class RunSettings:
     grid: list[str] = field(default_factory=list)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     logger: LoggerSettings = field(default_factory=LoggerSettings)
+    launcher: LauncherSettings = field(default_factory=LauncherSettings)
 
 
 ROWS = 32
