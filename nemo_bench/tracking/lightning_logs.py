@@ -44,7 +44,7 @@ def _log_anew(name: str, logger: CsvLog | TensorBoardLog, cells: Sequence[Logged
 
 
 class CsvLog:
-    """``csv/metrics.csv``, live figures and at the end the row of the leaderboard, and ``csv/hparams.yaml``, the config.
+    """``csv/metrics.csv``, live figures and then the row of the leaderboard, and ``csv/hparams.yaml``, the config.
 
     See :class:`nemo_bench.tracking.live.CellLog` for its methods.
     """
