@@ -345,11 +345,9 @@ class _Outlet:
             self._logger.show(pictures, step)
 
     def _finish(self, cell: LoggedCell, step: int) -> None:
-        if not self._is_open:  # what failed at the beginning may succeed by now
-            self._begin(cell.begun)
-        assert self._logger is not None
-        self._is_open = False
-        self._logger.finish(cell, step)
+        if self._logger and self._is_open:
+            self._is_open = False
+            self._logger.finish(cell, step)
 
     def _stop(self) -> None:
         if self._logger and self._is_open:

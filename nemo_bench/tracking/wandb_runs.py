@@ -79,6 +79,8 @@ class WandbLog:
         self.settings = settings
         self.trial = trial
         self.is_live = is_live
+        # Reports of wandb's own errors keep a process from ending for half a minute where their server is silent.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         self.mode, why = _mode(settings.mode)
         self._run: wandb.Run | None = None
         log.info("W&B: %s, %s", self.mode, why)
