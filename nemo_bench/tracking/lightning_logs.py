@@ -67,7 +67,7 @@ class CsvLog:
 
     def log(self, figures: Mapping[str, float | str], step: int) -> None:
         """Adds a row."""
-        self._logger.log_metrics({**figures}, step)  # type: ignore[arg-type] # words are written as well
+        self._logger.log_metrics(dict(figures), step)  # type: ignore[arg-type] # words are written as well
         self._logger.save()
 
     def show(self, pictures: Mapping[str, Image.Image], step: int) -> None:
