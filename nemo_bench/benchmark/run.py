@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from nemo_bench.benchmark.pending import SETS_FILE, is_current, is_finished, scored_tasks, task_ids, track_cells
+from nemo_bench.benchmark.pending import SETS_FILE, is_current, is_finished, scored_tasks, task_ids
 from nemo_bench.benchmark.plan import (
     SCORING_FILE,
     Cell,
@@ -34,7 +34,7 @@ from nemo_bench.records.schema import Layers, LocalizationRecord, Record, ScoreR
 from nemo_bench.records.store import Store, read_localizations, read_run
 from nemo_bench.report import write_report
 from nemo_bench.report.detection import write_detection
-from nemo_bench.tracking import sweep_trial
+from nemo_bench.tracking.live import Live
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +60,9 @@ def run(cells: Sequence[Cell], command: str, *, progress: bool = True, shard: tu
     """
     settings = cells[0].config.settings
     folder = Path(settings.root) / settings.name
-    if settings.logger.wandb:
-        sweep_trial({cell.id: str(cell.spec.method) for cell in cells})
+    live = Live(settings.logger, {cell.id: str(cell.spec.method) for cell in cells})
     runner = Runner(settings.trainer, progress=progress)
+    runner.progress.listeners.append(live.note)
     runner.start()
     if is_main():
         open_folder(folder, cells, instead=True)
@@ -75,14 +75,15 @@ def run(cells: Sequence[Cell], command: str, *, progress: bool = True, shard: tu
             report_damaged(cells)
         work = Work(cells, runner.leases, shard)
         try:
-            _work_off(work, cells, runner, command)
+            with live:
+                _work_off(work, cells, runner, command, live)
         finally:
             runner.leases.release_all()
     work.check()
     return folder
 
 
-def _work_off(work: Work, cells: Sequence[Cell], runner: Runner, command: str) -> None:
+def _work_off(work: Work, cells: Sequence[Cell], runner: Runner, command: str, live: Live) -> None:
     """Takes cells to their end until all are over."""
     folder = cells[0].store.folder.parent
     report = Report(folder, runner)
@@ -105,12 +106,13 @@ def _work_off(work: Work, cells: Sequence[Cell], runner: Runner, command: str) -
             continue
         cell = work.all[number]
         try:
-            _take_to_end(cell, runner, command, is_asked=cell in cells)
+            _take_to_end(cell, runner, command, live if cell in cells else None)
         except Exception as error:
             # Other processes would wait for this one; a disk that is full is so for all cells.
             if runner.trainer.world_size > 1 or isinstance(error, OSError):
                 raise
             work.give_up(cell, error)
+            live.give_up()
             continue
         if is_main():
             work.finish(cell)
@@ -118,7 +120,8 @@ def _work_off(work: Work, cells: Sequence[Cell], runner: Runner, command: str) -
                 if cell.id not in read_run(folder).cells:  # another run took it off while it was not finished
                     open_folder(folder, [cell])
                 report.write()
-                _track(folder, cell)
+                if live.is_on:
+                    live.end(load_results(folder))
     if is_main() and any(is_finished(cell.store.folder) for cell in cells):
         report.write(is_last=True)
 
@@ -135,13 +138,15 @@ def _next(work: Work) -> tuple[Literal["take", "assist", "wait", "over"], int, t
     return "wait", -1, Record
 
 
-def _take_to_end(cell: Cell, runner: Runner, command: str, *, is_asked: bool) -> None:
-    """Takes a cell to its table; of a source that was not asked for the neurons alone are needed."""
+def _take_to_end(cell: Cell, runner: Runner, command: str, live: Live | None) -> None:
+    """Takes a cell to its table; of a source that was not asked for, which has no ``live``, to its neurons."""
     if is_main():
         note_start(cell, command, runner)
         reopen(cell)
+        if live:
+            live.begin(cell.store.folder)
     runner.wait()
-    if not is_asked:
+    if not live:
         runner.localize(cell)
         return
     runner.generate(cell)
@@ -208,12 +213,6 @@ def log_file(folder: Path) -> Iterator[None]:
         logger.removeHandler(handler)
         logger.setLevel(level)
         handler.close()
-
-
-def _track(folder: Path, cell: Cell) -> None:
-    logger = cell.config.settings.logger
-    if logger.wandb or logger.csv or logger.tensorboard:
-        track_cells(load_results(folder), [cell])
 
 
 def report_damaged(cells: Sequence[Cell]) -> None:

@@ -524,8 +524,14 @@ class Tracked(Entry):
     project: str
     entity: str | None = None
     mode: str
-    results: str  #: Hash of the logged results.
+    results: str = ""  #: Hash of the logged results; empty until the cell is finished and they are logged.
     url: str | None = None  #: Of the W&B run, unless it is offline.
+
+
+class LastStep(Entry):
+    """How far the step axis of a cell's logs is, so that it goes on where the cell does: ``step.json``."""
+
+    step: int
 
 
 Layers = dict[str, int]
@@ -552,5 +558,6 @@ FILES: Mapping[str, tuple[Any, str]] = {
     "detection.json": (DetectionTable, _REPORT),
     "thumbnails.json": (dict[str, Thumbnail], _REPORT),
     "tracked.json": (Tracked, "nemo-bench track writes it again"),
+    "step.json": (LastStep, "the steps of live figures then begin with the number of records"),
 }
 """The type of every file, None for lines of prompts, and what writes a file again that was deleted."""

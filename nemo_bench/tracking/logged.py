@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,11 +14,21 @@ from typing import Any
 from PIL import Image
 
 from nemo_bench.records.data import GENERAL, Prompt
-from nemo_bench.records.io import digest
+from nemo_bench.records.io import digest, is_whole, read_file, write_json
 from nemo_bench.records.results import CellResults, Results, short_layers
-from nemo_bench.records.schema import ImageRecord, LocalizationRecord, MemorizationRecord, Record, Run, ScoreRecord
+from nemo_bench.records.schema import (
+    ImageRecord,
+    LastStep,
+    LocalizationRecord,
+    MemorizationRecord,
+    Record,
+    Run,
+    ScoreRecord,
+    Spec,
+    Start,
+)
 from nemo_bench.records.statistics import GROUPS
-from nemo_bench.records.store import read_records, thumbnail
+from nemo_bench.records.store import read_records, read_run, read_spec, read_starts, thumbnail
 
 PICTURES = ("training image", "unmitigated", "mitigated", "noise differences")
 """Pictures that show a prompt."""
@@ -25,6 +36,32 @@ ALIGNMENT_LOSS = 0.05
 """Alignment that a mitigation may cost, in the trials of a sweep."""
 _BOX = (512, 256)
 _STAGES: tuple[type[Record], ...] = (LocalizationRecord, MemorizationRecord, ImageRecord, ScoreRecord)
+
+
+@dataclass(frozen=True)
+class BegunCell:
+    """A cell that was begun, as loggers show it before there are results."""
+
+    folder: Path  #: Its folder.
+    run: Run  #: The run it is part of.
+    spec: Spec  #: What it is.
+    start: Start  #: Its last start.
+
+    @classmethod
+    def read(cls, folder: Path) -> BegunCell:
+        """Reads a cell from its folder; StoreError where a file does not hold what it should."""
+        return cls(folder, read_run(folder.parent), read_spec(folder), read_starts(folder)[-1])
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.folder.name
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The spec, the versions of all packages, and the last start with its command and all settings."""
+        spec, start = (part.model_dump(mode="json", exclude_none=True) for part in (self.spec, self.start))
+        return {**spec, "versions": start.pop("versions"), "start": start}
 
 
 @dataclass(frozen=True)
@@ -41,11 +78,9 @@ class LoggedCell:
         return self.results.folder
 
     @property
-    def config(self) -> dict[str, Any]:
-        """The spec, the versions of all packages, and the last start with its command and all settings."""
-        parts = (self.results.spec, self.results.starts[-1])
-        spec, start = (part.model_dump(mode="json", exclude_none=True) for part in parts)
-        return {**spec, "versions": start.pop("versions"), "start": start}
+    def begun(self) -> BegunCell:
+        """What was known of it when it began."""
+        return BegunCell(self.folder, self.run, self.results.spec, self.results.starts[-1])
 
     @property
     def row(self) -> dict[str, float]:
@@ -85,7 +120,7 @@ class LoggedCell:
         """The charted part of the row: ``<group>/<metric>/mean``."""
         return {key: value for key, value in self.row.items() if key.endswith("/mean")}
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Hash of everything logged that is a result; time and machine are none."""
         records = {
@@ -133,6 +168,18 @@ def logged_cells(results: Results) -> list[LoggedCell]:
     """The finished cells of a run."""
     by_name = {cell.name: cell for cell in results.cells}
     return [LoggedCell(cell, results.run, by_name.get(cell.summary.unmitigated or "")) for cell in results.cells]
+
+
+def next_step(folder: Path, least: int = 0) -> int:
+    """The step of what is logged of a cell next: never less than ``least``, and more than any step before.
+
+    It is kept beside the records, so that the axis goes on wherever the cell does.
+    """
+    file = folder / "step.json"
+    last = read_file(file, LastStep).step if is_whole(file, LastStep) else -1
+    step = max(last + 1, least)
+    write_json(file, LastStep(step=step))
+    return step
 
 
 def _numbers(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

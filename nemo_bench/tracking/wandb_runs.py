@@ -6,100 +6,167 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import wandb
+from PIL import Image
 from wandb.sdk.lib.wbauth import read_netrc_auth
 
 from nemo_bench.config import LoggerSettings
 from nemo_bench.errors import TrackingError, counted
-from nemo_bench.records.io import digest, read_file, write_json
+from nemo_bench.records.io import digest, is_whole, read_file, write_json
 from nemo_bench.records.schema import Tracked
 from nemo_bench.tracking import sweep_trial
-from nemo_bench.tracking.logged import PICTURES, LoggedCell
+from nemo_bench.tracking.logged import PICTURES, BegunCell, LoggedCell, next_step
+
+FLUSH = 5.0
+"""Seconds after which a run that is under way is in its file, to be read or to survive a kill."""
 
 log = logging.getLogger(__name__)
 
 
 def log_wandb(cells: Sequence[LoggedCell], settings: LoggerSettings, again: bool) -> None:
-    """Makes or continues the W&B run of every cell: config, summary, tables with pictures, charts, an artifact.
+    """Makes or continues the W&B run of every finished cell; see :class:`WandbLog`.
 
-    A run's id follows from run and cell, or is that of the sweep agent, whose trial is then the only cell logged, and
-    is kept beside the records; a cell without a change since it was logged is left alone. TrackingError where W&B
-    failed at a cell, in whatever way; the cells after it are not tried.
+    A cell without a change since it was logged is left alone. TrackingError where W&B failed at a cell, in whatever
+    way; the cells after it are not tried.
     """
     trial = sweep_trial({cell.results.name: cell.results.method for cell in cells})
     if trial:
         cells = [cell for cell in cells if cell.results.name == trial]
-    mode, why = _mode(settings.mode)
-    log.info("W&B: %s, %s", mode, why)
-    if mode == "disabled":
+    logger = WandbLog(settings, trial, is_live=False)
+    if logger.mode == "disabled":
         return
     logged = 0
     for cell in cells:
         file = cell.folder / "tracked.json"
         before = read_file(file, Tracked) if file.exists() else None
-        if trial:
-            identity = os.environ["WANDB_RUN_ID"]
-        else:
-            identity = before.id if before else digest([cell.run.token, cell.results.name])
-        tracked = Tracked(
-            id=identity, project=settings.project, entity=settings.entity, mode=mode, results=cell.digest
-        )  # fmt: skip
+        tracked = logger.tracked(cell.begun).model_copy(update={"results": cell.digest})
         if before and not again and tracked == before.model_copy(update={"url": None}):
             continue
         try:
-            url = _log(cell, settings, tracked, in_sweep=trial is not None)
+            logger.begin(cell.begun)
+            logger.finish(cell, next_step(cell.folder))
         except Exception as error:  # wandb and its service raise errors of many kinds
             raise TrackingError(f"{cell.results.name}: {str(error) or type(error).__name__}") from error
-        write_json(file, tracked.model_copy(update={"url": url}))
         logged += 1
+    if logged < len(cells):
+        log.info("W&B: %s unchanged since they were tracked (%s)", counted(len(cells) - logged, "cell"), logger.mode)
+    if logged:
+        logger.close(cells[0].folder.parent)
+
+
+class WandbLog:
+    """One W&B run a cell: config and command, live figures and a sample sheet, then summary, tables, charts, artifact.
+
+    A run's id follows from run and cell, or is that of the sweep agent, whose trial is then the only cell logged. It is
+    kept beside the records: a cell that is stopped and resumed stays one run. See
+    :class:`nemo_bench.tracking.live.CellLog` for its methods.
+
+    Args:
+        settings: Settings of all loggers.
+        trial: The only cell that a sweep agent waits for; None without an agent.
+        is_live: Whether the figures of this process and its machine belong to the run.
+
+    Raises:
+        TrackingError: Runs are to be online, and there is no key.
+    """
+
+    def __init__(self, settings: LoggerSettings, trial: str | None = None, *, is_live: bool = True) -> None:
+        self.settings = settings
+        self.trial = trial
+        self.is_live = is_live
+        # Reports of wandb's own errors keep a process from ending for half a minute where their server is silent.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        self.mode, why = _mode(settings.mode)
+        self._run: wandb.Run | None = None
+        log.info("W&B: %s, %s", self.mode, why)
+
+    def tracked(self, cell: BegunCell) -> Tracked:
+        """What is kept of a cell's W&B run before its results are logged."""
+        file = cell.folder / "tracked.json"
+        if self.trial:
+            identity = os.environ["WANDB_RUN_ID"]
+        elif is_whole(file, Tracked):
+            identity = read_file(file, Tracked).id
+        else:
+            identity = digest([cell.run.token, cell.name])
+        settings = self.settings
+        return Tracked(id=identity, project=settings.project, entity=settings.entity, mode=self.mode)
+
+    def begin(self, cell: BegunCell) -> None:
+        """Makes or continues the run of a cell, with config and command."""
+        self._run = None
+        if self.mode == "disabled" or self.trial not in (None, cell.name):
+            return
+        tracked = self.tracked(cell)
+        # A sweep agent has decided these by itself; wandb warns of every one that is given again.
+        place = {**tracked.model_dump(include={"project", "entity", "id"}), "resume": "allow"}
+        names = (cell.spec.model, cell.spec.method or "", cell.spec.prompts)
+        with _staged_in(cell.folder / "wandb"):
+            self._run = wandb.init(
+                **({} if self.trial else place),
+                name=cell.name[:64],
+                group=cell.run.name[:64],
+                job_type="benchmark",
+                tags=list(dict.fromkeys(name[:64] for name in names)),
+                notes=cell.start.command,
+                config=cell.config,
+                dir=cell.folder,
+                mode=self.mode,
+                reinit="create_new",
+                settings=wandb.Settings(
+                    console="off",
+                    silent=True,
+                    x_disable_stats=not self.is_live,
+                    x_transaction_log_flush_interval=FLUSH,
+                    init_timeout=self.settings.timeout,
+                    finish_timeout=self.settings.timeout,
+                    finish_timeout_raises=True,
+                ),
+            )
+        url = None if self._run.offline else self._run.url
+        write_json(cell.folder / "tracked.json", tracked.model_copy(update={"url": url}))
         if url:
             log.info("W&B: %s", url)
-    run = cells[0].folder.parent
-    if logged < len(cells):
-        log.info("W&B: %s unchanged since they were tracked (%s)", counted(len(cells) - logged, "cell"), mode)
-    if logged and mode == "offline":
-        log.info(
-            "W&B (offline): %s/*/wandb; nemo-bench track %s logger.mode=online uploads it, from any machine", run, run
-        )
 
+    def log(self, figures: Mapping[str, Any], step: int) -> None:
+        """Adds a row to the history."""
+        if self._run is not None:
+            # The server may know of later steps, where those kept beside the records were lost.
+            self._run.log({**figures}, step=max(step, self._run.step), commit=True)
 
-def _log(cell: LoggedCell, settings: LoggerSettings, tracked: Tracked, *, in_sweep: bool) -> str | None:
-    results = cell.results
-    # A sweep agent has decided these by itself; wandb warns of every one that is given again.
-    place = {**tracked.model_dump(include={"project", "entity", "id"}), "resume": "allow"}
-    mode: Any = tracked.mode
-    with (
-        _staged_in(cell.folder / "wandb"),
-        wandb.init(
-            **({} if in_sweep else place),
-            name=results.name[:64],
-            group=cell.run.name[:64],
-            job_type="benchmark",
-            tags=list(dict.fromkeys(name[:64] for name in (results.model, results.method, results.spec.prompts))),
-            notes=results.starts[-1].command,
-            config=cell.config,
-            dir=cell.folder,
-            mode=mode,
-            reinit="create_new",
-            settings=wandb.Settings(
-                console="off",
-                silent=True,
-                x_disable_stats=True,
-                init_timeout=settings.timeout,
-                finish_timeout=settings.timeout,
-                finish_timeout_raises=True,
-            ),
-        ) as run,
-    ):
-        run.log({**cell.means, "prompts": _prompts(cell, settings.thumbnails), **_charts(cell)})
-        run.summary.update(cell.row)
-        run.log_artifact(_artifact(cell))
-    return None if run.offline else run.url
+    def show(self, pictures: Mapping[str, Image.Image], step: int) -> None:
+        """Adds pictures with their captions."""
+        self.log({"live/samples": [wandb.Image(picture, caption=name) for name, picture in pictures.items()]}, step)
+
+    def finish(self, cell: LoggedCell, step: int) -> None:
+        """Adds everything there is of a finished cell, and ends its run."""
+        if self._run is None:
+            return
+        with _staged_in(cell.folder / "wandb"), self._run as run:
+            self.log({**cell.means, "prompts": _prompts(cell, self.settings.thumbnails), **_charts(cell)}, step)
+            run.summary.update(cell.row)
+            run.log_artifact(_artifact(cell))
+        self._run = None
+        file = cell.folder / "tracked.json"
+        write_json(file, read_file(file, Tracked).model_copy(update={"results": cell.digest}))
+
+    def stop(self) -> None:
+        """Ends the run of a cell that is not finished; it goes on when the cell does."""
+        if self._run is not None:
+            self._run.finish(exit_code=1)
+
+    def close(self, folder: Path) -> None:
+        """Says how runs are uploaded."""
+        if self.mode == "offline":
+            log.info(
+                "W&B (offline): %s/*/wandb; nemo-bench track %s logger.mode=online uploads it, from any machine",
+                folder, folder,
+            )  # fmt: skip
 
 
 def _mode(asked: str | None) -> tuple[Any, str]:

@@ -39,7 +39,7 @@ def test_csv_holds_the_row_and_the_config(run: Path, nemo: Path, said: list[str]
     assert row.pop("step") == "0"
     assert {key: float(value) for key, value in row.items()} == logged(nemo).row
     assert float(row["VM/ssim/mean"]) == logged(nemo).results.summary.aggregates["VM"]["ssim"].mean
-    assert yaml.safe_load((nemo / "csv" / "hparams.yaml").read_text()) == logged(nemo).config
+    assert yaml.safe_load((nemo / "csv" / "hparams.yaml").read_text()) == logged(nemo).begun.config
 
 
 def test_tensorboard_holds_the_row_the_config_and_pictures(run: Path, nemo: Path) -> None:
