@@ -37,6 +37,10 @@ class StoreError(NemoBenchError):
     """Files of a results folder are damaged or contradict each other."""
 
 
+class UnwritableError(StoreError, OSError):
+    """A file of a results folder can't be written: the disk is full, read-only or gone."""
+
+
 class ModelError(NemoBenchError):
     """A model can't be loaded, or does not support what was asked."""
 

@@ -215,9 +215,6 @@ def audit(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Path
                     metric.space.fetch()
         for cell in cells:
             with runner.holding(cell.store.folder):
-                if is_main():
-                    cell.store.set_damaged_aside(SearchRecord, SearchScoreRecord)
-                runner.wait()
                 _search(cell, runner)
                 if is_main():
                     path = cell.store.folder / "audit.json"

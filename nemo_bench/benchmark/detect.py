@@ -95,12 +95,13 @@ def detect(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Pat
     if is_main():
         open_folder(folder, [])
     with log_file(folder):
-        if is_main():
-            for cell in cells:
-                cell.store.open(cell.spec)
-                note_start(cell, command, runner)
-                cell.store.recount(DetectionRecord, task_ids(cell, DetectionRecord))
-        runner.wait()
+        with runner.holding(*(cell.store.folder for cell in cells)):
+            if is_main():
+                for cell in cells:
+                    cell.store.open(cell.spec)
+                    note_start(cell, command, runner)
+                    cell.store.recount(DetectionRecord, task_ids(cell, DetectionRecord))
+            runner.wait()
         groups: dict[str, list[Cell]] = {}
         for cell in cells:
             if not cell.store.is_done(DetectionRecord):

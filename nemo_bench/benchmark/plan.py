@@ -569,7 +569,7 @@ def has_current_scores(cell: Cell) -> bool:
     """Whether scores are finished and of the metrics asked for, so that nothing of these is needed any more."""
     try:
         return cell.store.is_done(ScoreRecord) and not has_stale_scores(cell)
-    except OSError:  # a file that a metric reads is gone
+    except (OSError, StoreError):  # a file that a metric reads is gone, or records are damaged
         return False
 
 

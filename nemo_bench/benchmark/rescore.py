@@ -57,7 +57,6 @@ def score(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Path
         for cell in cells:
             with runner.holding(cell.store.folder):
                 if is_main():
-                    cell.store.set_damaged_aside(ScoreRecord)
                     note_start(cell, command, runner)
                 take_to_table(cell, runner)
         if is_main():

@@ -211,11 +211,12 @@ class Runner:
 
     def agree(self, decide: Callable[[], T]) -> T:
         """What the first process decides, in all processes."""
-        return self.trainer.strategy.broadcast(decide() if is_main() else None)  # type: ignore[return-value]
+        with self._explained():
+            return self.trainer.strategy.broadcast(decide() if is_main() else None)  # type: ignore[return-value]
 
     @contextmanager
     def holding(self, *folders: Path) -> Iterator[None]:
-        """Owns some folders, once no other run does."""
+        """Owns some folders, once no other run does; damaged lines of their records are set aside."""
         for folder in folders:
             waited = False
             while not self.agree(partial(self.leases.claim, folder)):
@@ -223,6 +224,8 @@ class Runner:
                     log.info("%s; waiting", holder(folder))
                 waited = True
                 time.sleep(POLL)
+            if is_main():
+                Store(folder).set_damaged_aside()
         try:
             yield
         finally:

@@ -12,7 +12,7 @@ from nemo_bench.benchmark.pending import is_up_to_date, task_ids
 from nemo_bench.benchmark.plan import Cell, with_sources
 from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.runner import MADE
-from nemo_bench.errors import NemoBenchError, counted, first_line
+from nemo_bench.errors import NemoBenchError, StoreError, counted, first_line
 from nemo_bench.records.io import is_whole, read_file, write_json
 from nemo_bench.records.lease import Leases, read_lease
 from nemo_bench.records.schema import Failure, LocalizationRecord, Record
@@ -57,6 +57,7 @@ class Work:
             elif _failure(cell) != self._failures[cell]:
                 self.give_up(cell, NemoBenchError(f"another run gave it up: {_failure(cell)}"), is_new=False)
             elif not any(other in self.open for other in missing) and self._leases.claim(cell.store.folder):
+                cell.store.set_damaged_aside()
                 if not _is_over(cell, self._asked):
                     return cell
                 self.finish(cell)
@@ -127,9 +128,12 @@ def in_order(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _is_over(cell: Cell, asked: Iterable[Cell]) -> bool:
-    if cell in asked:
-        return is_up_to_date(cell)
-    return not cell.store.pending_ids(LocalizationRecord, task_ids(cell, LocalizationRecord))
+    try:
+        if cell in asked:
+            return is_up_to_date(cell)
+        return not cell.store.pending_ids(LocalizationRecord, task_ids(cell, LocalizationRecord))
+    except StoreError:  # damaged lines are set aside by who owns the cell
+        return False
 
 
 def _failure(cell: Cell) -> str | None:

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 from safetensors import SafetensorError
 
-from nemo_bench.errors import StoreError, did_you_mean
+from nemo_bench.errors import StoreError, UnwritableError, did_you_mean
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.images import visible
 from nemo_bench.records.schema import FILES
@@ -81,9 +81,12 @@ _REMEDIES = {
 }
 
 
+_DAY = 24 * 3600
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raises StoreError where a file can't be written: it names the file, what is kept, and what to do."""
+    """Raises UnwritableError where a file can't be written: it names the file, what is kept, and what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -92,7 +95,7 @@ def writing(path: Path) -> Iterator[None]:
         reason = os.strerror(number) if number else str(error)
         remedy = _REMEDIES.get(number or 0, "mend that")
         msg = f"{path} can't be written ({reason}). All that was recorded is kept: {remedy}, and the same command"
-        raise StoreError(f"{msg} goes on") from error
+        raise UnwritableError(f"{msg} goes on") from error
 
 
 @contextmanager
@@ -100,7 +103,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary name to write to and renames it at the end, so that a reader never sees half a file.
 
     Raises:
-        StoreError: It can't be written.
+        UnwritableError: It can't be written.
     """
     part = path.with_name(f"{path.name}.{_system()}.{os.getpid()}.part")
     with writing(path):
@@ -127,9 +130,6 @@ def remove_parts(files: Iterable[Path]) -> None:
                 not _is_running(int(found[2])) if found[1] == _system() else time.time() - file.stat().st_mtime > _DAY
             ):
                 file.unlink()
-
-
-_DAY = 24 * 3600
 
 
 def _is_running(process: int) -> bool:

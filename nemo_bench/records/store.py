@@ -237,12 +237,12 @@ def _lines(path: Path, kind: type[R]) -> Iterator[tuple[bytes, R | StoreError]]:
             if kind.result and getattr(record, kind.result) is None and record.failed is None:
                 msg = f"{place}: the record {record.id} has no {kind.result} that it should; {again}"
                 yield line, StoreError(msg)
-            else:
-                for entry in (record, record.cost):
-                    if entry is not None:  # 100,000 equal sets are nearly half of what the records of a cell take
-                        names = entry.__pydantic_fields_set__
-                        object.__setattr__(entry, "__pydantic_fields_set__", sets.setdefault(frozenset(names), names))
-                yield line, record
+                continue
+            for entry in (record, record.cost):
+                if entry is not None:  # 100,000 equal sets are nearly half of what the records of a cell take
+                    names = entry.__pydantic_fields_set__
+                    object.__setattr__(entry, "__pydantic_fields_set__", sets.setdefault(frozenset(names), names))
+            yield line, record
 
 
 def _result(record: Record) -> dict[str, Any]:
@@ -348,9 +348,9 @@ class Store:
         self.folder = folder
 
     def open(self, spec: Spec, *, is_named: bool = False) -> None:
-        """Makes the folder, or checks that it belongs to the same configuration; mends what faults left in it.
+        """Makes the folder, or checks that it belongs to the same configuration.
 
-        Files that killed processes left half written are removed. Damaged lines of records go to a file beside theirs.
+        Files that killed processes left half written are removed.
 
         A ``spec.json`` that was lost or damaged is written again in a folder that is named by its settings, or has
         another name that no other configuration has (``is_named``).
@@ -372,14 +372,13 @@ class Store:
         for part in ("records", "images", "noise"):
             (self.folder / part).mkdir(exist_ok=True)
         remove_parts(self.folder.rglob("*.part"))
-        self.set_damaged_aside()
 
-    def set_damaged_aside(self, *kinds: type[Record]) -> None:
+    def set_damaged_aside(self) -> None:
         """Moves lines that are no records to ``<file>.damaged``, and says so: their items are computed again.
 
-        Of all stages or, where ``kinds`` are given, of those alone.
+        Nobody else may be writing records of the cell.
         """
-        for kind in kinds or schema.RECORDS:
+        for kind in schema.RECORDS:
             try:
                 self.records(kind)
             except StoreError:

@@ -97,7 +97,7 @@ def test_garbage_in_the_middle_is_an_error_that_names_file_and_line(store: Store
 @pytest.mark.parametrize(
     "garbage", [b"garbage", b'{"id": "b", "sco', b"\0" * 9, b"\xff", as_json(record("b"))[:-2].encode()]
 )
-def test_opening_a_cell_sets_a_damaged_line_aside_and_its_item_alone_is_pending(
+def test_a_damaged_line_is_set_aside_and_its_item_alone_is_pending(
     store: Store, garbage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = lines_of(store, 0)
@@ -106,13 +106,13 @@ def test_opening_a_cell_sets_a_damaged_line_aside_and_its_item_alone_is_pending(
     path.write_bytes(good[0] + garbage + b"\n" + good[1] + garbage + b"\n" + good[2] + torn)
     with pytest.raises(StoreError, match=r"sets it aside and computes its item again"):
         store.records(DetectionRecord)
-    store.open(SPEC)
+    store.set_damaged_aside()
     assert store.pending_ids(DetectionRecord, "abcde") == ["b", "e"]
     assert path.with_name("detect.0.jsonl.damaged").read_bytes() == 2 * (garbage + b"\n")
     assert path.read_bytes() == b"".join(good)
     assert [f"{path}, line {number} is no" in said for number, said in zip((2, 4), caplog.messages, strict=True)]
     assert "it is in detect.0.jsonl.damaged now" in caplog.text
-    store.open(SPEC)
+    store.set_damaged_aside()
     assert len(caplog.messages) == 2
 
 
@@ -121,9 +121,7 @@ def test_a_whole_file_is_not_written_again(store: Store) -> None:
     store.writer(ScoreRecord)([ScoreRecord(id="a", prompt="a")])
     lines_of(store, 1).write_text("garbage\n" + as_json(record("b")))
     before = lines_of(store, 0).stat()
-    store.set_damaged_aside(ScoreRecord)
-    assert not list((store.folder / "records").glob("*.damaged"))
-    store.open(SPEC)
+    store.set_damaged_aside()
     assert lines_of(store, 0).stat() == before
     assert set(store.records(DetectionRecord)) == {"a", "b"}
 
