@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Annotation
@@ -215,6 +216,7 @@ def _tradeoff(
 
 def _label(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
     """Writes a label beside each point, on the side where it covers the fewest labels, points and error bars."""
+    FigureCanvasAgg(figure)  # keeps its renderer; else each label that is measured makes one as large as the figure
     figure.draw_without_rendering()
     taken = [artist.get_window_extent().padded(3) for artist in (*axes.lines, *axes.collections)]
     for text, x, y in points:
