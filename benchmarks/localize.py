@@ -7,7 +7,8 @@ neurons the text is encoded again and two UNet steps run on all seeds, one promp
 UNet passes, one prompt at a time. It is the slow implementation that the tests compare with. A row pass is one sample
 through the UNet. Passes that start at a replayed prefix compute less, and gradients of bisection more: `pass` counts
 the multiplications of convolutions and linear layers (twice where gradients flow back), in full passes; `row` counts
-samples, whatever part of the UNet they pass.
+samples, whatever part of the UNet they pass. The scripts discard the first of their two steps: `to one step` is a ratio
+to the same schedule without it, half as many rows and passes. `lowest` and `highest` are of single prompts.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ class Meter:
     rows: float = 0.0
     multiplications: float = 0.0
     seconds: float = 0.0
+    processor_seconds: float = 0.0
 
     def add(self, other: Meter) -> None:
-        self.rows += other.rows
-        self.multiplications += other.multiplications
-        self.seconds += other.seconds
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
 
 @contextmanager
@@ -72,17 +73,19 @@ def measured(model: Diffusion, meter: Meter) -> Iterator[None]:
     leaves = [m for m in model.unet.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     hooks = [model.unet.register_forward_pre_hook(count_rows)]
     hooks += [leaf.register_forward_hook(count_multiplications) for leaf in leaves]
-    start = time.perf_counter()
+    start, processor_start = time.perf_counter(), time.process_time()
     try:
         yield
         if model.device.type == "cuda":
             torch.cuda.synchronize()
     finally:
         meter.seconds += time.perf_counter() - start
+        meter.processor_seconds += time.process_time() - processor_start
         for hook in hooks:
             hook.remove()
 
 
+SIDES = {"exact": "sequential", "margin": "margin", "bisect": "bisect"}
 _one_step = plain.noise_differences
 
 
@@ -137,8 +140,7 @@ def per_prompt(model: Diffusion, run: Callable[[list[str]], Any], texts: list[st
     meter = Meter()
     with measured(model, meter), REFERENCE.precision(model):
         result = run(texts)
-    parts = (meter.rows, meter.multiplications, meter.seconds)
-    return result, Meter(*(part / len(texts) for part in parts))
+    return result, Meter(*(part / len(texts) for part in vars(meter).values()))
 
 
 def main() -> None:
@@ -165,13 +167,13 @@ def main() -> None:
     tau = tau if arguments.threshold is None else arguments.threshold
     calibration = Calibration(mean, std, tau, len(general))
 
-    meters = {name: Meter() for name in ("plain", "exact", "bisect")}
+    meters = {name: Meter() for name in ("plain", *SIDES)}
     lines: list[dict[str, Any]] = []
     bar = tqdm(total=arguments.prompts, desc="prompts", unit="prompt")
     for prompt in prompts:
         localized = {}
         spent = {name: Meter() for name in meters}
-        for name, kind in (("exact", "sequential"), ("bisect", "bisect")):
+        for name, kind in SIDES.items():
             with measured(model, spent[name]):
                 text = model.encode([prompt.text])
                 options = NemoSettings(refinement=kind)  # type: ignore[arg-type]
@@ -201,8 +203,10 @@ def main() -> None:
                 "neurons": refined.count,
                 "same": localized["exact"].neurons == refined,
                 "smallest_margin": min((abs(s - t) for s, t in expected.decisions if s != t), default=0.0),
+                "same_by_margin": localized["margin"].neurons == refined,
                 "bisect_neurons": localized["bisect"].neurons.count,
                 "shared_with_bisect": overlap(refined, localized["bisect"].neurons),
+                **{f"{name}_row_ratio": spent["plain"].rows / spent[name].rows for name in SIDES},
             }
         )
         bar.update()
@@ -218,18 +222,16 @@ def main() -> None:
         "prompts": len(lines),
         "same_neurons": all(line["same"] for line in lines),
         "prompts_with_same_neurons": sum(line["same"] for line in lines),
-        "exact_pass_ratio": base.multiplications / meters["exact"].multiplications,
-        "exact_row_ratio": base.rows / meters["exact"].rows,
-        "exact_time_ratio": base.seconds / meters["exact"].seconds,
-        "bisect_pass_ratio": base.multiplications / meters["bisect"].multiplications,
-        "bisect_row_ratio": base.rows / meters["bisect"].rows,
-        "bisect_time_ratio": base.seconds / meters["bisect"].seconds,
+        "prompts_with_same_neurons_by_margin": sum(line["same_by_margin"] for line in lines),
+        **{
+            f"{name}_{measure}": value
+            for name in SIDES
+            for measure, value in ratios(base, meters[name], [line[f"{name}_row_ratio"] for line in lines]).items()
+        },
         "statistics_time_ratio": slow_statistics.seconds / fast_statistics.seconds,
         "threshold_pass_ratio": slow_threshold.multiplications / fast_threshold.multiplications,
         "threshold_time_ratio": slow_threshold.seconds / fast_threshold.seconds,
-        "plain_seconds_per_prompt": base.seconds / len(lines),
-        "exact_seconds_per_prompt": meters["exact"].seconds / len(lines),
-        "bisect_seconds_per_prompt": meters["bisect"].seconds / len(lines),
+        **{f"{name}_seconds_per_prompt": meter.seconds / len(lines) for name, meter in meters.items()},
     }
     if arguments.json:
         print(json.dumps({**result, "lines": lines}))
@@ -243,6 +245,18 @@ def main() -> None:
     print("\n| measure | value |\n| --- | ---: |")
     for key, value in result.items():
         print(f"| {key.replace('_', ' ')} | {f'{value:.2f}' if isinstance(value, float) else value} |")
+
+
+def ratios(base: Meter, side: Meter, row_ratios: list[float]) -> dict[str, float]:
+    return {
+        "pass_ratio": base.multiplications / side.multiplications,
+        "row_ratio": base.rows / side.rows,
+        "row_ratio_lowest": min(row_ratios),
+        "row_ratio_highest": max(row_ratios),
+        "row_ratio_to_one_step": base.rows / 2 / side.rows,
+        "time_ratio": base.seconds / side.seconds,
+        "processor_time_ratio": base.processor_seconds / side.processor_seconds,
+    }
 
 
 def batches(texts: list[str]) -> list[list[str]]:

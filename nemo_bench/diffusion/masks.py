@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -70,14 +71,21 @@ class NeuronMasks:
         numbers = {neurons: number for number, neurons in enumerate(dict.fromkeys(rows))}
         for neurons in numbers:
             self.check(neurons)
+        widths = list(self.widths.values())
+        starts = dict(zip(self.widths, accumulate([0, *widths]), strict=False))
+        blocked = [
+            (number, starts[name] + i)
+            for neurons, number in numbers.items()
+            for name, ids in neurons.items()
+            for i in ids
+        ]
+        # All layers together, so that one copy to the device serves them all.
+        factors = torch.ones(len(numbers), sum(widths))
+        if blocked:
+            factors[tuple(torch.tensor(blocked).T)] = factor
         index = torch.tensor([numbers[neurons] for neurons in rows])
-        by_layer = {}
-        for name, width in self.widths.items():
-            factors = torch.ones(len(numbers), width)
-            for neurons, number in numbers.items():
-                factors[number, list(neurons.get(name, ()))] = factor
-            by_layer[name] = factors[index].to(next(self._layers[name].parameters()).device)
-        return by_layer
+        device = next(next(iter(self._layers.values())).parameters()).device
+        return dict(zip(self.widths, factors[index].to(device).split(widths, dim=1), strict=True))
 
     @contextmanager
     def scale(self, factors: Mapping[str, Tensor], replayed: Collection[str] = ()) -> Iterator[None]:

@@ -16,12 +16,13 @@ class Prefix:
 
     The computation before a value layer stays the same as long as only its neurons and those of later layers change.
     Parts are the input convolution and the resnets, attentions and samplers of the blocks. Parts before the one with
-    the layer are replayed, the rest is computed. ``layers`` are those at which passes will start. A compiled UNet has
-    no parts.
+    the layer are replayed, the rest is computed. ``layers`` are those at which passes will start; nothing is kept of
+    the parts from the last of them on. A compiled UNet has no parts.
     """
 
     def __init__(self, unet: nn.Module, layers: Iterable[str]) -> None:
-        sections = {"down_blocks", "mid_block", *(layer.split(".")[0] for layer in layers)}
+        self._layers = tuple(layers)
+        sections = {"down_blocks", "mid_block", *(layer.split(".")[0] for layer in self._layers)}
         self._parts = {}
         for name, module in unet.named_modules():
             section, *rest = name.split(".")
@@ -29,6 +30,7 @@ class Prefix:
             depth = 2 if section == "mid_block" else 3
             if name == "conv_in" or (section in sections and len(rest) == depth):
                 self._parts[name] = module
+        self._order: list[str] = []
         self._outputs: dict[str, Any] = {}
 
     @contextmanager
@@ -44,16 +46,17 @@ class Prefix:
         finally:
             for hook in hooks:
                 hook.remove()
-        self._outputs = {name: _concatenated(outputs) for name, outputs in recorded.items()}
+        self._order = list(recorded)
+        replayed = max((self._before(layer) for layer in self._layers), key=len, default=[])
+        self._outputs = {name: _concatenated(recorded[name]) for name in replayed}
 
     def skips(self, module: str, layer: str) -> bool:
         """Whether a module is not called when passes start at a value layer; both are module paths."""
         return any(module.startswith(f"{name}.") for name in self._before(layer))
 
     def _before(self, layer: str) -> list[str]:
-        names = list(self._outputs)
-        containing = next(i for i, name in enumerate(names) if layer.startswith(f"{name}."))
-        return names[:containing]
+        containing = next(i for i, name in enumerate(self._order) if layer.startswith(f"{name}."))
+        return self._order[:containing]
 
     @contextmanager
     def replaying(self, layer: str, rows: Sequence[int]) -> Iterator[None]:

@@ -90,6 +90,8 @@ class Sampling:
         self.number = 0
         self.output: Tensor | None = None
         self._scheduler = model.scheduler_of(model.steps)
+        # The scheduler's own are on the device: to read one waits for all that is computed there.
+        self._timesteps: list[int] = self._scheduler.timesteps.tolist()
         self._is_guided = model.guidance > 1
         if self._is_guided:
             text = (unconditional or model.unconditional(len(text))).followed_by(text)
@@ -100,7 +102,7 @@ class Sampling:
     @property
     def timestep(self) -> int:
         """Training timestep of the current step."""
-        return int(self._scheduler.timesteps[self.number])
+        return self._timesteps[self.number]
 
     @torch.no_grad()
     def predict(self) -> None:
@@ -141,8 +143,7 @@ class Sampling:
             replaced = self.model.prediction(noise, self.timestep, self.latents).to(output.dtype)
             is_changed = (noise != self.step.guided(self.model.guidance)).flatten(1).any(1)
             output = torch.where(is_changed[:, None, None, None], replaced, output)
-        timestep = self._scheduler.timesteps[self.number]
-        self.latents = self._scheduler.step(output, timestep, self.latents, return_dict=False)[0]
+        self.latents = self._scheduler.step(output, self.timestep, self.latents, return_dict=False)[0]
         self._finite.append(_are_finite(self.latents))
         self.output = None
         self.number += 1

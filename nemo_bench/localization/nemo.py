@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -43,6 +43,10 @@ ROUNDING = 1e-5
 """Largest difference of similarities between batches of different sizes in single precision."""
 HALF_ROUNDING = 1e-3
 """The same in half precision."""
+REACH = 3
+"""Tests in a batch of the refinement, for each that the batch before decided."""
+NEAR = 0.05
+"""Distance from the limit within which ``refinement="margin"`` tests a seed with every neuron."""
 LAST_K = 1280
 """The selection ends before this number of most active neurons of a layer is tested."""
 Threshold = Annotated[float, Field(ge=-1, le=1)]
@@ -66,9 +70,10 @@ class NemoSettings:
     #: Refine by relative change instead: a neuron is dropped if the similarity of every seed stays within this part of
     #: the similarity with all candidates blocked.
     relative: Positive | None = None
-    #: ``"sequential"``, as published, or ``"bisect"``: drops many neurons at a time and then checks that all seeds stay
-    #: changed and that no further neuron can be dropped.
-    refinement: Literal["sequential", "bisect"] = "sequential"
+    #: ``"sequential"``, as published; ``"margin"``, the same sequence on the seeds near the threshold, where the others
+    #: are tested at the end of a layer only; or ``"bisect"``: drops many neurons at a time and then checks that all
+    #: seeds stay changed and that no further neuron can be dropped, or goes on by margin where it does not pay.
+    refinement: Literal["sequential", "margin", "bisect"] = "sequential"
     #: Threshold on the most similar pair of seeds of a prompt: ``"pairs"``, as published, the memorization threshold,
     #: which is calibrated from all pairs; or ``"maxima"``, calibrated from the most similar pair of each general
     #: prompt, which far fewer general prompts pass.
@@ -124,6 +129,10 @@ class Trial:
         """Number of kept seeds."""
         return len(self.original)
 
+    def rows(self, seeds: int) -> int:
+        """Number of UNet passes, one for each row, of a test on some seeds."""
+        return self._passes * (len(self.latents) if self.joint else seeds)
+
     def keep(self, seeds: Tensor) -> None:
         """Keeps the seeds of a boolean mask, (S,)."""
         self.original = self.original[seeds]
@@ -162,7 +171,7 @@ class Trial:
         if self.model.compiled or self.protocol.guidance is not None:
             return self.similarities([(candidates, seeds)])[0]
         self._known.clear()
-        self._prefix = Prefix(self.model.unet, self.model.value_layers)
+        self._prefix = Prefix(self.model.unet, {layer for layer, _ in candidates})
         with self._prefix.recording():
             return self.similarities([(candidates, seeds)])[0]
 
@@ -320,23 +329,48 @@ class Refinement:
     kept: Candidates  # first those of the initial selection
     values: Tensor  # similarities of all seeds with them blocked
     excess: Excess
+    _untested: list[int] = field(default_factory=list, init=False)  # seeds whose values are those of an earlier set
+    _reach: int = field(default=REACH, init=False)  # tests in the next batch
 
-    def sequential(self) -> None:
-        """Tests one by one, as published: layers from the last to the first, then neurons in the same order."""
+    def sequential(self, near: float = math.inf) -> None:
+        """Tests one by one, as published: layers from the last to the first, then neurons in the same order.
+
+        Seeds farther below the limit than ``near`` are tested at the end of each layer only. If one has crossed the
+        limit there, the neurons of the layer are tested again, on all seeds.
+        """
+        if self.trial.joint:
+            near = math.inf  # every test takes all seeds
         for layer in self._layers():
             rest = [neuron for neuron in self.kept if neuron[0] != layer]
             hardest = self._hardest_first()[:1]
             self._accept(rest, hardest, self.trial.similarities([(rest, hardest)])[0])
         self.values = self.trial.record(self.kept)
         for layer in self._layers():
-            self._drop_in_order(layer)
+            before = self.kept, self.values
+            self._drop_in_order(layer, near)
+            if not self._far_seeds_pass(layer):
+                self.kept, self.values = before
+                self._drop_in_order(layer)
 
     def bisect(self) -> None:
-        """Drops many neurons at a time: first those with the smallest slopes, then those that can be dropped alone."""
+        """Drops many neurons at a time: first those with the smallest slopes, then those that can be dropped alone.
+
+        The sequence takes a row for each seed to record and to drop a neuron, and at least one row to keep a neuron.
+        Where bisection has cost more than that, the sequence goes on with what is left, on seeds near the limit.
+        """
         self.kept = list(dict.fromkeys(self.kept))
-        for ranking in (self._by_slope, self._removable):
-            while self.kept and self._drop_first_of(ranking()):
-                pass
+        count = len(self.kept)
+        start = self.trial.row_passes
+        # Ranking by slopes leaves every neuron to be tested once more, as the sequence does.
+        for ranking, tests in ((self._by_slope, count), (self._removable, 0)):
+            found = True
+            while self.kept and found:
+                dropped = count - len(self.kept)
+                affordable = self.trial.rows(self.trial.seeds) * (1 + dropped) + self.trial.rows(1) * tests
+                if self.trial.row_passes - start > affordable:
+                    self.sequential(NEAR)
+                    return
+                found = self._drop_first_of(ranking())
 
     def _by_slope(self) -> Candidates:
         """All neurons by their largest slope on the hardest seeds, the smallest first."""
@@ -344,18 +378,20 @@ class Refinement:
         return [neuron for _, neuron in sorted(zip(slopes, self.kept, strict=True))]
 
     def _removable(self) -> Candidates:
-        """The neurons that can be dropped alone, the one with the smallest effect first."""
-        excesses = dict.fromkeys(self.kept, -math.inf)
-        order = self._hardest_first()
-        # Most tests fail on the hardest seed.
-        for seeds in (order[:1], order[1:3], order[3:]):
-            tested = self.trial.similarities([(_without(self.kept, neuron), seeds) for neuron in excesses])
-            excesses = {
-                neuron: max([excess, *self.excess(values, seeds).tolist()])
-                for (neuron, excess), values in zip(excesses.items(), tested, strict=True)
-                if not self._fails(values, seeds)
-            }
-        return sorted(excesses, key=excesses.__getitem__)
+        """A neuron that can be dropped alone, then others that perhaps can; none if no neuron can."""
+        hardest, *others = self._hardest_first()
+        passed = self._dropped_alone(self.kept, [hardest])
+        for number, neuron in enumerate(passed):
+            # Most tests that fail do so on the hardest seeds.
+            if self._dropped_alone(self._dropped_alone([neuron], others[:2]), others[2:]):
+                return passed[number:]
+        return []
+
+    def _dropped_alone(self, neurons: Sequence[Neuron], seeds: list[int]) -> Candidates:
+        """Those of some neurons that can be dropped alone for some seeds, the one with the smallest effect first."""
+        tested = self.trial.similarities([(_without(self.kept, neuron), seeds) for neuron in neurons])
+        excesses = [float(self.excess(values, seeds).max()) if seeds else -math.inf for values in tested]
+        return [neuron for excess, neuron in sorted(zip(excesses, neurons, strict=True)) if excess < 0]
 
     def _drop_first_of(self, order: Candidates) -> bool:
         """Searches the largest number of first neurons that can be dropped together; returns whether any can."""
@@ -363,48 +399,65 @@ class Refinement:
         dropped = 0
         limit = len(order)
         while dropped < limit:
-            hardest = self._hardest_first()[:1]
             counts = sorted({dropped + math.ceil((limit - dropped) * step / POINTS) for step in range(1, POINTS + 1)})
             rests = {count: [neuron for neuron in candidates if neuron not in order[:count]] for count in counts}
-            tested = dict(zip(counts, self.trial.similarities([(rests[c], hardest) for c in counts]), strict=True))
-            passed = [count for count in counts if not self._fails(tested[count], hardest)]
-            if not passed:
-                limit = counts[0] - 1
-                continue
-            largest = passed[-1]
-            if not self._accept(rests[largest], hardest, tested[largest]):
-                limit = largest - 1
-                continue
-            dropped = largest
-            larger = [count for count in counts if count > largest]
-            if larger:
-                limit = larger[0] - 1
+            largest = self._accept_largest(rests)
+            dropped = max(dropped, largest)
+            limit = next((count for count in counts if count > largest), limit + 1) - 1
         return dropped > 0
+
+    def _accept_largest(self, rests: Mapping[int, Candidates]) -> int:
+        """Keeps what the largest possible number of dropped neurons, in rising order, leaves; returns it, or 0.
+
+        All numbers are tested on the hardest seed. If the largest that passes there fails on other seeds, the smaller
+        ones are tested on the worst of these next.
+        """
+        seeds = self._hardest_first()[:1]
+        passed = dict.fromkeys(rests, self.values[:0])
+        while passed:
+            tested = self.trial.similarities([(rests[count], seeds[-1:]) for count in passed])
+            passed = {
+                count: torch.cat([known, values])
+                for (count, known), values in zip(passed.items(), tested, strict=True)
+                if not self._fails(values, seeds[-1:])
+            }
+            if passed:
+                largest, known = passed.popitem()
+                others = [seed for seed in self._hardest_first() if seed not in seeds]
+                values = self._completed(rests[largest], seeds, known, others)
+                excess = self.excess(values, range(self.trial.seeds))
+                if float(excess.max()) < 0:
+                    self.kept = rests[largest]
+                    self.values = values
+                    return largest
+                seeds.append(int(excess.argmax()))
+        return 0
 
     def _layers(self) -> list[str]:
         return list(dict.fromkeys(layer for layer, _ in self.kept))[::-1]
 
-    def _drop_in_order(self, layer: str) -> None:
-        """Tests the neurons of a layer in order, several in a batch.
+    def _drop_in_order(self, layer: str, near: float = math.inf) -> None:
+        """Tests the neurons of a layer in order, several in a batch, on the seeds that are near the limit.
 
         The first wrong guess ends a batch: the tests after it started from other candidates, and serve as guesses only.
         """
         queue = deque(neuron for neuron in self.kept if neuron[0] == layer)
         effects: dict[Neuron, float] = {}
         while queue:
-            order = self._hardest_first()
-            if not self._fails(self.values, order):
+            order = self._hardest_first(near)
+            if not self._fails(self.values, range(self.trial.seeds)):
                 self._drop_repeated(queue)
-            plan = self._plan(queue, effects, order)
+            plan = self._plan(islice(queue, self._reach), effects, order)
             results = self.trial.similarities([(rest, seeds) for rest, seeds, _ in plan], layer)
             before = float(self.values[order[0]])
             for neuron, (*_, should_pass), values in zip(queue, plan, results, strict=False):
                 effects[neuron] = float(values[0]) - before
                 if should_pass:
                     before = float(values[0])
-            for (rest, seeds, should_pass), values in zip(plan, results, strict=True):
+            for decided, ((rest, seeds, should_pass), values) in enumerate(zip(plan, results, strict=True), 1):
+                self._reach = REACH * decided
                 queue.popleft()
-                if self._accept(rest, seeds, values, layer) != should_pass:
+                if self._accept(rest, seeds, values, layer, near) != should_pass:
                     break
 
     def _plan(
@@ -440,24 +493,44 @@ class Refinement:
                 queue.remove(neuron)
                 self.kept = _without(self.kept, neuron)
 
-    def _accept(self, rest: Candidates, seeds: Sequence[int], values: Tensor, layer: str | None = None) -> bool:
-        """Keeps ``rest`` alone if its test passes on all seeds; the similarities of some seeds are known."""
+    def _accept(
+        self, rest: Candidates, seeds: Sequence[int], values: Tensor, layer: str | None = None, near: float = math.inf
+    ) -> bool:
+        """Keeps ``rest`` alone if its test passes on all seeds near the limit; similarities of some seeds are known."""
         if self._fails(values, seeds):
             return False
-        others = [seed for seed in self._hardest_first() if seed not in seeds]
-        complete = values.new_empty(self.trial.seeds)
-        complete[list(seeds)] = values
-        if others:
-            complete[others] = self.trial.similarities([(rest, others)], layer)[0]
+        others = [seed for seed in self._hardest_first(near) if seed not in seeds]
+        complete = self._completed(rest, seeds, values, others, layer)
         if self._fails(complete, range(self.trial.seeds)):
             return False
         self.kept = rest
         self.values = complete
+        self._untested = [seed for seed in range(self.trial.seeds) if seed not in (*seeds, *others)]
         return True
 
-    def _hardest_first(self) -> list[int]:
-        order: list[int] = self.excess(self.values, range(self.trial.seeds)).argsort(descending=True).tolist()
-        return order
+    def _completed(
+        self, rest: Candidates, seeds: Sequence[int], values: Tensor, others: Sequence[int], layer: str | None = None
+    ) -> Tensor:
+        """Similarities of all seeds: known ones of some seeds, those of others by a test, and the last ones."""
+        complete = self.values.clone()
+        complete[list(seeds)] = values
+        if others:
+            complete[list(others)] = self.trial.similarities([(rest, others)], layer)[0]
+        return complete
+
+    def _far_seeds_pass(self, layer: str) -> bool:
+        """Tests the seeds that the last accepted test left out."""
+        far = self._untested
+        self._untested = []
+        if far:
+            self.values[far] = self.trial.similarities([(self.kept, far)], layer)[0]
+        return not self._fails(self.values[far], far)
+
+    def _hardest_first(self, near: float = math.inf) -> list[int]:
+        """The hardest seed, then those of the others that are near the limit, the hardest first."""
+        excesses = self.excess(self.values, range(self.trial.seeds))
+        order: list[int] = excesses.argsort(descending=True).tolist()
+        return order[: max(1, int((excesses > -near).sum()))]
 
     def _fails(self, values: Tensor, seeds: Sequence[int]) -> bool:
         return bool((self.excess(values, seeds) >= 0).any())
@@ -555,10 +628,10 @@ def localize(
         least = limit - trial.rounding
     excess = above(least) if settings.relative is None else away_from(values, settings.relative)
     refinement = Refinement(trial, candidates, values, excess)
-    if settings.refinement == "sequential":
-        refinement.sequential()
-    else:
+    if settings.refinement == "bisect":
         refinement.bisect()
+    else:
+        refinement.sequential(NEAR if settings.refinement == "margin" else math.inf)
     if protocol.duplicates:
         result = replace(result, listed=as_listed(refinement.kept), listed_initial=as_listed(candidates))
     return replace(

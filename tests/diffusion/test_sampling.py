@@ -4,13 +4,16 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_bench import Diffusion, ModelError, Neurons
 from nemo_bench.diffusion import Conditioning, Sampling, Similarity, Step, cross_attentions
+from nemo_bench.diffusion.sampling import Rule
 from nemo_bench.diffusion.schedule import ddim
 from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl, tiny_texts
 
@@ -91,6 +94,31 @@ def test_a_pass_that_fails_leaves_no_projection_replaced(monkeypatch: pytest.Mon
         model.generate(tiny_texts(1)[0], [0])
     hook.remove()
     assert [vars(layer).get("forward") for layer in model.text_projections] == kept
+
+
+class _Readings(TorchDispatchMode):
+    """Counts the values that are read from tensors, each of which waits for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rule", [None, lambda step: step.guided(2.0)])
+def test_a_step_reads_nothing_from_the_device(rule: Rule | None) -> None:
+    model = Diffusion(tiny_pipeline(), steps=3)
+    sampling = Sampling(model, model.encode(tiny_texts(2)), model.latents([0, 1]))
+    with _Readings() as readings, model.block(Neurons()):
+        readings.count = 0
+        for _ in range(model.steps):
+            sampling.predict()
+            sampling.advance(rule(sampling.step) if rule else None)
+        assert readings.count == 0
+        assert int(sampling.latents.isfinite().all()) == readings.count == 1
 
 
 def test_hooks_that_work_in_place_see_every_step_anew() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -386,7 +387,13 @@ class ScriptedTrial:
 
     def slopes(self, candidates: Candidates, seeds: list[int]) -> Tensor:
         rests = [[other for other in candidates if other != neuron] for neuron in candidates]
-        return (torch.stack([self.record(rest) for rest in rests]) - self.record(candidates))[:, seeds]
+        rows = self.row_passes + 2 * len(seeds)
+        slopes = (torch.stack([self.record(rest) for rest in rests]) - self.record(candidates))[:, seeds]
+        self.row_passes = rows
+        return slopes
+
+    def rows(self, seeds: int) -> int:
+        return seeds
 
     def highest(self, candidates: Candidates) -> float:
         return max(self.value(candidates, seed) for seed in range(self.seeds))
@@ -443,19 +450,68 @@ def test_relative_refinement_is_the_plain_sequence_of_tests(
     assert refinement.kept == plain_refinement(trial, candidates, lost)
 
 
+class MonotoneTrial(ScriptedTrial):
+    """Every neuron lowers every similarity, whatever else is blocked."""
+
+    def value(self, candidates: Candidates, seed: int) -> float:
+        places = [("abcd".index(layer) * 5 + index) % 16 for layer, index in sorted(set(candidates))]
+        return float(1 - np.abs(draw_rule(self.salt, seed)[0][places]).sum())
+
+
+@pytest.mark.parametrize("kind", [ScriptedTrial, MonotoneTrial])
+@given(candidates=candidate_lists, seeds=st.integers(1, 6), salt=st.integers(0, 10_000), slack=st.floats(0, 0.6))
+def test_refinement_by_margin_is_the_sequence_unless_a_seed_crosses_the_limit_and_comes_back(
+    kind: type[ScriptedTrial], candidates: Candidates, seeds: int, salt: int, slack: float
+) -> None:
+    trial = kind(seeds, salt)
+    tau = trial.highest(candidates) + slack
+    refinement = Refinement(trial, candidates, trial.record(candidates), above(tau))  # type: ignore[arg-type]
+    refinement.sequential(near=0.05)
+    kept = refinement.kept
+    assert refinement.values.tolist() == [trial.value(kept, seed) for seed in range(seeds)]
+    assert set(kept) == set(candidates) or trial.highest(kept) < tau
+    if kind is MonotoneTrial:
+        assert kept == plain_refinement(trial, candidates, lambda rest: trial.highest(rest) >= tau)
+
+
 @given(candidates=candidate_lists, seeds=st.integers(1, 6), salt=st.integers(0, 10_000), slack=st.floats(0, 0.6))
 @example(candidates=[("a", 0), ("a", 3)], seeds=2, salt=4876, slack=0.125)
 def test_bisection_satisfies_the_same_criterion(candidates: Candidates, seeds: int, salt: int, slack: float) -> None:
     trial = ScriptedTrial(seeds, salt)
     tau = trial.highest(candidates) + slack
     refinement = Refinement(trial, candidates, trial.record(candidates), above(tau))  # type: ignore[arg-type]
-    refinement.bisect()
+    with mock.patch.object(refinement, "sequential", wraps=refinement.sequential) as fallback:
+        refinement.bisect()
     kept = refinement.kept
     assert set(kept) <= set(candidates)
     assert set(kept) == set(candidates) or trial.highest(kept) < tau
     assert len(kept) == len(set(kept))
-    for neuron in kept:
+    for neuron in () if fallback.called else kept:
         assert trial.highest([other for other in kept if other != neuron]) >= tau
+
+
+def test_bisection_goes_on_one_by_one_where_it_does_not_pay() -> None:
+    """The neurons of the smallest slopes are those that can't be dropped here."""
+    candidates = [("a", index) for index in range(60)]
+    needed = set(candidates[:3])
+
+    class Misleading(ScriptedTrial):
+        def value(self, candidates: Candidates, seed: int) -> float:
+            return 1 - 0.3 * len(needed & set(candidates)) - 0.001 * len(candidates)
+
+        def slopes(self, candidates: Candidates, seeds: list[int]) -> Tensor:
+            return torch.tensor([[-1.0 if neuron in needed else 1.0] * len(seeds) for neuron in candidates])
+
+    trials = [Misleading(10, 0) for _ in range(2)]
+    found = []
+    for trial, run in zip(trials, (Refinement.bisect, Refinement.sequential), strict=True):
+        refinement = Refinement(trial, candidates, trial.record(candidates), above(0.2))  # type: ignore[arg-type]
+        with mock.patch.object(refinement, "sequential", wraps=refinement.sequential) as fallback:
+            run(refinement)
+        found.append(refinement.kept)
+        assert fallback.called == (run is Refinement.bisect)
+    assert found[0] == found[1] == candidates[:3]
+    assert trials[0].row_passes < trials[1].row_passes
 
 
 @settings(max_examples=40)

@@ -179,4 +179,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def to_image(image: Tensor) -> Image.Image:
     """A picture of (3, H, W) values in [0, 1]."""
-    return Image.fromarray(image.mul(255).round().byte().permute(1, 2, 0).cpu().numpy())
+    return to_images(image[None])[0]
+
+
+def to_images(images: Tensor) -> list[Image.Image]:
+    """Pictures of (N, 3, H, W) values in [0, 1], in one transfer from the device."""
+    return [Image.fromarray(pixels) for pixels in images.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from nemo_bench.benchmark.stages.base import UNLOCALIZED, Stage, file_name, to_image
+from nemo_bench.benchmark.stages.base import UNLOCALIZED, Stage, file_name, to_images
 from nemo_bench.errors import NotFiniteError
 from nemo_bench.methods import Batch
 from nemo_bench.prompts.tasks import Task, seeds_of
@@ -43,17 +44,19 @@ def _generate(stage: Stage, tasks: Sequence[Task]) -> list[ImageRecord]:
             return [record for task in tasks for record in _generate(stage, [task])]
         return [_record(tasks[0], model.row_passes - before, failed=str(error))]
     passes = round((model.row_passes - before) / len(tasks), 2)
+    pending = [row for row, task in enumerate(tasks) if task.id not in stage.done]
+    made = [row for row in pending if not generated.failed[row]]
+    names = [f"images/{file_name(tasks[row].prompt)}_{tasks[row].seed:02d}.png" for row in made]
+    with ThreadPoolExecutor() as threads:
+        # All files are there, or an error of a thread is raised, before there is a record of one.
+        saved = dict(
+            zip(made, threads.map(stage.store.save_image, names, to_images(generated.images[made])), strict=True)
+        )
     records = []
-    for row, (task, image, reason) in enumerate(zip(tasks, *generated, strict=True)):
-        if task.id in stage.done:
-            continue
-        result: dict[str, Any] = {"notes": dict(changed.notes[row]) if changed.notes else None}
-        if reason:
-            result["failed"] = reason
-        else:
-            name = f"images/{file_name(task.prompt)}_{task.seed:02d}.png"
-            result["image"] = stage.store.save_image(name, to_image(image))
-        records.append(_record(task, passes, **result))
+    for row in pending:
+        notes = dict(changed.notes[row]) if changed.notes else None
+        result = {"image": saved.get(row), "failed": generated.failed[row], "notes": notes}
+        records.append(_record(tasks[row], passes, **result))
     return records
 
 
