@@ -140,21 +140,33 @@ class SSIMPool:
 
 
 def block_statistics(local: Local) -> Tensor:
-    """Means of mean, its square, deviation and variance over blocks, (N, 4, 3, rows, columns)."""
-    maps = torch.stack([local.mean, local.mean.square(), local.variance.sqrt(), local.variance], 1)
-    return F.avg_pool2d(maps.flatten(1, 2), BLOCK, ceil_mode=True).unflatten(1, (4, 3))
+    """Statistics of blocks, (N, 6, 3, rows, columns): means of what :func:`bound` needs, and range of the local mean."""
+    maps = (local.mean, local.mean.square(), local.variance.sqrt(), local.variance)
+    means = [F.avg_pool2d(values, BLOCK, ceil_mode=True) for values in maps]
+    extremes = [sign * F.max_pool2d(sign * local.mean, BLOCK, ceil_mode=True) for sign in (-1, 1)]
+    return torch.stack([*means, *extremes], 1)
 
 
 def bound(a: Tensor, b: Tensor) -> Tensor:
     """Upper bounds of the mean SSIM in each block, (M, 3, rows, columns), by the statistics of one and of M pictures.
 
-    With means m, n and deviations s, t at a pixel, SSIM is at most min(L, C), where 1 - L = (m - n)² / (m² + n² + C1)
-    and 1 - C = (s - t)² / (s² + t² + C2), as the covariance is at most s t (Cauchy-Schwarz), and L and C are in [0, 1].
-    x² / y is convex, so its mean over a block is at least (mean of x)² / mean of y (Jensen), for either of the two.
+    With means m, n and deviations s, t at a pixel, SSIM is at most L C, where 1 - L = (m - n)² / (m² + n² + C1) and
+    1 - C = (s - t)² / (s² + t² + C2), as the covariance is at most s t (Cauchy-Schwarz). x² / y is convex, so its mean
+    is at least (mean of x)² / mean of y (Jensen); 1 - L C is 1 - L + L (1 - C), at least 1 - C, and L is least at ends.
     """
-    luminance = (a[0] - b[:, 0]).square_().div_(b[:, 1] + (a[1] + C1))
-    contrast = (a[2] - b[:, 2]).square_().div_(b[:, 3] + (a[3] + C2))
-    return 1 - torch.maximum(luminance, contrast)
+    mean, square, deviation, variance, low, high = a
+    means, squares, deviations, variances, lows, highs = b.unbind(1)
+    darkness = _distance(mean, means, square + squares)
+    contrast = (deviation - deviations).square_().div_((variance + C2) + variances)
+    least = 1 - torch.maximum(
+        _distance(low, highs, low.square() + highs.square()), _distance(high, lows, high.square() + lows.square())
+    )
+    return 1 - torch.maximum(contrast, darkness.addcmul_(least, contrast))
+
+
+def _distance(a: Tensor, b: Tensor, squares: Tensor) -> Tensor:
+    """One minus the luminance term of SSIM."""
+    return (a - b).square_().div_(squares.add_(C1))
 
 
 def _shares(length: int, device: torch.device) -> Tensor:
