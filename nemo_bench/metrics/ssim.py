@@ -37,9 +37,11 @@ class Local(NamedTuple):
         return cls.from_padded(mirrored(pictures))
 
     def part(self, pictures: Tensor, rows: slice) -> Local:
-        """Some rows of some of the pictures."""
-        padded = self.padded[pictures, :, rows.start : rows.stop + 2 * REACH]
-        return Local(padded, self.mean[pictures, :, rows], self.variance[pictures, :, rows])
+        """Some rows of some of the pictures, given by their numbers."""
+        first = int(pictures[0])
+        chosen = slice(first, first + 1) if len(pictures) == 1 else pictures  # a view spares a copy
+        padded = self.padded[chosen, :, rows.start : rows.stop + 2 * REACH]
+        return Local(padded, self.mean[chosen, :, rows], self.variance[chosen, :, rows])
 
 
 def mirrored(pictures: Tensor) -> Tensor:
@@ -135,7 +137,7 @@ class SSIMPool:
 
     def _bounds(self, image: Tensor) -> Tensor:
         """Upper bounds of the parts that strips have in the similarity of an image to each picture, (M, strips)."""
-        size = max(1, self.values // image.numel())
+        size = max(1, self.values // image[0].numel())
         maps = torch.cat([bound(image, part).mean(1) for part in self.blocks.split(size)])
         height, width = self.pictures.shape[2:]
         rows, columns = (_shares(length, image.device) for length in (height, width))
