@@ -146,7 +146,7 @@ class SSIMPool:
 
 
 def block_statistics(local: Local) -> Tensor:
-    """Statistics of blocks, (N, 6, 3, rows, columns): means of what :func:`bound` needs, and range of the local mean."""
+    """Statistics of blocks, (N, 6, 3, rows, columns): means of what :func:`bound` needs, range of the mean."""
     maps = (local.mean, local.mean.square(), local.variance.sqrt(), local.variance)
     means = [F.avg_pool2d(values, BLOCK, ceil_mode=True) for values in maps]
     extremes = [sign * F.max_pool2d(sign * local.mean, BLOCK, ceil_mode=True) for sign in (-1, 1)]
