@@ -130,27 +130,25 @@ def main() -> None:
         pool = torch.cat([SSIM().embed([Image.open(file)], size, device) for file in files])
 
         scorer = Scorer(METRICS, references)
-        figures: dict[str, list[float]] = {}
-        for kind, chosen in (("copies", tasks[::2]), ("new images", tasks[1::2]), ("both", tasks)):
-            for _ in range(arguments.rounds if kind == "both" else 1):
-                plain = [timed(lambda task=task: plainly(reader([task])[0], pool)) for task in chosen]
-                ours, seconds, processor = timed(lambda chosen=chosen: scorer(stage, reader(chosen)))
-                expected = [row for rows, *_ in plain for row in rows]
+        rounds = []
+        for _ in range(arguments.rounds):
+            figures = {}
+            for kind, chosen in (("copies", tasks[::2]), ("new images", tasks[1::2])):
+                plain, *of_plain = timed(lambda chosen=chosen: [plainly(reader([task])[0], pool) for task in chosen])
+                ours, *of_ours = timed(lambda chosen=chosen: scorer(stage, reader(chosen)))
+                expected = [row for rows in plain for row in rows]
                 found = [record.scores for record in ours if record.seed is not None]
                 assert len(found) == len(expected)
                 for one, other in zip(found, expected, strict=True):
                     assert all(abs(one[name] - other[name]) < 2e-6 for name in METRICS)
-                count = len(expected)
-                measured = {
-                    f"{kind}: images per second": count / seconds,
-                    f"{kind}: plain images per second": count / sum(row[1] for row in plain),
-                    f"{kind}: time ratio": sum(row[1] for row in plain) / seconds,
-                    f"{kind}: processor time ratio": sum(row[2] for row in plain) / processor,
-                }
-                for name, value in measured.items():
-                    figures.setdefault(name, []).append(value)
+                figures[kind] = np.array([of_plain, of_ours])
+            rounds.append(figures | {"both": sum(figures.values())})
     result = {"once: seconds": prepare, "once: processor seconds": prepare_processor}
-    result |= {name: median(values) for name, values in figures.items()}
+    for kind in rounds[0]:
+        ratios = [of_plain / of_ours for of_plain, of_ours in (figures[kind] for figures in rounds)]
+        result[f"{kind}: time ratio"], result[f"{kind}: processor time ratio"] = np.median(ratios, 0).tolist()
+    images = arguments.prompts * SEEDS
+    result["images per processor second"] = median(images / figures["both"][1, 1] for figures in rounds)
     if arguments.json:
         print(json.dumps(result))
         return
