@@ -104,6 +104,8 @@ class SSIMPool:
 
         def compare(number: int, candidates: Tensor) -> None:
             rows = (candidates & (total[:, number] > best - SLACK)).nonzero()[:, 0]
+            if not len(rows):
+                return
             values = self._compare(local, number, rows, bounds[rows, number], best[rows] - SLACK)
             better = values > best[rows]
             best[rows[better]] = values[better]
