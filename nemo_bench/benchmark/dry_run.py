@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from nemo_bench.benchmark.pending import pending_work
-from nemo_bench.benchmark.plan import THRESHOLD, Cell, Planner, is_measured
+from nemo_bench.benchmark.plan import THRESHOLD, Cell, Planner, is_measured, metrics_of
 from nemo_bench.benchmark.runner import Runner
 from nemo_bench.config import CellConfig
 from nemo_bench.errors import NemoBenchError
@@ -84,10 +85,11 @@ def forecast(configs: Sequence[CellConfig]) -> dict[str, Any]:
         records by stage; whether it is ``calibrated`` (None where it need not be); ``prompts_without_reference``;
         ``passes``, UNet passes of one sample by :data:`PASSES` (those to calibrate with the first cell that waits for
         it); ``at_least``, whether those are the fewest possible, since a method's passes depend on the prompt and no
-        record of the model tells them; and ``seconds``, None before the first records of the model. ``uncounted``:
-        number of other cells. ``prompts``: see :meth:`nemo_bench.benchmark.plan.Planner.first_prompts`.
-        ``total``: the same over all cells. ``pace``: by model, number of ``records`` that this is drawn from, their
-        ``devices`` and ``seconds_per_pass``.
+        record of the model tells them; ``comparisons`` at most, by metric, of images with the training images of all
+        prompts, which grow with the square of the number of prompts; and ``seconds``, None before the first records of
+        the model. ``uncounted``: number of other cells. ``prompts``: see
+        :meth:`nemo_bench.benchmark.plan.Planner.first_prompts`. ``total``: the same over all cells. ``pace``: by model,
+        number of ``records`` that this is drawn from, their ``devices`` and ``seconds_per_pass``.
 
     Raises:
         NemoBenchError: Settings are wrong; what is merely missing is in ``needs``.
@@ -104,6 +106,9 @@ def forecast(configs: Sequence[CellConfig]) -> dict[str, Any]:
             models[weights] = CostModel.from_records(Path(cell.config.settings.root), weights)
         rows.append(_cost(cell, pending, models[weights], calibrated))
     seconds = [row["seconds"] for row in rows]
+    comparisons: Counter[str] = Counter()
+    for row in rows:
+        comparisons.update(row["comparisons"])
     families = {}
     for config in configs:
         for found in config.families:
@@ -119,6 +124,7 @@ def forecast(configs: Sequence[CellConfig]) -> dict[str, Any]:
         "total": {
             "passes": {stage: sum(row["passes"][stage] for row in rows) for stage in PASSES},
             "at_least": any(row["at_least"] for row in rows),
+            "comparisons": dict(comparisons),
             "seconds": None if None in seconds else sum(seconds),
         },
         "pace": {
@@ -164,8 +170,16 @@ def _cost(cell: Cell, pending: dict[str, int], model: CostModel, calibrated: set
         "prompts_without_reference": sum(bool(p.kind) and not p.references for p in cell.prompts),
         "passes": passes,
         "at_least": at_least,
+        "comparisons": _comparisons(cell, pending.get("score", 0)),
         "seconds": model.estimate(passes, pending.get("score", 0)),
     }
+
+
+def _comparisons(cell: Cell, prompts: int) -> dict[str, int]:
+    """Comparisons with the training images of all prompts, by the metric that makes them, to score some prompts."""
+    pool = {path for prompt in cell.prompts for path in prompt.references}
+    count = prompts * cell.config.settings.seeds * len(pool)
+    return {name: count for name, metric in metrics_of(cell).items() if count and "pool" in metric.needs}
 
 
 def _calibrating(cell: Cell) -> int:

@@ -36,7 +36,7 @@ from nemo_bench.benchmark.stages.calibrate import measure_pairs, measure_statist
 from nemo_bench.benchmark.stages.generate import generate
 from nemo_bench.benchmark.stages.localize import localize
 from nemo_bench.benchmark.stages.memorization import measure_memorization
-from nemo_bench.benchmark.stages.score import SampleReader, Scorer, embed_real, read_features
+from nemo_bench.benchmark.stages.score import References, SampleReader, Scorer, embed_real, read_features
 from nemo_bench.config import ModelSettings, TrainerSettings, build, resolve
 from nemo_bench.config.schema import rows_at_once
 from nemo_bench.diffusion import Diffusion
@@ -186,6 +186,7 @@ class Runner:
         self._rows: dict[str, int] = {}
         self._costs: dict[str, float] = {}
         """UNet passes that localizing took for a prompt, in cells before."""
+        self._references = References()
 
     def start(self) -> None:
         """Starts the other processes and connects them, so that they wait for what the first one writes from now on.
@@ -385,7 +386,9 @@ class Runner:
         size = max(1, rows_at_once(settings) // settings.seeds)
         tasks = pending.scored_tasks(cell)
         workers = settings.workers
-        handle = Scorer(metrics, pool)
+        if self._references.files != tuple(pool):
+            self._references = References(pool)
+        handle = Scorer(metrics, self._references)
         self.run_stage(schema.ScoreRecord, handle, cell, tasks, size, needs_model=False, read=reader, workers=workers)
         if is_main() and not is_whole(store.folder / pending.SETS_FILE, schema.Sets):
             write_json(store.folder / pending.SETS_FILE, score_sets(cell, metrics))

@@ -41,6 +41,7 @@ class BenchMetric(Checked, ABC):
     citation: str = ""  #: Source.
     family: ClassVar[Family]  #: Subject of the metric.
     per: ClassVar[Per] = "image"  #: Whether a score belongs to an image, a prompt or a whole set of images.
+    by_image: ClassVar[bool] = False  #: Whether nothing else of its prompt matters: prompts can be scored together.
     role: ClassVar[Role] = ""  #: Part that the metric plays in reports, whatever its key in the settings.
     needs: ClassVar[frozenset[str]]  #: Fields that :meth:`score` takes. A prompt that lacks one gets no score.
     lower: float | None = None  #: Lowest possible score, or None.

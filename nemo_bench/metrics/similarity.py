@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from nemo_bench.metrics.base import BenchMetric
-from nemo_bench.metrics.spaces import ImageSpace
+from nemo_bench.metrics.spaces import ImageSpace, Pool
 
 
 class _Comparison(BenchMetric):
@@ -28,17 +29,30 @@ class _Comparison(BenchMetric):
             self.higher_is_better = space.is_distance
 
 
-class TrainingImage(_Comparison):
-    """Similarity of an image to its prompt's training image; of several references the most similar one counts."""
+class ReferenceMetric(BenchMetric):
+    """A metric of comparisons with the prompt's own training images, which all such metrics of a space share."""
 
-    name, others = "training image", "the prompt's own training image, best reference"
     family = "memorization"
-    role = "training_similarity"
     needs = frozenset({"images", "references"})
+
+    @abstractmethod
+    def judge(self, values: Tensor) -> Tensor:
+        """Scores, (S,), by the comparisons of S images with R training images in the space, (S, R)."""
 
     @override
     def score(self, images: Tensor, references: Tensor) -> Tensor:
-        return self.space.nearest(images, references)
+        return self.judge(self.space.compare(images, references))
+
+
+class TrainingImage(_Comparison, ReferenceMetric):
+    """Similarity of an image to its prompt's training image; of several references the most similar one counts."""
+
+    name, others = "training image", "the prompt's own training image, best reference"
+    role = "training_similarity"
+
+    @override
+    def judge(self, values: Tensor) -> Tensor:
+        return self.space.best(values)
 
 
 class NearestTrainingImage(_Comparison):
@@ -49,10 +63,12 @@ class NearestTrainingImage(_Comparison):
     family = "memorization"
     role = "nearest_training_similarity"
     needs = frozenset({"images", "pool"})
+    by_image = True
 
     @override
-    def score(self, images: Tensor, pool: Tensor) -> Tensor:
-        return self.space.nearest(images, pool)
+    def score(self, images: Tensor, pool: Tensor | Pool, known: Tensor | None = None) -> Tensor:
+        prepared = self.space.pool(pool) if isinstance(pool, Tensor) else pool
+        return prepared.nearest(images, known)[0]
 
 
 class Change(_Comparison):
@@ -64,21 +80,20 @@ class Change(_Comparison):
     name, others = "unmitigated", "the image of the same seed without mitigation"
     family = "change"
     needs = frozenset({"images", "unmitigated"})
+    by_image = True
 
     @override
     def score(self, images: Tensor, unmitigated: Tensor) -> Tensor:
         return self.space.pair(images, unmitigated)
 
 
-class MemorizationRate(BenchMetric):
+class MemorizationRate(ReferenceMetric):
     """Share of images whose similarity to their training image is above a threshold, or whose distance is below it.
 
     It is nan where that is not finite.
     """
 
-    family = "memorization"
     role = "memorization_rate"
-    needs = frozenset({"images", "references"})
     higher_is_better = False
     lower, upper = 0.0, 1.0
 
@@ -93,7 +108,7 @@ class MemorizationRate(BenchMetric):
         self.citation = space.citation
 
     @override
-    def score(self, images: Tensor, references: Tensor) -> Tensor:
-        values = self.space.nearest(images, references)
-        memorized = values < self.threshold if self.space.is_distance else values > self.threshold
-        return memorized.double().where(values.isfinite(), torch.nan)
+    def judge(self, values: Tensor) -> Tensor:
+        best = self.space.best(values)
+        memorized = best < self.threshold if self.space.is_distance else best > self.threshold
+        return memorized.double().where(best.isfinite(), torch.nan)

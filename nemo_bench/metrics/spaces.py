@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
@@ -19,14 +17,31 @@ from typing_extensions import override
 
 from nemo_bench.diffusion.noise import tiled_distance
 from nemo_bench.errors import ConfigError
+from nemo_bench.metrics.ssim import Local, SSIMPool, ssim
 from nemo_bench.records.io import file_digest
 from nemo_bench.records.ranges import Count, check_ranges
 
-PAIRED_VALUES = 1 << 18
+PAIRED_VALUES = 1 << 17
 """Values compared at a time on a CPU, few enough for its cache; a GPU takes :data:`GPU_FACTOR` times as many."""
 GPU_FACTOR = 64
 _BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Weights of the scales of MS-SSIM (Wang et al. 2003)."""
+
+
+class Pool(Protocol):
+    """Embedded pictures that many images are compared with, prepared once for all of them."""
+
+    def nearest(self, images: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Finds the most similar picture of each image.
+
+        Args:
+            images: N embedded images.
+            known: Comparisons made before, (N, M), nan where there is none.
+
+        Returns:
+            Similarities or distances, and numbers of the pictures, (N,) each.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -97,8 +112,28 @@ class ImageSpace(ABC):
 
     def nearest(self, a: Tensor, b: Tensor) -> Tensor:
         """Similarities or distances, (N,), of N embedded pictures to the most similar of M others."""
-        values = self.compare(a, b)
+        return self.best(self.compare(a, b))
+
+    def best(self, values: Tensor) -> Tensor:
+        """The most similar, (N,), of comparisons (N, M)."""
         return values.amin(1) if self.is_distance else values.amax(1)
+
+    def pool(self, pictures: Tensor) -> Pool:
+        """Prepares M embedded pictures, at least 1, for a search for the most similar."""
+        return _ComparedPool(self, pictures)
+
+
+@dataclass(frozen=True)
+class _ComparedPool:
+    """A pool all of whose pictures are compared with each image."""
+
+    space: ImageSpace
+    pictures: Tensor
+
+    def nearest(self, images: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        values = self.space.compare(images, self.pictures)
+        value, number = values.min(1) if self.space.is_distance else values.max(1)
+        return value, number
 
 
 class Pixels(ImageSpace):
@@ -158,18 +193,18 @@ class SSIM(Pixels):
 
     @override
     def pair(self, a: Tensor, b: Tensor) -> Tensor:
-        return _ssim(a, _moments(a), b, _moments(b))
+        return ssim(Local.from_pictures(a), Local.from_pictures(b))
 
     @override
     def compare(self, a: Tensor, b: Tensor) -> Tensor:
         # Computes the moments of each picture once; a library's function for pairs computes them once per pair.
-        mean, variance = _moments(a)
-        columns = []
-        for part in b.split(_batch_size(b)):
-            moments = _moments(part)
-            rows = [_ssim(a[i, None], (mean[i, None], variance[i, None]), part, moments) for i in range(len(a))]
-            columns.append(torch.stack(rows))
-        return torch.cat(columns, 1)
+        pictures = [Local.from_pictures(picture) for picture in a.split(1)]
+        parts = [Local.from_pictures(part) for part in b.split(_batch_size(b))]
+        return torch.stack([torch.cat([ssim(picture, part) for part in parts]) for picture in pictures])
+
+    @override
+    def pool(self, pictures: Tensor) -> SSIMPool:
+        return SSIMPool(pictures, _values_at_once(pictures.device))
 
 
 @dataclass(frozen=True)
@@ -213,36 +248,11 @@ def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2).float() / 255
 
 
+def _values_at_once(device: torch.device) -> int:
+    """Number of values computed with at a time."""
+    return PAIRED_VALUES * (1 if device.type == "cpu" else GPU_FACTOR)
+
+
 def _batch_size(pictures: Tensor) -> int:
     """Number of pictures compared at a time, so that memory does not grow with their number."""
-    values = PAIRED_VALUES * (1 if pictures.device.type == "cpu" else GPU_FACTOR)
-    return max(1, values // pictures[0].numel())
-
-
-def _blur(images: Tensor) -> Tensor:
-    """Means under a Gaussian window of 11 by 11 and sigma 1.5 at every pixel, borders mirrored."""
-    weights = [math.exp(-(step**2) / (2 * 1.5**2)) for step in range(-5, 6)]
-    # Sums of shifted pictures: convolutions of a single channel are slow on CPUs.
-    for dim in (2, 3):
-        size = images.shape[dim]
-        padded = F.pad(images, (0, 0, 5, 5) if dim == 2 else (5, 5, 0, 0), mode="reflect")
-        images = torch.zeros_like(images)
-        for start, weight in enumerate(weights):
-            images.add_(padded.narrow(dim, start, size), alpha=weight / sum(weights))
-    return images
-
-
-def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Local means and variances."""
-    mean = _blur(images)
-    return mean, (_blur(images.square()) - mean.square()).clamp(min=0)
-
-
-def _ssim(a: Tensor, moments_a: tuple[Tensor, Tensor], b: Tensor, moments_b: tuple[Tensor, Tensor]) -> Tensor:
-    """SSIM of N pictures, or of a single one, to N others, with their moments."""
-    mean_a, variance_a = moments_a
-    mean_b, variance_b = moments_b
-    covariance = _blur(a * b) - mean_a * mean_b
-    c1, c2 = 0.01**2, 0.03**2
-    luminance = (2 * mean_a * mean_b + c1) / (mean_a.square() + mean_b.square() + c1)
-    return (luminance * (2 * covariance + c2) / (variance_a + variance_b + c2)).mean((1, 2, 3))
+    return max(1, _values_at_once(pictures.device) // pictures[0].numel())

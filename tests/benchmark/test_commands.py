@@ -159,6 +159,11 @@ def test_dry_run_counts_and_writes_nothing(
     measure = {"memorization": 3, "generate": 6, "score": 3}
     assert [row["pending"] for row in rows] == [measure, *[{"localize": 3, **measure}] * 4]
     assert [row["passes"]["generate"] for row in rows] == [6 * 5 * 2] * 5
+    count = 6 * len({path for prompt in read_prompts(prompt_file) for path in prompt.references})
+    assert [row["comparisons"] for row in rows] == [{"ssim_nearest": count}] * 5
+    assert expected["total"]["comparisons"] == {"ssim_nearest": 5 * count}
+    assert main(["run", "--dry-run", *words]) == 0
+    assert f"ssim_nearest: at most {5 * count} comparisons with training images, four times" in capsys.readouterr().out
     assert not (tmp_path / "results").exists()
 
 

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from nemo_bench.benchmark.stages.base import CHUNK, Chunk, Stage, file_name, save_tensors
 from nemo_bench.errors import StoreError
-from nemo_bench.metrics import BenchMetric, ImageSpace, Network, OpenClip, SetMetric
+from nemo_bench.metrics import BenchMetric, ImageSpace, NearestTrainingImage, Network, OpenClip, SetMetric
+from nemo_bench.metrics.similarity import ReferenceMetric
+from nemo_bench.metrics.spaces import Pool
 from nemo_bench.prompts.tasks import Task
 from nemo_bench.records.data import Neurons
 from nemo_bench.records.images import open_image
@@ -139,20 +141,41 @@ class SampleReader:
             raise StoreError(f"{msg}; delete it, and the command that made it makes it again")
 
 
+class References:
+    """The reference images of all prompts, which each space prepares once a run.
+
+    Args:
+        files: Their files, each once.
+    """
+
+    def __init__(self, files: Sequence[Path] = ()) -> None:
+        self.files = tuple(files)
+        self.numbers = {path: number for number, path in enumerate(self.files)}
+        self._pools: dict[tuple[ImageSpace, tuple[int, int]], Pool] = {}
+
+    def pool(self, space: ImageSpace, size: tuple[int, int], device: torch.device) -> Pool:
+        """All of them, prepared by a space for images of a size."""
+        key = (space, size)
+        if key not in self._pools:
+            parts = batched(self.files, CHUNK)
+            seen = [space.embed([open_image(path) for path in part], size, device) for part in parts]
+            self._pools[key] = space.pool(torch.cat(seen))
+        return self._pools[key]
+
+
 class Scorer:
     """Scores the images of each prompt with every metric, and keeps the features that metrics of whole sets need.
 
     Args:
         metrics: Metrics by name.
-        pool: Reference images of all prompts.
+        references: Reference images of all prompts.
     """
 
-    def __init__(self, metrics: Mapping[str, BenchMetric], pool: Sequence[Path] = ()) -> None:
+    def __init__(self, metrics: Mapping[str, BenchMetric], references: References) -> None:
         self.metrics = {name: metric for name, metric in metrics.items() if metric.per != "set"}
         self.set_spaces = set_spaces(metrics.values())
         self.whole_sets = {n: digest(m.space.fingerprint()) for n, m in metrics.items() if isinstance(m, SetMetric)}
-        self._pool_files = tuple(pool)
-        self._pools: dict[tuple[Hashable, tuple[int, int]], Tensor] = {}
+        self.references = references
 
     def __call__(self, stage: Stage, samples: Sequence[PromptSample] | StoreError) -> list[ScoreRecord]:
         """The records of what :class:`SampleReader` read."""
@@ -163,21 +186,27 @@ class Scorer:
         for field, space in wanted:
             if isinstance(space, Network) and field in ("images", "references", "unmitigated"):
                 embed_together(samples, field, space, stage.device)
-        return [line for sample in samples for line in self._score(stage, sample)]
+        values: dict[str, dict[str, dict[int, float]]] = {sample.task.id: {} for sample in samples}
+        for name, metric in self.metrics.items():
+            having = [sample for sample in samples if all(self._has(sample, field) for field in metric.needs)]
+            for group in _groups(metric, having):
+                for sample, of_sample in zip(group, self._values(metric, group, stage.device), strict=True):
+                    values[sample.task.id][name] = of_sample
+        return [line for sample in samples for line in self._records(stage, sample, values[sample.task.id])]
 
-    def _score(self, stage: Stage, sample: PromptSample) -> list[ScoreRecord]:
+    def _records(
+        self, stage: Stage, sample: PromptSample, values: Mapping[str, Mapping[int, float]]
+    ) -> list[ScoreRecord]:
+        """The records of a prompt, by its values of each metric."""
         prompt = sample.task.prompt
         of_prompt: dict[str, float] = {}
         of_images: list[dict[str, float]] = [{} for _ in sample.images]
-        for name, metric in self.metrics.items():
-            if not all(sample.has(field) or (field == "pool" and self._pool_files) for field in metric.needs):
-                continue
-            values = self._values(metric, sample, stage.device)
-            if metric.per == "image":
-                for row, value in values.items():
+        for name, by_row in values.items():
+            if self.metrics[name].per == "image":
+                for row, value in by_row.items():
                     of_images[row][name] = round(value, 6)
-            elif values:
-                of_prompt[name] = round(values[0], 6)
+            elif by_row:
+                of_prompt[name] = round(by_row[0], 6)
         whole: dict[str, Any] = {}
         if any("text" in metric.needs for metric in self.metrics.values()):
             whole["truncated"] = sample.truncated
@@ -185,7 +214,7 @@ class Scorer:
             whole["file"] = f"features/{file_name(prompt)}.safetensors"
             features = {name: sample.field("images", space, stage.device) for name, space in self.set_spaces.items()}
             save_tensors(stage.store.folder / whole["file"], features)
-            finite = {name: bool(values.isfinite().all()) for name, values in features.items()}
+            finite = {name: bool(vectors.isfinite().all()) for name, vectors in features.items()}
             of_prompt |= {name: math.nan for name, space in self.whole_sets.items() if not finite[space]}
         records = [
             ScoreRecord(id=image.id, prompt=prompt.id, seed=image.seed, **_finite_scores(scores))
@@ -193,35 +222,75 @@ class Scorer:
         ]
         return [*records, ScoreRecord(id=sample.task.id, prompt=prompt.id, **whole, **_finite_scores(of_prompt))]
 
-    def _values(self, metric: BenchMetric, sample: PromptSample, device: torch.device) -> dict[int, float]:
-        """A metric's values by number of the image, nan for images that can't be compared; one of a prompt as 0."""
-        fields = {field: self._field(field, metric.space, sample, device) for field in metric.needs}
-        rows = sample.paired if "unmitigated" in fields else list(range(len(sample.images)))
-        compared = [field for field in ("images", "unmitigated") if field in fields]
-        if compared and len(rows) < len(sample.images):
-            fields["images"] = fields["images"][rows]
-        rows_finite = [fields[field].isfinite().flatten(1).all(1).tolist() for field in compared]
-        finite = [all(one) for one in zip(*rows_finite, strict=True)]
-        if not all(finite):
-            for field in compared:
-                fields[field] = fields[field][torch.tensor(finite)]
-        if compared and not any(finite):
-            return dict.fromkeys(rows if metric.per == "image" else [0], math.nan)
-        values: list[float] = metric.score(**fields).tolist()
-        if metric.per != "image":
-            return dict(enumerate(values))
-        kept = [row for row, is_finite in zip(rows, finite, strict=True) if is_finite]
-        return dict.fromkeys(rows, math.nan) | dict(zip(kept, values, strict=True)) if values else {}
+    def _has(self, sample: PromptSample, field: str) -> bool:
+        return bool(self.references.files and sample.images) if field == "pool" else sample.has(field)
 
-    def _field(self, field: str, space: ImageSpace, sample: PromptSample, device: torch.device) -> Any:
-        if field != "pool":
-            return sample.field(field, space, device)
-        key = (space.view, sample.size)
-        if key not in self._pools:
-            parts = batched(self._pool_files, CHUNK)
-            seen = (space.embed([open_image(path) for path in part], sample.size, device) for part in parts)
-            self._pools[key] = torch.cat(list(seen))
-        return self._pools[key]
+    def _values(
+        self, metric: BenchMetric, samples: Sequence[PromptSample], device: torch.device
+    ) -> list[dict[int, float]]:
+        """A metric's values for each of some prompts scored at once.
+
+        They are by number of the image, nan for images that can't be compared; one of a prompt is number 0.
+        """
+        if isinstance(metric, ReferenceMetric):
+            each = (metric.judge(self._comparisons(sample, metric.space, device)) for sample in samples)
+            return [dict(enumerate(values.tolist())) for values in each]
+        rows = [s.paired if "unmitigated" in metric.needs else list(range(len(s.images))) for s in samples]
+        by_row: dict[str, Tensor] = {}  # what there is one of for each image
+        fields: dict[str, Any] = {}
+        for field in metric.needs:
+            if field == "images":
+                parts = [s.field(field, metric.space, device)[part] for s, part in zip(samples, rows, strict=True)]
+                by_row[field] = torch.cat(parts)
+            elif field == "unmitigated":
+                by_row[field] = torch.cat([sample.field(field, metric.space, device) for sample in samples])
+            elif field == "pool":
+                fields[field] = self.references.pool(metric.space, samples[0].size, device)
+            else:
+                fields[field] = samples[0].field(field, metric.space, device)
+        finite = torch.ones(sum(map(len, rows)), dtype=torch.bool, device=device)
+        for pictures in by_row.values():
+            finite &= pictures.isfinite().flatten(1).all(1)
+        if by_row and not finite.any():
+            return [dict.fromkeys(part if metric.per == "image" else [0], math.nan) for part in rows]
+        if isinstance(metric, NearestTrainingImage):
+            by_row["known"] = self._known(metric.space, samples, device)
+        scores = metric.score(**fields, **{field: values[finite] for field, values in by_row.items()})
+        if metric.per != "image":
+            return [dict(enumerate(scores.tolist()))]
+        if not len(scores):
+            return [{} for _ in samples]
+        values = scores.new_full((len(finite),), math.nan)
+        values[finite] = scores
+        each = values.split([len(part) for part in rows])
+        return [dict(zip(part, own.tolist(), strict=True)) for part, own in zip(rows, each, strict=True)]
+
+    def _comparisons(self, sample: PromptSample, space: ImageSpace, device: torch.device) -> Tensor:
+        """Comparisons of the images of a prompt with its own references, made once for all metrics."""
+        key = ("comparisons", space)
+        if key not in sample.seen:
+            images, references = (sample.field(field, space, device) for field in ("images", "references"))
+            sample.seen[key] = space.compare(images, references)
+        return sample.seen[key]
+
+    def _known(self, space: ImageSpace, samples: Sequence[PromptSample], device: torch.device) -> Tensor:
+        """Comparisons of the images of some prompts with all references: those with their own, nan for others."""
+        parts = []
+        for sample in samples:
+            known = torch.full((len(sample.images), len(self.references.files)), math.nan, device=device)
+            if sample.has("references"):
+                own = [self.references.numbers[path] for path in sample.task.prompt.references]
+                known[:, own] = self._comparisons(sample, space, device)
+            parts.append(known)
+        return torch.cat(parts)
+
+
+def _groups(metric: BenchMetric, samples: Sequence[PromptSample]) -> list[list[PromptSample]]:
+    """Prompts that a metric scores at once: those with images of one size, or each alone."""
+    if not metric.by_image:
+        return [[sample] for sample in samples]
+    sizes = dict.fromkeys(sample.size for sample in samples)
+    return [[sample for sample in samples if sample.size == size] for size in sizes]
 
 
 def _finite_scores(scores: Mapping[str, float]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nemo_bench.benchmark.stages.base import Chunk, Stage
-from nemo_bench.benchmark.stages.score import SampleReader, Scorer, embed_real, read_features, set_spaces
+from nemo_bench.benchmark.stages.score import References, SampleReader, Scorer, embed_real, read_features, set_spaces
 from nemo_bench.errors import ConfigError
 from nemo_bench.metrics import (
     FID,
@@ -80,7 +80,7 @@ def score(
     metrics: dict[str, BenchMetric], store: Store, prompts: Sequence[Prompt], reader: SampleReader, *, at_once: int = 3
 ) -> dict[str, ScoreRecord]:
     pool = [path for prompt in prompts for path in prompt.references]
-    stage = Stage(Scorer(metrics, pool), ScoreRecord, store)
+    stage = Stage(Scorer(metrics, References(pool)), ScoreRecord, store)
     tasks = [Task.of_prompt(prompt) for prompt in prompts]
     for start in range(0, len(tasks), at_once):
         stage.predict_step(reader(tasks[start : start + at_once]), 0)
