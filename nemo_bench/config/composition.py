@@ -161,8 +161,8 @@ def rescore(
     keys = _keys_of(overrides)
     for key in sorted(keys):
         if not is_within(key, SCORING):
-            known = ", ".join(SCORING)
-            raise ConfigError(f"{key} can't be changed for existing images; settings of scoring: {known}")
+            msg = f"{key} can't be changed for existing images; settings of scoring: {', '.join(SCORING)}"
+            raise ConfigError(msg)
     if keys & {"weights", "real_images"} and "metrics" not in keys:
         raise ConfigError("weights and real_images are taken up by metrics: name those too, such as metrics=default")
     settings = _read_stored(stored, conf)
@@ -304,7 +304,7 @@ def _compose(groups: Sequence[str], conf: Path | None, metrics: Mapping[str, Any
     if content["grid"] is None:
         content["grid"] = []
     by_experiment = _written_by_experiment(names["experiment"], conf) if "experiment" in names else []
-    by_option = {
+    by_option: dict[str, list[str]] = {
         group: _written_by_option(group, names[group], conf) for group in ("method", "detector") if group in names
     }
     if metrics is not None:

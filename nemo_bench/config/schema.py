@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -208,8 +208,8 @@ def type_of(key: str, schema: Any = RunSettings) -> Any:
     return hint
 
 
-_plain_hints = cache(get_type_hints)
-_hints = cache(partial(get_type_hints, include_extras=True))
+_plain_hints: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
+_hints: Callable[[Any], dict[str, Any]] = cache(partial(get_type_hints, include_extras=True))
 
 
 def is_within(key: str, keys: Iterable[str]) -> bool:

@@ -95,12 +95,12 @@ def _parameters(target: type) -> Mapping[str, inspect.Parameter]:
 
 
 @cache
-def _hints(target: type) -> dict[str, Any]:
+def _hints(target: Any) -> dict[str, Any]:
     """Types of the arguments of a class; those of a dataclass may be names in the modules of its bases."""
     names: dict[str, Any] = {}
     for kind in reversed(target.__mro__):
         names |= vars(sys.modules[kind.__module__]) if kind.__module__ in sys.modules else {}
-    return get_type_hints(target.__init__, names)  # type: ignore[misc] # of a class, not of an object
+    return get_type_hints(target.__init__, names)
 
 
 def _class_of(node: Mapping[str, Any], key: str, expected: tuple[type, ...]) -> type:

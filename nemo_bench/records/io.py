@@ -160,7 +160,7 @@ def damaged(path: Path, why: object) -> StoreError:
 
 
 @cache
-def _adapter(form: type[T]) -> TypeAdapter[T]:
+def _adapter(form: Any) -> TypeAdapter[Any]:
     return TypeAdapter(form)
 
 
@@ -171,7 +171,8 @@ def read_file(path: Path, form: type[T]) -> T:
         StoreError: The file is not there or does not hold what it should.
     """
     try:
-        return _adapter(form).validate_json(path.read_bytes(), strict=True)
+        found: T = _adapter(form).validate_json(path.read_bytes(), strict=True)
+        return found
     except FileNotFoundError:
         repair = FILES[path.name][1] if path.name in FILES else "its run never started"
         msg = f"{path} is missing: {path.parent} is no results folder of nemo_bench, or {repair}"
