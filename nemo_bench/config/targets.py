@@ -83,7 +83,7 @@ def _build(node: Mapping[str, Any], key: str, expected: tuple[type, ...]) -> Any
 def hint_of(path: str, argument: str) -> Any:
     """The type of an argument of a class, Any where it is unknown; :func:`build` explains the error then."""
     try:
-        target = get_object(path)
+        target: Any = get_object(path)
         return (_hints(target) if inspect.isclass(target) else get_type_hints(target)).get(argument, Any)
     except Exception:
         return Any
