@@ -13,7 +13,7 @@ from nemo_bench.prompts.tasks import Task
 from nemo_bench.records import schema
 from nemo_bench.records.data import Neurons, Prompt
 from nemo_bench.records.io import is_whole, read_file
-from nemo_bench.records.results import Results, load_results
+from nemo_bench.records.results import Results, load_cell, load_results
 from nemo_bench.records.schema import ImageRecord, LocalizationRecord, Record, ScoreRecord, Spec
 from nemo_bench.records.store import Store, read_localizations
 from nemo_bench.report import REPORT_FILES
@@ -121,7 +121,14 @@ def is_current(folder: Path) -> bool:
 
 
 def is_up_to_date(cell: Cell) -> bool:
-    """Whether a cell has all its records, and a table made from the last of them."""
+    """Whether a cell has all its records and files, and a table made from the last of them."""
+    try:
+        load_cell(cell.store.folder)
+    except StoreError:
+        return False
+    names = [*SCORE_FILES, *(["neurons.csv"] if LocalizationRecord in cell.stages else [])]
+    if not all((cell.store.folder / name).is_file() for name in names):
+        return False
     if not _is_summarized(cell) or has_stale_scores(cell):
         return False
     return not any(cell.store.pending_ids(kind, task_ids(cell, kind)) for kind in cell.stages)

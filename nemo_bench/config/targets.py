@@ -84,7 +84,8 @@ def hint_of(path: str, argument: str) -> Any:
     """The type of an argument of a class, Any where it is unknown; :func:`build` explains the error then."""
     try:
         target: Any = get_object(path)
-        return (_hints(target) if inspect.isclass(target) else get_type_hints(target)).get(argument, Any)
+        hints: dict[str, Any] = _hints(target) if isinstance(target, type) else get_type_hints(target)
+        return hints.get(argument, Any)
     except Exception:
         return Any
 

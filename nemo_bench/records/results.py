@@ -257,7 +257,7 @@ def load_results(folder: Path | str) -> Results:
         if not (folder / name).is_dir():
             continue  # who deletes the folder of a cell wants to see it no more
         try:
-            cells.append(_load_cell(folder / name))
+            cells.append(load_cell(folder / name))
         except StoreError as error:
             unfinished[name] = str(error)
     if not cells:
@@ -318,7 +318,7 @@ def short_layers(layers: Iterable[str]) -> dict[str, str]:
     }
 
 
-def _load_cell(folder: Path) -> CellResults:
+def load_cell(folder: Path) -> CellResults:
     """Reads a finished cell.
 
     Raises:
