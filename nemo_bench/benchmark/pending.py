@@ -82,17 +82,25 @@ def pending_work(cells: Sequence[Cell]) -> list[tuple[Cell, dict[str, int]]]:
     rows: list[tuple[Cell, dict[str, int]]] = []
     asked, unlocalized = set(cells), set[Cell]()
     for cell in reversed(with_sources(cells)):
-        records = {kind.stage: len(cell.store.pending_ids(kind, task_ids(cell, kind))) for kind in cell.stages}
+        records = _count_pending(cell)
         if cell not in asked:
             # Its neurons alone count, and those only where something starts from them still.
             is_needed = any(other.source is cell for other in unlocalized)
             records = {LocalizationRecord.stage: records[LocalizationRecord.stage] if is_needed else 0}
         if records.get(LocalizationRecord.stage):
             unlocalized.add(cell)
-        if ScoreRecord.stage in records and has_stale_scores(cell):
-            records[ScoreRecord.stage] = len(cell.prompts)
         rows.append((cell, records))
     return rows[::-1]
+
+
+def _count_pending(cell: Cell) -> dict[str, int]:
+    try:
+        records = {kind.stage: len(cell.store.pending_ids(kind, task_ids(cell, kind))) for kind in cell.stages}
+        if ScoreRecord.stage in records and has_stale_scores(cell):
+            records[ScoreRecord.stage] = len(cell.prompts)
+    except StoreError:  # who owns the cell sets aside what is damaged; how much is pending is not known before
+        records = {kind.stage: len(task_ids(cell, kind)) for kind in cell.stages}
+    return records
 
 
 def is_complete(cells: Sequence[Cell]) -> bool:
