@@ -26,6 +26,7 @@ from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.runner import POLL, Runner, holder, note_start, open_folder
 from nemo_bench.benchmark.summary import summarize
 from nemo_bench.benchmark.work import LOG_FILE, Work
+from nemo_bench.errors import NemoBenchError, first_line
 from nemo_bench.localization.published import PublishedRow, by_position, published_text
 from nemo_bench.records.images import unreadable
 from nemo_bench.records.io import read_file, write_json, write_text
@@ -101,10 +102,16 @@ def _work_off(work: Work, cells: Sequence[Cell], runner: Runner, command: str, l
                         log.info("%s; waiting", held)
             time.sleep(POLL)
             continue
-        if step == "assist":
-            runner.make(kind, work.all[number], assisting=True)
-            continue
         cell = work.all[number]
+        if step == "assist":
+            try:
+                runner.make(kind, cell, assisting=True)
+            except NemoBenchError as error:
+                if runner.trainer.world_size > 1:
+                    raise
+                log.warning("assisting %s failed, its own run goes on: %s", cell.id, first_line(error))
+            time.sleep(POLL)
+            continue
         try:
             _take_to_end(cell, runner, command, live if cell in cells else None)
         except Exception as error:
