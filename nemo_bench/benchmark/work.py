@@ -37,6 +37,7 @@ class Work:
 
     def __init__(self, cells: Sequence[Cell], leases: Leases, shard: tuple[int, int] | None = None) -> None:
         self.all = in_order(cells)
+        self._by_folder = {cell.store.folder: cell for cell in self.all}
         wanted = self.all
         if shard:
             number, count = shard
@@ -112,8 +113,8 @@ class Work:
     def _needs(self, cell: Cell) -> list[Cell]:
         """Cells of the run that have to come first."""
         needs = []
-        if cell.unmitigated:
-            needs += [other for other in self.all if other.store.folder == cell.unmitigated.folder]
+        if cell.unmitigated and (other := self._by_folder.get(cell.unmitigated.folder)):
+            needs.append(other)
         if cell.source and not cell.store.is_done(LocalizationRecord):
             needs += [] if cell.source.store.is_done(LocalizationRecord) else [*self._needs(cell.source), cell.source]
         return needs
