@@ -122,9 +122,7 @@ def show_forecast(expected: Mapping[str, Any]) -> None:
     if least:
         print("≥: what a search takes depends on the prompt; no record of this model tells yet, so the least")
     for metric, count in total["comparisons"].items():
-        print(
-            f"{metric}: at most {count:,} comparisons with training images; twice the prompts make four times as many"
-        )
+        print(f"{metric}: at most {count:,} comparisons with training images, four times as many for twice the prompts")
     for model, pace in expected["pace"].items():
         each = f"{1000 * pace['seconds_per_pass']:.3g} ms a pass"
         print(f"{model}: {each} in {pace['records']:,} finished records, on {', '.join(pace['devices'])}")
