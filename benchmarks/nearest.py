@@ -152,8 +152,8 @@ def main() -> None:
         print(json.dumps(result))
         return
     print("| measure | value |\n| --- | ---: |")
-    for key, value in result.items():
-        print(f"| {key} | {value:.2f} |")
+    for measure, value in result.items():
+        print(f"| {measure} | {value:.2f} |")
 
 
 if __name__ == "__main__":

@@ -213,6 +213,27 @@ def test_pictures_are_embedded_once_by_each_network(
     assert sorted(seen.values())[-2:] == [1, 2]
 
 
+def test_references_are_prepared_once_a_run_and_own_ones_compared_once(
+    store: Store, prompts: list[Prompt], images: list[ImageRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: Counter[str] = Counter()
+    compare, pool = SSIM.compare, SSIM.pool
+    monkeypatch.setattr(SSIM, "compare", lambda *given: calls.update(["compare"]) or compare(*given))
+    monkeypatch.setattr(SSIM, "pool", lambda *given: calls.update(["pool"]) or pool(*given))
+    metrics: dict[str, BenchMetric] = {
+        "ssim": TrainingImage(SSIM()),
+        "nearest": NearestTrainingImage(SSIM()),
+        "memorized": MemorizationRate(SSIM(), 0.5),
+    }
+    references = References([path for prompt in prompts for path in prompt.references])
+    samples = SampleReader(metrics.values(), store.folder, images)([Task.of_prompt(prompt) for prompt in prompts])
+    stage = Stage(lambda stage, batch: [], ScoreRecord, store)
+    first = Scorer(metrics, references)(stage, samples)
+    assert calls == {"compare": 2, "pool": 1}  # the third prompt has no references
+    assert [record.scores for record in Scorer(metrics, references)(stage, samples)] == [r.scores for r in first]
+    assert calls["pool"] == 1
+
+
 def test_features_of_sets_are_kept_and_combined_in_order(
     tmp_path: Path, store: Store, prompts: list[Prompt], images: list[ImageRecord]
 ) -> None:
