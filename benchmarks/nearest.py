@@ -14,16 +14,19 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from nemo_bench.benchmark.stages.base import Stage
 from nemo_bench.benchmark.stages.score import PromptSample, References, SampleReader, Scorer
+from nemo_bench.errors import StoreError
 from nemo_bench.metrics import (
     SSIM,
     BenchMetric,
@@ -52,7 +55,7 @@ def scene(seed: int, size: int) -> Image.Image:
     """A gradient, shapes of all sizes that hide one another, and a texture with the spectrum of photographs."""
     random = np.random.default_rng(seed)
 
-    def noise(side: int, channels: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def noise(side: int, channels: int) -> NDArray[np.float64]:
         coarse = [Image.fromarray(random.integers(0, 256, (side, side), np.uint8)) for _ in range(channels)]
         fine = [np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)) for image in coarse]
         return np.stack(fine, -1) / 255.0
@@ -131,18 +134,27 @@ def main() -> None:
         pool = torch.cat([SSIM().embed([Image.open(file)], size, device) for file in files])
 
         scorer = Scorer(METRICS, references)
+
+        def score_plainly(tasks: list[Task]) -> list[dict[str, float]]:
+            samples = reader(tasks)
+            assert not isinstance(samples, StoreError)
+            return plainly(samples[0], pool)
+
+        def score(tasks: list[Task]) -> list[ScoreRecord]:
+            return scorer(stage, reader(tasks))
+
         rounds = []
         for _ in range(arguments.rounds):
-            figures = {}
+            figures: dict[str, NDArray[np.float64]] = {}
             for kind, chosen in (("copies", tasks[::2]), ("new images", tasks[1::2])):
-                plain, *of_plain = timed(lambda chosen=chosen: plainly(reader(chosen[:1])[0], pool))
-                ours, *of_ours = timed(lambda chosen=chosen: scorer(stage, reader(chosen)))
+                plain, *of_plain = timed(partial(score_plainly, chosen[:1]))
+                ours, *of_ours = timed(partial(score, chosen))
                 found = [record.scores for record in ours if record.seed is not None]
                 assert len(found) == SEEDS * len(chosen)
                 for one, other in zip(found, plain, strict=False):
                     assert all(abs(one[name] - other[name]) < 2e-6 for name in METRICS)
                 figures[kind] = np.array([of_plain, of_ours]) / [[len(plain)], [len(found)]]
-            rounds.append(figures | {"both": sum(figures.values()) / 2})
+            rounds.append(figures | {"both": np.mean([*figures.values()], 0)})
     result = {"once: seconds": prepare, "once: processor seconds": prepare_processor}
     for kind in rounds[0]:
         ratios = [of_plain / of_ours for of_plain, of_ours in (figures[kind] for figures in rounds)]
