@@ -62,7 +62,7 @@ def ssim(a: Local, b: Local) -> Tensor:
 class SSIMPool:
     """Pictures to find the most similar of; what bounds the similarity of others to them is computed once.
 
-    It holds the pictures, in main memory, and a tenth as much again: 1.7 GB for 500 of 512x512. Their full moments, twice
+    It holds the pictures, in main memory, and a tenth more: 1.7 GB for 500 of 512x512. Their full moments, twice
     as much, are computed anew for rows that are compared, once for all images compared at a time.
 
     Args:
