@@ -159,7 +159,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.dry_run:
         _dry_run(choices, options.json)
         return
-    from nemo_bench.benchmark.pending import check_failures, is_complete, is_finished, pending_work, track_cells
+    from nemo_bench.benchmark.pending import check_failures, count_pending, is_complete, is_finished, track_cells
     from nemo_bench.benchmark.plan import plan
     from nemo_bench.benchmark.processes import is_main
     from nemo_bench.records.results import load_results
@@ -167,7 +167,7 @@ def _run(options: argparse.Namespace) -> None:
     cells = plan(choices)
     start = time.perf_counter()
     folder = cells[0].store.folder.parent
-    pending = sum(sum(records.values()) for _, records in pending_work(cells))
+    pending = count_pending(cells)
     failed: NemoBenchError | None = None
     if is_complete(cells):
         logger = cells[0].config.settings.logger
@@ -184,6 +184,7 @@ def _run(options: argparse.Namespace) -> None:
             failed = error  # the table of the others comes first
     if is_main():
         done = f"{pending} records computed" if pending else "everything was done already"
+        done = "damaged records set aside and computed again" if pending is None else done
         _show(folder, f"{done}, {time.perf_counter() - start:.0f} s", as_json=options.json)
         _warn_of_limits(choices)
         if failed:

@@ -95,6 +95,14 @@ def pending_work(cells: Sequence[Cell]) -> list[tuple[Cell, dict[str, int]]]:
     return rows[::-1]
 
 
+def count_pending(cells: Sequence[Cell]) -> int | None:
+    """Number of missing records of cells; None where damaged ones have to be set aside before they can be counted."""
+    try:
+        return sum(sum(records.values()) for _, records in pending_work(cells))
+    except StoreError:
+        return None
+
+
 def is_complete(cells: Sequence[Cell]) -> bool:
     """Whether a run has nothing to do: all is there and whole, and table and report were made from the last of it."""
     folder = cells[0].store.folder.parent
