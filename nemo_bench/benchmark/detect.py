@@ -24,7 +24,7 @@ from nemo_bench.benchmark.runner import Runner, note_start, open_folder
 from nemo_bench.benchmark.stages.detect import detection_stage, pending_tasks
 from nemo_bench.config import CellConfig, build
 from nemo_bench.detectors import Detector, NoiseDifference
-from nemo_bench.errors import ConfigError
+from nemo_bench.errors import ConfigError, StoreError
 from nemo_bench.metrics import detection
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.io import batched, digest, prompts_digest, write_json
@@ -161,5 +161,8 @@ def summarize(cell: Cell) -> Summary:
 
 
 def is_pending(cells: Sequence[Cell]) -> bool:
-    """Whether anything is left to be scored."""
-    return any(cell.store.pending_ids(DetectionRecord, task_ids(cell, DetectionRecord)) for cell in cells)
+    """Whether anything is left to be scored, or damaged."""
+    try:
+        return any(cell.store.pending_ids(DetectionRecord, task_ids(cell, DetectionRecord)) for cell in cells)
+    except StoreError:
+        return True
