@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -16,30 +17,36 @@ from nemo_bench.records.schema import ImageRecord
 from nemo_bench.records.store import Store
 from tiny import tiny_pipeline, tiny_texts
 
+TASKS = [
+    Task.of_image(Prompt(f"p{number}", text), seed) for number, text in enumerate(tiny_texts(2)) for seed in (0, 1)
+]
+"""Two images of each of two prompts."""
+
 
 @pytest.fixture
 def stage(tmp_path: Path) -> Stage:
-    """Generates two images of each of two prompts."""
-    prompts = [Prompt(f"p{number}", text) for number, text in enumerate(tiny_texts(2))]
-    tasks = {f"{p.id}-{seed}": Task(f"{p.id}-{seed}", p, seed) for p in prompts for seed in range(2)}
-    store = Store(tmp_path)
     for folder in ("records", "images"):
         (tmp_path / folder).mkdir()
-    neurons = {p.id: Neurons() for p in prompts}
+    neurons = {task.prompt.id: Neurons() for task in TASKS}
     model = Diffusion(tiny_pipeline(), steps=2)
-    return Stage(generate, ImageRecord, store, tasks, model=model, method=NoMitigation, neurons=neurons)
+    method = NoMitigation()
+    parts: dict[str, Any] = {"model": model, "method": lambda _: method, "neurons": neurons, "batch_size": 4}
+    return Stage(generate, ImageRecord, Store(tmp_path), **parts, done=[TASKS[2].id])
 
 
-def test_images_of_a_batch_are_those_of_the_model(stage: Stage) -> None:
-    tasks = stage.pending()
-    stage.predict_step(tasks, 0)
+def test_images_of_a_batch_are_those_of_the_model_but_for_those_that_are_done(stage: Stage) -> None:
+    stage.predict_step(TASKS, 0)
     records = stage.store.records(ImageRecord)
-    seeds = [seeds_of(task.prompt, "generate", [task.seed])[0] for task in tasks]
-    expected = stage.model.generate(stage.model.encode([task.prompt.text for task in tasks]), seeds)
-    for task, image in zip(tasks, expected, strict=True):
-        record = records[task.id]
-        assert record.image == f"images/{task.prompt.id}_{task.seed:02d}.png"
-        assert Image.open(stage.store.folder / record.image).tobytes() == to_image(image).tobytes()
+    seeds = [seeds_of(task.prompt, "generate", [task.seed])[0] for task in TASKS]
+    expected = stage.model.generate(stage.model.encode([task.prompt.text for task in TASKS]), seeds)
+    for task, image in zip(TASKS, expected, strict=True):
+        name = f"images/{task.prompt.id}_{task.seed:02d}.png"
+        if task.id in stage.done:
+            assert task.id not in records
+            assert not (stage.store.folder / name).exists()
+        else:
+            assert records[task.id].image == name
+            assert Image.open(stage.store.folder / name).tobytes() == to_image(image).tobytes()
 
 
 def test_an_image_that_can_not_be_written_is_an_error_and_leaves_no_record(
@@ -48,14 +55,14 @@ def test_an_image_that_can_not_be_written_is_an_error_and_leaves_no_record(
     save = Store.save_image
 
     def fail(store: Store, name: str, image: Image.Image) -> str:
-        if name == "images/p1_00.png":
+        if name == "images/p1_01.png":
             raise OSError("disk full")
         return save(store, name, image)
 
     monkeypatch.setattr(Store, "save_image", fail)
     with pytest.raises(OSError, match="disk full"):
-        stage.predict_step(stage.pending(), 0)
+        stage.predict_step(TASKS, 0)
     assert not list(stage.store.folder.glob("records/*"))
     monkeypatch.undo()
-    stage.predict_step(stage.pending(), 0)
-    assert len(stage.store.records(ImageRecord)) == 4
+    stage.predict_step(TASKS, 0)
+    assert len(stage.store.records(ImageRecord)) == 3
