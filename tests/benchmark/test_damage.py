@@ -16,7 +16,7 @@ from nemo_bench.records.results import load_detections, load_results
 from nemo_bench.records.schema import FILES, ImageRecord
 from nemo_bench.records.store import Store, remake
 from on_disk import read_json, read_records, write_json
-from whole_folder import RUN
+from whole_folder import RUN, SMALL
 
 READING = {
     "score": lambda folder: ["score", str(folder), "trainer=cpu"],
@@ -185,6 +185,7 @@ REPAIRING = {
     "generate": lambda folder: ["run", *RUN, f"root={folder.parent}"],
     "score": READING["score"],
     "audit": READING["audit"],
+    "detect": lambda folder: ["detect", *SMALL, "detector=magnitude", "name=whole", f"root={folder.parent}"],
 }
 
 
@@ -192,18 +193,19 @@ REPAIRING = {
 def test_a_damaged_line_is_named_by_readers_and_set_aside_by_the_command_that_made_it(
     folder: Path, stage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = records(folder, stage)
-    before = {name: {**record, "cost": None} for name, record in read_records(cell(folder), stage).items()}
-    pictures = {path: path.read_bytes() for path in cell(folder).rglob("*.png")}
-    keep(folder, stage, [lines[0][: len(lines[0]) // 2] + "\n", *lines[1:], "{}\n"])
-    damaged = cell(folder) / "records" / f"{stage}.0.jsonl"
-    if stage != "audit":  # of which the report needs no records
+    place = cell(folder, "magnitude" if stage == "detect" else "none")
+    damaged = place / "records" / f"{stage}.0.jsonl"
+    lines = damaged.read_text().splitlines(keepends=True)
+    before = {name: {**record, "cost": None} for name, record in read_records(place, stage).items()}
+    pictures = {path: path.read_bytes() for path in place.rglob("*.png")}
+    damaged.write_text("".join([lines[0][: len(lines[0]) // 2] + "\n", *lines[1:], "{}\n"]))
+    if stage not in ("audit", "detect"):  # of which the report needs no records
         main(READING["report"](folder))
         told = "".join("".join(capsys.readouterr()).split())  # long names are broken
         assert f"{damaged},line1isnorecordofthisstage" in told
         assert not damaged.with_name(f"{damaged.name}.damaged").exists()
     assert main(REPAIRING[stage](folder)) == 0
-    after = {name: {**record, "cost": None} for name, record in read_records(cell(folder), stage).items()}
+    after = {name: {**record, "cost": None} for name, record in read_records(place, stage).items()}
     assert after == before
     assert {path: path.read_bytes() for path in pictures} == pictures
     assert len(damaged.with_name(f"{damaged.name}.damaged").read_text().splitlines()) == 2
