@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ from nemo_bench.errors import StoreError, UnwritableError, did_you_mean
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.images import visible
 from nemo_bench.records.schema import FILES
+from nemo_bench.records.writers import place, process
 
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         UnwritableError: It can't be written.
     """
-    part = path.with_name(f"{path.name}.{_system()}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{place()}.{os.getpid()}.part")
     with writing(path):
         try:
             yield part
@@ -114,32 +114,15 @@ def replacing(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
-@cache
-def _system() -> str:
-    """Where numbers of processes are unique: a machine or, as far as it is known, a container."""
-    space = Path("/proc/self/ns/pid")
-    return digest([socket.gethostname(), os.readlink(space) if space.is_symlink() else ""], 8)
-
-
 def remove_parts(files: Iterable[Path]) -> None:
     """Removes those of some files that a killed process left half written; of other machines, after a day."""
     for file in files:
         found = re.search(r"\.([0-9a-f]{8})\.(\d+)\.part$", file.name)
         with suppress(OSError):  # another process may have removed it
             if found and (
-                not _is_running(int(found[2])) if found[1] == _system() else time.time() - file.stat().st_mtime > _DAY
+                not process(int(found[2])) if found[1] == place() else time.time() - file.stat().st_mtime > _DAY
             ):
                 file.unlink()
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # of somebody else
-        return True
-    return True
 
 
 def write_text(path: Path, content: str) -> None:

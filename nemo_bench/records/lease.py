@@ -9,13 +9,13 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
 from nemo_bench.errors import StoreError
 from nemo_bench.records.io import read_file, write_json
 from nemo_bench.records.schema import Lease, Progress
+from nemo_bench.records.writers import place, process
 
 BEAT = 5.0
 """Seconds between two signs of life of an owner."""
@@ -52,8 +52,8 @@ class Leases:
         own = Lease(
             host=socket.gethostname(),
             pid=os.getpid(),
-            process=_process(os.getpid()),
-            place=_place(),
+            process=process(os.getpid()),
+            place=place(),
             since=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
         try:
@@ -111,7 +111,7 @@ class Leases:
         except FileNotFoundError:
             return False  # it was given back or taken over just now
         lease = read_lease(folder)
-        if lease and lease.place == _place():
+        if lease and lease.place == place():
             return is_dead(lease)
         seen, since = self._seen.get(folder, (None, 0.0))
         if seen != (path, content):
@@ -132,37 +132,10 @@ def read_lease(folder: Path) -> Lease | None:
 
 def is_dead(lease: Lease) -> bool:
     """Whether an owner is known to be dead: its process was on this machine, and is no more."""
-    return lease.place == _place() and lease.process != _process(lease.pid)
+    return lease.place == place() and lease.process != process(lease.pid)
 
 
 def _files(folder: Path) -> list[Path]:
     """Files of leases, the owner's last."""
     found = [(int(match[1]), path) for path in folder.glob(".lease.*.json") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
-
-
-def _process(pid: int) -> str:
-    """A process on this machine, in words that no later one has again; empty where there is none."""
-    with contextlib.suppress(OSError):
-        # The name in parentheses may have spaces; after it come the state and, as 20th word, the time of the start.
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if words[0] in "ZX" else f"{pid}:{words[19]}"
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    except PermissionError:
-        pass  # it is there, and somebody else's
-    return str(pid)
-
-
-def _place() -> str:
-    """Where process ids mean the same: a boot of a machine, and a container of it."""
-    parts: list[Callable[[], str]] = [
-        lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        lambda: os.readlink("/proc/self/ns/pid"),
-    ]
-    try:
-        return " ".join(part() for part in parts)
-    except OSError:
-        return socket.gethostname()
