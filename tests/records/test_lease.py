@@ -51,7 +51,10 @@ def test_a_folder_of_a_process_that_was_killed_is_taken_at_once(tmp_path: Path) 
 
 def test_of_many_processes_one_gets_a_folder(tmp_path: Path) -> None:
     for number in range(2):  # a folder that nobody had, and one of a dead owner
-        processes = [start(f"print(leases.claim(Path({str(tmp_path)!r})), flush=True); input()") for _ in range(3)]
+        processes = [
+            start(f"print(leases.claim(Path({str(tmp_path)!r})), flush=True); import time; time.sleep(60)")
+            for _ in range(3)
+        ]
         assert sorted(process.stdout.readline() for process in processes if process.stdout) == [
             "False\n", "False\n", "True\n"
         ], number  # fmt: skip
