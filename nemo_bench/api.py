@@ -66,7 +66,7 @@ def run(*overrides: str, conf: Path | str | None = None, progress: bool = False)
     Args:
         overrides: Settings as on the command line, such as ``"method=none,nemo"`` and ``"seeds=8"``.
         conf: Folder with more YAML files, in group subfolders.
-        progress: Whether bars are shown.
+        progress: Whether progress is shown.
 
     Returns:
         The folder of the run, with ``report.html`` and the leaderboard.

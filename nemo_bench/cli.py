@@ -178,7 +178,7 @@ def _run(options: argparse.Namespace) -> None:
     check_launcher(settings, options.shard)
     from nemo_bench.benchmark.pending import check_failures, is_complete, is_finished, pending_work, track_cells
     from nemo_bench.benchmark.plan import plan
-    from nemo_bench.benchmark.processes import is_main
+    from nemo_bench.benchmark.processes import is_main, was_started
     from nemo_bench.records.results import load_results
 
     cells = plan(choices)
@@ -186,7 +186,8 @@ def _run(options: argparse.Namespace) -> None:
     folder = cells[0].store.folder.parent
     pending = sum(sum(records.values()) for _, records in pending_work(cells))
     failed: NemoBenchError | None = None
-    if is_complete(cells):
+    # A process that was started by another one does as that one does.
+    if not was_started() and is_complete(cells):
         logger = cells[0].config.settings.logger
         if is_main() and (logger.wandb or logger.csv or logger.tensorboard):
             track_cells(load_results(folder), cells)
@@ -200,7 +201,7 @@ def _run(options: argparse.Namespace) -> None:
             else:
                 launch(cells, options.overrides, options.conf)
         except NemoBenchError as error:
-            if not any(is_finished(cell.store.folder) for cell in cells):
+            if not is_main() or not any(is_finished(cell.store.folder) for cell in cells):
                 raise
             failed = error  # the table of the others comes first
     if is_main():

@@ -45,6 +45,10 @@ class ModelError(NemoBenchError):
     """A model can't be loaded, or does not support what was asked."""
 
 
+class RankError(NemoBenchError):
+    """A process of a run has died, and the others end with it."""
+
+
 class LaunchError(NemoBenchError):
     """A launcher did not start workers of a run, or some of its workers failed."""
 

@@ -101,13 +101,12 @@ def detect(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Pat
                     cell.store.open(cell.spec)
                     note_start(cell, command, runner)
                     cell.store.recount(DetectionRecord, task_ids(cell, DetectionRecord))
-            runner.wait()
-        groups: dict[str, list[Cell]] = {}
-        for cell in cells:
-            if not cell.store.is_done(DetectionRecord):
-                groups.setdefault(digest([cell.spec.settings[key] for key in ("model", "prompts")]), []).append(cell)
-        for group in groups.values():
-            with runner.holding(*(cell.store.folder for cell in group)):
+            groups: dict[str, list[Cell]] = {}
+            for cell in cells:
+                if not runner.agree(partial(cell.store.is_done, DetectionRecord)):
+                    key = digest([cell.spec.settings[name] for name in ("model", "prompts")])
+                    groups.setdefault(key, []).append(cell)
+            for group in groups.values():
                 _detect(runner, group)
         if is_main():
             for cell in cells:

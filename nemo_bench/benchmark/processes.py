@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 
-from nemo_bench.errors import ConfigError, NemoBenchError
+from nemo_bench.errors import ConfigError, RankError
 
 STARTER = "NEMO_BENCH_STARTER"
 """Variable with the id of the process that starts others; they tell by it that their ranks are no left-overs."""
@@ -89,9 +89,14 @@ def together(devices: int | None, nodes: int) -> tuple[int, int]:
     return devices or 1, nodes
 
 
+def was_started() -> bool:
+    """Whether another process of this run started this one, which then does as that one decided."""
+    return os.environ.get(STARTER) == str(os.getppid())
+
+
 def follow_starter() -> None:
     """Has a rank end with the process that started it: nobody else would, and it keeps its memory as it waits."""
-    if os.environ.get(STARTER) == str(os.getppid()):
+    if was_started():
         _follow(os.getppid())
 
 
@@ -131,7 +136,7 @@ def explained(started: list[subprocess.Popen[bytes]]) -> Iterator[None]:
         started: As for :func:`watch_ranks`; empty in a rank, which ends with the first process if that is the cause.
 
     Raises:
-        NemoBenchError: A rank has died.
+        RankError: A rank has died.
     """
     try:
         yield
@@ -139,7 +144,7 @@ def explained(started: list[subprocess.Popen[bytes]]) -> Iterator[None]:
         end = time.monotonic() + (GRACE if STARTER in os.environ else 0)
         while time.monotonic() < end:  # connections are lost before processes are seen to be gone
             if told := _died(started):
-                raise NemoBenchError(told) from error
+                raise RankError(told) from error
             time.sleep(PAUSE)
         raise
 

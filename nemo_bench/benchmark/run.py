@@ -26,7 +26,7 @@ from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.runner import POLL, Runner, holder, note_start, open_folder
 from nemo_bench.benchmark.summary import summarize
 from nemo_bench.benchmark.work import LOG_FILE, Work
-from nemo_bench.errors import NemoBenchError, first_line
+from nemo_bench.errors import RankError, UnwritableError, first_line
 from nemo_bench.localization.published import PublishedRow, by_position, published_text
 from nemo_bench.records.images import unreadable
 from nemo_bench.records.io import read_file, write_json, write_text
@@ -49,7 +49,7 @@ def run(cells: Sequence[Cell], command: str, *, progress: bool = True, shard: tu
     Args:
         cells: From :func:`nemo_bench.benchmark.plan.plan`, of one name and root.
         command: What the user typed, for the records.
-        progress: Whether it is shown how far the stages are.
+        progress: Whether progress is shown.
         shard: ``(i, n)``: every n-th cell alone, from the i-th of 1 to n; None for all.
 
     Returns:
@@ -106,7 +106,7 @@ def _work_off(work: Work, cells: Sequence[Cell], runner: Runner, command: str, l
         if step == "assist":
             try:
                 runner.make(kind, cell, assisting=True)
-            except NemoBenchError as error:
+            except Exception as error:
                 if runner.trainer.world_size > 1:
                     raise
                 log.warning("assisting %s failed, its own run goes on: %s", cell.id, first_line(error))
@@ -115,11 +115,14 @@ def _work_off(work: Work, cells: Sequence[Cell], runner: Runner, command: str, l
         try:
             _take_to_end(cell, runner, command, live if cell in cells else None)
         except Exception as error:
-            # Other processes would wait for this one; a disk that is full is so for all cells.
-            if runner.trainer.world_size > 1 or isinstance(error, OSError):
+            # A disk that is full is so for all cells, and a process that was killed can't help any.
+            if isinstance(error, UnwritableError | RankError):
                 raise
-            work.give_up(cell, error)
-            live.give_up()
+            if is_main():
+                work.give_up(cell, error)
+                live.give_up()
+            if runner.trainer.world_size > 1:  # other processes would wait for this one
+                raise
             continue
         if is_main():
             work.finish(cell)
@@ -191,6 +194,8 @@ class Report:
         if start < self._next and not is_last:
             return
         while not self.runner.leases.claim(self.folder):
+            if not is_last:
+                return  # another run is writing it
             time.sleep(POLL)
         try:
             if not is_last or not is_current(self.folder):
@@ -266,8 +271,8 @@ def reopen(cell: Cell) -> None:
         if kind is ScoreRecord or not store.is_done(kind):
             continue
         if store.pending_ids(kind, task_ids(cell, kind)):
+            _forget_scores(store)  # first, so that a kill leaves no old scores of images that are made again
             store.reopen(kind)
-            _forget_scores(store)
 
 
 def _forget_scores(store: Store) -> None:

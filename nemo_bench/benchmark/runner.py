@@ -60,6 +60,7 @@ LOOK = 5.0
 POLL = 2.0
 """Seconds between two looks whether another run is through with something."""
 T = TypeVar("T")
+_stages = count()  # of all runners, since counters of a process group are never taken back
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def holder(folder: Path) -> str:
     lease = read_lease(folder)
     if lease is None:
         return f"{folder}: another run works on it"
-    return f"{folder}: process {lease.pid} on {lease.host} works on it since {lease.since}"
+    return f"{folder}: process {lease.pid} on {lease.host} has been working on it since {lease.since}"
 
 
 def note_start(cell: Cell, command: str, runner: Runner) -> None:
@@ -152,7 +153,7 @@ class Runner:
 
     Args:
         settings: Of the trainer.
-        progress: Whether it is shown how far the stages are.
+        progress: Whether progress is shown.
 
     Raises:
         ConfigError: Lightning can't have such a trainer on this machine, or a launcher's ranks do not fit it.
@@ -163,7 +164,6 @@ class Runner:
         self.progress = ProgressReport(self.counters, show=progress)
         self.leases = Leases()
         self.progress.listeners.append(self.leases.note)
-        self._stages = count()
         devices, nodes = together(settings.devices, settings.num_nodes)
         try:
             with _quiet():
@@ -218,16 +218,17 @@ class Runner:
     @contextmanager
     def holding(self, *folders: Path) -> Iterator[None]:
         """Owns some folders, once no other run does; damaged lines of their records are set aside."""
-        for folder in folders:
-            waited = False
-            while not self.agree(partial(self.leases.claim, folder)):
-                if is_main() and not waited:
-                    log.info("%s; waiting", holder(folder))
-                waited = True
-                time.sleep(POLL)
-            if is_main():
-                Store(folder).set_damaged_aside()
+        folders = tuple(sorted(set(folders)))  # in one order, so that two runs never wait for each other
         try:
+            for folder in folders:
+                waited = False
+                while not self.agree(partial(self.leases.claim, folder)):
+                    if is_main() and not waited:
+                        log.info("%s; waiting", holder(folder))
+                    waited = True
+                    time.sleep(POLL)
+                if is_main():
+                    Store(folder).set_damaged_aside()
             yield
         finally:
             for folder in folders:
@@ -237,15 +238,16 @@ class Runner:
         """Takes a cell to its images, through the stages that are not done."""
         self.localize(cell)
         for kind in (schema.MemorizationRecord, schema.ImageRecord):
-            if not cell.store.is_done(kind):
-                self.make(kind, cell)
+            self.make(kind, cell)
 
     def localize(self, cell: Cell) -> None:
         """Localizes the neurons of a cell's prompts, and before them those that its method starts from."""
         store = cell.store
         if is_main() and not is_whole(store.folder / "layers.json", schema.Layers):
             write_json(store.folder / "layers.json", self.model(cell).masks.widths)
-        if schema.LocalizationRecord not in cell.stages or store.is_done(schema.LocalizationRecord):
+        if schema.LocalizationRecord not in cell.stages or self.agree(
+            partial(store.is_done, schema.LocalizationRecord)
+        ):
             return
         if cell.source:
             self.localize(cell.source)
@@ -307,11 +309,12 @@ class Runner:
             spec = schema.Spec(task="calibrate", settings=settings, general_prompts=cell.spec.general_prompts)
             store.open(spec, is_named=True)
         with self.holding(store.folder):
-            if STATISTICS in cell.measured and not localization.is_readable(store.folder / STATISTICS):
+            files = {name: store.folder / name for name in cell.measured}
+            if STATISTICS in files and not self.agree(partial(localization.is_readable, files[STATISTICS])):
                 self._measure_statistics(cell, store)
-            is_open = THRESHOLD in cell.measured and not plan.is_measured(store.folder / THRESHOLD)
+            is_measured = THRESHOLD not in files or self.agree(partial(plan.is_measured, files[THRESHOLD]))
             # Without finite activations localizing fails prompt by prompt, and the rest of the run goes on.
-            if is_open and self._statistics(cell) is not None:
+            if not is_measured and self.agree(lambda: self._statistics(cell) is not None):
                 self._measure_threshold(cell, store)
 
     def _calibration(self, cell: Cell, method: Method) -> localization.Calibration | None:
@@ -456,16 +459,15 @@ class Runner:
             return batches, done, open_ids & store.records(kind).keys()
 
         batches, done, lost = self.agree(share_out)
-        parts: dict[str, Any] = {"done": set(done)}
+        parts: dict[str, Any] = {"done": set(done), "assisting": assisting}
         if needs_model:
             neurons = pending.localized_neurons(cell.store, cell.spec, cell.prompts)
             method = partial(self.method, cell)
             parts |= {"model": self.model(cell), "method": method, "neurons": neurons, "batch_size": self.rows(cell)}
         stage = Stage(handle, kind, store, **parts)
-        left = sum(map(len, batches)) - len(done)
-        is_open = Unrecorded(store, kind, lost)
-        options: dict[str, Any] = {"read": read, "workers": workers, "is_open": is_open}
-        self.predict(stage, batches, label or str(cell.spec.method), len(ids) - left, **options)
+        others = len(ids) - sum(map(len, batches))
+        options: dict[str, Any] = {"read": read, "workers": workers, "is_open": Unrecorded(store, kind, lost)}
+        self.predict(stage, batches, label or str(cell.spec.method), others, **options)
         if is_main() and not assisting:
             store.finish(kind, ids)
         self.wait()
@@ -479,15 +481,17 @@ class Runner:
             stage: The stage.
             batches: Tasks in batches, the same in all processes.
             label: What stands beside the stage's name where progress is shown.
-            done: Tasks that were done before.
+            done: Tasks that are in none of the batches.
             options: Of :class:`nemo_bench.prompts.data.SharedBatches`.
         """
-        name = f"stage {next(self._stages)}"
+        name = f"stage {next(_stages)}"
         if not batches:
             return
         self.progress.begin(name, stage.name, label, done, done + sum(map(len, batches)))
-        self._predict(stage, SharedBatches(batches, partial(self.counters.add, name, 1), **options))
-        self.progress.end()
+        try:
+            self._predict(stage, SharedBatches(batches, partial(self.counters.add, name, 1), **options))
+        finally:
+            self.progress.end()
 
     def _predict(self, stage: Stage, batches: SharedBatches) -> None:
         with _quiet(), self._explained():
@@ -528,7 +532,7 @@ class Runner:
 
 
 class Unrecorded:
-    """Whether any task of a batch has no record yet, as far as a look at the records some seconds ago told.
+    """Whether any task of a batch has no record yet, judged by records that were read a few seconds ago.
 
     Other runs that assist this one record tasks too. What is looked at too late is recorded twice, and counts once.
 

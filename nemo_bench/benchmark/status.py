@@ -9,7 +9,7 @@ from typing import Literal
 from nemo_bench.benchmark.pending import is_finished
 from nemo_bench.benchmark.work import FAILURE
 from nemo_bench.errors import StoreError, first_line
-from nemo_bench.records.io import is_whole, read_file
+from nemo_bench.records.io import read_whole
 from nemo_bench.records.lease import is_dead, read_lease
 from nemo_bench.records.schema import RECORDS, Failure, ImageRecord, Lease, ScoreRecord, Spec
 from nemo_bench.records.store import read_cell_prompts, read_records, read_run, read_spec
@@ -50,8 +50,8 @@ def _of_cell(cell: Path) -> CellStatus:
         done, total = _count(cell, spec)
     except StoreError as error:
         return CellStatus(cell.name, "running" if lease else "open", 0, None, failure=first_line(error))
-    failed = cell / FAILURE
-    why = first_line(Exception(read_file(failed, Failure).error)) if is_whole(failed, Failure) else ""
+    failed = read_whole(cell / FAILURE, Failure)
+    why = first_line(Exception(failed.error)) if failed else ""
     if lease is not None:
         return _running(cell.name, done, total, lease)
     state: Literal["finished", "failed", "open"] = "failed" if why else "finished" if is_finished(cell) else "open"
@@ -76,6 +76,7 @@ def _count(cell: Path, spec: Spec) -> tuple[int, int | None]:
     if not (cell / "prompts.jsonl").is_file():
         return sum(done.values()), None
     prompts = len(read_cell_prompts(cell, spec))
-    images = prompts * spec.settings.get("seeds", 1)
+    # External images are as many as there are.
+    images = prompts * spec.settings["seeds"] if "seeds" in spec.settings else done.get(ImageRecord, 0)
     total = sum(images if kind is ImageRecord else prompts for kind in done)
     return sum(done.values()), total

@@ -82,7 +82,7 @@ def verify(
         overrides: Settings of :data:`SETTINGS`, such as ``trainer=cpu``.
         records: Records of each stage of a cell, at least; scores are those of as many prompts and their images.
         conf: Folder with more YAML files, as the run had it.
-        progress: Whether bars are shown.
+        progress: Whether progress is shown.
 
     Raises:
         NemoBenchError: The folder holds no finished cell, or what it was made from is gone or changed.
@@ -127,7 +127,9 @@ def _planned(made: Sequence[Cell], root: Path, conf: Path | None) -> dict[str, C
         for path in (run / cell.id / "records").glob(f"{LocalizationRecord.stage}.*.jsonl"):
             shutil.copy(path, cell.store.folder / "records")
         if cell.calibration and (measured := run.parent / "calibration" / cell.calibration.folder.name).is_dir():
-            shutil.copytree(measured, cell.calibration.folder, dirs_exist_ok=True)
+            shutil.copytree(
+                measured, cell.calibration.folder, ignore=shutil.ignore_patterns(".lease.*"), dirs_exist_ok=True
+            )
     return cells
 
 

@@ -13,7 +13,7 @@ from nemo_bench.benchmark.plan import Cell, with_sources
 from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.runner import MADE
 from nemo_bench.errors import NemoBenchError, StoreError, counted, first_line
-from nemo_bench.records.io import is_whole, read_file, write_json
+from nemo_bench.records.io import read_whole, write_json
 from nemo_bench.records.lease import Leases, read_lease
 from nemo_bench.records.schema import Failure, LocalizationRecord, Record
 
@@ -48,15 +48,17 @@ class Work:
         self._asked = cells
         self._leases = leases
         self._failures = {cell: _failure(cell) for cell in self.open}
+        self._assisted: set[tuple[Cell, type[Record]]] = set()
 
     def take(self) -> Cell | None:
         """Owns the next cell that can be worked on; None where all are over, or others have to finish theirs first."""
         for cell in list(self.open):
             missing = self._needs(cell)
+            failure = _failure(cell)
             if lost := [other for other in missing if other in self.failed]:
-                self.give_up(cell, NemoBenchError(f"it starts from {lost[0].id}, which failed"))
-            elif _failure(cell) != self._failures[cell]:
-                self.give_up(cell, NemoBenchError(f"another run gave it up: {_failure(cell)}"), is_new=False)
+                self.give_up(cell, NemoBenchError(f"it needs {lost[0].id}, which failed"))
+            elif failure is not None and failure != self._failures[cell]:
+                self.give_up(cell, NemoBenchError(f"another run gave it up: {failure.error}"), is_new=False)
             elif not any(other in self.open for other in missing) and self._leases.claim(cell.store.folder):
                 cell.store.set_damaged_aside()
                 if not _is_over(cell, self._asked):
@@ -65,14 +67,15 @@ class Work:
         return None
 
     def assist(self) -> tuple[Cell, type[Record]] | None:
-        """A cell of another run, and the stage that it is in, where that takes so long that two are faster."""
+        """A cell of another run and its stage, where that takes so long that two are faster; each stage once."""
         for cell in self.open:
             lease = read_lease(cell.store.folder)
             progress = lease.progress if lease else None
             if progress is None or (progress.left or 0) < ASSISTED or any(o in self.open for o in self._needs(cell)):
                 continue
             for kind in MADE:
-                if kind.stage == progress.stage:
+                if kind.stage == progress.stage and (cell, kind) not in self._assisted:
+                    self._assisted.add((cell, kind))
                     return cell, kind
         return None
 
@@ -100,11 +103,11 @@ class Work:
         log.debug("%s", cell.id, exc_info=error)
 
     def check(self) -> None:
-        """Raises the error of a cell that was given up, with those of all others."""
+        """Raises the error that all cells have which were given up, or one that names all of them."""
         if not self.failed:
             return
         first = next(iter(self.failed.values()))
-        if len({str(error) for error in self.failed.values()}) == 1:
+        if isinstance(first, NemoBenchError) and len({str(error) for error in self.failed.values()}) == 1:
             raise first
         failed = "".join(f"\n  {cell.id}: {first_line(error)}" for cell, error in self.failed.items())
         folder = next(iter(self.failed)).store.folder.parent
@@ -137,6 +140,5 @@ def _is_over(cell: Cell, asked: Iterable[Cell]) -> bool:
         return False
 
 
-def _failure(cell: Cell) -> str | None:
-    path = cell.store.folder / FAILURE
-    return read_file(path, Failure).error if is_whole(path, Failure) else None
+def _failure(cell: Cell) -> Failure | None:
+    return read_whole(cell.store.folder / FAILURE, Failure)

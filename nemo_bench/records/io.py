@@ -169,13 +169,17 @@ def explain(error: ValidationError) -> str:
     return f"{place}: {first['msg']}" if place else str(first["msg"])
 
 
+def read_whole(path: Path, form: type[T]) -> T | None:
+    """Reads a file of the schema; None where it is not there, or holds something else."""
+    try:
+        return read_file(path, form)
+    except StoreError:
+        return None
+
+
 def is_whole(path: Path, form: type[Any]) -> bool:
     """Whether a file is there and holds what it should."""
-    try:
-        read_file(path, form)
-    except StoreError:
-        return False
-    return True
+    return read_whole(path, form) is not None
 
 
 def parse_json(text: str) -> Any:

@@ -65,13 +65,13 @@ class Leases:
             file.unlink(missing_ok=True)
         with self._lock:
             self._own[folder] = (path, own)
-        if self._beating is None:
-            self._beating = threading.Thread(target=self._beat, daemon=True, name="leases")
-            self._beating.start()
+            if self._beating is None:
+                self._beating = threading.Thread(target=self._beat, daemon=True, name="leases")
+                self._beating.start()
         return True
 
     def note(self, progress: Progress) -> None:
-        """Has the next sign of life say in every folder how far the work is."""
+        """Adds progress to the next sign of life in every folder."""
         with self._lock:
             self._own = {
                 folder: (path, own.model_copy(update={"progress": progress}))
@@ -81,8 +81,8 @@ class Leases:
     def release(self, folder: Path) -> None:
         """Gives a folder back; nothing where it is not owned."""
         with self._lock:
-            path, _ = self._own.pop(folder, (None, None))
-        if path:
+            path, own = self._own.pop(folder, (None, None))
+        if path and own and _is_of(read_lease(folder), own):
             path.unlink(missing_ok=True)
 
     def release_all(self) -> None:
@@ -95,15 +95,20 @@ class Leases:
             time.sleep(BEAT)
             with self._lock:
                 for folder, (path, own) in list(self._own.items()):
-                    if _files(folder)[-1:] != [path]:
-                        # It was taken for dead, such as after a machine slept; records of both are the same.
-                        log.warning("%s: another run took over", folder)
-                        del self._own[folder]
-                        continue
-                    own = own.model_copy(update={"beat": own.beat + 1})
-                    self._own[folder] = (path, own)
-                    with contextlib.suppress(OSError):  # a full disk ends the run where it writes its results
+                    # A full disk ends the run where it writes its results; a mount may be away for a moment.
+                    with contextlib.suppress(OSError):
+                        owner = read_lease(folder)
+                        if owner is not None and not _is_of(owner, own):
+                            # This one was taken for dead, such as after a machine slept; records of both are the same.
+                            log.warning("%s: another run took over", folder)
+                            del self._own[folder]
+                            continue
+                        own = own.model_copy(update={"beat": own.beat + 1})
+                        self._own[folder] = (path, own)
                         write_json(path, own)
+                if not self._own:
+                    self._beating = None
+                    return
 
     def _is_dead(self, folder: Path, path: Path) -> bool:
         try:
@@ -128,6 +133,11 @@ def read_lease(folder: Path) -> Lease | None:
         except StoreError:
             return None
     return None
+
+
+def _is_of(lease: Lease | None, own: Lease) -> bool:
+    """Whether a lease is the one given, at any sign of life."""
+    return lease is not None and (lease.place, lease.process, lease.since) == (own.place, own.process, own.since)
 
 
 def is_dead(lease: Lease) -> bool:

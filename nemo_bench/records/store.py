@@ -230,7 +230,8 @@ def _lines(path: Path, kind: type[R]) -> Iterator[tuple[bytes, R | StoreError]]:
             try:
                 record = kind.model_validate_json(line, strict=True)
             except ValidationError as error:
-                if error.errors()[0]["type"] == "json_invalid" and not file.peek(1):
+                # Without its end it is torn, or being written by another process.
+                if error.errors()[0]["type"] == "json_invalid" and not (line.endswith(b"\n") and file.peek(1)):
                     return
                 yield line, StoreError(f"{place} is no record of this stage ({explain(error)}); {again}")
                 continue

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from nemo_bench.records.data import GENERAL, Prompt
-from nemo_bench.records.io import digest, is_whole, read_file, write_json
+from nemo_bench.records.io import digest, read_whole, write_json
 from nemo_bench.records.results import CellResults, Results, short_layers
 from nemo_bench.records.schema import (
     ImageRecord,
@@ -176,7 +176,8 @@ def next_step(folder: Path, least: int = 0) -> int:
     It is kept beside the records, so that the axis goes on wherever the cell does.
     """
     file = folder / "step.json"
-    last = read_file(file, LastStep).step if is_whole(file, LastStep) else -1
+    known = read_whole(file, LastStep)
+    last = known.step if known else -1
     step = max(last + 1, least)
     write_json(file, LastStep(step=step))
     return step

@@ -45,7 +45,7 @@ class Workers(ABC):
 def worker_words(overrides: Sequence[str], conf: Path | None) -> list[str]:
     """What follows ``nemo-bench`` in the command of a worker: the same run, in the worker's own process."""
     own = [word for word in overrides if not is_within(word.lstrip("+~").partition("=")[0], ["launcher"])]
-    return ["run", *own, "launcher=local", *(["--conf", str(conf.resolve())] if conf else [])]
+    return ["run", *own, "launcher=local", "launcher.workers=1", *(["--conf", str(conf.resolve())] if conf else [])]
 
 
 def worker_command(overrides: Sequence[str], conf: Path | None) -> list[str]:

@@ -49,6 +49,7 @@ class Stage(L.LightningModule):
         neurons: Localized neurons by prompt id; images of other prompts fail.
         batch_size: Rows in a UNet pass at most.
         done: Ids of tasks that are done, and in a batch only so that the others are computed as in an undisturbed run.
+        assisting: Whether another run owns the cell, and records as well.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Stage(L.LightningModule):
         neurons: Mapping[str, Neurons] | None = None,
         batch_size: int = 1,
         done: Collection[str] = (),
+        assisting: bool = False,
     ) -> None:
         super().__init__()
         self.handle = handle
@@ -73,6 +75,7 @@ class Stage(L.LightningModule):
         self.neurons = neurons or {}
         self.batch_size = batch_size
         self.done = done
+        self.assisting = assisting
         #: Records of the last batch.
         self.written: Sequence[Record] = ()
         self._most: int | None = None  # tasks at once, where all of a batch did not fit

@@ -21,8 +21,8 @@ def generate(stage: Stage, tasks: Sequence[Task]) -> list[ImageRecord]:
     """
     localized = [task for task in tasks if task.prompt.id in stage.neurons]
     records = {record.id: record for record in (_generate(stage, localized) if localized else [])}
-    pending = [task for task in tasks if task.id not in stage.done]
-    return [records.get(task.id) or _record(task, 0, failed=UNLOCALIZED) for task in pending]
+    records |= {t.id: _record(t, 0, failed=UNLOCALIZED) for t in tasks if t.prompt.id not in stage.neurons}
+    return [records[task.id] for task in tasks if task.id in records and task.id not in stage.done]
 
 
 def _generate(stage: Stage, tasks: Sequence[Task]) -> list[ImageRecord]:
@@ -44,7 +44,9 @@ def _generate(stage: Stage, tasks: Sequence[Task]) -> list[ImageRecord]:
             return [record for task in tasks for record in _generate(stage, [task])]
         return [_record(tasks[0], model.row_passes - before, failed=str(error))]
     passes = round((model.row_passes - before) / len(tasks), 2)
-    pending = [row for row, task in enumerate(tasks) if task.id not in stage.done]
+    # What the owner of the cell recorded meanwhile is left as it is.
+    recorded = stage.store.records(ImageRecord) if stage.assisting else {}
+    pending = [row for row, task in enumerate(tasks) if task.id not in stage.done and task.id not in recorded]
     made = [row for row in pending if not generated.failed[row]]
     names = [f"images/{file_name(tasks[row].prompt)}_{tasks[row].seed:02d}.png" for row in made]
     with ThreadPoolExecutor() as threads:
