@@ -302,12 +302,12 @@ class Runner:
         store = cell.calibration
         if store is None or cell.method is None or not cell.method.needs_calibration or not cell.measured:
             return  # a source calibrates itself
-        if self.agree(lambda: cell.is_calibrated):
-            return
         if is_main():
             settings = {"model": cell.spec.model, "prompts": len(cell.calibration_prompts)}
             spec = schema.Spec(task="calibrate", settings=settings, general_prompts=cell.spec.general_prompts)
             store.open(spec, is_named=True)
+        if self.agree(lambda: cell.is_calibrated):
+            return
         with self.holding(store.folder):
             files = {name: store.folder / name for name in cell.measured}
             if STATISTICS in files and not self.agree(partial(localization.is_readable, files[STATISTICS])):

@@ -163,7 +163,7 @@ def test_a_run_through_the_configuration(family: str, tmp_path: Path, prompt_fil
     ]
     words += [f"root={tmp_path / 'results'}", f"prompts.files=[{prompt_file}]", "model.steps=2"]
     (cell,) = plan(grid([*words, f"model.source={tmp_path / 'model'}"]))
-    run([cell], "test", say=lambda line: None)
+    run([cell], "test")
     loaded = load_model(cell.config.settings.model)
     assert json.loads((cell.store.folder / "layers.json").read_text()) == loaded.masks.widths
     assert cell.spec.digests["model"]

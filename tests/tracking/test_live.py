@@ -216,10 +216,12 @@ def test_a_logger_that_raises_is_said_once_and_the_others_log(
 def test_a_logger_that_hangs_is_not_waited_for(early: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
     monkeypatch.setattr(lightning_logs.CsvLog, "begin", lambda *values: released.wait() and None)
+    monkeypatch.setattr("nemo_bench.tracking.live._WAITING", 8)
     with Live(LoggerSettings(csv=True, tensorboard=True, timeout=1), METHODS) as tracker:
-        for _ in range(100):
+        while not any("behind" in line for line in said):
             tracker.begin(early)
             tracker.note(progress("generate", 1, 2))
+            time.sleep(0.2)
     released.set()
     why = [line.partition(";")[0] for line in said if "failed" in line]
     assert why == ["csv failed: it is behind by several cells", "csv failed: it did not end within 1 s"]
