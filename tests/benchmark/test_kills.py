@@ -24,8 +24,8 @@ from killed import execute
 from on_disk import read_records
 from small_runs import small
 
-KILLS = int(os.environ.get("NEMO_BENCH_KILLS", "4"))
-RANKS_EVERY = 4
+KILLS = int(os.environ.get("NEMO_BENCH_KILLS", "2"))
+RANKS_EVERY = 2
 """Kills of which one hits a run of two ranks: those start new processes, which takes seconds."""
 STAGES = ("localize", "memorization", "generate", "score", "detect", "audit", "audit_scores")
 
