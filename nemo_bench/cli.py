@@ -204,7 +204,9 @@ def _run(options: argparse.Namespace) -> None:
             if not is_main() or not any(is_finished(cell.store.folder) for cell in cells):
                 raise
             failed = error  # the table of the others comes first
-    if is_main():
+    if options.shard and not any(is_finished(cell.store.folder) for cell in cells):
+        print(f"--shard {options.shard[0]}/{options.shard[1]}: none of the {len(cells)} cells is in this share")
+    elif is_main():
         done = f"{pending} records computed" if pending else "everything was done already"
         _show(folder, f"{done}, {time.perf_counter() - start:.0f} s", as_json=options.json)
         _warn_of_limits(choices)

@@ -82,7 +82,7 @@ class ProgressReport(L.Callback):
                 self._bar = tqdm(total=progress.total, initial=progress.done - progress.computed, desc=name)
             self._bar.update(progress.done - self._bar.n)
         elif progress.seconds >= self._next and progress.done < progress.total:
-            log.info("%s", line(progress))
+            log.info("%s %s", time.strftime("%H:%M:%S"), line(progress))
             self._next = progress.seconds + min(progress.seconds, LONGEST)
 
     @override

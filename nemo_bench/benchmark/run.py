@@ -127,8 +127,7 @@ def _work_off(work: Work, cells: Sequence[Cell], runner: Runner, command: str, l
         if is_main():
             work.finish(cell)
             if cell in cells:
-                if cell.id not in read_run(folder).cells:  # another run took it off while it was not finished
-                    open_folder(folder, [cell])
+                report.keep_listed(cell)
                 report.write()
                 if live.is_on:
                     live.end(load_results(folder))
@@ -188,15 +187,22 @@ class Report:
         self.runner = runner
         self._next = 0.0
 
+    def keep_listed(self, cell: Cell) -> None:
+        """Puts a finished cell on the list of the run again, if another run took it off before it was finished."""
+        if cell.id not in read_run(self.folder).cells:
+            self._claim()
+            try:
+                open_folder(self.folder, [cell])
+            finally:
+                self.runner.leases.release(self.folder)
+
     def write(self, *, is_last: bool = False) -> None:
-        """Writes the report if that is due; ``is_last``: in any case, but where nothing has changed."""
+        """Writes the report if that is due and no other run does; ``is_last``: in any case, if anything has changed."""
         start = time.monotonic()
-        if start < self._next and not is_last:
+        if not is_last and (start < self._next or not self.runner.leases.claim(self.folder)):
             return
-        while not self.runner.leases.claim(self.folder):
-            if not is_last:
-                return  # another run is writing it
-            time.sleep(POLL)
+        if is_last:
+            self._claim()
         try:
             if not is_last or not is_current(self.folder):
                 write_pages(self.folder)
@@ -204,6 +210,10 @@ class Report:
             self.runner.leases.release(self.folder)
         end = time.monotonic()
         self._next = end + 9 * (end - start)
+
+    def _claim(self) -> None:
+        while not self.runner.leases.claim(self.folder):
+            time.sleep(POLL)
 
 
 @contextmanager

@@ -59,7 +59,9 @@ class SharedBatches:
     def __iter__(self) -> Iterator[Any]:
         tasks = [task for batch in self.batches for task in batch]
         workers = min(self.workers, len(tasks))
-        yield from DataLoader(tasks, batch_sampler=self._taken(), collate_fn=self.read, num_workers=workers)  # type: ignore[arg-type]
+        # Workers take no more ahead than they must, which other processes could do.
+        ahead = {"num_workers": workers, "prefetch_factor": 1 if workers else None}
+        yield from DataLoader(tasks, batch_sampler=self._taken(), collate_fn=self.read, **ahead)  # type: ignore[arg-type]
 
     def _taken(self) -> Iterator[list[int]]:
         starts = [0]
