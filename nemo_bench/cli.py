@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             argument, wanted = options.reads
             check_folder(getattr(options, argument), wanted)
         options.command(options)
+        sys.stdout.flush()  # here, where an error is explained, and not as Python ends
     except NemoBenchError as error:
         print(f"nemo-bench: {error}", file=sys.stderr)
         return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -179,7 +180,9 @@ def test_what_another_run_gave_up_meanwhile_is_not_tried_again(tmp_path: Path) -
 
 def test_two_runs_at_once_share_the_cells_and_end_with_the_records_of_one(finished: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nemo_bench.cli", "run", *words(tmp_path, METHODS)]
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    shared: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: with others numbers round otherwise
+    runs = [subprocess.Popen(command, env=one_thread, **shared) for _ in range(2)]
     said = [process.communicate(timeout=280)[0] for process in runs]
     assert [process.returncode for process in runs] == [0, 0], said
     folder = tmp_path / "default"

@@ -8,11 +8,14 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
+NODE = "NEMO_BENCH_TEST_NODE"
+"""Variable of the daemons of a node, and of those that they start for each job."""
 PROGRAMS = ("slurmctld", "slurmd", "munged", "mungekey", "sbatch", "squeue", "scontrol", "scancel")
 CONFIG = """
 ClusterName=loopback
@@ -76,9 +79,9 @@ class SlurmCluster:
         return done.stdout
 
     def kill(self, node: str) -> None:
-        """Kills a node as a power cut does: its daemon, then everything that it started."""
+        """Kills a node as a power cut does: its daemons, so that they report nothing, then everything they started."""
         daemon = self.daemons.pop(node)
-        daemon.kill()
+        kill_processes(f"{NODE}={node}", f"SLURM_CONF={self.environment['SLURM_CONF']}")
         daemon.wait()
         kill_processes(f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.environment['SLURM_CONF']}")
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=killed")
@@ -130,7 +133,8 @@ def slurm_cluster(folder: Path, nodes: int = 3, cpus: int = 1) -> Iterator[Slurm
         _wait(munge.exists, cluster)
         stack.enter_context(_daemon(["slurmctld", "-D", "-i"], cluster))
         for name in names:
-            cluster.daemons[name] = stack.enter_context(_daemon(["slurmd", "-D", "-N", name], cluster))
+            daemon = _daemon(["slurmd", "-D", "-N", name], cluster, {NODE: name})
+            cluster.daemons[name] = stack.enter_context(daemon)
         _wait(lambda: _idle(cluster) == len(names), cluster)
         yield cluster
 
@@ -143,10 +147,13 @@ def _idle(cluster: SlurmCluster) -> int:
 
 
 @contextmanager
-def _daemon(words: list[str], cluster: SlurmCluster) -> Iterator[subprocess.Popen[bytes]]:
+def _daemon(
+    words: list[str], cluster: SlurmCluster, more: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[subprocess.Popen[bytes]]:
     with (cluster.folder / f"{words[0]}.out.log").open("ab") as output:
+        environment = {**cluster.environment, **more}
         process = subprocess.Popen(
-            words, env=cluster.environment, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+            words, env=environment, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
         )
     try:
         yield process

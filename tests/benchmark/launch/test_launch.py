@@ -50,9 +50,12 @@ def test_script_asks_for_what_was_set_and_is_bash(tmp_path: Path) -> None:
         "--signal=B:USR1@90", "--partition=a,b", "--account=me", "--constraint='a100|h100'", "--exclusive", "--requeue",
     } <= set(options)  # fmt: skip
     assert 'OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"' in script
-    assert f"'root={tmp_path}/with space%d' name=mine seeds=3 launcher=local --conf {tmp_path} &" in script
+    assert (
+        f"'root={tmp_path}/with space%d' name=mine seeds=3 launcher=local launcher.workers=1 --conf {tmp_path} &"
+        in script
+    )
     assert '"${SLURM_RESTART_COUNT:-0}" -lt 7' in script
-    assert "launcher.workers" not in script
+    assert "launcher.workers=3" not in script
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
@@ -87,7 +90,7 @@ def test_printed_commands_share_the_cells(tmp_path: Path, capsys: pytest.Capture
     assert main(["run", *words, "launcher.workers=2", "--print"]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first.endswith("--shard 1/2")
-    assert second.endswith("launcher=local --shard 2/2")
+    assert second.endswith("launcher=local launcher.workers=1 --shard 2/2")
     for number, finished in ((1, 1), (2, 2)):
         assert main(["run", *words, "--shard", f"{number}/2"]) == 0
         assert len(list(tmp_path.glob("default/*/metrics.json"))) == finished
