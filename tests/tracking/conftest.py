@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,12 @@ def nemo(run: Path) -> Path:
     """Its cell of NeMo."""
     (cell,) = run.glob("*__nemo__*")
     return cell
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A server that takes connections and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(64)
+        yield server.getsockname()[1]

@@ -6,12 +6,10 @@ import csv
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
@@ -252,15 +250,6 @@ def test_a_sweep_agent_gets_the_figures_of_its_trial_alone(
     assert read_file(nemo / "tracked.json", Tracked).id == "trial456"
     with pytest.raises(ConfigError, match="asks for one cell"):
         Live(LoggerSettings(wandb=True), {"a": "nemo", "b": "random"})
-
-
-@pytest.fixture
-def port() -> Iterator[int]:
-    """A server that takes connections and never answers."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen(64)
-        yield server.getsockname()[1]
 
 
 @pytest.mark.timeout(400)

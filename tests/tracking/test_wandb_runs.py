@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -238,15 +237,6 @@ def test_whatever_wandb_raises_the_other_loggers_log(
     assert (nemo / "csv" / "metrics.csv").is_file()
     assert not (nemo / "tracked.json").exists()
     assert logged_run(nemo).summary["VM/ssim/mean"]
-
-
-@pytest.fixture
-def port() -> Iterator[int]:
-    """A server that takes connections and never answers."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen(64)
-        yield server.getsockname()[1]
 
 
 @pytest.mark.parametrize("answers", [False, True])
