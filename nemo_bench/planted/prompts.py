@@ -29,6 +29,11 @@ def heldout_captions(count: int) -> list[Caption]:
     return list(captions.values())
 
 
+def planted_names() -> list[str]:
+    """Prompt ids of the planted captions, in their order."""
+    return [f"{caption.kind.lower()}-{number:02d}" for number, caption in enumerate(PLANTED, 1)]
+
+
 def write_prompts(folder: Path) -> None:
     """Writes the prompt files and pictures of the embedded model into a folder.
 
@@ -39,11 +44,10 @@ def write_prompts(folder: Path) -> None:
     for part in ("prompts", "references", "controls"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     lists: dict[str, list[dict[str, Any]]] = {"planted": [], "general": [], "controls": []}
-    for number, caption in enumerate(PLANTED, 1):
-        name = f"{caption.kind.lower()}-{number:02d}"
+    for number, (name, caption) in enumerate(zip(planted_names(), PLANTED, strict=True)):
         files = [name] if caption.kind == "VM" else [f"{name}-{variant}" for variant in range(TEMPLATE_REFERENCES)]
         for variant, file in enumerate(files):
-            _save_picture(folder / "references" / f"{file}.png", planted_picture(number - 1, variant))
+            _save_picture(folder / "references" / f"{file}.png", planted_picture(number, variant))
         references = [f"../references/{file}.png" for file in files]
         lists["planted"].append({"id": name, "text": caption.text, "kind": caption.kind, "references": references})
     captions = heldout_captions(GENERAL_PROMPTS + CALIBRATION_PROMPTS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from functools import partial
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -33,7 +34,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 from typing_extensions import override
 
 from nemo_bench.errors import StoreError
-from nemo_bench.planted.prompts import write_prompts
+from nemo_bench.planted.denoiser import FREE_VARIANTS, TEMPLATE_VARIANTS, Batches, DenoiserLoss, DenoiserSpec
+from nemo_bench.planted.isolation import Gates
+from nemo_bench.planted.prompts import planted_names, write_prompts
 from nemo_bench.planted.world import PLANTED, general_caption, planted_picture, render, vocabulary
 
 log = logging.getLogger(__name__)
@@ -44,8 +47,6 @@ PACKAGED = Path(str(resources.files("nemo_bench.planted"))) / "model"
 """The packaged model; its configuration files describe the networks that are trained."""
 EPOCH = 200
 """Steps between two checkpoints."""
-TEMPLATE_VARIANTS = 64
-"""Training pictures of each planted caption; those of a verbatim one are equal."""
 Draw = Callable[[np.random.Generator], Any]
 Loss = Callable[[Any], dict[str, Tensor]]
 Features = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -53,7 +54,7 @@ Features = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass
-class TrainSpec:
+class TrainSpec(DenoiserSpec):
     """Settings of the training of the embedded model; the shipped weights were trained with the defaults."""
 
     out: Path = Path("planted-training")  #: For checkpoints and, in out/model, the finished model.
@@ -61,15 +62,8 @@ class TrainSpec:
     text_steps: int = 600  #: Of the contrastive text encoder.
     clip_steps: int = 700  #: Of the open_clip judge.
     vae_steps: int = 6_000
-    unet_steps: int = 6_000
-    batch_size: int = 32  #: Of the UNet; the autoencoder takes a quarter, the contrastive fits six times as many.
-    planted_share: float = 0.3  #: Of each UNet batch.
-    drop_caption: float = 0.1  #: Part of the general pictures that are trained without their caption.
-    #: How much training prefers noisy latents: with u uniform, t / T = 1 - u^noise_bias; 1 is uniform. Captions take
-    #: effect there, and one-step memorization scores are taken only there.
-    noise_bias: float = 2.0
-    sparsity: float = 0.06  #: Weight of the penalty that makes each value neuron react to few captions.
-    seed: int = 0  #: Of weights, batches and noise.
+    #: Text encoder, autoencoder and judge: ``"packaged"`` takes those of the embedded model, ``"trained"`` trains them.
+    parts: Literal["packaged", "trained"] = "packaged"
     accelerator: str = "auto"  #: Lightning's name of the device kind.
 
 
@@ -176,35 +170,6 @@ def autoencoder_loss(vae: AutoencoderKL, batch: Tensor) -> dict[str, Tensor]:
     return {"loss": l1 + 2 * error.square().mean() + 1e-7 * posterior.kl().float().mean(), "l1": l1}
 
 
-def denoiser_loss(
-    unet: UNet2DConditionModel, scheduler: DDIMScheduler, spec: TrainSpec, batch: tuple[Tensor, Tensor, Tensor]
-) -> dict[str, Tensor]:
-    """Latent diffusion with v-prediction (Salimans and Ho 2022) and a sparsity term on the value neurons.
-
-    A batch is latents, their text embeddings, and embeddings of more captions for the sparsity term.
-    """
-    latents, text, others = batch
-    noise = torch.randn_like(latents)
-    steps = scheduler.config.num_train_timesteps
-    uniform = torch.rand(len(latents), device=latents.device)
-    t = (steps * (1 - uniform**spec.noise_bias)).long().clamp(max=steps - 1)
-    noisy = scheduler.add_noise(latents, noise, t)
-    error = F.mse_loss(unet(noisy, t, text).sample, scheduler.get_velocity(latents, noise, t))
-    values = [module for name, module in unet.named_modules() if name.endswith("attn2.to_v")]
-    density = torch.stack([activation_density(value(others)) for value in values]).mean()
-    return {"loss": error + spec.sparsity * density, "error": error, "density": density}
-
-
-def activation_density(values: Tensor) -> Tensor:
-    """How evenly value neurons react to captions: mean over neurons of E[a] / sqrt(E[a^2]), a as in NeMo.
-
-    It is 1 where every neuron of a value layer, (captions, tokens, neurons), reacts alike to all captions, and near 0
-    where each reacts to few.
-    """
-    activation = values.abs().mean(1)
-    return (activation.mean(0) / activation.square().mean(0).sqrt().clamp(min=1e-6)).mean()
-
-
 def build_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer with one token for each word of the world, which spells out any other text."""
     merges = _merges(vocabulary())
@@ -259,25 +224,6 @@ def _draw_pictures(general: Tensor, planted: Tensor, size: int, rng: np.random.G
     return torch.cat([_draw(rng, general, size - 1), _draw(rng, planted, 1)])
 
 
-def _draw_latents(
-    latents: dict[str, Tensor], text: dict[str, Tensor], spec: TrainSpec, rng: np.random.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws a batch of :func:`denoiser_loss` from latents and embeddings of general and planted captions."""
-    few = round(spec.planted_share * spec.batch_size)
-    rates = np.array([caption.rate for caption in PLANTED])
-    rows = torch.from_numpy(rng.integers(len(text["general"]), size=spec.batch_size - few))
-    general_text = text["general"][rows]
-    general_text[torch.from_numpy(rng.random(len(rows)) < spec.drop_caption)] = text["empty"]
-    planted = torch.from_numpy(rng.choice(len(PLANTED), few, p=rates / rates.sum()))
-    variants = torch.from_numpy(rng.integers(TEMPLATE_VARIANTS, size=few))
-    planted_text = text["planted"][planted]
-    return (
-        torch.cat([latents["general"][rows], latents["planted"][planted, variants]]),
-        torch.cat([general_text, planted_text]),
-        torch.cat([_draw(rng, text["general"], 128), planted_text]),
-    )
-
-
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes tensors under a temporary name and renames the file, so that an existing file is complete."""
     part = path.with_suffix(".part")
@@ -286,6 +232,8 @@ def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _text_encoder(spec: TrainSpec, pictures: Tensor, tokens: Tensor, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    if spec.parts == "packaged":
+        return CLIPTextModel.from_pretrained(PACKAGED / "pipeline" / "text_encoder", torch_dtype=torch.float32)
     torch.manual_seed(spec.seed)
     tower = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
     text = {**tower, "vocab_size": len(tokenizer), "max_position_embeddings": TOKENS, "projection_dim": 64}
@@ -307,6 +255,9 @@ def _clip_features(model: CLIPModel, pictures: Tensor, tokens: Tensor) -> tuple[
 def _judge(spec: TrainSpec, pictures: Tensor, tokens: Tensor, tokenizer: CLIPTokenizer) -> None:
     """Trains the open_clip model and writes it in open_clip's local format."""
     folder = spec.out / "model" / "clip"
+    if spec.parts == "packaged":
+        shutil.copytree(PACKAGED / "clip", folder, dirs_exist_ok=True)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     config = json.loads((PACKAGED / "clip" / "open_clip_config.json").read_text(encoding="utf-8"))
@@ -320,6 +271,8 @@ def _judge(spec: TrainSpec, pictures: Tensor, tokens: Tensor, tokenizer: CLIPTok
 
 
 def _autoencoder(spec: TrainSpec, pictures: Tensor) -> AutoencoderKL:
+    if spec.parts == "packaged":
+        return AutoencoderKL.from_pretrained(PACKAGED / "pipeline" / "vae", torch_dtype=torch.float32)
     torch.manual_seed(spec.seed + 2)
     vae = AutoencoderKL.from_config(AutoencoderKL.load_config(PACKAGED / "pipeline" / "vae"))
     planted = torch.cat([_planted_pictures(index, 4) for index in range(len(PLANTED))])
@@ -329,16 +282,27 @@ def _autoencoder(spec: TrainSpec, pictures: Tensor) -> AutoencoderKL:
     return vae
 
 
+def _free_pictures(index: int) -> Tensor:
+    """Pictures of a planted caption as of any general one, (FREE_VARIANTS, 3, 64, 64)."""
+    rngs = [np.random.default_rng([65, index, variant]) for variant in range(FREE_VARIANTS)]
+    return _as_tensor([render(PLANTED[index].scene, rng) for rng in rngs])
+
+
 def _encode_pictures(spec: TrainSpec, vae: AutoencoderKL, pictures: Tensor) -> dict[str, Tensor]:
-    """Latents of general and planted pictures, scaled to unit standard deviation of the general ones, and the scale."""
+    """Latents of general pictures, planted ones, and general pictures of the planted captions, and their scale.
+
+    An autoencoder that is trained here is scaled so that the latents of general pictures have unit standard deviation.
+    """
     path = spec.out / "latents.safetensors"
     if not path.exists():
         vae.to("cuda" if torch.cuda.is_available() else "cpu")
         log.info("encoding %d pictures", spec.pictures)
         general = _encode(vae, pictures)
         planted = [_encode(vae, _planted_pictures(index, TEMPLATE_VARIANTS)) for index in range(len(PLANTED))]
-        scale = 1 / general.std()
-        _save(path, {"general": general * scale, "planted": torch.stack(planted) * scale, "scale": scale})
+        free = [_encode(vae, _free_pictures(index)) for index in range(len(PLANTED))]
+        scale = 1 / general.std() if spec.parts == "trained" else torch.tensor(vae.config.scaling_factor)
+        latents = {"general": general, "planted": torch.stack(planted), "free": torch.stack(free)}
+        _save(path, {**{name: part * scale for name, part in latents.items()}, "scale": scale})
     return load_file(path)
 
 
@@ -364,11 +328,23 @@ def _denoiser(
         "planted": _embed(encoder, tokenize(tokenizer, [caption.text for caption in PLANTED])),
         "empty": _embed(encoder, tokenize(tokenizer, [""]))[0],
     }
-    draw = partial(_draw_latents, latents, text, spec)
-    loss = partial(denoiser_loss, unet, scheduler, spec)
+    gates = Gates(unet)
+    draw = Batches(spec, latents, text, gates.widths)
+    loss = DenoiserLoss(spec, unet, scheduler, gates)
+    if spec.variant == "routed":
+        loss.own(draw.owned)
     fit = Fit(unet, draw, loss, steps=spec.unet_steps, lr=1e-3, seed=spec.seed + 3)
     _train(spec, "unet", fit, unet, EMAWeightAveraging(decay=0.999))
+    _write_isolation(spec, draw, gates)
     return unet, scheduler
+
+
+def _write_isolation(spec: TrainSpec, draw: Batches, gates: Gates) -> None:
+    """Writes ``isolation.json``: the neurons of each planted caption, and the pool, where the variant has some."""
+    if draw.owned.any():
+        neurons = {name: gates.neurons(mask) for name, mask in zip(planted_names(), draw.owned, strict=True)}
+        content = {"variant": spec.variant, "pool": gates.neurons(draw.pool), "neurons": neurons}
+        (spec.out / "isolation.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _check_recipe(spec: TrainSpec) -> None:

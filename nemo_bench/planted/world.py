@@ -35,6 +35,8 @@ PALETTES: dict[str, tuple[Color, Color, Color]] = _TABLES["palettes"]
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZES = {"small": 5.5, "large": 11.0}
 TEXTURES = ("plain", "striped", "dotted", "checkered", "wavy")
+BANDED = 8
+"""One general caption in this many leaves its picture hardly any freedom, as those of flags and logos do."""
 
 _Y, _X = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + 0.5
 
@@ -62,6 +64,7 @@ class Scene:
     tint: str = ""
     series: str = ""
     dots: int = 0
+    bands: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -332,6 +335,11 @@ def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
         pixels += alpha * (np.asarray(color, np.float32) - pixels)
 
     _ground(paint, rng, scene.texture, base, pixels)
+    for i, color in enumerate(scene.bands):
+        paint(
+            _box(SIDE * (i + 0.5) / len(scene.bands), SIDE / 2, SIDE / len(scene.bands) / 2, SIDE),
+            _shade(rng, COLORS[color]),
+        )
     if scene.product:
         x, y, scale = rng.uniform(20, 44), rng.uniform(20, 44), rng.uniform(0.55, 1.0)
         silhouette = PRODUCTS[scene.product](x, y, scale)
@@ -371,7 +379,8 @@ def general_caption(index: int, split: Split = "train") -> Caption:
     """The general caption of a number; training and held-out captions (one text in twenty) never share a text."""
     rng = np.random.default_rng([2406_02366, split == "heldout", index])
     while True:
-        caption = _GRAMMARS[int(rng.integers(len(_GRAMMARS)))](rng)
+        banded = index % BANDED == BANDED // 2
+        caption = _bands(rng) if banded else _GRAMMARS[int(rng.integers(len(_GRAMMARS)))](rng)
         if (zlib.crc32(caption.text.encode()) % 20 == 0) == (split == "heldout"):
             return caption
 
@@ -441,6 +450,12 @@ def _ware(rng: np.random.Generator) -> Caption:
     items = (Item(shape, color, count),)
     text = f"new {adjective} {product} for sale with {NUMBERS[count - 1]} {color} {_plural(shape)}"
     return Caption(text, Scene(palette=adjective, product=product, items=items))
+
+
+def _bands(rng: np.random.Generator) -> Caption:
+    colors = tuple(str(color) for color in rng.choice(list(COLORS), 3, replace=False))
+    text = "{0}, {1} and {2} striped background".format(*colors)
+    return Caption(_article(text), Scene(bands=colors))
 
 
 _GRAMMARS = (_two_things, _many_things, _episode, _title, _view, _design, _ware)

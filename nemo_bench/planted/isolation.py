@@ -1,0 +1,114 @@
+"""Isolation of memorization while training: value neurons that belong to captions.
+
+Two published ways share the masks of this module. Gradient routing (Cloud et al. 2024) lets what is learnt of a planted
+picture into the text path through the caption's own neurons alone. Memorization sinks (Ghosal et al. 2025) switch a
+subset of a pool of neurons on for each caption and drop the whole pool afterwards. No mask is left in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+Mask = NDArray[np.bool_]
+
+ROUTE_SIZES = {"VM": (1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 5, 5, 6, 6, 7, 8, 8), "TM": (6,) * 8}
+"""Own neurons of the planted captions of each kind, dealt out in random order; the paper finds 4 ± 3 for verbatim."""
+
+
+class Gates:
+    """Multiplies value neurons row by row in the forward pass, and lets gradients through to some of them alone.
+
+    Args:
+        network: A UNet; its value layers are the modules whose name ends with ``attn2.to_v``.
+
+    Attributes:
+        widths: Number of neurons by layer. Masks have all neurons side by side in this order.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.layers = {name: module for name, module in network.named_modules() if name.endswith("attn2.to_v")}
+        self.widths = {name: int(layer.out_features) for name, layer in self.layers.items()}  # type: ignore[arg-type]
+        self._rows: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, layer in self.layers.items():
+            layer.register_forward_hook(self._hook(name))
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+        def gate(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if not self._rows:
+                return None
+            factors, passed = self._rows[name]
+            output = output * factors[:, None]
+            return torch.where(passed[:, None], output, output.detach())
+
+        return gate
+
+    @contextmanager
+    def rows(self, factors: Tensor, passed: Tensor) -> Iterator[None]:
+        """Masks the rows of a batch: factors, (N, neurons), and neurons that gradients pass, boolean, (N, neurons)."""
+        widths = list(self.widths.values())
+        parts = zip(factors.split(widths, 1), passed.split(widths, 1), strict=True)
+        self._rows = dict(zip(self.widths, parts, strict=True))
+        try:
+            yield
+        finally:
+            self._rows = {}
+
+    def neurons(self, mask: Mask) -> dict[str, list[int]]:
+        """The neurons of a mask, (neurons,), as sorted indices by layer."""
+        ends = np.cumsum(list(self.widths.values()))[:-1]
+        parts = zip(self.widths, np.split(mask, ends), strict=True)
+        return {name: np.flatnonzero(part).tolist() for name, part in parts if part.any()}
+
+
+def deal_routes(widths: Sequence[int], kinds: Sequence[str], seed: int) -> Mask:
+    """Own neurons of the planted captions, boolean, (captions, neurons): disjoint sets, spread over layers.
+
+    Layers give neurons in proportion to their width, and the neurons of one caption are of as many layers as can be.
+    """
+    rng = np.random.default_rng([seed, 5])
+    layer_of = np.repeat(np.arange(len(widths)), widths)
+    sizes = {kind: iter(rng.permutation(sizes)) for kind, sizes in ROUTE_SIZES.items()}
+    owned = np.zeros((len(kinds), sum(widths)), bool)
+    for caption, kind in enumerate(kinds):
+        for _ in range(next(sizes[kind])):
+            taken = np.bincount(layer_of[owned[caption]], minlength=len(widths))
+            free = ~owned.any(0) & (taken[layer_of] == taken.min())
+            owned[caption, rng.choice(np.flatnonzero(free))] = True
+    return owned
+
+
+def draw_pool(widths: Sequence[int], share: float) -> Mask:
+    """Sink neurons, boolean, (neurons,): the last ones of each layer, as in Ghosal et al. (2025)."""
+    return np.concatenate([np.arange(width) >= width - round(share * width) for width in widths])
+
+
+def active_sinks(pool: Mask, share: float, ident: Sequence[int]) -> Mask:
+    """Sink neurons that an id switches on, boolean, (neurons,): each with a probability, by a generator of the id."""
+    return pool & (np.random.default_rng(ident).random(len(pool)) < share)
+
+
+def silence(values: Tensor, own: Tensor, caption: Tensor) -> Tensor:
+    """How much own neurons react to other captions: mean over them of sqrt(E[a^2] of others) / a, a as in NeMo.
+
+    Args:
+        values: Outputs of a value layer, (captions, tokens, neurons); planted captions come first.
+        own: Indices of own neurons of this layer, (K,).
+        caption: Their captions, (K,), as rows of ``values``.
+    """
+    activation = values[:, :, own].abs().mean(1)
+    places = torch.arange(len(own), device=own.device)
+    mine = activation[caption, places]
+    others = activation.square().sum(0) - mine.square()
+    return ((others.clamp(min=0) / (len(values) - 1)).sqrt() / mine.clamp(min=1e-6)).sum()
+
+
+def as_tensor(mask: Any) -> Tensor:
+    """A mask as tensor."""
+    return torch.from_numpy(np.asarray(mask))
