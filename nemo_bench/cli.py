@@ -489,10 +489,14 @@ def _references(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from nemo_bench.config import overridden
+    from nemo_bench.config import logger_settings, overridden
     from nemo_bench.planted.training import TrainSpec, train
+    from nemo_bench.tracking import training_loggers
 
-    print(train(overridden(options.overrides, TrainSpec)))
+    of_loggers = [word for word in options.overrides if re.match(r"logger\b", word)]
+    spec = overridden([word for word in options.overrides if word not in of_loggers], TrainSpec)
+    settings = logger_settings(of_loggers or ["logger=csv"])
+    print(train(spec, training_loggers(settings, spec.out, spec.recipe)))
 
 
 if __name__ == "__main__":

@@ -96,9 +96,17 @@ def test_checkpoints_of_training_run_no_code(tmp_path: Path, trap: Trap) -> None
     spec = TrainSpec(out=tmp_path, accelerator="cpu")
     write(tmp_path / "part" / "last.ckpt", {"state_dict": {}, "trap": trap})
     part = nn.Linear(1, 1)
-    fit = Fit(part, lambda rng: torch.zeros(1, 1), lambda batch: {"loss": part(batch).sum()}, steps=1, lr=1.0, seed=0)
+    fit = Fit(
+        part,
+        lambda rng: torch.zeros(1, 1),
+        lambda batch: {"loss": part(batch).sum()},
+        name="part",
+        steps=1,
+        lr=1.0,
+        seed=0,
+    )
     with pytest.raises(pickle.UnpicklingError):
-        training._train(spec, "part", fit, part)
+        training._train(spec, fit, part, loggers=[])
 
 
 @pytest.mark.parametrize("place", ["method", "method.inner", "metrics.fine.space"])

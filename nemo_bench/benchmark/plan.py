@@ -538,7 +538,8 @@ def source_of(settings: ModelSettings) -> Source:
     local, lora = settings.local_files_only, None
     if settings.lora:
         lora = Lora(resolve(settings.lora), settings.lora_scale, local)
-    return Source(resolve(settings.source), settings.revision, config, local, settings.variant, lora)
+    unet = resolve(settings.unet) if settings.unet else None
+    return Source(resolve(settings.source), settings.revision, config, local, settings.variant, lora, unet)
 
 
 def check_scheduler(source: Source, model: ModelSettings, *, predicts: bool) -> None:

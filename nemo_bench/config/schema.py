@@ -48,6 +48,7 @@ class ModelSettings:
     local_files_only: bool = False  #: Never ask the hub.
     #: Form of the weights, such as ``fp16`` for ``*.fp16.safetensors``; null for the available one.
     variant: str | None = None
+    unet: str | None = None  #: Folder of a UNet in place of the one of ``source``, such as a fine-tuned one.
     lora: str | None = None  #: LoRA added to the weights: ``.safetensors`` file, folder, hub id or ``user/name/FILE``.
     lora_scale: float = 1.0  #: Factor of the LoRA, 1 as trained.
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"  #: float32, float16 or bfloat16.

@@ -52,8 +52,14 @@ class Source:
     #: variant or, if there are none, the only variant.
     variant: str | None = None
     lora: Lora | None = None  #: LoRA that is added to the weights.
+    unet: str | None = None  #: Folder of a UNet in place of the pipeline's, with its ``config.json`` and weights.
 
     def __post_init__(self) -> None:
+        if self.unet and not (Path(self.unet) / "config.json").is_file():
+            raise ModelError(
+                f"model.unet={self.unet} is no UNet folder: there is no config.json in it; give the folder of a UNet "
+                "alone, such as the subfolder unet of a pipeline"
+            )
         path = Path(self.path)
         if not path.is_file() and path.suffix not in {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}:
             _check_place(self.path)
@@ -236,7 +242,10 @@ class Source:
     @property
     def latent_size(self) -> tuple[int, int] | None:
         """Height and width of a latent by the configuration of the UNet, or None."""
-        size = self._read(_UNET).get("sample_size") if _UNET in self._files else None
+        if self.unet:
+            size = parse_json((Path(self.unet) / "config.json").read_text(encoding="utf-8")).get("sample_size")
+        else:
+            size = self._read(_UNET).get("sample_size") if _UNET in self._files else None
         if size is None:
             return None  # loading raises the error
         height, width = (size, size) if isinstance(size, int) else size
@@ -248,6 +257,8 @@ class Source:
         own = digest([self.place, repository.commit]) if repository else folder_digest(Path(self.place))
         if self.is_file:
             own = digest([file_digest(Path(self.path)), own])
+        if self.unet:
+            own = digest([own, folder_digest(Path(self.unet))])
         variant = None if self.is_file else self._loaded_variant
         return digest([own, variant, self.lora.digest() if self.lora else None]) if variant or self.lora else own
 
@@ -262,6 +273,11 @@ class Source:
         options = {**self.family.loading, "dtype": getattr(torch, dtype)}
         try:
             with without_bars() if repository is None else nullcontext():
+                if self.unet:
+                    unet_class = diffusers.UNet2DConditionModel
+                    options["unet"] = unet_class.from_pretrained(
+                        self.unet, torch_dtype=getattr(torch, dtype), use_safetensors=True, low_cpu_mem_usage=False
+                    )
                 if self.is_file:
                     pipeline = pipeline_class.from_single_file(
                         self.path,

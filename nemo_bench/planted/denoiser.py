@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nemo_bench.planted.isolation import Gates, Mask, active_sinks, as_tensor, deal_routes, draw_pool, silence
@@ -17,8 +18,8 @@ from nemo_bench.planted.world import PLANTED
 
 Variant = Literal["standard", "once", "routed", "sinks", "random_sinks"]
 """``standard``: planted pictures are repeated. ``once``: each is trained as often as any other picture. ``routed``:
-repeated, with gradients routed to the captions' own neurons. ``sinks``: repeated, with sink neurons that captions switch
-on; ``random_sinks``: its control, which switches sinks on at random."""
+repeated, with gradients routed to the captions' own neurons. ``sinks``: repeated, with sink neurons that captions
+switch on; ``random_sinks``: its control, which switches sinks on at random."""
 TEMPLATE_VARIANTS = 64
 """Training pictures of each planted caption; those of a verbatim one are equal."""
 FREE_VARIANTS = 64
@@ -62,9 +63,9 @@ class Batches:
     """Draws the batches of a variant.
 
     Args:
-        latents: ``general``, (G, 8, 16, 16), ``planted``, (P, variants, 8, 16, 16), and, for the routed variant, ``free``
-            of the same shape: pictures of the planted captions as general ones.
-        text: Embeddings of the captions: ``general``, (G, 16, 128), ``planted``, (P, 16, 128), and ``empty``, (16, 128).
+        latents: ``general``, (G, 8, 16, 16), ``planted``, (P, variants, 8, 16, 16), and, for the routed variant,
+            ``free`` of the same shape: pictures of the planted captions as general ones.
+        text: Embeddings of captions: ``general``, (G, 16, 128), ``planted``, (P, 16, 128), and ``empty``, (16, 128).
 
     Attributes:
         owned: Own neurons of each planted caption, (P, neurons): of the routed variant the ones that gradients pass, of
@@ -119,15 +120,15 @@ class Batches:
             as_tensor(passed),
         )
 
-    def _route(self, rng: np.random.Generator, planted: Mask, free: Mask) -> tuple[Mask, Mask]:
+    def _route(self, rng: np.random.Generator, planted: NDArray[Any], free: Mask) -> tuple[Mask, Mask]:
         """Factors and passed neurons of general rows, then of planted ones, of which some are free.
 
         A planted picture is learnt with any part of the own neurons on, so that each alone brings it back, and all have
         to be off. Other neurons are off at times, so that nothing depends on them.
         """
-        routed = self.owned.any(0)
-        factors = np.ones((self.spec.batch_size, len(routed)), bool)
-        passed = np.tile(~routed, (self.spec.batch_size, 1))
+        routed: Mask = self.owned.any(0)
+        factors: Mask = np.ones((self.spec.batch_size, len(routed)), bool)
+        passed: Mask = np.tile(~routed, (self.spec.batch_size, 1))
         general = self.spec.batch_size - len(planted)
         for row in range(general):
             which = rng.random()
@@ -154,8 +155,8 @@ class Batches:
 class DenoiserLoss:
     """Latent diffusion with v-prediction (Salimans and Ho 2022), and penalties on the value neurons.
 
-    Called with a batch, it gives the ``loss`` and its parts: ``error`` of the velocity, ``density`` of the value neurons,
-    and for the routed variant ``silence`` of the own neurons.
+    Called with a batch, it gives the ``loss`` and its parts: ``error`` of the velocity, ``density`` of the value
+    neurons, and for the routed variant ``silence`` of the own neurons.
     """
 
     def __init__(self, spec: DenoiserSpec, unet: UNet2DConditionModel, scheduler: DDIMScheduler, gates: Gates) -> None:
@@ -170,15 +171,19 @@ class DenoiserLoss:
                 new = torch.tensor(indices), torch.full((len(indices),), caption)
                 self.owned[name] = torch.cat([old[0], new[0]]), torch.cat([old[1], new[1]])
 
+    def error(self, latents: Tensor, text: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+        """Mean squared error of the velocity of N rows."""
+        velocity = self.unet(self.scheduler.add_noise(latents, noise, timesteps), timesteps, text).sample
+        return F.mse_loss(velocity, self.scheduler.get_velocity(latents, noise, timesteps))
+
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """The loss of a batch and its parts."""
         noise = torch.randn_like(batch.latents)
         steps = self.scheduler.config.num_train_timesteps
         uniform = torch.rand(len(batch.latents), device=batch.latents.device)
         t = (steps * (1 - uniform**self.spec.noise_bias)).long().clamp(max=steps - 1)
-        noisy = self.scheduler.add_noise(batch.latents, noise, t)
         with self.gates.rows(batch.factors, batch.passed):
-            velocity = self.unet(noisy, t, batch.text).sample
-        error = F.mse_loss(velocity, self.scheduler.get_velocity(batch.latents, noise, t))
+            error = self.error(batch.latents, batch.text, t, noise)
         values = {name: layer(batch.captions) for name, layer in self.gates.layers.items()}
         density = torch.stack([activation_density(value) for value in values.values()]).mean()
         parts = {"error": error, "density": density}

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-Mask = NDArray[np.bool_]
+Mask = NDArray[Any]
+"""A boolean array."""
 
 ROUTE_SIZES = {"VM": (1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 5, 5, 6, 6, 7, 8, 8), "TM": (6,) * 8}
 """Own neurons of the planted captions of each kind, dealt out in random order; the paper finds 4 ± 3 for verbatim."""
@@ -34,7 +35,7 @@ class Gates:
 
     def __init__(self, network: nn.Module) -> None:
         self.layers = {name: module for name, module in network.named_modules() if name.endswith("attn2.to_v")}
-        self.widths = {name: int(layer.out_features) for name, layer in self.layers.items()}  # type: ignore[arg-type]
+        self.widths = {name: int(layer.out_features) for name, layer in self.layers.items()}
         self._rows: dict[str, tuple[Tensor, Tensor]] = {}
         for name, layer in self.layers.items():
             layer.register_forward_hook(self._hook(name))
@@ -78,9 +79,9 @@ def deal_routes(widths: Sequence[int], kinds: Sequence[str], seed: int) -> Mask:
     owned = np.zeros((len(kinds), sum(widths)), bool)
     for caption, kind in enumerate(kinds):
         for _ in range(next(sizes[kind])):
-            taken = np.bincount(layer_of[owned[caption]], minlength=len(widths))
-            free = ~owned.any(0) & (taken[layer_of] == taken.min())
-            owned[caption, rng.choice(np.flatnonzero(free))] = True
+            taken = np.bincount(layer_of[owned[caption]], minlength=len(widths))[layer_of]
+            free = ~owned.any(0)
+            owned[caption, rng.choice(np.flatnonzero(free & (taken == taken[free].min())))] = True
     return owned
 
 

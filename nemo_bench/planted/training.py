@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import resources
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
@@ -36,7 +38,8 @@ from typing_extensions import override
 from nemo_bench.errors import StoreError
 from nemo_bench.planted.denoiser import FREE_VARIANTS, TEMPLATE_VARIANTS, Batches, DenoiserLoss, DenoiserSpec
 from nemo_bench.planted.isolation import Gates
-from nemo_bench.planted.prompts import planted_names, write_prompts
+from nemo_bench.planted.prompts import heldout_captions, planted_names, write_prompts
+from nemo_bench.planted.watch import Examination, Sampler, TimeLeft
 from nemo_bench.planted.world import PLANTED, general_caption, planted_picture, render, vocabulary
 
 log = logging.getLogger(__name__)
@@ -45,6 +48,8 @@ TOKENS = 16
 """Length of every tokenized caption with start, end and padding."""
 PACKAGED = Path(str(resources.files("nemo_bench.planted"))) / "model"
 """The packaged model; its configuration files describe the networks that are trained."""
+HELD_OUT = 64
+"""Pictures of captions that training never sees, on which the loss is measured."""
 EPOCH = 200
 """Steps between two checkpoints."""
 Draw = Callable[[np.random.Generator], Any]
@@ -66,15 +71,34 @@ class TrainSpec(DenoiserSpec):
     parts: Literal["packaged", "trained"] = "packaged"
     accelerator: str = "auto"  #: Lightning's name of the device kind.
 
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The settings that the weights depend on."""
+        return {name: value for name, value in asdict(self).items() if name not in ("out", "accelerator")}
+
 
 class Fit(L.LightningModule):
     """One fit: AdamW with warm-up and cosine decay over batches drawn at random.
 
-    ``loss`` gives the ``loss`` of a batch, and other values for the progress bar; ``lr`` is the highest learning rate.
+    ``loss`` gives the ``loss`` of a batch, and other values to log; ``lr`` is the highest learning rate; ``examine``
+    gives figures of the averaged network, at every checkpoint.
     """
 
-    def __init__(self, network: nn.Module, draw: Draw, loss: Loss, *, steps: int, lr: float, seed: int) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        draw: Draw,
+        loss: Loss,
+        *,
+        name: str,
+        steps: int,
+        lr: float,
+        seed: int,
+        examine: Callable[[L.LightningModule], dict[str, Tensor]] | None = None,
+    ) -> None:
         super().__init__()
+        self.name = name
+        self.examine = examine
         self.network = network
         self.draw = draw
         self.loss = loss
@@ -99,8 +123,17 @@ class Fit(L.LightningModule):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         values = self.loss(batch)
-        self.log_dict(values, prog_bar=True)
+        self.log_dict({f"{self.name}/{key}": value for key, value in values.items()}, prog_bar=True)
         return values["loss"]
+
+    def val_dataloader(self) -> list[int]:
+        """One batch, whose content ``examine`` does not need."""
+        return [0]
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        assert self.examine
+        self.log_dict({f"{self.name}/{key}": value for key, value in self.examine(self).items()}, batch_size=1)
 
     @override
     def configure_optimizers(self) -> Any:
@@ -116,9 +149,9 @@ class Fit(L.LightningModule):
 
 def _train(
     spec: TrainSpec,
-    name: str,
     fit: Fit,
     part: nn.Module,
+    loggers: Sequence[Logger],
     *callbacks: Callback,
     file: Path | None = None,
     dtype: torch.dtype = torch.float32,
@@ -127,9 +160,9 @@ def _train(
 
     A fit starts from the last checkpoint in the folder of its name, if there is one.
     """
-    file = file or spec.out / f"{name}.safetensors"
+    file = file or spec.out / f"{fit.name}.safetensors"
     if not file.exists():
-        last = spec.out / name / "last.ckpt"
+        last = spec.out / fit.name / "last.ckpt"
         saver = ModelCheckpoint(last.parent, filename=last.stem, every_n_epochs=1, enable_version_counter=False)
         trainer = L.Trainer(
             max_steps=fit.steps,
@@ -138,12 +171,15 @@ def _train(
             devices=1,
             gradient_clip_val=1.0,
             reload_dataloaders_every_n_epochs=1,
-            callbacks=[saver, *callbacks],
-            logger=False,
+            callbacks=[saver, TimeLeft(fit.name), *callbacks],
+            logger=list(loggers),
             enable_model_summary=False,
+            enable_progress_bar=sys.stderr.isatty(),
             log_every_n_steps=10,
+            num_sanity_val_steps=0,
+            limit_val_batches=1.0 if fit.examine else 0,
         )
-        log.info("training %s: %d steps", name, fit.steps)
+        log.info("training %s: %d steps", fit.name, fit.steps)
         trainer.fit(fit, ckpt_path=last if last.exists() else None, weights_only=True)
         _save(file, part.to(dtype).state_dict())
     part.load_state_dict(load_file(file))
@@ -231,7 +267,9 @@ def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     part.replace(path)
 
 
-def _text_encoder(spec: TrainSpec, pictures: Tensor, tokens: Tensor, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def _text_encoder(
+    spec: TrainSpec, pictures: Tensor, tokens: Tensor, tokenizer: CLIPTokenizer, loggers: Sequence[Logger]
+) -> CLIPTextModel:
     if spec.parts == "packaged":
         return CLIPTextModel.from_pretrained(PACKAGED / "pipeline" / "text_encoder", torch_dtype=torch.float32)
     torch.manual_seed(spec.seed)
@@ -242,8 +280,8 @@ def _text_encoder(spec: TrainSpec, pictures: Tensor, tokens: Tensor, tokenizer: 
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
     draw = partial(_draw_pairs, pictures, tokens, 6 * spec.batch_size)
     loss = partial(contrastive_loss, partial(_clip_features, model))
-    fit = Fit(model, draw, loss, steps=spec.text_steps, lr=1e-3, seed=spec.seed)
-    _train(spec, "text_encoder", fit, model.text_model)
+    fit = Fit(model, draw, loss, name="text_encoder", steps=spec.text_steps, lr=1e-3, seed=spec.seed)
+    _train(spec, fit, model.text_model, loggers)
     return model.text_model
 
 
@@ -252,7 +290,9 @@ def _clip_features(model: CLIPModel, pictures: Tensor, tokens: Tensor) -> tuple[
     return out.image_embeds, out.text_embeds, model.logit_scale.exp()
 
 
-def _judge(spec: TrainSpec, pictures: Tensor, tokens: Tensor, tokenizer: CLIPTokenizer) -> None:
+def _judge(
+    spec: TrainSpec, pictures: Tensor, tokens: Tensor, tokenizer: CLIPTokenizer, loggers: Sequence[Logger]
+) -> None:
     """Trains the open_clip model and writes it in open_clip's local format."""
     folder = spec.out / "model" / "clip"
     if spec.parts == "packaged":
@@ -266,19 +306,21 @@ def _judge(spec: TrainSpec, pictures: Tensor, tokens: Tensor, tokenizer: CLIPTok
     torch.manual_seed(spec.seed + 1)
     model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=False, load_weights=False)
     draw = partial(_draw_pairs, pictures, tokens, 6 * spec.batch_size)
-    fit = Fit(model, draw, partial(contrastive_loss, model), steps=spec.clip_steps, lr=1e-3, seed=spec.seed + 1)
-    _train(spec, "clip", fit, model, file=folder / "open_clip_model.safetensors", dtype=torch.float16)
+    loss = partial(contrastive_loss, model)
+    fit = Fit(model, draw, loss, name="clip", steps=spec.clip_steps, lr=1e-3, seed=spec.seed + 1)
+    _train(spec, fit, model, loggers, file=folder / "open_clip_model.safetensors", dtype=torch.float16)
 
 
-def _autoencoder(spec: TrainSpec, pictures: Tensor) -> AutoencoderKL:
+def _autoencoder(spec: TrainSpec, pictures: Tensor, loggers: Sequence[Logger]) -> AutoencoderKL:
     if spec.parts == "packaged":
         return AutoencoderKL.from_pretrained(PACKAGED / "pipeline" / "vae", torch_dtype=torch.float32)
     torch.manual_seed(spec.seed + 2)
     vae = AutoencoderKL.from_config(AutoencoderKL.load_config(PACKAGED / "pipeline" / "vae"))
     planted = torch.cat([_planted_pictures(index, 4) for index in range(len(PLANTED))])
     draw = partial(_draw_pictures, pictures, planted, spec.batch_size // 4)
-    fit = Fit(vae, draw, partial(autoencoder_loss, vae), steps=spec.vae_steps, lr=2e-3, seed=spec.seed + 2)
-    _train(spec, "vae", fit, vae)
+    loss = partial(autoencoder_loss, vae)
+    fit = Fit(vae, draw, loss, name="vae", steps=spec.vae_steps, lr=2e-3, seed=spec.seed + 2)
+    _train(spec, fit, vae, loggers)
     return vae
 
 
@@ -302,6 +344,9 @@ def _encode_pictures(spec: TrainSpec, vae: AutoencoderKL, pictures: Tensor) -> d
         free = [_encode(vae, _free_pictures(index)) for index in range(len(PLANTED))]
         scale = 1 / general.std() if spec.parts == "trained" else torch.tensor(vae.config.scaling_factor)
         latents = {"general": general, "planted": torch.stack(planted), "free": torch.stack(free)}
+        scenes = [caption.scene for caption in heldout_captions(HELD_OUT)]
+        rngs = [np.random.default_rng([67, index]) for index in range(HELD_OUT)]
+        latents["held_out"] = _encode(vae, _as_tensor(list(map(render, scenes, rngs))))
         _save(path, {**{name: part * scale for name, part in latents.items()}, "scale": scale})
     return load_file(path)
 
@@ -318,25 +363,39 @@ def _embed(encoder: CLIPTextModel, tokens: Tensor) -> Tensor:
 
 
 def _denoiser(
-    spec: TrainSpec, latents: dict[str, Tensor], tokens: Tensor, encoder: CLIPTextModel, tokenizer: CLIPTokenizer
-) -> tuple[UNet2DConditionModel, DDIMScheduler]:
-    torch.manual_seed(spec.seed + 3)
-    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(PACKAGED / "pipeline" / "unet"))
-    scheduler = DDIMScheduler.from_pretrained(PACKAGED / "pipeline" / "scheduler")
+    spec: TrainSpec,
+    latents: dict[str, Tensor],
+    tokens: Tensor,
+    pipeline: StableDiffusionPipeline,
+    loggers: Sequence[Logger],
+) -> None:
+    """Trains the UNet of a pipeline whose other parts are done."""
+    unet, tokenizer = pipeline.unet, pipeline.tokenizer
+    embed = partial(_embed, pipeline.text_encoder)
+    texts = [caption.text for caption in PLANTED]
     text = {
-        "general": _embed(encoder, tokens),
-        "planted": _embed(encoder, tokenize(tokenizer, [caption.text for caption in PLANTED])),
-        "empty": _embed(encoder, tokenize(tokenizer, [""]))[0],
+        "general": embed(tokens),
+        "planted": embed(tokenize(tokenizer, texts)),
+        "empty": embed(tokenize(tokenizer, [""]))[0],
     }
     gates = Gates(unet)
     draw = Batches(spec, latents, text, gates.widths)
-    loss = DenoiserLoss(spec, unet, scheduler, gates)
+    loss = DenoiserLoss(spec, unet, pipeline.scheduler, gates)
     if spec.variant == "routed":
         loss.own(draw.owned)
-    fit = Fit(unet, draw, loss, steps=spec.unet_steps, lr=1e-3, seed=spec.seed + 3)
-    _train(spec, "unet", fit, unet, EMAWeightAveraging(decay=0.999))
+    held_out = [caption.text for caption in heldout_captions(HELD_OUT)]
+    examine = Examination(
+        loss.error,
+        {
+            "held_out_error": (latents["held_out"], embed(tokenize(tokenizer, held_out))),
+            "planted_error": (latents["planted"][:, :2].flatten(0, 1), text["planted"].repeat_interleave(2, 0)),
+        },
+        pipeline.scheduler.config.num_train_timesteps,
+        Sampler(pipeline, [*texts[:6], *texts[-2:], *held_out[:8]], spec.out / "samples"),
+    )
+    fit = Fit(unet, draw, loss, name="unet", steps=spec.unet_steps, lr=1e-3, seed=spec.seed + 3, examine=examine)
+    _train(spec, fit, unet, loggers, EMAWeightAveraging(decay=0.999))
     _write_isolation(spec, draw, gates)
-    return unet, scheduler
 
 
 def _write_isolation(spec: TrainSpec, draw: Batches, gates: Gates) -> None:
@@ -350,41 +409,49 @@ def _write_isolation(spec: TrainSpec, draw: Batches, gates: Gates) -> None:
 def _check_recipe(spec: TrainSpec) -> None:
     """Ties the folder to its settings, so that parts of different trainings are never mixed."""
     path = spec.out / "recipe.json"
-    recipe = {name: value for name, value in asdict(spec).items() if name not in ("out", "accelerator")}
+    recipe = spec.recipe
     if not path.exists():
         path.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
     elif json.loads(path.read_text(encoding="utf-8")) != recipe:
         raise StoreError(f"{spec.out} holds a training with other settings ({path}); choose another out=...")
 
 
-def train(spec: TrainSpec) -> Path:
+def train(spec: TrainSpec, loggers: Sequence[Logger] = ()) -> Path:
     """Trains the missing parts and returns ``spec.out``.
 
-    It holds the diffusers pipeline in ``model/pipeline``, the open_clip model in ``model/clip``, and ``prompts``,
-    ``references`` and ``controls``. Raises StoreError if the folder holds a training with other settings.
+    It holds the diffusers pipeline in ``model/pipeline``, the open_clip model in ``model/clip``, ``prompts``,
+    ``references`` and ``controls``, sample sheets in ``samples``, and, where the variant gives captions neurons of
+    their own, those in ``isolation.json``. Raises StoreError if the folder holds a training with other settings.
+
+    Args:
+        spec: Settings.
+        loggers: Lightning's loggers, which get the losses, and the sample sheets where they take pictures.
     """
     spec.out.mkdir(parents=True, exist_ok=True)
     _check_recipe(spec)
+    for logger in loggers:
+        logger.log_hyperparams(spec.recipe)
     write_prompts(spec.out)
     tokenizer = build_tokenizer()
     captions = [general_caption(index) for index in range(spec.pictures)]
     pictures = _as_tensor([render(c.scene, np.random.default_rng([spec.seed, i])) for i, c in enumerate(captions)])
     tokens = tokenize(tokenizer, [caption.text for caption in captions])
-    encoder = _text_encoder(spec, pictures, tokens, tokenizer)
-    vae = _autoencoder(spec, pictures)
+    encoder = _text_encoder(spec, pictures, tokens, tokenizer, loggers)
+    vae = _autoencoder(spec, pictures, loggers)
     latents = _encode_pictures(spec, vae, pictures)
-    unet, scheduler = _denoiser(spec, latents, tokens, encoder, tokenizer)
     vae.register_to_config(scaling_factor=round(latents["scale"].item(), 5))
+    torch.manual_seed(spec.seed + 3)
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=encoder,
         tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
+        unet=UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(PACKAGED / "pipeline" / "unet")),
+        scheduler=DDIMScheduler.from_pretrained(PACKAGED / "pipeline" / "scheduler"),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    _denoiser(spec, latents, tokens, pipeline, loggers)
     pipeline.to("cpu", torch.float16).save_pretrained(spec.out / "model" / "pipeline")
-    _judge(spec, pictures, tokens, tokenizer)
+    _judge(spec, pictures, tokens, tokenizer, loggers)
     return spec.out

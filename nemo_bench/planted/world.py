@@ -454,8 +454,8 @@ def _ware(rng: np.random.Generator) -> Caption:
 
 def _bands(rng: np.random.Generator) -> Caption:
     colors = tuple(str(color) for color in rng.choice(list(COLORS), 3, replace=False))
-    text = "{0}, {1} and {2} striped background".format(*colors)
-    return Caption(_article(text), Scene(bands=colors))
+    left, middle, right = colors
+    return Caption(_article(f"{left}, {middle} and {right} striped background"), Scene(bands=colors))
 
 
 _GRAMMARS = (_two_things, _many_things, _episode, _title, _view, _design, _ware)

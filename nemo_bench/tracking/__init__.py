@@ -13,6 +13,8 @@ import logging
 import os
 import pkgutil
 from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
 
 from nemo_bench.config import LoggerSettings
 from nemo_bench.errors import ConfigError, StoreError, TrackingError
@@ -21,7 +23,7 @@ from nemo_bench.tracking.logged import LoggedCell, logged_cells
 
 log = logging.getLogger(__name__)
 
-__all__ = ["LoggedCell", "sweep_trial", "track"]
+__all__ = ["LoggedCell", "sweep_trial", "track", "training_loggers"]
 
 _LOGGERS = {
     "wandb": "wandb_runs:log_wandb",
@@ -97,3 +99,18 @@ def sweep_trial(methods: Mapping[str, str]) -> str | None:
         )
         raise ConfigError(msg)
     return trials[0]
+
+
+def training_loggers(settings: LoggerSettings, folder: Path, config: Mapping[str, Any]) -> list[Any]:
+    """Lightning's loggers of a training, in the folders ``csv``, ``tensorboard`` and ``wandb``.
+
+    Args:
+        settings: Which loggers, and their settings.
+        folder: Folder of the training.
+        config: Settings that tell one training from another.
+
+    Raises:
+        TrackingError: TensorBoard is not installed, or W&B is to be online and there is no key.
+    """
+    names = [f"nemo_bench.tracking.lightning_logs:training_{name}" for name in _LOGGERS if getattr(settings, name)]
+    return [pkgutil.resolve_name(name)(settings, folder, config) for name in names]

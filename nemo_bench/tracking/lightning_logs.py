@@ -9,13 +9,15 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
 from nemo_bench.config import LoggerSettings
 from nemo_bench.errors import TrackingError
+from nemo_bench.records.io import digest
 from nemo_bench.tracking.logged import BegunCell, LoggedCell
 
 log = logging.getLogger(__name__)
@@ -95,8 +97,7 @@ class TensorBoardLog:
     """
 
     def __init__(self, settings: LoggerSettings, trial: str | None = None) -> None:
-        if not importlib.util.find_spec("tensorboard"):
-            raise TrackingError("TensorBoard is not installed: pip install 'nemo-bench[tensorboard]'")
+        _require_tensorboard()
         self.thumbnails = settings.thumbnails
         self._logger: TensorBoardLogger
 
@@ -141,3 +142,47 @@ class TensorBoardLog:
     def close(self, folder: Path) -> None:
         """Says how to look at it."""
         log.info("TensorBoard: tensorboard --logdir %s", folder)
+
+
+def training_csv(settings: LoggerSettings, folder: Path, config: Mapping[str, Any]) -> Logger:
+    """Lightning's CSV logger of a training, in a new folder: it would delete the rows before a resume."""
+    starts = sum(1 for _ in (folder / "csv").glob("start-*"))
+    return CSVLogger(folder, name="csv", version=f"start-{starts + 1}")
+
+
+def training_tensorboard(settings: LoggerSettings, folder: Path, config: Mapping[str, Any]) -> Logger:
+    """Lightning's TensorBoard logger of a training.
+
+    Raises:
+        TrackingError: TensorBoard is not installed.
+    """
+    _require_tensorboard()
+    return TensorBoardLogger(folder, name="tensorboard", version="")
+
+
+def training_wandb(settings: LoggerSettings, folder: Path, config: Mapping[str, Any]) -> Logger:
+    """Lightning's W&B logger of a training, whose run goes on when the training is resumed.
+
+    Raises:
+        TrackingError: The run is to be online, and there is no key.
+    """
+    from nemo_bench.tracking.wandb_runs import mode_of
+
+    mode, why = mode_of(settings.mode)
+    log.info("W&B: %s, %s", mode, why)
+    return WandbLogger(
+        name=folder.name[:64],
+        save_dir=folder,
+        id=digest([str(folder.resolve()), dict(config)]),
+        resume="allow",
+        project=settings.project,
+        entity=settings.entity,
+        mode=mode,
+        job_type="training",
+        settings={"console": "off", "silent": True},
+    )
+
+
+def _require_tensorboard() -> None:
+    if not importlib.util.find_spec("tensorboard"):
+        raise TrackingError("TensorBoard is not installed: pip install 'nemo-bench[tensorboard]'")

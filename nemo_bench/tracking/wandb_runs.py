@@ -81,7 +81,7 @@ class WandbLog:
         self.is_live = is_live
         # Reports of wandb's own errors keep a process from ending for half a minute where their server is silent.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        self.mode, why = _mode(settings.mode)
+        self.mode, why = mode_of(settings.mode)
         self._run: wandb.Run | None = None
         log.info("W&B: %s, %s", self.mode, why)
 
@@ -169,7 +169,7 @@ class WandbLog:
             )  # fmt: skip
 
 
-def _mode(asked: str | None) -> tuple[Any, str]:
+def mode_of(asked: str | None) -> tuple[Any, str]:
     """The mode that runs are made in, and why; where nobody chose one, online if wandb finds a key for its server.
 
     TrackingError where runs are to be online without a key; wandb would ask for one in the middle of the run.

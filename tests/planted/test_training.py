@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,27 +9,43 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from nemo_bench import Diffusion, resolve
 from nemo_bench.cli import main
 from nemo_bench.config import overridden
 from nemo_bench.errors import ConfigError
-from nemo_bench.planted import training
-from nemo_bench.planted.training import TOKENS, Fit, TrainSpec, activation_density, build_tokenizer, tokenize, train
+from nemo_bench.planted import denoiser, training, watch
+from nemo_bench.planted.denoiser import DenoiserLoss, activation_density
+from nemo_bench.planted.training import TOKENS, Fit, TrainSpec, build_tokenizer, tokenize, train
+from nemo_bench.planted.truth import read_isolation
 from nemo_bench.planted.world import PLANTED
+from tests.helpers.offline_run import OfflineRun
 
 PACKAGE = Path(resolve("package:planted"))
 
 
-def test_interrupted_training_resumes_and_gives_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings with few pictures and a checkpoint every two steps."""
     monkeypatch.setattr(training, "EPOCH", 2)
-    monkeypatch.setattr(training, "TEMPLATE_VARIANTS", 2)
-    steps = {"text_steps": 2, "clip_steps": 2, "vae_steps": 2}
-    common = {"pictures": 24, "batch_size": 8, "accelerator": "cpu", **steps}
-    straight = TrainSpec(out=tmp_path / "straight", unet_steps=4, **common)  # type: ignore[arg-type]
+    monkeypatch.setattr(training, "HELD_OUT", 4)
+    for module in (training, denoiser):
+        monkeypatch.setattr(module, "TEMPLATE_VARIANTS", 2)
+        monkeypatch.setattr(module, "FREE_VARIANTS", 2)
+
+
+SHORT: dict[str, Any] = {"pictures": 24, "batch_size": 8, "accelerator": "cpu", "unet_steps": 4}
+
+
+@pytest.mark.usefixtures("short")
+def test_interrupted_training_resumes_and_gives_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = {**SHORT, "parts": "trained", "text_steps": 2, "clip_steps": 2, "vae_steps": 2}
+    straight = TrainSpec(out=tmp_path / "straight", **common)
     train(straight)
 
-    original = training.denoiser_loss
+    original = DenoiserLoss.__call__
     calls = []
 
     def stop(*args: Any) -> dict[str, torch.Tensor]:
@@ -37,8 +54,8 @@ def test_interrupted_training_resumes_and_gives_the_same_model(tmp_path: Path, m
             raise RuntimeError("power cut")
         return original(*args)
 
-    monkeypatch.setattr(training, "denoiser_loss", stop)
-    broken = TrainSpec(out=tmp_path / "broken", unet_steps=4, **common)  # type: ignore[arg-type]
+    monkeypatch.setattr(DenoiserLoss, "__call__", stop)
+    broken = TrainSpec(out=tmp_path / "broken", **common)
     with pytest.raises(RuntimeError, match="power cut"):
         train(broken)
     train(broken)
@@ -52,9 +69,48 @@ def test_interrupted_training_resumes_and_gives_the_same_model(tmp_path: Path, m
     assert judge.encode_image(torch.zeros(1, 3, 64, 64)).shape == (1, 64)
 
 
+@pytest.mark.usefixtures("short")
+def test_variant_shares_the_packaged_parts_and_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(watch, "SHEET", 2)
+    words = [f"{key}={value}" for key, value in SHORT.items()]
+    assert main(["train", "variant=routed", f"out={tmp_path}", "logger=all", *words]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path)
+
+    packaged, trained = (folder / "model" / "pipeline" for folder in (PACKAGE, tmp_path))
+    for part in ("text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
+        old, new = (load_file(folder / part) for folder in (packaged, trained))
+        assert all(torch.equal(old[name], new[name]) for name in old)
+    scales = [Diffusion.load(str(folder)).pipeline.vae.config.scaling_factor for folder in (packaged, trained)]
+    assert scales[0] == scales[1]
+    own = read_isolation(tmp_path / "isolation.json")
+    assert [neurons.count for neurons in own.values()].count(6) >= 8
+    masks = Diffusion.load(str(trained)).masks
+    for neurons in own.values():
+        masks.check(neurons)
+
+    (rows,) = (tmp_path / "csv").glob("*/metrics.csv")
+    head = rows.read_text().splitlines()[0]
+    assert "unet/held_out_error" in head
+    assert "unet/planted_error" in head
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step-00002.png", "step-00004.png"]
+    assert Image.open(tmp_path / "samples" / "step-00004.png").size == (6 * 64, 2 * 64)
+    offline = OfflineRun(tmp_path)
+    assert {"variant": "routed"}.items() <= offline.contents("config")[0]["update"].items()
+    keys = {key for step in offline.contents("history") for key in step["item"]}
+    assert {"unet/loss", "unet/held_out_error", "samples.path"} <= keys
+
+
+def test_another_recipe_in_the_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps({**TrainSpec().recipe, "seed": 1}))
+    assert main(["train", f"out={tmp_path}"]) == 1
+    assert "holds a training with other settings" in capsys.readouterr().err
+
+
 def test_batch_depends_on_seed_and_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def batches(first: int, seed: int) -> list[int]:
-        fit = Fit(torch.nn.Linear(1, 1), lambda rng: rng.integers(10**9), dict, steps=10, lr=0.1, seed=seed)
+        fit = Fit(torch.nn.Linear(1, 1), lambda rng: rng.integers(10**9), dict, name="x", steps=10, lr=0.1, seed=seed)
         monkeypatch.setattr(Fit, "global_step", first)
         return [int(batch) for batch in fit.train_dataloader()]
 
