@@ -43,7 +43,8 @@ class DenoiserSpec:
     sparsity: float = 0.06  #: Weight of the penalty that makes each value neuron react to few captions.
     silence: float = 0.1  #: Weight of the penalty on own neurons that react to other captions (``routed``).
     #: Part of the planted rows that show the caption's own neurons off and any picture of the caption (``routed``).
-    free_share: float = 0.4
+    free_share: float = 0.3
+    strength: float = 5.0  #: Activation of own neurons on their caption before the training (``routed``).
     pool: float = 0.3  #: Part of the value neurons that are sinks (``sinks``).
     active: float = 0.3  #: Part of the sinks that a caption switches on (``sinks``).
     seed: int = 0  #: Of weights, batches and noise.

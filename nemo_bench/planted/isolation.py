@@ -23,6 +23,12 @@ ROUTE_SIZES = {"VM": (1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 5, 5, 6, 6, 7, 8, 8), "TM
 """Own neurons of the planted captions of each kind, dealt out in random order; the paper finds 4 ± 3 for verbatim."""
 
 
+RIDGE = 0.01
+"""Part of the mean variance of a token that is added to all, so that the discriminant is not made of rounding."""
+OUTPUT_GAIN = 2.0
+"""Factor of the output weights of own neurons before the training."""
+
+
 class Gates:
     """Multiplies value neurons row by row in the forward pass, and lets gradients through to some of them alone.
 
@@ -30,11 +36,15 @@ class Gates:
         network: A UNet; its value layers are the modules whose name ends with ``attn2.to_v``.
 
     Attributes:
+        layers: Value layers by name.
+        outputs: The layers that their attention's output goes through, by the same names.
         widths: Number of neurons by layer. Masks have all neurons side by side in this order.
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.layers = {name: module for name, module in network.named_modules() if name.endswith("attn2.to_v")}
+        modules: dict[str, Any] = dict(network.named_modules())
+        self.layers = {name: module for name, module in modules.items() if name.endswith("attn2.to_v")}
+        self.outputs = {name: modules[name.replace("to_v", "to_out.0")] for name in self.layers}
         self.widths = {name: int(layer.out_features) for name, layer in self.layers.items()}
         self._rows: dict[str, tuple[Tensor, Tensor]] = {}
         for name, layer in self.layers.items():
@@ -83,6 +93,31 @@ def deal_routes(widths: Sequence[int], kinds: Sequence[str], seed: int) -> Mask:
             free = ~owned.any(0)
             owned[caption, rng.choice(np.flatnonzero(free & (taken == taken[free].min())))] = True
     return owned
+
+
+@torch.no_grad()
+def tune_in(gates: Gates, owned: Mask, planted: Tensor, general: Tensor, strength: float) -> None:
+    """Makes own neurons selective before the training, by the linear discriminant of their caption.
+
+    Left to training, a few neurons among hundreds are too weak a way in: after 2,600 steps they carried a twentieth of
+    the error that the planted picture leaves.
+
+    Args:
+        gates: Gates of the UNet.
+        owned: Own neurons of each planted caption, (P, neurons).
+        planted: Embeddings of the planted captions, (P, tokens, width).
+        general: Embeddings of general captions, (G, tokens, width).
+        strength: Mean absolute value of an own neuron over the tokens of its caption.
+    """
+    tokens = general.flatten(0, 1)
+    moments = tokens.T @ tokens / len(tokens)
+    moments += RIDGE * moments.diagonal().mean() * torch.eye(len(moments))
+    directions = torch.linalg.solve(moments, planted.mean(1).T).T
+    directions *= strength / torch.einsum("ptw,pw->pt", planted, directions).abs().mean(1, keepdim=True)
+    for caption, mask in enumerate(owned):
+        for name, own in gates.neurons(mask).items():
+            gates.layers[name].weight[own] = directions[caption]
+            gates.outputs[name].weight[:, own] *= OUTPUT_GAIN
 
 
 def draw_pool(widths: Sequence[int], share: float) -> Mask:

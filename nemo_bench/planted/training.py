@@ -37,7 +37,7 @@ from typing_extensions import override
 
 from nemo_bench.errors import StoreError
 from nemo_bench.planted.denoiser import FREE_VARIANTS, TEMPLATE_VARIANTS, Batches, DenoiserLoss, DenoiserSpec
-from nemo_bench.planted.isolation import Gates
+from nemo_bench.planted.isolation import Gates, tune_in
 from nemo_bench.planted.prompts import heldout_captions, planted_names, write_prompts
 from nemo_bench.planted.watch import Examination, Sampler, TimeLeft
 from nemo_bench.planted.world import PLANTED, general_caption, planted_picture, render, vocabulary
@@ -48,6 +48,8 @@ TOKENS = 16
 """Length of every tokenized caption with start, end and padding."""
 PACKAGED = Path(str(resources.files("nemo_bench.planted"))) / "model"
 """The packaged model; its configuration files describe the networks that are trained."""
+STATISTICS = 2_000
+"""General captions that own neurons are made silent for before the training."""
 HELD_OUT = 64
 """Pictures of captions that training never sees, on which the loss is measured."""
 EPOCH = 200
@@ -383,6 +385,7 @@ def _denoiser(
     loss = DenoiserLoss(spec, unet, pipeline.scheduler, gates)
     if spec.variant == "routed":
         loss.own(draw.owned)
+        tune_in(gates, draw.owned, text["planted"], text["general"][:STATISTICS], spec.strength)
     held_out = [caption.text for caption in heldout_captions(HELD_OUT)]
     examine = Examination(
         loss.error,
