@@ -129,8 +129,7 @@ def _work_off(work: Work, cells: Sequence[Cell], runner: Runner, command: str, l
             if cell in cells:
                 report.keep_listed(cell)
                 report.write()
-                if live.is_on:
-                    live.end(load_results(folder))
+                live.end()
     if is_main() and any(is_finished(cell.store.folder) for cell in cells):
         report.write(is_last=True)
 
