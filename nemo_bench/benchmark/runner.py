@@ -489,7 +489,8 @@ class Runner:
             return
         self.progress.begin(name, stage.name, label, done, done + sum(map(len, batches)))
         try:
-            self._predict(stage, SharedBatches(batches, partial(self.counters.add, name, 1), **options))
+            take = partial(self.counters.add, name, 1)
+            self._predict(stage, SharedBatches(batches, take, skip=self.progress.skip, **options))
         finally:
             self.progress.end()
 
