@@ -23,13 +23,14 @@ from nemo_bench.benchmark.plan import (
     with_sources,
 )
 from nemo_bench.benchmark.processes import is_main
-from nemo_bench.benchmark.runner import POLL, Runner, holder, note_start, open_folder
+from nemo_bench.benchmark.runner import Runner, note_start, open_folder
 from nemo_bench.benchmark.summary import summarize
 from nemo_bench.benchmark.work import LOG_FILE, Work
 from nemo_bench.errors import RankError, UnwritableError, first_line
 from nemo_bench.localization.published import PublishedRow, by_position, published_text
 from nemo_bench.records.images import unreadable
 from nemo_bench.records.io import read_file, write_json, write_text
+from nemo_bench.records.lease import POLL, holder
 from nemo_bench.records.results import Results, load_detections, load_results
 from nemo_bench.records.schema import Layers, LocalizationRecord, Record, ScoreRecord
 from nemo_bench.records.store import Store, read_localizations, read_run
@@ -66,7 +67,8 @@ def run(cells: Sequence[Cell], command: str, *, progress: bool = True, shard: tu
     runner.progress.listeners.append(live.note)
     runner.start()
     if is_main():
-        open_folder(folder, cells, instead=True)
+        with runner.leases.owning(folder):
+            open_folder(folder, cells, instead=True)
     with log_file(folder):
         if is_main():
             for cell in with_sources(cells):
@@ -131,7 +133,7 @@ def _work_off(work: Work, cells: Sequence[Cell], runner: Runner, command: str, l
                 report.write()
                 live.end()
     if is_main() and any(is_finished(cell.store.folder) for cell in cells):
-        report.write(is_last=True)
+        report.write_last()
 
 
 def _next(work: Work) -> tuple[Literal["take", "assist", "wait", "over"], int, type[Record]]:
@@ -189,30 +191,26 @@ class Report:
     def keep_listed(self, cell: Cell) -> None:
         """Puts a finished cell on the list of the run again, if another run took it off before it was finished."""
         if cell.id not in read_run(self.folder).cells:
-            self._claim()
-            try:
+            with self.runner.leases.owning(self.folder):
                 open_folder(self.folder, [cell])
-            finally:
-                self.runner.leases.release(self.folder)
 
-    def write(self, *, is_last: bool = False) -> None:
-        """Writes the report if that is due and no other run does; ``is_last``: in any case, if anything has changed."""
+    def write(self) -> None:
+        """Writes the report if that is due and no other run does."""
         start = time.monotonic()
-        if not is_last and (start < self._next or not self.runner.leases.claim(self.folder)):
+        if start < self._next or not self.runner.leases.claim(self.folder):
             return
-        if is_last:
-            self._claim()
         try:
-            if not is_last or not is_current(self.folder):
-                write_pages(self.folder)
+            write_pages(self.folder)
         finally:
             self.runner.leases.release(self.folder)
         end = time.monotonic()
         self._next = end + 9 * (end - start)
 
-    def _claim(self) -> None:
-        while not self.runner.leases.claim(self.folder):
-            time.sleep(POLL)
+    def write_last(self) -> None:
+        """Writes the report if anything has changed since, once no other run does."""
+        with self.runner.leases.owning(self.folder):
+            if not is_current(self.folder):
+                write_pages(self.folder)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from nemo_bench.records.lease import Leases
 from nemo_bench.records.results import load_results
 from nemo_bench.records.schema import ImageRecord, MemorizationRecord, Progress
 from on_disk import read_json, read_records
+from owned_writes import watch_writes
 from small_runs import small
 
 METHODS = "method=random_tokens,none,embedding_noise"
@@ -176,6 +177,13 @@ def test_what_another_run_gave_up_meanwhile_is_not_tried_again(tmp_path: Path) -
     assert third.take() is cell
     third.finish(cell)
     assert fourth.take() is cell
+
+
+def test_a_run_writes_into_its_folder_only_as_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, others = watch_writes(monkeypatch, tmp_path / "default")
+    run(cells_of(tmp_path, "method=none", "prompts.limit=1"), "test", progress=False)
+    assert {"run.json", "report.html", "leaderboard.json"} <= held
+    assert not others
 
 
 def test_two_runs_at_once_share_the_cells_and_end_with_the_records_of_one(finished: Path, tmp_path: Path) -> None:
