@@ -215,7 +215,7 @@ class Report:
 
 @contextmanager
 def log_file(folder: Path) -> Iterator[None]:
-    """Has the messages of the first process also go to a file in the folder of a run, each with its time."""
+    """Has all messages of the first process also go to a file in the folder of a run, each with its time."""
     if not is_main():
         yield
         return
@@ -225,7 +225,7 @@ def log_file(folder: Path) -> Iterator[None]:
     form = f"%(asctime)s {socket.gethostname()} {os.getpid()} %(levelname)s %(message)s"
     handler.setFormatter(logging.Formatter(form))
     logger.addHandler(handler)
-    logger.setLevel(min(logger.getEffectiveLevel(), logging.INFO))
+    logger.setLevel(logging.DEBUG)  # at which failures have their tracebacks
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -151,16 +152,21 @@ def test_a_cell_that_fails_does_not_stop_the_others_and_is_tried_again(
 
 
 def test_cells_that_start_from_a_failed_one_fail_as_well_and_all_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(self: Runner, cell: Cell) -> None:
         raise ModelError(f"{cell.spec.method} does not load")
 
     monkeypatch.setattr(Runner, "generate", fail)
+    cells = cells_of(tmp_path, METHODS)
+    caplog.set_level(logging.WARNING, "nemo_bench")
     with pytest.raises(NemoBenchError, match=r"3 cells failed, see .*run\.log") as error:
-        run(cells_of(tmp_path, METHODS), "test", progress=False)
+        run(cells, "test", progress=False)
     assert str(error.value).count("it needs ") == 2
     assert str(error.value).count("none does not load") == 1
+    written = (tmp_path / "default" / "run.log").read_text()
+    assert "Traceback" in written
+    assert "ModelError: none does not load" in written
 
 
 def test_what_another_run_gave_up_meanwhile_is_not_tried_again(tmp_path: Path) -> None:
