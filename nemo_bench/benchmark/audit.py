@@ -222,7 +222,8 @@ def audit(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Path
                     before = read_file(path, list[Audit]) if path.exists() else []
                     write_json(path, [*(entry for entry in before if entry.id != found.id), found])
         if is_main():
-            write_pages(folder)
+            with runner.leases.owning(folder):
+                write_pages(folder)
     return folder
 
 

@@ -93,7 +93,8 @@ def detect(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Pat
     runner = Runner(settings.trainer, progress=progress)
     runner.start()
     if is_main():
-        open_folder(folder, [])
+        with runner.leases.owning(folder):
+            open_folder(folder, [])
     with log_file(folder):
         with runner.holding(*(cell.store.folder for cell in cells)):
             if is_main():
@@ -108,12 +109,14 @@ def detect(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Pat
                     groups.setdefault(key, []).append(cell)
             for group in groups.values():
                 _detect(runner, group)
+            if is_main():
+                for cell in cells:
+                    write_json(cell.store.folder / "metrics.json", summarize(cell))
         if is_main():
-            for cell in cells:
-                write_json(cell.store.folder / "metrics.json", summarize(cell))
-            write_detection(load_detections(folder))
-            if (folder / "report.html").is_file():
-                write_pages(folder)
+            with runner.leases.owning(folder):
+                write_detection(load_detections(folder))
+                if (folder / "report.html").is_file():
+                    write_pages(folder)
     return folder
 
 

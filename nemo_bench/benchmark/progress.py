@@ -36,6 +36,7 @@ class ProgressReport(L.Callback):
         self.listeners: list[Callable[[schema.Progress], None]] = []
         """Called after each batch of the first process."""
         self._progress: schema.Progress | None = None
+        self._before = 0
         self._start = self._next = 0.0
         self._name = ""
         self._bar: tqdm[Any] | None = None
@@ -43,20 +44,21 @@ class ProgressReport(L.Callback):
     def begin(self, name: str, stage: str, label: str, done: int, total: int) -> None:
         """Begins to count; ``name`` is that of no other stage of this run."""
         self._name = name
+        self._before = done
         self._progress = schema.Progress(stage=stage, label=label, done=done, total=total, seconds=0, computed=0)
         self._start = time.monotonic()
         self._next = FIRST
 
     def add(self, records: Sequence[schema.Record], tasks: int, *, is_main: bool) -> None:
         """Counts tasks that this process finished, and their records."""
-        computed = self.counters.add(f"{self._name} done", tasks)
+        computed, skipped = self.counters.add(f"{self._name} done", tasks), self.counters.add(self._skipped, 0)
         before = self._progress
         if before is None or not is_main:
             return
         costs = [record.cost.row_passes for record in records if record.cost and record.cost.row_passes]
         self._progress = before.model_copy(
             update={
-                "done": before.done - before.computed + computed,
+                "done": self._before + skipped + computed,
                 "computed": computed,
                 "seconds": time.monotonic() - self._start,
                 "failed": before.failed + sum(record.failed is not None for record in records),
@@ -66,6 +68,14 @@ class ProgressReport(L.Callback):
         self._display(self._progress)
         for listener in self.listeners:
             listener(self._progress)
+
+    def skip(self, tasks: int) -> None:
+        """Counts tasks that another run finished meanwhile: they are done, and say nothing of this run's pace."""
+        self.counters.add(self._skipped, tasks)
+
+    @property
+    def _skipped(self) -> str:
+        return f"{self._name} skipped"
 
     def end(self) -> None:
         """Takes the bar away."""

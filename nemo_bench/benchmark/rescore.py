@@ -24,6 +24,7 @@ from nemo_bench.prompts.tasks import Task
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.images import ImageFile
 from nemo_bench.records.io import check_folder, digest, prompts_digest, write_json
+from nemo_bench.records.lease import Leases
 from nemo_bench.records.schema import ImageRecord, LocalizationRecord, MemorizationRecord, ScoreRecord
 from nemo_bench.records.store import (
     Store,
@@ -61,8 +62,10 @@ def score(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Path
                 take_to_table(cell, runner)
         if is_main():
             # Another command of this name may have taken them off the list while they were not finished.
-            open_folder(folder, cells)
-            track_cells(write_pages(folder), cells)
+            with runner.leases.owning(folder):
+                open_folder(folder, cells)
+                results = write_pages(folder)
+            track_cells(results, cells)
     return folder
 
 
@@ -231,9 +234,12 @@ def _of_images(
     run = Path(settings.root) / settings.name
     cell = Cell(config=config, prompts=prompts, spec=spec, store=Store(run / spec.cell))
     if is_main():
-        open_folder(run, [cell])
+        leases = Leases()
+        with leases.owning(run):
+            open_folder(run, [cell])
         cell.store.open(spec)
-        _record_images(cell.store, found, contents)
+        with leases.owning(cell.store.folder):
+            _record_images(cell.store, found, contents)
     return cell
 
 

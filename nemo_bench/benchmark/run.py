@@ -23,13 +23,14 @@ from nemo_bench.benchmark.plan import (
     with_sources,
 )
 from nemo_bench.benchmark.processes import is_main
-from nemo_bench.benchmark.runner import POLL, Runner, holder, note_start, open_folder
+from nemo_bench.benchmark.runner import Runner, note_start, open_folder
 from nemo_bench.benchmark.summary import summarize
 from nemo_bench.benchmark.work import LOG_FILE, Work
 from nemo_bench.errors import RankError, UnwritableError, first_line
 from nemo_bench.localization.published import PublishedRow, by_position, published_text
 from nemo_bench.records.images import unreadable
 from nemo_bench.records.io import read_file, write_json, write_text
+from nemo_bench.records.lease import POLL, holder
 from nemo_bench.records.results import Results, load_detections, load_results
 from nemo_bench.records.schema import Layers, LocalizationRecord, Record, ScoreRecord
 from nemo_bench.records.store import Store, read_localizations, read_run
@@ -66,7 +67,8 @@ def run(cells: Sequence[Cell], command: str, *, progress: bool = True, shard: tu
     runner.progress.listeners.append(live.note)
     runner.start()
     if is_main():
-        open_folder(folder, cells, instead=True)
+        with runner.leases.owning(folder):
+            open_folder(folder, cells, instead=True)
     with log_file(folder):
         if is_main():
             for cell in with_sources(cells):
@@ -129,10 +131,9 @@ def _work_off(work: Work, cells: Sequence[Cell], runner: Runner, command: str, l
             if cell in cells:
                 report.keep_listed(cell)
                 report.write()
-                if live.is_on:
-                    live.end(load_results(folder))
+                live.end()
     if is_main() and any(is_finished(cell.store.folder) for cell in cells):
-        report.write(is_last=True)
+        report.write_last()
 
 
 def _next(work: Work) -> tuple[Literal["take", "assist", "wait", "over"], int, type[Record]]:
@@ -190,35 +191,31 @@ class Report:
     def keep_listed(self, cell: Cell) -> None:
         """Puts a finished cell on the list of the run again, if another run took it off before it was finished."""
         if cell.id not in read_run(self.folder).cells:
-            self._claim()
-            try:
+            with self.runner.leases.owning(self.folder):
                 open_folder(self.folder, [cell])
-            finally:
-                self.runner.leases.release(self.folder)
 
-    def write(self, *, is_last: bool = False) -> None:
-        """Writes the report if that is due and no other run does; ``is_last``: in any case, if anything has changed."""
+    def write(self) -> None:
+        """Writes the report if that is due and no other run does."""
         start = time.monotonic()
-        if not is_last and (start < self._next or not self.runner.leases.claim(self.folder)):
+        if start < self._next or not self.runner.leases.claim(self.folder):
             return
-        if is_last:
-            self._claim()
         try:
-            if not is_last or not is_current(self.folder):
-                write_pages(self.folder)
+            write_pages(self.folder)
         finally:
             self.runner.leases.release(self.folder)
         end = time.monotonic()
         self._next = end + 9 * (end - start)
 
-    def _claim(self) -> None:
-        while not self.runner.leases.claim(self.folder):
-            time.sleep(POLL)
+    def write_last(self) -> None:
+        """Writes the report if anything has changed since, once no other run does."""
+        with self.runner.leases.owning(self.folder):
+            if not is_current(self.folder):
+                write_pages(self.folder)
 
 
 @contextmanager
 def log_file(folder: Path) -> Iterator[None]:
-    """Has the messages of the first process also go to a file in the folder of a run, each with its time."""
+    """Has all messages of the first process also go to a file in the folder of a run, each with its time."""
     if not is_main():
         yield
         return
@@ -228,7 +225,7 @@ def log_file(folder: Path) -> Iterator[None]:
     form = f"%(asctime)s {socket.gethostname()} {os.getpid()} %(levelname)s %(message)s"
     handler.setFormatter(logging.Formatter(form))
     logger.addHandler(handler)
-    logger.setLevel(min(logger.getEffectiveLevel(), logging.INFO))
+    logger.setLevel(logging.DEBUG)  # at which failures have their tracebacks
     try:
         yield
     finally:

@@ -48,7 +48,7 @@ from nemo_bench.prompts.tasks import Task
 from nemo_bench.records import schema
 from nemo_bench.records.images import visible
 from nemo_bench.records.io import batched, digest, is_whole, read_file, remove_parts, write_json
-from nemo_bench.records.lease import Leases, read_lease
+from nemo_bench.records.lease import POLL, Leases, holder, read_lease
 from nemo_bench.records.schema import Record
 from nemo_bench.records.statistics import GROUPS
 from nemo_bench.records.store import Store, read_digests, read_localizations, read_run, write_prompts
@@ -57,8 +57,6 @@ MADE = (schema.LocalizationRecord, schema.MemorizationRecord, schema.ImageRecord
 """Records of the stages in which runs may assist each other."""
 LOOK = 5.0
 """Seconds between two looks at what others have recorded, at least."""
-POLL = 2.0
-"""Seconds between two looks whether another run is through with something."""
 T = TypeVar("T")
 _stages = count()  # of all runners, since counters of a process group are never taken back
 
@@ -96,14 +94,6 @@ def open_folder(folder: Path, cells: Sequence[Cell], *, instead: bool = False) -
     ]
     listed += [name for name in names if name not in listed]
     write_json(path, present.model_copy(update={"name": folder.name, "cells": listed}))
-
-
-def holder(folder: Path) -> str:
-    """Who works on a folder, and since when, for a message."""
-    lease = read_lease(folder)
-    if lease is None:
-        return f"{folder}: another run works on it"
-    return f"{folder}: process {lease.pid} on {lease.host} has been working on it since {lease.since}"
 
 
 def note_start(cell: Cell, command: str, runner: Runner) -> None:
@@ -489,7 +479,8 @@ class Runner:
             return
         self.progress.begin(name, stage.name, label, done, done + sum(map(len, batches)))
         try:
-            self._predict(stage, SharedBatches(batches, partial(self.counters.add, name, 1), **options))
+            take = partial(self.counters.add, name, 1)
+            self._predict(stage, SharedBatches(batches, take, skip=self.progress.skip, **options))
         finally:
             self.progress.end()
 

@@ -37,6 +37,7 @@ class SharedBatches:
         read: Makes a batch of tasks into what the stage takes.
         workers: Processes that read ahead.
         is_open: Whether another run has left a batch to do; asked when the batch is taken.
+        skip: Told how many tasks a batch has that another run has done.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class SharedBatches:
         read: Callable[[Any], Any] = list,
         workers: int = 0,
         is_open: Callable[[Sequence[Any]], bool] = bool,
+        skip: Callable[[int], None] = lambda tasks: None,
     ) -> None:
         self.batches = batches
         self.take = take
         self.read = read
         self.workers = workers
         self.is_open = is_open
+        self.skip = skip
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -68,8 +71,11 @@ class SharedBatches:
         for batch in self.batches:
             starts.append(starts[-1] + len(batch))
         while (number := self.take()) <= len(self.batches):
-            if self.is_open(self.batches[number - 1]):
+            batch = self.batches[number - 1]
+            if self.is_open(batch):
                 yield list(range(starts[number - 1], starts[number]))
+            else:
+                self.skip(len(batch))
 
 
 class PromptDataModule(L.LightningDataModule):

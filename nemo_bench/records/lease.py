@@ -9,6 +9,7 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -21,6 +22,8 @@ BEAT = 5.0
 """Seconds between two signs of life of an owner."""
 PATIENCE = 60.0
 """Seconds without one after which an owner on another machine counts as dead; many, since shared file systems lag."""
+POLL = 2.0
+"""Seconds between two looks whether another run is through with something."""
 _NAME = re.compile(r"\.lease\.(\d+)\.json")
 
 log = logging.getLogger(__name__)
@@ -69,6 +72,20 @@ class Leases:
                 self._beating = threading.Thread(target=self._beat, daemon=True, name="leases")
                 self._beating.start()
         return True
+
+    @contextlib.contextmanager
+    def owning(self, folder: Path) -> Iterator[None]:
+        """Owns a folder, once no other run does; it is said of whom this one waits for."""
+        waited = False
+        while not self.claim(folder):
+            if not waited:
+                log.info("%s; waiting", holder(folder))
+            waited = True
+            time.sleep(POLL)
+        try:
+            yield
+        finally:
+            self.release(folder)
 
     def note(self, progress: Progress) -> None:
         """Adds progress to the next sign of life in every folder."""
@@ -133,6 +150,14 @@ def read_lease(folder: Path) -> Lease | None:
         except StoreError:
             return None
     return None
+
+
+def holder(folder: Path) -> str:
+    """Who works on a folder, and since when, for a message."""
+    lease = read_lease(folder)
+    if lease is None:
+        return f"{folder}: another run works on it"
+    return f"{folder}: process {lease.pid} on {lease.host} has been working on it since {lease.since}"
 
 
 def _is_of(lease: Lease | None, own: Lease) -> bool:

@@ -19,7 +19,8 @@ from nemo_bench.records.schema import LeaderboardRow
 from nemo_bench.records.statistics import GROUPS
 from nemo_bench.report import tables
 from nemo_bench.report.audit import audits_of
-from nemo_bench.report.plots import MEMORIZED, plots
+from nemo_bench.report.plots import plots
+from nemo_bench.report.selection import MEMORIZED, drawn
 from nemo_bench.report.svg import looks
 from nemo_bench.report.templates import render
 from nemo_bench.report.texts import FOLDER, TEXTS
@@ -52,7 +53,8 @@ def page(results: Results, rows: Sequence[LeaderboardRow]) -> str:
     them, which is what keeps large pages quick, and shows them by itself where scripts are off.
     """
     script = (FOLDER / "script.js").read_text(encoding="utf-8")
-    figures = plots(results)
+    shown = drawn(results)
+    figures = plots(shown)
     thumbnails = {cell.name: Thumbnails(cell.folder) for cell in results.cells}
     parts = {
         "examples": _examples(results, thumbnails),
@@ -60,10 +62,10 @@ def page(results: Results, rows: Sequence[LeaderboardRow]) -> str:
         "models": _models(results, rows),
         "presets": _presets(results),
     }
-    drawn = {name: [plot for plot in figures if plot.section == name] for name in TEXTS["leads"]}
+    by_section = {name: [plot for plot in figures if plot.section == name] for name in TEXTS["leads"]}
     has_detectors = any(cell.summary.detection for cell in results.cells)
-    filled = {**drawn, **parts, "detection": drawn["detection"] or has_detectors}
-    cards = _cards(results, thumbnails)
+    filled = {**by_section, **parts, "detection": by_section["detection"] or has_detectors}
+    cards = _cards(results, shown.cells, thumbnails)
     for of_cell in thumbnails.values():
         of_cell.save()
     families = list(dict.fromkeys(info.family for info in results.metrics.values()))
@@ -74,7 +76,7 @@ def page(results: Results, rows: Sequence[LeaderboardRow]) -> str:
         results=results,
         script=script,
         script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
-        looks=looks(results),
+        looks=looks([*shown.cells, *results.cells]),
         versions=[v for name, v in last.versions.items() if name.replace("-", "_") == "nemo_bench"],
         last=last,
         prompt_count=len({(cell.spec.prompts, prompt.id) for cell in results.cells for prompt in cell.prompts}),
@@ -85,7 +87,8 @@ def page(results: Results, rows: Sequence[LeaderboardRow]) -> str:
         has_detectors=has_detectors,
         **parts,
         audit_citation=cite("kowalczuk2026finding"),
-        plots=drawn,
+        plots=by_section,
+        shown=shown.cells,
         many=_MANY,
         groups=[(group, group, f"{results.heading(group)}: {results.meaning(group)}") for group in results.groups],
         column_options=("main", *families, "all") if len(results.metrics) > _MANY else (),
@@ -222,26 +225,33 @@ def _column(results: Results, key: str) -> str:
     return (results.metrics[metric].title if metric in results.metrics else metric) + comma + statistic
 
 
-def _cards(results: Results, thumbnails: Mapping[str, Thumbnails]) -> list[dict[str, Any]]:
-    """The gallery: one card a prompt, one strip a cell. Cards are made side by side, since images take the time."""
+def _cards(
+    results: Results, cells: Sequence[CellResults], thumbnails: Mapping[str, Thumbnails]
+) -> list[dict[str, Any]]:
+    """The gallery of some cells: one card a prompt, one strip a cell. Cards are made side by side: images take time."""
     by_prompt: dict[tuple[str, str], list[tuple[CellResults, Prompt]]] = {}
-    for cell in results.cells:
+    for cell in cells:
         for prompt in cell.prompts:
             by_prompt.setdefault((cell.spec.prompts, prompt.id), []).append((cell, prompt))
-    strips = sum(len(cells) for cells in by_prompt.values())
+    strips = sum(len(own) for own in by_prompt.values())
     size = next(size for size in SIZES if strips <= size.strips)
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda own: _card(results, own, size, thumbnails), by_prompt.values()))
+        return list(pool.map(lambda own: _card(results, cells, own, size, thumbnails), by_prompt.values()))
 
 
 def _card(
-    results: Results, own: Sequence[tuple[CellResults, Prompt]], size: Size, thumbnails: Mapping[str, Thumbnails]
+    results: Results,
+    cells: Sequence[CellResults],
+    own: Sequence[tuple[CellResults, Prompt]],
+    size: Size,
+    thumbnails: Mapping[str, Thumbnails],
 ) -> dict[str, Any]:
+    """The card of a prompt, given all cells of the gallery, and those that have it."""
     first, prompt = own[0]
     outcomes = {cell.name: cell.outcomes[prompt.id] for cell, _ in own}
     seeds = sorted({seed for outcome in outcomes.values() for seed in outcome.seeds})
     key, sign = _order(results)
-    order = [outcomes[cell.name].values(key) if cell.name in outcomes else [] for cell in results.cells]
+    order = [outcomes[cell.name].values(key) if cell.name in outcomes else [] for cell in cells]
     reference = [thumbnails[first.name](path, (size.side, size.side)) for path in prompt.references[:1]]
     return {
         "prompt": prompt,

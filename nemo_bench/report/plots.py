@@ -22,20 +22,16 @@ from numpy.typing import NDArray
 from nemo_bench.records.data import GENERAL
 from nemo_bench.records.io import read_file
 from nemo_bench.records.results import CellResults, Results, network_order, short_layers
-from nemo_bench.records.schema import CalibrationRecord, MetricInfo, Roc, Threshold
-from nemo_bench.records.statistics import GROUPS, bootstrap_interval
+from nemo_bench.records.schema import CalibrationRecord, Roc, Threshold
+from nemo_bench.records.statistics import bootstrap_interval
 from nemo_bench.records.store import read_records
+from nemo_bench.report.selection import COST, MEMORIZED, front, info_of, is_complete, measured, sign, tradeoffs
 from nemo_bench.report.svg import INK, Look, looks, nth_look, style, svg
-
-MEMORIZED = tuple(group for group in GROUPS if group not in (GENERAL, "all"))
-"""Groups of prompts whose training images are known."""
 
 _DOTS = 40
 """With more prompts their shape is drawn instead of every one of them."""
 _LABELS = 8
 """With more points a legend names them, and only those that matter are labelled."""
-_COST = "UNet passes per prompt"
-"""An axis that is no metric."""
 
 
 @dataclass(frozen=True)
@@ -88,46 +84,22 @@ def plots(results: Results) -> list[Plot]:
     return [plot for plot in figures if plot]
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The Pareto front: indices of points that no other point improves on, where smaller is better in both coordinates.
-
-    They go from the smallest first coordinate on; of equal points there are all.
-
-    Example:
-        >>> front([(1, 3), (2, 2), (3, 2), (3, 1)])
-        [0, 1, 3]
-    """
-    best: list[int] = []
-    for i in sorted(range(len(points)), key=lambda i: points[i]):
-        if not best or points[i][1] < points[best[-1]][1] or points[i] == points[best[-1]]:
-            best.append(i)
-    return best
-
-
 def _title(results: Results, words: str, model: str) -> str:
     return f"{words}: {model}" if len(results.models) > 1 else words
 
 
 def _axis(results: Results, key: str) -> str:
     """Title of a metric, and where on its axis better values lie."""
-    info = _info(results, key)
+    info = info_of(results, key)
     if info.higher_is_better is None:
         return info.title
     # Text of a vertical axis is turned to the left, and its arrows with it.
     return f"{info.title} ({'better →' if info.higher_is_better else '← better'})"
 
 
-def _info(results: Results, key: str) -> MetricInfo:
-    return MetricInfo(title=_COST, higher_is_better=False) if key == _COST else results.metrics[key]
-
-
 def _tradeoffs(results: Results) -> list[Plot]:
     figures: list[Plot] = []
-    across = results.leading.get("memorization")
-    if not across:
-        return figures
-    upward = [(family, results.leading[family]) for family in ("alignment", "quality") if family in results.leading]
-    for number, (family, up) in enumerate([*upward, ("cost", _COST)]):
+    for number, (family, across, up) in enumerate(tradeoffs(results)):
         spots = {
             cell.name: (x, y)
             for cell in results.cells
@@ -143,22 +115,12 @@ def _tradeoffs(results: Results) -> list[Plot]:
 
 def _measure(results: Results, cell: CellResults, key: str) -> _Spot | None:
     """A metric of a cell over memorized prompts, with its interval; without one for costs and for whole sets."""
-    if key == _COST:
-        images = sum(len(outcome.seeds) for outcome in cell.outcomes.values()) / len(cell.outcomes)
-        cost = cell.summary.cost
-        passes = cost.get("once_row_passes_per_prompt", 0) + images * cost.get("row_passes_per_image", 0)
-        return _Spot(passes, passes, passes) if passes else None
-    if results.metrics[key].per == "set":
-        means = [row[key].mean for row in reversed(cell.summary.aggregates.values()) if key in row]
-        return _Spot(means[0], means[0], means[0]) if means else None
-    values = list(cell.prompt_means(key, MEMORIZED).values())
-    return _Spot(float(np.mean(values)), *bootstrap_interval(np.array(values))) if values else None
-
-
-def _is_complete(results: Results, cell: CellResults, key: str) -> bool:
-    """Whether no value of memorized prompts, or of all in a set, failed."""
-    groups = ["all"] if _info(results, key).per == "set" else MEMORIZED
-    return all(cell.is_complete(group, key) for group in groups)
+    values = measured(results, cell, key)
+    if not values:
+        return None
+    mean = float(np.mean(values))
+    has_interval = key != COST and results.metrics[key].per != "set"
+    return _Spot(mean, *(bootstrap_interval(np.array(values)) if has_interval else (mean, mean)))
 
 
 def _tradeoff(
@@ -169,21 +131,21 @@ def _tradeoff(
     name: str,
     title: str,
 ) -> Plot:
-    signs = [-1 if _info(results, key).higher_is_better else 1 for key in keys]
+    signs = [sign(results, key) for key in keys]
     values = [(spots[cell.name][0].value, spots[cell.name][1].value) for cell in cells]
     # What failed may be what would have been bad.
-    complete = [i for i, cell in enumerate(cells) if all(_is_complete(results, cell, key) for key in keys)]
+    complete = [i for i, cell in enumerate(cells) if all(is_complete(results, cell, key) for key in keys)]
     complete = complete or list(range(len(cells)))
     best = [complete[i] for i in front([(signs[0] * values[i][0], signs[1] * values[i][1]) for i in complete])]
     many = len(cells) > _LABELS
     rows = math.ceil(len(cells) / 2) if many else 0
     figure, axes = _panel(4.2 + 0.2 * rows)
     axes.margins(0.16)
-    if keys[1] == _COST and max(y.value for _, y in spots.values()) > 10 * min(y.value for _, y in spots.values()):
+    if keys[1] == COST and max(y.value for _, y in spots.values()) > 10 * min(y.value for _, y in spots.values()):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(LogFormatter())
         axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
-    known = looks(results)
+    known = looks(results.cells)
     for place, cell in enumerate(cells):
         look = known[cell.short]
         x, y = spots[cell.name]
@@ -255,7 +217,7 @@ def _distribution(results: Results, key: str, model: str) -> Plot | None:
     if not set(groups) & set(MEMORIZED):
         return None
     figure = Figure(figsize=(5.0, 0.9 + max(1.2, 0.46 * len(cells))), layout="constrained")
-    known = looks(results)
+    known = looks(results.cells)
     panels = figure.subplots(1, len(groups), sharex=True, sharey=True, squeeze=False)[0]
     for axes, group in zip(panels, groups, strict=True):
         axes.grid(axis="x")
@@ -312,7 +274,7 @@ def _counts(results: Results, model: str) -> Plot | None:
     if not cells:
         return None
     figure, axes = _panel(3.4 + 0.2 * math.ceil(len(cells) / 2))
-    known = looks(results)
+    known = looks(results.cells)
     for cell, counts in cells:
         look, totals = known[cell.short], np.sort(counts.sum(axis=1))
         axes.step(
@@ -339,7 +301,7 @@ def _layers(results: Results, model: str) -> Plot | None:
     height = 1.0 + row * len(layers) + 0.2 * math.ceil(len(cells) / 2)
     figure, axes = _panel(max(2.4, height), "x")
     size = 0.8 / len(cells)
-    known = looks(results)
+    known = looks(results.cells)
     for number, (cell, counts) in enumerate(cells):
         look = known[cell.short]
         places = np.arange(len(layers)) - 0.4 + size * (number + 0.5)
@@ -429,7 +391,7 @@ def _calibration(results: Results, calibrated: CellResults, folder: Path) -> Plo
     for axes in below:
         axes.set_title("Memorized prompts, nothing mitigated")
         for place, group in enumerate(groups):
-            _strip(axes, place, list(rows[group].values()), looks(results)[plain[0].short])
+            _strip(axes, place, list(rows[group].values()), looks(results.cells)[plain[0].short])
         _name_rows(axes, groups)
         axes.spines["left"].set_visible(False)
     for axes in (top, *below):

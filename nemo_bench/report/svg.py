@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -15,7 +15,7 @@ from html import escape
 import matplotlib.style
 from matplotlib.figure import Figure
 
-from nemo_bench.records.results import Results
+from nemo_bench.records.results import CellResults
 from nemo_bench.report.texts import FOLDER, TEXTS
 
 INK = "#010203"
@@ -48,9 +48,9 @@ class Look:
         return _page_colors(self.color)
 
 
-def looks(results: Results) -> dict[str, Look]:
+def looks(cells: Iterable[CellResults]) -> dict[str, Look]:
     """The look of every method with its settings, by :attr:`CellResults.short`, in order of appearance."""
-    return {name: nth_look(i) for i, name in enumerate(dict.fromkeys(cell.short for cell in results.cells))}
+    return {name: nth_look(i) for i, name in enumerate(dict.fromkeys(cell.short for cell in cells))}
 
 
 def nth_look(number: int) -> Look:

@@ -22,11 +22,10 @@ from PIL import Image
 
 from nemo_bench.config import LoggerSettings
 from nemo_bench.errors import first_line
-from nemo_bench.records.results import Results
 from nemo_bench.records.schema import ImageRecord, Progress, ScoreRecord
 from nemo_bench.records.store import thumbnail
 from nemo_bench.tracking import sweep_trial
-from nemo_bench.tracking.logged import BegunCell, LoggedCell, logged_cells, next_step
+from nemo_bench.tracking.logged import BegunCell, LoggedCell, next_step
 
 LOGGERS = {
     "wandb": "wandb_runs:WandbLog",
@@ -104,11 +103,6 @@ class Live:
         for outlet in self._outlets:
             outlet.close(patience)
 
-    @property
-    def is_on(self) -> bool:
-        """Whether there is any logger."""
-        return bool(self._outlets)
-
     def begin(self, folder: Path) -> None:
         """Begins with a cell, given its folder, once its start is noted there."""
         if not self._outlets:
@@ -133,13 +127,13 @@ class Live:
         with _harmless():
             self._log({**_pace(progress), **self._records.figures()})
 
-    def end(self, results: Results) -> None:
+    def end(self) -> None:
         """Logs the results of the cell, which is finished by now, and ends its log."""
         records, self._records = self._records, None
         if records is None:
             return
         with _harmless():
-            cell = next(cell for cell in logged_cells(results) if cell.folder == records.folder)
+            cell = LoggedCell.read(records.folder)
             _ = cell.digest  # reads records, which is not for other threads
             step = next_step(cell.folder, records.count)
             for outlet in self._outlets:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 
 from PIL import Image
 
+from nemo_bench.errors import StoreError
 from nemo_bench.records.data import GENERAL, Prompt
 from nemo_bench.records.io import digest, read_whole, write_json
-from nemo_bench.records.results import CellResults, Results, short_layers
+from nemo_bench.records.results import CellResults, Results, load_cell, short_layers
 from nemo_bench.records.schema import (
     ImageRecord,
     LastStep,
@@ -71,6 +73,16 @@ class LoggedCell:
     results: CellResults
     run: Run
     unmitigated: CellResults | None
+
+    @classmethod
+    def read(cls, folder: Path) -> LoggedCell:
+        """Reads a cell from its folder, and the one without mitigation; StoreError where the former is not finished."""
+        run, results = read_run(folder.parent), load_cell(folder)
+        unmitigated = None
+        if (name := results.summary.unmitigated) in run.cells:
+            with suppress(StoreError):
+                unmitigated = load_cell(folder.parent / str(name))
+        return cls(results, run, unmitigated)
 
     @property
     def folder(self) -> Path:

@@ -38,6 +38,7 @@ from nemo_bench.records.store import Store, read_localizations
 from nemo_bench.report.audit import CellAudit, audits_of
 from nemo_bench.report.terminal import terminal_audits
 from on_disk import read_json, read_records
+from owned_writes import watch_writes
 from small_runs import small
 
 QUICK = ["steps=2", "samples=2", "images=2", "trainer=cpu"]
@@ -92,6 +93,22 @@ def losses(place: Path, search: dict[str, Any]) -> list[float]:
     """The losses of the steps of a search."""
     found: list[float] = load_file(place / search["sheet"].replace(".png", ".safetensors"))["losses"].tolist()
     return found
+
+
+def test_commands_write_into_the_folder_of_a_run_only_as_its_owner(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, others = watch_writes(monkeypatch, copy)
+    for command, wanted in (
+        (["audit", str(copy), "--cell", "nemo", *QUICK], {"report.html"}),
+        (["score", str(copy)], {"run.json", "report.html"}),
+        (
+            ["detect", f"root={copy.parent}", "detector=magnitude_first", "prompts.limit=1", "trainer=cpu"],
+            {"run.json", "detection.html", "report.html"},
+        ),
+    ):
+        held.clear()
+        assert main(command) == 0
+        assert wanted <= held, command
+        assert not others, command
 
 
 def test_sheets_and_scores_are_those_of_the_embeddings_in_the_files(

@@ -7,8 +7,11 @@ import re
 import pytest
 
 from nemo_bench.benchmark.progress import ProgressReport, line
+from nemo_bench.benchmark.runner import Runner
+from nemo_bench.benchmark.stages.base import Stage
+from nemo_bench.config import TrainerSettings
 from nemo_bench.prompts.data import Counters
-from nemo_bench.records.schema import Cost, ImageRecord, Progress
+from nemo_bench.records.schema import Cost, ImageRecord, Progress, Record
 
 
 def record(failed: str | None = None) -> ImageRecord:
@@ -29,6 +32,33 @@ def test_records_of_all_processes_are_counted_and_only_the_first_one_tells(said:
     first.add([record("not finite")], 1, is_main=True)
     assert [(p.done, p.computed, p.failed, p.row_passes) for p in heard] == [(5, 1, 0, 8.0), (8, 4, 1, 16.0)]
     assert said == []
+
+
+def test_what_another_run_did_meanwhile_counts_as_done_but_not_for_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    counters = Counters()
+    first, second = ProgressReport(counters, show=False), ProgressReport(counters, show=False)
+    heard: list[Progress] = []
+    first.listeners.append(heard.append)
+    for report in (first, second):
+        report.begin("stage 0", "generate", "none", done=4, total=20)
+    now[0] = 2.0
+    first.add([record()], 1, is_main=True)
+    first.skip(3)
+    second.skip(2)
+    now[0] = 4.0
+    first.add([record()], 1, is_main=True)
+    assert [(p.done, p.pace, p.left) for p in heard] == [(5, 0.5, 30.0), (11, 0.5, 18.0)]
+
+
+def test_a_stage_counts_batches_that_it_leaves_out() -> None:
+    runner = Runner(TrainerSettings(accelerator="cpu", devices=1), progress=False)
+    heard: list[Progress] = []
+    runner.progress.listeners.append(heard.append)
+    stage = Stage(lambda *_: [], Record, None)
+    runner.predict(stage, [["a"], ["b", "c"], ["d"]], "none", done=5, is_open=lambda batch: batch != ["b", "c"])
+    assert [(p.done, p.computed, p.total) for p in heard] == [(6, 1, 9), (9, 2, 9)]
 
 
 def test_lines_come_at_growing_distance_where_there_is_no_terminal(

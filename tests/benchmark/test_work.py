@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ from nemo_bench.records.lease import Leases
 from nemo_bench.records.results import load_results
 from nemo_bench.records.schema import ImageRecord, MemorizationRecord, Progress
 from on_disk import read_json, read_records
+from owned_writes import watch_writes
 from small_runs import small
 
 METHODS = "method=random_tokens,none,embedding_noise"
@@ -150,16 +152,21 @@ def test_a_cell_that_fails_does_not_stop_the_others_and_is_tried_again(
 
 
 def test_cells_that_start_from_a_failed_one_fail_as_well_and_all_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(self: Runner, cell: Cell) -> None:
         raise ModelError(f"{cell.spec.method} does not load")
 
     monkeypatch.setattr(Runner, "generate", fail)
+    cells = cells_of(tmp_path, METHODS)
+    caplog.set_level(logging.WARNING, "nemo_bench")
     with pytest.raises(NemoBenchError, match=r"3 cells failed, see .*run\.log") as error:
-        run(cells_of(tmp_path, METHODS), "test", progress=False)
+        run(cells, "test", progress=False)
     assert str(error.value).count("it needs ") == 2
     assert str(error.value).count("none does not load") == 1
+    written = (tmp_path / "default" / "run.log").read_text()
+    assert "Traceback" in written
+    assert "ModelError: none does not load" in written
 
 
 def test_what_another_run_gave_up_meanwhile_is_not_tried_again(tmp_path: Path) -> None:
@@ -176,6 +183,13 @@ def test_what_another_run_gave_up_meanwhile_is_not_tried_again(tmp_path: Path) -
     assert third.take() is cell
     third.finish(cell)
     assert fourth.take() is cell
+
+
+def test_a_run_writes_into_its_folder_only_as_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, others = watch_writes(monkeypatch, tmp_path / "default")
+    run(cells_of(tmp_path, "method=none", "prompts.limit=1"), "test", progress=False)
+    assert {"run.json", "report.html", "leaderboard.json"} <= held
+    assert not others
 
 
 def test_two_runs_at_once_share_the_cells_and_end_with_the_records_of_one(finished: Path, tmp_path: Path) -> None:

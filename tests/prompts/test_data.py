@@ -35,13 +35,18 @@ def test_batches_are_read_ahead_by_workers_in_their_order() -> None:
     assert len(data.predict_dataloader()) == 3
 
 
-def test_batches_that_another_run_has_done_meanwhile_are_left_out() -> None:
+def test_batches_that_another_run_has_done_meanwhile_are_left_out_and_counted() -> None:
     numbers = count(1)
     done: set[int] = set()
-    batches = iter(SharedBatches([[1], [2], [3]], lambda: next(numbers), is_open=lambda batch: batch[0] not in done))
+    skipped: list[int] = []
+    shared = SharedBatches(
+        [[1], [2, 3], [4]], lambda: next(numbers), is_open=lambda batch: batch[0] not in done, skip=skipped.append
+    )
+    batches = iter(shared)
     assert next(batches) == [1]
     done.add(2)
-    assert list(batches) == [[3]]
+    assert list(batches) == [[4]]
+    assert skipped == [2]
 
 
 def test_counters_begin_with_zero_and_are_told_apart_by_name() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
@@ -90,6 +93,22 @@ def test_a_lease_that_is_being_written_counts_as_held(tmp_path: Path) -> None:
     (tmp_path / ".lease.3.json").touch()
     assert not Leases().claim(tmp_path)
     assert read_lease(tmp_path) is None
+
+
+def test_who_waits_for_a_folder_says_for_whom_once_and_gives_it_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    monkeypatch.setattr(lease, "POLL", 0.01)
+    first, second = Leases(), Leases()
+    assert first.claim(tmp_path)
+    Timer(0.2, first.release, [tmp_path]).start()
+    with suppress(KeyboardInterrupt), second.owning(tmp_path):
+        assert not Leases().claim(tmp_path)
+        raise KeyboardInterrupt
+    assert read_lease(tmp_path) is None
+    (line,) = said
+    assert line.startswith(f"{tmp_path}: process {os.getpid()} on ")
+    assert line.endswith("; waiting")
 
 
 def test_signs_of_life_tell_how_far_the_work_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

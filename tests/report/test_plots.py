@@ -10,8 +10,6 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fake_results import DETECTOR, change_file, write_fake_calibration, write_fake_results
 from nemo_bench.errors import StoreError
@@ -20,7 +18,7 @@ from nemo_bench.records.results import load_results
 from nemo_bench.records.schema import Failures, Run, Spec, Summary, Threshold
 from nemo_bench.records.store import read_run
 from nemo_bench.report import write_report
-from nemo_bench.report.plots import front, plots
+from nemo_bench.report.plots import plots
 from tags import Tags
 
 
@@ -74,15 +72,6 @@ def test_the_caption_of_a_trade_off_names_the_methods_that_no_other_betters(run:
         named = re.search(r"Pareto front: ([^.]*)\.", figure.caption)
         assert named
         assert set(named[1].split("; ")) == best
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
-def test_the_front_is_what_no_other_point_betters(points: list[tuple[int, int]]) -> None:
-    found = front(points)
-    assert [points[i] for i in found] == sorted(points[i] for i in found)
-    for i, (x, y) in enumerate(points):
-        bettered = any(a <= x and b <= y and (a, b) != (x, y) for a, b in points)
-        assert (i in found) == (not bettered)
 
 
 def test_the_threshold_is_shown_once_a_model_with_both_distributions(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from nemo_bench.config import LoggerSettings
 from nemo_bench.errors import ConfigError
 from nemo_bench.records.io import read_file
-from nemo_bench.records.results import load_results
 from nemo_bench.records.schema import ImageRecord, Progress, ScoreRecord, Summary, Tracked
 from nemo_bench.records.store import read_records, read_starts
 from nemo_bench.tracking import lightning_logs, live, wandb_runs
@@ -109,7 +108,7 @@ def test_a_wandb_run_holds_what_is_known_in_the_middle_and_everything_at_the_end
         (sheet,) = (item for item in history(middle) if "live/samples.captions" in item)
         assert sheet["live/samples.captions"] == [f"{record.prompt}, seed {record.seed}" for record in images]
         assert all((middle.folder / "files" / name).is_file() for name in sheet["live/samples.filenames"])
-        tracker.end(load_results(early.parent))
+        tracker.end()
     end = OfflineRun(early)
     assert end.folder == middle.folder
     assert end.contents("exit")[0]["exit_code"] == 0
@@ -143,7 +142,7 @@ def test_stopped_and_resumed_elsewhere_it_stays_one_run_whose_steps_grow(early: 
     with Live(settings, METHODS) as tracker:
         tracker.begin(moved)
         tracker.note(progress("score", 3, 3))
-        tracker.end(load_results(moved.parent))
+        tracker.end()
     first, second = sorted(moved.glob("wandb/offline-run-*"), key=lambda path: path.name)
     resumed = OfflineRun(moved)
     assert resumed.folder == max((first, second), key=lambda path: path.stat().st_mtime_ns)

@@ -11,9 +11,9 @@ import pytest
 from fake_results import change_file, write_fake_results
 from nemo_bench.config import LoggerSettings
 from nemo_bench.errors import StoreError
-from nemo_bench.records.results import load_results
+from nemo_bench.records.results import load_cell, load_results
 from nemo_bench.records.schema import Aggregate, MetricInfo, Paired, Preset, Roc, Statistic, Summary
-from nemo_bench.tracking import track
+from nemo_bench.tracking import logged, track
 from nemo_bench.tracking.logged import LoggedCell, logged_cells
 
 
@@ -30,6 +30,25 @@ def nemo_of(run: Path) -> LoggedCell:
 
 def with_summary(cell: LoggedCell, summary: Summary) -> LoggedCell:
     return replace(cell, results=replace(cell.results, summary=summary))
+
+
+def test_a_cell_is_read_with_the_one_without_mitigation_and_no_other(
+    default: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = nemo_of(default)
+    loaded: list[Path] = []
+    monkeypatch.setattr(logged, "load_cell", lambda folder: loaded.append(folder) or load_cell(folder))
+    cell = LoggedCell.read(expected.folder)
+    assert cell.unmitigated is not None
+    assert expected.unmitigated is not None
+    assert loaded == [expected.folder, expected.unmitigated.folder]
+    assert (cell.row, cell.digest, cell.begun) == (expected.row, expected.digest, expected.begun)
+
+
+def test_a_cell_is_read_alone_where_the_one_without_mitigation_is_not_finished(default: Path) -> None:
+    (plain,) = default.glob("*__none__*")
+    (plain / "score.done").unlink()
+    assert LoggedCell.read(nemo_of(default).folder).unmitigated is None
 
 
 def test_the_row_takes_every_number_of_the_summary(default: Path) -> None:

@@ -15,6 +15,7 @@ from nemo_bench.benchmark.run import log_file
 from nemo_bench.benchmark.runner import open_folder
 from nemo_bench.benchmark.status import CellStatus, read_status
 from nemo_bench.errors import LaunchError, counted
+from nemo_bench.records.lease import Leases
 
 POLL = 5.0
 """Seconds between two looks at the workers."""
@@ -41,7 +42,8 @@ def launch(cells: Sequence[Cell], overrides: Sequence[str], conf: Path | None) -
     """
     settings = cells[0].config.settings
     folder = cells[0].store.folder.parent
-    open_folder(folder, cells, instead=True)
+    with Leases().owning(folder):
+        open_folder(folder, cells, instead=True)
     workers: Workers
     with log_file(folder):
         if settings.launcher.kind == "slurm":

@@ -167,6 +167,20 @@ def test_a_controller_that_is_down_is_asked_again(
     assert "7_0: FAILED (NonZeroExitCode); it printed nothing" in str(failed.value)
 
 
+def test_workers_that_can_not_be_stopped_do_not_hide_why_they_were_to_be(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    words = ["method=none", f"root={slurm}/results", "launcher=slurm"]
+    (slurm / "scancel").write_text("#!/bin/bash\necho 'it is down' >&2; exit 1\n")
+    monkeypatch.setattr(follow, "_follow", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        follow.launch(plan(grid(words)), words, None)
+    assert said[-1] == "scancel: it is down; its workers go on, stop them by: scancel 7"
+
+
 def test_several_workers_of_this_process_are_refused() -> None:
     with pytest.raises(ConfigError, match="this process alone"):
         check_launcher(replace(settings(), launcher=LauncherSettings(workers=2)))
