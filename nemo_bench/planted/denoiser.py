@@ -127,7 +127,7 @@ class Batches:
         A planted picture is learnt with any part of the own neurons on, so that each alone brings it back, and all have
         to be off. Other neurons are off at times, so that nothing depends on them.
         """
-        routed: Mask = self.owned.any(0)
+        routed = np.any(self.owned, axis=0)
         factors: Mask = np.ones((self.spec.batch_size, len(routed)), bool)
         passed: Mask = np.tile(~routed, (self.spec.batch_size, 1))
         general = self.spec.batch_size - len(planted)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from nemo_bench.errors import StoreError
 from nemo_bench.records import schema, store
-from nemo_bench.records.data import Neurons, Prompt
+from nemo_bench.records.data import GENERAL, Neurons, Prompt
 from nemo_bench.records.io import digest, read_file
 from nemo_bench.records.schema import DetectionRecord, Failures, ImageRecord, MemorizationRecord, ScoreRecord, Summary
 from nemo_bench.records.statistics import GROUPS
@@ -185,6 +185,28 @@ class Results:
         """What a group is; of all prompts together, the groups in it."""
         own = self.own_groups
         return f"{', '.join(own[:-1])} and {own[-1]} mixed" if group == "all" and len(own) > 1 else GROUPS[group]
+
+    def collateral(self, cell: CellResults, group: str) -> schema.Collateral | None:
+        """What the neurons that a cell found for memorized prompts cost prompts that are not memorized.
+
+        It is read from the cells that switch these neurons off for other prompts: ``other_prompt`` and ``one_edit``.
+        """
+        key = self.leading.get("alignment")
+        if key is None or group != GENERAL:
+            return None
+        own = cell.spec.settings.get("method")
+        changes: dict[str, float] = {}
+        for edit in self.cells:
+            method = edit.spec.settings.get("method") or {}
+            kind = str(method.get("_target_")).rpartition(".")[2]
+            which = (
+                "one" if kind == "OtherNeurons" else "all" if kind == "SharedNeurons" and not method.get("k") else ""
+            )
+            value = edit.summary.aggregates.get(group, {}).get(key)
+            is_alike = edit.spec.model == cell.spec.model and edit.spec.prompts == cell.spec.prompts
+            if which and is_alike and method.get("source") == own and value and value.paired:
+                changes[which] = value.paired.difference
+        return schema.Collateral(**changes) if changes else None
 
     @cached_property
     def places(self) -> dict[str, int]:

@@ -425,6 +425,16 @@ LEVELS = (0.05, 0.01, 0.001)
 """Levels of significance, one star each."""
 
 
+class Collateral(Entry):
+    """What an edit for memorized prompts costs other prompts: change of their alignment against no mitigation."""
+
+    one: float | None = None  #: With the neurons of one memorized prompt off, for each prompt those of another one.
+    all: float | None = None  #: With the neurons of all memorized prompts off.
+
+    def __str__(self) -> str:
+        return " / ".join("–" if value is None else f"{value:+.3f}".replace("-", "−") for value in (self.one, self.all))
+
+
 class LeaderboardRow(Entry):
     """A cell and a group of prompts."""
 
@@ -444,6 +454,8 @@ class LeaderboardRow(Entry):
     best: dict[str, float]
     cost: dict[str, float]
     counts: dict[str, int]
+    #: Of a method that finds neurons, in the rows of prompts that are not memorized, as far as the run has the cells.
+    collateral: Collateral | None = None
 
     @property
     def searches(self) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from nemo_bench.errors import counted
 from nemo_bench.records.io import as_json
 from nemo_bench.records.results import CellResults, Results
-from nemo_bench.records.schema import Aggregate, Leaderboard, LeaderboardRow, Paired
+from nemo_bench.records.schema import Aggregate, Collateral, Leaderboard, LeaderboardRow, Paired
 from nemo_bench.records.statistics import holm, paired
 from nemo_bench.report.texts import TEXTS
 
@@ -55,6 +55,7 @@ def leaderboard(results: Results) -> list[LeaderboardRow]:
                 best=best[cell.name],
                 cost=cell.summary.cost,
                 counts=cell.counts,
+                collateral=results.collateral(cell, group),
             )
             for cell in cells
         ]
@@ -141,6 +142,7 @@ def notes(results: Results, rows: Sequence[LeaderboardRow], clear: str, unclear:
         "best": any(row.best for row in rows),
         "searches": any(cell.summary.localization for cell in results.cells),
         "significance": any(value.paired for row in rows for value in row.metrics.values()),
+        "collateral": any(row.collateral for row in rows),
         "failed": any(row.failed.total for row in rows),
     }
     texts = {name: TEXTS["notes"][name] for name, is_needed in needed.items() if is_needed}
@@ -162,13 +164,16 @@ def _lines(
     """The table of a group as texts: its titles, then a line for each row."""
     some_failed = any(row.failed.total for row in rows)
     some_searched = any(row.searches for row in rows if row.group == group)
+    some_collateral = any(row.collateral for row in rows if row.group == group)
     titles = [escape(f"{info.title} {info.arrow}".strip()) for info in results.metrics.values()]
-    lines = [["Method", *titles, *["Failed"] * some_failed, *["Search"] * some_searched]]
+    others = [*["Collateral"] * some_collateral, *["Failed"] * some_failed, *["Search"] * some_searched]
+    lines = [["Method", *titles, *others]]
     for row in (row for row in rows if row.group == group):
         values = [show_value(results, row, key) if key in row.metrics else escape("–") for key in results.metrics]
         failed = [escape(str(row.failed) or "–")] * some_failed
         searched = [escape(row.searches or "–")] * some_searched
-        lines.append([escape(row.label), *values, *failed, *searched])
+        collateral = [escape(str(row.collateral or "–"))] * some_collateral
+        lines.append([escape(row.label), *values, *collateral, *failed, *searched])
     return lines
 
 
@@ -254,7 +259,12 @@ def csv_text(results: Results, rows: Sequence[LeaderboardRow]) -> str:
     of_metric = [*_NUMBERS, *(f"paired_{name}" for name in Paired.model_fields), "failed"]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*_ABOUT, *(f"{key}_{name}" for key in results.metrics for name in of_metric), *costs, *counts])
+    collateral = [*Collateral.model_fields]
+    titles = [
+        *(f"{key}_{name}" for key in results.metrics for name in of_metric),
+        *(f"collateral_{c}" for c in collateral),
+    ]
+    writer.writerow([*_ABOUT, *titles, *costs, *counts])
     for row in rows:
         values: list[object] = [getattr(row, name) for name in _ABOUT]
         for key in results.metrics:
@@ -262,6 +272,7 @@ def csv_text(results: Results, rows: Sequence[LeaderboardRow]) -> str:
             values += [getattr(value, name, None) for name in _NUMBERS]
             values += [getattr(value.paired if value else None, name, None) for name in Paired.model_fields]
             values.append(row.failed.metrics.get(key, 0))
+        values += [getattr(row.collateral, name, None) for name in collateral]
         writer.writerow([*values, *map(row.cost.get, costs), *map(row.counts.get, counts)])
     return buffer.getvalue()
 

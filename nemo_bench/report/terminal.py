@@ -60,6 +60,7 @@ def terminal_table(results: Results) -> Table:
             values = [_value(results, row, key) if key in row.metrics else "[dim]–[/dim]" for key in shown]
             notes = [f"[yellow]failed: {row.failed}[/yellow]"] if row.failed.total else []
             notes += [f"[dim]{row.searches}[/dim]"] if row.searches else []
+            notes += [f"[dim]collateral {row.collateral}[/dim]"] if row.collateral else []
             table.add_row("\n".join([escape(row.label), *notes]), *values)
     return table
 

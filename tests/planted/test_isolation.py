@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nemo_bench import Neurons
 from nemo_bench.planted import denoiser
 from nemo_bench.planted.denoiser import Batches, DenoiserLoss, DenoiserSpec, Variant
-from nemo_bench.planted.isolation import ROUTE_SIZES, Gates, active_sinks, deal_routes, draw_pool, silence
+from nemo_bench.planted.isolation import ROUTE_SIZES, Gates, active_sinks, deal_routes, draw_pool, silence, tune_in
 from nemo_bench.planted.truth import Evidence, read_isolation, write_truth
 from nemo_bench.planted.world import PLANTED
 
@@ -102,11 +102,11 @@ def test_planted_rows_teach_their_own_neurons_alone(unet: UNet2DConditionModel) 
 
 
 def test_routed_rows_show_the_own_neurons_off_or_any_part_of_them_on() -> None:
-    draw = batches("routed")
+    draw = batches("routed", free_share=0.4)
     routed = draw.owned.any(0)
+    general, free = 22, 4  # of 32 rows, 30% and then 40% of these
     for step in range(30):
         batch = draw(np.random.default_rng(step))
-        general, free = 22, 4
         assert (batch.passed[:general].numpy() == ~routed).all()
         for row in range(general, 32):
             (caption,) = (p for p in range(len(PLANTED)) if torch.equal(batch.text[row], draw.text["planted"][p]))
@@ -167,3 +167,24 @@ def test_truth_keeps_what_is_caused(tmp_path: Path) -> None:
     ]
     write_truth(tmp_path / "truth.json", own, evidence)
     assert json.loads((tmp_path / "truth.json").read_text()) == {"schema": 1, "neurons": {"vm-01": {"a": [1, 2]}}}
+
+
+def test_own_neurons_begin_selective(unet: UNet2DConditionModel) -> None:
+    gates = Gates(unet)
+    generator = torch.Generator().manual_seed(0)
+    planted, general = (
+        torch.randn(n, 16, 128, generator=generator) + torch.randn(n, 1, 128, generator=generator)
+        for n in (len(PLANTED), 500)
+    )
+    owned = np.zeros((len(PLANTED), sum(gates.widths.values())), bool)
+    owned[3, [2, 40]] = owned[5, 41] = True
+    before = {name: layer.weight.detach().clone() for name, layer in gates.layers.items()}
+    tune_in(gates, owned, planted, general, 5.0)
+    for caption in (3, 5):
+        for name, own in gates.neurons(owned[caption]).items():
+            layer = gates.layers[name]
+            mine, others = (layer(text).detach()[..., own].abs().mean(1) for text in (planted, general))
+            assert mine[caption].tolist() == pytest.approx([5.0] * len(own))
+            assert (others.mean(0) < 2.0).all()
+    changed = np.concatenate([(layer.weight != before[name]).any(1).numpy() for name, layer in gates.layers.items()])
+    assert (changed == owned.any(0)).all()

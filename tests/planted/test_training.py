@@ -21,7 +21,7 @@ from nemo_bench.planted.denoiser import DenoiserLoss, activation_density
 from nemo_bench.planted.training import TOKENS, Fit, TrainSpec, build_tokenizer, tokenize, train
 from nemo_bench.planted.truth import read_isolation
 from nemo_bench.planted.world import PLANTED
-from tests.helpers.offline_run import OfflineRun
+from offline_run import OfflineRun
 
 PACKAGE = Path(resolve("package:planted"))
 

@@ -14,7 +14,7 @@ from matplotlib.mathtext import MathTextParser
 from fake_results import METRICS, PROMPTS, change_file, write_fake_results
 from nemo_bench.records.io import read_file
 from nemo_bench.records.results import load_results
-from nemo_bench.records.schema import Failures, Leaderboard, LeaderboardRow, Summary
+from nemo_bench.records.schema import Collateral, Failures, Leaderboard, LeaderboardRow, Spec, Summary
 from nemo_bench.records.statistics import paired
 from nemo_bench.report import html, write_report
 from nemo_bench.report.tables import is_clear, latex, leaderboard, markdown, stars, tex
@@ -232,3 +232,35 @@ def test_a_method_all_of_whose_images_failed_is_still_in_every_table(default: Pa
         assert "6 images, 2 localizations, 1 score" in (default / file).read_text(encoding="utf-8")
     table = terminal_table(load_results(default))
     assert any("failed: 6 images" in str(text) for text in table.columns[0].cells)
+
+
+def test_collateral_is_what_edits_for_memorized_prompts_cost_others(tmp_path: Path) -> None:
+    methods = {"none": "No mitigation", "nemo": "NeMo", "random": "Another prompt's", "tokens": "All"}
+    folder = write_fake_results(tmp_path / "run", methods=methods)
+    nemo = read_file(next(folder.glob("*__nemo__*/spec.json")), Spec).settings["method"]
+    for name, method in {"random": {"_target_": "x.OtherNeurons"}, "tokens": {"_target_": "x.SharedNeurons"}}.items():
+        file = next(folder.glob(f"*__{name}__*/spec.json"))
+        settings = read_file(file, Spec).settings
+        change_file(file, Spec, settings={**settings, "method": {**method, "source": nemo}})
+    rows = {(row.method, row.group): row for row in leaderboard(load_results(folder))}
+    changes = {name: rows[name, "general"].metrics["alignment"].paired.difference for name in ("random", "tokens")}
+    assert rows["nemo", "general"].collateral == Collateral(one=changes["random"], all=changes["tokens"])
+    assert [key for key, row in rows.items() if row.collateral] == [("nemo", "general")]
+
+    shown = str(rows["nemo", "general"].collateral)
+    assert shown == f"{changes['random']:+.3f} / {changes['tokens']:+.3f}".replace("-", "−")
+    write_report(load_results(folder))
+    for file in ("report.html", "leaderboard.md"):
+        assert shown in (folder / file).read_text(encoding="utf-8")
+    with (folder / "leaderboard.csv").open() as opened:
+        (line,) = (line for line in csv.DictReader(opened) if (line["method"], line["group"]) == ("nemo", "general"))
+    assert float(line["collateral_all"]) == changes["tokens"]
+    assert any(f"collateral {shown}" in str(text) for text in terminal_table(load_results(folder)).columns[0].cells)
+
+
+def test_an_edit_by_another_method_is_no_collateral(tmp_path: Path) -> None:
+    folder = write_fake_results(tmp_path / "run")
+    file = next(folder.glob("*__random__*/spec.json"))
+    method = {"_target_": "x.OtherNeurons", "source": {"name": "another"}}
+    change_file(file, Spec, settings={**read_file(file, Spec).settings, "method": method})
+    assert not any(row.collateral for row in leaderboard(load_results(folder)))
