@@ -7,15 +7,19 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nemo_bench.benchmark.plan import SCORING_FILE, Cell, has_stale_scores, with_sources
 from nemo_bench.errors import ModelError, NemoBenchError, StoreError
+from nemo_bench.localization.localizers import ranks
 from nemo_bench.prompts.tasks import Task
 from nemo_bench.records import schema
 from nemo_bench.records.data import Neurons, Prompt
 from nemo_bench.records.io import is_whole, read_file
 from nemo_bench.records.results import Results, load_cell, load_results
 from nemo_bench.records.schema import ImageRecord, LocalizationRecord, Record, ScoreRecord, Spec
-from nemo_bench.records.store import Store, read_localizations
+from nemo_bench.records.store import Store, read_localizations, read_records, read_scores
 from nemo_bench.report import REPORT_FILES
 from nemo_bench.tracking import track
 
@@ -58,6 +62,13 @@ def localized_neurons(store: Store, spec: Spec, prompts: Sequence[Prompt]) -> di
     if LocalizationRecord.stage not in spec.stages:
         return {prompt.id: Neurons() for prompt in prompts}
     return {prompt: found.neurons for prompt, found in read_localizations(store.folder).items()}
+
+
+def rankings(store: Store, spec: Spec) -> dict[str, dict[str, NDArray[np.int64]]]:
+    """Places of all neurons by prompt id, of a cell or else of the one that its neurons come from."""
+    folder = store.folder.parent / spec.source if spec.source else store.folder
+    records = read_records(folder, LocalizationRecord).values()
+    return {r.prompt: ranks(read_scores(folder / r.file), r.prompt) for r in records if r.file}
 
 
 def unmitigated_images(cell: Cell) -> dict[str, Path]:

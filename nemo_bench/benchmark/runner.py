@@ -360,22 +360,25 @@ class Runner:
     def score(self, cell: Cell) -> None:
         """Scores the images of a cell, where that is not done; those without mitigation must be there."""
         metrics = plan.metrics_of(cell)
-        store = cell.store
+        store, settings = cell.store, cell.config.settings
         for metric in metrics.values():
             if isinstance(metric, SetMetric):
                 self._embed_real(metric, cell)
         pool = list(dict.fromkeys(path for p in cell.prompts for path in p.references))
         measured = store.records(schema.MemorizationRecord).values()
+        needed = {field for metric in metrics.values() for field in metric.needs}
         reader = SampleReader(
             metrics.values(),
             store.folder,
             store.records(schema.ImageRecord).values(),
             neurons=pending.localized_neurons(store, cell.spec, cell.prompts),
             memorization={record.prompt: record.score for record in measured if record.score is not None},
+            rankings=pending.rankings(store, cell.spec) if "ranking" in needed else {},
+            # Without a localization there is nothing to compare.
+            truth=plan.truth_of(settings.model) if "truth" in needed and cell.localizes else {},
             unmitigated=pending.unmitigated_images(cell),
             digests=read_digests(store.folder),
         )
-        settings = cell.config.settings
         size = max(1, rows_at_once(settings) // settings.seeds)
         tasks = pending.scored_tasks(cell)
         workers = settings.workers
@@ -501,6 +504,7 @@ class Runner:
             self._models.clear()
             self._methods.clear()
             self._models[key] = load_model(settings)
+            check_truth(self._models[key], settings)
         if cell.method is not None:
             plan.check_similarity(self._models[key].latent_shape[1:], settings, cell.method)
         try:
@@ -585,6 +589,16 @@ def load_model(settings: ModelSettings) -> Diffusion:
         similarity=plan.similarity_of(settings),
         compiled=settings.compiled,
     )
+
+
+def check_truth(model: Diffusion, settings: ModelSettings) -> None:
+    """Raises ModelError where neurons of ``model.truth`` are none of the model's."""
+    for prompt, neurons in plan.truth_of(settings).items():
+        try:
+            model.masks.check(neurons)
+        except ModelError as error:
+            msg = f"model.truth={settings.truth}: of '{prompt}' there are other neurons than the model has"
+            raise ModelError(f"{msg} ({error}); give the file that came with its weights") from error
 
 
 def real_store(metric: SetMetric, cell: Cell) -> Store:

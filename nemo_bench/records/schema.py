@@ -77,7 +77,7 @@ class CalibrationRecord(PromptRecord):
 
 
 class LocalizationRecord(PromptRecord):
-    """The neurons of a prompt."""
+    """The neurons of a prompt; ``file`` holds the scores of all neurons, where there are any."""
 
     stage = "localize"
     result = "localization"
@@ -172,6 +172,7 @@ class Spec(Entry):
     families: list[str] = []  #: Which settings were chosen for the model's family.
     digests: dict[str, str] = {}  #: Of weights, prompts and images; the commit of a model from the hub.
     citations: dict[str, str] = {}  #: BibTeX by title.
+    source: str | None = None  #: Name of the folder beside it of the cell whose neurons it starts from.
     calibration: str | None = None  #: Path to the calibration's folder from the cell's.
     general_prompts: dict[str, str] | None = None  #: ``file`` and ``digest`` of the prompts that the calibration takes.
 
@@ -250,6 +251,7 @@ class Scoring(Entry):
     metrics: dict[str, Any]  #: Settings of every metric, its files replaced by their digests.
     unmitigated: str | None = None  #: The cell that images are compared with.
     references: str  #: Digest of the training images.
+    truth: str | None = None  #: Digest of the neurons that are known to be the prompts'.
 
 
 class Gate(Entry):
