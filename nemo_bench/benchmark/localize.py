@@ -12,11 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nemo_bench.benchmark.pending import is_complete
 from nemo_bench.benchmark.plan import UNMITIGATED, Cell
 from nemo_bench.benchmark.plan import plan as plan_cells
+from nemo_bench.benchmark.processes import was_started
 from nemo_bench.benchmark.run import run
 from nemo_bench.config import CellConfig
 from nemo_bench.errors import ConfigError
+from nemo_bench.report.localizers import FILES
 
 
 def plan(configs: Sequence[CellConfig]) -> list[Cell]:
@@ -34,7 +37,7 @@ def plan(configs: Sequence[CellConfig]) -> list[Cell]:
 
 
 def as_methods(configs: Sequence[CellConfig]) -> list[CellConfig]:
-    """Settings of the cells by which localizers are compared, after those of each model and prompts with nothing off."""
+    """Settings of the cells by which localizers are compared, and before them of those with nothing off."""
     compared: dict[str, CellConfig] = {}
     for config in configs:
         names = {group: name for group, name in config.names.items() if group != "localizer"}
@@ -65,4 +68,7 @@ def localize(cells: Sequence[Cell], command: str, *, progress: bool = True) -> P
     Raises:
         NemoBenchError: See :func:`nemo_bench.benchmark.run.run`.
     """
-    return run(cells, command, progress=progress)
+    folder = cells[0].store.folder.parent
+    if was_started() or not is_complete(cells) or not (folder / FILES[-1]).is_file():
+        run(cells, command, progress=progress)
+    return folder

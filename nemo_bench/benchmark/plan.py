@@ -44,8 +44,8 @@ FIRST = 3
 class Need:
     """Something that a run takes from outside."""
 
-    #: ``"weights"``, ``"metric"``, ``"truth"``, ``"statistics"``, ``"prompts"``, ``"prompts of edits"``, ``"general prompts"``,
-    #: ``"method's file"``, ``"method"`` or ``"training images"``.
+    #: ``"weights"``, ``"metric"``, ``"truth"``, ``"statistics"``, ``"prompts"``, ``"prompts of edits"``,
+    #: ``"general prompts"``, ``"method's file"``, ``"method"`` or ``"training images"``.
     kind: str
     what: str  #: File, folder, hub id, or name of a metric.
     #: ``"there"``; ``"fetched"``, by its library at the first use; ``"partly"``, the run goes on without the rest;

@@ -36,6 +36,7 @@ from nemo_bench.records.schema import Layers, LocalizationRecord, Record, ScoreR
 from nemo_bench.records.store import Store, read_localizations, read_run
 from nemo_bench.report import write_report
 from nemo_bench.report.detection import write_detection
+from nemo_bench.report.localizers import write_localizers
 from nemo_bench.tracking.live import Live
 
 log = logging.getLogger(__name__)
@@ -263,9 +264,10 @@ def renew_scores(cell: Cell) -> None:
 
 
 def write_pages(folder: Path) -> Results:
-    """Writes the report of a run, and the page of its detectors where there are any: the pages link to each other."""
+    """Writes the report of a run, and the pages of localizers and detectors where there are any."""
     results = load_results(folder)
     write_report(results)
+    write_localizers(results)
     if (folder / "detection.html").is_file():
         write_detection(load_detections(folder))
     return results

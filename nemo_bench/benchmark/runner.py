@@ -503,8 +503,9 @@ class Runner:
         if key not in self._models:
             self._models.clear()
             self._methods.clear()
-            self._models[key] = load_model(settings)
-            check_truth(self._models[key], settings)
+            model = load_model(settings)
+            check_truth(model, settings)
+            self._models[key] = model
         if cell.method is not None:
             plan.check_similarity(self._models[key].latent_shape[1:], settings, cell.method)
         try:

@@ -81,9 +81,7 @@ class Replay(Objective):
     @override
     def losses(self, draws: Sequence[int]) -> Tensor:
         own = list(draws)
-        return self.model.training_losses(
-            self.clean[own], self.timesteps[own], self.noises[own], self.rows(len(own))
-        )
+        return self.model.training_losses(self.clean[own], self.timesteps[own], self.noises[own], self.rows(len(own)))
 
 
 class Magnitude(Objective):

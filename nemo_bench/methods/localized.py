@@ -46,7 +46,7 @@ class LocalizedNeurons(BlockNeurons):
         own = self.localizer
         self.title = own.title
         self.citation = own.citation  # type: ignore[misc] # these are as the localizer says
-        self.needs = own.needs  # type: ignore[misc, assignment]
+        self.needs = own.needs  # type: ignore[misc]
         self.needs_calibration = own.needs_calibration  # type: ignore[misc]
         self.memorization_threshold = own.memorization_threshold
         self.noise_protocol = own.noise_protocol
@@ -86,8 +86,8 @@ class LocalizedNeurons(BlockNeurons):
 class Deletion(OtherNeurons):
     """Blocks a memorized prompt's own neurons, and for any other prompt those of a memorized one.
 
-    Which one is drawn by the ids of the two: what general prompts lose shows what else the neurons do (the benchmark DEL
-    of Chang et al. 2024).
+    Which one is drawn by the ids of the two: what general prompts lose shows what else the neurons do (the benchmark
+    DEL of Chang et al. 2024).
     """
 
     title = "Deletion"

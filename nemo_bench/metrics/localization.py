@@ -135,7 +135,7 @@ class _OfRanking(_OfTruth):
 
     @abstractmethod
     def judge(self, scores: Tensor, true: Tensor) -> Tensor:
-        """A number by scores of all neurons, above 0 and larger for those ranked higher, and whether each is a true one."""
+        """A number by scores of all neurons, above 0 and larger for higher ranks, and whether each is a true one."""
 
 
 class RecallAtTrueNumber(_OfRanking):

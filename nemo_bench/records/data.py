@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, ConfigDict, Field, with_config
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import CoreSchema, core_schema
 from safetensors.numpy import load_file, save_file
 
@@ -144,6 +145,6 @@ class Localization:
     listed_initial: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  #: The candidates likewise.
     #: How responsible every neuron is, by layer in network order; empty where that is not known. A record has a file of
     #: them instead.
-    scores: Annotated[Mapping[str, NDArray[np.float32]], Field(exclude=True)] = field(
+    scores: SkipJsonSchema[Annotated[Mapping[str, NDArray[np.float32]], Field(exclude=True)]] = field(
         default_factory=dict, compare=False, repr=False
     )

@@ -510,6 +510,33 @@ class DetectionTable(Entry):
     detectors: list[DetectionRow]
 
 
+class LocalizerRow(Entry):
+    """A localizer and a group of memorized prompts; or these prompts with nothing switched off."""
+
+    cell: str
+    label: str  #: Title, and the settings by which it differs from others of this title.
+    model: str
+    localizer: str  #: Its name, ``none`` for nothing switched off.
+    prompts: str  #: Name of the prompt list.
+    group: str
+    n_prompts: int  #: Prompts of the group.
+    failed: int  #: Those that it failed for.
+    #: By measure: over prompts of the group, ``general_loss`` over general prompts. ``paired`` is the difference to the
+    #: localizer that others are compared with, its p corrected over the rows of the group.
+    values: dict[str, Aggregate]
+    settings: dict[str, Any] = {}  #: Of the localizer.
+
+
+class LocalizerTable(Entry):
+    """The localizers of a run: ``localizers.json``."""
+
+    version: int = Field(default=VERSION, alias="schema")
+    name: str
+    against: dict[str, str]  #: By model and prompt list, the label of the localizer that others are compared with.
+    measures: dict[str, MetricInfo]  #: What each measure is, in the order of columns.
+    rows: list[LocalizerRow]
+
+
 class Thumbnail(Entry):
     """A small picture; ``thumbnails.json`` has one by name, size, time and box of its image."""
 
@@ -558,6 +585,7 @@ FILES: Mapping[str, tuple[Any, str]] = {
     "threshold.json": (Threshold, "the next run that needs it writes it again from its records"),
     "leaderboard.json": (Leaderboard, _REPORT),
     "detection.json": (DetectionTable, _REPORT),
+    "localizers.json": (LocalizerTable, _REPORT),
     "thumbnails.json": (dict[str, Thumbnail], _REPORT),
     "tracked.json": (Tracked, "nemo-bench track writes it again"),
     "step.json": (LastStep, "the steps of live figures then begin with the number of records"),

@@ -216,7 +216,9 @@ def read_scores(path: Path) -> dict[str, NDArray[np.float32]]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise StoreError(f"{path} can't be read ({error}); delete it, and the command that made it makes it again") from None
+        raise StoreError(
+            f"{path} can't be read ({error}); delete it, and the command that made it makes it again"
+        ) from None
 
 
 def _parse(files: Iterable[Path], kind: type[R]) -> tuple[dict[str, R], list[R]]:

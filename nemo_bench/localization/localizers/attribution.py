@@ -28,8 +28,8 @@ class Attribution(Ranker):
     #: The loss; ``"replay"`` needs the prompt's training image.
     objective: ObjectiveName = "replay"
     samples: Count = 4  #: Draws of noise, and of timesteps, that the loss is the mean over.
-    #: General prompts whose mean score is subtracted, where the loss needs no training image and so says as well how much
-    #: any text matters; 0 for none.
+    #: General prompts whose mean score is subtracted, where the loss needs no training image and so says as well how
+    #: much any text matters; 0 for none.
     center: Index = 8
     general: str | None = None  #: File of these general prompts, its first ones are taken.
     _mean: dict[str, Tensor] | None = field(default=None, init=False, repr=False)

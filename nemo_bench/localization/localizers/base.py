@@ -80,7 +80,7 @@ class Ranker(Localizer):
 
     #: Size of the set for prompts of which it is not known, as a part of each layer, at least one neuron of each.
     share: Share = 0.02
-    #: The same as a number of neurons over all layers; None for the share. A number that is given counts for all prompts.
+    #: The same as a number of neurons over all layers, then for all prompts; None for the share.
     number: Count | None = None
 
     @abstractmethod

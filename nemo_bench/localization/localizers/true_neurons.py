@@ -31,7 +31,7 @@ class TrueNeurons(Localizer):
     @cached_property
     def _known(self) -> dict[str, Neurons]:
         if self.truth is None:
-            raise ConfigError("the true neurons of this model are not known: set model.truth, or leave out localizer=true")
+            raise ConfigError("this model's true neurons are not known: set model.truth, or leave out localizer=truth")
         return read_truth(Path(self.truth))
 
     @override
