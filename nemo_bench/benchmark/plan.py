@@ -90,7 +90,7 @@ class Cell:
 
     @property
     def stages(self) -> list[type[schema.Record]]:
-        """Records of the stages that it goes through, in their order."""
+        """Records of its stages, in their order."""
         return [kind for kind in schema.RECORDS if kind.stage in self.spec.stages]
 
     @property

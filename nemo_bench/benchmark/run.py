@@ -99,7 +99,7 @@ def _work_off(work: Work, cells: Sequence[Cell], runner: Runner, command: str, l
             break
         if step == "wait":
             if is_main():
-                for cell in work.open:
+                for cell in work.pending:
                     if (held := holder(cell.store.folder)) not in said:
                         said.add(held)
                         log.info("%s; waiting", held)
@@ -141,7 +141,7 @@ def _next(work: Work) -> tuple[Literal["take", "assist", "wait", "over"], int, t
     """What to do next, the number of the cell to do it with, and the stage where it is assisted."""
     if cell := work.take():
         return "take", work.all.index(cell), Record
-    if not work.open:
+    if not work.pending:
         return "over", -1, Record
     if assisted := work.assist():
         log.info("%s; assisting it", holder(assisted[0].store.folder))

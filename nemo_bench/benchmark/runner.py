@@ -249,7 +249,7 @@ class Runner:
     def make(self, kind: type[Record], cell: Cell, *, assisting: bool = False) -> None:
         """Makes the records of one of the stages :data:`MADE` that are pending.
 
-        ``assisting`` the run that owns the cell, it goes through them in another order than that one.
+        ``assisting`` the run that owns the cell, it takes them in another order than that one.
         """
         seeds = cell.config.settings.localize_seeds
         handles: dict[type[Record], Callable[..., Sequence[Record]]] = {
@@ -438,18 +438,18 @@ class Runner:
             return
 
         def share_out() -> tuple[list[Sequence[Any]], list[str], set[str]]:
-            open_ids = set(store.pending_ids(kind, ids))
+            pending_ids = set(store.pending_ids(kind, ids))
             # Batches of images are the same whatever is done already, so that images are the same to the bit.
-            every = tasks if kind is schema.ImageRecord else [task for task in tasks if task.id in open_ids]
-            batches = [batch for batch in batched(every, batch_size) if any(task.id in open_ids for task in batch)]
+            every = tasks if kind is schema.ImageRecord else [task for task in tasks if task.id in pending_ids]
+            batches = [batch for batch in batched(every, batch_size) if any(task.id in pending_ids for task in batch)]
             if kind is schema.LocalizationRecord:
                 # What takes longest first, so that no process is left with it at the end.
                 batches.sort(key=lambda batch: -sum(self._costs.get(task.prompt.id, math.inf) for task in batch))
             if assisting:
                 random.shuffle(batches)
-            done = [task.id for batch in batches for task in batch if task.id not in open_ids]
+            done = [task.id for batch in batches for task in batch if task.id not in pending_ids]
             # Of an image that was lost there is a record, which says nothing of whether it is there again.
-            return batches, done, open_ids & store.records(kind).keys()
+            return batches, done, pending_ids & store.records(kind).keys()
 
         batches, done, lost = self.agree(share_out)
         parts: dict[str, Any] = {"done": set(done), "assisting": assisting}
@@ -459,7 +459,7 @@ class Runner:
             parts |= {"model": self.model(cell), "method": method, "neurons": neurons, "batch_size": self.rows(cell)}
         stage = Stage(handle, kind, store, **parts)
         others = len(ids) - sum(map(len, batches))
-        options: dict[str, Any] = {"read": read, "workers": workers, "is_open": Unrecorded(store, kind, lost)}
+        options: dict[str, Any] = {"read": read, "workers": workers, "is_pending": Unrecorded(store, kind, lost)}
         self.predict(stage, batches, label or str(cell.spec.method), others, **options)
         if is_main() and not assisting:
             store.finish(kind, ids)

@@ -160,7 +160,7 @@ class Spec(Entry):
 
     version: int = Field(default=VERSION, alias="schema")  #: Of the schema.
     task: Task  #: What the folder belongs to.
-    stages: list[str] = []  #: Names of the stages that it goes through.
+    stages: list[str] = []  #: Names of its stages, in their order.
     cell: str = ""  #: Name of the folder.
     model: str = ""  #: Name of the model.
     method: str | None = None  #: Name of the mitigation.
@@ -213,14 +213,14 @@ class Progress(Entry):
     row_passes: float = 0.0  #: UNet passes of a row, of records computed by the first process.
 
     @property
-    def pace(self) -> float:
+    def rate(self) -> float:
         """Records a second."""
         return self.computed / self.seconds if self.seconds else 0.0
 
     @property
     def left(self) -> float | None:
         """Seconds left; None before the first record."""
-        return (self.total - self.done) / self.pace if self.pace else None
+        return (self.total - self.done) / self.rate if self.rate else None
 
 
 class Lease(Entry):
@@ -228,7 +228,7 @@ class Lease(Entry):
 
     host: str
     pid: int
-    process: str  #: The process, told from others that had or will have its id.
+    process: str  #: The process, as no other that had or will have its id is named.
     place: str  #: Boot of a machine and container, in which process ids mean the same.
     since: str  #: ISO 8601, UTC.
     beat: int = 0  #: Counts signs of life.
