@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -158,11 +159,22 @@ def _is_summarized(cell: Cell) -> bool:
     path = cell.store.folder / "metrics.json"
     if not is_whole(path, schema.Summary) or not cell.store.is_done(ScoreRecord):
         return False
-    others = [cell.unmitigated] if cell.unmitigated else []
-    if read_file(path, schema.Summary).unmitigated != (others[0].folder.name if others else None):
+    if read_file(path, schema.Summary).unmitigated != (cell.unmitigated.folder.name if cell.unmitigated else None):
         return False
-    sources = [store.folder / name for store in (cell.store, *others) for name in SCORE_FILES]
-    return _written(path) >= max(map(_written, sources))
+    return _written(path) >= max(map(_written, score_files(cell)))
+
+
+def score_files(cell: Cell) -> list[Path]:
+    """What the table of a cell is made from: its scores, and those without mitigation."""
+    others = [cell.unmitigated] if cell.unmitigated else []
+    return [store.folder / name for store in (cell.store, *others) for name in SCORE_FILES]
+
+
+def date_after(file: Path, sources: Iterable[Path]) -> None:
+    """Dates a file no earlier than what it was just made from; else it seems stale where the clock was set back."""
+    latest = max(map(_written, sources))
+    if _written(file) < latest:
+        os.utime(file, ns=(latest, latest))
 
 
 def _written(path: Path) -> int:
