@@ -247,6 +247,40 @@ def _detect(options: argparse.Namespace) -> None:
         check_failures(cells)
 
 
+def _localize(options: argparse.Namespace) -> None:
+    from nemo_bench.config import localizer_grid
+
+    choices = localizer_grid(options.overrides, options.conf)  # before torch loads, so that mistakes are said at once
+    if options.cfg:
+        _print_settings(choices, options.json)
+        return
+    from nemo_bench.benchmark import localize as localizers
+
+    if options.dry_run:
+        _dry_run(localizers.as_methods(choices), options.json)
+        return
+    from nemo_bench.benchmark.pending import check_failures
+    from nemo_bench.benchmark.processes import is_main
+    from nemo_bench.records.io import read_file
+    from nemo_bench.records.schema import LocalizerTable
+    from nemo_bench.report.console import show
+    from nemo_bench.report.localizers import FILES
+    from nemo_bench.report.terminal import terminal_localizers
+
+    cells = localizers.plan(choices)
+    start = time.perf_counter()
+    folder = localizers.localize(cells, options.line, progress=not options.quiet)
+    if not is_main():
+        return
+    if options.json:
+        print((folder / FILES[0]).read_text(encoding="utf-8"))
+    else:
+        show(*terminal_localizers(read_file(folder / FILES[0], LocalizerTable)))
+        print(f"{time.perf_counter() - start:.0f} s\nreport:  {folder / 'localizers.html'}\nrecords: {folder}")
+    _warn_of_limits(choices)
+    check_failures(cells)
+
+
 def _print_settings(choices: Sequence[CellConfig], as_json: bool) -> None:
     """The settings of each cell in full, as YAML documents or a list of objects."""
     found = [asdict(choice.settings) for choice in choices]
@@ -357,7 +391,8 @@ def _report(options: argparse.Namespace) -> None:
     from nemo_bench.report import write_report
     from nemo_bench.report.console import show
     from nemo_bench.report.detection import write_detection
-    from nemo_bench.report.terminal import terminal_detection, terminal_table
+    from nemo_bench.report.localizers import write_localizers
+    from nemo_bench.report.terminal import terminal_detection, terminal_localizers, terminal_table
 
     folder = options.folder
     if (folder / "detection.json").is_file():
@@ -370,6 +405,9 @@ def _report(options: argparse.Namespace) -> None:
     results = load_results(folder)
     write_report(results)
     show(terminal_table(results))
+    if table := write_localizers(results):
+        show(*terminal_localizers(table))
+        print(folder / "localizers.html")
     print(folder / "report.html")
 
 

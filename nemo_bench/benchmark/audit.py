@@ -51,7 +51,7 @@ def cells_of(
     *,
     conf: Path | None = None,
 ) -> list[Cell]:
-    """The cells of a run, or one cell, that an audit goes through; no weights are loaded.
+    """The cells of a run, or one cell, that are audited; no weights are loaded.
 
     Overrides are fields of :class:`AuditSettings` and of :data:`nemo_bench.config.SCORING`, such as ``metrics=full``.
     Names choose cells by folder or method; without any, all that can be audited are taken, and it is said which are

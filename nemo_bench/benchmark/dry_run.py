@@ -88,8 +88,8 @@ def forecast(configs: Sequence[CellConfig]) -> dict[str, Any]:
         record of the model tells them; ``comparisons`` at most, by metric, of images with the training images of all
         prompts, which grow with the square of the number of prompts; and ``seconds``, None before the first records of
         the model. ``uncounted``: number of other cells. ``prompts``: see
-        :meth:`nemo_bench.benchmark.plan.Planner.first_prompts`. ``total``: the same over all cells. ``pace``: by model,
-        number of ``records`` that this is drawn from, their ``devices`` and ``seconds_per_pass``.
+        :meth:`nemo_bench.benchmark.plan.Planner.first_prompts`. ``total``: the same over all cells. ``speed``: by
+        model, number of ``records`` that this is drawn from, their ``devices`` and ``seconds_per_pass``.
 
     Raises:
         NemoBenchError: Settings are wrong; what is merely missing is in ``needs``.
@@ -127,7 +127,7 @@ def forecast(configs: Sequence[CellConfig]) -> dict[str, Any]:
             "comparisons": dict(comparisons),
             "seconds": None if None in seconds else sum(seconds),
         },
-        "pace": {
+        "speed": {
             name: {
                 "records": model.records,
                 "devices": sorted(model.devices),

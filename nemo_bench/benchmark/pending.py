@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from nemo_bench.benchmark.plan import SCORING_FILE, Cell, has_stale_scores, with_sources
 from nemo_bench.errors import ModelError, NemoBenchError, StoreError
+from nemo_bench.localization.localizers import ranks
 from nemo_bench.prompts.tasks import Task
 from nemo_bench.records import schema
 from nemo_bench.records.data import Neurons, Prompt
 from nemo_bench.records.io import is_whole, read_file
 from nemo_bench.records.results import Results, load_cell, load_results
 from nemo_bench.records.schema import ImageRecord, LocalizationRecord, Record, ScoreRecord, Spec
-from nemo_bench.records.store import Store, read_localizations
+from nemo_bench.records.store import Store, read_localizations, read_records, read_scores
 from nemo_bench.report import REPORT_FILES
 from nemo_bench.tracking import track
 
@@ -58,6 +63,13 @@ def localized_neurons(store: Store, spec: Spec, prompts: Sequence[Prompt]) -> di
     if LocalizationRecord.stage not in spec.stages:
         return {prompt.id: Neurons() for prompt in prompts}
     return {prompt: found.neurons for prompt, found in read_localizations(store.folder).items()}
+
+
+def rankings(store: Store, spec: Spec) -> dict[str, dict[str, NDArray[np.int64]]]:
+    """Places of all neurons by prompt id, of a cell or else of the one that its neurons come from."""
+    folder = store.folder.parent / spec.source if spec.source else store.folder
+    records = read_records(folder, LocalizationRecord).values()
+    return {r.prompt: ranks(read_scores(folder / r.file), r.prompt) for r in records if r.file}
 
 
 def unmitigated_images(cell: Cell) -> dict[str, Path]:
@@ -147,11 +159,22 @@ def _is_summarized(cell: Cell) -> bool:
     path = cell.store.folder / "metrics.json"
     if not is_whole(path, schema.Summary) or not cell.store.is_done(ScoreRecord):
         return False
-    others = [cell.unmitigated] if cell.unmitigated else []
-    if read_file(path, schema.Summary).unmitigated != (others[0].folder.name if others else None):
+    if read_file(path, schema.Summary).unmitigated != (cell.unmitigated.folder.name if cell.unmitigated else None):
         return False
-    sources = [store.folder / name for store in (cell.store, *others) for name in SCORE_FILES]
-    return _written(path) >= max(map(_written, sources))
+    return _written(path) >= max(map(_written, score_files(cell)))
+
+
+def score_files(cell: Cell) -> list[Path]:
+    """What the table of a cell is made from: its scores, and those without mitigation."""
+    others = [cell.unmitigated] if cell.unmitigated else []
+    return [store.folder / name for store in (cell.store, *others) for name in SCORE_FILES]
+
+
+def date_after(file: Path, sources: Iterable[Path]) -> None:
+    """Dates a file no earlier than what it was just made from; else it seems stale where the clock was set back."""
+    latest = max(map(_written, sources))
+    if _written(file) < latest:
+        os.utime(file, ns=(latest, latest))
 
 
 def _written(path: Path) -> int:

@@ -15,14 +15,15 @@ from nemo_bench.config.composition import name_of_files
 from nemo_bench.diffusion import Lora, Similarity, Source, check_schedule
 from nemo_bench.errors import ConfigError, NemoBenchError, StoreError, counted
 from nemo_bench.localization import is_readable, read_statistics
-from nemo_bench.methods import Method
+from nemo_bench.methods import Deletion, LocalizedNeurons, Method
 from nemo_bench.metrics import FIELDS, BenchMetric
 from nemo_bench.prompts import read_prompts, references_digest
 from nemo_bench.records import schema
-from nemo_bench.records.data import Prompt
+from nemo_bench.records.data import Neurons, Prompt
 from nemo_bench.records.io import as_json, check_writable, digest, is_whole, prompts_digest, read_file
 from nemo_bench.records.schema import ImageRecord, LocalizationRecord, PromptRecord, ScoreRecord, Spec
 from nemo_bench.records.store import Store, read_spec
+from nemo_bench.records.truth import read_truth, truth_digest
 
 if TYPE_CHECKING:
     from nemo_bench.benchmark.stages.audit import AuditSettings, Search
@@ -43,8 +44,8 @@ FIRST = 3
 class Need:
     """Something that a run takes from outside."""
 
-    #: ``"weights"``, ``"metric"``, ``"statistics"``, ``"prompts"``, ``"prompts of edits"``, ``"general prompts"``,
-    #: ``"method's file"``, ``"method"`` or ``"training images"``.
+    #: ``"weights"``, ``"metric"``, ``"truth"``, ``"statistics"``, ``"prompts"``, ``"prompts of edits"``,
+    #: ``"general prompts"``, ``"method's file"``, ``"method"`` or ``"training images"``.
     kind: str
     what: str  #: File, folder, hub id, or name of a metric.
     #: ``"there"``; ``"fetched"``, by its library at the first use; ``"partly"``, the run goes on without the rest;
@@ -83,8 +84,13 @@ class Cell:
         return bool(self.spec.settings["method"] != UNMITIGATED)
 
     @property
+    def localizes(self) -> bool:
+        """Whether neurons are localized for its prompts."""
+        return LocalizationRecord.stage in self.spec.stages
+
+    @property
     def stages(self) -> list[type[schema.Record]]:
-        """Records of the stages that it goes through, in their order."""
+        """Records of its stages, in their order."""
         return [kind for kind in schema.RECORDS if kind.stage in self.spec.stages]
 
     @property
@@ -148,6 +154,8 @@ class Planner:
         settings = configs[0].settings
         if any(config.settings.detector is not None for config in configs):
             raise ConfigError("detectors are run by nemo-bench detect; leave out detector=...")
+        if any(config.settings.localizer is not None for config in configs):
+            raise ConfigError("localizers are run by nemo-bench localize; leave out localizer=...")
         check_same(configs, "name", "root", "trainer", "logger", "launcher")
         check_writable(Path(settings.root) / settings.name)
         asked: dict[str, Cell] = {}
@@ -179,6 +187,9 @@ class Planner:
                     others.append(cell.source)
                 else:
                     cell.source = serving
+        for cell in known:
+            if cell.source:
+                cell.spec = cell.spec.model_copy(update={"source": cell.source.id})
         for cell in asked.values():
             if not has_current_scores(cell):
                 settings = replace(cell.config.settings, metrics=self.metrics(cell.config.settings))
@@ -324,6 +335,8 @@ class Planner:
             self._note_training_images(prompts, ", ".join(listed.files))
             if file := settings.method.get("file"):
                 found.append(self._look("method's file", file, partial(method.fingerprint, prompts)))
+        if truth := settings.model.truth:
+            found.append(self._look("truth", truth, lambda: f"of {counted(len(truth_of(settings.model)), 'prompt')}"))
         if statistics := settings.model.statistics:
             path = resolve(statistics)
             found.append(self._look("statistics", path, partial(read_statistics, Path(path))))
@@ -336,7 +349,9 @@ class Planner:
     def _set_source(self, cell: Cell, method: Method) -> None:
         """Gives a cell the cell of its source, with the prompts whose neurons the method takes."""
         settings, prompts = cell.config.settings, cell.config.settings.prompts
-        names = {**cell.config.names, "method": type(method.source).__name__.lower()}
+        own = cell.config.names["method"]
+        name = f"{own}_neurons" if isinstance(method, Deletion) else type(method.source).__name__.lower()
+        names = {**cell.config.names, "method": name}
         if method.pools and prompts.shared_from:
             names["prompts"] = name_of_files(prompts.shared_from)
             prompts = replace(prompts, files=prompts.shared_from, memorized=prompts.shared_from, shared_from=[])
@@ -520,6 +535,11 @@ def check_metrics(settings: Iterable[RunSettings]) -> None:
     planner.check()
 
 
+def truth_of(settings: ModelSettings) -> dict[str, Neurons]:
+    """The neurons that are known to memorize a prompt, by its id; none where the model has no file of them."""
+    return read_truth(Path(resolve(settings.truth))) if settings.truth else {}
+
+
 def check_similarity(size: Sequence[int], model: ModelSettings, method: Method) -> None:
     """Makes sure that noise differences can be compared: for a method, and for the memorization score of every cell.
 
@@ -557,12 +577,15 @@ def scoring_of(cell: Cell) -> schema.Scoring:
     """What decides the scores of given images."""
     nodes = cell.config.settings.metrics
     metrics = metrics_of(cell)
+    model = cell.config.settings.model
+    compares = cell.localizes and any("truth" in metric.needs for metric in metrics.values())
     is_paired = cell.unmitigated and any("unmitigated" in metric.needs for metric in metrics.values())
     fingerprints = {name: {**nodes[name], **metric.fingerprint()} for name, metric in metrics.items()}
     return schema.Scoring(
         metrics=json.loads(as_json(fingerprints)),  # as it will be read again
         unmitigated=cell.unmitigated.folder.name if cell.unmitigated and is_paired else None,
         references=references_digest(cell.prompts),
+        truth=truth_digest(truth_of(model), cell.prompts) if compares and model.truth else None,
     )
 
 
@@ -611,8 +634,12 @@ def lineage(method: Method) -> list[Method]:
 
 def identity_settings(settings: dict[str, Any], method: Method, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """The settings of a method with what they refer to, in place of where it is."""
-    source = {"source": identity_settings(settings["source"], method.source, prompts)} if method.source else {}
-    return {**settings, **method.fingerprint(prompts), **source}
+    inside: dict[str, Any] = {}
+    if method.source:
+        inside["source"] = identity_settings(settings["source"], method.source, prompts)
+    if isinstance(method, LocalizedNeurons):
+        inside["localizer"] = {**settings["localizer"], **method.localizer.fingerprint(prompts)}
+    return {**settings, **method.fingerprint(prompts), **inside}
 
 
 def with_sources(cells: Sequence[Cell]) -> list[Cell]:

@@ -120,10 +120,10 @@ def watch_ranks(started: list[subprocess.Popen[bytes]]) -> None:
     """
 
     def watch() -> None:
-        while not (told := _died(started)):
+        while not (message := _died(started)):
             time.sleep(PAUSE)
         time.sleep(GRACE)
-        _end(told, started)
+        _end(message, started)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -143,8 +143,8 @@ def explained(started: list[subprocess.Popen[bytes]]) -> Iterator[None]:
     except RuntimeError as error:
         end = time.monotonic() + (GRACE if STARTER in os.environ else 0)
         while time.monotonic() < end:  # connections are lost before processes are seen to be gone
-            if told := _died(started):
-                raise RankError(told) from error
+            if message := _died(started):
+                raise RankError(message) from error
             time.sleep(PAUSE)
         raise
 
@@ -163,10 +163,10 @@ def _died(started: list[subprocess.Popen[bytes]]) -> str:
     return ""
 
 
-def _end(told: str, started: list[subprocess.Popen[bytes]]) -> None:
+def _end(message: str, started: list[subprocess.Popen[bytes]]) -> None:
     """Ends this process and those that it started, whatever they are waiting for."""
-    if told:
-        print(f"nemo-bench: {told}", file=sys.stderr, flush=True)
+    if message:
+        print(f"nemo-bench: {message}", file=sys.stderr, flush=True)
     for process in started:
         process.kill()
     os._exit(1)

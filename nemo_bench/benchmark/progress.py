@@ -70,7 +70,7 @@ class ProgressReport(L.Callback):
             listener(self._progress)
 
     def skip(self, tasks: int) -> None:
-        """Counts tasks that another run finished meanwhile: they are done, and say nothing of this run's pace."""
+        """Counts tasks that another run finished meanwhile: they are done, and say nothing of how fast this run is."""
         self.counters.add(self._skipped, tasks)
 
     @property
@@ -104,6 +104,6 @@ class ProgressReport(L.Callback):
 
 def line(progress: schema.Progress) -> str:
     """A line such as ``generate nemo: 20 of 144, 3.2 a second, 0:00:39 left``."""
-    rate = f"{progress.pace:.1f} a second" if progress.pace >= 1 else f"{1 / max(progress.pace, 1e-9):.1f} s each"
+    rate = f"{progress.rate:.1f} a second" if progress.rate >= 1 else f"{1 / max(progress.rate, 1e-9):.1f} s each"
     left = f", {timedelta(seconds=round(progress.left))} left" if progress.left is not None else ""
     return f"{progress.stage} {progress.label}: {progress.done:,} of {progress.total:,}, {rate}{left}"

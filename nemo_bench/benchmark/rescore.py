@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from nemo_bench.benchmark.pending import track_cells
-from nemo_bench.benchmark.plan import Cell, check_metrics, make_spec, pair, read_listed
+from nemo_bench.benchmark.plan import Cell, check_metrics, has_current_scores, make_spec, pair, read_listed
 from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.run import fetch_weights, log_file, report_damaged, take_to_table, write_pages
 from nemo_bench.benchmark.runner import Runner, note_start, open_folder
@@ -35,6 +35,7 @@ from nemo_bench.records.store import (
     read_spec,
     remake,
 )
+from nemo_bench.tracking.live import Live
 
 log = logging.getLogger(__name__)
 
@@ -48,24 +49,36 @@ def score(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Path
     ``command`` is what the user typed, for the records.
     """
     folder = cells[0].store.folder.parent
-    runner = Runner(cells[0].config.settings.trainer, progress=progress)
+    settings = cells[0].config.settings
+    live = Live(settings.logger, {cell.id: str(cell.spec.method) for cell in cells})
+    runner = Runner(settings.trainer, progress=progress)
+    runner.progress.listeners.append(live.note)
     runner.start()
     with log_file(folder):
         if is_main():
             for cell in cells:
                 fetch_weights(cell)
             report_damaged(cells)
-        for cell in cells:
-            with runner.holding(cell.store.folder):
-                if is_main():
-                    note_start(cell, command, runner)
-                take_to_table(cell, runner)
+        unchanged = []
+        with live:
+            for cell in cells:
+                with runner.holding(cell.store.folder):
+                    if is_main():
+                        note_start(cell, command, runner)
+                        if has_current_scores(cell):
+                            unchanged.append(cell)
+                        else:
+                            live.begin(cell.store.folder)
+                    take_to_table(cell, runner)
+                    if is_main():
+                        live.end()
         if is_main():
             # Another command of this name may have taken them off the list while they were not finished.
             with runner.leases.owning(folder):
                 open_folder(folder, cells)
                 results = write_pages(folder)
-            track_cells(results, cells)
+            if unchanged:
+                track_cells(results, unchanged)
     return folder
 
 

@@ -12,7 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from nemo_bench.benchmark.pending import SETS_FILE, is_current, is_finished, scored_tasks, task_ids
+from nemo_bench.benchmark.pending import (
+    SETS_FILE,
+    date_after,
+    is_current,
+    is_finished,
+    score_files,
+    scored_tasks,
+    task_ids,
+)
 from nemo_bench.benchmark.plan import (
     SCORING_FILE,
     Cell,
@@ -34,8 +42,9 @@ from nemo_bench.records.lease import POLL, holder
 from nemo_bench.records.results import Results, load_detections, load_results
 from nemo_bench.records.schema import Layers, LocalizationRecord, Record, ScoreRecord
 from nemo_bench.records.store import Store, read_localizations, read_run
-from nemo_bench.report import write_report
+from nemo_bench.report import REPORT_FILES, write_report
 from nemo_bench.report.detection import write_detection
+from nemo_bench.report.localizers import write_localizers
 from nemo_bench.tracking.live import Live
 
 log = logging.getLogger(__name__)
@@ -98,7 +107,7 @@ def _work_off(work: Work, cells: Sequence[Cell], runner: Runner, command: str, l
             break
         if step == "wait":
             if is_main():
-                for cell in work.open:
+                for cell in work.pending:
                     if (held := holder(cell.store.folder)) not in said:
                         said.add(held)
                         log.info("%s; waiting", held)
@@ -140,7 +149,7 @@ def _next(work: Work) -> tuple[Literal["take", "assist", "wait", "over"], int, t
     """What to do next, the number of the cell to do it with, and the stage where it is assisted."""
     if cell := work.take():
         return "take", work.all.index(cell), Record
-    if not work.open:
+    if not work.pending:
         return "over", -1, Record
     if assisted := work.assist():
         log.info("%s; assisting it", holder(assisted[0].store.folder))
@@ -172,7 +181,9 @@ def take_to_table(cell: Cell, runner: Runner) -> None:
     runner.wait()
     runner.score(cell)
     if is_main():
-        write_json(cell.store.folder / "metrics.json", summarize(cell))
+        table = cell.store.folder / "metrics.json"
+        write_json(table, summarize(cell))
+        date_after(table, score_files(cell))
 
 
 class Report:
@@ -263,9 +274,12 @@ def renew_scores(cell: Cell) -> None:
 
 
 def write_pages(folder: Path) -> Results:
-    """Writes the report of a run, and the page of its detectors where there are any: the pages link to each other."""
+    """Writes the report of a run, and the pages of localizers and detectors where there are any."""
     results = load_results(folder)
     write_report(results)
+    for name in REPORT_FILES:
+        date_after(folder / name, [cell.folder / "metrics.json" for cell in results.cells])
+    write_localizers(results)
     if (folder / "detection.html").is_file():
         write_detection(load_detections(folder))
     return results

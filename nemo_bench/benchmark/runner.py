@@ -249,7 +249,7 @@ class Runner:
     def make(self, kind: type[Record], cell: Cell, *, assisting: bool = False) -> None:
         """Makes the records of one of the stages :data:`MADE` that are pending.
 
-        ``assisting`` the run that owns the cell, it goes through them in another order than that one.
+        ``assisting`` the run that owns the cell, it takes them in another order than that one.
         """
         seeds = cell.config.settings.localize_seeds
         handles: dict[type[Record], Callable[..., Sequence[Record]]] = {
@@ -360,22 +360,25 @@ class Runner:
     def score(self, cell: Cell) -> None:
         """Scores the images of a cell, where that is not done; those without mitigation must be there."""
         metrics = plan.metrics_of(cell)
-        store = cell.store
+        store, settings = cell.store, cell.config.settings
         for metric in metrics.values():
             if isinstance(metric, SetMetric):
                 self._embed_real(metric, cell)
         pool = list(dict.fromkeys(path for p in cell.prompts for path in p.references))
         measured = store.records(schema.MemorizationRecord).values()
+        needed = {field for metric in metrics.values() for field in metric.needs}
         reader = SampleReader(
             metrics.values(),
             store.folder,
             store.records(schema.ImageRecord).values(),
             neurons=pending.localized_neurons(store, cell.spec, cell.prompts),
             memorization={record.prompt: record.score for record in measured if record.score is not None},
+            rankings=pending.rankings(store, cell.spec) if "ranking" in needed else {},
+            # Without a localization there is nothing to compare.
+            truth=plan.truth_of(settings.model) if "truth" in needed and cell.localizes else {},
             unmitigated=pending.unmitigated_images(cell),
             digests=read_digests(store.folder),
         )
-        settings = cell.config.settings
         size = max(1, rows_at_once(settings) // settings.seeds)
         tasks = pending.scored_tasks(cell)
         workers = settings.workers
@@ -435,18 +438,18 @@ class Runner:
             return
 
         def share_out() -> tuple[list[Sequence[Any]], list[str], set[str]]:
-            open_ids = set(store.pending_ids(kind, ids))
+            pending_ids = set(store.pending_ids(kind, ids))
             # Batches of images are the same whatever is done already, so that images are the same to the bit.
-            every = tasks if kind is schema.ImageRecord else [task for task in tasks if task.id in open_ids]
-            batches = [batch for batch in batched(every, batch_size) if any(task.id in open_ids for task in batch)]
+            every = tasks if kind is schema.ImageRecord else [task for task in tasks if task.id in pending_ids]
+            batches = [batch for batch in batched(every, batch_size) if any(task.id in pending_ids for task in batch)]
             if kind is schema.LocalizationRecord:
                 # What takes longest first, so that no process is left with it at the end.
                 batches.sort(key=lambda batch: -sum(self._costs.get(task.prompt.id, math.inf) for task in batch))
             if assisting:
                 random.shuffle(batches)
-            done = [task.id for batch in batches for task in batch if task.id not in open_ids]
+            done = [task.id for batch in batches for task in batch if task.id not in pending_ids]
             # Of an image that was lost there is a record, which says nothing of whether it is there again.
-            return batches, done, open_ids & store.records(kind).keys()
+            return batches, done, pending_ids & store.records(kind).keys()
 
         batches, done, lost = self.agree(share_out)
         parts: dict[str, Any] = {"done": set(done), "assisting": assisting}
@@ -456,7 +459,7 @@ class Runner:
             parts |= {"model": self.model(cell), "method": method, "neurons": neurons, "batch_size": self.rows(cell)}
         stage = Stage(handle, kind, store, **parts)
         others = len(ids) - sum(map(len, batches))
-        options: dict[str, Any] = {"read": read, "workers": workers, "is_open": Unrecorded(store, kind, lost)}
+        options: dict[str, Any] = {"read": read, "workers": workers, "is_pending": Unrecorded(store, kind, lost)}
         self.predict(stage, batches, label or str(cell.spec.method), others, **options)
         if is_main() and not assisting:
             store.finish(kind, ids)
@@ -500,7 +503,9 @@ class Runner:
         if key not in self._models:
             self._models.clear()
             self._methods.clear()
-            self._models[key] = load_model(settings)
+            model = load_model(settings)
+            check_truth(model, settings)
+            self._models[key] = model
         if cell.method is not None:
             plan.check_similarity(self._models[key].latent_shape[1:], settings, cell.method)
         try:
@@ -585,6 +590,16 @@ def load_model(settings: ModelSettings) -> Diffusion:
         similarity=plan.similarity_of(settings),
         compiled=settings.compiled,
     )
+
+
+def check_truth(model: Diffusion, settings: ModelSettings) -> None:
+    """Raises ModelError where neurons of ``model.truth`` are none of the model's."""
+    for prompt, neurons in plan.truth_of(settings).items():
+        try:
+            model.masks.check(neurons)
+        except ModelError as error:
+            msg = f"model.truth={settings.truth}: of '{prompt}' there are other neurons than the model has"
+            raise ModelError(f"{msg} ({error}); give the file that came with its weights") from error
 
 
 def real_store(metric: SetMetric, cell: Cell) -> Store:

@@ -14,17 +14,19 @@ from nemo_bench.records.lease import is_dead, read_lease
 from nemo_bench.records.schema import RECORDS, Failure, ImageRecord, Lease, ScoreRecord, Spec
 from nemo_bench.records.store import read_cell_prompts, read_records, read_run, read_spec
 
+State = Literal["finished", "running", "failed", "pending"]
+
 
 @dataclass(frozen=True)
 class CellStatus:
     """How far a cell is."""
 
     cell: str  #: Name of its folder.
-    state: Literal["finished", "running", "failed", "open"]
+    state: State
     done: int  #: Records of all stages that are there.
     total: int | None  #: All records; None before the cell was begun for the first time.
     stage: str = ""  #: What is computed now, by whoever works on it.
-    pace: float | None = None  #: Records of that stage a second.
+    rate: float | None = None  #: Records of that stage a second.
     left: float | None = None  #: Seconds that are left of that stage.
     owner: str = ""  #: Host and process that work on it, and since when.
     failure: str = ""  #: Why it was given up, or can't be read.
@@ -49,12 +51,12 @@ def _of_cell(cell: Path) -> CellStatus:
         spec = read_spec(cell)
         done, total = _count(cell, spec)
     except StoreError as error:
-        return CellStatus(cell.name, "running" if lease else "open", 0, None, failure=first_line(error))
+        return CellStatus(cell.name, "running" if lease else "pending", 0, None, failure=first_line(error))
     failed = read_whole(cell / FAILURE, Failure)
     why = first_line(Exception(failed.error)) if failed else ""
     if lease is not None:
         return _running(cell.name, done, total, lease)
-    state: Literal["finished", "failed", "open"] = "failed" if why else "finished" if is_finished(cell) else "open"
+    state: State = "failed" if why else "finished" if is_finished(cell) else "pending"
     return CellStatus(cell.name, state, done, total, failure=why)
 
 
@@ -64,7 +66,7 @@ def _running(name: str, done: int, total: int | None, lease: Lease) -> CellStatu
     if progress is None:
         return CellStatus(name, "running", done, total, owner=owner)
     left = None if progress.left is None else round(progress.left, 1)
-    return CellStatus(name, "running", done, total, progress.stage, round(progress.pace, 3), left, owner)
+    return CellStatus(name, "running", done, total, progress.stage, round(progress.rate, 3), left, owner)
 
 
 def _count(cell: Path, spec: Spec) -> tuple[int, int | None]:

@@ -43,23 +43,23 @@ class Work:
             number, count = shard
             wanted = [need for cell in self.all[number - 1 :: count] for need in [*self._needs(cell), cell]]
         #: Cells that are not over as far as this run knows; of the first process alone, which hands them out.
-        self.open = [cell for cell in self.all if is_main() and cell in wanted and not _is_over(cell, cells)]
+        self.pending = [cell for cell in self.all if is_main() and cell in wanted and not _is_over(cell, cells)]
         self.failed: dict[Cell, Exception] = {}
         self._asked = cells
         self._leases = leases
-        self._failures = {cell: _failure(cell) for cell in self.open}
+        self._failures = {cell: _failure(cell) for cell in self.pending}
         self._assisted: set[tuple[Cell, type[Record]]] = set()
 
     def take(self) -> Cell | None:
         """Owns the next cell that can be worked on; None where all are over, or others have to finish theirs first."""
-        for cell in list(self.open):
+        for cell in list(self.pending):
             missing = self._needs(cell)
             failure = _failure(cell)
             if lost := [other for other in missing if other in self.failed]:
                 self.give_up(cell, NemoBenchError(f"it needs {lost[0].id}, which failed"))
             elif failure is not None and failure != self._failures[cell]:
                 self.give_up(cell, NemoBenchError(f"another run gave it up: {failure.error}"), is_new=False)
-            elif not any(other in self.open for other in missing) and self._leases.claim(cell.store.folder):
+            elif not any(other in self.pending for other in missing) and self._leases.claim(cell.store.folder):
                 cell.store.set_damaged_aside()
                 if not _is_over(cell, self._asked):
                     return cell
@@ -68,10 +68,10 @@ class Work:
 
     def assist(self) -> tuple[Cell, type[Record]] | None:
         """A cell of another run and its stage, where that takes so long that two are faster; each stage once."""
-        for cell in self.open:
+        for cell in self.pending:
             lease = read_lease(cell.store.folder)
             progress = lease.progress if lease else None
-            if progress is None or (progress.left or 0) < ASSISTED or any(o in self.open for o in self._needs(cell)):
+            if progress is None or (progress.left or 0) < ASSISTED or any(o in self.pending for o in self._needs(cell)):
                 continue
             for kind in MADE:
                 if kind.stage == progress.stage and (cell, kind) not in self._assisted:
@@ -81,13 +81,13 @@ class Work:
 
     def finish(self, cell: Cell) -> None:
         """Gives a cell back that is over."""
-        self.open.remove(cell)
+        self.pending.remove(cell)
         (cell.store.folder / FAILURE).unlink(missing_ok=True)
         self._leases.release(cell.store.folder)
 
     def give_up(self, cell: Cell, error: Exception, *, is_new: bool = True) -> None:
         """Gives a cell back that failed, and notes why."""
-        self.open.remove(cell)
+        self.pending.remove(cell)
         self.failed[cell] = error
         if is_new and cell.store.folder.is_dir():
             failure = Failure(

@@ -3,7 +3,15 @@
 No other package imports hydra.
 """
 
-from nemo_bench.config.composition import DEFAULT_METHODS, SCORING, CellConfig, detector_grid, grid, logger_settings
+from nemo_bench.config.composition import (
+    DEFAULT_METHODS,
+    SCORING,
+    CellConfig,
+    detector_grid,
+    grid,
+    localizer_grid,
+    logger_settings,
+)
 from nemo_bench.config.groups import GROUPS, options
 from nemo_bench.config.listing import describe_options
 from nemo_bench.config.schema import (
@@ -34,6 +42,7 @@ __all__ = [
     "describe_options",
     "detector_grid",
     "grid",
+    "localizer_grid",
     "logger_settings",
     "options",
     "overridden",

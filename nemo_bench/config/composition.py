@@ -41,8 +41,12 @@ DEFAULT_METHODS = "none,random,nemo,other_prompt,one_edit"
 """Methods that are compared where none is named."""
 DETECTING = ("model", "detector", "prompts", "trainer", "batch_size", "name", "root", "experiment")
 """Settings of detection."""
+NOT_LOCALIZING = ("method", "detector", "launcher")
+"""Settings of a run that do not matter to the benchmark of localizers."""
 SCORING = ("metrics", "weights", "real_images", "batch_size", "workers", "trainer", "logger", "prompts.references")
 """Settings that may change when existing images are scored again."""
+SUBJECTS = ("method", "detector", "localizer")
+"""Groups of what is compared."""
 MOST_CELLS = 10_000
 """Most cells of one command."""
 
@@ -54,7 +58,7 @@ class Composed(NamedTuple):
     content: dict[str, Any]  #: Settings with interpolations unresolved.
     config: DictConfig  #: The same, for words to be set on.
     by_experiment: list[str]  #: Keys of settings that the file of the experiment has.
-    by_option: dict[str, list[str]]  #: Keys of settings that files of method and detector have, by group.
+    by_option: dict[str, list[str]]  #: Keys of settings that files of what is compared have, by group.
 
 
 # Without types: Hydra merges files and defaults, and `typed` checks the result. It would refuse a grid of another type.
@@ -146,6 +150,24 @@ def detector_grid(overrides: Sequence[str], conf: Path | None = None) -> list[Ce
     return grid([*overrides, *every, "method=none"], conf)
 
 
+def localizer_grid(overrides: Sequence[str], conf: Path | None = None) -> list[CellConfig]:
+    """Makes the settings of each localizer, model and prompts; see :func:`grid`.
+
+    Without a localizer among the overrides all are meant but, where the model has no ``model.truth``, those that need
+    it; without metrics those of ``metrics=localizers``.
+    """
+    keys = _keys_of(overrides)
+    for key in sorted(keys):
+        if is_within(key, NOT_LOCALIZING):
+            raise ConfigError(f"{key} does not matter to localizers; leave it out, and choose them by localizer=...")
+    every = [] if "localizer" in keys else [f"localizer={','.join(options('localizer', conf))}"]
+    metrics = [] if "metrics" in keys else ["metrics=localizers"]
+    configs = grid([*overrides, *every, *metrics, "method=none"], conf)
+    if any(config.settings.localizer is None for config in configs):
+        raise ConfigError("localizer=null: there is nothing to localize with; name some, or leave it out for all")
+    return [config for config in configs if not every or config.settings.localizer.get("truth", "") is not None]
+
+
 def rescore(
     overrides: Sequence[str],
     names: Mapping[str, str],
@@ -224,9 +246,9 @@ def _keys_of(words: Sequence[str]) -> set[str]:
 
 
 def _product(words: Sequence[str]) -> list[list[str]]:
-    """Words with one value each; the method (detector) changes fastest."""
+    """Words with one value each; the method (detector, localizer) changes fastest."""
     axes = []
-    for override in sorted(_parse(words), key=lambda o: o.key_or_group in ("method", "detector")):
+    for override in sorted(_parse(words), key=lambda o: o.key_or_group in SUBJECTS):
         axes.append(_swept(override) if override.is_sweep_override() else [str(override.input_line)])
     if (count := math.prod(map(len, axes))) > MOST_CELLS:
         raise ConfigError(f"{count:,} cells are asked for, more than {MOST_CELLS:,}; give fewer values")
@@ -305,7 +327,7 @@ def _compose(groups: Sequence[str], conf: Path | None, metrics: Mapping[str, Any
         content["grid"] = []
     by_experiment = _written_by_experiment(names["experiment"], conf) if "experiment" in names else []
     by_option: dict[str, list[str]] = {
-        group: _written_by_option(group, names[group], conf) for group in ("method", "detector") if group in names
+        group: _written_by_option(group, names[group], conf) for group in SUBJECTS if group in names
     }
     if metrics is not None:
         content["metrics"] = metrics
@@ -326,7 +348,7 @@ def _placed(settings: Sequence[str], base: Composed, bases: Sequence[Composed]) 
         key = str(override.key_or_group)
         group, _, argument = key.partition(".")
         others = [other.content for other in bases if other.names.get(group) != names.get(group)]
-        is_shared = group in ("method", "detector") and others and override.type is OverrideType.CHANGE
+        is_shared = group in SUBJECTS and others and override.type is OverrideType.CHANGE
         if is_shared and not _has(content, key):
             in_source = f"{group}.source.{argument}"
             if _has(content, in_source):
@@ -362,7 +384,7 @@ def _cell_config(base: Composed, settings: Sequence[tuple[str, str]]) -> CellCon
         names["prompts"] = name_of_files(run.prompts.files)
     run.root = resolve(run.root)
     families: list[FamilySettings] = []
-    for group, node in (("method", run.method), ("detector", run.detector)):
+    for group, node in ((group, getattr(run, group)) for group in SUBJECTS):
         if isinstance(node, dict):
             own_keys = [*given, *base.by_experiment, *base.by_option.get(group, ())]
             families += settle(node, group, run.model.family, own_keys)
@@ -392,9 +414,9 @@ def _set(config: DictConfig, composed: Mapping[str, Any], key: str, override: Ov
 
 
 def _written_by_experiment(name: str, conf: Path | None) -> list[str]:
-    """Keys of settings of method, detector and prompts in the file of an experiment, except in its grid."""
+    """Keys of settings of what is compared and of prompts in the file of an experiment, except in its grid."""
     content = read_option("experiment", name, conf)
-    return [key for group in ("method", "detector", "prompts") for key in _keys(content.get(group, {}), group)]
+    return [key for group in (*SUBJECTS, "prompts") for key in _keys(content.get(group, {}), group)]
 
 
 def _written_by_option(group: str, name: str, conf: Path | None) -> list[str]:

@@ -15,7 +15,18 @@ import yaml
 from nemo_bench.config.targets import targets_in
 from nemo_bench.errors import ConfigError, did_you_mean
 
-GROUPS = ("model", "method", "detector", "prompts", "metrics", "trainer", "logger", "launcher", "experiment")
+GROUPS = (
+    "model",
+    "method",
+    "detector",
+    "localizer",
+    "prompts",
+    "metrics",
+    "trainer",
+    "logger",
+    "launcher",
+    "experiment",
+)
 HOW = ("trainer", "logger", "launcher")
 """Groups of how a cell is run, which change no result."""
 LISTED = (*GROUPS, "sweeps")

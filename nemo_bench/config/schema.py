@@ -61,6 +61,7 @@ class ModelSettings:
     #: other models.
     family: str | None = None
     statistics: str | None = None  #: File of published activation statistics, used in place of measured ones.
+    truth: str | None = None  #: File of the neurons that memorize, of a model that was trained so that they are known.
     #: open_clip model for alignment and diversity; weights of OpenAI need one of ``-quickgelu``.
     clip: str = "ViT-B-32-quickgelu"
     clip_pretrained: str | None = "openai"  #: Weights of the open_clip model: tag or file.
@@ -150,6 +151,7 @@ class RunSettings:
     model: ModelSettings = field(default_factory=ModelSettings)
     method: Any = MISSING  #: ``_target_`` and arguments of the mitigation.
     detector: Any = None  #: ``_target_`` and arguments of the detector, for ``nemo-bench detect`` alone.
+    localizer: Any = None  #: ``_target_`` and arguments of the localizer, for ``nemo-bench localize`` alone.
     prompts: PromptSettings = field(default_factory=PromptSettings)
     metrics: dict[str, Any] = field(default_factory=dict)  #: ``_target_`` and arguments of each metric by name.
     weights: str = "weights"  #: Folder of the weights that metrics need, each file under its published name.
@@ -238,10 +240,10 @@ def check_values(settings: RunSettings) -> None:
 
 
 def targets_of(settings: RunSettings) -> dict[str, Any]:
-    """The nodes that describe method, detector and metrics, by key."""
-    nodes = {"method": settings.method, "detector": settings.detector}
+    """The nodes that describe method, detector, localizer and metrics, by key."""
+    nodes = {"method": settings.method, "detector": settings.detector, "localizer": settings.localizer}
     nodes |= {f"metrics.{name}": node for name, node in settings.metrics.items()}
-    return {key: node for key, node in nodes.items() if key != "detector" or node is not None}
+    return {key: node for key, node in nodes.items() if key not in ("detector", "localizer") or node is not None}
 
 
 def overridden(overrides: Sequence[str], schema: type[Settings]) -> Settings:

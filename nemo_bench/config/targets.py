@@ -23,6 +23,7 @@ from nemo_bench.records.ranges import validator
 BASES = {
     "method": "nemo_bench.methods.Method",
     "detector": "nemo_bench.detectors.Detector",
+    "localizer": "nemo_bench.localization.localizers.Localizer",
     "metrics": "nemo_bench.metrics.BenchMetric",
 }
 """Base class of the objects of a group, by the first part of their key."""

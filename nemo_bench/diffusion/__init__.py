@@ -11,6 +11,7 @@ from nemo_bench.diffusion.digests import folder_digest
 from nemo_bench.diffusion.families import FAMILIES, Conditioning
 from nemo_bench.diffusion.lora import Lora
 from nemo_bench.diffusion.model import GRADIENT_MEMORY, Diffusion
+from nemo_bench.diffusion.pictures import fitted_picture
 from nemo_bench.diffusion.prefix import Prefix
 from nemo_bench.diffusion.sampling import Generated, Rule, Sampling, Step, guided_from
 from nemo_bench.diffusion.schedule import check_schedule
@@ -37,6 +38,7 @@ __all__ = [
     "conditional_attention",
     "conditional_rows",
     "cross_attentions",
+    "fitted_picture",
     "folder_digest",
     "guided_from",
     "value_layers",

@@ -16,7 +16,7 @@ from nemo_bench.localization.calibration import (
     thresholds,
     write_statistics,
 )
-from nemo_bench.localization.nemo import LAST_K, NemoSettings, Threshold, localize
+from nemo_bench.localization.nemo import LAST_K, NemoSearch, NemoSettings, Threshold, localize
 from nemo_bench.localization.noise_differences import (
     noise_differences,
     pair_similarities,
@@ -34,6 +34,7 @@ __all__ = [
     "REFERENCE",
     "SEEDS",
     "Calibration",
+    "NemoSearch",
     "NemoSettings",
     "Protocol",
     "Threshold",

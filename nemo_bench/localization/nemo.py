@@ -21,13 +21,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, Prefix
+from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, Measure, Prefix
 from nemo_bench.diffusion.noise import require_finite
 from nemo_bench.errors import ConfigError, NotFiniteError
 from nemo_bench.localization.calibration import Calibration, activations
 from nemo_bench.localization.noise_differences import noise_differences, pair_similarities, pair_values, similarity
-from nemo_bench.localization.protocol import PAPER, Protocol
-from nemo_bench.records.data import Localization, Neurons
+from nemo_bench.localization.protocol import PAPER, PROTOCOLS, Protocol, Velocity
+from nemo_bench.records.data import Localization, Neurons, Prompt
 from nemo_bench.records.io import batched
 from nemo_bench.records.ranges import NotNegative, Positive
 
@@ -85,6 +85,54 @@ class NemoSettings:
     gate_threshold: Threshold | None = None
     #: Most active neurons of each layer in the first round; each round takes one more.
     initial_k: Annotated[int, Field(ge=0, lt=LAST_K)] = 0
+
+
+@dataclass(eq=False)
+class NemoSearch(NemoSettings):
+    """The published algorithm in one of its protocols."""
+
+    #: ``"paper"``, or ``"reference"`` for the public scripts; see :class:`Protocol`.
+    protocol: Literal["paper", "reference"] = "paper"
+    neurons: Literal["refined", "initial"] = "refined"  #: Blocked set: ``"refined"`` or the ``"initial"`` candidates.
+    #: Measure of noise differences: ``"published"``, ``"current"`` or ``"fixed"``, see
+    #: :data:`nemo_bench.diffusion.Measure`; None takes the protocol's.
+    similarity: Measure | None = None
+    #: Noise differences of a model that predicts velocity: of ``"converted"`` noise or ``"raw"`` velocity; None takes
+    #: the protocol's.
+    velocity: Velocity | None = None
+    #: Guidance scale while localizing, with the two halves swapped as in the public scripts: conditional + scale
+    #: (unconditional - conditional). None takes the conditional prediction.
+    guidance: Positive | None = None
+
+    def check_settings(self) -> None:
+        """Raises ConfigError where settings contradict each other."""
+        if self.theta <= self.theta_min:
+            raise ConfigError(f"NeMo: theta={self.theta}; expected more than theta_min={self.theta_min}")
+        if not (self.outliers or self.top_k):
+            raise ConfigError("NeMo needs candidates: set outliers=true, top_k=true or both")
+
+    @property
+    def own_protocol(self) -> Protocol:
+        """The protocol, with what the settings change in it."""
+        return PROTOCOLS[self.protocol].changed(self.similarity, self.velocity, self.guidance)
+
+    @property
+    def needs_threshold(self) -> bool:
+        """Whether a threshold is to be calibrated."""
+        return self.threshold is None or (self.gate == "maxima" and self.gate_threshold is None)
+
+    def search(
+        self, model: Diffusion, prompt: Prompt, calibration: Calibration | None, latents: Tensor, batch_size: int
+    ) -> Localization:
+        """The neurons of one prompt; see :func:`localize`, whose errors it raises."""
+        if calibration is None:
+            raise ConfigError("NeMo needs a calibration: call calibrate(model, prompts), or setup with a calibration")
+        text = model.encode([prompt.text])
+        result = localize(model, text, latents, calibration, self, self.own_protocol, batch_size)
+        blocks_nothing = bool(result.exhausted) and self.when_exhausted == "nothing"
+        if self.neurons == "refined" or blocks_nothing:
+            return result
+        return replace(result, neurons=result.initial, listed=result.listed_initial, refined_score=result.initial_score)
 
 
 @dataclass(eq=False)

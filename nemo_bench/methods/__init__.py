@@ -8,6 +8,7 @@ from nemo_bench.methods.bright_ending import BrightEndingOptimization
 from nemo_bench.methods.derived_neurons import OtherNeurons, RandomNeurons, SharedNeurons
 from nemo_bench.methods.embedding_optimization import EmbeddingOptimization
 from nemo_bench.methods.initial_noise import AdjustedNoise, OptimizedNoise
+from nemo_bench.methods.localized import Deletion, LocalizedNeurons
 from nemo_bench.methods.nemo import BlockNeurons, NeMo
 from nemo_bench.methods.no_mitigation import NoMitigation
 from nemo_bench.methods.perturbed_prompts import EmbeddingNoise, RandomNumbers, RandomTokens, RepeatedWords
@@ -27,9 +28,11 @@ __all__ = [
     "Batch",
     "BlockNeurons",
     "BrightEndingOptimization",
+    "Deletion",
     "DynamicTransition",
     "EmbeddingNoise",
     "EmbeddingOptimization",
+    "LocalizedNeurons",
     "Method",
     "NeMo",
     "NoMitigation",

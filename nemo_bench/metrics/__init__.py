@@ -5,7 +5,15 @@ from nemo_bench.metrics.base import FIELDS, BenchMetric
 from nemo_bench.metrics.clip import OpenClip
 from nemo_bench.metrics.distribution import FID, KID, MiFID, SetMetric
 from nemo_bench.metrics.diversity import Diversity, Vendi
-from nemo_bench.metrics.localization import MemorizationScore, NeuronCount
+from nemo_bench.metrics.localization import (
+    MemorizationScore,
+    NeuronAveragePrecision,
+    NeuronCount,
+    NeuronF1,
+    NeuronPrecision,
+    NeuronRecall,
+    RecallAtTrueNumber,
+)
 from nemo_bench.metrics.networks import LPIPS, SSCD, Inception, Network
 from nemo_bench.metrics.roc import detection
 from nemo_bench.metrics.similarity import Change, MemorizationRate, NearestTrainingImage, TrainingImage
@@ -30,10 +38,15 @@ __all__ = [
     "MultiscaleSSIM",
     "NearestTrainingImage",
     "Network",
+    "NeuronAveragePrecision",
     "NeuronCount",
+    "NeuronF1",
+    "NeuronPrecision",
+    "NeuronRecall",
     "OpenClip",
     "PixelDistance",
     "Pixels",
+    "RecallAtTrueNumber",
     "SetMetric",
     "TiledDistance",
     "TrainingImage",

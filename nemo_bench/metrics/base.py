@@ -14,10 +14,22 @@ from nemo_bench.records.ranges import Checked
 Family = Literal["memorization", "change", "alignment", "diversity", "quality", "localization"]
 Per = Literal["image", "prompt", "set"]
 Role = Literal[
-    "", "training_similarity", "nearest_training_similarity", "memorization_rate", "memorization_score", "neuron_count"
+    "",
+    "training_similarity",
+    "nearest_training_similarity",
+    "memorization_rate",
+    "memorization_score",
+    "neuron_count",
+    "precision",
+    "recall",
+    "f1",
+    "recall_at_true_number",
+    "average_precision",
 ]
 
-FIELDS = frozenset({"images", "references", "pool", "unmitigated", "text", "memorization", "localization", "real"})
+FIELDS = frozenset({
+    "images", "references", "pool", "unmitigated", "text", "memorization", "localization", "ranking", "truth", "real",
+})  # fmt: skip
 """Fields that a metric can need; see :class:`BenchMetric`."""
 
 
@@ -33,7 +45,9 @@ class BenchMetric(Checked, ABC):
     - ``real``: the real pictures that a set is compared with.
 
     Other fields are ``text``, the original prompt in the space, (D,); ``memorization``, the memorization score of the
-    prompt, a float; and ``localization``, its :class:`~nemo_bench.records.data.Neurons`.
+    prompt, a float; ``localization``, its :class:`~nemo_bench.records.data.Neurons`; ``ranking``, where a localizer
+    ranked all neurons, the places of all by layer, 0 for the most responsible; and ``truth``, the neurons that are
+    known to memorize it.
     """
 
     title: str  #: Name in tables.

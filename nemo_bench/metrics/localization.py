@@ -1,8 +1,13 @@
-"""Memorization score and number of neurons of a prompt, from its localization."""
+"""Memorization score and number of neurons of a prompt, from its localization, and how many are true ones."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import override
 
@@ -43,3 +48,119 @@ class NeuronCount(BenchMetric):
     @override
     def score(self, localization: Neurons) -> Tensor:
         return torch.tensor([localization.count], dtype=torch.float64)
+
+
+class _OfTruth(BenchMetric):
+    """A comparison with the neurons that are known to memorize a prompt; other prompts have no score."""
+
+    citation = "Chang et al. 2024, section 4"
+    family = "localization"
+    per = "prompt"
+    higher_is_better = True
+    lower, upper = 0.0, 1.0
+
+
+class _OfSet(_OfTruth):
+    """A comparison of the neurons switched off with the true ones."""
+
+    needs = frozenset({"localization", "truth"})
+
+    @override
+    def score(self, localization: Neurons, truth: Neurons) -> Tensor:
+        both = [(layer, index) for layer, ids in (localization | truth).items() for index in ids]
+        found = torch.tensor([index in localization.get(layer, ()) for layer, index in both])
+        true = torch.tensor([index in truth.get(layer, ()) for layer, index in both])
+        return self.compare(found.int(), true.int())[None].double()
+
+    @abstractmethod
+    def compare(self, found: Tensor, true: Tensor) -> Tensor:
+        """A number by whether each neuron was found, and whether it is a true one; 0 or 1 each."""
+
+
+class NeuronPrecision(_OfSet):
+    """Share of the neurons switched off that are true ones."""
+
+    title = "Precision"
+    description = "share of the neurons switched off that are known to memorize the prompt; 0 where none are off"
+    role = "precision"
+
+    @override
+    def compare(self, found: Tensor, true: Tensor) -> Tensor:
+        from torchmetrics.functional.classification import binary_precision
+
+        return binary_precision(found, true)
+
+
+class NeuronRecall(_OfSet):
+    """Share of the true neurons that are switched off."""
+
+    title = "Recall"
+    description = "share of the neurons known to memorize the prompt that are switched off"
+    role = "recall"
+
+    @override
+    def compare(self, found: Tensor, true: Tensor) -> Tensor:
+        from torchmetrics.functional.classification import binary_recall
+
+        return binary_recall(found, true)
+
+
+class NeuronF1(_OfSet):
+    """Harmonic mean of precision and recall of the neurons switched off."""
+
+    title = "F1"
+    description = "harmonic mean of precision and recall of the neurons switched off"
+    role = "f1"
+
+    @override
+    def compare(self, found: Tensor, true: Tensor) -> Tensor:
+        from torchmetrics.functional.classification import binary_f1_score
+
+        return binary_f1_score(found, true)
+
+
+class _OfRanking(_OfTruth):
+    """A judgement of where a localizer ranks the true neurons."""
+
+    needs = frozenset({"ranking", "truth"})
+
+    @override
+    def score(self, ranking: Mapping[str, NDArray[np.int64]], truth: Neurons) -> Tensor:
+        places = torch.cat([torch.from_numpy(own) for own in ranking.values()])
+        true = torch.cat([
+            torch.tensor([index in truth.get(layer, ()) for index in range(len(own))]) for layer, own in ranking.items()
+        ])  # fmt: skip
+        # Above 0: torchmetrics takes what has no such score for not retrieved.
+        return self.judge((len(places) - places).float(), true)[None].double()
+
+    @abstractmethod
+    def judge(self, scores: Tensor, true: Tensor) -> Tensor:
+        """A number by scores of all neurons, above 0 and larger for higher ranks, and whether each is a true one."""
+
+
+class RecallAtTrueNumber(_OfRanking):
+    """Share of the true neurons among as many that are ranked highest."""
+
+    title = "Recall at true number"
+    description = "share of the n neurons known to memorize the prompt among the n ranked highest"
+    role = "recall_at_true_number"
+
+    @override
+    def judge(self, scores: Tensor, true: Tensor) -> Tensor:
+        from torchmetrics.functional.retrieval import retrieval_r_precision
+
+        return retrieval_r_precision(scores, true)
+
+
+class NeuronAveragePrecision(_OfRanking):
+    """Mean precision of the ranking at each true neuron."""
+
+    title = "Average precision"
+    description = "mean, over the neurons known to memorize the prompt, of the share of such neurons down to its rank"
+    role = "average_precision"
+
+    @override
+    def judge(self, scores: Tensor, true: Tensor) -> Tensor:
+        from torchmetrics.functional.retrieval import retrieval_average_precision
+
+        return retrieval_average_precision(scores, true)

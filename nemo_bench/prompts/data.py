@@ -36,8 +36,8 @@ class SharedBatches:
         take: Gives 1, 2, ... in turn, each number to one process.
         read: Makes a batch of tasks into what the stage takes.
         workers: Processes that read ahead.
-        is_open: Whether another run has left a batch to do; asked when the batch is taken.
-        skip: Told how many tasks a batch has that another run has done.
+        is_pending: Whether another run has left a batch to do; asked when the batch is taken.
+        skip: Called with the number of tasks of each batch that another run has done.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class SharedBatches:
         take: Callable[[], int],
         read: Callable[[Any], Any] = list,
         workers: int = 0,
-        is_open: Callable[[Sequence[Any]], bool] = bool,
+        is_pending: Callable[[Sequence[Any]], bool] = bool,
         skip: Callable[[int], None] = lambda tasks: None,
     ) -> None:
         self.batches = batches
         self.take = take
         self.read = read
         self.workers = workers
-        self.is_open = is_open
+        self.is_pending = is_pending
         self.skip = skip
 
     def __len__(self) -> int:
@@ -72,7 +72,7 @@ class SharedBatches:
             starts.append(starts[-1] + len(batch))
         while (number := self.take()) <= len(self.batches):
             batch = self.batches[number - 1]
-            if self.is_open(batch):
+            if self.is_pending(batch):
                 yield list(range(starts[number - 1], starts[number]))
             else:
                 self.skip(len(batch))

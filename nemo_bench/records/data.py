@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BeforeValidator, ConfigDict, with_config
+from numpy.typing import NDArray
+from pydantic import BeforeValidator, ConfigDict, Field, with_config
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import CoreSchema, core_schema
 from safetensors.numpy import load_file, save_file
 
@@ -118,7 +120,7 @@ Score = Annotated[float, BeforeValidator(lambda value: 0.0 if value is None else
 """A similarity; one that is not finite is written as null and read as 0."""
 
 
-@with_config(ConfigDict(extra="forbid"))
+@with_config(ConfigDict(extra="forbid", arbitrary_types_allowed=True))
 @dataclass(frozen=True)
 class Localization:
     """What localizing found for one prompt."""
@@ -141,3 +143,8 @@ class Localization:
     #: twice. Empty where the protocol lists each once.
     listed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     listed_initial: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  #: The candidates likewise.
+    #: How responsible every neuron is, by layer in network order; empty where that is not known. A record has a file of
+    #: them instead.
+    scores: SkipJsonSchema[Annotated[Mapping[str, NDArray[np.float32]], Field(exclude=True)]] = field(
+        default_factory=dict, compare=False, repr=False
+    )

@@ -34,7 +34,7 @@ class Leases:
 
     The owner of a folder is named in ``.lease.<n>.json``, of several such files in the one with the highest number: who
     takes a folder from a dead owner makes the file with the next number, which only one can make. Whether an owner is
-    alive is told by its process where that is on this machine, else by whether its file changes; no clock is compared.
+    alive is known by its process where that is on this machine, else by whether its file changes; no clock is compared.
     """
 
     def __init__(self, patience: float = PATIENCE) -> None:

@@ -77,7 +77,7 @@ class CalibrationRecord(PromptRecord):
 
 
 class LocalizationRecord(PromptRecord):
-    """The neurons of a prompt."""
+    """The neurons of a prompt; ``file`` holds the scores of all neurons, where there are any."""
 
     stage = "localize"
     result = "localization"
@@ -160,7 +160,7 @@ class Spec(Entry):
 
     version: int = Field(default=VERSION, alias="schema")  #: Of the schema.
     task: Task  #: What the folder belongs to.
-    stages: list[str] = []  #: Names of the stages that it goes through.
+    stages: list[str] = []  #: Names of its stages, in their order.
     cell: str = ""  #: Name of the folder.
     model: str = ""  #: Name of the model.
     method: str | None = None  #: Name of the mitigation.
@@ -172,6 +172,7 @@ class Spec(Entry):
     families: list[str] = []  #: Which settings were chosen for the model's family.
     digests: dict[str, str] = {}  #: Of weights, prompts and images; the commit of a model from the hub.
     citations: dict[str, str] = {}  #: BibTeX by title.
+    source: str | None = None  #: Name of the folder beside it of the cell whose neurons it starts from.
     calibration: str | None = None  #: Path to the calibration's folder from the cell's.
     general_prompts: dict[str, str] | None = None  #: ``file`` and ``digest`` of the prompts that the calibration takes.
 
@@ -212,14 +213,14 @@ class Progress(Entry):
     row_passes: float = 0.0  #: UNet passes of a row, of records computed by the first process.
 
     @property
-    def pace(self) -> float:
+    def rate(self) -> float:
         """Records a second."""
         return self.computed / self.seconds if self.seconds else 0.0
 
     @property
     def left(self) -> float | None:
         """Seconds left; None before the first record."""
-        return (self.total - self.done) / self.pace if self.pace else None
+        return (self.total - self.done) / self.rate if self.rate else None
 
 
 class Lease(Entry):
@@ -227,7 +228,7 @@ class Lease(Entry):
 
     host: str
     pid: int
-    process: str  #: The process, told from others that had or will have its id.
+    process: str  #: The process, as no other that had or will have its id is named.
     place: str  #: Boot of a machine and container, in which process ids mean the same.
     since: str  #: ISO 8601, UTC.
     beat: int = 0  #: Counts signs of life.
@@ -250,6 +251,7 @@ class Scoring(Entry):
     metrics: dict[str, Any]  #: Settings of every metric, its files replaced by their digests.
     unmitigated: str | None = None  #: The cell that images are compared with.
     references: str  #: Digest of the training images.
+    truth: str | None = None  #: Digest of the neurons that are known to be the prompts'.
 
 
 class Gate(Entry):
@@ -520,6 +522,33 @@ class DetectionTable(Entry):
     detectors: list[DetectionRow]
 
 
+class LocalizerRow(Entry):
+    """A localizer and a group of memorized prompts; or these prompts with nothing switched off."""
+
+    cell: str
+    label: str  #: Title, and the settings by which it differs from others of this title.
+    model: str
+    localizer: str  #: Its name, ``none`` for nothing switched off.
+    prompts: str  #: Name of the prompt list.
+    group: str
+    n_prompts: int  #: Prompts of the group.
+    failed: int  #: Those that it failed for.
+    #: By measure: over prompts of the group, ``general_loss`` over general prompts. ``paired`` is the difference to the
+    #: localizer that others are compared with, its p corrected over the rows of the group.
+    values: dict[str, Aggregate]
+    settings: dict[str, Any] = {}  #: Of the localizer.
+
+
+class LocalizerTable(Entry):
+    """The localizers of a run: ``localizers.json``."""
+
+    version: int = Field(default=VERSION, alias="schema")
+    name: str
+    against: dict[str, str]  #: By model and prompt list, the label of the localizer that others are compared with.
+    measures: dict[str, MetricInfo]  #: What each measure is, in the order of columns.
+    rows: list[LocalizerRow]
+
+
 class Thumbnail(Entry):
     """A small picture; ``thumbnails.json`` has one by name, size, time and box of its image."""
 
@@ -568,6 +597,7 @@ FILES: Mapping[str, tuple[Any, str]] = {
     "threshold.json": (Threshold, "the next run that needs it writes it again from its records"),
     "leaderboard.json": (Leaderboard, _REPORT),
     "detection.json": (DetectionTable, _REPORT),
+    "localizers.json": (LocalizerTable, _REPORT),
     "thumbnails.json": (dict[str, Thumbnail], _REPORT),
     "tracked.json": (Tracked, "nemo-bench track writes it again"),
     "step.json": (LastStep, "the steps of live figures then begin with the number of records"),

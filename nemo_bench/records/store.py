@@ -17,9 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from nemo_bench.errors import StoreError
 from nemo_bench.records import schema
@@ -201,6 +205,20 @@ def read_localizations(folder: Path) -> dict[str, Localization]:
     """What was localized in a cell by prompt id, without prompts that failed."""
     records = read_records(folder, LocalizationRecord).values()
     return {record.prompt: record.localization for record in records if record.localization}
+
+
+def read_scores(path: Path) -> dict[str, NDArray[np.float32]]:
+    """Scores of neurons in the file of a localization, by layer.
+
+    Raises:
+        StoreError: It can't be read.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StoreError(
+            f"{path} can't be read ({error}); delete it, and the command that made it makes it again"
+        ) from None
 
 
 def _parse(files: Iterable[Path], kind: type[R]) -> tuple[dict[str, R], list[R]]:

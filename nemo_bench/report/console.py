@@ -77,7 +77,7 @@ def show_status(cells: Sequence[Mapping[str, Any]]) -> None:
     table = Table(*(Column(title, overflow="fold") for title in ("cell", "state", "records", "now", "left", "by")))
     for cell in cells:
         records = f"{cell['done']:,}" if cell["total"] is None else f"{cell['done']:,} of {cell['total']:,}"
-        now = f"{cell['stage']}, {cell['pace']:.2f}/s" if cell["stage"] else ""
+        now = f"{cell['stage']}, {cell['rate']:.2f}/s" if cell["stage"] else ""
         left = _duration(cell["left"], "") if cell["left"] is not None else ""
         table.add_row(cell["cell"], cell["state"], records, now, left, cell["owner"] or cell["failure"])
     show(table)
@@ -123,9 +123,9 @@ def show_forecast(expected: Mapping[str, Any]) -> None:
         print("≥: what a search takes depends on the prompt; no record of this model tells yet, so the least")
     for metric, count in total["comparisons"].items():
         print(f"{metric}: at most {count:,} comparisons with training images, four times as many for twice the prompts")
-    for model, pace in expected["pace"].items():
-        each = f"{1000 * pace['seconds_per_pass']:.3g} ms a pass"
-        print(f"{model}: {each} in {pace['records']:,} finished records, on {', '.join(pace['devices'])}")
+    for model, speed in expected["speed"].items():
+        each = f"{1000 * speed['seconds_per_pass']:.3g} ms a pass"
+        print(f"{model}: {each} in {speed['records']:,} finished records, on {', '.join(speed['devices'])}")
     print(f"time: {_duration(total['seconds'], least)}")
 
 

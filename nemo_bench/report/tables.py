@@ -137,7 +137,7 @@ def fewer(row: LeaderboardRow, metric: str) -> str:
 
 
 def notes(results: Results, rows: Sequence[LeaderboardRow], clear: str, unclear: str) -> dict[str, str]:
-    """What a reader needs to be told of these rows, by subject; ``clear`` and ``unclear`` say how best means look."""
+    """What a reader needs to know of these rows, by subject; ``clear`` and ``unclear`` say how best means look."""
     needed = {
         "best": any(row.best for row in rows),
         "searches": any(cell.summary.localization for cell in results.cells),

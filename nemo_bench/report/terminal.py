@@ -10,14 +10,27 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
+from nemo_bench.errors import counted
 from nemo_bench.records.results import DetectorResults, Results
-from nemo_bench.records.schema import LeaderboardRow, MetricInfo
+from nemo_bench.records.schema import LeaderboardRow, LocalizerTable, MetricInfo
 from nemo_bench.records.store import remake
 from nemo_bench.report.audit import CellAudit
 from nemo_bench.report.detection import COLUMNS, comparable, count_of, texts
+from nemo_bench.report.localizers import sections, shown_measures, value_text
 from nemo_bench.report.tables import ends, fewer, leaderboard, mean
 
 _METRICS = 6  # that fit 80 characters
+_SHORT = {
+    "recall_at_true_number": "R@n",
+    "average_precision": "AP",
+    "training_similarity": "SSIM",
+    "memorization_rate": "Mem.",
+    "memorization_score": "Score",
+    "general_loss": "Gen. loss",
+    "row_passes": "Passes",
+    "seconds": "s",
+}
+"""Short titles of measures of localizers."""
 _ZERO = re.compile(r"\b0\.(?=\d{3})")  # left out of intervals so that the table fits 80 columns
 
 
@@ -86,6 +99,24 @@ def terminal_detection(detectors: Sequence[DetectorResults]) -> list[Table]:
             note = f"\n[yellow]failed: {failed} prompts[/yellow]" if detector.failed else ""
             table.add_row(f"{escape(detector.label)}{note}", *(texts(detector)[key] for key in columns))
         tables.append(table)
+    return tables
+
+
+def terminal_localizers(table: LocalizerTable) -> list[Table]:
+    """Localizers for the terminal, a table for each model, prompts and group: mean, and its interval below."""
+    tables = []
+    for heading, rows in sections(table):
+        measures = shown_measures(table, rows)
+        titles = (f"{_SHORT.get(key, info.title)} {info.arrow}".strip() for key, info in measures.items())
+        title = escape(heading)
+        shown = _table("Localizer", titles, title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+        for row in rows:
+            texts = (value_text(row, key) for key in measures)
+            cells = (f"{mean}\n[dim]{_ZERO.sub('.', interval)}[/dim]" if interval else mean for mean, interval in texts)
+            failed = f"\n[yellow]failed: {counted(row.failed, 'prompt')}[/yellow]" if row.failed else ""
+            shown.add_row(f"{escape(row.label)}{failed}", *cells)
+        shown.caption = f"stars: different from {escape(table.against[f'{rows[0].model} · {rows[0].prompts}'])}"
+        tables.append(shown)
     return tables
 
 

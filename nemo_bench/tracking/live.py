@@ -164,10 +164,10 @@ def _pace(progress: Progress) -> dict[str, float | str]:
         "stage": progress.stage,
         "done": progress.done,
         "total": progress.total,
-        "records_per_second": progress.pace,
+        "records_per_second": progress.rate,
     }
     if progress.stage == ImageRecord.stage:
-        figures["images_per_second"] = progress.pace
+        figures["images_per_second"] = progress.rate
     if progress.row_passes and progress.seconds:
         figures["row_passes_per_second"] = progress.row_passes / progress.seconds
     if progress.left is not None:

@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 
 from nemo_bench import Diffusion, Neurons, resolve
 from nemo_bench.benchmark.audit import cells_of, verdict
-from nemo_bench.benchmark.stages.audit import AuditSettings, fitted_picture
+from nemo_bench.benchmark.stages.audit import AuditSettings
 from nemo_bench.cli import main
 from nemo_bench.config import build, grid, options
-from nemo_bench.diffusion import Conditioning
+from nemo_bench.diffusion import Conditioning, fitted_picture
 from nemo_bench.diffusion.noise import require_finite
 from nemo_bench.methods import Batch, NeMo
 from nemo_bench.metrics import SSIM, PixelDistance

@@ -97,9 +97,9 @@ def test_finished_records_tell_what_a_search_takes_and_how_long(words: list[str]
     scoring = sum(r["cost"]["seconds"] for r in found["score"] if "seed" not in r)
     expected = sum(row["passes"][stage] * rate for stage, rate in rates.items()) + scoring
     assert row["seconds"] == pytest.approx(expected)
-    pace = forecast(grid([*words, "method=none"]))["pace"]["planted"]
-    assert pace["records"] == sum(map(len, found.values()))
-    assert pace["devices"] == [read_json(cell / "env.json")[0]["device"]]
+    speed = forecast(grid([*words, "method=none"]))["speed"]["planted"]
+    assert speed["records"] == sum(map(len, found.values()))
+    assert speed["devices"] == [read_json(cell / "env.json")[0]["device"]]
 
 
 def test_passes_that_a_method_makes_itself_are_told_by_its_records(words: list[str], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,15 @@ def test_table_older_than_its_scores_is_made_again(folder: Path) -> None:
     later = (place / "metrics.json").stat().st_mtime_ns + 1
     os.utime(place / "score.done", ns=(later, later))
     assert not complete(folder)
+
+
+def test_after_the_clock_was_set_back_a_table_is_made_again_once(folder: Path) -> None:
+    later = time.time_ns() + 10**12
+    for path in folder.glob("*/score.done"):
+        os.utime(path, ns=(later, later))
+    assert not complete(folder)
+    assert main(["run", *WORDS, f"root={folder.parent}"]) == 0
+    assert complete(folder)
 
 
 def test_table_older_than_the_unmitigated_scores_is_made_again(folder: Path) -> None:

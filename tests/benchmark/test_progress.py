@@ -34,7 +34,7 @@ def test_records_of_all_processes_are_counted_and_only_the_first_one_tells(said:
     assert said == []
 
 
-def test_what_another_run_did_meanwhile_counts_as_done_but_not_for_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_another_run_did_meanwhile_counts_as_done_but_not_for_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     counters = Counters()
@@ -49,7 +49,7 @@ def test_what_another_run_did_meanwhile_counts_as_done_but_not_for_the_pace(monk
     second.skip(2)
     now[0] = 4.0
     first.add([record()], 1, is_main=True)
-    assert [(p.done, p.pace, p.left) for p in heard] == [(5, 0.5, 30.0), (11, 0.5, 18.0)]
+    assert [(p.done, p.rate, p.left) for p in heard] == [(5, 0.5, 30.0), (11, 0.5, 18.0)]
 
 
 def test_a_stage_counts_batches_that_it_leaves_out() -> None:
@@ -57,7 +57,7 @@ def test_a_stage_counts_batches_that_it_leaves_out() -> None:
     heard: list[Progress] = []
     runner.progress.listeners.append(heard.append)
     stage = Stage(lambda *_: [], Record, None)
-    runner.predict(stage, [["a"], ["b", "c"], ["d"]], "none", done=5, is_open=lambda batch: batch != ["b", "c"])
+    runner.predict(stage, [["a"], ["b", "c"], ["d"]], "none", done=5, is_pending=lambda batch: batch != ["b", "c"])
     assert [(p.done, p.computed, p.total) for p in heard] == [(6, 1, 9), (9, 2, 9)]
 
 

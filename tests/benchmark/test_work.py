@@ -70,7 +70,7 @@ def test_cells_come_after_those_that_they_start_from_or_are_compared_with(tmp_pa
 
 def test_a_shard_has_every_nth_cell_and_what_these_start_from(tmp_path: Path) -> None:
     cells = cells_of(tmp_path, "method=random,one_edit,nemo,none")
-    parts = [names(Work(cells, Leases(), (number, 2)).open) for number in (1, 2)]
+    parts = [names(Work(cells, Leases(), (number, 2)).pending) for number in (1, 2)]
     assert parts == [["nemo", "none", "random"], ["nemo", "none", "one_edit"]]
 
 
@@ -80,7 +80,7 @@ def test_what_another_run_holds_is_left_to_it_and_what_waits_for_that_too(tmp_pa
     first, second = Work(cells, Leases()), Work(cells, Leases())
     assert first.take() is none
     assert second.take() is None  # the others are compared with it
-    assert set(second.open) == set(cells)
+    assert set(second.pending) == set(cells)
     assert set(second._needs(cells[0])) == {none}
 
 
@@ -91,7 +91,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_finished_run_has_no_open_cells_no_leases_and_a_log(finished: Path) -> None:
     cells = cells_of(finished.parent, METHODS)
-    assert Work(cells, Leases()).open == []
+    assert Work(cells, Leases()).pending == []
     assert is_complete(cells)
     assert not list(finished.glob("**/.lease*"))
     assert (finished / "run.log").is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,9 +21,14 @@ from nemo_bench.metrics import (
     MemorizationScore,
     MiFID,
     NearestTrainingImage,
+    NeuronAveragePrecision,
     NeuronCount,
+    NeuronF1,
+    NeuronPrecision,
+    NeuronRecall,
     OpenClip,
     PixelDistance,
+    RecallAtTrueNumber,
     TiledDistance,
     TrainingImage,
     Vendi,
@@ -47,6 +53,11 @@ METRICS: list[BenchMetric] = [
     MiFID(CLIP),
     MemorizationScore(),
     NeuronCount(),
+    NeuronPrecision(),
+    NeuronRecall(),
+    NeuronF1(),
+    RecallAtTrueNumber(),
+    NeuronAveragePrecision(),
 ]
 
 
@@ -74,7 +85,12 @@ def fields(metric: BenchMetric, sample: Sample) -> dict[str, Any]:
     """The fields of a prompt that a metric needs, as its space embeds them."""
     seed = sample.seed
     counts = {"images": sample.images, "references": 2, "pool": 4, "unmitigated": sample.images, "real": 5, "text": 1}
-    values: dict[str, Any] = {"memorization": 0.1 * seed, "localization": Neurons({"mid": list(range(seed))})}
+    values: dict[str, Any] = {
+        "memorization": 0.1 * seed,
+        "localization": Neurons({"mid": list(range(seed))}),
+        "ranking": {"down": np.array([3, 1]), "mid": np.array([0, 4, 2])},
+        "truth": Neurons({"mid": [0, 2]}),
+    }
     if metric.space == CLIP:
         numbers = torch.Generator().manual_seed(seed)
         values |= {name: torch.randn(count, 4, generator=numbers) for name, count in counts.items()}

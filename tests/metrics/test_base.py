@@ -21,6 +21,11 @@ ROLES = {
     "MemorizationRate": "memorization_rate",
     "MemorizationScore": "memorization_score",
     "NeuronCount": "neuron_count",
+    "NeuronPrecision": "precision",
+    "NeuronRecall": "recall",
+    "NeuronF1": "f1",
+    "RecallAtTrueNumber": "recall_at_true_number",
+    "NeuronAveragePrecision": "average_precision",
 }
 
 

@@ -40,7 +40,7 @@ def test_batches_that_another_run_has_done_meanwhile_are_left_out_and_counted() 
     done: set[int] = set()
     skipped: list[int] = []
     shared = SharedBatches(
-        [[1], [2, 3], [4]], lambda: next(numbers), is_open=lambda batch: batch[0] not in done, skip=skipped.append
+        [[1], [2, 3], [4]], lambda: next(numbers), is_pending=lambda batch: batch[0] not in done, skip=skipped.append
     )
     batches = iter(shared)
     assert next(batches) == [1]

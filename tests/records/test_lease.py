@@ -123,5 +123,5 @@ def test_signs_of_life_tell_how_far_the_work_is(tmp_path: Path, monkeypatch: pyt
         if owner.beat > 1:
             break
     assert owner.progress == progress
-    assert (progress.pace, progress.left) == (0.5, 12.0)
+    assert (progress.rate, progress.left) == (0.5, 12.0)
     leases.release_all()

@@ -20,6 +20,7 @@ import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from nemo_bench.cli import main
 from nemo_bench.config import LoggerSettings
 from nemo_bench.errors import ConfigError
 from nemo_bench.records.io import read_file
@@ -126,6 +127,18 @@ def test_a_wandb_run_holds_what_is_known_in_the_middle_and_everything_at_the_end
 
 
 @pytest.mark.timeout(240)
+def test_scoring_again_is_logged_as_it_goes_and_the_rest_at_the_end(run: Path) -> None:
+    (nemo,), (plain,) = run.glob("*__nemo__*"), run.glob("*__none__*")
+    (nemo / "scoring.json").unlink()  # by which its scores are stale
+    assert main(["score", str(run), "logger=csv", "trainer=cpu"]) == 0
+    begun, *figures, last = rows(nemo)
+    assert begun["live/stage"] == "begin"
+    assert {row["live/stage"] for row in figures} == {"score"}
+    assert last["VM/ssim/mean"]
+    (row,) = rows(plain)
+    assert row["VM/ssim/mean"]
+
+
 def test_stopped_and_resumed_elsewhere_it_stays_one_run_whose_steps_grow(early: Path, tmp_path: Path) -> None:
     settings = LoggerSettings(wandb=True, csv=True, tensorboard=True, mode="offline")
     with suppress(KeyboardInterrupt), Live(settings, METHODS) as tracker:

@@ -1,7 +1,7 @@
 """Runs past one machine: workers that take one cell after another from a shared results folder.
 
 A launcher starts the workers, keeps them alive and says how they are. It hands out no work: every worker is the command
-``nemo-bench run`` itself, which takes the next open cell, so that what a dead worker leaves goes on elsewhere.
+``nemo-bench run`` itself, which takes the next cell without an owner, so that what a dead worker leaves is not lost.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def check_launcher(settings: RunSettings, shard: tuple[int, int] | None = None) 
         )
     if kind != "local" and shard:
         raise ConfigError(
-            f"--shard {shard[0]}/{shard[1]}: workers of launcher={kind} take the next open cell by themselves; leave "
+            f"--shard {shard[0]}/{shard[1]}: workers of launcher={kind} take the next cell by themselves; leave "
             "out one of the two"
         )
 

@@ -12,7 +12,7 @@ from typing import Literal
 from nemo_bench.config import RunSettings
 from nemo_bench.config.schema import is_within
 
-OPEN = ("waiting", "running")
+UNFINISHED = ("waiting", "running")
 """States of workers that are not over."""
 
 

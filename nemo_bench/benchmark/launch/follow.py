@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_bench.benchmark.launch.base import OPEN, Worker, Workers, log_folder
+from nemo_bench.benchmark.launch.base import UNFINISHED, Worker, Workers, log_folder
 from nemo_bench.benchmark.pending import task_ids
 from nemo_bench.benchmark.plan import Cell
 from nemo_bench.benchmark.run import log_file
@@ -83,7 +83,7 @@ def _follow(workers: Workers, cells: Sequence[Cell]) -> list[Worker]:
             time.sleep(POLL)
             continue
         states = _states(found)
-        is_over = not any(worker.state in OPEN for worker in found)
+        is_over = not any(worker.state in UNFINISHED for worker in found)
         start = time.monotonic()
         if states != shown or start >= due or is_over:
             statuses = _statuses(cells)

@@ -16,7 +16,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from nemo_bench.benchmark.launch.base import OPEN, Worker, Workers, log_folder, threads, worker_command
+from nemo_bench.benchmark.launch.base import UNFINISHED, Worker, Workers, log_folder, threads, worker_command
 from nemo_bench.config import RunSettings
 from nemo_bench.errors import ConfigError, LaunchError, first_line
 
@@ -79,7 +79,7 @@ class RayWorkers(Workers):
     def look(self) -> list[Worker]:
         done, _ = self._ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=0)
         for task, worker in self._tasks.items():
-            if worker.state not in OPEN:
+            if worker.state not in UNFINISHED:
                 continue
             if task in done:
                 self._tasks[task] = self._ended(task, worker)
@@ -104,7 +104,7 @@ class RayWorkers(Workers):
 
     @override
     def stop(self) -> None:
-        left = [task for task, worker in self._tasks.items() if worker.state in OPEN]
+        left = [task for task, worker in self._tasks.items() if worker.state in UNFINISHED]
         for task in left:
             self._ray.cancel(task)
         if left:

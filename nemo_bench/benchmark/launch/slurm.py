@@ -12,7 +12,7 @@ from pathlib import Path
 
 from typing_extensions import override
 
-from nemo_bench.benchmark.launch.base import OPEN, Worker, Workers, log_folder, threads, worker_command
+from nemo_bench.benchmark.launch.base import UNFINISHED, Worker, Workers, log_folder, threads, worker_command
 from nemo_bench.config import RunSettings
 from nemo_bench.errors import ConfigError, LaunchError
 
@@ -140,7 +140,7 @@ class SlurmWorkers(Workers):
         for name, worker in self._seen.items():
             if name in found:
                 self._seen[name] = self._worker(worker, *found[name])
-            elif worker.state in OPEN:  # Slurm forgets a job minutes after its end
+            elif worker.state in UNFINISHED:  # Slurm forgets a job minutes after its end
                 self._seen[name] = replace(worker, state="failed", note="forgotten by Slurm before its end was seen")
         return list(self._seen.values())
 
@@ -160,7 +160,7 @@ class SlurmWorkers(Workers):
 
     @override
     def stop(self) -> None:
-        if any(worker.state in OPEN for worker in self._seen.values()):
+        if any(worker.state in UNFINISHED for worker in self._seen.values()):
             try:
                 _slurm("scancel", self.job)
             except LaunchError as error:  # which would take the place of what made this stop

@@ -9,14 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from nemo_bench.benchmark.embedding_search import RATE, SAMPLES, STEPS, random_embeddings, search_embeddings
 from nemo_bench.benchmark.stages.base import UNLOCALIZED, Chunk, Stage, file_name, save_tensors, to_image
-from nemo_bench.diffusion import Conditioning
+from nemo_bench.diffusion import Conditioning, fitted_picture
 from nemo_bench.errors import NotFiniteError
 from nemo_bench.methods import Batch, Method, NoMitigation
 from nemo_bench.metrics import BenchMetric
@@ -175,12 +173,6 @@ def _failure(text: Conditioning, images: Mapping[str, Tensor]) -> str:
         return "the embedding found is not finite"
     states = [STATES[state] for state, those in images.items() if not those.isfinite().all()]
     return f"not finite: {', '.join(states)}" if states else ""
-
-
-def fitted_picture(path: Path, size: tuple[int, int]) -> Tensor:
-    """A picture as training saw it, (3, H, W), float32, in [0, 1]: its middle, brought to width and height ``size``."""
-    fitted = ImageOps.fit(open_image(path), size, Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
 
 
 def score_sheets(

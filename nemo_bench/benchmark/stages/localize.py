@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from nemo_bench.benchmark.stages.base import Stage
+import torch
+
+from nemo_bench.benchmark.stages.base import Stage, file_name, save_tensors
 from nemo_bench.errors import NotFiniteError
 from nemo_bench.prompts.tasks import Task, seeds_of
 from nemo_bench.records.schema import Cost, LocalizationRecord
@@ -28,9 +30,15 @@ def _localize(stage: Stage, task: Task, seeds: int) -> LocalizationRecord:
         cost = Cost(row_passes=model.row_passes - before)
         return LocalizationRecord(id=task.id, prompt=task.prompt.id, failed=str(error), cost=cost)
     passes = model.row_passes - before
+    file = None
+    if found.scores:
+        file = f"scores/{file_name(task.prompt)}.safetensors"
+        tensors = {layer: torch.from_numpy(values) for layer, values in found.scores.items()}
+        save_tensors(stage.store.folder / file, tensors)
     return LocalizationRecord(
         id=task.id,
         prompt=task.prompt.id,
         localization=found,
+        file=file,
         cost=Cost(row_passes=passes, once_row_passes=passes, once_seconds=round(time.perf_counter() - start, 4)),
     )

@@ -63,7 +63,7 @@ def test_script_asks_for_what_was_set_and_is_bash(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["launcher.workers=2"], "launcher.workers=2: add launcher=slurm or launcher=ray, or --print"),
-        (["launcher=slurm", "--shard", "1/2"], "--shard 1/2: workers of launcher=slurm take the next open cell"),
+        (["launcher=slurm", "--shard", "1/2"], "--shard 1/2: workers of launcher=slurm take the next cell"),
         (["launcher=slurm", "launcher.options=[constraint]", "--print"], "'constraint' is no option of sbatch"),
         (["launcher=slurm", 'launcher.options=["--comment=a\nb"]', "--print"], "characters that can't be printed"),
         (["launcher=slurm", "launcher.workers=0"], "launcher.workers=0"),
