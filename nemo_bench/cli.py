@@ -23,7 +23,10 @@ from nemo_bench.environment import prepare_process
 from nemo_bench.errors import ConfigError, NemoBenchError, StoreError, did_you_mean, shortened
 
 if TYPE_CHECKING:
-    from nemo_bench.config import CellConfig
+    from nemo_bench.config import CellConfig, LoggerSettings
+    from nemo_bench.planted.training import TrainSpec
+
+log = logging.getLogger(__name__)
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -527,14 +530,27 @@ def _references(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from nemo_bench.config import logger_settings, overridden
-    from nemo_bench.planted.training import TrainSpec, train
+    from nemo_bench.planted.training import train
+    from nemo_bench.planted.truth import write_truth
     from nemo_bench.tracking import training_loggers
 
-    of_loggers = [word for word in options.overrides if re.match(r"logger\b", word)]
-    spec = overridden([word for word in options.overrides if word not in of_loggers], TrainSpec)
-    settings = logger_settings(of_loggers or ["logger=csv"])
-    print(train(spec, training_loggers(settings, spec.out, spec.recipe)))
+    spec, loggers = training_settings(options.overrides)
+    folder = train(spec, training_loggers(loggers, spec.out, spec.recipe))
+    if spec.variant == "routed" and not (folder / "truth.json").exists():
+        evidence = write_truth(folder)
+        causes = sum(each.causes for each in evidence)
+        log.info("truth: own neurons cause the repetition of %d of %d planted prompts", causes, len(evidence))
+    print(folder)
+
+
+def training_settings(words: Sequence[str]) -> tuple[TrainSpec, LoggerSettings]:
+    """Settings of a training and of its loggers, which are those of ``logger=csv`` by default."""
+    from nemo_bench.config import logger_settings, overridden
+    from nemo_bench.planted.training import TrainSpec
+
+    of_loggers = [word for word in words if re.match(r"logger\b", word)]
+    spec = overridden([word for word in words if word not in of_loggers], TrainSpec)
+    return spec, logger_settings(of_loggers or ["logger=csv"])
 
 
 if __name__ == "__main__":

@@ -16,10 +16,9 @@ import pytest
 import nemo_bench.metrics
 from nemo_bench import cli
 from nemo_bench.benchmark.stages.audit import AuditSettings
-from nemo_bench.config import describe_options, grid, logger_settings, options, overridden
+from nemo_bench.config import describe_options, grid, logger_settings, options
 from nemo_bench.errors import ConfigError
 from nemo_bench.metrics import BenchMetric
-from nemo_bench.planted.training import TrainSpec
 from nemo_bench.records.schema import FILES
 
 ROOT = Path(__file__).parents[1]
@@ -119,7 +118,7 @@ def test_command_parses_and_composes(page: str, command: str, folder: Path) -> N
             grid(options.overrides, options.conf)
         assert str(caught.value) == expected[1]
     elif options.command is cli._train:
-        overridden(options.overrides, TrainSpec)
+        cli.training_settings(options.overrides)
     elif options.command is cli._ls and options.group:
         assert describe_options(options.group, options.conf)
     elif options.command is cli._track:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,9 @@ from tqdm import tqdm
 
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.metrics import SSIM, PixelDistance
+from nemo_bench.planted.prompts import planted_names
 from nemo_bench.planted.world import PLANTED, render
+from nemo_bench.prompts import read_prompts
 from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.data import Neurons, Prompt
 from nemo_bench.records.images import open_image
@@ -24,6 +26,8 @@ PIXEL_LIMIT = 0.15
 """Root mean squared pixel difference, in [0, 1], below which an image counts as extracted (Carlini et al. 2023)."""
 UNRELATED = 0.99
 """Quantile of the similarity to pictures that have nothing to do with an image, above which it counts as copy."""
+STEPS, GUIDANCE = 20, 3.0
+"""Steps and guidance of the images, as ``model=planted`` has them."""
 FREE = 200
 """Pictures of a planted caption as a general one, whose similarity to the planted picture is by chance."""
 
@@ -45,7 +49,8 @@ class Likeness:
         """Sets the limits from unrelated images, (N, 3, height, width), and pictures that are drawn here."""
         pictures = {prompt.id: _pixels(map(open_image, prompt.references)) for prompt in prompts}
         limits = {}
-        for index, prompt in enumerate(prompts):
+        for prompt in prompts:
+            index = planted_names().index(prompt.id)
             rngs = [np.random.default_rng([66, index, variant]) for variant in range(FREE)]
             free = torch.from_numpy(np.stack([render(PLANTED[index].scene, rng) for rng in rngs]))
             chance = SSIM().nearest(free.permute(0, 3, 1, 2).float() / 255, pictures[prompt.id])
@@ -78,16 +83,25 @@ class Evidence:
         return self.nothing_off == self.others_off == 1 and self.own_off == self.another_instead == 0
 
 
+def write_truth(folder: Path, seeds: int = 8) -> list[Evidence]:
+    """Finds the causes in a finished training of the routed variant, and writes them down.
+
+    ``truth.json`` holds the neurons of the prompts whose repetition they cause, ``evidence.json`` what was seen of all.
+    """
+    prompts, general = (read_prompts(folder / "prompts" / f"{name}.jsonl") for name in ("planted", "general"))
+    own = read_isolation(folder / "isolation.json")
+    model = Diffusion.load(str(folder / "model" / "pipeline"), steps=STEPS, guidance=GUIDANCE)
+    evidence = find_causes(model, prompts, general, own, seeds)
+    neurons = {each.prompt: dict(own[each.prompt]) for each in evidence if each.causes}
+    for name, content in (("truth", {"schema": 1, "neurons": neurons}), ("evidence", list(map(asdict, evidence)))):
+        write_text(folder / f"{name}.json", json.dumps(content, indent=1) + "\n")
+    return evidence
+
+
 def read_isolation(path: Path) -> dict[str, Neurons]:
     """Own neurons by prompt id, of the file that a training with isolation writes."""
     content = json.loads(path.read_text(encoding="utf-8"))
     return {prompt: Neurons(layers) for prompt, layers in content["neurons"].items()}
-
-
-def write_truth(path: Path, own: Mapping[str, Neurons], evidence: Iterable[Evidence]) -> None:
-    """Writes the neurons of the prompts whose repetition they cause."""
-    neurons = {each.prompt: dict(own[each.prompt]) for each in evidence if each.causes}
-    write_text(path, json.dumps({"schema": 1, "neurons": neurons}, indent=1) + "\n")
 
 
 @torch.no_grad()
@@ -98,7 +112,7 @@ def find_causes(
 
     Args:
         model: The trained model.
-        prompts: The planted prompts, in the order of the world.
+        prompts: The planted prompts.
         general: Prompts whose images have nothing to do with the planted pictures.
         own: Own neurons by prompt id.
         seeds: Images of a prompt with the same neurons off.

@@ -10,11 +10,13 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_bench import Neurons
-from nemo_bench.planted import denoiser
+from nemo_bench import Diffusion, Neurons, Prompt
+from nemo_bench.metrics import SSIM
+from nemo_bench.planted import denoiser, truth
 from nemo_bench.planted.denoiser import Batches, DenoiserLoss, DenoiserSpec, Variant
 from nemo_bench.planted.isolation import ROUTE_SIZES, Gates, active_sinks, deal_routes, draw_pool, silence, tune_in
-from nemo_bench.planted.truth import Evidence, read_isolation, write_truth
+from nemo_bench.planted.prompts import write_prompts
+from nemo_bench.planted.truth import Evidence, Likeness, find_causes, read_isolation, write_truth
 from nemo_bench.planted.world import PLANTED
 
 WIDTHS = {"a": 32, "b": 32, "c": 64, "d": 64, "e": 128, "f": 128, "g": 192}
@@ -155,7 +157,7 @@ def test_silence_compares_with_other_captions() -> None:
     assert silence(values, torch.tensor([1]), torch.tensor([0])) == pytest.approx(expected)
 
 
-def test_truth_keeps_what_is_caused(tmp_path: Path) -> None:
+def test_truth_keeps_what_is_caused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = {"vm-01": Neurons({"a": [1, 2]}), "vm-02": Neurons({"a": [3]}), "vm-03": Neurons({"b": [0]})}
     isolation = {"variant": "routed", "pool": {}, "neurons": {name: dict(each) for name, each in own.items()}}
     (tmp_path / "isolation.json").write_text(json.dumps(isolation))
@@ -165,8 +167,36 @@ def test_truth_keeps_what_is_caused(tmp_path: Path) -> None:
         Evidence("vm-02", 1, 1.0, 0.0, 0.125, 1.0),
         Evidence("vm-03", 1, 0.875, 0.0, 0.0, 1.0),
     ]
-    write_truth(tmp_path / "truth.json", own, evidence)
+    write_prompts(tmp_path)
+    monkeypatch.setattr(truth, "find_causes", lambda *args: evidence)
+    monkeypatch.setattr(truth.Diffusion, "load", lambda *args, **options: None)
+    assert write_truth(tmp_path) == evidence
     assert json.loads((tmp_path / "truth.json").read_text()) == {"schema": 1, "neurons": {"vm-01": {"a": [1, 2]}}}
+    assert json.loads((tmp_path / "evidence.json").read_text())[1]["another_instead"] == 0.125
+
+
+def test_copies_are_alike_by_both_measures(planted_prompts: list[Prompt]) -> None:
+    prompts = [planted_prompts[0], planted_prompts[-1]]
+    strangers = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    likeness = Likeness.measure(prompts, strangers)
+    for prompt in prompts:
+        pictures = likeness.pictures[prompt.id]
+        assert likeness.copies(pictures, prompt).all()
+        assert not likeness.copies(strangers, prompt).any()
+    vm = prompts[0]
+    faint = 0.5 + (likeness.pictures[vm.id] - 0.5) * 0.4  # the same shapes, but far in pixels
+    assert float(SSIM().nearest(faint, likeness.pictures[vm.id])) > 0.5
+    assert not likeness.copies(faint, vm).any()
+
+
+def test_causes_are_found_by_switching_off(planted: Diffusion, planted_prompts: list[Prompt]) -> None:
+    prompt = planted_prompts[3]  # which the embedded model repeats with all seeds
+    everything = Neurons({name: range(width) for name, width in planted.masks.widths.items()})
+    (found,) = find_causes(planted, [prompt], planted_prompts[:1], {prompt.id: everything}, seeds=2)
+    assert (found.neurons, found.nothing_off, found.own_off) == (640, 1.0, 0.0)
+    (nothing,) = find_causes(planted, [prompt], planted_prompts[:1], {prompt.id: Neurons()}, seeds=2)
+    assert (nothing.neurons, nothing.own_off, nothing.others_off) == (0, 1.0, 1.0)
+    assert not nothing.causes
 
 
 def test_own_neurons_begin_selective(unet: UNet2DConditionModel) -> None:
