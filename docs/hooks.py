@@ -137,6 +137,11 @@ def files() -> str:
     return "\n\n".join(_entry(name, kind) for name, kind in kinds.items() if isinstance(kind, type(Entry)))
 
 
+def version() -> str:
+    """The version of the schema."""
+    return f"This is version {records_schema.VERSION}."
+
+
 def repairs() -> str:
     """How every file that was lost or damaged is written again."""
     return _table(("file", "is written again by"), ((f"`{name}`", repair) for name, (_, repair) in FILES.items()))
@@ -264,6 +269,7 @@ PARTS: dict[str, Callable[[], str]] = {
         records,
         repairs,
         spaces,
+        version,
     )
 }
 

@@ -37,6 +37,10 @@ class StoreError(NemoBenchError):
     """Files of a results folder are damaged or contradict each other."""
 
 
+class VersionError(NemoBenchError):
+    """A results folder was written by a newer version of the package."""
+
+
 class UnwritableError(StoreError, OSError):
     """A file of a results folder can't be written: the disk is full, read-only or gone."""
 

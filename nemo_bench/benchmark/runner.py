@@ -218,6 +218,7 @@ class Runner:
                     waited = True
                     time.sleep(POLL)
                 if is_main():
+                    Store(folder).upgrade()
                     Store(folder).set_damaged_aside()
             yield
         finally:

@@ -60,6 +60,7 @@ class Work:
             elif failure is not None and failure != self._failures[cell]:
                 self.give_up(cell, NemoBenchError(f"another run gave it up: {failure.error}"), is_new=False)
             elif not any(other in self.pending for other in missing) and self._leases.claim(cell.store.folder):
+                cell.store.upgrade()
                 cell.store.set_damaged_aside()
                 if not _is_over(cell, self._asked):
                     return cell

@@ -12,17 +12,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 from safetensors import SafetensorError
 
-from nemo_bench.errors import StoreError, UnwritableError, did_you_mean
+from nemo_bench.errors import StoreError, UnwritableError, VersionError, did_you_mean
+from nemo_bench.records import schema
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.images import visible
-from nemo_bench.records.schema import FILES
+from nemo_bench.records.schema import FILES, Versioned
 from nemo_bench.records.writers import place, process
 
 T = TypeVar("T")
@@ -145,14 +147,64 @@ def damaged(path: Path, why: object) -> StoreError:
 _adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
 
 
+def stated_version(path: Path) -> int:
+    """The version of the schema that a file states; this one where it states none, as reading it will tell.
+
+    Raises:
+        VersionError: A newer one.
+    """
+    try:
+        status = path.stat()
+        stated = _stated(path, status.st_ino, status.st_size, status.st_mtime_ns)
+    except OSError:
+        return schema.VERSION
+    if stated is None:
+        return schema.VERSION
+    if stated > schema.VERSION:
+        raise VersionError(
+            f"{path} has version {stated} of results, and nemo-bench {version('nemo-bench')} knows versions up to "
+            f"{schema.VERSION}; update it (pip install --upgrade nemo-bench), or choose another name=... or root=..."
+        )
+    return stated
+
+
+@cache
+def _stated(path: Path, *_: int) -> int | None:
+    try:
+        content = from_json(path.read_bytes())
+    except ValueError:
+        return None
+    stated = content.get("schema") if isinstance(content, dict) else None
+    return stated if type(stated) is int and stated >= 1 else None
+
+
+def in_this_version(name: str, content: bytes, older: int) -> bytes:
+    """A file or line of an older version in the form of this one; what is no JSON stays.
+
+    Args:
+        name: Name of the file, or stage of the record.
+        content: What it holds.
+        older: Its version.
+    """
+    if older == schema.VERSION:
+        return content
+    try:
+        return to_json(schema.upgraded(name, from_json(content), older))
+    except ValueError:
+        return content
+
+
 def read_file(path: Path, form: type[T]) -> T:
     """Reads a file of the schema by its type; see :data:`nemo_bench.records.schema.FILES`.
 
     Raises:
         StoreError: The file is not there or does not hold what it should.
+        VersionError: It is of a newer version.
     """
+    is_versioned = Versioned in getattr(form, "__mro__", ())
+    older = stated_version(path if is_versioned else path.with_name("spec.json"))
     try:
-        found: T = _adapter(form).validate_json(path.read_bytes(), strict=True)
+        found: T = _adapter(form).validate_json(in_this_version(path.name, path.read_bytes(), older), strict=True)
         return found
     except FileNotFoundError:
         repair = FILES[path.name][1] if path.name in FILES else "its run never started"

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
-from nemo_bench.errors import StoreError
-from nemo_bench.records.io import read_file, write_json
+from nemo_bench.errors import StoreError, UnwritableError
+from nemo_bench.records.io import read_file, write_json, writing
 from nemo_bench.records.schema import Lease, Progress
 from nemo_bench.records.writers import place, process
 
@@ -45,7 +45,11 @@ class Leases:
         self._beating: threading.Thread | None = None
 
     def claim(self, folder: Path) -> bool:
-        """Takes a folder, which is made if need be, unless another run has it."""
+        """Takes a folder, which is made if need be, unless another run has it.
+
+        Raises:
+            UnwritableError: It can't be written to; nothing is left in it.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         files = _files(folder)
         if files and not self._is_dead(folder, files[-1]):
@@ -59,11 +63,16 @@ class Leases:
             place=place(),
             since=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
+        with writing(path):
+            try:
+                path.open("x").close()
+            except FileExistsError:
+                return False
         try:
-            path.open("x").close()
-        except FileExistsError:
-            return False
-        write_json(path, own)
+            write_json(path, own)
+        except UnwritableError:
+            path.unlink(missing_ok=True)  # an empty file counts as that of an owner who is just writing it
+            raise
         for file in files:
             file.unlink(missing_ok=True)
         with self._lock:

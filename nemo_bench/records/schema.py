@@ -5,7 +5,7 @@ A record is one line of ``records/<stage>.<n>.jsonl``. Fields that have no value
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,7 +14,22 @@ from nemo_bench.errors import counted
 from nemo_bench.records.data import Localization
 
 VERSION = 1
-"""Version of the schema."""
+"""Version of the schema: of the names, types and meanings of what is in files and lines."""
+UPGRADES: Mapping[int, Callable[[str, Any], Any]] = {}
+"""By every older version, the function that makes content of the next version of it.
+
+It is given the name of a file, or the stage of a record, and any JSON, and returns what is to stand there. What has the
+newer form already, or is damaged, it returns as it is: a kill may leave a folder that was brought to the newer form in
+part. Settings in a :class:`Spec` and ids of records are no form; results that depend on others are other results.
+"""
+
+
+def upgraded(name: str, content: Any, version: int) -> Any:
+    """JSON of an older version in the form of this one; see :data:`UPGRADES`."""
+    for older in range(version, VERSION):
+        content = UPGRADES[older](name, content)
+    return {**content, "schema": VERSION} if isinstance(content, dict) and "schema" in content else content
+
 
 Task = Literal["benchmark", "detect", "external", "calibrate", "features"]
 """What a folder of records belongs to: a mitigation, a detector, images made by other code, or a cached measurement."""
@@ -24,6 +39,12 @@ class Entry(BaseModel):
     """A part of a file: immutable, without unknown fields. A float that is not finite is written as null."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
+
+
+class Versioned(Entry):
+    """A file that states the version of the schema; that of a cell's ``spec.json`` holds for all else in its folder."""
+
+    version: int = Field(default_factory=lambda: VERSION, ge=1, alias="schema")  #: Of the schema.
 
 
 class Cost(Entry):
@@ -155,10 +176,9 @@ RECORDS: tuple[type[Record], ...] = (
 """Records of all stages, in the order of the stages."""
 
 
-class Spec(Entry):
+class Spec(Versioned):
     """What a cell is: ``spec.json``."""
 
-    version: int = Field(default=VERSION, alias="schema")  #: Of the schema.
     task: Task  #: What the folder belongs to.
     stages: list[str] = []  #: Names of its stages, in their order.
     cell: str = ""  #: Name of the folder.
@@ -191,10 +211,9 @@ class Start(Entry):
     versions: dict[str, str]  #: Of packages, by name.
 
 
-class Run(Entry):
+class Run(Versioned):
     """The cells of a run in the order asked for: ``run.json``."""
 
-    version: int = Field(default=VERSION, alias="schema")
     name: str
     token: str  #: Tells the run from others of its name.
     cells: list[str]
@@ -487,10 +506,9 @@ class LeaderboardRow(Entry):
         return "*" * sum(change.p_holm < level for level in LEVELS)
 
 
-class Leaderboard(Entry):
+class Leaderboard(Versioned):
     """The table of a run: ``leaderboard.json``."""
 
-    version: int = Field(default=VERSION, alias="schema")
     name: str
     metrics: dict[str, MetricInfo]
     rows: list[LeaderboardRow]
@@ -514,10 +532,9 @@ class DetectionRow(Entry):
     roc: Roc | None = None  #: Where both memorized and other prompts were scored.
 
 
-class DetectionTable(Entry):
+class DetectionTable(Versioned):
     """The detectors of a run: ``detection.json``."""
 
-    version: int = Field(default=VERSION, alias="schema")
     name: str
     detectors: list[DetectionRow]
 
@@ -539,10 +556,9 @@ class LocalizerRow(Entry):
     settings: dict[str, Any] = {}  #: Of the localizer.
 
 
-class LocalizerTable(Entry):
+class LocalizerTable(Versioned):
     """The localizers of a run: ``localizers.json``."""
 
-    version: int = Field(default=VERSION, alias="schema")
     name: str
     against: dict[str, str]  #: By model and prompt list, the label of the localizer that others are compared with.
     measures: dict[str, MetricInfo]  #: What each measure is, in the order of columns.

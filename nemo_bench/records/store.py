@@ -34,11 +34,13 @@ from nemo_bench.records.io import (
     damaged,
     digest,
     explain,
+    in_this_version,
     is_whole,
     prompts_digest,
     read_file,
     remove_parts,
     replacing,
+    stated_version,
     write_json,
     write_text,
     writing,
@@ -106,9 +108,11 @@ def read_cell_prompts(folder: Path, spec: Spec) -> list[Prompt]:
         StoreError: The file does not hold what it should, or other prompts.
     """
     path = folder / "prompts.jsonl"
+    older = stated_version(folder / "spec.json")
     try:
         # Lines of bytes end at a line feed alone, those of a text at a line separator in a prompt too.
-        prompts = [_PROMPT.validate_json(line) for line in path.read_bytes().splitlines()]
+        lines = path.read_bytes().splitlines()
+        prompts = [_PROMPT.validate_json(in_this_version(path.name, line, older)) for line in lines]
     except FileNotFoundError:
         raise StoreError(f"{path} is missing; {schema.FILES[path.name][1]}") from None
     except ValidationError as error:
@@ -241,12 +245,13 @@ def _parse(files: Iterable[Path], kind: type[R]) -> tuple[dict[str, R], list[R]]
 def _lines(path: Path, kind: type[R]) -> Iterator[tuple[bytes, R | StoreError]]:
     """Every line with its record, or with what is wrong; without a last one that is no JSON, torn by a kill."""
     again = "the command that made it sets it aside and computes its item again"
+    older = stated_version(path.parents[1] / "spec.json")
     sets: dict[frozenset[str], set[str]] = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             place = f"{path}, line {number}"
             try:
-                record = kind.model_validate_json(line, strict=True)
+                record = kind.model_validate_json(in_this_version(kind.stage, line, older), strict=True)
             except ValidationError as error:
                 # Without its end it is torn, or being written by another process.
                 if error.errors()[0]["type"] == "json_invalid" and not (line.endswith(b"\n") and file.peek(1)):
@@ -360,6 +365,15 @@ def _set_aside(path: Path, kind: type[Record]) -> None:
         log.warning("%s: it is in %s now", error, aside.name)
 
 
+def _upgrade(path: Path, name: str, older: int) -> None:
+    """Rewrites a file in the form of this version; it stays as old as it was, since its results are the same."""
+    status, content = path.stat(), path.read_bytes()
+    parts = content.splitlines() if path.suffix == ".jsonl" else [content.rstrip()]
+    with replacing(path) as part:
+        part.write_bytes(b"".join(in_this_version(name, each, older) + b"\n" for each in parts))
+        os.utime(part, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
 class Store:
     """The folder of one cell, which need not exist yet."""
 
@@ -376,6 +390,7 @@ class Store:
 
         Raises:
             StoreError: The folder belongs to another configuration.
+            VersionError: It is of a newer version.
         """
         path = self.folder / "spec.json"
         is_ours = self.folder.is_dir() and (is_named or self.folder.name.endswith(f"__{digest(spec.settings, 8)}"))
@@ -392,6 +407,23 @@ class Store:
             (self.folder / part).mkdir(exist_ok=True)
         remove_parts(self.folder.rglob("*.part"))
 
+    def upgrade(self) -> None:
+        """Brings a folder of an older version to this one, in which its files are written on.
+
+        Nobody else may be writing into it.
+        """
+        spec = self.folder / "spec.json"
+        older = stated_version(spec)
+        if older == schema.VERSION:
+            return
+        log.info("%s: from version %s of results to %s", self.folder, older, schema.VERSION)
+        for path in (self.folder / "records").glob("*.jsonl"):
+            _upgrade(path, path.name.partition(".")[0], older)
+        for name in schema.FILES:
+            if name != spec.name and (self.folder / name).is_file():
+                _upgrade(self.folder / name, name, older)
+        _upgrade(spec, spec.name, older)  # the last: until then all is read as of the older version
+
     def set_damaged_aside(self) -> None:
         """Moves lines that are no records to ``<file>.damaged``, and says so: their items are computed again.
 
@@ -407,8 +439,7 @@ class Store:
     def _compare(self, path: Path, present: Spec, asked: Spec, *, is_ours: bool) -> None:
         old = present.settings
         new = json.loads(as_json(asked.settings))
-        differing = ["schema"] if present.version != asked.version else []
-        differing += sorted(f"settings.{key}" for key in {*old, *new} if old.get(key) != new.get(key))
+        differing = sorted(f"settings.{key}" for key in {*old, *new} if old.get(key) != new.get(key))
         if differing and is_ours:
             raise damaged(path, f"not what its folder is named by: {', '.join(differing)}")
         if differing:

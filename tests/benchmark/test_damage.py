@@ -7,11 +7,13 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nemo_bench import StoreError
 from nemo_bench.cli import main
+from nemo_bench.records import schema
 from nemo_bench.records.results import load_detections, load_results
 from nemo_bench.records.schema import FILES, ImageRecord
 from nemo_bench.records.store import Store, remake
@@ -112,6 +114,25 @@ def test_a_single_file_deleted_from_a_finished_run_is_written_again(folder: Path
     assert path.is_file()
     results = load_results(folder)
     assert (len(results.cells), results.unfinished) == (2, {})
+
+
+def test_a_run_goes_on_in_a_folder_of_an_older_version_and_brings_it_to_this_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(name: str, content: Any) -> Any:
+        is_old = name == "score" and isinstance(content, dict) and "values" in content
+        return {"scores" if key == "values" else key: value for key, value in content.items()} if is_old else content
+
+    monkeypatch.setattr(schema, "VERSION", 2)
+    monkeypatch.setattr(schema, "UPGRADES", {1: step})
+    before = values(folder)
+    keep(folder, "score", [line.replace('"scores"', '"values"') for line in records(folder, "score")[1:]])
+    keep(folder, "generate", records(folder, "generate")[:-1])
+    assert main(["run", *RUN, f"root={folder.parent}"]) == 0
+    assert values(folder) == before
+    assert read_json(cell(folder) / "spec.json")["schema"] == read_json(folder / "run.json")["schema"] == 2
+    assert main(["detect", *SMALL, "detector=magnitude", "name=whole", f"root={folder.parent}"]) == 0
+    assert read_json(cell(folder, "magnitude") / "spec.json")["schema"] == 2
 
 
 def read_text_of(path: Path) -> list[str]:

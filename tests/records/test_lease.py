@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from threading import Timer
 
 import pytest
 
+from nemo_bench.errors import UnwritableError
 from nemo_bench.records import lease
 from nemo_bench.records.io import read_file, write_json
 from nemo_bench.records.lease import Leases, is_dead, read_lease
@@ -93,6 +95,19 @@ def test_a_lease_that_is_being_written_counts_as_held(tmp_path: Path) -> None:
     (tmp_path / ".lease.3.json").touch()
     assert not Leases().claim(tmp_path)
     assert read_lease(tmp_path) is None
+
+
+def test_a_full_disk_leaves_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*_: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", fill)
+        with pytest.raises(UnwritableError, match="free space on its disk"):
+            Leases().claim(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with Leases().owning(tmp_path):
+        pass
 
 
 def test_who_waits_for_a_folder_says_for_whom_once_and_gives_it_back(

@@ -69,6 +69,7 @@ def entries(kind: type[Entry]) -> st.SearchStrategy[Any]:
     """Entries with all fields that a class needs, and some of the others."""
     forms = get_type_hints(kind)
     fields = {name: values(forms[name]) for name in kind.model_fields}
+    fields.pop("version", None)  # others than this one: test_versions.py
     needed = {name for name, field in kind.model_fields.items() if field.is_required()}
     drawn = st.fixed_dictionaries(
         {name: fields[name] for name in needed},
@@ -236,8 +237,8 @@ def test_a_file_of_another_type_is_refused_by_name(tmp_path: Path, name: str, co
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ({"id": "b"}, "a prompt with text: Field required"),
-        ({"id": "b", "text": "t", "colour": "red"}, "a prompt with colour: Extra inputs are not permitted"),
+        ({"id": "b"}, "a prompt with text: "),
+        ({"id": "b", "text": "t", "colour": "red"}, "a prompt with colour: "),
         ({"id": "b", "text": "t", "kind": "XM"}, "a prompt with kind: Input should be 'VM', 'TM' or 'memorized'"),
     ],
 )

@@ -120,9 +120,9 @@ def test_a_whole_file_is_not_written_again(store: Store) -> None:
     store.writer(DetectionRecord)([record("a")])
     store.writer(ScoreRecord)([ScoreRecord(id="a", prompt="a")])
     lines_of(store, 1).write_text("garbage\n" + as_json(record("b")))
-    before = lines_of(store, 0).stat()
+    before = lines_of(store, 0).stat().st_mtime_ns, lines_of(store, 0).stat().st_ino
     store.set_damaged_aside()
-    assert lines_of(store, 0).stat() == before
+    assert (lines_of(store, 0).stat().st_mtime_ns, lines_of(store, 0).stat().st_ino) == before
     assert set(store.records(DetectionRecord)) == {"a", "b"}
 
 
@@ -366,12 +366,6 @@ def test_what_json_makes_equal_is_the_same_configuration(store: Store) -> None:
     other = Store(store.folder.with_name("other"))
     other.open(other_spec(seeds=(1, 2)))
     other.open(other_spec(seeds=[1, 2]))
-
-
-def test_results_of_another_schema_are_refused(store: Store) -> None:
-    write_json(store.folder / "spec.json", SPEC.model_copy(update={"version": VERSION + 1}))
-    with pytest.raises(StoreError, match="differing: schema"):
-        store.open(SPEC)
 
 
 def test_a_foreign_folder_is_refused_and_an_empty_one_taken(tmp_path: Path) -> None:
