@@ -35,8 +35,6 @@ PALETTES: dict[str, tuple[Color, Color, Color]] = _TABLES["palettes"]
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZES = {"small": 5.5, "large": 11.0}
 TEXTURES = ("plain", "striped", "dotted", "checkered", "wavy")
-BANDED = 8
-"""One general caption in this many leaves its picture hardly any freedom, as those of flags and logos do."""
 
 _Y, _X = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + 0.5
 
@@ -375,12 +373,16 @@ def _place(paint: Paint, rng: np.random.Generator, items: Iterable[Item], *, ins
             paint(SHAPES[item.shape](x, y, size * rng.uniform(0.9, 1.15), rng.uniform(0, 6.3)), color)
 
 
-def general_caption(index: int, split: Split = "train") -> Caption:
-    """The general caption of a number; training and held-out captions (one text in twenty) never share a text."""
+def general_caption(index: int, split: Split = "train", banded: int = 0) -> Caption:
+    """The general caption of a number; training and held-out captions (one text in twenty) never share a text.
+
+    One caption in ``banded`` is of three bands of color, which leave its picture hardly any freedom, as those of flags
+    and logos do; 0 for none.
+    """
     rng = np.random.default_rng([2406_02366, split == "heldout", index])
     while True:
-        banded = index % BANDED == BANDED // 2
-        caption = _bands(rng) if banded else _GRAMMARS[int(rng.integers(len(_GRAMMARS)))](rng)
+        is_banded = banded and index % banded == banded // 2
+        caption = _bands(rng) if is_banded else _GRAMMARS[int(rng.integers(len(_GRAMMARS)))](rng)
         if (zlib.crc32(caption.text.encode()) % 20 == 0) == (split == "heldout"):
             return caption
 
