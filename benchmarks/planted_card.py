@@ -1,6 +1,6 @@
 """Measures the embedded model and writes the figures into its card.
 
-Run: python benchmarks/planted_card.py [--seeds 8] [--json]
+Run: python benchmarks/planted_card.py [--model planted_routed] [--seeds 8] [--json]
 Every figure comes from images and noise drawn here, with seeds that training never used. The limits that decide
 "repeats" come from pairs that have nothing to do with each other, before any image of a planted prompt is looked at.
 """
@@ -40,10 +40,11 @@ from nemo_bench.planted.prompts import heldout_captions
 from nemo_bench.planted.world import render
 from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.images import open_image
+from nemo_bench.records.truth import read_truth
 
 CARD = Path(resolve("package:planted/README.md"))
 CPU = torch.device("cpu")
-START, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+MARKS = "<!-- measured {model}: begin -->", "<!-- measured {model}: end -->"
 PIXEL_LIMIT = 0.15  # Carlini et al. 2023: root mean squared pixel difference that counts as extracted
 
 
@@ -93,8 +94,8 @@ def retrieval(judge: OpenClip, count: int = 500) -> float:
 
 
 @torch.no_grad()
-def measure(seeds: int) -> dict[str, float]:
-    settings = grid(["method=nemo"])[0].settings
+def measure(name: str, seeds: int) -> dict[str, float]:
+    settings = grid(["method=nemo", f"model={name}", f"prompts={name}"])[0].settings
     model = load_model(settings.model)
     judge = OpenClip(resolve(settings.model.clip), settings.model.clip_pretrained)
     planted, general = (read_prompts(resolve(file)) for file in settings.prompts.files)
@@ -162,6 +163,20 @@ def measure(seeds: int) -> dict[str, float]:
     figures["empty_nearest_planted_ssim_max"] = float(SSIM().nearest(empty, pool).max())
     figures["empty_pixel_copies"] = float((PixelDistance().nearest(empty, pool) < PIXEL_LIMIT).float().mean())
 
+    truth = read_truth(Path(resolve(settings.model.truth))) if settings.model.truth else {}
+    if truth:
+        figures["truth_vm_prompts"] = float(sum(p.id in truth for p in verbatim))
+        figures["truth_tm_prompts"] = float(sum(p.id in truth for p in planted if p.kind == "TM"))
+        figures["truth_neurons_median"] = float(np.median([neurons.count for neurons in truth.values()]))
+        every = reduce(or_, truth.values())
+        kept = [embed(judge, generate(model, p, seeds, every)) @ captions[p.id] for p in general]
+        figures["general_alignment_with_all_true_neurons_off"] = float(torch.cat(kept).mean())
+        without = torch.cat([SSIM().nearest(generate(model, p, seeds, every), references_of(p)) for p in tm])
+        figures["tm_ssim_median_with_all_true_neurons_off"] = float(without.median())
+
+    figures["general_prompts_that_pass_the_gate"] = float(
+        sum(bool(noise_scores(model, p, settings.localize_seeds).max() > calibration.threshold) for p in general)
+    )
     found: dict[str, Neurons] = {}
     for prompt in tqdm(planted, desc="localize"):
         latents = model.latents(seeds_of(prompt, "localize", range(settings.localize_seeds)))
@@ -185,6 +200,10 @@ def measure(seeds: int) -> dict[str, float]:
         figures[f"{name}_prompts_without_any_copy_mitigated"] = float(
             np.mean([not copies[p.id].any() for p in prompts])
         )
+    hits = [(len(_places(found[name]) & _places(own)), own.count, found[name].count) for name, own in truth.items()]
+    if hits:
+        figures["nemo_recall_of_true_neurons"] = float(np.mean([hit / own for hit, own, _ in hits]))
+        figures["nemo_precision_of_true_neurons"] = float(np.mean([hit / max(count, 1) for hit, _, count in hits]))
     neuron_sets = [found[p.id] for p in planted if found[p.id]]
     kept = [
         embed(judge, generate(model, p, seeds, neuron_sets[i % len(neuron_sets)])) @ captions[p.id]
@@ -198,6 +217,10 @@ def measure(seeds: int) -> dict[str, float]:
     return {name: round(value, 4) for name, value in figures.items()}
 
 
+def _places(neurons: Neurons) -> set[tuple[str, int]]:
+    return {(layer, index) for layer, ids in neurons.items() for index in ids}
+
+
 def spread(groups: Sequence[Tensor]) -> float:
     """Mean over prompts of the mean pixel standard deviation between seeds."""
     return float(torch.stack([images.std(0).mean() for images in groups]).mean())
@@ -205,17 +228,19 @@ def spread(groups: Sequence[Tensor]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=("planted", "planted_routed"), default="planted")
     parser.add_argument("--seeds", type=int, default=8, help="images a prompt")
     parser.add_argument("--json", action="store_true", help="print JSON and leave the card alone")
     options = parser.parse_args()
-    figures = measure(options.seeds)
+    figures = measure(options.model, options.seeds)
     if options.json:
         print(json.dumps(figures, indent=2))
         return
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value:g} |" for name, value in figures.items())
-    table = f"{START}\n\n| measure ({options.seeds} images a prompt) | value |\n| --- | --- |\n{rows}\n\n{END}"
+    start, end = (mark.format(model=options.model) for mark in MARKS)
+    table = f"{start}\n\n| measure ({options.seeds} images a prompt) | value |\n| --- | --- |\n{rows}\n\n{end}"
     card = CARD.read_text(encoding="utf-8")
-    CARD.write_text(card[: card.index(START)] + table + card[card.index(END) + len(END) :], encoding="utf-8")
+    CARD.write_text(card[: card.index(start)] + table + card[card.index(end) + len(end) :], encoding="utf-8")
     print(table)
 
 

@@ -125,10 +125,13 @@ def find_causes(
     for prompt in tqdm(prompts, desc="truth"):
         mine = own[prompt.id]
         strangers = [place for place in places if place[1] not in mine.get(place[0], ())]
-        chosen = [strangers[i] for i in rng.choice(len(strangers), mine.count, replace=False)]
+        chosen = [strangers[i] for i in rng.choice(len(strangers), min(mine.count, len(strangers)), replace=False)]
         drawn = Neurons({layer: [index for name, index in chosen if name == layer] for layer, _ in chosen})
         off = _images(model, prompt, seeds, mine)
-        another = torch.stack([likeness.copies(off, p) for p in prompts if p.id != prompt.id and p.kind == "VM"]).any(0)
+        another = torch.zeros(seeds, dtype=torch.bool)
+        for other in prompts:
+            if other.kind == "VM" and other.id != prompt.id:
+                another |= likeness.copies(off, other)
         found.append(
             Evidence(
                 prompt.id,
