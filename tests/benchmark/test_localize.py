@@ -130,7 +130,7 @@ def test_files_hold_the_same_numbers(done: Path, capsys: pytest.CaptureFixture[s
     assert "True neurons found" in page
     assert page.count("<svg") == 5  # of template prompts no true neurons are known
     assert note(table) in html.unescape(page)
-    assert "slimming" in (done / "report.html").read_text()
+    assert '<a href="localizers.html">' in (done / "report.html").read_text()
     before = {name: (done / name).read_bytes() for name in FILES}
     assert main(["report", str(done)]) == 0
     assert "True neurons" in capsys.readouterr().out
