@@ -188,11 +188,17 @@ def detectors() -> str:
     return "\n\n".join(_card("detector", entry) for entry in describe_options("detector"))
 
 
+def localizers() -> str:
+    """A card of every localizer."""
+    return "\n\n".join(_card("localizer", entry) for entry in describe_options("localizer"))
+
+
 def _card(group: str, entry: Mapping[str, str]) -> str:
-    """What a method or detector is, in the words of its class, its file of settings and its source."""
+    """What a method, detector or localizer is, in the words of its class, its file of settings and its source."""
     (choice,) = grid([f"{group}={entry['name']}", *(["method=none"] if group != "method" else [])])
     kind = type(build(getattr(choice.settings, group), group))
-    link = f"Equation, defaults and limits: [`{kind.__name__}`][nemo_bench.{group}s.{kind.__name__}]."
+    place = "localization.localizers" if group == "localizer" else f"{group}s"
+    link = f"Equation, defaults and limits: [`{kind.__name__}`][nemo_bench.{place}.{kind.__name__}]."
     facts = [
         ("touches", getattr(kind, "touches", "")),
         ("UNet passes of its own", {True: "yes", False: "no", None: ""}[getattr(kind, "makes_passes", None)]),
@@ -259,6 +265,7 @@ PARTS: dict[str, Callable[[], str]] = {
         experiments,
         files,
         launchers,
+        localizers,
         loggers,
         measures,
         methods,

@@ -5,18 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nemo_bench.benchmark import localize as localizers
 from nemo_bench.benchmark.launch import check_launcher
 from nemo_bench.benchmark.launch.follow import launch
 from nemo_bench.benchmark.plan import plan, read_listed
 from nemo_bench.benchmark.run import run as run_cells
 from nemo_bench.benchmark.runner import load_model
-from nemo_bench.config import PromptSettings, grid
+from nemo_bench.config import PromptSettings, grid, localizer_grid
 from nemo_bench.config.overrides import quoted
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError
 from nemo_bench.prompts import is_prompt_source
 from nemo_bench.records.data import Prompt
+from nemo_bench.records.io import read_file
 from nemo_bench.records.results import load_results
+from nemo_bench.records.schema import LocalizerTable
+from nemo_bench.report.localizers import FILES
 
 
 def load(model: str = "planted", *overrides: str) -> Diffusion:
@@ -86,6 +90,32 @@ def run(*overrides: str, conf: Path | str | None = None, progress: bool = False)
     if cells[0].config.settings.launcher.kind != "local":
         return launch(cells, overrides, folder)
     return run_cells(cells, f"nemo_bench.run({', '.join(map(repr, overrides))})", progress=progress)
+
+
+def localize(*overrides: str, conf: Path | str | None = None, progress: bool = False) -> LocalizerTable:
+    """Runs what ``nemo-bench localize`` runs, as far as it is not done yet.
+
+    Args:
+        overrides: Settings as on the command line, such as ``"localizer=nemo,slimming"`` and ``"seeds=8"``.
+        conf: Folder with more YAML files, in group subfolders.
+        progress: Whether progress is shown.
+
+    Returns:
+        What ``localizers.json`` holds; the page is ``localizers.html`` in the folder of the run.
+
+    Raises:
+        NemoBenchError: Something is wrong with the settings or with what they name; nothing was loaded.
+
+    Example:
+        >>> table = localize("localizer=activation,slimming", "prompts.limit=4", "name=small")
+        >>> {row.label: row.values["training_similarity"].mean for row in table.rows}
+    """
+    if not all(isinstance(word, str) for word in overrides):
+        raise ConfigError(f"localize{overrides}: expected words, each by itself, such as 'seeds=8'")
+    cells = localizers.plan(localizer_grid(overrides, Path(conf) if conf else None))
+    command = f"nemo_bench.api.localize({', '.join(map(repr, overrides))})"
+    folder = localizers.localize(cells, command, progress=progress)
+    return read_file(folder / FILES[0], LocalizerTable)
 
 
 def read_scores(folder: Path | str) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ MAY_IMPORT = {
         "config", "detectors", "diffusion", "errors", "localization", "methods", "metrics", "prompts", "records",
         "report", "tracking",
     },
-    "api": {"benchmark", "config", "diffusion", "errors", "prompts", "records"},
+    "api": {"benchmark", "config", "diffusion", "errors", "prompts", "records", "report"},
     "cli": {"benchmark", "config", "environment", "errors", "planted", "prompts", "records", "report", "tracking"},
     "__main__": {"cli"},
 }  # fmt: skip

@@ -14,6 +14,7 @@ from nemo_bench.benchmark.plan import THRESHOLD, Cell, Planner, is_measured, met
 from nemo_bench.benchmark.runner import Runner
 from nemo_bench.config import CellConfig
 from nemo_bench.errors import NemoBenchError
+from nemo_bench.methods import LocalizedNeurons
 from nemo_bench.records import schema
 from nemo_bench.records.io import read_file
 from nemo_bench.records.store import read_records, read_starts
@@ -26,7 +27,7 @@ PASSES = ("calibrate", "localize", "memorization", "generate")
 class CostModel:
     """What finished records of a model tell of its cost."""
 
-    #: UNet passes of one sample that a prompt or an image took, by stage and class of the method.
+    #: UNet passes of one sample that a prompt or an image took, by stage and class of the method, or of its localizer.
     passes: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)  #: Seconds a pass took, by stage.
     scoring: list[float] = field(default_factory=list)  #: Seconds a prompt took to be scored.
@@ -41,7 +42,7 @@ class CostModel:
             try:
                 spec = read_file(path, schema.Spec)
                 if spec.task == "benchmark" and spec.digests.get("model") == weights:
-                    model._add(path.parent, spec.settings["method"]["_target_"])
+                    model._add(path.parent, _kind(spec.settings["method"]))
             except (NemoBenchError, KeyError, TypeError):
                 continue
         return model
@@ -145,17 +146,24 @@ def _cost(cell: Cell, pending: dict[str, int], model: CostModel, calibrated: set
     method = cell.method
     assert method is not None
     guided = 2 if settings.model.guidance > 1 else 1
+    is_search = method.needs_calibration
+    localizing = settings.localize_seeds if is_search else 0
+    if isinstance(method, LocalizedNeurons):
+        is_search = method.localizer.makes_passes
+        localizing = max(localizing * is_search, method.localizer.least_passes)
+        memorized = sum(bool(prompt.kind) for prompt in cell.prompts)  # the others are not searched
+        pending = {**pending, "localize": min(pending.get("localize", 0), memorized or len(cell.prompts))}
     # Before the first records: the gate of a search, what the memorization score takes, plain sampling.
     least = {
-        "localize": settings.localize_seeds if method.needs_calibration else 0,
+        "localize": localizing,
         "memorization": settings.localize_seeds,
         "generate": settings.model.steps * guided,
     }
     passes = {"calibrate": 0}
     at_least = False
     for stage, fewest in least.items():
-        varies = method.makes_passes or (stage == "localize" and method.needs_calibration)
-        known = model.passes.get((stage, settings.method["_target_"])) if varies else None
+        varies = method.makes_passes or (stage == "localize" and is_search)
+        known = model.passes.get((stage, _kind(settings.method))) if varies else None
         count = pending.get(stage, 0)
         passes[stage] = count * max(fewest, round(fmean(known)) if known else 0)
         at_least |= varies and not known and count > 0
@@ -173,6 +181,11 @@ def _cost(cell: Cell, pending: dict[str, int], model: CostModel, calibrated: set
         "comparisons": _comparisons(cell, pending.get("score", 0)),
         "seconds": model.estimate(passes, pending.get("score", 0)),
     }
+
+
+def _kind(method: Mapping[str, Any]) -> str:
+    """The class that decides what localizing takes."""
+    return str(method.get("localizer", method)["_target_"])
 
 
 def _comparisons(cell: Cell, prompts: int) -> dict[str, int]:

@@ -174,6 +174,9 @@ def _scores(made: Cell, runner: Runner, apart: Path, count: int) -> Comparison:
     for kind in (LocalizationRecord, MemorizationRecord):
         for path in (made.store.folder / "records").glob(f"{kind.stage}.*.jsonl"):
             shutil.copy(path, store.folder / "records")
+    for part in ("records", "scores"):  # rankings are those of the cell that its neurons come from
+        if made.spec.source and (folder := run / made.spec.source / part).is_dir():
+            shutil.copytree(folder, store.folder.parent / made.spec.source / part, dirs_exist_ok=True)
     prompts = {task.prompt.id for task in _sample(scored_tasks(made), count, made.id)}
     store.writer(ImageRecord)(
         record.model_copy(update={"image": str((made.store.folder / record.image).resolve()), "sha256": None})

@@ -13,6 +13,7 @@ import pytest
 from nemo_bench import read_prompts, resolve
 from nemo_bench.benchmark import localize as localizers
 from nemo_bench.benchmark.runner import load_model
+from nemo_bench.benchmark.verify import verify
 from nemo_bench.cli import main
 from nemo_bench.config import localizer_grid
 from nemo_bench.errors import ConfigError
@@ -129,11 +130,19 @@ def test_files_hold_the_same_numbers(done: Path, capsys: pytest.CaptureFixture[s
     assert "True neurons found" in page
     assert page.count("<svg") == 5  # of template prompts no true neurons are known
     assert note(table) in html.unescape(page)
-    assert "slimming" in (done / "report.html").read_text()
+    assert '<a href="localizers.html">' in (done / "report.html").read_text()
     before = {name: (done / name).read_bytes() for name in FILES}
     assert main(["report", str(done)]) == 0
     assert "True neurons" in capsys.readouterr().out
     assert {name: (done / name).read_bytes() for name in FILES} == before
+
+
+def test_records_are_verified_with_rankings(done: Path) -> None:
+    found = {(row.cell, row.stage): row for row in verify(done, ["trainer=cpu"], progress=False)}
+    cells = [cell.name for cell in load_results(done).cells]
+    assert {cell for cell, _ in found} == set(cells)
+    assert all(found[cell, "score"].equal == found[cell, "score"].recomputed > 0 for cell in cells)
+    assert not any(row.differing for row in found.values())
 
 
 def test_it_goes_on_and_computes_nothing_twice(done: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,9 +100,12 @@ def test_every_localizer_keeps_to_the_contract(
 def test_passes_are_those_of_the_paper(
     tiny: Diffusion, tiny_calibration: Calibration, tmp_path: Path, name: str, passes: int
 ) -> None:
-    found = localizer(name, tiny, tmp_path).localize(tiny, PROMPT, inputs(tiny, tiny_calibration))
+    own = localizer(name, tiny, tmp_path)
+    found = own.localize(tiny, PROMPT, inputs(tiny, tiny_calibration))
     assert sum(tiny.masks.widths.values()) == 80
     assert found.row_passes == passes
+    assert own.makes_passes == (passes > 0)
+    assert min(passes, 1) <= own.least_passes <= passes
 
 
 def test_a_set_has_the_size_asked_for(tiny: Diffusion, tiny_calibration: Calibration) -> None:

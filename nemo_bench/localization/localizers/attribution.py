@@ -25,6 +25,8 @@ from nemo_bench.records.ranges import Count, Index
 class Attribution(Ranker):
     """Scores neurons by what a loss of the prompt says of them."""
 
+    makes_passes = True
+
     #: The loss; ``"replay"`` needs the prompt's training image.
     objective: ObjectiveName = "replay"
     samples: Count = 4  #: Draws of noise, and of timesteps, that the loss is the mean over.
@@ -38,6 +40,11 @@ class Attribution(Ranker):
         super().__post_init__()
         if self.objective not in get_args(ObjectiveName):
             raise ConfigError(f"{self.title}: objective={self.objective}; expected {', '.join(OBJECTIVES)}")
+
+    @property
+    @override
+    def least_passes(self) -> int:
+        return self.samples
 
     @property
     def centers(self) -> bool:

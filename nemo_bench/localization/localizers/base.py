@@ -47,9 +47,15 @@ class Localizer(Checked, ABC):
     sourcing: ClassVar[str] = ""  #: Parts of the source that we could read, and what is an adaptation.
     needs_calibration: ClassVar[bool] = False  #: Whether it compares with general prompts.
     needs: ClassVar[frozenset[Literal["gradients"]]] = frozenset()  #: Requirements on the model.
+    makes_passes: ClassVar[bool] = False  #: Whether it makes UNet passes.
     memorization_threshold: float | None = None  #: A threshold of its own, or None for the calibrated one.
     calibrates_threshold: bool = False  #: Whether the calibration must include a threshold.
     noise_protocol: Protocol = PAPER  #: How it takes noise differences.
+
+    @property
+    def least_passes(self) -> int:
+        """UNet passes of one sample that a prompt takes at least, as far as settings tell."""
+        return 0
 
     def fingerprint(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
         """Content behind settings, such as the digest of a file, for the hash of a cell; read before weights load.

@@ -32,6 +32,8 @@ class HardConcrete(LearnedMasks):
     citation = cite("chang2024localization")
     sourcing = "paper and public code, for feed-forward neurons of language models; our adaptation"
 
+    rate: Positive = 0.1
+    weight: Positive = 10.0
     beta: Positive = 0.67  #: Temperature; the smaller, the more masks are 0 or 1.
     mask_p: Annotated[float, Field(gt=0, lt=1)] = 0.5  #: Mask without noise at the start.
 

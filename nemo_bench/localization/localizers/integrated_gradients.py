@@ -37,6 +37,11 @@ class IntegratedGradients(Attribution):
 
     steps: Annotated[int, Field(ge=2)] = 20  #: Points of the path from off to on, both ends included.
 
+    @property
+    @override
+    def least_passes(self) -> int:
+        return 2 * self.steps * self.samples
+
     @override
     @torch.enable_grad()
     def attribute(self, objective: Objective, prompt: Prompt) -> Mapping[str, Tensor]:

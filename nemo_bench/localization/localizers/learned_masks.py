@@ -31,7 +31,7 @@ class LearnedMasks(Attribution):
 
     steps: Count = 200  #: Steps of Adam, at most.
     rate: Positive = 0.05  #: Its learning rate.
-    weight: Positive = 0.01  #: Weight of the penalty, against the loss of the prompt.
+    weight: Positive = 1.0  #: Weight of the penalty, against the loss of the prompt.
     #: Penalty below which it stops; 0 to take all steps.
     stop: NotNegative = 0.0
 
@@ -42,6 +42,11 @@ class LearnedMasks(Attribution):
                 f"{self.title}: objective=noise_difference is as low as it can be with all neurons on, so that nothing "
                 "is learned; take replay or magnitude"
             )
+
+    @property
+    @override
+    def least_passes(self) -> int:
+        return 2 * (1 if self.stop else self.steps) * self.samples
 
     @override
     @torch.enable_grad()

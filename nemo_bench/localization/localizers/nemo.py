@@ -31,6 +31,7 @@ class NemoLocalizer(Localizer, NemoSearch):
     citation = cite("hintersdorf2024nemo")
     sourcing = "paper and public code; the ranking is ours"
     needs_calibration = True
+    makes_passes = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
