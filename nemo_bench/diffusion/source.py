@@ -30,6 +30,8 @@ _EXAMPLES = (
 _INDEX = "model_index.json"
 _SCHEDULER = "scheduler/scheduler_config.json"
 _UNET = "unet/config.json"
+_UNET_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+"""Files of a UNet alone."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,10 @@ class Source:
     unet: str | None = None  #: Folder of a UNet in place of the pipeline's, with its ``config.json`` and weights.
 
     def __post_init__(self) -> None:
-        if self.unet and not (Path(self.unet) / "config.json").is_file():
+        if self.unet and not all((Path(self.unet) / name).is_file() for name in _UNET_FILES):
             raise ModelError(
-                f"model.unet={self.unet} is no UNet folder: there is no config.json in it; give the folder of a UNet "
-                "alone, such as the subfolder unet of a pipeline"
+                f"model.unet={self.unet} is no UNet folder: expected {' and '.join(_UNET_FILES)} in it; give the folder "
+                "of a UNet alone, such as the subfolder unet of a pipeline"
             )
         path = Path(self.path)
         if not path.is_file() and path.suffix not in {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}:

@@ -38,6 +38,32 @@ def test_half_precision_weights_load_in_the_format_asked_for(tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("no_network")
+def test_another_unet_takes_the_place_of_the_pipelines(folder: Path, tmp_path: Path) -> None:
+    other = tiny_pipeline().unet
+    with torch.no_grad():
+        other.conv_in.weight.add_(1)
+    other.save_pretrained(tmp_path / "unet")
+    source = Source(str(folder), unet=str(tmp_path / "unet"))
+    loaded = Diffusion.load(source, steps=4)
+    assert torch.equal(loaded.unet.conv_in.weight, other.conv_in.weight)
+    assert torch.equal(loaded.vae.decoder.conv_in.weight, Diffusion.load(str(folder)).vae.decoder.conv_in.weight)
+    assert source.latent_size == Source(str(folder)).latent_size
+    assert source.digest() != Source(str(folder)).digest()
+    digest = source.digest()
+    other.conv_out.bias.data.add_(1)
+    other.save_pretrained(tmp_path / "unet")
+    assert source.digest() != digest
+
+
+@pytest.mark.parametrize("missing", ["config.json", "diffusion_pytorch_model.safetensors"])
+def test_a_folder_without_a_unet_is_an_error_before_loading(folder: Path, tmp_path: Path, missing: str) -> None:
+    shutil.copytree(folder / "unet", tmp_path / "unet")
+    (tmp_path / "unet" / missing).unlink()
+    with pytest.raises(ModelError, match=r"model\.unet=.* is no UNet folder: expected .* give the folder of a UNet"):
+        Source(str(folder), unet=str(tmp_path / "unet"))
+
+
+@pytest.mark.usefixtures("no_network")
 def test_a_single_file_is_the_pipeline_it_was_made_of(folder: Path, single_file: Path) -> None:
     whole, file = (
         Diffusion.load(str(folder), steps=2),

@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nemo_bench import Diffusion, resolve
+from nemo_bench.benchmark.runner import load_model
 from nemo_bench.cli import main
-from nemo_bench.config import overridden
+from nemo_bench.config import grid, overridden
 from nemo_bench.errors import ConfigError
 from nemo_bench.planted import denoiser, training, truth, watch
 from nemo_bench.planted.denoiser import DenoiserLoss, activation_density
@@ -147,6 +148,20 @@ def test_shipped_model_is_small() -> None:
     }
     assert sizes["pipeline"] <= 25e6
     assert sizes["clip"] <= 10e6
+
+
+def test_shipped_truth_is_of_neurons_that_the_routed_model_has() -> None:
+    settings = grid(["method=none", "model=planted_routed", "prompts=planted_routed"])[0].settings
+    assert settings.model.truth
+    truth = read_truth(Path(resolve(settings.model.truth)))
+    model = load_model(settings.model)
+    owners: dict[tuple[str, int], str] = {}
+    for prompt, neurons in truth.items():
+        model.masks.check(neurons)
+        assert 1 <= neurons.count <= 8
+        for layer, ids in neurons.items():
+            for index in ids:
+                assert owners.setdefault((layer, index), prompt) == prompt
 
 
 def test_unknown_training_settings_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
