@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from nemo_bench.records.schema import LocalizerRow, LocalizerTable
-from nemo_bench.report.plots import Plot, label_points
+from nemo_bench.report.plots import Plot
 from nemo_bench.report.svg import INK, nth_look, style, svg
 
 _LEFT = "training_similarity"
@@ -35,13 +35,11 @@ def _tradeoff(table: LocalizerTable, rows: Sequence[LocalizerRow], name: str, he
     if up == _PASSES:
         axes.set_yscale("symlog", linthresh=10)
         axes.yaxis.set_major_formatter("{x:,.0f}")
-    points = []
     for look, row in shown:
         x, y = row.values[_LEFT], row.values[up]
         axes.hlines(y.mean, x.low or x.mean, x.high or x.mean, colors=look.color, linewidth=1.1, alpha=0.55)
         axes.vlines(x.mean, y.low or y.mean, y.high or y.mean, colors=look.color, linewidth=1.1, alpha=0.55)
         axes.plot(x.mean, y.mean, look.marker, color=look.color, ms=7, label=row.label, linestyle="none")
-        points.append((row.label, x.mean, y.mean))
     before = next((row.values[_LEFT].mean for row in rows if row.localizer == "none" and _LEFT in row.values), None)
     if before is not None:
         axes.axvline(before, color=INK, linewidth=0.9, alpha=0.5, linestyle=(0, (4, 3)))
@@ -53,7 +51,6 @@ def _tradeoff(table: LocalizerTable, rows: Sequence[LocalizerRow], name: str, he
     figure.legend(loc="outside lower left", ncols=2, fontsize="small")
     title = "What is left, and what general prompts lose" if up == _COST else "What is left, and what it takes"
     caption = "Lines are 95% bootstrap intervals over prompts; dashed: with nothing switched off."
-    label_points(figure, axes, points if len(points) <= 8 else [])
     return Plot("localizers", name, title, caption, svg(figure, name, f"{title}: {heading}"))
 
 

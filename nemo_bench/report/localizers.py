@@ -257,7 +257,8 @@ def number(key: str, value: float) -> str:
     """A value of a measure as it is shown."""
     if key == "row_passes":
         return f"{value:,.0f}"
-    return f"{value:.3g}" if key in ("neurons", "seconds") else f"{value:.3f}"
+    # A difference that is rounded to nothing has no sign.
+    return f"{value:.3g}" if key in ("neurons", "seconds") else f"{round(value, 3) + 0.0:.3f}"
 
 
 def value_text(row: LocalizerRow, key: str) -> tuple[str, str]:

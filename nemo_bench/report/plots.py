@@ -161,7 +161,7 @@ def _tradeoff(
     if many:
         figure.legend(loc="outside lower left", ncols=2, fontsize="small")
     named = [i for i, cell in enumerate(cells) if not many or i in best or cell.method == "none"]
-    label_points(figure, axes, [(cells[i].short, *values[i]) for i in named])
+    _label(figure, axes, [(cells[i].short, *values[i]) for i in named])
     corners = [point for i, j in pairwise(best) for point in (values[i], (values[j][0], values[i][1]))]
     axes.plot(
         *zip(*corners, values[best[-1]], strict=True), color=INK, linewidth=0.9, alpha=0.45, linestyle=(0, (4, 3))
@@ -176,7 +176,7 @@ def _tradeoff(
     return _plot(figure, "tradeoffs", name, title, caption, f"{title}. Pareto front: {listed}")
 
 
-def label_points(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+def _label(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
     """Writes a label beside each point, on the side where it covers the fewest labels, points and error bars."""
     FigureCanvasAgg(figure)  # keeps its renderer; else each label that is measured makes one as large as the figure
     figure.draw_without_rendering()
