@@ -59,8 +59,8 @@ class Source:
     def __post_init__(self) -> None:
         if self.unet and not all((Path(self.unet) / name).is_file() for name in _UNET_FILES):
             raise ModelError(
-                f"model.unet={self.unet} is no UNet folder: expected {' and '.join(_UNET_FILES)} in it; give the folder "
-                "of a UNet alone, such as the subfolder unet of a pipeline"
+                f"model.unet={self.unet} is no UNet folder: expected {' and '.join(_UNET_FILES)} in it; give the "
+                "folder of a UNet alone, such as the subfolder unet of a pipeline"
             )
         path = Path(self.path)
         if not path.is_file() and path.suffix not in {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}:
