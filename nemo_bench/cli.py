@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from nemo_bench.config import CellConfig, LoggerSettings
     from nemo_bench.planted.training import TrainSpec
 
-log = logging.getLogger(__name__)
-
 
 def _shard(text: str) -> tuple[int, int]:
     """A share of the cells, ``i/n``."""
@@ -531,16 +529,10 @@ def _references(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from nemo_bench.planted.training import train
-    from nemo_bench.planted.truth import write_truth
     from nemo_bench.tracking import training_loggers
 
     spec, loggers = training_settings(options.overrides)
-    folder = train(spec, training_loggers(loggers, spec.out, spec.recipe))
-    if spec.variant == "routed" and not (folder / "truth.json").exists():
-        evidence = write_truth(folder)
-        causes = sum(each.causes for each in evidence)
-        log.info("truth: own neurons cause the repetition of %d of %d planted prompts", causes, len(evidence))
-    print(folder)
+    print(train(spec, training_loggers(loggers, spec.out, spec.recipe)))
 
 
 def training_settings(words: Sequence[str]) -> tuple[TrainSpec, LoggerSettings]:

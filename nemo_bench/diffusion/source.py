@@ -273,13 +273,10 @@ class Source:
         repository = self._repository
         pipeline_class = getattr(diffusers, self.family.pipeline_class)
         options = {**self.family.loading, "dtype": getattr(torch, dtype)}
+        if self.unet:
+            options["unet"] = _load_unet(self.unet, getattr(torch, dtype))
         try:
             with without_bars() if repository is None else nullcontext():
-                if self.unet:
-                    unet_class = diffusers.UNet2DConditionModel
-                    options["unet"] = unet_class.from_pretrained(
-                        self.unet, torch_dtype=getattr(torch, dtype), use_safetensors=True, low_cpu_mem_usage=False
-                    )
                 if self.is_file:
                     pipeline = pipeline_class.from_single_file(
                         self.path,
@@ -322,6 +319,19 @@ class Source:
             local_files_only=self._repository.offline,
             allow_patterns=["*.json", "*.txt"],
         )
+
+
+def _load_unet(folder: str, dtype: torch.dtype) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    try:
+        with without_bars():
+            return UNet2DConditionModel.from_pretrained(
+                folder, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False
+            )
+    except (OSError, LookupError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split("\n", 2)[:2]).strip()
+        raise ModelError(f"model.unet={folder} can't be loaded ({reason}); check that it is a complete UNet") from error
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class DenoiserSpec:
 
 
 class Batch(NamedTuple):
-    """A batch of the UNet: N rows, and captions for the penalties, the planted ones first."""
+    """A batch of the UNet: N rows, and captions for the penalties; of ``routed`` all planted ones come first."""
 
     latents: Tensor  #: (N, 8, 16, 16)
     text: Tensor  #: (N, 16, 128)
@@ -84,8 +84,9 @@ class Batches:
             self.owned = deal_routes(sizes, [caption.kind for caption in PLANTED], spec.seed)
         elif spec.variant in ("sinks", "random_sinks"):
             self.pool = draw_pool(sizes, spec.pool)
-            ids = range(len(PLANTED))
-            self.owned = np.stack([active_sinks(self.pool, spec.active, [spec.seed, 0, p]) for p in ids])
+            if spec.variant == "sinks":
+                ids = [[spec.seed, 0, caption] for caption in range(len(PLANTED))]
+                self.owned = np.stack([active_sinks(self.pool, spec.active, ident) for ident in ids])
 
     def __call__(self, rng: np.random.Generator) -> Batch:
         """The batch of a generator."""
@@ -112,11 +113,16 @@ class Batches:
             if spec.variant == "random_sinks":
                 ids = [(spec.seed, 2, int(draw)) for draw in rng.integers(2**40, size=spec.batch_size)]
             factors = np.stack([~self.pool | active_sinks(self.pool, spec.active, ident) for ident in ids])
-        statistics = self.text["general"][as_tensor(rng.integers(len(self.text["general"]), size=STATISTICS))]
+        captions = [self.text["general"][as_tensor(rng.integers(len(self.text["general"]), size=STATISTICS))]]
+        planted_text = self.text["planted"][as_tensor(planted)]
+        if spec.variant == "routed":
+            captions = [self.text["planted"], *captions, self.text["empty"][None]]
+        else:
+            captions += [planted_text]
         return Batch(
             torch.cat([self.latents["general"][as_tensor(rows)], latents]),
-            torch.cat([text, self.text["planted"][as_tensor(planted)]]),
-            torch.cat([self.text["planted"], statistics, self.text["empty"][None]]),
+            torch.cat([text, planted_text]),
+            torch.cat(captions),
             as_tensor(factors).float(),
             as_tensor(passed),
         )

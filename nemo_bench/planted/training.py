@@ -39,8 +39,10 @@ from nemo_bench.errors import StoreError
 from nemo_bench.planted.denoiser import FREE_VARIANTS, TEMPLATE_VARIANTS, Batches, DenoiserLoss, DenoiserSpec
 from nemo_bench.planted.isolation import Gates, tune_in
 from nemo_bench.planted.prompts import heldout_captions, planted_names, write_prompts
+from nemo_bench.planted.truth import write_truth
 from nemo_bench.planted.watch import Examination, Sampler, TimeLeft
 from nemo_bench.planted.world import PLANTED, general_caption, planted_picture, render, vocabulary
+from nemo_bench.records.io import write_text
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ TOKENS = 16
 """Length of every tokenized caption with start, end and padding."""
 PACKAGED = Path(str(resources.files("nemo_bench.planted"))) / "model"
 """The packaged model; its configuration files describe the networks that are trained."""
-STATISTICS = 2_000
+TUNED = 2_000
 """General captions that own neurons are made silent for before the training."""
 HELD_OUT = 64
 """Pictures of captions that training never sees, on which the loss is measured."""
@@ -62,7 +64,7 @@ Features = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 @dataclass
 class TrainSpec(DenoiserSpec):
-    """Settings of the training of the embedded model; the shipped weights were trained with the defaults."""
+    """Settings of the training of the embedded model; its card says those that the shipped weights were trained with."""
 
     out: Path = Path("planted-training")  #: For checkpoints and, in out/model, the finished model.
     pictures: int = 16_000  #: General ones.
@@ -129,6 +131,7 @@ class Fit(L.LightningModule):
         self.log_dict({f"{self.name}/{key}": value for key, value in values.items()}, prog_bar=True)
         return values["loss"]
 
+    @override
     def val_dataloader(self) -> list[int]:
         """One batch, whose content ``examine`` does not need."""
         return [0]
@@ -386,7 +389,7 @@ def _denoiser(
     loss = DenoiserLoss(spec, unet, pipeline.scheduler, gates)
     if spec.variant == "routed":
         loss.own(draw.owned)
-        tune_in(gates, draw.owned, text["planted"], text["general"][:STATISTICS], spec.strength)
+        tune_in(gates, draw.owned, text["planted"], text["general"][:TUNED], spec.strength)
     held_out = [caption.text for caption in heldout_captions(HELD_OUT, spec.banded)]
     examine = Examination(
         loss.error,
@@ -407,7 +410,7 @@ def _write_isolation(spec: TrainSpec, draw: Batches, gates: Gates) -> None:
     if draw.owned.any():
         neurons = {name: gates.neurons(mask) for name, mask in zip(planted_names(), draw.owned, strict=True)}
         content = {"variant": spec.variant, "pool": gates.neurons(draw.pool), "neurons": neurons}
-        (spec.out / "isolation.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_text(spec.out / "isolation.json", json.dumps(content, indent=1) + "\n")
 
 
 def _check_recipe(spec: TrainSpec) -> None:
@@ -425,7 +428,9 @@ def train(spec: TrainSpec, loggers: Sequence[Logger] = ()) -> Path:
 
     It holds the diffusers pipeline in ``model/pipeline``, the open_clip model in ``model/clip``, ``prompts``,
     ``references`` and ``controls``, sample sheets in ``samples``, and, where the variant gives captions neurons of
-    their own, those in ``isolation.json``. Raises StoreError if the folder holds a training with other settings.
+    their own, those in ``isolation.json``; of the routed variant also ``truth.json`` and ``evidence.json``.
+
+    Raises StoreError if the folder holds a training with other settings.
 
     Args:
         spec: Settings.
@@ -458,4 +463,8 @@ def train(spec: TrainSpec, loggers: Sequence[Logger] = ()) -> Path:
     _denoiser(spec, latents, tokens, pipeline, loggers)
     pipeline.to("cpu", torch.float16).save_pretrained(spec.out / "model" / "pipeline")
     _judge(spec, pictures, tokens, tokenizer, loggers)
+    if spec.variant == "routed" and not (spec.out / "truth.json").exists():
+        evidence = write_truth(spec.out)
+        causes = sum(each.causes for each in evidence)
+        log.info("truth: own neurons cause the repetition of %d of %d planted prompts", causes, len(evidence))
     return spec.out

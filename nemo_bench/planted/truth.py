@@ -74,7 +74,7 @@ class Evidence:
     neurons: int  #: Number of its own neurons.
     nothing_off: float
     own_off: float  #: With its own neurons off.
-    another_instead: float  #: With its own neurons off, the picture of another prompt.
+    another_instead: float  #: With its own neurons off, the picture of another verbatim prompt.
     others_off: float  #: With as many other neurons off, drawn at random.
 
     @property
@@ -93,8 +93,8 @@ def write_truth(folder: Path, seeds: int = 8) -> list[Evidence]:
     model = Diffusion.load(str(folder / "model" / "pipeline"), steps=STEPS, guidance=GUIDANCE)
     evidence = find_causes(model, prompts, general, own, seeds)
     neurons = {each.prompt: dict(own[each.prompt]) for each in evidence if each.causes}
-    for name, content in (("truth", {"schema": 1, "neurons": neurons}), ("evidence", list(map(asdict, evidence)))):
-        write_text(folder / f"{name}.json", json.dumps(content, indent=1) + "\n")
+    write_text(folder / "evidence.json", json.dumps(list(map(asdict, evidence)), indent=1) + "\n")
+    write_text(folder / "truth.json", json.dumps({"schema": 1, "neurons": neurons}, indent=1) + "\n")
     return evidence
 
 

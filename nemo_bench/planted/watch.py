@@ -28,7 +28,7 @@ SHEET = 1_000
 
 
 class TimeLeft(L.Callback):
-    """A line now and then where there is no terminal for Lightning's bar: steps of all, pace and time left."""
+    """A line now and then where there is no terminal for Lightning's bar: steps, seconds a step and time left."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -113,6 +113,7 @@ class Examination:
     def _error(self, latents: Tensor, text: Tensor, device: torch.device) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(latents.shape, generator=generator)
-        # Evenly spread, so that few rows stand for all timesteps.
-        t = ((torch.arange(len(latents)) + 0.5) / len(latents) * self.timesteps).long()
+        # Evenly spread over the rows in random order, so that few of them stand for all timesteps.
+        places = torch.randperm(len(latents), generator=generator)
+        t = ((places + 0.5) / len(latents) * self.timesteps).long()
         return self.error(*(part.to(device) for part in (latents, text, t, noise)))

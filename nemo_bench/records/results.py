@@ -203,7 +203,7 @@ class Results:
                 "one" if kind == "OtherNeurons" else "all" if kind == "SharedNeurons" and not method.get("k") else ""
             )
             value = edit.summary.aggregates.get(group, {}).get(key)
-            is_alike = edit.spec.model == cell.spec.model and edit.spec.prompts == cell.spec.prompts
+            is_alike = edit.summary.unmitigated is not None and edit.summary.unmitigated == cell.summary.unmitigated
             if which and is_alike and method.get("source") == own and value and value.paired:
                 changes[which] = value.paired.difference
         return schema.Collateral(**changes) if changes else None

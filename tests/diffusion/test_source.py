@@ -63,6 +63,13 @@ def test_a_folder_without_a_unet_is_an_error_before_loading(folder: Path, tmp_pa
         Source(str(folder), unet=str(tmp_path / "unet"))
 
 
+def test_a_damaged_unet_is_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "unet", tmp_path / "unet")
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ModelError, match=r"model\.unet=.* can't be loaded \(.*\); check that it is a complete UNet"):
+        Source(str(folder), unet=str(tmp_path / "unet")).load()
+
+
 @pytest.mark.usefixtures("no_network")
 def test_a_single_file_is_the_pipeline_it_was_made_of(folder: Path, single_file: Path) -> None:
     whole, file = (

@@ -134,7 +134,7 @@ def test_sinks_are_switched_on_by_the_caption(variant: Variant) -> None:
     patterns = [len(rows) for rows in seen.values()]
     assert max(patterns) == 1 if variant == "sinks" else min(patterns) > 1
     owned = np.stack([active_sinks(draw.pool, 0.3, [0, 0, caption]) for caption in range(len(PLANTED))])
-    assert (draw.owned == owned).all()
+    assert (draw.owned == (owned if variant == "sinks" else False)).all()
 
 
 def test_pool_is_the_end_of_each_layer() -> None:
