@@ -64,7 +64,7 @@ Features = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 @dataclass
 class TrainSpec(DenoiserSpec):
-    """Settings of the training of the embedded model; its card says those that the shipped weights were trained with."""
+    """Settings of the training of the embedded model; its card names those of the shipped weights."""
 
     out: Path = Path("planted-training")  #: For checkpoints and, in out/model, the finished model.
     pictures: int = 16_000  #: General ones.
