@@ -19,7 +19,6 @@ from nemo_bench.benchmark.processes import was_started
 from nemo_bench.benchmark.run import run
 from nemo_bench.config import CellConfig
 from nemo_bench.errors import ConfigError
-from nemo_bench.report.localizers import FILES
 
 
 def plan(configs: Sequence[CellConfig]) -> list[Cell]:
@@ -56,7 +55,7 @@ def as_methods(configs: Sequence[CellConfig]) -> list[CellConfig]:
                 "truth": settings.model.truth,
             },
         }
-        compared[repr(config)] = CellConfig(names, replace(settings, localizer=None, method=method))
+        compared[repr(config)] = CellConfig(names, replace(settings, localizer=None, method=method), config.families)
     return list(compared.values())
 
 
@@ -69,6 +68,6 @@ def localize(cells: Sequence[Cell], command: str, *, progress: bool = True) -> P
         NemoBenchError: See :func:`nemo_bench.benchmark.run.run`.
     """
     folder = cells[0].store.folder.parent
-    if was_started() or not is_complete(cells) or not (folder / FILES[-1]).is_file():
+    if was_started() or not is_complete(cells):
         run(cells, command, progress=progress)
     return folder

@@ -22,6 +22,8 @@ from nemo_bench.records.results import Results, load_cell, load_results
 from nemo_bench.records.schema import ImageRecord, LocalizationRecord, Record, ScoreRecord, Spec
 from nemo_bench.records.store import Store, read_localizations, read_records, read_scores
 from nemo_bench.report import REPORT_FILES
+from nemo_bench.report.localizers import FILES as LOCALIZER_FILES
+from nemo_bench.report.localizers import localized
 from nemo_bench.tracking import track
 
 SETS_FILE = "sets.json"
@@ -127,7 +129,7 @@ def is_complete(cells: Sequence[Cell]) -> bool:
 
 
 def is_current(folder: Path) -> bool:
-    """Whether the report of a run shows all its cells, in their last state, and no unfinished one."""
+    """Whether report and page of localizers show all cells of a run, in their last state, and no unfinished one."""
     try:
         results = load_results(folder)
         board = read_file(folder / "leaderboard.json", schema.Leaderboard)
@@ -137,7 +139,8 @@ def is_current(folder: Path) -> bool:
     if results.unfinished or board.unfinished or {row.cell for row in board.rows} != {c.name for c in results.cells}:
         return False
     tables = [_written(cell.folder / "metrics.json") for cell in results.cells]
-    return all(_written(folder / name) >= max(tables) for name in REPORT_FILES)
+    files = [*REPORT_FILES, *(LOCALIZER_FILES if localized(results) else ())]
+    return all(_written(folder / name) >= max(tables) for name in files)
 
 
 def is_up_to_date(cell: Cell) -> bool:

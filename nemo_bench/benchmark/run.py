@@ -44,6 +44,7 @@ from nemo_bench.records.schema import Layers, LocalizationRecord, Record, ScoreR
 from nemo_bench.records.store import Store, read_localizations, read_run
 from nemo_bench.report import REPORT_FILES, write_report
 from nemo_bench.report.detection import write_detection
+from nemo_bench.report.localizers import FILES as LOCALIZER_FILES
 from nemo_bench.report.localizers import write_localizers
 from nemo_bench.tracking.live import Live
 
@@ -143,6 +144,7 @@ def _work_off(work: Work, cells: Sequence[Cell], runner: Runner, command: str, l
                 live.end()
     if is_main() and any(is_finished(cell.store.folder) for cell in cells):
         report.write_last()
+    runner.wait()  # the caller in any process may read what the first one has written
 
 
 def _next(work: Work) -> tuple[Literal["take", "assist", "wait", "over"], int, type[Record]]:
@@ -277,9 +279,9 @@ def write_pages(folder: Path) -> Results:
     """Writes the report of a run, and the pages of localizers and detectors where there are any."""
     results = load_results(folder)
     write_report(results)
-    for name in REPORT_FILES:
+    localizers = LOCALIZER_FILES if write_localizers(results) else ()
+    for name in (*REPORT_FILES, *localizers):
         date_after(folder / name, [cell.folder / "metrics.json" for cell in results.cells])
-    write_localizers(results)
     if (folder / "detection.html").is_file():
         write_detection(load_detections(folder))
     return results

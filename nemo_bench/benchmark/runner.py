@@ -40,6 +40,7 @@ from nemo_bench.benchmark.stages.score import References, SampleReader, Scorer, 
 from nemo_bench.config import ModelSettings, TrainerSettings, build, resolve
 from nemo_bench.config.schema import rows_at_once
 from nemo_bench.diffusion import Diffusion
+from nemo_bench.diffusion.masks import check_neurons
 from nemo_bench.errors import ConfigError, ModelError, StoreError, first_line
 from nemo_bench.methods import Method, Setup
 from nemo_bench.metrics import BenchMetric, SetMetric
@@ -368,6 +369,11 @@ class Runner:
         pool = list(dict.fromkeys(path for p in cell.prompts for path in p.references))
         measured = store.records(schema.MemorizationRecord).values()
         needed = {field for metric in metrics.values() for field in metric.needs}
+        # Without a localization there is nothing to compare.
+        compares = "truth" in needed and cell.localizes
+        layers = store.folder / "layers.json"
+        if compares and layers.is_file():  # else the model was loaded, by which it is checked
+            check_truth(read_file(layers, schema.Layers), settings.model)
         reader = SampleReader(
             metrics.values(),
             store.folder,
@@ -375,8 +381,7 @@ class Runner:
             neurons=pending.localized_neurons(store, cell.spec, cell.prompts),
             memorization={record.prompt: record.score for record in measured if record.score is not None},
             rankings=pending.rankings(store, cell.spec) if "ranking" in needed else {},
-            # Without a localization there is nothing to compare.
-            truth=plan.truth_of(settings.model) if "truth" in needed and cell.localizes else {},
+            truth=plan.truth_of(settings.model) if compares else {},
             unmitigated=pending.unmitigated_images(cell),
             digests=read_digests(store.folder),
         )
@@ -497,16 +502,16 @@ class Runner:
         """The cell's model, loaded at the first need.
 
         Raises:
-            NemoBenchError: It can't be loaded, or its noise differences can't be compared.
+            NemoBenchError: It can't be loaded, its noise differences can't be compared, or it has not all neurons
+                of ``model.truth``.
         """
         settings = cell.config.settings.model
         key = digest(cell.spec.settings["model"])
         if key not in self._models:
             self._models.clear()
             self._methods.clear()
-            model = load_model(settings)
-            check_truth(model, settings)
-            self._models[key] = model
+            self._models[key] = load_model(settings)
+        check_truth(self._models[key].masks.widths, settings)
         if cell.method is not None:
             plan.check_similarity(self._models[key].latent_shape[1:], settings, cell.method)
         try:
@@ -593,11 +598,11 @@ def load_model(settings: ModelSettings) -> Diffusion:
     )
 
 
-def check_truth(model: Diffusion, settings: ModelSettings) -> None:
-    """Raises ModelError where neurons of ``model.truth`` are none of the model's."""
+def check_truth(widths: Mapping[str, int], settings: ModelSettings) -> None:
+    """Raises ModelError where neurons of ``model.truth`` are none of a model with value layers of these widths."""
     for prompt, neurons in plan.truth_of(settings).items():
         try:
-            model.masks.check(neurons)
+            check_neurons(neurons, widths)
         except ModelError as error:
             msg = f"model.truth={settings.truth}: of '{prompt}' there are other neurons than the model has"
             raise ModelError(f"{msg} ({error}); give the file that came with its weights") from error

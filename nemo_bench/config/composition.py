@@ -41,7 +41,7 @@ DEFAULT_METHODS = "none,random,nemo,other_prompt,one_edit"
 """Methods that are compared where none is named."""
 DETECTING = ("model", "detector", "prompts", "trainer", "batch_size", "name", "root", "experiment")
 """Settings of detection."""
-NOT_LOCALIZING = ("method", "detector", "launcher")
+NOT_LOCALIZING = ("method", "detector")
 """Settings of a run that do not matter to the benchmark of localizers."""
 SCORING = ("metrics", "weights", "real_images", "batch_size", "workers", "trainer", "logger", "prompts.references")
 """Settings that may change when existing images are scored again."""
@@ -158,6 +158,11 @@ def localizer_grid(overrides: Sequence[str], conf: Path | None = None) -> list[C
     """
     keys = _keys_of(overrides)
     for key in sorted(keys):
+        if is_within(key, ("launcher",)):
+            raise ConfigError(
+                f"{key}: localizers are run without a launcher; leave it out, and start the same command several times "
+                "or in a job script: the processes share the work"
+            )
         if is_within(key, NOT_LOCALIZING):
             raise ConfigError(f"{key} does not matter to localizers; leave it out, and choose them by localizer=...")
     every = [] if "localizer" in keys else [f"localizer={','.join(options('localizer', conf))}"]

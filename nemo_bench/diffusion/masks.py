@@ -59,12 +59,7 @@ class NeuronMasks:
 
     def check(self, neurons: Neurons) -> None:
         """Raises ModelError for a layer or an index that this model does not have."""
-        for name, ids in neurons.items():
-            if name not in self.widths:
-                raise ModelError(f"no value layer '{name}' in this model. {did_you_mean(name, self.widths)}")
-            if ids[0] < 0 or ids[-1] >= self.widths[name]:
-                last = self.widths[name] - 1
-                raise ModelError(f"layer '{name}' has neurons 0 to {last}, given {ids[0]} to {ids[-1]}")
+        check_neurons(neurons, self.widths)
 
     def factors(self, rows: Sequence[Neurons], factor: float = 0.0) -> dict[str, Tensor]:
         """Factors by layer, (rows, neurons): ``factor`` for the blocked neurons of each row, 1 for others."""
@@ -112,3 +107,12 @@ class NeuronMasks:
                 raise ModelError(msg)
         finally:
             self._blocking = False
+
+
+def check_neurons(neurons: Neurons, widths: Mapping[str, int]) -> None:
+    """Raises ModelError for a layer or an index that a model with value layers of these widths does not have."""
+    for name, ids in neurons.items():
+        if name not in widths:
+            raise ModelError(f"no value layer '{name}' in this model. {did_you_mean(name, widths)}")
+        if ids[0] < 0 or ids[-1] >= widths[name]:
+            raise ModelError(f"layer '{name}' has neurons 0 to {widths[name] - 1}, given {ids[0]} to {ids[-1]}")

@@ -53,7 +53,7 @@ class LocalizedNeurons(BlockNeurons):
 
     @cached_property
     def _known(self) -> Mapping[str, Neurons]:
-        return read_truth(Path(self.truth)) if self.truth else {}
+        return read_truth(Path(self.truth)) if self.truth and self.localizer.uses_count else {}
 
     @property
     @override
@@ -62,7 +62,8 @@ class LocalizedNeurons(BlockNeurons):
 
     @override
     def fingerprint(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
-        return {"truth": truth_digest(self._known, prompts) if self.truth else None}
+        # In place of the path; None where the known neurons do not matter.
+        return {"truth": truth_digest(self._known, prompts) if self.truth and self.localizer.uses_count else None}
 
     @override
     def setup(self, model: Diffusion, setup: Setup) -> None:

@@ -547,6 +547,7 @@ class LocalizerRow(Entry):
     model: str
     localizer: str  #: Its name, ``none`` for nothing switched off.
     prompts: str  #: Name of the prompt list.
+    comparison: str  #: Model, prompts and settings that it shares with the rows it is compared with.
     group: str
     n_prompts: int  #: Prompts of the group.
     failed: int  #: Those that it failed for.
@@ -560,7 +561,7 @@ class LocalizerTable(Versioned):
     """The localizers of a run: ``localizers.json``."""
 
     name: str
-    against: dict[str, str]  #: By model and prompt list, the label of the localizer that others are compared with.
+    against: dict[str, str]  #: By comparison, the label of the localizer that others are compared with.
     measures: dict[str, MetricInfo]  #: What each measure is, in the order of columns.
     rows: list[LocalizerRow]
 

@@ -10,7 +10,7 @@ from typing import Any
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.io import write_json, write_text
 from nemo_bench.records.results import DetectorResults
-from nemo_bench.records.schema import DetectionRow, DetectionTable
+from nemo_bench.records.schema import DetectionRow, DetectionTable, Spec
 from nemo_bench.report.tables import markdown_table
 from nemo_bench.report.texts import TEXTS
 from nemo_bench.report.thumbnails import Thumbnails
@@ -56,17 +56,17 @@ def comparable(detectors: Sequence[DetectorResults]) -> list[tuple[str, list[Det
     titled = []
     for group in groups:
         names = group[0].compared_with[:2]
-        others = [_model_settings(other[0]) for other in groups if other[0].compared_with[:2] == names]
-        own = _model_settings(group[0]).items()
+        others = [model_settings(other[0].spec) for other in groups if other[0].compared_with[:2] == names]
+        own = model_settings(group[0].spec).items()
         differing = [f"{key} {value}" for key, value in own if any(other.get(key) != value for other in others)]
         titled.append((" · ".join([*names, *differing]), group))
     return titled
 
 
-def _model_settings(detector: DetectorResults) -> dict[str, Any]:
+def model_settings(spec: Spec) -> dict[str, Any]:
     """Settings of the model that decide scores, flat: ``similarity.sigma`` beside ``steps``."""
     flat: dict[str, Any] = {}
-    for key, value in detector.spec.settings["model"].items():
+    for key, value in spec.settings["model"].items():
         flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, Mapping) else {key: value}
     return flat
 

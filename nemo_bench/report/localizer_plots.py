@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from nemo_bench.records.schema import LocalizerRow, LocalizerTable
+from nemo_bench.records.schema import Aggregate, LocalizerRow, LocalizerTable
 from nemo_bench.report.plots import Plot
 from nemo_bench.report.svg import INK, nth_look, style, svg
 
@@ -19,8 +19,12 @@ _PASSES = "row_passes"
 def figures(table: LocalizerTable, rows: Sequence[LocalizerRow], name: str, heading: str) -> list[Plot]:
     """Figures of localizers over the same prompts; ``name`` begins the names of all."""
     with style():
-        found = [_found(table, rows, f"{name}-found", heading), _tradeoff(table, rows, f"{name}-left", heading, _COST)]
-        return [plot for plot in (*found, _tradeoff(table, rows, f"{name}-passes", heading, _PASSES)) if plot]
+        plots = [
+            _agreement(table, rows, f"{name}-found", heading),
+            _tradeoff(table, rows, f"{name}-left", heading, _COST),
+            _tradeoff(table, rows, f"{name}-passes", heading, _PASSES),
+        ]
+    return [plot for plot in plots if plot]
 
 
 def _tradeoff(table: LocalizerTable, rows: Sequence[LocalizerRow], name: str, heading: str, up: str) -> Plot | None:
@@ -37,8 +41,8 @@ def _tradeoff(table: LocalizerTable, rows: Sequence[LocalizerRow], name: str, he
         axes.yaxis.set_major_formatter("{x:,.0f}")
     for look, row in shown:
         x, y = row.values[_LEFT], row.values[up]
-        axes.hlines(y.mean, x.low or x.mean, x.high or x.mean, colors=look.color, linewidth=1.1, alpha=0.55)
-        axes.vlines(x.mean, y.low or y.mean, y.high or y.mean, colors=look.color, linewidth=1.1, alpha=0.55)
+        axes.hlines(y.mean, *_interval(x), colors=look.color, linewidth=1.1, alpha=0.55)
+        axes.vlines(x.mean, *_interval(y), colors=look.color, linewidth=1.1, alpha=0.55)
         axes.plot(x.mean, y.mean, look.marker, color=look.color, ms=7, label=row.label, linestyle="none")
     before = next((row.values[_LEFT].mean for row in rows if row.localizer == "none" and _LEFT in row.values), None)
     if before is not None:
@@ -54,7 +58,14 @@ def _tradeoff(table: LocalizerTable, rows: Sequence[LocalizerRow], name: str, he
     return Plot("localizers", name, title, caption, svg(figure, name, f"{title}: {heading}"))
 
 
-def _found(table: LocalizerTable, rows: Sequence[LocalizerRow], name: str, heading: str) -> Plot | None:
+def _interval(value: Aggregate) -> tuple[float, float]:
+    """Its ends; the mean where there is no interval."""
+    if value.low is None or value.high is None:
+        return value.mean, value.mean
+    return value.low, value.high
+
+
+def _agreement(table: LocalizerTable, rows: Sequence[LocalizerRow], name: str, heading: str) -> Plot | None:
     """How many of the true neurons are found."""
     keys = [key for key in ("recall", "precision", "average_precision") if key in table.measures]
     shown = [(nth_look(i), row) for i, row in enumerate(rows) if any(key in row.values for key in keys)]
@@ -69,7 +80,7 @@ def _found(table: LocalizerTable, rows: Sequence[LocalizerRow], name: str, headi
         for place, (look, row) in enumerate(shown):
             if value := row.values.get(key):
                 axes.barh(place, value.mean, 0.62, color=look.color, alpha=0.3, linewidth=0)
-                axes.hlines(place, value.low or 0, value.high or 0, colors=look.color, linewidth=1.6)
+                axes.hlines(place, *_interval(value), colors=look.color, linewidth=1.6)
                 axes.plot(value.mean, place, look.marker, color=look.color, ms=5, mew=0)
         axes.set_yticks(range(len(shown)), [row.label for _, row in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)

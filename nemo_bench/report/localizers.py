@@ -26,6 +26,7 @@ from nemo_bench.records.schema import (
 )
 from nemo_bench.records.statistics import GROUPS, bootstrap_intervals, holm, paired_tests
 from nemo_bench.records.store import read_records
+from nemo_bench.report.detection import model_settings
 from nemo_bench.report.tables import markdown_table
 from nemo_bench.report.texts import TEXTS
 from nemo_bench.report.thumbnails import Thumbnails
@@ -81,10 +82,13 @@ class Localized:
         """Settings of the localizer; None with nothing switched off."""
         return localizer_of(self.cell)
 
-    @property
-    def compared_with(self) -> str:
-        """Model and prompts, the same for localizers that are compared."""
-        return f"{self.cell.model} · {self.cell.spec.prompts}"
+    @cached_property
+    def shared(self) -> dict[str, Any]:
+        """Settings, but the method's, that decide images and scores; the same for localizers that are compared."""
+        spec = self.cell.spec
+        own = {key: spec.settings[key] for key in ("seeds", "localize_seeds")}
+        prompts = {"prompts": spec.settings["prompts"][:8]}
+        return {**prompts, **model_settings(spec), **own}
 
     @cached_property
     def records(self) -> dict[str, LocalizationRecord]:
@@ -102,7 +106,7 @@ class Localized:
         """Values by measure and prompt id, without measures that no prompt has."""
         found = {role: self.cell.prompt_means(key, [group]) for role, key in self.keys.items()}
         if self.settings is not None:
-            ids = [prompt.id for prompt in self.prompts(group) if self._is_found(prompt.id)]
+            ids = [prompt.id for prompt in self.prompts(group) if self._is_localized(prompt.id)]
             found[GENERAL_LOSS] = self._general_loss()
             found["neurons"] = {i: float(self.cell.outcomes[i].neurons.count) for i in ids}
             costs = {i: cost for i in ids if (cost := self.records[i].cost)}
@@ -113,9 +117,9 @@ class Localized:
 
     def failed(self, group: str) -> int:
         """Prompts of a group that it failed for."""
-        return sum(not self._is_found(prompt.id) for prompt in self.prompts(group)) if self.records else 0
+        return sum(not self._is_localized(prompt.id) for prompt in self.prompts(group)) if self.records else 0
 
-    def _is_found(self, prompt: str) -> bool:
+    def _is_localized(self, prompt: str) -> bool:
         return prompt in self.records and self.records[prompt].localization is not None
 
     def _general_loss(self) -> dict[str, float]:
@@ -149,17 +153,30 @@ def localized(results: Results) -> list[Localized]:
     return found
 
 
+def comparable(own: Sequence[Localized]) -> dict[str, list[Localized]]:
+    """Localizers to be compared with one another, under the names of their model and prompts.
+
+    What they share follows where others of the same names differ in it.
+    """
+    groups: dict[str, list[Localized]] = {}
+    for each in own:
+        names = [each.cell.model, each.cell.spec.prompts]
+        others = [other.shared for other in own if [other.cell.model, other.cell.spec.prompts] == names]
+        differing = [f"{key} {value}" for key, value in each.shared.items() if any(o.get(key) != value for o in others)]
+        groups.setdefault(" · ".join([*names, *differing]), []).append(each)
+    return groups
+
+
 def localizer_table(results: Results, own: Sequence[Localized]) -> LocalizerTable:
     """The table of localizers, one row for each and a group of memorized prompts."""
     against: dict[str, str] = {}
     rows = []
-    for name in dict.fromkeys(each.compared_with for each in own):
-        alike = [each for each in own if each.compared_with == name]
+    for name, alike in comparable(own).items():
         reference = _reference(alike)
         against[name] = reference.cell.short
         for group in GROUPS:
             if group not in (GENERAL, "all") and any(each.prompts(group) for each in alike):
-                rows += _rows(alike, reference, group)
+                rows += _rows(alike, reference, name, group)
     measured = {key for row in rows for key in row.values}
     infos = {role: results.metrics[key] for role, key in (own[0].keys.items() if own else ())} | OWN
     return LocalizerTable(
@@ -176,7 +193,7 @@ def _reference(alike: Sequence[Localized]) -> Localized:
     return next((each for each in compared if each.cell.method == "nemo"), compared[0])
 
 
-def _rows(alike: Sequence[Localized], reference: Localized, group: str) -> list[LocalizerRow]:
+def _rows(alike: Sequence[Localized], reference: Localized, comparison: str, group: str) -> list[LocalizerRow]:
     values = {each.cell.name: each.values(group) for each in alike}
     base = values[reference.cell.name]
     columns = {(name, key): np.array([*v.values()]) for name, own in values.items() for key, v in own.items()}
@@ -215,6 +232,7 @@ def _rows(alike: Sequence[Localized], reference: Localized, group: str) -> list[
             model=each.cell.model,
             localizer=each.cell.method,
             prompts=each.cell.spec.prompts,
+            comparison=comparison,
             group=group,
             n_prompts=len(each.prompts(group)),
             failed=each.failed(group),
@@ -238,13 +256,13 @@ def write_localizers(results: Results) -> LocalizerTable | None:
 
 
 def sections(table: LocalizerTable) -> list[tuple[str, list[LocalizerRow]]]:
-    """Rows of each model, prompts and group, under a heading such as ``planted · planted, VM: 18 prompts``."""
-    groups: dict[tuple[str, str, str], list[LocalizerRow]] = {}
+    """Rows that are compared, by group, under a heading such as ``planted · planted, VM: 18 prompts``."""
+    groups: dict[tuple[str, str], list[LocalizerRow]] = {}
     for row in table.rows:
-        groups.setdefault((row.model, row.prompts, row.group), []).append(row)
+        groups.setdefault((row.comparison, row.group), []).append(row)
     return [
-        (f"{model} · {prompts}, {group}: {counted(rows[0].n_prompts, 'prompt')}", rows)
-        for (model, prompts, group), rows in groups.items()
+        (f"{comparison}, {group}: {counted(rows[0].n_prompts, 'prompt')}", rows)
+        for (comparison, group), rows in groups.items()
     ]
 
 
@@ -274,7 +292,7 @@ def value_text(row: LocalizerRow, key: str) -> tuple[str, str]:
 
 
 def markdown(table: LocalizerTable) -> str:
-    """The table as a Markdown document, one for each model, prompts and group."""
+    """The table as a Markdown document, one for each comparison and group."""
     parts = [f"# {table.name}: localizers\n"]
     for heading, rows in sections(table):
         measures = shown_measures(table, rows)
@@ -297,7 +315,7 @@ def csv_text(table: LocalizerTable) -> str:
     """The table as CSV: one line a localizer, group and measure, every number in full."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    about = ("cell", "label", "model", "localizer", "prompts", "group", "n_prompts", "failed")
+    about = ("cell", "label", "model", "localizer", "prompts", "comparison", "group", "n_prompts", "failed")
     # The prompts of a measure are not those of the row, such as general ones.
     writer.writerow([*about, "measure", *("n" if name == "prompts" else name for name in _NUMBERS),
                      *(f"paired_{name}" for name in _TESTED)])  # fmt: skip

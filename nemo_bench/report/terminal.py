@@ -103,7 +103,7 @@ def terminal_detection(detectors: Sequence[DetectorResults]) -> list[Table]:
 
 
 def terminal_localizers(table: LocalizerTable) -> list[Table]:
-    """Localizers for the terminal, a table for each model, prompts and group: mean, and its interval below."""
+    """Localizers for the terminal, a table for each comparison and group: mean, and its interval below."""
     tables = []
     for heading, rows in sections(table):
         measures = shown_measures(table, rows)
@@ -115,7 +115,7 @@ def terminal_localizers(table: LocalizerTable) -> list[Table]:
             cells = (f"{mean}\n[dim]{_ZERO.sub('.', interval)}[/dim]" if interval else mean for mean, interval in texts)
             failed = f"\n[yellow]failed: {counted(row.failed, 'prompt')}[/yellow]" if row.failed else ""
             shown.add_row(f"{escape(row.label)}{failed}", *cells)
-        shown.caption = f"stars: different from {escape(table.against[f'{rows[0].model} · {rows[0].prompts}'])}"
+        shown.caption = f"stars: different from {escape(table.against[rows[0].comparison])}"
         tables.append(shown)
     return tables
 

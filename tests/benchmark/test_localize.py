@@ -5,6 +5,10 @@ from __future__ import annotations
 import csv
 import html
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +16,12 @@ import pytest
 
 from nemo_bench import read_prompts, resolve
 from nemo_bench.benchmark import localize as localizers
-from nemo_bench.benchmark.runner import load_model
+from nemo_bench.benchmark.pending import is_current
+from nemo_bench.benchmark.runner import Runner, load_model
 from nemo_bench.benchmark.verify import verify
 from nemo_bench.cli import main
 from nemo_bench.config import localizer_grid
-from nemo_bench.errors import ConfigError
+from nemo_bench.errors import ConfigError, ModelError
 from nemo_bench.records.data import Neurons
 from nemo_bench.records.io import read_file, write_json
 from nemo_bench.records.results import load_results
@@ -24,7 +29,7 @@ from nemo_bench.records.schema import Aggregate, LocalizationRecord, LocalizerRo
 from nemo_bench.records.statistics import paired
 from nemo_bench.records.store import read_records, read_scores, read_spec
 from nemo_bench.records.truth import Truth, read_truth
-from nemo_bench.report.localizers import FILES, note
+from nemo_bench.report.localizers import FILES, note, sections
 from small_runs import small
 
 SOME = "localizer=activation,random_order,slimming,truth"
@@ -160,6 +165,8 @@ def test_what_is_not_there_is_left_out_or_said(folder: Path, tmp_path: Path) -> 
         localizers.plan(localizer_grid(["localizer=truth", f"root={tmp_path}"]))
     with pytest.raises(ConfigError, match="does not matter to localizers"):
         localizer_grid(["method=nemo"])
+    with pytest.raises(ConfigError, match=r"launcher: .* start the same command several times"):
+        localizer_grid(["launcher=slurm"])
     general = "package:planted/prompts/general.jsonl"
     with pytest.raises(ConfigError, match="no prompt is marked as memorized"):
         localizers.plan(localizer_grid(["localizer=activation", f"prompts.files=[{general}]", f"root={tmp_path}"]))
@@ -173,3 +180,95 @@ def test_truth_of_another_model_is_an_error_before_the_work(
     assert main(words) == 1
     assert "there are other neurons than the model has" in capsys.readouterr().err
     assert not list(tmp_path.rglob("records/*.jsonl"))
+
+
+def test_truth_is_checked_for_each_file_and_where_images_are_only_scored(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_json(tmp_path / "other.json", Truth(schema=1, neurons={"vm-01": Neurons({"mid": [3]})}))
+    good, bad = folder / "truth.json", tmp_path / "other.json"
+    files = [f"root={tmp_path}", f"prompts.files=[{folder / 'four.jsonl'}]", "prompts.limit=1"]
+    own = [*small(seeds=1, steps=1), *files, "localizer=random_order", "localizer.number=2"]
+    first, second = (localizers.plan(localizer_grid([*own, f"model.truth={file}"]))[-1] for file in (good, bad))
+    runner = Runner(first.config.settings.trainer, progress=False)
+    runner.model(first)
+    with pytest.raises(ModelError, match="there are other neurons than the model has"):
+        runner.model(second)
+    assert main(["localize", *own, f"model.truth={good}", "--quiet"]) == 0
+    images = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    capsys.readouterr()
+    assert main(["localize", *own, f"model.truth={bad}", "--quiet"]) == 1
+    assert "there are other neurons than the model has" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")} == images
+
+
+def test_cells_keep_what_was_chosen_for_the_family_of_the_model(tmp_path: Path) -> None:
+    (tmp_path / "localizer").mkdir()
+    text = (
+        "_target_: nemo_bench.localization.localizers.RandomOrder\nseed: 0\nshare: 0.02\nnumber: null\n"
+        "families:\n  planted: {share: 0.5}\n"
+    )
+    (tmp_path / "localizer" / "own.yaml").write_text(text)
+    without, own = localizers.as_methods(localizer_grid(["localizer=own"], tmp_path))
+    assert own.settings.method["source"]["localizer"]["share"] == 0.5
+    assert ["share" in str(family) for family in own.families] == [True]
+    assert not without.families
+
+
+def test_a_page_that_a_kill_left_out_is_made_by_the_same_command(done: Path, folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(done, tmp_path / "default", copy_function=shutil.copy2))
+    assert is_current(copy)
+    for name in FILES:
+        before = (copy / name).read_bytes()
+        (copy / name).unlink()
+        assert not is_current(copy)
+        (copy / name).write_bytes(before)
+        os.utime(copy / name, ns=(0, 0))
+        assert not is_current(copy)
+        assert main(command(folder, SOME, f"root={tmp_path}")) == 0
+        assert is_current(copy)
+        assert (copy / name).read_bytes() == before
+
+
+def test_localizers_are_compared_over_the_same_prompts_and_settings(folder: Path, tmp_path: Path) -> None:
+    own = [f"root={tmp_path}", f"prompts.files=[{folder / 'four.jsonl'}]", "localizer=random_order"]
+    command = ["localize", *small(seeds=1, steps=1), *own, "--quiet"]
+    assert main([*command, "prompts.limit=1", "model.guidance=1,7"]) == 0
+    assert main([*command, "prompts.limit=2", "model.guidance=7"]) == 0
+    table = read_file(tmp_path / "default" / "localizers.json", LocalizerTable)
+    assert len(table.against) == 3
+    specs = {cell.name: cell.spec.settings for cell in load_results(tmp_path / "default").cells}
+    for comparison in table.against:
+        rows = [row for row in table.rows if row.comparison == comparison and row.group == "VM"]
+        assert [row.localizer for row in rows] == ["none", "random_order"]
+        assert len({row.n_prompts for row in rows}) == 1
+        alike = [(specs[row.cell]["prompts"], specs[row.cell]["model"]) for row in rows]
+        assert alike == [alike[0]] * 2
+    assert sorted(row.n_prompts for row in table.rows if row.group == "VM" and row.localizer == "none") == [1, 1, 2]
+    assert [heading for heading, _ in sections(table) if "guidance 1" in heading]
+
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from nemo_bench.api import localize
+from nemo_bench.benchmark.processes import was_started
+
+if __name__ == "__main__":
+    table = localize(*sys.argv[2:])
+    Path(sys.argv[1], f"rank{int(was_started())}").write_text(table.model_dump_json())
+    while not Path(sys.argv[1], "rank1").exists():  # it ends with this process
+        time.sleep(0.1)
+"""
+
+
+def test_every_process_has_the_table_from_python(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    words = [word for word in command(folder) if word not in ("localize", "--quiet") and "localizer." not in word]
+    own = ["localizer=random_order", "prompts.limit=1", "model.steps=1", f"root={tmp_path}", "trainer.devices=2"]
+    program = [sys.executable, str(tmp_path / "program.py"), str(tmp_path), *words, *own]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(program, capture_output=True, text=True, timeout=280, check=False, env=environment)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    first, second = ((tmp_path / f"rank{rank}").read_text() for rank in range(2))
+    assert first == second == read_file(tmp_path / "default" / "localizers.json", LocalizerTable).model_dump_json()

@@ -30,6 +30,14 @@ def test_as_many_neurons_are_blocked_as_are_known_to_memorize(tiny: Diffusion, t
     assert method.fingerprint(PROMPTS) == replace(method).fingerprint([*PROMPTS, Prompt("d", "other")])
 
 
+def test_known_neurons_matter_to_localizers_that_take_their_number_alone(tmp_path: Path) -> None:
+    truth = tmp_path / "truth.json"
+    write_json(truth, Truth(schema=1, neurons={"a": Neurons({"mid": [0, 2, 5]})}))
+    for localizer in (NemoLocalizer(), RandomOrder(number=2)):
+        known = LocalizedNeurons(localizer, truth=str(truth)).fingerprint(PROMPTS)
+        assert known == LocalizedNeurons(localizer).fingerprint(PROMPTS) == {"truth": None}
+
+
 def test_general_prompts_are_localized_only_where_no_prompt_is_marked(tiny: Diffusion) -> None:
     method = LocalizedNeurons(RandomOrder(number=2))
     method.setup(tiny, Setup(prompts=PROMPTS))

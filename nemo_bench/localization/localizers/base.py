@@ -32,7 +32,7 @@ class Inputs:
     latents: Tensor  #: Starting noise of S seeds, (S, channels, height, width), which no image starts from.
     calibration: Calibration | None = None  #: For localizers with ``needs_calibration``.
     batch_size: int = 32  #: Rows in a UNet pass at most; changes results by rounding only.
-    count: int | None = None  #: How many neurons memorize the prompt, where that is known.
+    count: int | None = None  #: How many neurons memorize it, where known and with ``uses_count``.
 
 
 class Localizer(Checked, ABC):
@@ -56,6 +56,11 @@ class Localizer(Checked, ABC):
     def least_passes(self) -> int:
         """UNet passes of one sample that a prompt takes at least, as far as settings tell."""
         return 0
+
+    @property
+    def uses_count(self) -> bool:
+        """Whether it takes the number of known neurons, so that its result depends on them."""
+        return False
 
     def fingerprint(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
         """Content behind settings, such as the digest of a file, for the hash of a cell; read before weights load.
@@ -88,6 +93,11 @@ class Ranker(Localizer):
     share: Share = 0.02
     #: The same as a number of neurons over all layers, then for all prompts; None for the share.
     number: Count | None = None
+
+    @property
+    @override
+    def uses_count(self) -> bool:
+        return self.number is None
 
     @abstractmethod
     def score(self, model: Diffusion, prompt: Prompt, inputs: Inputs) -> Mapping[str, Tensor]:
