@@ -372,7 +372,7 @@ class Runner:
         # Without a localization there is nothing to compare.
         compares = "truth" in needed and cell.localizes
         layers = store.folder / "layers.json"
-        if compares and layers.is_file():  # else the model was loaded, by which it is checked
+        if compares and layers.is_file():  # no model may be loaded, by which it is checked otherwise
             check_truth(read_file(layers, schema.Layers), settings.model)
         reader = SampleReader(
             metrics.values(),
