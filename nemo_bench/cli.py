@@ -387,27 +387,30 @@ def _ls(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from nemo_bench.records.results import load_detections, load_results
-    from nemo_bench.records.store import read_run
-    from nemo_bench.report import write_report
+    from nemo_bench.benchmark.pending import write_pages
+    from nemo_bench.records.io import read_file
+    from nemo_bench.records.lease import Leases
+    from nemo_bench.records.results import load_detections, load_run
+    from nemo_bench.records.schema import LocalizerTable
     from nemo_bench.report.console import show
     from nemo_bench.report.detection import write_detection
-    from nemo_bench.report.localizers import write_localizers
+    from nemo_bench.report.localizers import localized
     from nemo_bench.report.terminal import terminal_detection, terminal_localizers, terminal_table
 
     folder = options.folder
-    if (folder / "detection.json").is_file():
-        detectors = load_detections(folder)
-        page = write_detection(detectors)
-        show(*terminal_detection(detectors))
-        print(page)
-        if not read_run(folder).cells:
-            return
-    results = load_results(folder)
-    write_report(results)
+    run = load_run(folder)  # before the lease, which makes a folder that is not there
+    with Leases().owning(folder):
+        if (folder / "detection.json").is_file():
+            detectors = load_detections(folder)
+            page = write_detection(detectors)
+            show(*terminal_detection(detectors))
+            print(page)
+            if not run.cells:
+                return
+        results = write_pages(folder)
     show(terminal_table(results))
-    if table := write_localizers(results):
-        show(*terminal_localizers(table))
+    if localized(results):
+        show(*terminal_localizers(read_file(folder / "localizers.json", LocalizerTable)))
         print(folder / "localizers.html")
     print(folder / "report.html")
 

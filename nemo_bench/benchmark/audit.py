@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_bench.benchmark.embedding_search import UNCHANGED
+from nemo_bench.benchmark.pending import write_pages
 from nemo_bench.benchmark.plan import Cell, identity_settings, metrics_of, read_listed, source_of
 from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.rescore import reread
-from nemo_bench.benchmark.run import log_file, write_pages
+from nemo_bench.benchmark.run import log_file
 from nemo_bench.benchmark.runner import Runner
 from nemo_bench.benchmark.stages.audit import STATES, AuditSettings, Search, score_sheets, search
 from nemo_bench.benchmark.stages.base import Chunk

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from nemo_bench.benchmark.pending import task_ids
+from nemo_bench.benchmark.pending import task_ids, write_pages
 from nemo_bench.benchmark.plan import (
     Cell,
     check_same,
@@ -19,7 +19,7 @@ from nemo_bench.benchmark.plan import (
     source_of,
 )
 from nemo_bench.benchmark.processes import is_main
-from nemo_bench.benchmark.run import log_file, write_pages
+from nemo_bench.benchmark.run import log_file
 from nemo_bench.benchmark.runner import Runner, note_start, open_folder
 from nemo_bench.benchmark.stages.detect import detection_stage, pending_tasks
 from nemo_bench.config import CellConfig, build
@@ -96,10 +96,12 @@ def detect(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Pat
         with runner.leases.owning(folder):
             open_folder(folder, [])
     with log_file(folder):
+        if is_main():
+            for cell in cells:
+                cell.store.open(cell.spec)
         with runner.holding(*(cell.store.folder for cell in cells)):
             if is_main():
                 for cell in cells:
-                    cell.store.open(cell.spec)
                     note_start(cell, command, runner)
                     cell.store.recount(DetectionRecord, task_ids(cell, DetectionRecord))
             groups: dict[str, list[Cell]] = {}

@@ -18,12 +18,13 @@ from nemo_bench.prompts.tasks import Task
 from nemo_bench.records import schema
 from nemo_bench.records.data import Neurons, Prompt
 from nemo_bench.records.io import is_whole, read_file
-from nemo_bench.records.results import Results, load_cell, load_results
+from nemo_bench.records.results import Results, load_cell, load_detections, load_results
 from nemo_bench.records.schema import ImageRecord, LocalizationRecord, Record, ScoreRecord, Spec
 from nemo_bench.records.store import Store, read_localizations, read_records, read_scores
-from nemo_bench.report import REPORT_FILES
+from nemo_bench.report import REPORT_FILES, write_report
+from nemo_bench.report.detection import write_detection
 from nemo_bench.report.localizers import FILES as LOCALIZER_FILES
-from nemo_bench.report.localizers import localized
+from nemo_bench.report.localizers import localized, write_localizers
 from nemo_bench.tracking import track
 
 SETS_FILE = "sets.json"
@@ -178,6 +179,18 @@ def date_after(file: Path, sources: Iterable[Path]) -> None:
     latest = max(map(_written, sources))
     if _written(file) < latest:
         os.utime(file, ns=(latest, latest))
+
+
+def write_pages(folder: Path) -> Results:
+    """Writes the report of a run, and the pages of localizers and detectors where there are any."""
+    results = load_results(folder)
+    write_report(results)
+    localizers = LOCALIZER_FILES if write_localizers(results) else ()
+    for name in (*REPORT_FILES, *localizers):
+        date_after(folder / name, [cell.folder / "metrics.json" for cell in results.cells])
+    if (folder / "detection.html").is_file():
+        write_detection(load_detections(folder))
+    return results
 
 
 def _written(path: Path) -> int:

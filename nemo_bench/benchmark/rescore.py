@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from nemo_bench.benchmark.pending import track_cells
+from nemo_bench.benchmark.pending import track_cells, write_pages
 from nemo_bench.benchmark.plan import Cell, check_metrics, has_current_scores, make_spec, pair, read_listed
 from nemo_bench.benchmark.processes import is_main
-from nemo_bench.benchmark.run import fetch_weights, log_file, report_damaged, take_to_table, write_pages
+from nemo_bench.benchmark.run import fetch_weights, log_file, report_damaged, take_to_table
 from nemo_bench.benchmark.runner import Runner, note_start, open_folder
 from nemo_bench.config import RunSettings
 from nemo_bench.config.composition import CellConfig, one, rescore

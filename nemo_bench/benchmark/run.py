@@ -20,6 +20,7 @@ from nemo_bench.benchmark.pending import (
     score_files,
     scored_tasks,
     task_ids,
+    write_pages,
 )
 from nemo_bench.benchmark.plan import (
     SCORING_FILE,
@@ -39,13 +40,8 @@ from nemo_bench.localization.published import PublishedRow, by_position, publish
 from nemo_bench.records.images import unreadable
 from nemo_bench.records.io import read_file, write_json, write_text
 from nemo_bench.records.lease import POLL, holder
-from nemo_bench.records.results import Results, load_detections, load_results
 from nemo_bench.records.schema import Layers, LocalizationRecord, Record, ScoreRecord
 from nemo_bench.records.store import Store, read_localizations, read_run
-from nemo_bench.report import REPORT_FILES, write_report
-from nemo_bench.report.detection import write_detection
-from nemo_bench.report.localizers import FILES as LOCALIZER_FILES
-from nemo_bench.report.localizers import write_localizers
 from nemo_bench.tracking.live import Live
 
 log = logging.getLogger(__name__)
@@ -228,7 +224,10 @@ class Report:
 
 @contextmanager
 def log_file(folder: Path) -> Iterator[None]:
-    """Has all messages of the first process also go to a file in the folder of a run, each with its time."""
+    """Has all messages of the first process also go to a file in the folder of a run, each with its time.
+
+    Those for debugging go to that file alone, where the logging of a program that imports the package has none so far.
+    """
     if not is_main():
         yield
         return
@@ -237,6 +236,14 @@ def log_file(folder: Path) -> Iterator[None]:
     handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8")
     form = f"%(asctime)s {socket.gethostname()} {os.getpid()} %(levelname)s %(message)s"
     handler.setFormatter(logging.Formatter(form))
+    former = logger.getEffectiveLevel()
+
+    def is_as_before(record: logging.LogRecord) -> bool:
+        return record.levelno >= former or record.name.partition(".")[0] != logger.name
+
+    others = [*logger.handlers, *logging.getLogger().handlers]
+    for other in others:
+        other.addFilter(is_as_before)
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)  # at which failures have their tracebacks
     try:
@@ -244,6 +251,8 @@ def log_file(folder: Path) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+        for other in others:
+            other.removeFilter(is_as_before)
         handler.close()
 
 
@@ -273,18 +282,6 @@ def renew_scores(cell: Cell) -> None:
     if has_stale_scores(cell):
         _forget_scores(cell.store)
         write_json(cell.store.folder / SCORING_FILE, scoring_of(cell))
-
-
-def write_pages(folder: Path) -> Results:
-    """Writes the report of a run, and the pages of localizers and detectors where there are any."""
-    results = load_results(folder)
-    write_report(results)
-    localizers = LOCALIZER_FILES if write_localizers(results) else ()
-    for name in (*REPORT_FILES, *localizers):
-        date_after(folder / name, [cell.folder / "metrics.json" for cell in results.cells])
-    if (folder / "detection.html").is_file():
-        write_detection(load_detections(folder))
-    return results
 
 
 def reopen(cell: Cell) -> None:

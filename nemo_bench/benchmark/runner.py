@@ -400,9 +400,9 @@ class Runner:
         chunks = Chunk.from_files(metric.files)
         store = real_store(metric, cell)
         handle = partial(embed_real, space=metric.space)
+        if is_main():
+            store.open(schema.Spec(task="features", settings=dict(metric.space.fingerprint())), is_named=True)
         with self.holding(store.folder):
-            if is_main():
-                store.open(schema.Spec(task="features", settings=dict(metric.space.fingerprint())), is_named=True)
             self.wait()
             self.run_stage(schema.ChunkRecord, handle, cell, chunks, store=store, label=metric.title, needs_model=False)
 

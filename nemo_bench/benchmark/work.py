@@ -13,7 +13,8 @@ from nemo_bench.benchmark.plan import Cell, with_sources
 from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.runner import MADE
 from nemo_bench.errors import NemoBenchError, StoreError, counted, first_line
-from nemo_bench.records.io import read_whole, write_json
+from nemo_bench.records import schema
+from nemo_bench.records.io import read_whole, stated_version, write_json
 from nemo_bench.records.lease import Leases, read_lease
 from nemo_bench.records.schema import Failure, LocalizationRecord, Record
 
@@ -74,6 +75,8 @@ class Work:
             progress = lease.progress if lease else None
             if progress is None or (progress.left or 0) < ASSISTED or any(o in self.pending for o in self._needs(cell)):
                 continue
+            if stated_version(cell.store.folder / "spec.json") != schema.VERSION:
+                continue  # its owner is an older program, which can't read what this one would write
             for kind in MADE:
                 if kind.stage == progress.stage and (cell, kind) not in self._assisted:
                     self._assisted.add((cell, kind))

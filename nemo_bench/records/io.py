@@ -189,9 +189,10 @@ def in_this_version(name: str, content: bytes, older: int) -> bytes:
     if older == schema.VERSION:
         return content
     try:
-        return to_json(schema.upgraded(name, from_json(content), older))
+        parsed = from_json(content)
     except ValueError:
         return content
+    return to_json(schema.upgraded(name, parsed, older))
 
 
 def read_file(path: Path, form: type[T]) -> T:

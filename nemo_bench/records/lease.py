@@ -50,7 +50,8 @@ class Leases:
         Raises:
             UnwritableError: It can't be written to; nothing is left in it.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         files = _files(folder)
         if files and not self._is_dead(folder, files[-1]):
             return False

@@ -261,6 +261,19 @@ class DetectorResults:
         return [score for score in own if score is not None]
 
 
+def load_run(folder: Path) -> schema.Run:
+    """The cells of a run, from its folder.
+
+    Raises:
+        StoreError: The folder holds no run, or its list of cells does not hold what it should.
+    """
+    if not (folder / "run.json").is_file():
+        runs = sorted(path.parent.name for path in folder.glob("*/run.json"))
+        hint = f"Runs found inside: {', '.join(runs)}." if runs else "Start a run with `nemo-bench run`."
+        raise StoreError(f"{folder} holds no run: it has no run.json. Give the folder of a run. {hint}")
+    return store.read_run(folder)
+
+
 def load_results(folder: Path | str) -> Results:
     """Reads a run from its folder, such as ``results/default``.
 
@@ -268,11 +281,7 @@ def load_results(folder: Path | str) -> Results:
         StoreError: The folder holds no run, no cell of it is finished, or a file does not hold what it should.
     """
     folder = Path(folder)
-    if not (folder / "run.json").is_file():
-        runs = sorted(path.parent.name for path in folder.glob("*/run.json"))
-        hint = f"Runs found inside: {', '.join(runs)}." if runs else "Start a run with `nemo-bench run`."
-        raise StoreError(f"{folder} holds no run: it has no run.json. Give the folder of a run. {hint}")
-    run = store.read_run(folder)
+    run = load_run(folder)
     cells = []
     unfinished = {}
     for name in run.cells:

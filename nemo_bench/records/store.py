@@ -112,9 +112,11 @@ def read_cell_prompts(folder: Path, spec: Spec) -> list[Prompt]:
     try:
         # Lines of bytes end at a line feed alone, those of a text at a line separator in a prompt too.
         lines = path.read_bytes().splitlines()
-        prompts = [_PROMPT.validate_json(in_this_version(path.name, line, older)) for line in lines]
     except FileNotFoundError:
         raise StoreError(f"{path} is missing; {schema.FILES[path.name][1]}") from None
+    lines = [in_this_version(path.name, line, older) for line in lines]
+    try:
+        prompts = [_PROMPT.validate_json(line) for line in lines]
     except ValidationError as error:
         raise damaged(path, f"a prompt with {explain(error)}") from None
     except ValueError as error:
@@ -395,7 +397,10 @@ class Store:
         path = self.folder / "spec.json"
         is_ours = self.folder.is_dir() and (is_named or self.folder.name.endswith(f"__{digest(spec.settings, 8)}"))
         if is_ours and not is_whole(path, Spec):
-            write_json(path, spec)  # it was damaged or deleted: the folder's name says that it is the same
+            # It was damaged or deleted: the folder's name says that it is the same, but nothing of which version its
+            # records are. Read as of the oldest, those of any other are not changed.
+            has_records = any(self.folder.glob("records/*.jsonl"))
+            write_json(path, spec.model_copy(update={"version": 1}) if has_records else spec)
         if path.exists():
             self._compare(path, read_file(path, Spec), spec, is_ours=is_ours)
         elif self.folder.exists() and any(p.suffix != ".part" for p in visible(self.folder.iterdir(), self.folder)):

@@ -100,10 +100,12 @@ def test_commands_write_into_the_folder_of_a_run_only_as_its_owner(copy: Path, m
     for command, wanted in (
         (["audit", str(copy), "--cell", "nemo", *QUICK], {"report.html"}),
         (["score", str(copy)], {"run.json", "report.html"}),
+        (["report", str(copy)], {"report.html", "leaderboard.json"}),
         (
             ["detect", f"root={copy.parent}", "detector=magnitude_first", "prompts.limit=1", "trainer=cpu"],
             {"run.json", "detection.html", "report.html"},
         ),
+        (["report", str(copy)], {"detection.html", "report.html"}),
     ):
         held.clear()
         assert main(command) == 0

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from nemo_bench.benchmark.export import export
+from nemo_bench.benchmark.pending import is_current
 from nemo_bench.cli import main
 from nemo_bench.config import grid
 from nemo_bench.diffusion import folder_digest
@@ -194,9 +195,12 @@ def test_report_and_export_of_a_finished_cell(
     folder = tmp_path / "default"
     page = (folder / "report.html").read_bytes()
     (folder / "report.html").unlink()
+    (cell,) = (p for p in folder.iterdir() if p.is_dir())
+    ahead = time.time() + 1000  # the clock was set back since
+    os.utime(cell / "metrics.json", (ahead, ahead))
     assert main(["report", str(folder)]) == 0
     assert (folder / "report.html").read_bytes() == page
-    (cell,) = (p for p in folder.iterdir() if p.is_dir())
+    assert is_current(folder)
     assert main(["export", str(cell), str(tmp_path / "exported")]) == 0
     assert (tmp_path / "exported" / "model_index.json").is_file()
     records = read_records(cell, "localize").values()
@@ -214,6 +218,7 @@ def test_report_and_export_of_a_finished_cell(
         with pytest.raises(StoreError, match=r"env\.json does not hold what it should"):
             export(cell, tmp_path / "other")
     assert main(["report", str(tmp_path / "nothing")]) == 1
+    assert not (tmp_path / "nothing").exists()
 
 
 def assert_card_says(folder: Path, cell: Path, neurons: Neurons) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ from nemo_bench.benchmark.stages import detect as detect_stage
 from nemo_bench.cli import main
 from nemo_bench.config import detector_grid
 from nemo_bench.errors import ConfigError, StoreError
+from nemo_bench.records import schema
 from nemo_bench.records.results import load_detections
 from on_disk import read_json, read_records
 from tiny import tiny_sdxl
@@ -102,6 +105,26 @@ def test_what_is_done_is_not_sampled_again(done: Path, three_prompts: Path, monk
     monkeypatch.setattr(detect_stage, "watch", None)
     assert main(command(done.parent, three_prompts)) == 0
     assert scores(done) == before
+
+
+def test_records_of_an_older_version_outlive_the_loss_of_their_spec(
+    done: Path, three_prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rename(name: str, content: Any) -> Any:
+        is_old = name == "detect" and isinstance(content, dict) and "value" in content
+        return {"score" if key == "value" else key: value for key, value in content.items()} if is_old else content
+
+    before = scores(done)
+    shutil.copytree(done, tmp_path / "default")
+    for path in tmp_path.glob("default/*/records/detect.*.jsonl"):
+        path.write_text(path.read_text().replace('"score":', '"value":'))
+        (path.parents[1] / "spec.json").unlink()
+    monkeypatch.setattr(schema, "VERSION", 2)
+    monkeypatch.setattr(schema, "UPGRADES", {1: rename})
+    monkeypatch.setattr("nemo_bench.benchmark.runner.load_model", None)
+    assert main(command(tmp_path, three_prompts)) == 0
+    assert scores(tmp_path / "default") == before
+    assert not list(tmp_path.rglob("*.damaged"))
 
 
 def test_a_picture_that_is_gone_is_made_again_and_nothing_else(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -17,15 +18,15 @@ import pytest
 from nemo_bench import ModelError, resolve
 from nemo_bench.benchmark.pending import is_complete
 from nemo_bench.benchmark.plan import Cell, plan
-from nemo_bench.benchmark.run import run
+from nemo_bench.benchmark.run import log_file, run
 from nemo_bench.benchmark.runner import Runner
 from nemo_bench.benchmark.status import read_status
 from nemo_bench.benchmark.work import Work, in_order
 from nemo_bench.cli import main
 from nemo_bench.config import grid
 from nemo_bench.errors import NemoBenchError
-from nemo_bench.records import lease
-from nemo_bench.records.lease import Leases
+from nemo_bench.records import lease, schema
+from nemo_bench.records.lease import Leases, read_lease
 from nemo_bench.records.results import load_results
 from nemo_bench.records.schema import ImageRecord, MemorizationRecord, Progress
 from on_disk import read_json, read_records
@@ -232,6 +233,48 @@ def test_a_run_without_work_assists_one_that_has_long_to_go(
     assert main(["run", *words(tmp_path, "method=none")]) == 0
     of_none = {name: sha for name, sha in images(finished).items() if "__none__" in name}
     assert images(tmp_path / "default") == of_none
+
+
+def test_a_cell_in_the_form_of_an_older_program_is_not_assisted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cell,) = cells_of(tmp_path, "method=none")
+    cell.store.open(cell.spec)
+    owner = Leases()
+    assert owner.claim(cell.store.folder)
+    monkeypatch.setattr(lease, "BEAT", 0.01)
+    owner.note(Progress(stage="generate", label="none", done=0, total=2, computed=1, seconds=300))
+    deadline = time.monotonic() + 60
+    while (held := read_lease(cell.store.folder)) is None or held.progress is None:
+        assert time.monotonic() < deadline
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "VERSION", 2)
+        patch.setattr(schema, "UPGRADES", {1: lambda name, content: content})
+        assert Work([cell], Leases()).assist() is None
+    assert Work([cell], Leases()).assist() == (cell, ImageRecord)
+    owner.release_all()
+
+
+def test_messages_for_debugging_go_to_the_file_of_a_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shown = io.StringIO()
+    console = logging.StreamHandler(shown)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [console])
+    monkeypatch.setattr(logging.getLogger("nemo_bench"), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("nemo_bench"), "propagate", True)
+    caplog.set_level(logging.NOTSET, "nemo_bench")
+    caplog.set_level(logging.DEBUG, "nemo_benchmark")  # another package
+    with log_file(tmp_path):
+        for name in ("nemo_bench.benchmark", "nemo_benchmark"):
+            logging.getLogger(name).debug("details of %s", name)
+            logging.getLogger(name).warning("news of %s", name)
+    assert shown.getvalue().splitlines() == [
+        "news of nemo_bench.benchmark", "details of nemo_benchmark", "news of nemo_benchmark"
+    ]  # fmt: skip
+    assert console.filters == []
+    written = [line.split(maxsplit=5)[-1] for line in (tmp_path / "run.log").read_text().splitlines()]
+    assert written == ["details of nemo_bench.benchmark", "news of nemo_bench.benchmark"]
 
 
 def test_the_cell_of_a_killed_run_is_continued_at_once(finished: Path, tmp_path: Path) -> None:

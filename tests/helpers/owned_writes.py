@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +12,11 @@ import pytest
 
 from nemo_bench.records import io
 from nemo_bench.records.lease import read_lease
+from nemo_bench.records.writers import place
 
 
 def watch_writes(patch: pytest.MonkeyPatch, folder: Path) -> tuple[set[str], set[str]]:
-    """Names of the files that are written into a folder from now on: with its lease held, and without."""
+    """Names of the files that are written into a folder from now on: as its owner, and else."""
     held: set[str] = set()
     others: set[str] = set()
     replacing = io.replacing
@@ -21,9 +24,13 @@ def watch_writes(patch: pytest.MonkeyPatch, folder: Path) -> tuple[set[str], set
     @contextmanager
     def watched(path: Path) -> Iterator[Path]:
         if path.parent == folder and not path.name.startswith(".lease."):
-            (held if read_lease(folder) else others).add(path.name)
+            lease = read_lease(folder)
+            is_own = lease is not None and (lease.place, lease.pid) == (place(), os.getpid())
+            (held if is_own else others).add(path.name)
         with replacing(path) as part:
             yield part
 
-    patch.setattr(io, "replacing", watched)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("nemo_bench.") and getattr(module, "replacing", None) is replacing:
+            patch.setattr(module, "replacing", watched)
     return held, others

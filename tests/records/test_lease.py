@@ -11,12 +11,15 @@ from pathlib import Path
 from threading import Timer
 
 import pytest
+from PIL import Image
 
 from nemo_bench.errors import UnwritableError
 from nemo_bench.records import lease
 from nemo_bench.records.io import read_file, write_json
 from nemo_bench.records.lease import Leases, is_dead, read_lease
 from nemo_bench.records.schema import Lease, Progress
+from nemo_bench.records.store import Store
+from owned_writes import watch_writes
 
 
 def start(code: str) -> subprocess.Popen[str]:
@@ -108,6 +111,26 @@ def test_a_full_disk_leaves_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
     with Leases().owning(tmp_path):
         pass
+
+
+def test_a_folder_that_can_not_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UnwritableError, match=r"file/run can't be written"):
+        Leases().claim(tmp_path / "file" / "run")
+
+
+def test_files_are_those_of_an_owner_in_its_own_process_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, others = watch_writes(monkeypatch, tmp_path)
+    with Leases().owning(tmp_path):
+        write_json(tmp_path / "own.json", {})
+    write_json(tmp_path / "of_nobody.json", {})
+    process = start(f"print(leases.claim(Path({str(tmp_path)!r})), flush=True); import time; time.sleep(60)")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "True\n"
+    Store(tmp_path).save_image("of_another.png", Image.new("RGB", (1, 1)))
+    process.kill()
+    process.wait()
+    assert (held, others) == ({"own.json"}, {"of_nobody.json", "of_another.png"})
 
 
 def test_who_waits_for_a_folder_says_for_whom_once_and_gives_it_back(

@@ -131,6 +131,49 @@ def test_an_older_form_of_this_project_is_read_and_brought_to_the_new_one(
     assert contents(store.folder) == after
 
 
+@pytest.mark.parametrize("left", [None, "{", '{"schema": 2, "task": "benchmark"}'])
+def test_records_of_a_lost_spec_are_kept_whatever_their_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str | None
+) -> None:
+    two_versions(monkeypatch)
+    spec = Spec(task="benchmark", settings={"seeds": 2})
+    store = old_cell(tmp_path / "cell")
+    store.writer(LocalizationRecord)([LocalizationRecord(id="d", prompt="d", failed="not finite")])
+    if left is None:
+        (store.folder / "spec.json").unlink()
+    else:
+        (store.folder / "spec.json").write_text(left)
+    store.open(spec, is_named=True)
+    check(store.folder)
+    store.upgrade()
+    store.set_damaged_aside()
+    check(store.folder)
+    assert set(store.records(LocalizationRecord)) == {"a3", "b3", "d"}
+    assert not list(store.folder.glob("records/*.damaged"))
+    empty = Store(tmp_path / "empty")
+    empty.folder.mkdir()
+    empty.open(spec, is_named=True)
+    assert stated_version(empty.folder / "spec.json") == 2
+
+
+def test_what_an_upgrade_raises_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, content: Any) -> Any:
+        raise ValueError(f"no {name} has been thought of")
+
+    two_versions(monkeypatch)
+    store = old_cell(tmp_path / "cell")
+    spec = read_spec(store.folder)
+    monkeypatch.setattr(schema, "UPGRADES", {1: fail})
+    for act in (
+        lambda: store.records(LocalizationRecord),
+        store.set_damaged_aside,
+        lambda: read_starts(store.folder),
+        lambda: read_cell_prompts(store.folder, spec),
+    ):
+        with pytest.raises(ValueError, match="has been thought of"):
+            act()
+
+
 def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -235,10 +278,10 @@ def test_a_newer_version_is_refused_by_every_command_and_stays_as_it_is(
     newer(path)
     before = contents(run)
     assert main([command[0], str(run), *command[1:]]) != 0
-    told = " ".join("".join(capsys.readouterr()).split())
+    shown = " ".join("".join(capsys.readouterr()).split())
     known = f"nemo-bench {nemo_bench.__version__} knows versions up to {schema.VERSION}"
     remedy = "update it (pip install --upgrade nemo-bench), or choose another name=... or root=..."
-    assert told == f"nemo-bench: {path} has version {schema.VERSION + 1} of results, and {known}; {remedy}"
+    assert shown == f"nemo-bench: {path} has version {schema.VERSION + 1} of results, and {known}; {remedy}"
     assert contents(run) == before
 
 
