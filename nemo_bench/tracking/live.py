@@ -125,7 +125,7 @@ class Live:
         self._stage = progress.stage
         self._due = now + min(LONGEST, max(SHORTEST, (now - self._begun) / 100))
         with _harmless():
-            self._log({**_pace(progress), **self._records.figures()})
+            self._log({**_rates(progress), **self._records.figures()})
 
     def end(self) -> None:
         """Logs the results of the cell, which is finished by now, and ends its log."""
@@ -159,7 +159,7 @@ class Live:
             outlet.offer(*message)
 
 
-def _pace(progress: Progress) -> dict[str, float | str]:
+def _rates(progress: Progress) -> dict[str, float | str]:
     figures: dict[str, float | str] = {
         "stage": progress.stage,
         "done": progress.done,

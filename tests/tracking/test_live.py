@@ -126,7 +126,6 @@ def test_a_wandb_run_holds_what_is_known_in_the_middle_and_everything_at_the_end
     assert tracked.id == start["run_id"]
 
 
-@pytest.mark.timeout(240)
 def test_scoring_again_is_logged_as_it_goes_and_the_rest_at_the_end(run: Path) -> None:
     (nemo,), (plain,) = run.glob("*__nemo__*"), run.glob("*__none__*")
     (nemo / "scoring.json").unlink()  # by which its scores are stale
@@ -139,6 +138,7 @@ def test_scoring_again_is_logged_as_it_goes_and_the_rest_at_the_end(run: Path) -
     assert row["VM/ssim/mean"]
 
 
+@pytest.mark.timeout(240)
 def test_stopped_and_resumed_elsewhere_it_stays_one_run_whose_steps_grow(early: Path, tmp_path: Path) -> None:
     settings = LoggerSettings(wandb=True, csv=True, tensorboard=True, mode="offline")
     with suppress(KeyboardInterrupt), Live(settings, METHODS) as tracker:
