@@ -40,7 +40,7 @@ from nemo_bench.planted.denoiser import FREE_VARIANTS, TEMPLATE_VARIANTS, Batche
 from nemo_bench.planted.isolation import Gates, tune_in
 from nemo_bench.planted.prompts import heldout_captions, planted_names, write_prompts
 from nemo_bench.planted.truth import write_truth
-from nemo_bench.planted.watch import Examination, Sampler, TimeLeft
+from nemo_bench.planted.watch import Examination, Sampler, TimeLeft, close
 from nemo_bench.planted.world import PLANTED, general_caption, planted_picture, render, vocabulary
 from nemo_bench.records.io import write_text
 
@@ -467,4 +467,5 @@ def train(spec: TrainSpec, loggers: Sequence[Logger] = ()) -> Path:
         evidence = write_truth(spec.out)
         causes = sum(each.causes for each in evidence)
         log.info("truth: own neurons cause the repetition of %d of %d planted prompts", causes, len(evidence))
+    close(loggers)
     return spec.out

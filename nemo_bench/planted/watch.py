@@ -117,3 +117,10 @@ class Examination:
         places = torch.randperm(len(latents), generator=generator)
         t = ((places + 0.5) / len(latents) * self.timesteps).long()
         return self.error(*(part.to(device) for part in (latents, text, t, noise)))
+
+
+def close(loggers: Sequence[Any]) -> None:
+    """Ends the runs of Weights & Biases, so that all of them is written."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()

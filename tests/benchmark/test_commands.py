@@ -431,7 +431,7 @@ def test_numbers_of_the_first_prompts_only_are_said_to_be_no_results(
         ("nemo-bench r", {"run", "report", "references"}),
         ("nemo-bench run --d", {"--dry-run"}),
         ("nemo-bench run method=sta", {"method=static_transition"}),
-        ("nemo-bench run seeds=2 loc", {"localize_seeds="}),
+        ("nemo-bench run seeds=2 loc", {"localize_seeds=", "localizer="}),
     ],
 )
 def test_a_shell_is_told_how_words_go_on(typed: str, found: set[str], tmp_path: Path) -> None:
