@@ -218,7 +218,7 @@ def models() -> str:
     for entry in describe_options("model"):
         (choice,) = grid([f"model={entry['name']}", "method=none"])
         model = choice.settings.model
-        rows.append((f"`{entry['name']}`", entry["summary"], f"`{model.source}`", model.steps, f"{model.guidance:g}"))
+        rows.append((f"`{entry['name']}`", entry["summary"], model.source, model.steps, f"{model.guidance:g}"))
     return _table(("name", "model", "source", "steps", "guidance"), rows)
 
 
