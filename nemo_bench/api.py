@@ -82,8 +82,7 @@ def run(*overrides: str, conf: Path | str | None = None, progress: bool = False)
         >>> folder = run("method=none,nemo", "prompts.limit=4", "name=small")
         >>> table = pandas.DataFrame(read_scores(folder))
     """
-    if not all(isinstance(word, str) for word in overrides):
-        raise ConfigError(f"run{overrides}: expected words, each by itself, such as 'seeds=8'")
+    _check_words("run", overrides)
     folder = Path(conf) if conf else None
     cells = plan(grid(overrides, folder))
     check_launcher(cells[0].config.settings)
@@ -110,12 +109,16 @@ def localize(*overrides: str, conf: Path | str | None = None, progress: bool = F
         >>> table = localize("localizer=activation,slimming", "prompts.limit=4", "name=small")
         >>> {row.label: row.values["training_similarity"].mean for row in table.rows}
     """
-    if not all(isinstance(word, str) for word in overrides):
-        raise ConfigError(f"localize{overrides}: expected words, each by itself, such as 'seeds=8'")
+    _check_words("localize", overrides)
     cells = localizers.plan(localizer_grid(overrides, Path(conf) if conf else None))
     command = f"nemo_bench.api.localize({', '.join(map(repr, overrides))})"
     folder = localizers.localize(cells, command, progress=progress)
     return read_file(folder / FILES[0], LocalizerTable)
+
+
+def _check_words(function: str, overrides: tuple[str, ...]) -> None:
+    if not all(isinstance(word, str) for word in overrides):
+        raise ConfigError(f"{function}{overrides}: expected words, each by itself, such as 'seeds=8'")
 
 
 def read_scores(folder: Path | str) -> list[dict[str, Any]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -58,6 +59,12 @@ class _OfTruth(BenchMetric):
     per = "prompt"
     higher_is_better = True
     lower, upper = 0.0, 1.0
+    computed_by: ClassVar[str]  #: Module and name below ``torchmetrics.functional``, imported when needed.
+
+    @property
+    def function(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The function of torchmetrics, of a prediction for each neuron and whether it is a true one."""
+        return pkgutil.resolve_name(f"torchmetrics.functional.{self.computed_by}")
 
 
 class _OfSet(_OfTruth):
@@ -70,11 +77,7 @@ class _OfSet(_OfTruth):
         both = [(layer, index) for layer, ids in (localization | truth).items() for index in ids]
         found = torch.tensor([index in localization.get(layer, ()) for layer, index in both])
         true = torch.tensor([index in truth.get(layer, ()) for layer, index in both])
-        return self.compare(found.int(), true.int())[None].double()
-
-    @abstractmethod
-    def compare(self, found: Tensor, true: Tensor) -> Tensor:
-        """A number by whether each neuron was found, and whether it is a true one; 0 or 1 each."""
+        return self.function(found.int(), true.int())[None].double()
 
 
 class NeuronPrecision(_OfSet):
@@ -83,12 +86,7 @@ class NeuronPrecision(_OfSet):
     title = "Precision"
     description = "share of the neurons switched off that are known to memorize the prompt; 0 where none are off"
     role = "precision"
-
-    @override
-    def compare(self, found: Tensor, true: Tensor) -> Tensor:
-        from torchmetrics.functional.classification import binary_precision
-
-        return binary_precision(found, true)
+    computed_by = "classification:binary_precision"
 
 
 class NeuronRecall(_OfSet):
@@ -97,12 +95,7 @@ class NeuronRecall(_OfSet):
     title = "Recall"
     description = "share of the neurons known to memorize the prompt that are switched off"
     role = "recall"
-
-    @override
-    def compare(self, found: Tensor, true: Tensor) -> Tensor:
-        from torchmetrics.functional.classification import binary_recall
-
-        return binary_recall(found, true)
+    computed_by = "classification:binary_recall"
 
 
 class NeuronF1(_OfSet):
@@ -111,12 +104,7 @@ class NeuronF1(_OfSet):
     title = "F1"
     description = "harmonic mean of precision and recall of the neurons switched off"
     role = "f1"
-
-    @override
-    def compare(self, found: Tensor, true: Tensor) -> Tensor:
-        from torchmetrics.functional.classification import binary_f1_score
-
-        return binary_f1_score(found, true)
+    computed_by = "classification:binary_f1_score"
 
 
 class _OfRanking(_OfTruth):
@@ -131,11 +119,7 @@ class _OfRanking(_OfTruth):
             torch.tensor([index in truth.get(layer, ()) for index in range(len(own))]) for layer, own in ranking.items()
         ])  # fmt: skip
         # Above 0: torchmetrics takes what has no such score for not retrieved.
-        return self.judge((len(places) - places).float(), true)[None].double()
-
-    @abstractmethod
-    def judge(self, scores: Tensor, true: Tensor) -> Tensor:
-        """A number by scores of all neurons, above 0 and larger for higher ranks, and whether each is a true one."""
+        return self.function((len(places) - places).float(), true)[None].double()
 
 
 class RecallAtTrueNumber(_OfRanking):
@@ -144,12 +128,7 @@ class RecallAtTrueNumber(_OfRanking):
     title = "Recall at true number"
     description = "share of the n neurons known to memorize the prompt among the n ranked highest"
     role = "recall_at_true_number"
-
-    @override
-    def judge(self, scores: Tensor, true: Tensor) -> Tensor:
-        from torchmetrics.functional.retrieval import retrieval_r_precision
-
-        return retrieval_r_precision(scores, true)
+    computed_by = "retrieval:retrieval_r_precision"
 
 
 class NeuronAveragePrecision(_OfRanking):
@@ -158,9 +137,4 @@ class NeuronAveragePrecision(_OfRanking):
     title = "Average precision"
     description = "mean, over the neurons known to memorize the prompt, of the share of such neurons down to its rank"
     role = "average_precision"
-
-    @override
-    def judge(self, scores: Tensor, true: Tensor) -> Tensor:
-        from torchmetrics.functional.retrieval import retrieval_average_precision
-
-        return retrieval_average_precision(scores, true)
+    computed_by = "retrieval:retrieval_average_precision"
