@@ -60,8 +60,7 @@ def check_schedule(shipped: Mapping[str, Any], steps: int, *, predicts: bool, wh
             scheduler.set_timesteps(count)
             timesteps += scheduler.timesteps.tolist()
         signal = scheduler.alphas_cumprod[timesteps]
-    # diffusers raises NotImplementedError for an unknown beta_schedule.
-    except (ValueError, TypeError, NotImplementedError, IndexError) as error:
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
         hint = f"expected settings of DDIMScheduler that allow model.steps={steps}"
         raise refusal(f"its schedule can't be used ({error})", hint) from error
     if not scheduler.alphas_cumprod.isfinite().all():
