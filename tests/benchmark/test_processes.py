@@ -166,7 +166,9 @@ def test_a_lost_connection_is_explained_by_the_rank_that_died(monkeypatch: pytes
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM", "SIGINT"])
 def test_signals_stop_a_process_as_ctrl_c_does(name: str) -> None:
     told = "try: print(1, flush=True), time.sleep(60)\nexcept KeyboardInterrupt: sys.exit(130)"
-    process = start(f"signal.signal(signal.SIGINT, signal.default_int_handler)\nstop_at_signals()\n{told}")
+    # Whoever runs the tests may ignore SIGHUP, as nohup does, or SIGINT, as a shell does in the background.
+    normal = "signal.signal(signal.SIGHUP, signal.SIG_DFL)\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+    process = start(f"{normal}\nstop_at_signals()\n{told}")
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(getattr(signal, name))
