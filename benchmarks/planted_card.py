@@ -37,6 +37,7 @@ from nemo_bench.localization import (
 )
 from nemo_bench.metrics import SSIM, OpenClip, PixelDistance
 from nemo_bench.planted.prompts import heldout_captions
+from nemo_bench.planted.truth import PIXEL_LIMIT
 from nemo_bench.planted.world import render
 from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.images import open_image
@@ -45,7 +46,6 @@ from nemo_bench.records.truth import read_truth
 CARD = Path(resolve("package:planted/README.md"))
 CPU = torch.device("cpu")
 MARKS = "<!-- measured {model}: begin -->", "<!-- measured {model}: end -->"
-PIXEL_LIMIT = 0.15  # Carlini et al. 2023: root mean squared pixel difference that counts as extracted
 
 
 def generate(model: Diffusion, prompt: Prompt, seeds: int, neurons: Neurons | None = None) -> Tensor:

@@ -108,7 +108,7 @@ class Batches:
             others = self.latents["free"][as_tensor(planted), as_tensor(rng.integers(FREE_VARIANTS, size=few))]
             latents = torch.where(as_tensor(free)[:, None, None, None], others, latents)
             factors, passed = self._route(rng, planted, free)
-        elif spec.variant != "standard" and spec.variant != "once":
+        elif self.pool.any():
             ids = [(spec.seed, 1, row) for row in rows] + [(spec.seed, 0, p) for p in planted]
             if spec.variant == "random_sinks":
                 ids = [(spec.seed, 2, int(draw)) for draw in rng.integers(2**40, size=spec.batch_size)]

@@ -19,6 +19,8 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
+from nemo_bench.planted.truth import GUIDANCE, STEPS
+
 log = logging.getLogger(__name__)
 
 FIRST, LONGEST = 10.0, 600.0
@@ -71,7 +73,7 @@ class Sampler:
         noise = [torch.Generator().manual_seed(row) for row in range(len(self.texts))]
         self.pipeline.to(self.pipeline.unet.device)
         images = self.pipeline(
-            self.texts, num_inference_steps=20, guidance_scale=3.0, generator=noise, output_type="np"
+            self.texts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise, output_type="np"
         ).images
         rows = [np.concatenate(list(row), 1) for row in np.array_split((images * 255).round().astype(np.uint8), 2)]
         self.folder.mkdir(parents=True, exist_ok=True)
