@@ -72,7 +72,7 @@ class Anisotropy(Detector):
         return DetectorScore(self.norm_weight * norm + self.angle_weight * angle, {"norm": norm, "angle": angle})
 
 
-def _noises(view: View, timestep: int) -> tuple[Tensor, Tensor]:
+def _noises(view: View, timestep: float) -> tuple[Tensor, Tensor]:
     """Conditional and unconditional noise predicted at a timestep from the latents of a view; its own are shared."""
     if timestep == view.timestep:
         return view.conditional, view.unconditional

@@ -45,7 +45,7 @@ class View:
     model: Diffusion
     text: Conditioning
     latents: Tensor  #: Noisy latents, (N, channels, height, width).
-    timestep: int  #: Training timestep, 0 to 999.
+    timestep: float  #: See :attr:`nemo_bench.diffusion.Step.timestep`.
     number: int = 0  #: Number of the step, from 0, the noisiest.
     seeds: Sequence[int]  #: Seed index of each row.
     lengths: Sequence[int]  #: Tokens of each row's prompt from begin to end token, without padding.

@@ -6,14 +6,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from nemo_bench.errors import ModelError
 
-Layers = Literal["down+mid", "all"]
-"""Blocks whose value layers can be blocked: those of the down path and the middle, as published, or all."""
 _ORDER = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 Edit = Callable[[str, Tensor], Tensor]
 """Changes attention logits: takes the module path of a layer and its logits, float32, (N, heads, queries, tokens), and
@@ -64,7 +62,7 @@ def cross_attentions(unet: nn.Module, blocks: str | tuple[str, ...] = "") -> dic
     return dict(sorted(layers, key=lambda layer: order(layer[0])))
 
 
-def value_layers(unet: nn.Module, layers: Layers = "down+mid") -> dict[str, nn.Module]:
+def value_layers(unet: nn.Module, layers: str = "down+mid") -> dict[str, nn.Module]:
     """The cross-attention value projections of a UNet by module path, in network order."""
     blocks = "" if layers == "all" else ("down_blocks.", "mid_block.")
     return {f"{name}.to_v": layer.to_v for name, layer in cross_attentions(unet, blocks).items()}

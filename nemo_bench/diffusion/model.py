@@ -8,7 +8,6 @@ Example:
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -19,25 +18,25 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
-from nemo_bench.diffusion.attention import Edit, Layers, cross_attentions, edit_attention, value_layers
-from nemo_bench.diffusion.families import Conditioning, family_of
+from nemo_bench.diffusion.attention import Edit, cross_attentions, edit_attention
+from nemo_bench.diffusion.families import Conditioning, Layers, family_of
 from nemo_bench.diffusion.masks import NeuronMasks
+from nemo_bench.diffusion.prefix import Prefix
 from nemo_bench.diffusion.sampling import Generated, Rule, Sampling
-from nemo_bench.diffusion.schedule import NO_SIGNAL, NOISE_STEPS, ddim
 from nemo_bench.diffusion.similarity import Similarity
 from nemo_bench.diffusion.source import Source, without_advice, without_bars
-from nemo_bench.errors import ModelError, NotFiniteError
+from nemo_bench.errors import ModelError
 from nemo_bench.records.data import Neurons
 
 if TYPE_CHECKING:
-    from diffusers import DDIMScheduler, DiffusionPipeline
+    from diffusers import DiffusionPipeline
 
 GRADIENT_MEMORY = 4
 """Memory of a pass with gradients, in plain passes."""
 
 
 class Diffusion(nn.Module):
-    """A pipeline of Stable Diffusion 1.x, 2.x or XL whose value neurons can be blocked row by row.
+    """A diffusers pipeline whose value neurons can be blocked row by row.
 
     Args:
         pipeline: The pipeline; its networks become submodules, so that Lightning moves them.
@@ -45,18 +44,20 @@ class Diffusion(nn.Module):
         steps: DDIM steps of a generation.
         guidance: Scale of classifier-free guidance.
         similarity: Settings of the similarity of noise differences.
-        compiled: Compile the UNet with torch.compile at its first pass.
+        compiled: Compile the network with torch.compile at its first pass.
 
     Attributes:
-        scheduler: DDIM in the noise schedule of the pipeline's own scheduler, which stays as it is.
-        row_passes: UNet passes made so far, one for each row; a forward or backward derivative counts as another pass.
+        family: What is particular to this kind of model.
+        schedule: First-order steps in the noise schedule of the pipeline's own scheduler, which stays as it is.
+        row_passes: Passes of the network made so far, one for each row; a forward or backward derivative counts as
+            another pass.
 
     Raises:
         ModelError: The class of the pipeline is not supported, its UNet takes the guidance scale as an input, or there
             is no such value layer.
     """
 
-    unet: Any
+    unet: Any  # of families with one
 
     def __init__(
         self,
@@ -70,28 +71,23 @@ class Diffusion(nn.Module):
     ) -> None:
         super().__init__()
         self.family = family_of(type(pipeline).__name__)
-        if pipeline.unet.config.get("time_cond_proj_dim") is not None:
-            raise ModelError(
-                "the UNet takes the scale of guidance as an input (as LCM distillations do); not supported"
-            )
+        self.family.check(pipeline)
         self.pipeline = pipeline
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module):
                 self.add_module(name, part)
-        self.scheduler = ddim(pipeline.scheduler.config)
+        self.schedule = self.family.schedule(pipeline.scheduler.config)
         self.steps = steps
         self.guidance = guidance
         self.similarity = similarity or Similarity()
         self.requires_grad_(False).eval()
-        self.value_layers = value_layers(self.unet, layers)
-        self.masks = NeuronMasks(self.value_layers, self.unet)
-        self.text_projections = [
-            projection for layer in cross_attentions(self.unet).values() for projection in (layer.to_k, layer.to_v)
-        ]
+        self.value_layers = self.family.value_layers(self.network, layers)
+        self.masks = NeuronMasks(self.value_layers, self.network)
+        self.text_projections = self.family.text_projections(self.network)
         self.compiled = compiled
         if compiled:
             # A compiled network ignores hooks that are registered later, so the masks come first.
-            self.unet.compile()
+            self.network.compile()
         self.row_passes = 0
         self._unconditional: Conditioning | None = None
 
@@ -104,21 +100,24 @@ class Diffusion(nn.Module):
         return cls((Source(source) if isinstance(source, str) else source).load(dtype), **options)
 
     @property
+    def network(self) -> Any:
+        """The part of the pipeline that denoises: UNet or transformer."""
+        return getattr(self, self.family.network)
+
+    @property
     def device(self) -> torch.device:
-        """Device of the UNet."""
-        return next(self.unet.parameters()).device
+        """Device of the network."""
+        return next(self.network.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the UNet."""
-        return next(self.unet.parameters()).dtype
+        """Dtype of the network."""
+        return next(self.network.parameters()).dtype
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a latent."""
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.unet.config.in_channels, height, width
+        return self.family.latent_shape(self.network.config)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -128,27 +127,20 @@ class Diffusion(nn.Module):
 
     @property
     def passes_per_image(self) -> int:
-        """UNet passes of an image: the number of steps, twice as many under guidance."""
+        """Passes of an image: the number of steps, twice as many under guidance."""
         return self.steps * (2 if self.guidance > 1 else 1)
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Encodes N prompts, truncated to the length of the tokenizer, to N rows."""
-        return self._encode(texts, 0)
+        with torch.no_grad(), without_advice():
+            return self.family.encode(self.pipeline, texts, self.device)
 
     def unconditional(self, rows: int) -> Conditioning:
         """The conditioning that guidance leads away from: the empty prompt, or zeros if the pipeline (SDXL) says so."""
         if self._unconditional is None or self._unconditional.text.device != self.device:
-            self._unconditional = self._encode([""], 1)
+            with torch.no_grad(), without_advice():
+                self._unconditional = self.family.empty(self.pipeline, self.device)
         return self._unconditional.rows([0] * rows)
-
-    @torch.no_grad()
-    def _encode(self, texts: Sequence[str], half: int) -> Conditioning:
-        # Pipelines give conditional and unconditional text, then, if any, both pooled embeddings.
-        with without_advice():
-            encoded = self.pipeline.encode_prompt(
-                prompt=list(texts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=half == 1
-            )
-        return Conditioning(*encoded[half::2])
 
     def truncated(self, text: str) -> bool:
         """Whether a prompt is longer than the input of a text encoder."""
@@ -169,31 +161,29 @@ class Diffusion(nn.Module):
         rows = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(rows).to(self.device, self.dtype)
 
-    def timestep(self, step: int = 0) -> int:
+    def timestep(self, step: int = 0) -> float:
         """Timestep of one of 50 DDIM steps, as published: 0 is the noisiest (981 for Stable Diffusion), -1 the last."""
-        return self.timesteps(NOISE_STEPS)[step]
+        return self.schedule.timestep(step)
 
-    def timesteps(self, steps: int | None = None) -> list[int]:
-        """Timesteps of a number of DDIM steps, the noisiest first; None takes the steps of a generation."""
-        timesteps: list[int] = self.scheduler_of(steps or self.steps).timesteps.tolist()
-        return timesteps
+    def timesteps(self, steps: int | None = None) -> list[float]:
+        """Timesteps of a number of steps, the noisiest first; None takes the steps of a generation."""
+        return self.schedule.timesteps(steps or self.steps)
 
-    def scheduler_of(self, steps: int) -> DDIMScheduler:
-        """A copy of the scheduler with a number of steps."""
-        scheduler = copy.copy(self.scheduler)
-        scheduler.set_timesteps(steps, device=self.device)
-        return scheduler
+    @property
+    def scheduler(self) -> Any:
+        """The diffusers scheduler of :attr:`schedule`."""
+        return self.schedule.scheduler
 
     @property
     def training_timesteps(self) -> int:
         """Number of noise levels in training."""
-        return int(self.scheduler.config.num_train_timesteps)
+        return self.schedule.training_timesteps
 
-    def signal(self, timestep: int) -> float:
+    def signal(self, timestep: float) -> float:
         """Share of the signal in the variance of a latent at a timestep, in (0, 1); the rest is noise."""
-        return float(self.scheduler.alphas_cumprod[timestep])
+        return self.schedule.signal(timestep)
 
-    def predict_noise(self, latents: Tensor, timestep: int, text: Conditioning) -> Tensor:
+    def predict_noise(self, latents: Tensor, timestep: float, text: Conditioning) -> Tensor:
         """Predicts noise, float32, shaped as the latents, in one UNet pass.
 
         For v-prediction it is sqrt(abar) v + sqrt(1 - abar) x (Salimans and Ho 2022).
@@ -203,16 +193,15 @@ class Diffusion(nn.Module):
         """
         return self.noise(self.predict_output(latents, timestep, text), timestep, latents)
 
-    def predict_output(self, latents: Tensor, timestep: int, text: Conditioning) -> Tensor:
+    def predict_output(self, latents: Tensor, timestep: float, text: Conditioning) -> Tensor:
         """Predicts noise or velocity, the output of the network, with the arguments of :meth:`predict_noise`."""
         # A compiled network would be compiled again for each number, but not for each tensor.
         return self.network_output(latents, torch.tensor(timestep, device=self.device), text).float()
 
     def network_output(self, latents: Tensor, timestep: Tensor, text: Conditioning) -> Tensor:
-        """Makes one UNet pass in its own dtype and counts it; the timestep is one for all rows or (N,)."""
+        """Makes one pass of the network in its own dtype and counts it; the timestep is one for all rows or (N,)."""
         height, width = (side * self.pipeline.vae_scale_factor for side in latents.shape[2:])
-        inputs = self.family.unet_inputs(text, (height, width))
-        output: Tensor = self.unet(latents, timestep, **inputs, return_dict=False)[0]
+        output = self.family.predict(self.network, latents, timestep, text, (height, width))
         self.row_passes += len(latents)
         if output.requires_grad:
             output.register_hook(self._count_backward)
@@ -223,45 +212,25 @@ class Diffusion(nn.Module):
     def _count_backward(self, gradient: Tensor) -> None:
         self.row_passes += len(gradient)
 
-    def text_noise(self, latents: Tensor, timestep: int, text: Conditioning) -> Tensor:
+    def text_noise(self, latents: Tensor, timestep: float, text: Conditioning) -> Tensor:
         """Predicts text-conditional noise, conditional minus unconditional, in one pass (see :meth:`predict_noise`)."""
         # Gradients don't flow through tensors that were made in inference mode, but through copies.
         both = self.unconditional(len(text)).clone().followed_by(text.clone())
         unconditional, conditional = self.predict_noise(torch.cat([latents, latents]), timestep, both).chunk(2)
         return conditional - unconditional
 
-    def noise(self, output: Tensor, timestep: int, latents: Tensor) -> Tensor:
+    def noise(self, output: Tensor, timestep: float, latents: Tensor) -> Tensor:
         """Converts an output of the network, noise or velocity, to noise in float32; ``latents`` are its input."""
-        of_output, of_latents = self._noise_weights(timestep)
+        of_output, of_latents = self.schedule.noise_weights(timestep)
         return of_output * output.float() + of_latents * latents.float()
 
-    def prediction(self, noise: Tensor, timestep: int, latents: Tensor | None = None) -> Tensor:
+    def prediction(self, noise: Tensor, timestep: float, latents: Tensor | None = None) -> Tensor:
         """Converts noise to an output of the network, noise or velocity, in float32: the inverse of :meth:`noise`.
 
         Without latents, converts a difference of predicted noises, in which they cancel out.
         """
-        of_output, of_latents = self._noise_weights(timestep)
+        of_output, of_latents = self.schedule.noise_weights(timestep)
         return (noise if latents is None else noise - of_latents * latents.float()) / of_output
-
-    def _noise_weights(self, timestep: int) -> tuple[float, float]:
-        """Weights of output and latents whose sum is the predicted noise (Salimans and Ho 2022)."""
-        if not self._predicts_velocity:
-            return 1.0, 0.0
-        alpha = self.signal(timestep)
-        if alpha < NO_SIGNAL:
-            raise NotFiniteError(
-                f"at timestep {timestep} latents of this model are noise alone (its scheduler has zero terminal SNR), "
-                "and no predicted noise follows from a velocity there; set rescale_betas_zero_snr=false and "
-                "timestep_spacing=leading in the scheduler's configuration"
-            )
-        return alpha**0.5, (1 - alpha) ** 0.5
-
-    @property
-    def _predicts_velocity(self) -> bool:
-        kind = self.scheduler.config.prediction_type
-        if kind not in ("epsilon", "v_prediction"):
-            raise ModelError(f"prediction type '{kind}' is not supported; use a model with epsilon or v_prediction")
-        return bool(kind == "v_prediction")
 
     def training_losses(self, clean: Tensor, timesteps: Tensor, noise: Tensor, text: Conditioning) -> Tensor:
         """The training loss of N rows, float32, (N,), with gradients: mean squared error of noise or velocity.
@@ -269,9 +238,8 @@ class Diffusion(nn.Module):
         Clean latents (see :meth:`encode_images`) and standard normal noise are float32, (N, channels, height, width),
         timesteps are (N,), 0 to :attr:`training_timesteps` - 1.
         """
-        scheduler = self.scheduler
-        noisy = scheduler.add_noise(clean, noise, timesteps).to(self.dtype)
-        target = scheduler.get_velocity(clean, noise, timesteps) if self._predicts_velocity else noise
+        noisy = self.schedule.noisy(clean, noise, timesteps).to(self.dtype)
+        target = self.schedule.target(clean, noise, timesteps)
         return (self.network_output(noisy, timesteps, text).float() - target).square().flatten(1).mean(1)
 
     def generate(
@@ -329,8 +297,8 @@ class Diffusion(nn.Module):
     def encode_images(self, images: Tensor) -> Tensor:
         """Encodes images of :attr:`image_size`, 0 black and 1 white, to clean float32 latents: the encoder's means."""
         with self._autoencoder() as vae:
-            posterior = vae.encode((2 * images - 1).to(self.device, vae.dtype)).latent_dist
-            return self.family.scaled(vae.config, posterior.mode().float())
+            latents = self.family.encode_images(vae, (2 * images - 1).to(self.device, vae.dtype))
+            return self.family.scaled(vae.config, latents.float())
 
     @contextmanager
     def _autoencoder(self) -> Iterator[Any]:
@@ -359,6 +327,10 @@ class Diffusion(nn.Module):
         rows = [neurons] if isinstance(neurons, Neurons) else neurons
         return self.masks.scale(self.masks.factors(rows, factor), replayed)
 
+    def prefix(self, layers: Collection[str]) -> Prefix:
+        """A recorder of passes that will be replayed up to one of some value layers."""
+        return Prefix(self.family.parts(self.network, list(layers)), layers)
+
     def edit_attention(self, edit: Edit, blocks: str | tuple[str, ...] = "") -> AbstractContextManager[None]:
         """Edits the logits of cross-attention inside a context, in layers by the beginning of their module path.
 
@@ -368,7 +340,7 @@ class Diffusion(nn.Module):
         """
         if self.compiled:
             raise ModelError("model.compiled=True: a method that edits attention needs model.compiled=false")
-        return edit_attention(cross_attentions(self.unet, blocks), edit)
+        return edit_attention(cross_attentions(self.network, blocks), edit)
 
     def state_digest(self) -> str:
         """Digest of all weights, 16 hexadecimal digits; it shows whether a method restored them."""

@@ -1,8 +1,8 @@
-"""Replays the first part of a UNet pass, so that later passes start at a value layer."""
+"""Replays the first part of a pass of a network, so that later passes start at a value layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,24 +12,17 @@ from torch import Tensor, nn
 
 
 class Prefix:
-    """Outputs of a UNet's parts in a recorded pass, replayed up to a layer in later passes.
+    """Outputs of a network's parts in a recorded pass, replayed up to a layer in later passes.
 
     The computation before a value layer stays the same as long as only its neurons and those of later layers change.
-    Parts are the input convolution and the resnets, attentions and samplers of the blocks. Parts before the one with
-    the layer are replayed, the rest is computed. ``layers`` are those at which passes will start; nothing is kept of
-    the parts from the last of them on. A compiled UNet has no parts.
+    Parts before the one with the layer are replayed, the rest is computed. ``parts`` are those of
+    :meth:`nemo_bench.diffusion.families.Family.parts`, ``layers`` those at which passes will start; nothing is kept of
+    the parts from the last of them on. A compiled network has no parts.
     """
 
-    def __init__(self, unet: nn.Module, layers: Iterable[str]) -> None:
+    def __init__(self, parts: Mapping[str, nn.Module], layers: Iterable[str]) -> None:
         self._layers = tuple(layers)
-        sections = {"down_blocks", "mid_block", *(layer.split(".")[0] for layer in self._layers)}
-        self._parts = {}
-        for name, module in unet.named_modules():
-            section, *rest = name.split(".")
-            # mid_block.resnets.0, but down_blocks.1.resnets.0
-            depth = 2 if section == "mid_block" else 3
-            if name == "conv_in" or (section in sections and len(rest) == depth):
-                self._parts[name] = module
+        self._parts = dict(parts)
         self._order: list[str] = []
         self._outputs: dict[str, Any] = {}
 
@@ -73,13 +66,13 @@ class Prefix:
 
 
 def _concatenated(outputs: Sequence[Any]) -> Any:
-    """Rows of several outputs; attentions of diffusers give tuples of one tensor."""
+    """Rows of several outputs: tensors or tuples of them, with None for what a part does not give."""
     if isinstance(outputs[0], tuple):
-        return tuple(torch.cat(list(tensors)) for tensors in zip(*outputs, strict=True))
-    return torch.cat(list(outputs))
+        return tuple(_concatenated(each) for each in zip(*outputs, strict=True))
+    return None if outputs[0] is None else torch.cat(list(outputs))
 
 
 def _replay(output: Any, rows: Tensor, *_args: Any, **_options: Any) -> Any:
     if isinstance(output, tuple):
-        return tuple(tensor[rows] for tensor in output)
-    return output[rows]
+        return tuple(_replay(each, rows) for each in output)
+    return None if output is None else output[rows]

@@ -23,11 +23,12 @@ class Step:
     """The predictions of one step of guided sampling."""
 
     number: int  #: 0 is the noisiest.
-    timestep: int  #: Training timestep, 0 to 999.
+    timestep: float  #: Training timestep, 0 to 999; of flow matching, 1000 times the share of the noise.
     scale: float  #: Guidance scale of the model.
     latents: Tensor  #: Noisy latents of N images, (N, channels, height, width).
-    unconditional: Tensor  #: Noise predicted for the empty prompt, float32, shaped as the latents.
-    conditional: Tensor  #: Noise predicted for the prompt, float32, shaped as the latents.
+    #: Noise predicted for the empty prompt, float32, shaped as the latents; of flow matching, velocity.
+    unconditional: Tensor
+    conditional: Tensor  #: The same for the prompt.
 
     @property
     def difference(self) -> Tensor:
@@ -89,9 +90,9 @@ class Sampling:
         self.latents = latents
         self.number = 0
         self.output: Tensor | None = None
-        self._scheduler = model.scheduler_of(model.steps)
+        self._scheduler = model.schedule.with_steps(model.steps, model.device)
         # The scheduler's own are on the device: to read one waits for all that is computed there.
-        self._timesteps: list[int] = self._scheduler.timesteps.tolist()
+        self._timesteps: list[float] = self._scheduler.timesteps.tolist()
         self._is_guided = model.guidance > 1
         if self._is_guided:
             text = (unconditional or model.unconditional(len(text))).followed_by(text)
@@ -100,7 +101,7 @@ class Sampling:
         self._projected: dict[nn.Module, Tensor] = {}
 
     @property
-    def timestep(self) -> int:
+    def timestep(self) -> float:
         """Training timestep of the current step."""
         return self._timesteps[self.number]
 

@@ -1,11 +1,17 @@
-"""The DDIM schedule that models sample by, and its checks before weights load."""
+"""Schedules that models sample by, their conversions of predictions, and checks before weights load."""
 
 from __future__ import annotations
 
+import copy
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from nemo_bench.errors import ModelError
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from nemo_bench.errors import ModelError, NotFiniteError
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler
@@ -18,6 +24,108 @@ _PREDICTIONS = ("epsilon", "v_prediction")
 _BETAS = ("beta_start", "beta_schedule", "trained_betas")
 # Settings of Stable Diffusion where a shipped scheduler has none; the defaults of DDIM are made for pixels.
 _DDIM = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
+
+
+class Schedule(ABC):
+    """Noise levels of a model, the steps between them, and what its network predicts there.
+
+    What methods and detectors compare, and call noise, is :attr:`quantity`: noise, or the velocity of flow matching.
+    """
+
+    quantity: ClassVar[str]  #: ``"noise"`` or ``"velocity"``.
+    scheduler: Any  #: The diffusers scheduler, of which :meth:`with_steps` makes copies.
+
+    @abstractmethod
+    def with_steps(self, steps: int, device: torch.device | str | None = None) -> Any:
+        """A copy of the scheduler with a number of steps."""
+
+    def timesteps(self, steps: int) -> list[Any]:
+        """Timesteps of a number of steps, the noisiest first."""
+        timesteps: list[Any] = self.with_steps(steps).timesteps.tolist()
+        return timesteps
+
+    @property
+    def training_timesteps(self) -> int:
+        """Number of noise levels in training."""
+        return int(self.scheduler.config.num_train_timesteps)
+
+    @abstractmethod
+    def timestep(self, step: int) -> Any:
+        """Timestep of one of 50 steps, as published for Stable Diffusion: 0 is the noisiest, -1 the last."""
+
+    @abstractmethod
+    def signal(self, timestep: float) -> float:
+        """Share of the signal in the variance of a latent at a timestep; the rest is noise."""
+
+    @abstractmethod
+    def noise_weights(self, timestep: float) -> tuple[float, float]:
+        """Weights of output and latents whose sum is the :attr:`quantity`."""
+
+    @abstractmethod
+    def noisy(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Clean latents with noise, as in training."""
+
+    @abstractmethod
+    def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The output that training asks for."""
+
+
+class VariancePreserving(Schedule):
+    """DDIM in the noise schedule of a shipped scheduler; the network predicts noise or velocity.
+
+    Args:
+        config: Configuration of the shipped scheduler, of any class.
+    """
+
+    quantity = "noise"
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.scheduler = ddim(config)
+
+    @override
+    def with_steps(self, steps: int, device: torch.device | str | None = None) -> DDIMScheduler:
+        scheduler = copy.copy(self.scheduler)
+        scheduler.set_timesteps(steps, device=device)
+        return scheduler
+
+    @override
+    def signal(self, timestep: float) -> float:
+        return float(self.scheduler.alphas_cumprod[int(timestep)])
+
+    @override
+    def timestep(self, step: int) -> int:
+        return int(self.timesteps(NOISE_STEPS)[step])
+
+    @override
+    def noise_weights(self, timestep: float) -> tuple[float, float]:
+        # Salimans and Ho 2022
+        if not self._predicts_velocity:
+            return 1.0, 0.0
+        alpha = self.signal(timestep)
+        if alpha < NO_SIGNAL:
+            raise NotFiniteError(
+                f"at timestep {timestep} latents of this model are noise alone (its scheduler has zero terminal SNR), "
+                "and no predicted noise follows from a velocity there; set rescale_betas_zero_snr=false and "
+                "timestep_spacing=leading in the scheduler's configuration"
+            )
+        return alpha**0.5, (1 - alpha) ** 0.5
+
+    @property
+    def _predicts_velocity(self) -> bool:
+        kind = self.scheduler.config.prediction_type
+        if kind not in _PREDICTIONS:
+            raise ModelError(f"prediction type '{kind}' is not supported; use a model with epsilon or v_prediction")
+        return bool(kind == "v_prediction")
+
+    @override
+    def noisy(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        noisy: Tensor = self.scheduler.add_noise(clean, noise, timesteps)
+        return noisy
+
+    @override
+    def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        velocity: Tensor = self.scheduler.get_velocity(clean, noise, timesteps)
+        return velocity if self._predicts_velocity else noise
 
 
 def ddim(shipped: Mapping[str, Any]) -> DDIMScheduler:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nemo_bench.diffusion.digests import folder_digest
-from nemo_bench.diffusion.families import StableDiffusion, family_of
+from nemo_bench.diffusion.families import Family, family_of
 from nemo_bench.diffusion.lora import Lora, holds_lora, looks_like_lora
 from nemo_bench.errors import ModelError
 from nemo_bench.records.io import digest, file_digest, parse_json
@@ -227,7 +227,7 @@ class Source:
         return sorted({f"{index.rpartition('/')[0]}/{name}" for name in weights.values()})
 
     @property
-    def family(self) -> StableDiffusion:
+    def family(self) -> Family:
         """The family of the pipeline; for a hub id this may download ``model_index.json``."""
         return family_of(str(self._index.get("_class_name")))
 

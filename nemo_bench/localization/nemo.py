@@ -219,7 +219,7 @@ class Trial:
         if self.model.compiled or self.protocol.guidance is not None:
             return self.similarities([(candidates, seeds)])[0]
         self._known.clear()
-        self._prefix = Prefix(self.model.unet, {layer for layer, _ in candidates})
+        self._prefix = self.model.prefix({layer for layer, _ in candidates})
         with self._prefix.recording():
             return self.similarities([(candidates, seeds)])[0]
 

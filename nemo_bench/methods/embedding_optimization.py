@@ -106,7 +106,7 @@ class OptimizedEmbedding(Method):
 
 @torch.no_grad()
 def noises_of(
-    model: Diffusion, text: Conditioning, latents: Tensor, timestep: int
+    model: Diffusion, text: Conditioning, latents: Tensor, timestep: float
 ) -> Callable[[Sequence[int], Tensor], tuple[Tensor, Tensor]]:
     """Predicts the unconditional noise of N images, once.
 

@@ -1,0 +1,136 @@
+"""Encoded prompts, and what every family of diffusion models answers about itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nemo_bench.diffusion.schedule import Schedule
+
+Layers = Literal["down+mid", "all"]
+"""Blocks whose value layers can be blocked: of a UNet those of the down path and the middle, as published, or all."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts."""
+
+    #: Hidden states of the text encoder, (N, tokens, channels); those of SDXL's two encoders side by side.
+    text: Tensor
+    pooled: Tensor | None = None  #: Pooled text embedding, (N, channels), of families that take one, or None.
+    #: 1 for tokens and 0 for padding, (N, tokens); None where padding counts as text, as in Stable Diffusion 1 to XL.
+    mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
+
+    def rows(self, index: Sequence[int]) -> Conditioning:
+        """Selects rows in the order given; a row may be repeated."""
+        rows = list(index)
+        return self._map(lambda values: values[rows])
+
+    def followed_by(self, other: Conditioning) -> Conditioning:
+        """Concatenates the rows of two conditionings."""
+        pairs = {field.name: (getattr(self, field.name), getattr(other, field.name)) for field in fields(self)}
+        joined = {name: torch.cat(pair) for name, pair in pairs.items() if pair[0] is not None and pair[1] is not None}
+        return Conditioning(joined["text"], joined.get("pooled"), joined.get("mask"))
+
+    def to(self, dtype: torch.dtype) -> Conditioning:
+        """Converts to another dtype, all but the mask."""
+        return replace(self._map(lambda values: values.to(dtype)), mask=self.mask)
+
+    def clone(self) -> Conditioning:
+        """Copies the tensors; gradients flow through the copy even if the original was made in inference mode."""
+        return self._map(torch.Tensor.clone)
+
+
+class Family(ABC):
+    """What differs between families of models; one object serves all models of a class of pipelines.
+
+    Everything else, such as seeds, guidance, masks and differences, is :class:`nemo_bench.diffusion.Diffusion`.
+    """
+
+    pipeline_class: ClassVar[str]  #: Class of the diffusers pipeline, as in ``model_index.json``.
+    loading: ClassVar[Mapping[str, Any]] = {}  #: Arguments of ``from_pretrained``.
+    networks: ClassVar[tuple[str, ...]]  #: Parts of the pipeline with weights.
+    network: ClassVar[str] = "transformer"  #: The part that denoises.
+    layers: ClassVar[tuple[str, ...]] = ("all",)  #: Choices of value layers.
+
+    @abstractmethod
+    def check(self, pipeline: Any) -> None:
+        """Raises ModelError for a pipeline of the class that can't be sampled."""
+
+    @abstractmethod
+    def schedule(self, config: Mapping[str, Any]) -> Schedule:
+        """The schedule by which models with a shipped scheduler of this configuration are sampled."""
+
+    @abstractmethod
+    def check_schedule(self, config: Mapping[str, Any], steps: int, *, predicts: bool, where: str) -> None:
+        """Raises ModelError, before weights load, where it can't serve."""
+
+    @abstractmethod
+    def latent_shape(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Channels, height and width of a latent, by the configuration of the network; KeyError if it lacks them."""
+
+    @abstractmethod
+    def encode(self, pipeline: Any, texts: Sequence[str], device: torch.device) -> Conditioning:
+        """Encodes N prompts to N rows."""
+
+    @abstractmethod
+    def empty(self, pipeline: Any, device: torch.device) -> Conditioning:
+        """One row, what guidance leads away from."""
+
+    @abstractmethod
+    def predict(
+        self, network: Any, latents: Tensor, timestep: Tensor, text: Conditioning, size: tuple[int, int]
+    ) -> Tensor:
+        """One pass of the network.
+
+        Args:
+            network: The part of the pipeline that denoises.
+            latents: Noisy latents, (N, channels, height, width).
+            timestep: In the units of the scheduler, one for all rows or (N,).
+            text: Conditioning of N rows.
+            size: Height and width of the images in pixels.
+
+        Returns:
+            Its output, shaped as the latents.
+        """
+
+    @abstractmethod
+    def value_layers(self, network: nn.Module, layers: Layers) -> dict[str, nn.Module]:
+        """Value projections of text by module path, in network order; ModelError without a layer."""
+
+    @abstractmethod
+    def parts(self, network: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]:
+        """Modules by path, called one after another, whose outputs are enough to start at some of the value layers."""
+
+    def text_projections(self, network: nn.Module) -> list[nn.Module]:
+        """Layers that get the encoded text itself, so that a text need not be projected in every step."""
+        return []
+
+    def decoding_dtype(self, config: Any, dtype: torch.dtype) -> torch.dtype:
+        """Dtype in which an autoencoder of this configuration and dtype decodes and encodes."""
+        return dtype
+
+    def unscaled(self, config: Any, latents: Tensor) -> Tensor:
+        """Converts latents of the network to those of an autoencoder of this configuration."""
+        return latents / config.scaling_factor
+
+    def scaled(self, config: Any, latents: Tensor) -> Tensor:
+        """Converts latents of an autoencoder of this configuration to those of the network."""
+        return latents * config.scaling_factor
+
+    def encode_images(self, autoencoder: Any, images: Tensor) -> Tensor:
+        """Encodes images, -1 black and 1 white, to latents of the autoencoder: its means."""
+        latents: Tensor = autoencoder.encode(images).latent_dist.mode()
+        return latents
