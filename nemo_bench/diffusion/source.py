@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from nemo_bench.diffusion.digests import folder_digest
 from nemo_bench.diffusion.families import Family, family_of
 from nemo_bench.diffusion.lora import Lora, holds_lora, looks_like_lora
-from nemo_bench.errors import ModelError
+from nemo_bench.errors import ModelError, counted
 from nemo_bench.records.io import digest, file_digest, parse_json
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ _SCHEDULER = "scheduler/scheduler_config.json"
 _UNET = "unet/config.json"
 _UNET_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 """Files of a UNet alone."""
+_CLIP = "cond_stage_model.transformer."
+"""Prefix of the text encoder in a single file of Stable Diffusion 1.x."""
 
 
 @dataclass(frozen=True)
@@ -274,7 +276,7 @@ class Source:
         pipeline_class = getattr(diffusers, self.family.pipeline_class)
         options = {**self.family.loading, "dtype": getattr(torch, dtype)}
         if self.unet:
-            options["unet"] = _load_unet(self.unet, getattr(torch, dtype))
+            options["unet"] = _load_unet(self.unet, options["dtype"])
         try:
             with without_bars() if repository is None else nullcontext():
                 if self.is_file:
@@ -288,15 +290,9 @@ class Source:
                     )
                     _check_complete(Path(self.path), pipeline)
                 else:
-                    pipeline = pipeline_class.from_pretrained(
-                        self.path,
-                        revision=self.commit,
-                        local_files_only=repository is None or repository.offline,
-                        use_safetensors=True,
-                        variant=self._loaded_variant,
-                        low_cpu_mem_usage=find_spec("accelerate") is not None,
-                        **options,
-                    )
+                    networks = [name for name in self._networks if name not in options]
+                    options |= {name: self._load_network(name, options["dtype"]) for name in networks}
+                    pipeline = pipeline_class.from_pretrained(self.path, **self._place_of_files, **options)
             _check_tokenizers(pipeline)
         except (OSError, LookupError, ValueError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
             hint = f"check that it is a pipeline like '{self.config}'" if self.is_file else "check that it is complete"
@@ -306,6 +302,32 @@ class Source:
             with without_bars(), without_advice():
                 self.lora.fuse(pipeline)
         return pipeline
+
+    @property
+    def _place_of_files(self) -> dict[str, Any]:
+        """Arguments of ``from_pretrained`` that say which files of folder or hub id are read."""
+        repository = self._repository
+        return {"revision": self.commit, "local_files_only": repository is None or repository.offline}
+
+    def _load_network(self, name: str, dtype: torch.dtype) -> Any:
+        """Loads a network of folder or hub id; ValueError if it lacks weights."""
+        import diffusers
+        import transformers
+
+        library, kind = self._index[name]
+        network = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), kind, None)
+        if network is None:
+            raise ValueError(f"its {name} is {library}.{kind}, expected a class of diffusers or transformers")
+        variant = self._loaded_variant
+        return _load_whole(
+            network,
+            self.path,
+            subfolder=name,
+            variant=variant if variant in self._weights_by_variant(name) else None,
+            low_cpu_mem_usage=find_spec("accelerate") is not None,
+            **{"torch_dtype" if library == "diffusers" else "dtype": dtype},
+            **self._place_of_files,
+        )
 
     def _settings_folder(self) -> str:
         # Given a hub id, diffusers downloads missing settings even when asked for local files only.
@@ -321,14 +343,21 @@ class Source:
         )
 
 
+def _load_whole(kind: Any, place: str, **options: Any) -> Any:
+    """Loads a network; ValueError if it lacks weights, which diffusers and transformers would leave random."""
+    network, about = kind.from_pretrained(place, use_safetensors=True, output_loading_info=True, **options)
+    if missing := sorted(about["missing_keys"]):
+        what = counted(len(missing), "weight")
+        raise ValueError(f"{what} of {kind.__name__} not in its files, such as {missing[0]}")
+    return network
+
+
 def _load_unet(folder: str, dtype: torch.dtype) -> Any:
     from diffusers import UNet2DConditionModel
 
     try:
         with without_bars():
-            return UNet2DConditionModel.from_pretrained(
-                folder, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False
-            )
+            return _load_whole(UNet2DConditionModel, folder, torch_dtype=dtype, low_cpu_mem_usage=False)
     except (OSError, LookupError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split("\n", 2)[:2]).strip()
         raise ModelError(f"model.unet={folder} can't be loaded ({reason}); check that it is a complete UNet") from error
@@ -393,10 +422,14 @@ def _stem(network: str) -> str:
 
 
 def _check_complete(file: Path, pipeline: Any) -> None:
-    """Raises ValueError if a single file lacks weights; diffusers would leave them random."""
+    """Raises ValueError if a single file lacks weights; diffusers would leave them random, or without memory."""
     with safe_open(file, "pt") as weights:
-        names = list(weights.keys())
-    for part, prefix in {"unet": "model.diffusion_model.", "vae": "first_stage_model."}.items():
+        stored = list(weights.keys())
+    names = [name for name in stored if not name.endswith(".position_ids")]  # which nothing loads
+    prefixes = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
+    if any(name.startswith(_CLIP) for name in names):  # an OpenCLIP text encoder has others there
+        prefixes["text_encoder"] = _CLIP
+    for part, prefix in prefixes.items():
         present = sum(name.startswith(prefix) for name in names)
         expected = len(getattr(pipeline, part).state_dict())
         if present < expected:

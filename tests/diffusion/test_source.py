@@ -15,7 +15,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from checkpoints import original_layout
 from nemo_bench import Diffusion
@@ -133,10 +133,12 @@ def test_a_file_without_networks_is_an_error(folder: Path, tmp_path: Path) -> No
     [
         ("unet", "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"),
         ("vae", "first_stage_model.encoder.conv_in.weight"),
+        ("text_encoder", "cond_stage_model.transformer.text_model.final_layer_norm.bias"),
     ],
 )
 def test_a_file_that_lacks_a_weight_is_an_error(folder: Path, tmp_path: Path, part: str, name: str) -> None:
     weights = original_layout(tiny_pipeline())
+    weights["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(16)[None]
     del weights[name]
     save_file(weights, tmp_path / "partial.safetensors")
     with pytest.raises(ModelError, match=rf"holds \d+ of the \d+ weights of the {part}"):
@@ -211,6 +213,41 @@ def test_a_broken_folder_is_an_error(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model" / "model_index.json").write_text("{")
     with pytest.raises(ModelError, match="not a valid JSON file"):
         Source(str(tmp_path / "model")).digest()
+
+
+@pytest.mark.parametrize("has_accelerate", [True, False])
+@pytest.mark.parametrize(
+    ("network", "weight"),
+    [
+        ("unet", "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v.weight"),
+        ("vae", "decoder.conv_in.bias"),
+        ("text_encoder", "final_layer_norm.weight"),
+    ],
+)
+def test_a_network_that_lacks_a_weight_is_an_error_in_place_of_a_random_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str, weight: str, has_accelerate: bool
+) -> None:
+    place = copied(folder, tmp_path / "model")
+    (file,) = (place / network).glob("*.safetensors")
+    weights = load_file(file)
+    (name,) = (name for name in weights if name.endswith(weight))
+    del weights[name]
+    save_file(weights, file, {"format": "pt"})
+    monkeypatch.setattr("nemo_bench.diffusion.source.find_spec", lambda name: object() if has_accelerate else None)
+    expected = rf"model '{place}' can't be loaded \(1 weight of \w+ not in its files, such as \S*{weight}\); check that"
+    with pytest.raises(ModelError, match=expected):
+        Source(str(place)).load()
+    if network == "unet":
+        with pytest.raises(ModelError, match=r"model\.unet=.* \(1 weight of UNet2DConditionModel not in its files"):
+            Source(str(folder), unet=str(place / "unet")).load()
+
+
+def test_a_network_of_another_library_is_an_error(folder: Path, tmp_path: Path) -> None:
+    place = copied(folder, tmp_path / "model")
+    index = json.loads((place / "model_index.json").read_text())
+    (place / "model_index.json").write_text(json.dumps({**index, "vae": ["shutil", "rmtree"]}))
+    with pytest.raises(ModelError, match=r"its vae is shutil\.rmtree, expected a class of diffusers or transformers"):
+        Source(str(place)).load()
 
 
 @pytest.mark.parametrize("name", ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"])
