@@ -30,7 +30,7 @@ from nemo_bench.errors import ConfigError, StoreError
 from nemo_bench.metrics import SetMetric
 from nemo_bench.records import schema
 from nemo_bench.records.images import open_image
-from nemo_bench.records.io import batched, read_file
+from nemo_bench.records.io import as_json, batched, read_file, write_text
 from nemo_bench.records.schema import ImageRecord, LocalizationRecord, MemorizationRecord, PromptRecord, ScoreRecord
 from nemo_bench.records.store import Store, read_digests, read_localizations
 
@@ -124,8 +124,7 @@ def _planned(made: Sequence[Cell], root: Path, conf: Path | None) -> dict[str, C
     run = made[0].store.folder.parent
     for cell in with_sources(list(cells.values())):
         cell.store.open(cell.spec)
-        for path in (run / cell.id / "records").glob(f"{LocalizationRecord.stage}.*.jsonl"):
-            shutil.copy(path, cell.store.folder / "records")
+        _copy_records(Store(run / cell.id), cell.store, LocalizationRecord)
         if cell.calibration and (measured := run.parent / "calibration" / cell.calibration.folder.name).is_dir():
             shutil.copytree(
                 measured, cell.calibration.folder, ignore=shutil.ignore_patterns(".lease.*"), dirs_exist_ok=True
@@ -172,11 +171,13 @@ def _scores(made: Cell, runner: Runner, apart: Path, count: int) -> Comparison:
     other = read_file(made.store.folder / SCORING_FILE, schema.Scoring).unmitigated
     store.open(made.spec)
     for kind in (LocalizationRecord, MemorizationRecord):
-        for path in (made.store.folder / "records").glob(f"{kind.stage}.*.jsonl"):
-            shutil.copy(path, store.folder / "records")
-    for part in ("records", "scores"):  # rankings are those of the cell that its neurons come from
-        if made.spec.source and (folder := run / made.spec.source / part).is_dir():
-            shutil.copytree(folder, store.folder.parent / made.spec.source / part, dirs_exist_ok=True)
+        _copy_records(made.store, store, kind)
+    if made.spec.source:  # rankings are those of the cell that its neurons come from
+        source = Store(run / made.spec.source)
+        own = Store(store.folder.parent / made.spec.source)
+        _copy_records(source, own, LocalizationRecord)
+        if (folder := source.folder / "scores").is_dir():
+            shutil.copytree(folder, own.folder / "scores", dirs_exist_ok=True)
     prompts = {task.prompt.id for task in _sample(scored_tasks(made), count, made.id)}
     store.writer(ImageRecord)(
         record.model_copy(update={"image": str((made.store.folder / record.image).resolve()), "sha256": None})
@@ -186,6 +187,14 @@ def _scores(made: Cell, runner: Runner, apart: Path, count: int) -> Comparison:
     config = replace(made.config, settings=replace(made.config.settings, metrics=kept))
     runner.score(replace(made, store=store, config=config, unmitigated=Store(run / other) if other else None))
     return _compare(made, store, ScoreRecord, kept)
+
+
+def _copy_records(source: Store, store: Store, kind: type[PromptRecord]) -> None:
+    """Copies the records of a stage, in the form of this version whatever the one that they were written in."""
+    lines = [as_json(record) + "\n" for record in source.records(kind).values()]
+    records = store.folder / "records"
+    records.mkdir(parents=True, exist_ok=True)
+    write_text(records / f"{kind.stage}.0.jsonl", "".join(lines))
 
 
 def _sample(items: Sequence[_T], count: int, seed: str) -> list[_T]:

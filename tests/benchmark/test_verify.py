@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from nemo_bench.benchmark.verify import verify
 from nemo_bench.cli import main
 from nemo_bench.errors import ConfigError, StoreError
+from older_results import make_older, two_versions
 from small_runs import small
 from whole_folder import LIST
 
@@ -110,6 +111,17 @@ def test_what_localizing_started_from_may_be_gone(run: Path, said: list[str]) ->
     assert [row.stage for row in found] == ["memorization", "generate", "score"]
     assert not any(row.differing for row in found)
     assert "neurons can't be localized again" in "".join(said)
+
+
+def test_a_run_of_an_older_version_is_verified_as_it_is(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_versions(monkeypatch)
+    assert make_older(cell(run, "nemo")) > 0
+    make_older(cell(run, "random"))
+    before = contents(run)
+    found = verify(run, ["trainer=cpu"], records=1, progress=False)
+    assert [row.stage for row in found].count("localize") == 2
+    assert all(row.recomputed == row.equal > 0 for row in found)
+    assert contents(run) == before
 
 
 def test_of_external_images_the_scores_are_computed_again(run: Path, tmp_path: Path) -> None:

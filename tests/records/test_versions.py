@@ -25,21 +25,8 @@ from nemo_bench.records.io import as_json, read_file, read_whole, stated_version
 from nemo_bench.records.results import load_results
 from nemo_bench.records.schema import DetectionRecord, LocalizationRecord, Run, Spec, Start
 from nemo_bench.records.store import Store, read_cell_prompts, read_records, read_spec, read_starts, write_prompts
+from older_results import two_versions
 from on_disk import read_json, write_json
-
-FIELDS = {*Localization.__dataclass_fields__}
-
-
-def unfold(name: str, content: Any) -> Any:
-    """From the form before commits 5ca334e and 4619ed5, which had a class around a list, and none in a line."""
-    if name == "env.json" and isinstance(content, dict):
-        return content.get("starts", content)
-    if name == "localize" and isinstance(content, dict) and "localization" not in content:
-        found = {key: value for key, value in content.items() if key in FIELDS}
-        others = {key: value for key, value in content.items() if key not in FIELDS}
-        return {**others, "localization": found} if "neurons" in found else others
-    return content
-
 
 OLD_LINES = (
     '{"id":"a3","cost":{"seconds":3.1,"row_passes":512.0},"prompt":"vm-01","neurons":{"mid_block.attentions.0":[3,7]},'
@@ -66,11 +53,6 @@ OLD_STARTS = """{
 }
 """
 """What the code of commit 5ca334e^ wrote."""
-
-
-def two_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schema, "VERSION", 2)
-    monkeypatch.setattr(schema, "UPGRADES", {1: unfold})
 
 
 def old_cell(folder: Path) -> Store:
