@@ -31,6 +31,7 @@ class CostModel:
     passes: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)  #: Seconds a pass took, by stage.
     scoring: list[float] = field(default_factory=list)  #: Seconds a prompt took to be scored.
+    widths: dict[str, schema.Layers] = field(default_factory=dict)  #: Neurons by layer, by ``model.layers``.
     records: int = 0
     devices: set[str] = field(default_factory=set)
 
@@ -42,6 +43,9 @@ class CostModel:
             try:
                 spec = read_file(path, schema.Spec)
                 if spec.task == "benchmark" and spec.digests.get("model") == weights:
+                    layers = path.with_name("layers.json")
+                    if layers.is_file():
+                        model.widths[str(spec.settings["model"]["layers"])] = read_file(layers, schema.Layers)
                     model._add(path.parent, _kind(spec.settings["method"]))
             except (NemoBenchError, KeyError, TypeError):
                 continue
@@ -150,7 +154,8 @@ def _cost(cell: Cell, pending: dict[str, int], model: CostModel, calibrated: set
     localizing = settings.localize_seeds if is_search else 0
     if isinstance(method, LocalizedNeurons):
         is_search = method.localizer.makes_passes
-        localizing = max(localizing * is_search, method.localizer.least_passes)
+        widths = model.widths.get(str(settings.model.layers), {})
+        localizing = max(localizing * is_search, method.localizer.least_passes(widths))
         memorized = sum(bool(prompt.kind) for prompt in cell.prompts)  # the others are not searched
         pending = {**pending, "localize": min(pending.get("localize", 0), memorized or len(cell.prompts))}
     # Before the first records: the gate of a search, what the memorization score takes, plain sampling.

@@ -19,7 +19,7 @@ from nemo_bench.records import schema
 from nemo_bench.records.data import Neurons, Prompt
 from nemo_bench.records.io import is_whole, read_file
 from nemo_bench.records.results import Results, load_cell, load_detections, load_results
-from nemo_bench.records.schema import ImageRecord, LocalizationRecord, Record, ScoreRecord, Spec
+from nemo_bench.records.schema import ImageRecord, LocalizationRecord, PromptRecord, Record, ScoreRecord, Spec
 from nemo_bench.records.store import Store, read_localizations, read_records, read_scores
 from nemo_bench.report import REPORT_FILES, write_report
 from nemo_bench.report.detection import write_detection
@@ -212,20 +212,31 @@ def check_failures(cells: Sequence[Cell]) -> None:
     Called once everything else is done and written.
     """
     lines = []
+    is_overflow = False
     for cell in cells:
-        kind: type[Record] = ImageRecord if cell.detector is None else schema.DetectionRecord
+        kind: type[PromptRecord] = ImageRecord if cell.detector is None else schema.DetectionRecord
         records = cell.store.records(kind).values()
-        reasons = Counter(record.failed for record in records if record.failed)
+        unlocalized = _unlocalized(cell)
+        reasons = Counter(unlocalized.get(record.prompt, record.failed) for record in records if record.failed)
         if 2 * reasons.total() > len(records):
             reason, count = reasons.most_common(1)[0]
             what = f"{len(records)} {'images' if cell.detector is None else 'prompts'}"
             of_them = "" if len(reasons) == 1 else f" ({count} of them)"
             lines.append(f"{cell.id}: {reasons.total()} of {what} failed: {reason}{of_them}")
+            is_overflow |= "finite" in reason
     if lines:
-        hint = "half precision may overflow: try model.dtype=float32 or bfloat16"
+        hints = []
+        if is_overflow:
+            hints.append("half precision may overflow: try model.dtype=float32 or bfloat16")
+        if is_overflow and cells[0].detector is None:
+            hints.append("else the weights, the scheduler or the method's settings are at fault")
         if cells[0].detector is None:
-            hint += (
-                "; else the weights, the scheduler or the method's settings are at fault. Failed images are recorded, "
-                "and have no score"
-            )
-        raise ModelError("\n".join([*lines, hint]))
+            hints.append("failed images are recorded, and have no score")
+        raise ModelError("\n".join([*lines, "; ".join(hints)]))
+
+
+def _unlocalized(cell: Cell) -> dict[str, str]:
+    """Why localizing failed, by prompt id: where neurons come from another cell, what failed there."""
+    names = [cell.id, *([cell.spec.source] if cell.spec.source else [])]
+    records = (read_records(cell.store.folder.parent / name, LocalizationRecord).values() for name in names)
+    return {record.prompt: record.failed for each in records for record in each if record.failed}

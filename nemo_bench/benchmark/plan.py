@@ -45,7 +45,7 @@ class Need:
     """Something that a run takes from outside."""
 
     #: ``"weights"``, ``"metric"``, ``"truth"``, ``"statistics"``, ``"prompts"``, ``"prompts of edits"``,
-    #: ``"general prompts"``, ``"method's file"``, ``"method"`` or ``"training images"``.
+    #: ``"general prompts"``, ``"method's file"``, ``"method"``, ``"training images"`` or ``"prompts to localize"``.
     kind: str
     what: str  #: File, folder, hub id, or name of a metric.
     #: ``"there"``; ``"fetched"``, by its library at the first use; ``"partly"``, the run goes on without the rest;
@@ -322,6 +322,8 @@ class Planner:
                 self._schedules.add(key)
             if size := source.latent_size:
                 check_similarity(size, model, method)
+        if isinstance(method, LocalizedNeurons):
+            self._note_lacking(method, prompts, f"{method.title} on {config.names['model']}, {config.names['prompts']}")
         if method.source:
             self._set_source(cell, method)
         return cell
@@ -406,6 +408,13 @@ class Planner:
                 "them out, or have no value at all. `nemo-bench references` fetches those that the list has links to"
             )
             self.needs["training images", files] = Need("training images", files, "partly", note)
+
+    def _note_lacking(self, method: LocalizedNeurons, prompts: Sequence[Prompt], what: str) -> None:
+        searched = [prompt for prompt in prompts if prompt.kind] or list(prompts)
+        if lacking := method.lacking(searched):
+            why = next(iter(lacking.values()))
+            note = f"{len(lacking)} of {len(searched)} can't be localized, and have no images: {why}"
+            self.needs["prompts to localize", what] = Need("prompts to localize", what, "partly", note)
 
 
 def make_spec(

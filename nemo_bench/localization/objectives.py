@@ -35,6 +35,9 @@ class Objective(ABC):
         prompt: The prompt.
         samples: S.
         batch_size: Rows of a pass without gradients, at most.
+
+    Raises:
+        NotFiniteError: The prompt lacks what the loss needs.
     """
 
     def __init__(self, model: Diffusion, prompt: Prompt, samples: int, batch_size: int) -> None:
@@ -42,7 +45,14 @@ class Objective(ABC):
         self.samples = samples
         self.batch_size = batch_size
         self.text = model.encode([prompt.text]).clone()
+        if lacking := self.lacks(prompt):
+            raise NotFiniteError(lacking)
         self.prepare(prompt)
+
+    @staticmethod
+    def lacks(prompt: Prompt) -> str:
+        """What a prompt lacks that the loss needs, with what to do; empty where it lacks nothing."""
+        return ""
 
     @abstractmethod
     def prepare(self, prompt: Prompt) -> None:
@@ -65,9 +75,14 @@ class Replay(Objective):
     """The training loss of the prompt's training image; of several, draws take one after the other."""
 
     @override
+    @staticmethod
+    def lacks(prompt: Prompt) -> str:
+        if prompt.references:
+            return ""
+        return "it has no training image, which objective=replay needs; take localizer.objective=magnitude"
+
+    @override
     def prepare(self, prompt: Prompt) -> None:
-        if not prompt.references:
-            raise NotFiniteError("it has no training image, which objective=replay needs; take objective=magnitude")
         model, count = self.model, len(prompt.references)
         pictures = [fitted_picture(path, model.image_size) for path in prompt.references[: self.samples]]
         clean = model.encode_images(torch.stack(pictures))

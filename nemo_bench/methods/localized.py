@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from nemo_bench.diffusion import Diffusion
-from nemo_bench.errors import NotFiniteError
+from nemo_bench.errors import ConfigError, NotFiniteError, counted
 from nemo_bench.localization import SEEDS
 from nemo_bench.localization.localizers import Inputs, Localizer
 from nemo_bench.methods.base import Setup
@@ -60,8 +60,17 @@ class LocalizedNeurons(BlockNeurons):
     def calibrates_threshold(self) -> bool:
         return self.localizer.calibrates_threshold
 
+    def lacking(self, prompts: Sequence[Prompt]) -> dict[str, str]:
+        """What prompts lack that the localizer needs, by their ids, without those that lack nothing."""
+        return {prompt.id: what for prompt in prompts if (what := self.localizer.lacks(prompt))}
+
     @override
     def fingerprint(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
+        searched = [prompt for prompt in prompts if prompt.kind] or list(prompts)
+        lacking = self.lacking(searched)
+        if lacking and len(lacking) == len(searched):
+            why = next(iter(lacking.values()))
+            raise ConfigError(f"{self.title} can localize none of {counted(len(searched), 'prompt')}: {why}")
         # In place of the path; None where the known neurons do not matter.
         return {"truth": truth_digest(self._known, prompts) if self.truth and self.localizer.uses_count else None}
 

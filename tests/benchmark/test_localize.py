@@ -6,6 +6,7 @@ import csv
 import html
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,9 +53,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(folder: Path, *more: str) -> list[str]:
+def plain_command(folder: Path, *more: str) -> list[str]:
     own = [f"root={folder}", f"prompts.files=[{folder / 'four.jsonl'}]", f"model.truth={folder / 'truth.json'}"]
-    return ["localize", *small(seeds=1), *own, "localizer.steps=2", "localizer.samples=1", "--quiet", *more]
+    return ["localize", *small(seeds=1), *own, *more]
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    return plain_command(folder, "localizer.steps=2", "localizer.samples=1", "--quiet", *more)
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +205,57 @@ def test_truth_is_checked_for_each_file_and_where_images_are_only_scored(
     assert main(["localize", *own, f"model.truth={bad}", "--quiet"]) == 1
     assert "there are other neurons than the model has" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")} == images
+
+
+@pytest.mark.parametrize(
+    ("localizer", "message"),
+    [
+        (
+            "slimming",
+            r"Slimming can localize none of 2 prompts: it has no training image.*take localizer\.objective=",
+        ),
+        ("truth", r"True neurons can localize none of 2 prompts: its true neurons are not known, in model\.truth="),
+    ],
+)
+def test_prompts_that_lack_what_localizing_needs_are_refused_before_weights_load(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    localizer: str,
+    message: str,
+) -> None:
+    monkeypatch.setattr("nemo_bench.benchmark.runner.load_model", None)
+    lines = [{"id": f"other-{text}", "text": text, "kind": "VM"} for text in ("one", "two")]
+    (tmp_path / "bare.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    own = [f"root={tmp_path}", f"prompts.files=[{tmp_path / 'bare.jsonl'}]", f"localizer={localizer}"]
+    assert main(plain_command(folder, *own)) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.glob("default/*/records/*"))
+
+
+def test_a_dry_run_says_how_many_prompts_lack_something_and_what_localizing_takes(
+    done: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["localizer=truth,zero_out", "localizer.samples=1", "--dry-run", "--json"]
+    assert main(plain_command(folder, *words)) == 0
+    expected = json.loads(capsys.readouterr().out)
+    (need,) = (need for need in expected["needs"] if need["kind"] == "prompts to localize")
+    assert need["state"] == "partly"
+    assert need["note"].startswith("2 of 3 can't be localized, and have no images: its true neurons are not known")
+    (widths,) = {(path.read_text()) for path in done.glob("*/layers.json")}
+    (row,) = (row for row in expected["cells"] if "zero_out_neurons" in row["cell"])
+    assert row["passes"]["localize"] == 3 * (1 + sum(json.loads(widths).values()))
+
+
+def test_what_prompts_lacked_is_named_at_the_end(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["localizer=truth", "prompts.limit=3", "model.steps=1", f"root={tmp_path}"]
+    assert main(plain_command(folder, *own)) == 1
+    printed = capsys.readouterr().err
+    assert re.search(r"__truth__\S+: 2 of 3 images failed: its true neurons are not known, in model\.truth=", printed)
+    assert "dtype" not in printed
 
 
 def test_cells_keep_what_was_chosen_for_the_family_of_the_model(tmp_path: Path) -> None:

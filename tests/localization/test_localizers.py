@@ -105,7 +105,8 @@ def test_passes_are_those_of_the_paper(
     assert sum(tiny.masks.widths.values()) == 80
     assert found.row_passes == passes
     assert own.makes_passes == (passes > 0)
-    assert min(passes, 1) <= own.least_passes <= passes
+    assert min(passes, 1) <= own.least_passes({}) <= passes
+    assert own.least_passes(tiny.masks.widths) == passes
 
 
 def test_a_set_has_the_size_asked_for(tiny: Diffusion, tiny_calibration: Calibration) -> None:

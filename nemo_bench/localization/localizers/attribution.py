@@ -41,10 +41,13 @@ class Attribution(Ranker):
         if self.objective not in get_args(ObjectiveName):
             raise ConfigError(f"{self.title}: objective={self.objective}; expected {', '.join(OBJECTIVES)}")
 
-    @property
     @override
-    def least_passes(self) -> int:
+    def least_passes(self, widths: Mapping[str, int]) -> int:
         return self.samples
+
+    @override
+    def lacks(self, prompt: Prompt) -> str:
+        return OBJECTIVES[self.objective].lacks(prompt)
 
     @property
     def centers(self) -> bool:

@@ -52,10 +52,17 @@ class Localizer(Checked, ABC):
     calibrates_threshold: bool = False  #: Whether the calibration must include a threshold.
     noise_protocol: Protocol = PAPER  #: How it takes noise differences.
 
-    @property
-    def least_passes(self) -> int:
-        """UNet passes of one sample that a prompt takes at least, as far as settings tell."""
+    def least_passes(self, widths: Mapping[str, int]) -> int:
+        """UNet passes of one sample that a prompt takes at least, as far as settings tell.
+
+        Args:
+            widths: Number of neurons by layer; empty where it is not known yet.
+        """
         return 0
+
+    def lacks(self, prompt: Prompt) -> str:
+        """What a prompt lacks that localizing needs, with what to do; empty where it lacks nothing."""
+        return ""
 
     @property
     def uses_count(self) -> bool:

@@ -37,10 +37,9 @@ class IntegratedGradients(Attribution):
 
     steps: Annotated[int, Field(ge=2)] = 20  #: Points of the path from off to on, both ends included.
 
-    @property
     @override
-    def least_passes(self) -> int:
-        return 2 * self.steps * self.samples
+    def least_passes(self, widths: Mapping[str, int]) -> int:
+        return 2 * self.steps * self.samples * max(1, len(widths))
 
     @override
     @torch.enable_grad()

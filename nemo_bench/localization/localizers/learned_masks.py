@@ -43,9 +43,8 @@ class LearnedMasks(Attribution):
                 "is learned; take replay or magnitude"
             )
 
-    @property
     @override
-    def least_passes(self) -> int:
+    def least_passes(self, widths: Mapping[str, int]) -> int:
         return 2 * (1 if self.stop else self.steps) * self.samples
 
     @override

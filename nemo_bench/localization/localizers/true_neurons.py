@@ -39,9 +39,13 @@ class TrueNeurons(Localizer):
         return {"truth": truth_digest(self._known, prompts)}
 
     @override
+    def lacks(self, prompt: Prompt) -> str:
+        return "" if prompt.id in self._known else f"its true neurons are not known, in model.truth={self.truth}"
+
+    @override
     def localize(self, model: Diffusion, prompt: Prompt, inputs: Inputs) -> Localization:
-        if prompt.id not in self._known:
-            raise NotFiniteError("its true neurons are not known")
+        if lacking := self.lacks(prompt):
+            raise NotFiniteError(lacking)
         neurons = self._known[prompt.id]
         model.masks.check(neurons)
         scores = {layer: torch.zeros(width) for layer, width in model.masks.widths.items()}

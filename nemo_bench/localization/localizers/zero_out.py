@@ -30,6 +30,10 @@ class ZeroOut(Attribution):
     sourcing = "paper and public code, for feed-forward neurons of language models; our adaptation"
 
     @override
+    def least_passes(self, widths: Mapping[str, int]) -> int:
+        return self.samples * (1 + sum(widths.values()))
+
+    @override
     @torch.no_grad()
     def attribute(self, objective: Objective, prompt: Prompt) -> Mapping[str, Tensor]:
         model, draws = objective.model, range(objective.samples)
