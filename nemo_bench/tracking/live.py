@@ -274,6 +274,7 @@ class _Outlet:
         self._cell: BegunCell | None = None
         self._is_open = False
         self._is_closing = False
+        self._is_given_up = False
         self._succeeded = 0.0
         self._said: set[str] = set()
 
@@ -304,6 +305,7 @@ class _Outlet:
             self._thread.join(0.1)
         if self._thread.is_alive():
             self._warn(f"it did not end within {patience:g} s")
+            self._is_given_up = True
 
     def _work(self) -> None:
         while True:
@@ -354,8 +356,8 @@ class _Outlet:
             self._logger.close(self._cell.folder.parent)
 
     def _warn(self, why: str) -> None:
-        """Says once what failed."""
-        if why in self._said:
+        """Says once what failed; nothing any more once nobody waits for it."""
+        if why in self._said or self._is_given_up:
             return
         self._said.add(why)
         hint = (

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -147,10 +147,16 @@ class WandbLog:
         """Adds everything there is of a finished cell, and ends its run."""
         if self._run is None:
             return
-        with _staged_in(cell.folder / "wandb"), self._run as run:
-            self.log({**cell.means, "prompts": _prompts(cell, self.settings.thumbnails), **_charts(cell)}, step)
-            run.summary.update(cell.row)
-            run.log_artifact(_artifact(cell))
+        with _staged_in(cell.folder / "wandb"):
+            try:
+                self.log({**cell.means, "prompts": _prompts(cell, self.settings.thumbnails), **_charts(cell)}, step)
+                self._run.summary.update(cell.row)
+                self._run.log_artifact(_artifact(cell))
+            except BaseException:  # a run as a context would print a traceback
+                with suppress(Exception):
+                    self.stop()
+                raise
+            self._run.finish()
         self._run = None
         file = cell.folder / "tracked.json"
         write_json(file, read_file(file, Tracked).model_copy(update={"results": cell.digest}))

@@ -30,6 +30,7 @@ from nemo_bench.tracking import lightning_logs, live, wandb_runs
 from nemo_bench.tracking.live import Live
 from offline_run import OfflineRun
 from small_runs import small
+from wandb_server import WandbServer
 
 KEY = "0123456789" * 4
 METHODS = {"a": "nemo"}
@@ -264,20 +265,25 @@ def test_a_sweep_agent_gets_the_figures_of_its_trial_alone(
         Live(LoggerSettings(wandb=True), {"a": "nemo", "b": "random"})
 
 
+def run_online(finished: Path, root: Path, url: str, methods: str) -> subprocess.CompletedProcess[str]:
+    """Runs two prompts with W&B online at a server, in a process of its own."""
+    place = {"WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "WANDB_MODE": "online"}
+    prompts = read_starts(next(finished.glob("*__none__*")))[-1].settings["prompts"]["files"]
+    words = [
+        *small(seeds=1, steps=2), f"prompts.files={json.dumps(prompts)}", f"method={methods}",
+        f"root={root}", "logger=wandb", "logger.csv=true", "logger.timeout=2",
+    ]  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-m", "nemo_bench.cli", "run", "--json", *words],
+        capture_output=True, text=True, timeout=380, check=False, env={**os.environ, **place},
+    )  # fmt: skip
+
+
 @pytest.mark.timeout(400)
 def test_a_server_that_never_answers_costs_a_run_nothing_and_no_file_has_the_key(
     finished: Path, port: int, tmp_path: Path
 ) -> None:
-    place = {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": KEY, "WANDB_MODE": "online"}
-    prompts = read_starts(next(finished.glob("*__none__*")))[-1].settings["prompts"]["files"]
-    words = [
-        *small(seeds=1, steps=2), f"prompts.files={json.dumps(prompts)}", "method=none,random_tokens",
-        f"root={tmp_path}", "logger=wandb", "logger.csv=true", "logger.timeout=2",
-    ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "nemo_bench.cli", "run", "--json", *words],
-        capture_output=True, text=True, timeout=380, check=False, env={**os.environ, **place},
-    )  # fmt: skip
+    done = run_online(finished, tmp_path, f"http://127.0.0.1:{port}", "none,random_tokens")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("wandb failed") == 2  # once a cell
     assert "Traceback" not in done.stderr
@@ -285,3 +291,23 @@ def test_a_server_that_never_answers_costs_a_run_nothing_and_no_file_has_the_key
     assert all(rows(cell)[-1]["all/ssim_nearest/mean"] for cell in tmp_path.glob("default/*__*"))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("silently", [False, True])
+def test_a_network_lost_in_the_middle_of_a_run_costs_it_nothing(finished: Path, tmp_path: Path, silently: bool) -> None:
+    server = WandbServer(silently=silently)
+    try:
+        done = run_online(finished, tmp_path, server.url, "none")
+    finally:
+        server.close()
+    assert server.gone.is_set()
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("wandb failed") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(json.loads(done.stdout)["rows"]) > 2
+    (cell,) = tmp_path.glob("default/*__none__*")
+    assert rows(cell)[-1]["all/ssim_nearest/mean"]
+    tracked = read_file(cell / "tracked.json", Tracked)
+    assert server.begun == [tracked.id]
+    assert tracked.results == ""  # so that track tries again
