@@ -71,6 +71,11 @@ def score_difference(noise: Tensor, signal: float) -> Tensor:
     return -noise / (1 - signal) ** 0.5
 
 
+def clean_latents(latents: Tensor, noise: Tensor, signal: float) -> Tensor:
+    """The clean latents that predicted noise leads to, float32; ``signal`` is that of the noisy ones."""
+    return (latents.float() - (1 - signal) ** 0.5 * noise) / signal**0.5
+
+
 def tiled_distance(one: Tensor, other: Tensor, tiles: int) -> Tensor:
     """Largest root mean squared difference of corresponding tiles, (N,) in [0, 1] (Carlini et al. 2023, section 4.2).
 

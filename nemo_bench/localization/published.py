@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
+import numpy as np
 from pydantic import Field, Json, TypeAdapter, ValidationError
 
 from nemo_bench.errors import NemoBenchError
@@ -70,6 +71,25 @@ def read_published(path: Path) -> list[PublishedRow]:
                 msg = f"{where}: neurons of {given} layers, but of {expected} before; expected one model"
                 raise NemoBenchError(msg)
     return rows
+
+
+def read_cluster(path: Path) -> Layers:
+    """Reads a published ``.npz`` file of Di et al. (2026): one set of neurons, an array a layer in network order.
+
+    Layers without neurons are empty arrays of floating-point numbers there.
+
+    Raises NemoBenchError if the file is missing or has another form.
+    """
+    try:
+        with np.load(path) as file:
+            arrays = [file[f"arr_{number}"] for number in range(len(file.files))]
+        for number, ids in enumerate(arrays):
+            if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+                raise TypeError(f"arr_{number} is no list of whole numbers")
+        return tuple(tuple(ids.astype(int).tolist()) for ids in arrays)
+    except Exception as error:
+        msg = f"{path}: no neurons can be read ({error}); expected arrays arr_0, arr_1 ... of indices, one a layer"
+        raise NemoBenchError(msg) from error
 
 
 def published_text(rows: Iterable[PublishedRow]) -> str:

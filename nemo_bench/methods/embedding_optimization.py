@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ class OptimizedEmbedding(Method):
     makes_passes = True
     needs = frozenset({"gradients"})
 
-    target: Target = 1.5  #: Largest value that suffices.
+    target: Target | None = 1.5  #: Largest value that suffices; None: all steps are taken.
     steps: Index = 10  #: AdamW steps at most.
     rate: Positive = 0.05  #: Learning rate.
     #: All images of a prompt share one embedding, optimized on the starting noise of its first ``images`` images; None
@@ -94,8 +95,10 @@ class OptimizedEmbedding(Method):
             noise = latents[list(part)].flatten(0, 1)
             measure = self.measure(model, [prompts[row] for row in owners], text.rows(owners), noise)
             loss = partial(self._loss, measure, images)
-            end = descend(text.rows(part).text, loss, target=self.target, steps=self.steps, rate=self.rate)
-            found += zip(end.values.cpu(), end.notes, strict=True)
+            target = -math.inf if self.target is None else self.target
+            end = descend(text.rows(part).text, loss, target=target, steps=self.steps, rate=self.rate)
+            notes = end.notes if self.target is not None else ({"steps": taken} for taken in end.steps)
+            found += zip(end.values.cpu(), notes, strict=True)
         return found
 
     def _loss(self, measure: Measure, images: int, rows: Sequence[int], values: Tensor) -> Tensor:
@@ -144,7 +147,7 @@ class EmbeddingOptimization(OptimizedEmbedding):
     #: Largest magnitude that suffices. None: 1.5, or with ``legacy_batch_norm`` the published 3, which is the same for
     #: four images of equal magnitude. Others publish (as a norm over n images) 1 to 5 for n = 5, 5 for n = 10 and 1 for
     #: n = 1; models that predict velocity have other magnitudes.
-    target: Target | None = None  # type: ignore[assignment] # a number once made
+    target: Target | None = None
     #: Take one norm over all images that share an embedding, as the public script does.
     legacy_batch_norm: bool = False
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError, StoreError
-from nemo_bench.localization.published import by_name, read_published
+from nemo_bench.localization.published import by_name, read_cluster, read_published
 from nemo_bench.methods.nemo import BlockNeurons
 from nemo_bench.prompts import read_rows
 from nemo_bench.records.data import Localization, Neurons, Prompt
@@ -36,7 +36,9 @@ class SavedNeurons(BlockNeurons):
     sourcing = "depends on the file"
 
     #: A published CSV, with lines by text of the prompt; a cell's folder (``results/<name>/<cell>``), with records by
-    #: id and text of the prompt; or JSON or safetensors of :meth:`Neurons.save`, one set for all prompts.
+    #: id and text of the prompt; or one set for all prompts: JSON or safetensors of :meth:`Neurons.save`, or a cluster
+    #: as published by Di et al. (2026), ``neurons_cluster_<c>.npz``, whose prompts are in a CSV of that number. That
+    #: file and CSV of one number belong together is assumed; clusters 10 and 11 have no file.
     file: str | None = None
     #: Blocked set: ``"refined"`` or the ``"initial"`` candidates; the same for a file of one set.
     neurons: Literal["refined", "initial"] = "refined"
@@ -76,7 +78,7 @@ class SavedNeurons(BlockNeurons):
 
 
 def _read_one_set(path: Path) -> Saved:
-    layers = dict(Neurons.load(path))
+    layers = read_cluster(path) if path.suffix == ".npz" else dict(Neurons.load(path))
     return lambda prompt: {"neurons": layers, "initial": layers}
 
 

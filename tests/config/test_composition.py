@@ -320,8 +320,8 @@ def test_errors_explain_wrong_settings_of_the_logger(words: list[str], message: 
 
 
 def test_all_methods_uses_the_settings_of_each_method_for_the_model() -> None:
-    """But for variants that are published as such, and a file of paraphrases."""
-    variants = {"before", "timestep", "neurons", "file"}
+    """But for variants that are published as such, a control, and a file of paraphrases."""
+    variants = {"before", "timestep", "neurons", "file", "factor", "change"}
     for choice in grid(["experiment=all_methods"]):
         (plain,) = grid([f"method={choice.names['method']}"])
         differing = {key for key, value in choice.settings.method.items() if value != plain.settings.method[key]}

@@ -20,11 +20,14 @@ from nemo_bench.detectors import (
     BrightEnding,
     Detector,
     DetectorScore,
+    HessianDifference,
+    IntrinsicDimension,
     LayerEntropy,
     Magnitude,
     NoiseDifference,
     Observed,
     OneStep,
+    ScoreDynamics,
     Sharpness,
     TiledL2,
     TokenSignificance,
@@ -53,9 +56,14 @@ def every() -> dict[str, Detector]:
         "bright_ending": BrightEnding(seeds=2),
         "tiled_l2": TiledL2(seeds=2),
         "one_step": OneStep(),
+        "hessian_difference": HessianDifference(),
+        "score_dynamics": ScoreDynamics(),
+        "intrinsic_dimension": IntrinsicDimension(),
     }
 
 
+DERIVATIVES = {"token_significance": 1 * 2, "sharpness": 2 * 2, "hessian_difference": 2, "intrinsic_dimension": 2}
+"""Derivatives of passes that they take, by row, for a prompt."""
 ON_SDXL = sorted(set(every()) - {"layer_entropy", "attention_entropy", "bright_ending"})
 
 
@@ -98,12 +106,12 @@ def test_detectors_together_give_the_scores_of_each_alone_and_sample_once(tiny: 
     for name, detector in detectors.items():
         with counted(tiny) as alone:
             assert [f.score for f in together[name]] == pytest.approx(scores(tiny, detector, PROMPTS), rel=1e-3)
-        derivatives = {"token_significance": 1 * 2, "sharpness": 2 * 2}.get(name, 0) * len(PROMPTS)
+        derivatives = DERIVATIVES.get(name, 0) * len(PROMPTS)
         assert sum(alone) == costs[name].row_passes - derivatives, name
         assert 0 <= costs[name].extra_row_passes <= costs[name].row_passes
         assert costs[name].seconds > 0
         # Sampling of two images is shared; the third noise's conditional prediction is at another timestep.
-    own = sum(cost.extra_row_passes for cost in costs.values()) - (1 * 2 + 2 * 2) * len(PROMPTS)
+    own = sum(cost.extra_row_passes for cost in costs.values()) - sum(DERIVATIVES.values()) * len(PROMPTS)
     assert sum(rows) == own + 2 * tiny.passes_per_image * len(PROMPTS)
 
 
@@ -304,6 +312,9 @@ def test_memorized_prompts_of_the_embedded_model_score_higher(planted: Diffusion
         "magnitude": Magnitude(seeds=1, steps=1),
         "anisotropy": Anisotropy(),
         "one_step": OneStep(),
+        "hessian_difference": HessianDifference(),
+        "score_dynamics": ScoreDynamics(),
+        "intrinsic_dimension": IntrinsicDimension(),
     }
     for name, found in watch(planted, detectors, [*known, *unknown])[0].items():
         scores = [finding.score for finding in found]

@@ -18,11 +18,14 @@ OUT_OF_RANGE: dict[str, dict[str, Sequence[float]]] = {
     "AMG": {"threshold": [2.0], "saturation": [0.0], "strength": [-1.0], "captions": [0]},
     "AdjustedNoise": {"rounds": [-1], "radius": [-1.0], "rate": [math.inf], "timestep": [1001.0]},
     "AnisotropyOptimization": {"steps": [-1]},
+    "AttentionAttenuation": {"threshold": [math.nan], "factor": [-0.1]},
     "AttentionRescaling": {"factor": [0.0, math.inf]},
     "BrightEndingOptimization": {"rate": [0.0]},
+    "DimensionOptimization": {"steps": [-1], "step": [50, -1], "target": [-math.inf]},
     "DynamicTransition": {"before": [math.inf]},
     "EmbeddingNoise": {"scale": [-0.1]},
     "EmbeddingOptimization": {"steps": [-1], "rate": [0.0], "images": [0], "target": [-math.inf]},
+    "GUARD": {"threshold": [math.inf], "repulsion": [-1.0]},
     "NeMo": {
         "theta_step": [0.0],
         "theta_min": [-1.0],
@@ -35,11 +38,13 @@ OUT_OF_RANGE: dict[str, dict[str, Sequence[float]]] = {
     },
     "OptimizedNoise": {"target": [-1.0], "steps": [-1], "rate": [0.0]},
     "PRSS": {"search_target": [-1.0], "anchor_from": [-1.0], "anchor_full": [math.inf]},
+    "PaddingFix": {"share": [1.1]},
     "RandomNumbers": {"times": [-1]},
     "RandomTokens": {"times": [-1]},
     "RepeatedWords": {"times": [-1]},
     "SAIL": {"alpha": [-1.0], "candidates": [0], "steps": [0], "rate": [0.0], "restarts": [-1]},
     "StaticTransition": {"timestep": [1001, -1], "before": [math.nan]},
+    "UpdateNorms": {"flag": [0.0], "strong": [-1.0], "early": [1.1], "band": [-0.1]},
     "Wanda": {"ratio": [1.5], "calls": [0], "agreement": [1.0], "seed": [-1]},
 }
 SD, XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nemo_bench import ConfigError, Diffusion, Localization, NemoBenchError, Neurons, Prompt
@@ -117,6 +118,33 @@ def test_one_set_for_all_prompts(tiny: Diffusion, tmp_path: Path, found: dict[st
     method = SavedNeurons(str(tmp_path / name))
     assert localize(tiny, method, A).neurons == localize(tiny, method, OTHER).neurons == found["a"].initial
     assert method.fingerprint([A, OTHER])
+
+
+def test_a_published_cluster_is_one_set_with_empty_layers_of_floats(tiny: Diffusion, tmp_path: Path) -> None:
+    path, (first, *_, last) = tmp_path / "neurons_cluster_3.npz", tiny.value_layers
+    np.savez(path, np.array([5, 2]), *[np.array([])] * 5, np.array([3]))
+    method = SavedNeurons(str(path))
+    assert localize(tiny, method, A).neurons == Neurons({first: [2, 5], last: [3]})
+    assert method.fingerprint([A, OTHER])
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([np.array([0.5])] + [np.array([])] * 6, "arr_0 is no list of whole numbers"),
+        ([np.array([99])] + [np.array([])] * 6, "neuron 99 of layer"),
+        ([np.array([1])], "neurons of 1 layers"),
+    ],
+)
+def test_a_cluster_of_another_form_or_model_is_refused(
+    tiny: Diffusion, tmp_path: Path, layers: list[np.ndarray], message: str
+) -> None:
+    np.savez(tmp_path / "c.npz", *layers)
+    with pytest.raises(NemoBenchError, match=message):
+        localize(tiny, SavedNeurons(str(tmp_path / "c.npz")), A)
+    (tmp_path / "broken.npz").write_text("no numbers")
+    with pytest.raises(NemoBenchError, match="expected arrays arr_0, arr_1"):
+        localize(tiny, SavedNeurons(str(tmp_path / "broken.npz")), A)
 
 
 def test_lines_of_one_prompt_must_agree(tmp_path: Path, tiny: Diffusion, found: dict[str, Localization]) -> None:
