@@ -52,9 +52,9 @@ class DimensionOptimization(OptimizedEmbedding):
             sampling.predict()
             sampling.advance()
         timestep, scale = sampling.timestep, model.guidance
-        (direction,) = probes(model, 1)
         # Derivatives can't be taken of tensors that were made in inference mode, but of copies.
         with torch.inference_mode(False), torch.no_grad():
+            (direction,) = probes(model, 1)
             reached = sampling.latents.clone()
             unconditional = model.unconditional(len(reached)).clone()
             empty, empty_slope = noise_along(model, reached, timestep, unconditional, direction)

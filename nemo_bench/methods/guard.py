@@ -31,9 +31,10 @@ class GUARD(AttentionAttenuation):
     and r are those of the public command; its code has others by default, and a projection that its command seems to
     turn off, but does not. The public snapshot can't run that command as it stands.
 
-    A factor of 1 is the control that a table needs: plain guidance at the scale w - r cos(pi i / 2N), which is lower,
-    and alone makes copies fewer. In the embedded model, whose guidance scale is 3, the published r leaves a scale of 1
-    in the first step, and most of the effect is that of the control.
+    A factor of 1 is the control that a table needs: plain guidance at the scale w - r cos(pi i / 2N), which is lower.
+    In the embedded model, whose guidance scale is 3, the published r leaves a scale of 1 in the first step. There all
+    eight images of four verbatim prompts remain copies, with either factor; of four of template prompts one does, and
+    all with the factor of the control.
     """
 
     title = "GUARD"

@@ -22,7 +22,7 @@ from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.io import batched, digest
-from nemo_bench.records.ranges import NotNegative, Positive, Share
+from nemo_bench.records.ranges import Count, NotNegative, Positive, Share
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +65,10 @@ class UpdateNorms(Method):
     makes_passes = True
     needs = frozenset({"guidance"})
 
-    #: General prompts to measure (csv, jsonl, txt or parquet), one image each, 50 at least; None takes those of the run
-    #: that are not marked as memorized.
+    #: General prompts to measure (csv, jsonl, txt or parquet), one image each; None takes those of the run that are not
+    #: marked as memorized.
     file: str | None = None
+    limit: Count = 64  #: The first prompts of them that are measured; ours, 50 at least for limits that mean something.
     flag: Positive = 3.0  #: Standard deviations above which a norm is unusual.
     strong: Positive = 14.0  #: Standard deviations of |c| above which an image is flagged as strong.
     early: Share = 0.2  #: Share of the steps in which mild images are corrected; published: 10 of 50.
@@ -79,7 +80,7 @@ class UpdateNorms(Method):
         return read_prompts(self.file) if self.file else []
 
     def _general(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        general = self._listed or [prompt for prompt in prompts if not prompt.kind]
+        general = (self._listed or [prompt for prompt in prompts if not prompt.kind])[: self.limit]
         if len(general) < 2:
             raise ConfigError(
                 f"update_norms needs general prompts, and {len(general)} of those given are not marked VM or TM: "

@@ -64,7 +64,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "repeated_words": RepeatedWords,
     "sail": lambda: SAIL(0.0, steps=3, restarts=1),
     "static_transition": StaticTransition,
-    "update_norms": lambda: UpdateNorms(GENERAL, flag=1e-3, strong=1e-3, band=0.0),
+    "update_norms": lambda: UpdateNorms(GENERAL, 4, flag=1e-3, strong=1e-3, band=0.0),
     "wanda": lambda: Wanda(ratio=0.3),
 }
 """Methods with settings under which they act on any model."""
@@ -93,7 +93,7 @@ IDLE: dict[str, Callable[[], Method]] = {
     "static_transition": lambda: StaticTransition(1000),
     "static_transition of the same scale": lambda: StaticTransition(0, before=3.0),
     "dynamic_transition of the same scale": lambda: DynamicTransition(before=3.0),
-    "update_norms": lambda: UpdateNorms(GENERAL, flag=1e9),
+    "update_norms": lambda: UpdateNorms(GENERAL, 4, flag=1e9),
     "wanda": lambda: Wanda(ratio=0.0),
 }
 """Methods without strength, or whose gate stays shut."""

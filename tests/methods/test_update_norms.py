@@ -141,6 +141,7 @@ def test_general_prompts_are_those_not_marked_and_few_are_warned_of(
     with caplog.at_level(logging.WARNING):
         method.setup(tiny, Setup(prompts=[Prompt("a", "red", "VM"), *GENERAL]))
     assert "4 general prompts give rough limits" in caplog.text
+    assert UpdateNorms(limit=2).fingerprint(GENERAL) == UpdateNorms().fingerprint(GENERAL[:2])
     batch = batch_of(tiny, [(0, 0)])
     with pytest.raises(ConfigError, match="call setup"):
         images_of(tiny, UpdateNorms(), batch)
