@@ -314,7 +314,6 @@ def test_memorized_prompts_of_the_embedded_model_score_higher(planted: Diffusion
         "one_step": OneStep(),
         "hessian_difference": HessianDifference(),
         "score_dynamics": ScoreDynamics(),
-        "intrinsic_dimension": IntrinsicDimension(),
     }
     for name, found in watch(planted, detectors, [*known, *unknown])[0].items():
         scores = [finding.score for finding in found]
