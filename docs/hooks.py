@@ -20,6 +20,7 @@ import nemo_bench.metrics
 from nemo_bench import cli
 from nemo_bench.config import build, describe_options, grid, options
 from nemo_bench.config.listing import field_texts
+from nemo_bench.diffusion import FAMILIES
 from nemo_bench.metrics import BenchMetric, ImageSpace
 from nemo_bench.records import schema as records_schema
 from nemo_bench.records.data import Prompt
@@ -203,6 +204,7 @@ def _card(group: str, entry: Mapping[str, str]) -> str:
         ("touches", getattr(kind, "touches", "")),
         ("UNet passes of its own", {True: "yes", False: "no", None: ""}[getattr(kind, "makes_passes", None)]),
         ("read for it", getattr(kind, "sourcing", "")),
+        ("works with", _works_with(kind)),
     ]
     lines = "\n".join(f"- {name}: {fact}" for name, fact in facts if fact)
     parts = [f"### {kind.title} {{#{group}-{entry['name']}}}", f"{_sentence(entry['summary'])} {link}", lines]
@@ -210,6 +212,15 @@ def _card(group: str, entry: Mapping[str, str]) -> str:
     if entry["citation"]:
         parts.append(f'??? quote "BibTeX"\n\n{_indent(_code("bibtex", entry["citation"]))}')
     return "\n\n".join(parts)
+
+
+def _works_with(kind: Any) -> str:
+    """Families of models that a method or detector works with, and why not with others."""
+    families = getattr(kind, "families", frozenset())
+    if not families or families == frozenset(FAMILIES):
+        return "every family of models" if families else ""
+    names = ", ".join(sorted(name.removesuffix("Pipeline") for name in families))
+    return f"{names}; {kind.limits}"
 
 
 def models() -> str:

@@ -13,6 +13,7 @@ from nemo_bench.benchmark.plan import (
     Cell,
     check_same,
     check_scheduler,
+    family_settings,
     make_spec,
     read_listed,
     similarity_of,
@@ -72,10 +73,20 @@ def _cell(config: CellConfig, prompts: list[Prompt]) -> Cell:
         "similarity": asdict(model.similarity),
         "steps": model.steps,
         "guidance": model.guidance,
+        **family_settings(model),
     }
     identity = {"model": network, "detector": settings.detector, "prompts": digests["prompts"]}
     citations = {detector.title: detector.citation}
-    spec = make_spec(config, "detect", [DetectionRecord], identity, citations, title=detector.title, digests=digests)
+    spec = make_spec(
+        config,
+        "detect",
+        [DetectionRecord],
+        identity,
+        citations,
+        measures=source.family.measures,
+        title=detector.title,
+        digests=digests,
+    )
     store = Store(Path(settings.root) / settings.name / spec.cell)
     return Cell(config=config, detector=detector, prompts=prompts, spec=spec, store=store)
 

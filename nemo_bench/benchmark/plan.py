@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_bench.config import CellConfig, ModelSettings, PromptSettings, RunSettings, build, resolve
 from nemo_bench.config.composition import name_of_files
-from nemo_bench.diffusion import Lora, Similarity, Source, check_schedule
+from nemo_bench.diffusion import Lora, Similarity, Source
 from nemo_bench.errors import ConfigError, NemoBenchError, StoreError, counted
 from nemo_bench.localization import is_readable, read_statistics
 from nemo_bench.methods import Deletion, LocalizedNeurons, Method
@@ -303,6 +303,7 @@ class Planner:
             citations={m.title: m.citation for m in lineage(method)},
             calibration=f"../../calibration/{calibration_folder}" if THRESHOLD in measured else None,
             general_prompts={"file": listed.calibration, "digest": calibration["prompts"]} if measured else None,
+            measures=source.family.measures if has_weights else "",
         )
         root = Path(settings.root)
         cell = Cell(
@@ -451,6 +452,7 @@ def _calibration_identity(
         "dtype": model.dtype,
         "layers": model.layers,
         "similarity": asdict(model.similarity),
+        **family_settings(model),
         "statistics": digest([[v.tolist() for v in side] for side in given]) if given else None,
         "seeds": settings.localize_seeds,
         "prompts": prompts_digest(general),
@@ -463,6 +465,7 @@ def _identity(
 ) -> dict[str, Any]:
     """The identity settings of a cell: everything that changes its result, and nothing else."""
     network = {key: calibration[key] for key in ("weights", "dtype", "layers", "similarity")}
+    network |= family_settings(settings.model)
     return {
         "model": {**network, "steps": settings.model.steps, "guidance": settings.model.guidance},
         "method": identity_settings(settings.method, method, prompts),
@@ -568,13 +571,20 @@ def source_of(settings: ModelSettings) -> Source:
     if settings.lora:
         lora = Lora(resolve(settings.lora), settings.lora_scale, local)
     unet = resolve(settings.unet) if settings.unet else None
-    return Source(resolve(settings.source), settings.revision, config, local, settings.variant, lora, unet)
+    own = tuple(family_settings(settings).items())
+    return Source(resolve(settings.source), settings.revision, config, local, settings.variant, lora, unet, own)
+
+
+def family_settings(model: ModelSettings) -> dict[str, Any]:
+    """Settings that some families have, as far as they are given."""
+    names = ("distilled_guidance", "tokens", "size")
+    return {name: getattr(model, name) for name in names if getattr(model, name) is not None}
 
 
 def check_scheduler(source: Source, model: ModelSettings, *, predicts: bool) -> None:
     """Raises ModelError where the scheduler can't serve, as far as its settings can be read before weights load."""
     if shipped := source.scheduler:
-        check_schedule(shipped, model.steps, predicts=predicts, where=source.place)
+        source.family.check_schedule(shipped, model.steps, predicts=predicts, where=source.place)
 
 
 def similarity_of(settings: ModelSettings) -> Similarity:

@@ -595,6 +595,7 @@ def load_model(settings: ModelSettings) -> Diffusion:
         guidance=settings.guidance,
         similarity=plan.similarity_of(settings),
         compiled=settings.compiled,
+        **plan.family_settings(settings),
     )
 
 

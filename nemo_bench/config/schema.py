@@ -53,9 +53,14 @@ class ModelSettings:
     lora_scale: float = 1.0  #: Factor of the LoRA, 1 as trained.
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"  #: float32, float16 or bfloat16.
     compiled: bool = False  #: Compile the UNet with torch.compile; changes results by rounding only.
-    layers: Literal["down+mid", "all"] = "down+mid"  #: Value layers that can be blocked, ``down+mid`` or ``all``.
+    #: Value layers that can be blocked: ``down+mid`` of a UNet, ``double`` of FLUX, or ``all``.
+    layers: Literal["down+mid", "double", "all"] = "down+mid"
     steps: Annotated[int, at_least(1)] = 50  #: DDIM steps.
     guidance: Annotated[float, at_least(0)] = 7.0  #: Scale of classifier-free guidance, 1 for none.
+    #: Scale that a network distilled from guidance is told, as FLUX.1-dev; null for the family's own.
+    distilled_guidance: Annotated[float, at_least(0)] | None = None
+    tokens: Annotated[int, at_least(2)] | None = None  #: Text positions of T5 or Gemma; null for the family's own.
+    size: Annotated[int, at_least(16)] | None = None  #: Side of FLUX's images in pixels; null for 1024.
     similarity: SimilaritySettings = field(default_factory=SimilaritySettings)  #: How noise differences are compared.
     #: Models that share published settings of methods and detectors, such as ``sd1``, ``sd2`` and ``sdxl``; None for
     #: other models.

@@ -32,6 +32,7 @@ class LayerEntropy(Detector):
     sourcing = "public code; formulas second hand"
     citation = cite("ren2024unveiling")
     families: ClassVar[frozenset[str]] = frozenset({"StableDiffusionPipeline"})
+    limits = "rests on CLIP's begin token as a sink and on padding that sums up a prompt"
     attends = True
 
     seeds: Count = 1
@@ -69,6 +70,7 @@ class AttentionEntropy(Detector):
     sourcing = LayerEntropy.sourcing
     citation = cite("ren2024unveiling")
     families = LayerEntropy.families
+    limits = LayerEntropy.limits
     attends = True
     steps = None
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nemo_bench.diffusion import FAMILIES, Conditioning, Diffusion, Step
+from nemo_bench.diffusion import UNETS, Conditioning, Diffusion, Step
 from nemo_bench.errors import ModelError
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.ranges import Checked
@@ -115,7 +115,9 @@ class Detector(Checked, ABC):
     summary: ClassVar[str]  #: One line for ``nemo-bench ls``.
     citation: ClassVar[str] = ""  #: BibTeX of the source, empty for one of your own.
     sourcing: ClassVar[str] = ""  #: Which parts of the source were available: paper, public code.
-    families: ClassVar[frozenset[str]] = frozenset(FAMILIES)  #: Classes of the pipelines that it supports.
+    families: ClassVar[frozenset[str]] = UNETS  #: Classes of the pipelines that it supports.
+    #: Why it does not support the others.
+    limits: ClassVar[str] = "published for UNets of Stable Diffusion, and not carried over to transformers"
     images: ClassVar[bool] = False  #: Whether it needs finished images.
     attends: ClassVar[bool] = False  #: Whether it needs cross-attention.
     #: Whether it takes derivatives of the UNet, which must then not be compiled; it observes fewer rows at a time.
@@ -132,7 +134,8 @@ class Detector(Checked, ABC):
         """Raises ModelError, before weights load, where the class of the pipeline, guidance or compiling don't suit."""
         if family not in self.families:
             made_for = ", ".join(sorted(self.families))
-            raise ModelError(f"{self.title} is made for {made_for}, given a {family}; leave this detector out for it")
+            msg = f"{self.title} is made for {made_for} ({self.limits}), given a {family}"
+            raise ModelError(f"{msg}; leave this detector out for it")
         if self.samples and guidance <= 1:
             msg = f"{self.title} watches guided sampling, given model.guidance={guidance:g}"
             raise ModelError(f"{msg}; give model.guidance above 1, or leave this detector out")

@@ -41,6 +41,7 @@ class BrightEnding(Detector):
     sourcing = "public code; paper second hand"
     citation = cite("chen2025exploring")
     families: ClassVar[frozenset[str]] = frozenset({"StableDiffusionPipeline"})
+    limits = "needs attention at the resolution of the latents, and an end token of CLIP"
     attends = True
     images = True
     steps = None

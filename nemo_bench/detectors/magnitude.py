@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from nemo_bench.detectors.base import Detector, DetectorScore, Observed, View
-from nemo_bench.diffusion import Diffusion
+from nemo_bench.diffusion import FAMILIES, Diffusion
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.ranges import Count
@@ -23,13 +23,14 @@ class Magnitude(Detector):
     The score is the mean over images, then over steps; ``by_step`` in the details is the first mean. Each image has its
     own norm; several public scripts that build on it take one over the whole batch, which grows with the square root of
     its size. For models that predict velocity the difference is between predicted noises, so their scores are not
-    comparable with those of noise models.
+    comparable with those of noise models; neither are those of flow matching, whose differences are between velocities.
     """
 
     title = "Noise magnitude"
     summary = "norm of the text-conditional noise, over all steps or the first ones"
     sourcing = "public code"
     citation = cite("wen2024detecting")
+    families = frozenset(FAMILIES)
 
     seeds: Count = 4  #: Images a prompt; 4 is published, 1 as well.
     #: Steps observed: 1 is the first alone, which needs no sampling; None is all, as in the paper's main table.

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from nemo_bench import localization
 from nemo_bench.detectors.base import Detector, DetectorScore, Observed, View
-from nemo_bench.diffusion import Diffusion
+from nemo_bench.diffusion import FAMILIES, Diffusion
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 
@@ -26,13 +26,15 @@ class NoiseDifference(Detector):
     how differences are compared. One pass an image. Noises are those of generated images; the memorization score of a
     run uses others. The public scripts predict at the second of the 50 timesteps, from one batch of noise for all
     prompts and, on a GPU, under float16 autocast; they compare velocities without conversion, and all pairs of a prompt
-    with one data range.
+    with one data range. For flow matching a noise difference is the negated clean prediction, see
+    :func:`nemo_bench.localization.noise_differences`.
     """
 
     title = "Noise difference"
     summary = "SSIM between first-step noise differences of seeds, NeMo's memorization score"
     sourcing = "paper and public code"
     citation = cite("hintersdorf2024nemo")
+    families = frozenset(FAMILIES)
 
     seeds: Annotated[int, Field(ge=2)] = 10
     #: ``"mean"`` over pairs, the memorization score, or ``"max"``, the gate of NeMo's localization.
@@ -53,9 +55,10 @@ class NoiseDifference(Detector):
     @override
     def observe(self, view: View) -> Mapping[str, Tensor]:
         model, protocol = view.model, self.noise_protocol
-        if self.protocol == "paper" and model.timestep() == view.timestep:
-            return {"difference": localization.scaled_difference(view.conditional, view.latents)}
-        latents = view.latents
+        latents, schedule = view.latents, model.schedule
+        if self.protocol == "paper" and schedule.difference_timestep(0) == view.timestep:
+            difference = schedule.difference(view.conditional, view.timestep, latents)
+            return {"difference": localization.scaled_difference(difference)}
         if protocol.shared_noise:
             # One draw for all seeds, which all prompts share.
             latents = protocol.latents(model, range(self.seeds))[view.seeds]

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from nemo_bench.detectors.base import Detector, DetectorScore, Observed, View
-from nemo_bench.diffusion import Diffusion
+from nemo_bench.diffusion import FAMILIES, Diffusion
 from nemo_bench.diffusion.noise import tiled_distance
 from nemo_bench.errors import ConfigError
 from nemo_bench.records.citations import cite
@@ -34,6 +34,7 @@ class TiledL2(Detector):
     summary = "negative tiled distance among the images of a prompt; needs no look inside"
     sourcing = "paper second hand"
     citation = cite("carlini2023extracting")
+    families = frozenset(FAMILIES)
     images = True
     steps = None
 

@@ -8,7 +8,7 @@ from nemo_bench.diffusion.attention import (
     value_layers,
 )
 from nemo_bench.diffusion.digests import folder_digest
-from nemo_bench.diffusion.families import FAMILIES, Conditioning
+from nemo_bench.diffusion.families import FAMILIES, UNETS, Conditioning
 from nemo_bench.diffusion.lora import Lora
 from nemo_bench.diffusion.model import GRADIENT_MEMORY, Diffusion
 from nemo_bench.diffusion.pictures import fitted_picture
@@ -22,6 +22,7 @@ __all__ = [
     "FAMILIES",
     "GRADIENT_MEMORY",
     "MEASURES",
+    "UNETS",
     "Conditioning",
     "Diffusion",
     "Edit",

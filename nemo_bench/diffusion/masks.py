@@ -21,12 +21,16 @@ class NeuronMasks:
 
     Args:
         layers: Value projections of the network by module path, in network order.
+        network: The network.
+        spans: Positions of text in the output of a layer, by its path; other positions stay as they are.
 
     Attributes:
         widths: Number of neurons by layer, in network order.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], network: nn.Module) -> None:
+    def __init__(
+        self, layers: Mapping[str, nn.Module], network: nn.Module, spans: Mapping[str, slice] | None = None
+    ) -> None:
         self.widths = {name: int(layer.out_features) for name, layer in layers.items()}  # type: ignore[arg-type]
         self._layers = dict(layers)
         self._factors: dict[str, Tensor] = {}
@@ -35,13 +39,13 @@ class NeuronMasks:
         self._blocking = False
         network.register_forward_pre_hook(self._note_call)
         for name, layer in layers.items():
-            layer.register_forward_hook(self._hook(name))
+            layer.register_forward_hook(self._hook(name, (spans or {}).get(name, slice(None))))
 
     def _note_call(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self._blocking:
             self._called.fill_(1)
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def _hook(self, name: str, span: slice) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def multiply(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not self._blocking:
                 return output
@@ -53,7 +57,11 @@ class NeuronMasks:
                     raise ModelError(f"{rows} neuron sets can't be shared out over a batch of {len(output)} rows")
                 # Guidance stacks whole batches: all unconditional rows, then all conditional ones.
                 factors = factors.repeat(len(output) // rows, 1)
-            return output * factors[:, None].to(output.dtype)
+            factors = factors[:, None].to(output.dtype)
+            if span == slice(None):
+                return output * factors
+            before, text, after = output.tensor_split((span.start, span.stop), dim=1)
+            return torch.cat([before, text * factors, after], 1)
 
         return multiply
 

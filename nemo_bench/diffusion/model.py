@@ -45,6 +45,7 @@ class Diffusion(nn.Module):
         guidance: Scale of classifier-free guidance.
         similarity: Settings of the similarity of noise differences.
         compiled: Compile the network with torch.compile at its first pass.
+        settings: Of the family, such as ``tokens``; see the classes in ``nemo_bench.diffusion.families``.
 
     Attributes:
         family: What is particular to this kind of model.
@@ -68,21 +69,23 @@ class Diffusion(nn.Module):
         guidance: float = 7.0,
         similarity: Similarity | None = None,
         compiled: bool = False,
+        **settings: Any,
     ) -> None:
         super().__init__()
-        self.family = family_of(type(pipeline).__name__)
+        self.family = family_of(type(pipeline).__name__, **settings)
         self.family.check(pipeline)
         self.pipeline = pipeline
         for name, part in pipeline.components.items():
             if isinstance(part, nn.Module):
                 self.add_module(name, part)
-        self.schedule = self.family.schedule(pipeline.scheduler.config)
+        self.schedule = self.family.schedule(pipeline.scheduler.config, self.network.config)
         self.steps = steps
         self.guidance = guidance
         self.similarity = similarity or Similarity()
         self.requires_grad_(False).eval()
         self.value_layers = self.family.value_layers(self.network, layers)
-        self.masks = NeuronMasks(self.value_layers, self.network)
+        self.spans = {name: self.family.span(name) for name in self.value_layers}
+        self.masks = NeuronMasks(self.value_layers, self.network, self.spans)
         self.text_projections = self.family.text_projections(self.network)
         self.compiled = compiled
         if compiled:
@@ -144,13 +147,18 @@ class Diffusion(nn.Module):
 
     def truncated(self, text: str) -> bool:
         """Whether a prompt is longer than the input of a text encoder."""
-        tokenizers = [part for name, part in self.pipeline.components.items() if name.startswith("tokenizer")]
-        return any(len(t(text, truncation=False, verbose=False).input_ids) > t.model_max_length for t in tokenizers)
+        return any(
+            len(getattr(self.pipeline, name)(text, truncation=False, verbose=False).input_ids) > span.stop - span.start
+            for name, span in self.family.segments(self.pipeline)
+        )
 
     def tokens(self, text: str) -> list[str]:
-        """Tokens of a prompt for the (first) text encoder, from begin to end token without padding."""
-        tokenizer = self.pipeline.tokenizer
-        ids = tokenizer(text, truncation=True).input_ids
+        """Tokens of a prompt, from begin to end token without padding, for the encoder that the family names."""
+        spans = dict(self.family.segments(self.pipeline))
+        name = self.family.reader
+        tokenizer = getattr(self.pipeline, name)
+        length = spans[name].stop - spans[name].start
+        ids = tokenizer(text, truncation=True, max_length=length).input_ids
         return [str(token) for token in tokenizer.convert_ids_to_tokens(ids)]
 
     def latents(self, seeds: Sequence[int]) -> Tensor:
@@ -158,7 +166,8 @@ class Diffusion(nn.Module):
 
         Each row has a CPU generator of its own, so that it is equal on every device and in every batch.
         """
-        rows = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        shape = self.latent_shape
+        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(rows).to(self.device, self.dtype)
 
     def timestep(self, step: int = 0) -> float:
@@ -335,9 +344,11 @@ class Diffusion(nn.Module):
         """Edits the logits of cross-attention inside a context, in layers by the beginning of their module path.
 
         The edit is called in every UNet pass, once a layer, with all rows of the pass; see
-        :func:`nemo_bench.diffusion.attention.conditional_rows`. Raises ModelError if there is no such layer, or the
-        UNet is compiled.
+        :func:`nemo_bench.diffusion.attention.conditional_rows`. Raises ModelError if there is no such layer, the
+        UNet is compiled, or the network is none.
         """
+        if self.family.network != "unet":
+            raise ModelError(f"attention can be edited in UNets alone, given a {self.family.pipeline_class}")
         if self.compiled:
             raise ModelError("model.compiled=True: a method that edits attention needs model.compiled=false")
         return edit_attention(cross_attentions(self.network, blocks), edit)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -14,12 +16,14 @@ from typing_extensions import override
 from nemo_bench.errors import ModelError, NotFiniteError
 
 if TYPE_CHECKING:
-    from diffusers import DDIMScheduler
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 NO_SIGNAL = 1e-6
 """Share of the signal in the variance of latents below which they are pure noise."""
 NOISE_STEPS = 50
 """DDIM steps that the timestep of noise differences refers to (Hintersdorf et al. 2024)."""
+PUBLISHED_TIMESTEPS = range(981, 0, -20)
+"""The 50 DDIM timesteps of Stable Diffusion, which published settings refer to."""
 _PREDICTIONS = ("epsilon", "v_prediction")
 _BETAS = ("beta_start", "beta_schedule", "trained_betas")
 # Settings of Stable Diffusion where a shipped scheduler has none; the defaults of DDIM are made for pixels.
@@ -50,8 +54,21 @@ class Schedule(ABC):
         return int(self.scheduler.config.num_train_timesteps)
 
     @abstractmethod
-    def timestep(self, step: int) -> Any:
-        """Timestep of one of 50 steps, as published for Stable Diffusion: 0 is the noisiest, -1 the last."""
+    def like(self, timestep: float) -> float:
+        """The timestep whose ratio of signal to noise is that of a timestep of Stable Diffusion."""
+
+    def timestep(self, step: int) -> float:
+        """Timestep of one of 50 steps: the model's own first one, and from there on those like Stable Diffusion's."""
+        first: float = self.timesteps(NOISE_STEPS)[0]
+        return first if step == 0 else self.like(PUBLISHED_TIMESTEPS[step])
+
+    def difference_timestep(self, step: int) -> float:
+        """Timestep of noise differences for one of 50 steps; at the noisiest, latents still hold some signal."""
+        return self.like(PUBLISHED_TIMESTEPS[step])
+
+    def noised(self, noise: Tensor, timestep: float) -> Tensor:
+        """Standard normal noise as latents of a timestep."""
+        return noise
 
     @abstractmethod
     def signal(self, timestep: float) -> float:
@@ -60,6 +77,10 @@ class Schedule(ABC):
     @abstractmethod
     def noise_weights(self, timestep: float) -> tuple[float, float]:
         """Weights of output and latents whose sum is the :attr:`quantity`."""
+
+    @abstractmethod
+    def difference(self, predicted: Tensor, timestep: float, latents: Tensor) -> Tensor:
+        """The noise difference of a predicted :attr:`quantity`, float32, before it is scaled (see families)."""
 
     @abstractmethod
     def noisy(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -75,12 +96,14 @@ class VariancePreserving(Schedule):
 
     Args:
         config: Configuration of the shipped scheduler, of any class.
+        own: Whether published timesteps are meant as they are, as for Stable Diffusion and what is shaped like it.
     """
 
     quantity = "noise"
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], *, own: bool = True) -> None:
         self.scheduler = ddim(config)
+        self.own = own
 
     @override
     def with_steps(self, steps: int, device: torch.device | str | None = None) -> DDIMScheduler:
@@ -93,8 +116,22 @@ class VariancePreserving(Schedule):
         return float(self.scheduler.alphas_cumprod[int(timestep)])
 
     @override
-    def timestep(self, step: int) -> int:
-        return int(self.timesteps(NOISE_STEPS)[step])
+    def like(self, timestep: float) -> float:
+        if self.own:
+            return timestep
+        return int((self.scheduler.alphas_cumprod - _published_signal(timestep)).abs().argmin())
+
+    @override
+    def timestep(self, step: int) -> float:
+        return int(self.timesteps(NOISE_STEPS)[step]) if self.own else super().timestep(step)
+
+    @override
+    def difference_timestep(self, step: int) -> float:
+        return self.timestep(step) if self.own else super().difference_timestep(step)
+
+    @override
+    def difference(self, predicted: Tensor, timestep: float, latents: Tensor) -> Tensor:
+        return predicted - latents.float()
 
     @override
     def noise_weights(self, timestep: float) -> tuple[float, float]:
@@ -126,6 +163,87 @@ class VariancePreserving(Schedule):
     def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         velocity: Tensor = self.scheduler.get_velocity(clean, noise, timesteps)
         return velocity if self._predicts_velocity else noise
+
+
+class Flow(Schedule):
+    """Euler's method for flow matching: latents are (1 - s) x0 + s noise, and the network predicts noise - x0.
+
+    It is DDIM on that path. Timesteps are 1000 s. At s = 1 latents hold nothing but noise: there the predicted noise is
+    the latents whatever the prompt, so that velocities are compared; and a good network predicts the mean picture of
+    the prompt, on which all seeds agree, so that noise differences are taken where Stable Diffusion's signal is.
+
+    Args:
+        config: Configuration of the shipped scheduler.
+        positions: Image positions of the transformer, by which a dynamic shift is chosen.
+        linear: Whether the pipeline asks for levels evenly spaced from 1 before they are shifted, as FLUX does.
+    """
+
+    quantity = "velocity"
+
+    def __init__(self, config: Mapping[str, Any], positions: int, *, linear: bool = False) -> None:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+        self.positions = positions
+        self.linear = linear
+
+    @override
+    def with_steps(self, steps: int, device: torch.device | str | None = None) -> FlowMatchEulerDiscreteScheduler:
+        scheduler = copy.copy(self.scheduler)
+        options: dict[str, Any] = {}
+        if self.linear:
+            options["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+        if scheduler.config.use_dynamic_shifting:
+            options["mu"] = self._shift
+        scheduler.set_timesteps(steps, device=device, **options)
+        return scheduler
+
+    @property
+    def _shift(self) -> float:
+        """Shift for the number of positions, linear between those of two pictures' numbers."""
+        config = self.scheduler.config
+        few, many = config.base_image_seq_len, config.max_image_seq_len
+        slope = (config.max_shift - config.base_shift) / (many - few)
+        shift: float = self.positions * slope + (config.base_shift - slope * few)
+        return shift
+
+    @override
+    def like(self, timestep: float) -> float:
+        alpha = _published_signal(timestep)
+        return self.training_timesteps / (1 + math.sqrt(alpha / (1 - alpha)))
+
+    @override
+    def noised(self, noise: Tensor, timestep: float) -> Tensor:
+        return noise * (timestep / self.training_timesteps)
+
+    @override
+    def signal(self, timestep: float) -> float:
+        share = timestep / self.training_timesteps
+        return (1 - share) ** 2 / ((1 - share) ** 2 + share**2)
+
+    @override
+    def noise_weights(self, timestep: float) -> tuple[float, float]:
+        return 1.0, 0.0
+
+    @override
+    def difference(self, predicted: Tensor, timestep: float, latents: Tensor) -> Tensor:
+        # The negated clean prediction: what predicted minus starting noise is, but for a few per cent of noise.
+        return timestep / self.training_timesteps * predicted - latents.float()
+
+    @override
+    def noisy(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        share = (timesteps / self.training_timesteps)[:, None, None, None]
+        return (1 - share) * clean + share * noise
+
+    @override
+    def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return noise - clean
+
+
+def _published_signal(timestep: float) -> float:
+    """Share of the signal in the variance at a timestep of Stable Diffusion, 0 to 999."""
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    return float(np.cumprod(1 - betas)[min(int(timestep), 999)])
 
 
 def ddim(shipped: Mapping[str, Any]) -> DDIMScheduler:
@@ -178,3 +296,14 @@ def check_schedule(shipped: Mapping[str, Any], steps: int, *, predicts: bool, wh
         reason = "from which no noise follows" if prediction == "v_prediction" else "and the network predicts noise"
         problem = f"at timestep {first} latents are noise alone (zero terminal SNR), {reason}"
         raise refusal(problem, "set rescale_betas_zero_snr=false, or timestep_spacing=leading")
+
+
+def check_flow(shipped: Mapping[str, Any], *, where: str) -> None:
+    """Raises ModelError unless a shipped scheduler is that of flow matching by Euler's method, or can be sampled so."""
+    name = str(shipped.get("_class_name", "the scheduler"))
+    unusual = [key for key in ("stochastic_sampling", "invert_sigmas") if shipped.get(key)]
+    if name != "FlowMatchEulerDiscreteScheduler" or unusual:
+        raise ModelError(
+            f"model '{where}': {' and '.join([name, *unusual])} can't be sampled here; give the model with "
+            "FlowMatchEulerDiscreteScheduler (scheduler/scheduler_config.json)"
+        )

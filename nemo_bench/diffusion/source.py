@@ -29,7 +29,6 @@ _EXAMPLES = (
 )
 _INDEX = "model_index.json"
 _SCHEDULER = "scheduler/scheduler_config.json"
-_UNET = "unet/config.json"
 _UNET_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 """Files of a UNet alone."""
 _CLIP = "cond_stage_model.transformer."
@@ -57,6 +56,7 @@ class Source:
     variant: str | None = None
     lora: Lora | None = None  #: LoRA that is added to the weights.
     unet: str | None = None  #: Folder of a UNet in place of the pipeline's, with its ``config.json`` and weights.
+    settings: tuple[tuple[str, Any], ...] = ()  #: Settings of the family, such as ``tokens``.
 
     def __post_init__(self) -> None:
         if self.unet and not all((Path(self.unet) / name).is_file() for name in _UNET_FILES):
@@ -140,6 +140,12 @@ class Source:
 
     def check(self) -> None:
         """Raises NemoBenchError if files that loading needs are missing or unsupported; weights are not read."""
+        if self.family.network != "unet" and (self.unet or self.is_file):
+            given = f"model.unet={self.unet}" if self.unet else f"model.source={self.path}"
+            raise ModelError(
+                f"{given}: single files and other UNets are for Stable Diffusion 1, 2 and XL; give the whole pipeline "
+                f"of a {self.family.pipeline_class} as a folder or hub id"
+            )
         if missing := sorted(self._needed - self._files):
             listed = ", ".join(missing[:6]) + (", ..." if len(missing) > 6 else "")
             where = ", where there is a connection" if self._repository and self._repository.offline else ""
@@ -156,16 +162,17 @@ class Source:
 
     @property
     def _networks(self) -> list[str]:
-        return [name for name in self.family.networks if name in self._index]
+        return [n for n in self.family.networks if n in self._index and self._index[n] != [None, None]]
 
     @cached_property
     def _needed(self) -> frozenset[str]:
         """Paths of the files that loading needs, as far as their names are certain."""
         needed = {_INDEX, _SCHEDULER, *(f"{name}/config.json" for name in self._networks)}
         for name in self._index:
-            if name.startswith("tokenizer"):
+            if name.startswith("tokenizer") and self._index[name] != [None, None]:
                 whole, parts = f"{name}/tokenizer.json", {f"{name}/vocab.json", f"{name}/merges.txt"}
-                needed |= {whole} if whole in self._files else parts
+                pieces = {f"{name}/{file}" for file in ("spiece.model", "tokenizer.model")} & self._files
+                needed |= {whole} if whole in self._files else pieces or parts
         if not self.is_file:
             for network in self._networks:
                 needed.update(self._weight_files(network))
@@ -231,7 +238,7 @@ class Source:
     @property
     def family(self) -> Family:
         """The family of the pipeline; for a hub id this may download ``model_index.json``."""
-        return family_of(str(self._index.get("_class_name")))
+        return family_of(str(self._index.get("_class_name")), **dict(self.settings))
 
     @property
     def commit(self) -> str | None:
@@ -245,15 +252,22 @@ class Source:
 
     @property
     def latent_size(self) -> tuple[int, int] | None:
-        """Height and width of a latent by the configuration of the UNet, or None."""
-        if self.unet:
-            size = parse_json((Path(self.unet) / "config.json").read_text(encoding="utf-8")).get("sample_size")
-        else:
-            size = self._read(_UNET).get("sample_size") if _UNET in self._files else None
-        if size is None:
+        """Height and width of a latent by the configuration of the network, or None."""
+        network = self.network
+        try:
+            _, height, width = self.family.latent_shape(network)
+        except (KeyError, TypeError):
             return None  # loading raises the error
-        height, width = (size, size) if isinstance(size, int) else size
         return int(height), int(width)
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """Configuration of the network, empty where its file is missing."""
+        if self.unet:
+            content: dict[str, Any] = parse_json((Path(self.unet) / "config.json").read_text(encoding="utf-8"))
+            return content
+        name = f"{self.family.network}/config.json"
+        return self._read(name) if name in self._files else {}
 
     def digest(self) -> str:
         """Digest of weights and settings, 16 hexadecimal digits: of files by contents, of a hub id by commit."""
@@ -438,8 +452,10 @@ def _check_complete(file: Path, pipeline: Any) -> None:
 
 def _check_tokenizers(pipeline: Any) -> None:
     """Raises ValueError if a tokenizer lacks tokens; transformers makes an empty one if files are missing."""
-    for number in ("", "_2"):
+    for number in ("", "_2", "_3"):
         if tokenizer := getattr(pipeline, f"tokenizer{number}", None):
-            known, expected = len(tokenizer), getattr(pipeline, f"text_encoder{number}").config.vocab_size
+            known, config = len(tokenizer), getattr(pipeline, f"text_encoder{number}").config
+            # The embeddings of T5 and Gemma have rows that no token takes, a few in a thousand.
+            expected = config.vocab_size if "clip" in config.model_type else round(0.9 * config.vocab_size)
             if known < expected:
                 raise ValueError(f"tokenizer{number} knows {known} of {expected} tokens: files of it are missing")

@@ -28,6 +28,10 @@ Statistics = tuple[list[Tensor], list[Tensor]]
 """Means and standard deviations, one float32 tensor (neurons,) a value layer in network order, as published."""
 ENCODED = 64
 """Prompts in a batch of the text encoder."""
+ACTIVATION_NOISES = 2
+"""Starting noises of activations that are measured by passes; ours, since nothing is published for such models."""
+ACTIVATION_ROWS = 8
+"""Prompts in such a pass."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +148,55 @@ def name_layers(statistics: Statistics, widths: Mapping[str, int]) -> tuple[dict
 def activations(model: Diffusion, text: Conditioning) -> dict[str, Tensor]:
     """Activations of value neurons by layer in network order, float32, at least 0, (N, neurons).
 
-    They are means over tokens of absolute outputs of the value projections. These depend on the text embedding alone,
-    so no UNet pass is needed (Hintersdorf et al. 2024, section 3.2).
+    They are means over tokens of absolute outputs of the value projections. In cross-attention these depend on the text
+    embedding alone, so no pass is needed (Hintersdorf et al. 2024, section 3.2). Where they depend on timestep and
+    picture as well, as in joint attention, they are those of passes at the timestep of noise differences, the mean over
+    :data:`ACTIVATION_NOISES` starting noises that all prompts share, so that prompts differ by their text alone.
+    Padding counts for UNets, as published, and for no other family.
     """
     with torch.no_grad():
-        return {name: layer(text.text).float().abs().mean(1) for name, layer in model.value_layers.items()}
+        values = model.family.value_input(model.network, text)
+        if values is not None:
+            return {name: _over_tokens(layer(values), text) for name, layer in model.value_layers.items()}
+        parts = [_of_passes(model, text.rows(rows)) for rows in batched(range(len(text)), ACTIVATION_ROWS)]
+        return {name: torch.cat([part[name] for part in parts]) for name in model.value_layers}
+
+
+def _of_passes(model: Diffusion, text: Conditioning) -> dict[str, Tensor]:
+    """Activations in passes, the mean over starting noises."""
+    if model.compiled:
+        raise ModelError(
+            "model.compiled=True: activations of this model are those of passes, and a compiled network can't be "
+            "looked into; set model.compiled=false"
+        )
+    totals: dict[str, Tensor] = {}
+
+    def keep(name: str, output: Tensor) -> None:
+        found = _over_tokens(output[:, model.spans[name]], text) / ACTIVATION_NOISES
+        totals[name] = totals[name] + found if name in totals else found
+
+    hooks = [
+        layer.register_forward_hook(lambda _m, _a, output, name=name: keep(name, output))
+        for name, layer in model.value_layers.items()
+    ]
+    timestep = model.schedule.difference_timestep(0)
+    try:
+        for seed in range(ACTIVATION_NOISES):
+            noise = model.latents([seed]).expand(len(text), -1, -1, -1)
+            model.predict_noise(model.schedule.noised(noise, timestep), timestep, text)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return totals
+
+
+def _over_tokens(values: Tensor, text: Conditioning) -> Tensor:
+    """Mean of absolute values over tokens, (N, neurons)."""
+    absolute = values.float().abs()
+    if text.mask is None:
+        return absolute.mean(1)
+    weights = text.mask.to(absolute)[..., None]
+    return (absolute * weights).sum(1) / weights.sum(1)
 
 
 @dataclass

@@ -17,23 +17,27 @@ def noise_differences(
 ) -> Tensor:
     """Predicts noise and subtracts the starting noise, (N, channels, height, width).
 
+    For flow matching it is the negated clean prediction, at the noise level of Stable Diffusion's first step and from
+    noise at the scale of that level: there the difference above is the clean prediction with a few per cent of noise.
+    At the first level of flow matching latents hold no signal, and it would be zero for every prompt.
+
     Each channel of each row is scaled to [0, 1] over space; a constant one becomes 0. The result is float32, shaped as
     the latents. Blocked neurons of the model count. A protocol may predict otherwise for the calibrated threshold.
     """
-    timestep = model.timestep(protocol.step)
+    timestep = model.schedule.difference_timestep(protocol.step)
+    noisy = model.schedule.noised(latents, timestep)
     predict = model.predict_output if protocol.velocity == "raw" else model.predict_noise
     guidance = protocol.calibration_guidance if calibrating else protocol.guidance
     with protocol.precision(model):
-        noise = predict(latents, timestep, text)
+        noise = predict(noisy, timestep, text)
         if guidance is not None:
-            unconditional = predict(latents, timestep, model.unconditional(len(text)))
+            unconditional = predict(noisy, timestep, model.unconditional(len(text)))
             noise = noise + guidance * (unconditional - noise)
-    return scaled_difference(noise, latents)
+    return scaled_difference(model.schedule.difference(noise, timestep, noisy))
 
 
-def scaled_difference(noise: Tensor, latents: Tensor) -> Tensor:
-    """Predicted minus starting noise, scaled as :func:`nemo_bench.localization.noise_differences` says."""
-    difference = noise - latents.float()
+def scaled_difference(difference: Tensor) -> Tensor:
+    """A noise difference, scaled as :func:`nemo_bench.localization.noise_differences` says."""
     low, high = difference.amin((2, 3), keepdim=True), difference.amax((2, 3), keepdim=True)
     return (difference - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
 

@@ -33,7 +33,8 @@ class Protocol:
     shared_noise: bool = False
     #: Whether a candidate that is outlier and among the most active is listed, and tested, twice.
     duplicates: bool = False
-    autocast: bool = False  #: Whether the UNet runs under float16 autocast on a GPU.
+    #: Whether the network runs under autocast on a GPU: float16 a UNet, bfloat16 a transformer, which overflows else.
+    autocast: bool = False
     #: Guidance scale of the prediction for the calibrated threshold, with the two halves swapped: conditional + scale
     #: (unconditional - conditional). None for the conditional prediction.
     calibration_guidance: float | None = None
@@ -62,9 +63,9 @@ class Protocol:
         return noise.to(model.device, model.dtype)
 
     def precision(self, model: Diffusion) -> AbstractContextManager[None]:
-        """Float16 autocast if the protocol asks for it and the model is on a GPU."""
+        """Autocast if the protocol asks for it and the model is on a GPU."""
         if self.autocast and model.device.type == "cuda":
-            return torch.autocast("cuda", torch.float16)
+            return torch.autocast("cuda", torch.float16 if model.family.network == "unet" else torch.bfloat16)
         return nullcontext()
 
 

@@ -76,6 +76,7 @@ class AMG(Method):
     citation = cite("chen2024towards")
     makes_passes = True
     needs = frozenset({"guidance", "gradients"})
+    limits = "its thresholds are functions of Stable Diffusion's timesteps"
 
     sscd: str | None = None  #: TorchScript file of SSCD; published: ``sscd_disc_mixup.torchscript.pt``.
     threshold: Threshold = 0.3  #: Similarity above which an image is guided. Published: 0.3.

@@ -38,6 +38,7 @@ class AttentionRescaling(Method):
     sourcing = "public code; formulas second hand"
     citation = cite("ren2024unveiling")
     needs = frozenset({"uncompiled"})
+    limits = "its factor is that of CLIP's begin token in cross-attention"
 
     #: C. Default of the public script: 1; its published command takes 1.25, others publish 1.1 to 1.5.
     factor: Positive = 1.25

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
-from nemo_bench.diffusion import FAMILIES, Conditioning, Diffusion, Generated, Rule
+from nemo_bench.diffusion import UNETS, Conditioning, Diffusion, Generated, Rule
 from nemo_bench.errors import ModelError
 from nemo_bench.localization import PAPER, SEEDS, Calibration, Protocol
 from nemo_bench.methods.descent import check_precision
@@ -82,7 +82,9 @@ class Method(Checked, ABC):
     localizes: ClassVar[bool] = False  #: Whether :meth:`localize` returns neurons.
     needs_calibration: ClassVar[bool] = False  #: Whether localizing needs a calibration.
     makes_passes: ClassVar[bool] = False  #: Whether it makes UNet passes of its own during setup or while applied.
-    families: ClassVar[frozenset[str]] = frozenset(FAMILIES)  #: Classes of pipelines that it works with.
+    families: ClassVar[frozenset[str]] = UNETS  #: Classes of pipelines that it works with.
+    #: Why it does not work with the others.
+    limits: ClassVar[str] = "published for UNets of Stable Diffusion, and not carried over to transformers"
     #: Requirements on the model: ``"guidance"`` while generating, ``"gradients"``, an ``"uncompiled"`` UNet.
     needs: ClassVar[frozenset[Need]] = frozenset()
     #: Whether it changes neurons or weights of the network alone, so that an audit can search for an embedding that
@@ -113,7 +115,8 @@ class Method(Checked, ABC):
         """
         if family not in self.families:
             made_for = ", ".join(sorted(self.families))
-            raise ModelError(f"{self.title} is made for {made_for}, given a {family}; leave this method out for it")
+            msg = f"{self.title} is made for {made_for} ({self.limits}), given a {family}"
+            raise ModelError(f"{msg}; leave this method out for it")
         if "guidance" in self.needs and guidance <= 1:
             msg = f"{self.title} changes guidance, given model.guidance={guidance:g}"
             raise ModelError(f"{msg}; give model.guidance above 1, or leave this method out")

@@ -33,6 +33,7 @@ class BrightEndingOptimization(OptimizedEmbedding):
     sourcing = "public code; paper second hand"
     citation = cite("chen2025exploring")
     families = frozenset({"StableDiffusionPipeline"})
+    limits = "needs attention at the resolution of the latents, and an end token of CLIP"
     needs = frozenset({"gradients", "uncompiled"})
 
     target: Target = 1.0

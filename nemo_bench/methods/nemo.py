@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from typing_extensions import override
 
-from nemo_bench.diffusion import Diffusion
+from nemo_bench.diffusion import FAMILIES, Diffusion
 from nemo_bench.localization import SEEDS, NemoSearch
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.prompts.tasks import seeds_of
@@ -21,7 +21,8 @@ from nemo_bench.records.data import Localization, Prompt
 class BlockNeurons(Method):
     """Multiplies the outputs of each row's localized neurons by a factor; 0 switches them off."""
 
-    touches = "value neurons of cross-attention"
+    touches = "value neurons of text"
+    families = frozenset(FAMILIES)
     localizes = True
     auditable = True
 

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from typing_extensions import override
 
-from nemo_bench.diffusion import Diffusion
+from nemo_bench.diffusion import FAMILIES, Diffusion
 from nemo_bench.methods.base import Batch, Method
 
 
@@ -14,6 +14,7 @@ class NoMitigation(Method):
     """Generates with nothing changed."""
 
     title = "No mitigation"
+    families = frozenset(FAMILIES)
     summary = "the model as it is"
     touches = "nothing"
     sourcing = "a control"

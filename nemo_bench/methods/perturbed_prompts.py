@@ -15,7 +15,7 @@ from random import Random
 import torch
 from typing_extensions import override
 
-from nemo_bench.diffusion import Conditioning, Diffusion
+from nemo_bench.diffusion import FAMILIES, UNETS, Conditioning, Diffusion
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.records.citations import cite
 from nemo_bench.records.io import digest, seed_of
@@ -32,6 +32,7 @@ class Insertion(Method):
     """
 
     touches = "prompt text"
+    families = frozenset(FAMILIES)
     sourcing = "public code"
     citation = cite("somepalli2023understanding")
 
@@ -64,6 +65,8 @@ class Insertion(Method):
 class RandomTokens(Insertion):
     """Inserts random tokens of the vocabulary (RTA); a decoded token can be half a word or white space."""
 
+    families = UNETS
+    limits = "draws tokens of CLIP's vocabulary"
     title = "Random token addition"
     summary = "random tokens inserted into the prompt"
 
@@ -104,6 +107,7 @@ class EmbeddingNoise(Method):
     """
 
     title = "Gaussian noise on embeddings"
+    limits = "its scale is that of CLIP's embeddings; those of T5 and Gemma have others"
     summary = "Gaussian noise on the encoded prompt"
     touches = "encoded prompt"
     sourcing = "public code"

@@ -16,7 +16,7 @@ from pydantic import Field, FiniteFloat
 from torch import Tensor
 from typing_extensions import override
 
-from nemo_bench.diffusion import Diffusion, Step, guided_from
+from nemo_bench.diffusion import FAMILIES, Diffusion, Step, guided_from
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.records.citations import cite
 
@@ -34,9 +34,11 @@ class StaticTransition(Method):
     touches = "guidance"
     sourcing = "public code; paper second hand"
     citation = cite("jain2025classifier")
+    families = frozenset(FAMILIES)
     needs = frozenset({"guidance"})
 
-    #: Guidance starts where the timestep is at most this. Published: 500, 600 or 700 without, 650 with opposite
+    #: Guidance starts where the timestep is at most this, one of Stable Diffusion; other families start at the same
+    #: ratio of signal to noise. Published: 500, 600 or 700 without, 650 with opposite
     #: guidance, on fine-tuned models. (At a timestep equal to it, the public script continues with a schedule of 200
     #: steps; we do not.)
     timestep: Annotated[int, Field(ge=0, le=1000)] = 500
@@ -47,7 +49,7 @@ class StaticTransition(Method):
     @override
     @contextmanager
     def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
-        yield replace(batch, rule=guided_from(self.timestep, self.before))
+        yield replace(batch, rule=guided_from(model.schedule.like(self.timestep), self.before))
 
 
 @dataclass(eq=False)
@@ -63,6 +65,7 @@ class DynamicTransition(Method):
     touches = "guidance"
     sourcing = "public code; paper second hand"
     citation = cite("jain2025classifier")
+    families = frozenset(FAMILIES)
     needs = frozenset({"guidance"})
 
     #: Guidance scale until then: 0 is unconditional (the paper), 1 the plain prompt (the public script), below 0

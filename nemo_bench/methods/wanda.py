@@ -47,6 +47,7 @@ class Wanda(Method):
     citation = cite("chavhan2024memorized")
     makes_passes = True
     needs = frozenset({"uncompiled"})
+    limits = "prunes feed-forward layers of a UNet"
     auditable = True
 
     #: Prompts to prune for (csv, jsonl, txt or parquet); None takes those of the run that are marked as memorized. The

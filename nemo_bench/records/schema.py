@@ -190,6 +190,7 @@ class Spec(Versioned):
     #: Identity settings: everything that changes the result, and nothing else; the folder is named by them.
     settings: dict[str, Any]
     families: list[str] = []  #: Which settings were chosen for the model's family.
+    measures: str = ""  #: How memorization is measured, where that is not as published for UNets.
     digests: dict[str, str] = {}  #: Of weights, prompts and images; the commit of a model from the hub.
     citations: dict[str, str] = {}  #: BibTeX by title.
     source: str | None = None  #: Name of the folder beside it of the cell whose neurons it starts from.

@@ -147,7 +147,11 @@ def notes(results: Results, rows: Sequence[LeaderboardRow], clear: str, unclear:
         "failed": any(row.failed.total for row in rows),
     }
     texts = {name: TEXTS["notes"][name] for name, is_needed in needed.items() if is_needed}
-    return {name: text.format(clear=clear, unclear=unclear) for name, text in texts.items()}
+    found = {name: text.format(clear=clear, unclear=unclear) for name, text in texts.items()}
+    measures = {cell.spec.measures: cell.model for cell in results.cells if cell.spec.measures}
+    if measures:
+        found["measures"] = " ".join(f"{model}: {measure}." for measure, model in measures.items())
+    return found
 
 
 def _legend(results: Results, rows: Sequence[LeaderboardRow]) -> str:

@@ -33,7 +33,7 @@ def test_noise_difference_by_the_reference_protocol_equals_that_of_the_public_sc
     noise = torch.randn((3, *tiny.latent_shape), generator=torch.Generator().manual_seed(1))
     for prompt, finding in zip(prompts, found["it"], strict=True):
         predicted = tiny.predict_noise(noise, 961, tiny.encode([prompt.text]).rows([0] * 3))
-        differences = scaled_difference(predicted, noise)
+        differences = scaled_difference(predicted - noise)
         pairs = pair_values(pair_similarities(differences, tiny.similarity, "published"))
         assert finding.score == pytest.approx(float(pairs.mean()), rel=1e-4)
     assert found["it"][0].score != pytest.approx(score_of(tiny, NoiseDifference(seeds=3)).score, rel=1e-3)

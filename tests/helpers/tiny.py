@@ -94,7 +94,7 @@ def tiny_pipeline(
         raise ValueError(f"Got vae_factor={vae_factor}, expected 2 or 4.")
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
-        text_encoder = CLIPTextModel(_text_config(tokenizer, cross_attention_dim))
+        text_encoder = CLIPTextModel(text_config(tokenizer, cross_attention_dim))
         unet = UNet2DConditionModel(
             sample_size=sample_size,
             in_channels=4,
@@ -110,7 +110,7 @@ def tiny_pipeline(
         )
         vae = _vae(sample_size, vae_factor)
     for module in (text_encoder, unet, vae):
-        _draw_weights(module, seed)
+        draw_weights(module, seed)
     _make_text_matter(text_encoder, unet, text_gain)
     scheduler = DDIMScheduler(**NOISE, clip_sample=False, set_alpha_to_one=False, prediction_type=prediction_type)
     pipeline = StableDiffusionPipeline(
@@ -136,7 +136,7 @@ def tiny_sd2(seed: int = 0, prediction_type: str = "v_prediction") -> StableDiff
     """
     tokenizer = tiny_tokenizer(pad_token="!")
     with torch.random.fork_rng(devices=[]):
-        text_encoder = CLIPTextModel(_text_config(tokenizer, 24, hidden_act="gelu"))
+        text_encoder = CLIPTextModel(text_config(tokenizer, 24, hidden_act="gelu"))
         unet = UNet2DConditionModel(
             sample_size=16,
             block_out_channels=(8, 8, 16, 16),
@@ -148,7 +148,7 @@ def tiny_sd2(seed: int = 0, prediction_type: str = "v_prediction") -> StableDiff
         )
         vae = _vae(16, 2)
     for module in (text_encoder, unet, vae):
-        _draw_weights(module, seed)
+        draw_weights(module, seed)
     _make_text_matter(text_encoder, unet, 20.0)
     scheduler = DDIMScheduler(**NOISE, clip_sample=False, set_alpha_to_one=False, prediction_type=prediction_type)
     return StableDiffusionPipeline(
@@ -172,8 +172,8 @@ def tiny_sdxl(seed: int = 0, zeros_for_empty: bool = True) -> StableDiffusionXLP
     """
     tokenizers = tiny_tokenizer(), tiny_tokenizer(pad_token="!")
     with torch.random.fork_rng(devices=[]):
-        first = CLIPTextModel(_text_config(tokenizers[0], 16))
-        second = CLIPTextModelWithProjection(_text_config(tokenizers[1], 24, hidden_act="gelu"))
+        first = CLIPTextModel(text_config(tokenizers[0], 16))
+        second = CLIPTextModelWithProjection(text_config(tokenizers[1], 24, hidden_act="gelu"))
         unet = UNet2DConditionModel(
             sample_size=16,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -190,7 +190,7 @@ def tiny_sdxl(seed: int = 0, zeros_for_empty: bool = True) -> StableDiffusionXLP
         )
         vae = _vae(16, 2)
     for module in (first, second, unet, vae):
-        _draw_weights(module, seed)
+        draw_weights(module, seed)
     _make_text_matter(first, unet, 20.0)
     second.get_input_embeddings().weight.data.mul_(3)
     return StableDiffusionXLPipeline(
@@ -206,7 +206,8 @@ def tiny_sdxl(seed: int = 0, zeros_for_empty: bool = True) -> StableDiffusionXLP
     )
 
 
-def _text_config(tokenizer: CLIPTokenizer, width: int, **options: Any) -> CLIPTextConfig:
+def text_config(tokenizer: CLIPTokenizer, width: int, **options: Any) -> CLIPTextConfig:
+    """A text encoder of two layers."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -235,7 +236,7 @@ def _vae(sample_size: int, factor: int) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def _draw_weights(module: nn.Module, seed: int) -> None:
+def draw_weights(module: nn.Module, seed: int) -> None:
     """Draws all weights anew, so that they depend on no library's way of initialising; norms keep their factor of 1."""
     # One more than the seed, so that the default seed is one with which blocking shows well.
     generator = torch.Generator().manual_seed(seed + 1)

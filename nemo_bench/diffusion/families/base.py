@@ -5,15 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nemo_bench.diffusion.schedule import Schedule
 
-Layers = Literal["down+mid", "all"]
-"""Blocks whose value layers can be blocked: of a UNet those of the down path and the middle, as published, or all."""
+Layers = Literal["down+mid", "double", "all"]
+"""Value layers that can be blocked: of a UNet those of the down path and the middle, as published, of FLUX those of the
+blocks that keep text and image apart, or all."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,16 @@ class Conditioning:
         return self._map(torch.Tensor.clone)
 
 
+class Segment(NamedTuple):
+    """Positions of the text that the tokens of one tokenizer fill."""
+
+    tokenizer: str  #: Part of the pipeline.
+    span: slice  #: Positions, the last ones of them padding.
+
+
+@dataclass(frozen=True)
 class Family(ABC):
-    """What differs between families of models; one object serves all models of a class of pipelines.
+    """What differs between families of models: one class for each class of pipelines, its fields settings of a model.
 
     Everything else, such as seeds, guidance, masks and differences, is :class:`nemo_bench.diffusion.Diffusion`.
     """
@@ -63,15 +72,18 @@ class Family(ABC):
     loading: ClassVar[Mapping[str, Any]] = {}  #: Arguments of ``from_pretrained``.
     networks: ClassVar[tuple[str, ...]]  #: Parts of the pipeline with weights.
     network: ClassVar[str] = "transformer"  #: The part that denoises.
+    #: How this family measures memorization where that differs from published measures, for specs and reports.
+    measures: ClassVar[str] = ""
     layers: ClassVar[tuple[str, ...]] = ("all",)  #: Choices of value layers.
+    reader: ClassVar[str] = "tokenizer"  #: Tokenizer whose tokens are shown.
 
     @abstractmethod
     def check(self, pipeline: Any) -> None:
         """Raises ModelError for a pipeline of the class that can't be sampled."""
 
     @abstractmethod
-    def schedule(self, config: Mapping[str, Any]) -> Schedule:
-        """The schedule by which models with a shipped scheduler of this configuration are sampled."""
+    def schedule(self, config: Mapping[str, Any], network: Mapping[str, Any]) -> Schedule:
+        """The schedule of models with a shipped scheduler and a network of these configurations."""
 
     @abstractmethod
     def check_schedule(self, config: Mapping[str, Any], steps: int, *, predicts: bool, where: str) -> None:
@@ -80,6 +92,10 @@ class Family(ABC):
     @abstractmethod
     def latent_shape(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
         """Channels, height and width of a latent, by the configuration of the network; KeyError if it lacks them."""
+
+    @abstractmethod
+    def segments(self, pipeline: Any) -> tuple[Segment, ...]:
+        """Which positions of the text each tokenizer fills; those of two may be the same."""
 
     @abstractmethod
     def encode(self, pipeline: Any, texts: Sequence[str], device: torch.device) -> Conditioning:
@@ -110,9 +126,17 @@ class Family(ABC):
     def value_layers(self, network: nn.Module, layers: Layers) -> dict[str, nn.Module]:
         """Value projections of text by module path, in network order; ModelError without a layer."""
 
+    def value_input(self, network: Any, text: Conditioning) -> Tensor | None:
+        """What value layers get, where the text alone decides it; None where timestep and picture do as well."""
+        return None
+
     @abstractmethod
     def parts(self, network: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]:
         """Modules by path, called one after another, whose outputs are enough to start at some of the value layers."""
+
+    def span(self, layer: str) -> slice:
+        """Positions of text in what a value layer gives, by its module path; most give nothing else."""
+        return slice(None)
 
     def text_projections(self, network: nn.Module) -> list[nn.Module]:
         """Layers that get the encoded text itself, so that a text need not be projected in every step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nemo_bench.diffusion.attention import cross_attentions, value_layers
-from nemo_bench.diffusion.families.base import Conditioning, Family, Layers
+from nemo_bench.diffusion.families.base import Conditioning, Family, Layers, Segment
 from nemo_bench.diffusion.schedule import VariancePreserving, check_schedule
 from nemo_bench.errors import ModelError
 
 
+@dataclass(frozen=True)
 class StableDiffusion(Family):
     """Stable Diffusion 1.x and 2.x: one text encoder, CLIP or OpenCLIP; widths and predictions are configuration."""
 
@@ -38,7 +40,7 @@ class StableDiffusion(Family):
             )
 
     @override
-    def schedule(self, config: Mapping[str, Any]) -> VariancePreserving:
+    def schedule(self, config: Mapping[str, Any], network: Mapping[str, Any]) -> VariancePreserving:
         return VariancePreserving(config)
 
     @override
@@ -50,6 +52,11 @@ class StableDiffusion(Family):
         size = config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         return config["in_channels"], height, width
+
+    @override
+    def segments(self, pipeline: Any) -> tuple[Segment, ...]:
+        names = [name for name in ("tokenizer", "tokenizer_2") if getattr(pipeline, name, None)]
+        return tuple(Segment(name, slice(0, getattr(pipeline, name).model_max_length)) for name in names)
 
     @override
     def encode(self, pipeline: Any, texts: Sequence[str], device: torch.device) -> Conditioning:
@@ -83,6 +90,10 @@ class StableDiffusion(Family):
         return value_layers(network, layers)
 
     @override
+    def value_input(self, network: Any, text: Conditioning) -> Tensor:
+        return text.text
+
+    @override
     def parts(self, network: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]:
         """The input convolution, and the resnets, attentions and samplers of the blocks."""
         sections = {"down_blocks", "mid_block", *(layer.split(".")[0] for layer in layers)}
@@ -100,6 +111,7 @@ class StableDiffusion(Family):
         return [projection for layer in cross_attentions(network).values() for projection in (layer.to_k, layer.to_v)]
 
 
+@dataclass(frozen=True)
 class StableDiffusionXL(StableDiffusion):
     """SDXL: two text encoders, a pooled text embedding, and size conditioning (Podell et al. 2023).
 

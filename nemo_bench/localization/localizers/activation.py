@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import override
 
-from nemo_bench.diffusion import Diffusion, cross_attentions
+from nemo_bench.diffusion import Diffusion
 from nemo_bench.localization.calibration import activations
 from nemo_bench.localization.localizers.base import Inputs, Ranker
 from nemo_bench.records.citations import cite
@@ -19,7 +19,7 @@ from nemo_bench.records.data import Prompt
 class Activation(Ranker):
     """Mean absolute activation of a neuron over tokens, times the norm of its output vector.
 
-    Values depend on the text alone, so no UNet pass is needed.
+    Where values depend on the text alone, no pass of the network is needed.
     """
 
     title = "Activation"
@@ -34,6 +34,5 @@ class Activation(Ranker):
         active = {layer: values[0] for layer, values in activations(model, model.encode([prompt.text])).items()}
         if not self.weighted:
             return active
-        attention = cross_attentions(model.unet)
-        outputs = {layer: attention[layer.removesuffix(".to_v")].to_out[0].weight for layer in active}
+        outputs = {layer: model.network.get_submodule(layer.rpartition(".")[0]).to_out[0].weight for layer in active}
         return {layer: values * outputs[layer].detach().float().norm(dim=0) for layer, values in active.items()}

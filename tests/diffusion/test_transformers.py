@@ -1,0 +1,350 @@
+"""Families of transformers from text to image, on tiny pipelines of the true classes, and their full-size layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
+
+from nemo_bench import Diffusion, Neurons
+from nemo_bench.benchmark.plan import plan
+from nemo_bench.benchmark.run import run
+from nemo_bench.config import grid, options
+from nemo_bench.diffusion import UNETS, Similarity
+from nemo_bench.diffusion.families import FAMILIES, family_of
+from nemo_bench.errors import ModelError
+from nemo_bench.localization import (
+    Calibration,
+    NemoSettings,
+    activation_statistics,
+    activations,
+    localize,
+    noise_differences,
+)
+from nemo_bench.methods import AMG, EmbeddingNoise, NeMo
+from on_disk import read_records
+from tiny import tiny_texts
+from tiny_transformers import TOKENS, tiny_sd3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny pipeline, and what its own call takes besides texts, noise, steps and guidance."""
+
+    make: Callable[..., Any]
+    call: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=lambda: {"tokens": TOKENS})
+    noise: Callable[[Tensor], Tensor] = lambda latents: latents
+
+    def model(self, **settings: Any) -> Diffusion:
+        given = {"steps": 3, "guidance": 4.0, "layers": "all", "similarity": Similarity(1.0, ()), **self.settings}
+        return Diffusion(self.make(), **{**given, **settings})
+
+
+CASES = {
+    "sd3.5": Case(tiny_sd3, {"max_sequence_length": TOKENS}),
+    "sd3": Case(lambda: tiny_sd3(large=False), {"max_sequence_length": TOKENS}),
+    "sd3-dynamic": Case(lambda: tiny_sd3(dynamic=True), {"max_sequence_length": TOKENS}),
+    "sd3-without-t5": Case(lambda: tiny_sd3(absent=(3,)), {"max_sequence_length": TOKENS}),
+}
+FIRST = ("sd3.5",)
+"""One case of each family."""
+
+
+@pytest.fixture(scope="module", params=[*FIRST])
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def model(case: Case) -> Diffusion:
+    return case.model()
+
+
+def half_of(model: Diffusion, shift: int = 0) -> Neurons:
+    return Neurons({name: range(shift, width, 2) for name, width in model.masks.widths.items()})
+
+
+@pytest.mark.parametrize("name", [*CASES])
+def test_the_own_loop_gives_the_images_of_the_pipeline(name: str) -> None:
+    """Bit for bit, where the empty prompt is encoded once for each image, as pipelines do."""
+    model, texts = CASES[name].model(), tiny_texts(2)
+    latents = model.latents([1, 2])
+    images = model.generate(model.encode(texts), latents, model.encode(["", ""]))
+    theirs = model.pipeline(
+        texts, latents=CASES[name].noise(latents), num_inference_steps=3, output_type="pt",
+        **{"guidance_scale": 4.0, **CASES[name].call},
+    ).images  # fmt: skip
+    assert torch.equal(images, theirs)
+    assert (images[0] - images[1]).abs().max() > 0.01
+    assert torch.allclose(model.generate(model.encode(texts), latents), images, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("absent", [(1,), (2,), (1, 2), (1, 2, 3)])
+def test_any_encoder_of_sd3_may_be_absent(absent: tuple[int, ...]) -> None:
+    model = Diffusion(tiny_sd3(absent=absent), layers="all", tokens=TOKENS)
+    whole = CASES["sd3.5"].model().encode(tiny_texts(2))
+    text = model.encode(tiny_texts(2))
+    assert text.pooled is not None
+    assert whole.pooled is not None
+    clip = whole.text.shape[1] - TOKENS
+    length = text.text.shape[1] - TOKENS
+    for number, (start, stop) in {1: (0, 16), 2: (16, 40)}.items():
+        expected = torch.zeros_like if number in absent else (lambda values: values)
+        assert torch.equal(text.pooled[:, start:stop], expected(whole.pooled[:, start:stop]))
+        if length == clip:
+            assert torch.equal(text.text[:, :clip, start:stop], expected(whole.text[:, :clip, start:stop]))
+    assert bool(text.text[:, length:].any()) == (3 not in absent)
+    assert model.generate(text, [0, 1]).isfinite().all()
+
+
+def test_value_layers_get_text_alone(model: Diffusion) -> None:
+    """Positions of what they take are those of the text, not of the image."""
+    text = model.encode(tiny_texts(2))
+    seen: dict[str, torch.Size] = {}
+
+    def look(name: str, values: Tensor) -> None:
+        seen[name] = values.shape
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda _m, args, name=name: look(name, *args))
+        for name, layer in model.value_layers.items()
+    ]
+    model.predict_noise(model.latents([0, 1]), model.timestep(), text)
+    for hook in hooks:
+        hook.remove()
+    assert list(seen) == list(model.value_layers)
+    assert {shape[:2] for shape in seen.values()} == {text.text.shape[:2]}
+
+
+def test_each_row_is_blocked_as_if_it_were_alone(model: Diffusion) -> None:
+    rows = [half_of(model), Neurons(), half_of(model, 1)]
+    text, latents = model.encode(tiny_texts(3)), model.latents(range(3))
+    timestep = model.schedule.difference_timestep(0)
+    plain = model.predict_noise(latents, timestep, text)
+    with model.block(rows):
+        together = model.predict_noise(latents, timestep, text)
+        images = model.generate(text, latents)
+    assert torch.equal(together[1], plain[1])
+    for row, neurons in enumerate(rows):
+        with model.block(neurons):
+            alone = model.predict_noise(latents[row : row + 1], timestep, text.rows([row]))
+            image = model.generate(text.rows([row]), latents[row : row + 1])
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(images[row : row + 1], image, atol=1e-3, rtol=1e-3)
+    assert (together[0] - plain[0]).abs().max() > 1e-3
+
+
+def test_export_gives_the_images_of_blocking(case: Case, model: Diffusion, tmp_path: Path) -> None:
+    before, neurons = model.state_digest(), half_of(model)
+    text, latents = model.encode(tiny_texts(2)), model.latents([1, 2])
+    with model.block(neurons):
+        blocked = model.generate(text, latents)
+    model.export(tmp_path / "model", neurons)
+    assert model.state_digest() == before
+    exported = Diffusion.load(str(tmp_path / "model"), steps=3, guidance=4.0, layers="all", **case.settings)
+    assert type(exported.pipeline) is type(model.pipeline)
+    torch.testing.assert_close(exported.generate(exported.encode(tiny_texts(2)), latents), blocked, atol=1e-5, rtol=0)
+    assert not torch.allclose(model.generate(text, latents), blocked, atol=1e-3)
+
+
+def test_noise_differences_are_negated_clean_predictions(model: Diffusion) -> None:
+    text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
+    timestep = model.schedule.difference_timestep(0)
+    assert 0.99 < model.signal(timestep) / 0.00574 < 1.01  # as at 981 of Stable Diffusion
+    if model.schedule.quantity == "velocity":
+        share = timestep / 1000
+        velocity = model.predict_output(latents * share, timestep, text)
+        clean = latents * share - share * velocity
+    else:
+        clean = latents - model.predict_noise(latents, timestep, text)
+    low, high = (-clean).amin((2, 3), keepdim=True), (-clean).amax((2, 3), keepdim=True)
+    torch.testing.assert_close(noise_differences(model, text, latents), (-clean - low) / (high - low))
+
+
+def test_velocities_differ_where_latents_are_noise_alone(model: Diffusion) -> None:
+    """The noise predicted there is the latents, whatever the prompt; magnitudes of it would be zero."""
+    text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
+    assert model.text_noise(latents, model.timestep(), text).flatten(1).norm(dim=1).min() > 1e-3
+
+
+def test_training_targets_undo_the_noise(model: Diffusion) -> None:
+    clean, noise = model.latents([0, 1]).float(), model.latents([2, 3]).float()
+    timesteps = torch.tensor([300, 700])
+    noisy, target = (f(clean, noise, timesteps) for f in (model.schedule.noisy, model.schedule.target))
+    for row, timestep in enumerate(timesteps.tolist()):
+        if model.schedule.quantity == "velocity":
+            assert torch.allclose(noisy[row] - timestep / 1000 * target[row], clean[row], atol=1e-6)
+        else:
+            assert torch.equal(target[row], noise[row])
+    losses = model.training_losses(clean, timesteps, noise, model.encode(tiny_texts(2)))
+    assert losses.shape == (2,)
+    assert (losses > 0).all()
+
+
+def test_activations_are_those_of_tokens_alone(model: Diffusion) -> None:
+    text = model.encode(tiny_texts(3))
+    assert text.mask is not None
+    found = activations(model, text)
+    assert {name: values.shape for name, values in found.items()} == {n: (3, w) for n, w in model.masks.widths.items()}
+    alone = activations(model, text.rows([1]))
+    for name, values in found.items():
+        torch.testing.assert_close(values[1:2], alone[name], atol=1e-5, rtol=1e-4)
+    everything = activations(model, replace(text, mask=torch.ones_like(text.mask)))
+    assert any((everything[name] - values).abs().max() > 1e-3 for name, values in found.items())
+
+
+def test_nemo_localizes(model: Diffusion) -> None:
+    texts = tiny_texts(12)
+    mean, std = activation_statistics(model, [texts])
+    text, before = model.encode(texts[:1]), model.state_digest()
+    calibration = Calibration(mean, std, 0.5, len(texts))
+    found = localize(model, text, model.latents(range(2)), calibration, NemoSettings(theta=2.0, theta_step=0.5))
+    assert found.gate_score > 0.5
+    assert set(found.neurons) <= set(model.value_layers)
+    assert 0 < found.neurons.count <= found.initial.count
+    assert model.state_digest() == before
+    assert found.exhausted or found.refined_score < 0.5
+
+
+def test_passes_start_at_a_value_layer(model: Diffusion) -> None:
+    last = [*model.value_layers][-1]
+    neurons = Neurons({last: range(0, model.masks.widths[last], 2)})
+    text, latents = model.encode(tiny_texts(2)), model.latents([0, 1])
+    timestep = model.schedule.difference_timestep(0)
+    prefix, called = model.prefix([last]), []
+    with prefix.recording():
+        model.predict_noise(latents, timestep, text)
+    with model.block(neurons):
+        whole = model.predict_noise(latents[[1, 0]], timestep, text.rows([1, 0]))
+    first = next(iter(model.value_layers))
+    hook = model.value_layers[first].register_forward_hook(lambda *_: called.append(first))
+    skipped = [name for name in model.value_layers if prefix.skips(name, last)]
+    with prefix.replaying(last, [1, 0]), model.block(neurons, replayed=skipped):
+        replayed = model.predict_noise(latents[[1, 0]], timestep, text.rows([1, 0]))
+    hook.remove()
+    assert torch.equal(whole, replayed)
+    assert not called
+
+
+@pytest.mark.parametrize("name", [*FIRST])
+def test_a_run_through_the_configuration(name: str, tmp_path: Path, prompt_file: Path) -> None:
+    case = CASES[name]
+    case.make().save_pretrained(tmp_path / "model")
+    words = [
+        "seeds=1",
+        "localize_seeds=2",
+        "trainer=cpu",
+        "prompts.calibration=package:planted/prompts/calibration.txt",
+        "prompts.calibration_limit=4",
+        "method=nemo",
+        "model.layers=all",
+        "model.steps=2",
+        *(f"model.{key}={value}" for key, value in case.settings.items()),
+    ]
+    words += [f"root={tmp_path / 'results'}", f"prompts.files=[{prompt_file}]", f"model.source={tmp_path / 'model'}"]
+    (cell,) = plan(grid(words))
+    run([cell], "test")
+    assert [len(read_records(cell.store.folder, stage)) for stage in ("localize", "generate", "score")] == [3, 3, 6]
+    spec = json.loads((cell.store.folder / "spec.json").read_text())
+    assert spec["settings"]["model"].items() >= case.settings.items()
+    measures = FAMILIES[type(case.make()).__name__].measures
+    assert spec["measures"] == measures
+    assert measures in (tmp_path / "results" / "default" / "leaderboard.md").read_text()
+
+
+def test_prompts_that_are_cut_count_as_truncated(model: Diffusion) -> None:
+    assert not model.truncated("red sun")
+    assert model.truncated("red " * 40)
+    assert len(model.tokens("red " * 40)) == TOKENS
+    assert 3 <= len(model.tokens("red sun")) <= 4
+
+
+def test_methods_that_do_not_serve_say_why(model: Diffusion) -> None:
+    name = type(model.pipeline).__name__
+    NeMo().check(name, 4.0, "float32")
+    with pytest.raises(ModelError, match=r"StableDiffusionXLPipeline \(its thresholds are functions of Stable Diff"):
+        AMG().check(name, 4.0, "float32")
+    with pytest.raises(ModelError, match="its scale is that of CLIP's embeddings"):
+        EmbeddingNoise().check(name, 4.0, "float32")
+    with pytest.raises(ModelError, match="attention can be edited in UNets alone"):
+        model.edit_attention(lambda layer, logits: logits)
+
+
+def test_settings_of_another_family_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"model\.size=64: StableDiffusion3Pipeline has no such setting"):
+        family_of("StableDiffusion3Pipeline", size=64, tokens=None)
+    with pytest.raises(ModelError, match=r"model.layers=down\+mid: .* give all"):
+        Diffusion(tiny_sd3())
+
+
+def test_other_schedulers_are_refused_before_weights_load() -> None:
+    family = family_of("StableDiffusion3Pipeline")
+    family.check_schedule({"_class_name": "FlowMatchEulerDiscreteScheduler"}, 9, predicts=True, where="it")
+    for config in (
+        {"_class_name": "DDIMScheduler"},
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True},
+    ):
+        with pytest.raises(ModelError, match="can't be sampled here; give the model with FlowMatchEuler"):
+            family.check_schedule(config, 9, predicts=True, where="it")
+
+
+# The published configurations, as far as they differ from the defaults of their class.
+_SD3: dict[str, Any] = {
+    "sample_size": 128, "in_channels": 16, "out_channels": 16, "attention_head_dim": 64, "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048,
+}  # fmt: skip
+_MEDIUM = {**_SD3, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+FULL_SIZE: dict[str, tuple[type[nn.Module], str, dict[str, Any], str, int, int, int]] = {
+    "sd3_medium": (
+        SD3Transformer2DModel, "StableDiffusion3Pipeline", {**_MEDIUM, "pos_embed_max_size": 192},
+        "transformer_blocks.{}.attn.add_v_proj", 24, 1536, 2_028_328_000,
+    ),
+    "sd35_medium": (
+        SD3Transformer2DModel, "StableDiffusion3Pipeline",
+        {**_MEDIUM, "pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
+        "transformer_blocks.{}.attn.add_v_proj", 24, 1536, 2_243_171_520,
+    ),
+    "sd35_large": (
+        SD3Transformer2DModel, "StableDiffusion3Pipeline",
+        {**_SD3, "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm",
+         "pos_embed_max_size": 192},
+        "transformer_blocks.{}.attn.add_v_proj", 38, 2432, 8_056_627_520,
+    ),
+}  # fmt: skip
+"""Class of the network, of the pipeline, configuration, path, number and width of value layers, number of weights."""
+
+
+@pytest.mark.parametrize("name", [*FULL_SIZE])
+def test_layers_of_the_full_size_networks(name: str) -> None:
+    network_class, pipeline, config, path, count, width, weights = FULL_SIZE[name]
+    with torch.device("meta"):
+        network = network_class(**config)
+    found = family_of(pipeline).value_layers(network, "all")
+    assert [*found] == [path.format(block) for block in range(count)]
+    assert {(layer.in_features, layer.out_features) for layer in found.values()} == {(width, width)}
+    assert sum(parameter.numel() for parameter in network.parameters()) == weights
+
+
+@pytest.mark.parametrize("name", [*FULL_SIZE])
+def test_the_models_of_the_configuration(name: str) -> None:
+    """Each has a file of settings that its family takes, with licence and gating."""
+    assert name in options("model")
+    (choice,) = grid([f"model={name}", "method=none"])
+    settings = choice.settings.model
+    family = family_of(FULL_SIZE[name][1], tokens=settings.tokens, size=settings.size)
+    assert settings.layers in family.layers
+    assert settings.source.count("/") == 1
+    assert "license" in settings.summary.lower()
+    assert "@" in settings.citation
+
+
+def test_every_family_has_a_file_of_settings() -> None:
+    assert {pipeline for _, pipeline, *_ in FULL_SIZE.values()} == set(FAMILIES) - UNETS
