@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nemo_bench.localization import Calibration
     from nemo_bench.methods import Method, NeMo
     from nemo_bench.metrics import BenchMetric
+    from nemo_bench.monitor import MemorizationMonitor
     from nemo_bench.prompts import read_prompts
     from nemo_bench.records.data import Localization, Neurons, Prompt
 
@@ -31,6 +32,7 @@ __all__ = [
     "ConfigError",
     "Diffusion",
     "Localization",
+    "MemorizationMonitor",
     "Method",
     "ModelError",
     "NeMo",
@@ -48,7 +50,9 @@ __all__ = [
     "run",
 ]
 
-_MODULES = ("records.data", "errors", "config", "prompts", "diffusion", "localization", "methods", "metrics", "api")
+_MODULES = (
+    "records.data", "errors", "config", "prompts", "diffusion", "localization", "methods", "metrics", "monitor", "api",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "planted": {"diffusion", "errors", "metrics", "prompts", "records"},
     "localization": {"diffusion", "errors", "prompts", "records"},
     "detectors": {"diffusion", "errors", "localization", "prompts", "records"},
+    "monitor": {"detectors", "diffusion", "errors", "records"},
     "methods": {"diffusion", "errors", "localization", "metrics", "prompts", "records"},
     "benchmark": {
         "config", "detectors", "diffusion", "errors", "localization", "methods", "metrics", "prompts", "records",

@@ -145,6 +145,10 @@ class Diffusion(nn.Module):
                 self._unconditional = self.family.empty(self.pipeline, self.device)
         return self._unconditional.rows([0] * rows)
 
+    def forget(self) -> None:
+        """Forgets what was derived from weights, for models whose weights have changed since."""
+        self._unconditional = None
+
     def truncated(self, text: str) -> bool:
         """Whether a prompt is longer than the input of a text encoder."""
         return any(
