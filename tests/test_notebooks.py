@@ -22,8 +22,8 @@ def pictures(notebook: Any) -> int:
     return sum("image/jpeg" in output.get("data", {}) for output in outputs(notebook))
 
 
-def test_the_three_are_there() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["compare_versions", "leaderboard", "quickstart"]
+def test_the_four_are_there() -> None:
+    assert [path.stem for path in NOTEBOOKS] == ["compare_versions", "fine_tuning", "leaderboard", "quickstart"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
