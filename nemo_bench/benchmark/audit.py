@@ -216,6 +216,7 @@ def audit(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Path
                     metric.space.fetch()
         for cell in cells:
             with runner.holding(cell.store.folder):
+                runner.fit(cell)
                 _search(cell, runner)
                 if is_main():
                     path = cell.store.folder / "audit.json"

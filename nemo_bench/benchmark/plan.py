@@ -89,6 +89,11 @@ class Cell:
         return LocalizationRecord.stage in self.spec.stages
 
     @property
+    def fitted(self) -> Store | None:
+        """Folder of the weights that the method fits, None where it fits none."""
+        return Store((self.store.folder / self.spec.fitted).resolve()) if self.spec.fitted else None
+
+    @property
     def stages(self) -> list[type[schema.Record]]:
         """Records of its stages, in their order."""
         return [kind for kind in schema.RECORDS if kind.stage in self.spec.stages]
@@ -304,6 +309,7 @@ class Planner:
             calibration=f"../../calibration/{calibration_folder}" if THRESHOLD in measured else None,
             general_prompts={"file": listed.calibration, "digest": calibration["prompts"]} if measured else None,
             measures=source.family.measures if has_weights else "",
+            fitted=_fitted_folder(config, prompts, identity) if method.fits else None,
         )
         root = Path(settings.root)
         cell = Cell(
@@ -416,6 +422,14 @@ class Planner:
             why = next(iter(lacking.values()))
             note = f"{len(lacking)} of {len(searched)} can't be localized, and have no images: {why}"
             self.needs["prompts to localize", what] = Need("prompts to localize", what, "partly", note)
+
+
+def _fitted_folder(config: CellConfig, prompts: Sequence[Prompt], identity: Mapping[str, Any]) -> str:
+    """Folder of the weights that a method fits, from the cell's; its name has everything that changes them."""
+    memorized = prompts_digest([prompt for prompt in prompts if prompt.kind])
+    key = digest([identity["model"], identity["method"], memorized], 8)
+    names = [config.names.get(group, group) for group in ("model", "method")]
+    return "/".join(["../../fitted", "__".join([*names, key])])
 
 
 def make_spec(

@@ -33,6 +33,7 @@ from nemo_bench.benchmark.processes import explained, is_main, together, watch_r
 from nemo_bench.benchmark.progress import ProgressReport
 from nemo_bench.benchmark.stages.base import Chunk, Stage
 from nemo_bench.benchmark.stages.calibrate import measure_pairs, measure_statistics
+from nemo_bench.benchmark.stages.fit import FITTED, fit_weights
 from nemo_bench.benchmark.stages.generate import generate
 from nemo_bench.benchmark.stages.localize import localize
 from nemo_bench.benchmark.stages.memorization import measure_memorization
@@ -229,6 +230,8 @@ class Runner:
     def generate(self, cell: Cell) -> None:
         """Takes a cell to its images, through the stages that are not done."""
         self.localize(cell)
+        if not self.agree(partial(cell.store.is_done, schema.ImageRecord)):
+            self.fit(cell)
         for kind in (schema.MemorizationRecord, schema.ImageRecord):
             self.make(kind, cell)
 
@@ -247,6 +250,25 @@ class Runner:
         self.make(schema.LocalizationRecord, cell)
         records = store.records(schema.LocalizationRecord).values()
         self._costs |= {r.prompt: r.cost.once_row_passes for r in records if r.cost and r.cost.once_row_passes}
+
+    def fit(self, cell: Cell) -> None:
+        """Fits the weights that the cell's method needs, unless they are there; the first process alone does."""
+        store = cell.fitted
+        if store is None or self.agree(lambda: (store.folder / FITTED).is_file()):
+            return
+        if is_main():
+            identity = {key: cell.spec.settings[key] for key in ("model", "method")}
+            store.open(schema.Spec(task="fit", settings=identity), is_named=True)
+        with self.holding(store.folder):
+            self.wait()
+            if is_main() and not (store.folder / FITTED).is_file():
+                method: Method = build(cell.config.settings.method, "method")
+                log.info("%s: fitting its weights, in %s", method.title, store.folder)
+                model = self.model(cell)
+                setup = Setup(prompts=cell.prompts, batch_size=self.rows(cell))
+                with _quiet():
+                    fit_weights(method.fit(model, setup), store.folder, self.trainer.strategy.root_device)
+            self.wait()
 
     def make(self, kind: type[Record], cell: Cell, *, assisting: bool = False) -> None:
         """Makes the records of one of the stages :data:`MADE` that are pending.
@@ -275,7 +297,8 @@ class Runner:
         """
         if cell.id not in self._methods:
             method: Method = build(cell.config.settings.method, "method")
-            setup = Setup(prompts=cell.prompts, batch_size=rows or self.rows(cell))
+            fitted = cell.fitted.folder / FITTED if cell.fitted else None
+            setup = Setup(prompts=cell.prompts, batch_size=rows or self.rows(cell), fitted=fitted)
             if not cell.store.is_done(schema.LocalizationRecord):
                 found = read_localizations(cell.source.store.folder) if cell.source else {}
                 setup = replace(

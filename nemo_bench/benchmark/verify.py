@@ -129,6 +129,8 @@ def _planned(made: Sequence[Cell], root: Path, conf: Path | None) -> dict[str, C
             shutil.copytree(
                 measured, cell.calibration.folder, ignore=shutil.ignore_patterns(".lease.*"), dirs_exist_ok=True
             )
+        if cell.fitted and (fitted := run.parent / "fitted" / cell.fitted.folder.name).is_dir():
+            shutil.copytree(fitted, cell.fitted.folder, ignore=shutil.ignore_patterns(".lease.*"), dirs_exist_ok=True)
     return cells
 
 
@@ -153,6 +155,7 @@ def _from_model(made: Cell, cell: Cell, runner: Runner, apart: Path, count: int)
             runner.run_stage(LocalizationRecord, partial(localize, seeds=seeds), cell, tasks, store=store)
             yield _compare(made, store, LocalizationRecord)
         cell.store.finish(LocalizationRecord, task_ids(cell, LocalizationRecord))
+    runner.fit(cell)
     runner.run_stage(MemorizationRecord, partial(measure_memorization, seeds=seeds), cell, tasks)
     yield _compare(made, cell.store, MemorizationRecord)
     rows = runner.rows(cell)

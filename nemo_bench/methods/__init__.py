@@ -4,7 +4,7 @@ from nemo_bench.methods.amg import AMG
 from nemo_bench.methods.anisotropy import AnisotropyOptimization
 from nemo_bench.methods.attention_attenuation import AttentionAttenuation
 from nemo_bench.methods.attention_rescaling import AttentionRescaling
-from nemo_bench.methods.base import Batch, Method, Setup
+from nemo_bench.methods.base import Batch, Fit, Method, Setup
 from nemo_bench.methods.bright_ending import BrightEndingOptimization
 from nemo_bench.methods.cluster_neurons import ClusterNeurons
 from nemo_bench.methods.derived_neurons import OtherNeurons, RandomNeurons, SharedNeurons
@@ -21,6 +21,7 @@ from nemo_bench.methods.prss import PRSS
 from nemo_bench.methods.sail import SAIL
 from nemo_bench.methods.saved import SavedNeurons
 from nemo_bench.methods.transition_point import DynamicTransition, StaticTransition
+from nemo_bench.methods.unlearning import Unlearning
 from nemo_bench.methods.update_norms import UpdateNorms
 from nemo_bench.methods.wanda import Wanda
 
@@ -42,6 +43,7 @@ __all__ = [
     "DynamicTransition",
     "EmbeddingNoise",
     "EmbeddingOptimization",
+    "Fit",
     "LocalizedNeurons",
     "Method",
     "NeMo",
@@ -57,6 +59,7 @@ __all__ = [
     "Setup",
     "SharedNeurons",
     "StaticTransition",
+    "Unlearning",
     "UpdateNorms",
     "Wanda",
 ]

@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_bench.diffusion import UNETS, Conditioning, Diffusion, Generated, Rule
 from nemo_bench.errors import ModelError
@@ -35,6 +36,29 @@ class Setup:
     source_localizations: Mapping[str, Localization] = field(default_factory=dict)
     source_prompts: Sequence[Prompt] = ()  #: Prompts that the source localized.
     batch_size: int = 32  #: Rows in a UNet pass at most; changes results by rounding only.
+    fitted: Path | None = None  #: Safetensors file of what :meth:`Method.fit` changed, for methods with ``fits``.
+
+
+class Fit(ABC):
+    """A fit of the weights of a network by AdamW, with torch's defaults but for the rate.
+
+    Args:
+        network: The network; all of its weights are fitted.
+        updates: Number of updates.
+        rate: Learning rate.
+    """
+
+    def __init__(self, network: nn.Module, updates: int, rate: float) -> None:
+        self.network = network
+        self.updates = updates
+        self.rate = rate
+
+    @abstractmethod
+    def gradients(self, number: int) -> list[Tensor]:
+        """Gradients of an update, numbered from 0, one for each weight in the order of ``network.parameters()``.
+
+        They depend on the number and the present weights alone, so that an interrupted fit can go on.
+        """
 
 
 @dataclass(frozen=True)
@@ -93,6 +117,7 @@ class Method(Checked, ABC):
     #: Whether it treats all prompts alike, by the localizations of memorized prompts; those may be of another list,
     #: ``prompts.shared_from``.
     pools: ClassVar[bool] = False
+    fits: ClassVar[bool] = False  #: Whether it edits weights that :meth:`fit` fits, once for all images of a cell.
     memorization_threshold: float | None = None  #: A threshold of its own, or None for the calibrated one.
     noise_protocol: Protocol = PAPER  #: How it takes noise differences.
     source: Method | None = None  #: Another method whose localizations this one starts from, or None.
@@ -139,6 +164,10 @@ class Method(Checked, ABC):
             NemoBenchError: A file can't be read, or does not cover these prompts, all of the cell.
         """
         return {}
+
+    def fit(self, model: Diffusion, setup: Setup) -> Fit:
+        """Prepares the fit of weights, for methods with ``fits``; it comes before :meth:`setup`, which gets them."""
+        raise NotImplementedError(f"{self.title} fits no weights")
 
     def setup(self, model: Diffusion, setup: Setup) -> None:
         """Stores what a run gives, and measures what all prompts share; called once, before the first batch."""

@@ -31,7 +31,7 @@ def upgraded(name: str, content: Any, version: int) -> Any:
     return {**content, "schema": VERSION} if isinstance(content, dict) and "schema" in content else content
 
 
-Task = Literal["benchmark", "detect", "external", "calibrate", "features"]
+Task = Literal["benchmark", "detect", "external", "calibrate", "features", "fit"]
 """What a folder of records belongs to: a mitigation, a detector, images made by other code, or a cached measurement."""
 
 
@@ -195,6 +195,7 @@ class Spec(Versioned):
     citations: dict[str, str] = {}  #: BibTeX by title.
     source: str | None = None  #: Name of the folder beside it of the cell whose neurons it starts from.
     calibration: str | None = None  #: Path to the calibration's folder from the cell's.
+    fitted: str | None = None  #: Path to the folder of fitted weights from the cell's.
     general_prompts: dict[str, str] | None = None  #: ``file`` and ``digest`` of the prompts that the calibration takes.
 
 

@@ -321,7 +321,7 @@ def test_errors_explain_wrong_settings_of_the_logger(words: list[str], message: 
 
 def test_all_methods_uses_the_settings_of_each_method_for_the_model() -> None:
     """But for variants that are published as such, a control, and a file of paraphrases."""
-    variants = {"before", "timestep", "neurons", "file", "factor", "change"}
+    variants = {"before", "timestep", "neurons", "file", "factor", "change", "loss"}
     for choice in grid(["experiment=all_methods"]):
         (plain,) = grid([f"method={choice.names['method']}"])
         differing = {key for key, value in choice.settings.method.items() if value != plain.settings.method[key]}

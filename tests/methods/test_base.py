@@ -44,6 +44,7 @@ OUT_OF_RANGE: dict[str, dict[str, Sequence[float]]] = {
     "RepeatedWords": {"times": [-1]},
     "SAIL": {"alpha": [-1.0], "candidates": [0], "steps": [0], "rate": [0.0], "restarts": [-1]},
     "StaticTransition": {"timestep": [1001, -1], "before": [math.nan]},
+    "Unlearning": {"forgetting": [1.5], "scaling_norm": [0.0], "updates": [-1], "batch": [0]},
     "UpdateNorms": {"limit": [0], "flag": [0.0], "strong": [-1.0], "early": [1.1], "band": [-0.1]},
     "Wanda": {"ratio": [1.5], "calls": [0], "agreement": [1.0], "seed": [-1]},
 }

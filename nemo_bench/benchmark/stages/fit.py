@@ -1,0 +1,97 @@
+"""Weights of a network, fitted before anything is generated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.optim import AdamW
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from nemo_bench.methods import Fit
+from nemo_bench.records.io import replacing
+
+FITTED = "weights.safetensors"
+"""Name of the file of what a fit changed."""
+EVERY = 5
+"""Updates between two checkpoints."""
+
+
+class WeightFit(L.LightningModule):
+    """A fit as Lightning runs it, a checkpoint every :data:`EVERY` updates."""
+
+    def __init__(self, fit: Fit) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.network = fit.network
+        self.updates = fit
+
+    @override
+    def train_dataloader(self) -> DataLoader[int]:
+        return DataLoader(range(EVERY), batch_size=None)  # type: ignore[arg-type] # a range is a sequence
+
+    @override
+    def configure_optimizers(self) -> AdamW:
+        return AdamW(self.network.parameters(), lr=self.updates.rate)
+
+    @override
+    def training_step(self, batch: int, batch_idx: int) -> None:
+        gradients = self.updates.gradients(self.global_step)
+        for weight, gradient in zip(self.network.parameters(), gradients, strict=True):
+            weight.grad = gradient
+        optimizer = self.optimizers()
+        optimizer.step()  # type: ignore[union-attr] # there is one
+        optimizer.zero_grad()  # type: ignore[union-attr]
+
+
+def fit_weights(fit: Fit, folder: Path, device: torch.device) -> None:
+    """Fits weights, from the last checkpoint in a folder if there is one, and saves there what they changed by.
+
+    The network itself is as it was afterwards. Nothing is done where the file is there already.
+
+    Args:
+        fit: The fit.
+        folder: For the checkpoint, and :data:`FITTED`.
+        device: Where to compute.
+    """
+    if (folder / FITTED).is_file():
+        return
+    network = fit.network
+    original = {name: weight.detach().cpu().clone() for name, weight in network.named_parameters()}
+    last = folder / "last.ckpt"
+    saver = ModelCheckpoint(folder, filename=last.stem, every_n_epochs=1, enable_version_counter=False)
+    try:
+        network.requires_grad_(True)
+        trainer = L.Trainer(
+            max_steps=fit.updates,
+            max_epochs=-1,
+            accelerator="gpu" if device.type == "cuda" else device.type,
+            devices=[device.index or 0] if device.type == "cuda" else 1,
+            callbacks=[saver],
+            logger=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            reload_dataloaders_every_n_epochs=1,
+            num_sanity_val_steps=0,
+        )
+        trainer.fit(WeightFit(fit), ckpt_path=last if last.is_file() else None, weights_only=True)
+        changed = {name: _difference(weight, original[name]) for name, weight in network.named_parameters()}
+        with replacing(folder / FITTED) as part:
+            save_file(changed, part)
+        last.unlink(missing_ok=True)
+    finally:
+        network.requires_grad_(False)
+        with torch.no_grad():
+            for name, weight in network.named_parameters():
+                weight.data.copy_(original[name])
+                weight.grad = None
+        network.eval().to(device)
+
+
+def _difference(weight: Tensor, original: Tensor) -> Tensor:
+    return (weight.detach().cpu() - original).contiguous()

@@ -1,0 +1,286 @@
+"""Unlearning: weights fitted to forget training images, by SISS and the losses that it is compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import FiniteFloat
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from typing_extensions import override
+
+from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, fitted_picture
+from nemo_bench.errors import ConfigError, ModelError
+from nemo_bench.methods.base import Batch, Fit, Method, Setup
+from nemo_bench.prompts import read_prompts, references_digest
+from nemo_bench.prompts.tasks import seeds_of
+from nemo_bench.records.citations import cite
+from nemo_bench.records.data import Prompt
+from nemo_bench.records.io import batched, digest, seed_of
+from nemo_bench.records.ranges import Count, Index, Positive, Share
+
+Loss = Literal["siss", "siss_no_is", "erase_diff", "neg_grad", "naive_deletion"]
+TITLES: dict[Loss, str] = {
+    "siss": "SISS",
+    "siss_no_is": "SISS without importance sampling",
+    "erase_diff": "EraseDiff",
+    "neg_grad": "NegGrad",
+    "naive_deletion": "Naive deletion",
+}
+LARGEST = 1.0  # Norm of the gradient of an update at most, over all weights.
+TENTH = 0.1  # Advice of the public code on the norm that the forget gradient is scaled to.
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Clean latents, float32, (N, channels, height, width), and the encoded prompts that belong to them."""
+
+    latents: Tensor
+    text: Conditioning
+
+
+@dataclass(eq=False)
+class Unlearning(Method):
+    """Fits all weights of the UNet so that it forgets training images (Alberti et al. 2025).
+
+    The pictures x to keep and a to forget get the same timestep and noise n, m_x = g x + s n and m_a = g a + s n with
+    g^2 = abar and s^2 = 1 - abar; e is the predicted noise. Losses are sums over elements, and means over rows:
+
+    - ``siss``: one pass at m, which is m_a with probability ``forgetting`` (lambda), else m_x. To keep,
+      w_x |e(m) - (m - g x) / s|^2, to forget w_a |e(m) - (m - g a) / s|^2, with w_x = 1 / ((1 - lambda) + lambda
+      exp(d_x - d_a)), d_x = |m - g x|^2 / 2 s^2 and so on. Of many elements one weight is 0 and the other 1 / lambda
+      or 1 / (1 - lambda).
+    - ``siss_no_is``: |e(m_x) - n|^2 and |e(m_a) - n|^2, two passes.
+    - ``erase_diff``: the same, but to forget |e(m_a) - u|^2, u uniform in [0, 1).
+    - ``neg_grad``: -``superfactor`` |e(m_a) - n|^2 alone. It diverges with more updates.
+    - ``naive_deletion``: |e(m_x) - n|^2 alone.
+
+    The gradient is G_x - c G_a / |G_a| for SISS, with c by ``scaling_norm``, and G_x + max(eta - <G_x, G_a> / |G_a|^2,
+    0) G_a for EraseDiff. It is clipped to norm 1, and AdamW takes ``updates`` steps of ``batch`` rows.
+
+    All reference images of the memorized prompts are forgotten by one model; the source fits one for each prompt.
+    Pictures to keep are those of ``keep``, or images that the model generates for its prompts; the source keeps other
+    images of the memorized prompt. Each picture is conditioned on its own prompt, and timesteps are of the whole range;
+    the public scripts condition all on the memorized prompt and take timestep 999 alone, where only the first step of
+    sampling changes. The weights are fitted once for all images of a cell, and kept in ``<root>/fitted``.
+
+    The training images are seen, so results are not to be ranked beside mitigations that see prompts alone.
+    """
+
+    title = "Unlearning"
+    summary = "weights fitted to forget the training images: SISS, EraseDiff, NegGrad, naive deletion"
+    touches = "weights of the UNet"
+    sourcing = "public code and abstract"
+    citation = cite("alberti2025data")
+    makes_passes = True
+    auditable = True
+    fits = True
+
+    loss: Loss = "siss"
+    #: List of prompts to keep (csv, jsonl, txt or parquet), with reference images or without; None takes those of the
+    #: run that are not marked as memorized.
+    keep: str | None = None
+    limit: Count = 64  #: The first prompts of them that are kept.
+    forgetting: Share = 0.5  #: lambda.
+    #: c, the norm that the forget gradient of SISS is scaled to. Published: 750 for Stable Diffusion; None is a tenth
+    #: of the keep gradient's norm at each update, as the public code advises.
+    scaling_norm: Positive | None = None
+    eta: FiniteFloat = 0.01
+    superfactor: Positive = 1.0
+    updates: Index = 35
+    rate: Positive = 1e-5
+    batch: Count = 16
+    earliest: Index = 0  #: Smallest timestep that is drawn; 999 is that of the public scripts.
+    conditioning: Literal["own", "memorized"] = "own"  #: Prompt of pictures to keep.
+    seed: Index = 0
+    _difference: dict[str, Tensor] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.title = f"{TITLES[self.loss]} (fitted on training images)"
+
+    @override
+    def check(self, family: str, guidance: float, dtype: str, *, compiled: bool = False) -> None:
+        super().check(family, guidance, dtype, compiled=compiled)
+        if dtype != "float32" or compiled:
+            msg = f"{self.title} fits weights by small steps, given model.dtype={dtype}, model.compiled={compiled}"
+            raise ModelError(f"{msg}; set model.dtype=float32 and model.compiled=false")
+
+    @cached_property
+    def _listed(self) -> list[Prompt]:
+        return read_prompts(self.keep) if self.keep else []
+
+    def _sides(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+        """Prompts to keep and to forget."""
+        forgotten = [prompt for prompt in prompts if prompt.kind and prompt.references]
+        kept = (self._listed or [prompt for prompt in prompts if not prompt.kind])[: self.limit]
+        if not forgotten or not kept:
+            raise ConfigError(
+                f"{self.title} needs memorized prompts with reference images, given {len(forgotten)}, and prompts to "
+                f"keep, given {len(kept)}: give a list with references, and set keep to a list of general prompts"
+            )
+        return kept, forgotten
+
+    @override
+    def fingerprint(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
+        sides = self._sides(prompts)
+        return {"keep": digest([[[p.id, p.text] for p in side] + [references_digest(side)] for side in sides])}
+
+    @override
+    def fit(self, model: Diffusion, setup: Setup) -> Fit:
+        kept, forgotten = self._sides(setup.prompts)
+        return UnlearningFit(self, model, _pictures(model, kept, setup.batch_size), _of_references(model, forgotten))
+
+    @override
+    def setup(self, model: Diffusion, setup: Setup) -> None:
+        super().setup(model, setup)
+        if setup.fitted is None or not setup.fitted.is_file():
+            raise ConfigError(f"{self.title} has no weights: fit them, and give Setup(fitted=...) their file")
+        self._difference = load_file(setup.fitted)
+
+    @override
+    @contextmanager
+    def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
+        if self._difference is None:
+            raise ConfigError(f"{self.title} has no weights: call setup(model, Setup(fitted=...)) first")
+        with moved(model.network, self._difference):
+            yield batch
+
+
+@contextmanager
+@torch.no_grad()
+def moved(network: nn.Module, difference: Mapping[str, Tensor]) -> Iterator[None]:
+    """Adds differences to the weights of a network, by name, within the context."""
+    weights = {name: weight for name, weight in network.named_parameters() if name in difference}
+    original = {name: weight.detach().clone() for name, weight in weights.items()}
+    try:
+        for name, weight in weights.items():
+            weight.data += difference[name].to(weight)
+        yield
+    finally:
+        for name, weight in weights.items():
+            weight.data.copy_(original[name])
+
+
+def _of_references(model: Diffusion, prompts: Sequence[Prompt]) -> Pictures:
+    """All reference images of prompts, each with its prompt."""
+    pairs: list[tuple[str, Path]] = [(prompt.text, path) for prompt in prompts for path in prompt.references]
+    latents = [model.encode_images(fitted_picture(path, model.image_size)[None]) for _, path in pairs]
+    return Pictures(torch.cat(latents), model.encode([text for text, _ in pairs]))
+
+
+def _pictures(model: Diffusion, prompts: Sequence[Prompt], batch_size: int) -> Pictures:
+    """Reference images of prompts; where there is none at all, an image that the model generates for each."""
+    with_references = [prompt for prompt in prompts if prompt.references]
+    if with_references:
+        return _of_references(model, with_references)
+    latents = []
+    for part in batched(prompts, max(1, batch_size)):
+        noise = model.latents([seeds_of(prompt, "localize", [0])[0] for prompt in part])
+        latents.append(model.encode_images(model.generate(model.encode([prompt.text for prompt in part]), noise)))
+    return Pictures(torch.cat(latents), model.encode([prompt.text for prompt in prompts]))
+
+
+class UnlearningFit(Fit):
+    """The updates of one fit; each is drawn by its number alone, so that a resumed fit is the same."""
+
+    def __init__(self, method: Unlearning, model: Diffusion, kept: Pictures, forgotten: Pictures) -> None:
+        super().__init__(model.network, method.updates, method.rate)
+        self.method = method
+        self.model = model
+        self.kept = kept
+        self.forgotten = forgotten
+
+    @override
+    def gradients(self, number: int) -> list[Tensor]:
+        method, weights = self.method, [*self.network.parameters()]
+        generator = torch.Generator().manual_seed(seed_of(["unlearning", method.seed, number]))
+        keep, forget = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
+        for rows in batched(range(method.batch), max(1, method.batch_size // GRADIENT_MEMORY)):
+            losses = self.losses(len(rows), generator)
+            for total, loss in zip((keep, forget), losses, strict=True):
+                if loss is not None:
+                    found = torch.autograd.grad(loss / method.batch, weights, retain_graph=True)
+                    for one, other in zip(total, found, strict=True):
+                        one += other
+        combined = combine(method, keep, forget)
+        length = norm(combined)
+        return [gradient * (LARGEST / length) for gradient in combined] if length > LARGEST else combined
+
+    def losses(self, rows: int, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
+        """Keep and forget loss of some drawn rows, summed over them; None for a loss without that side."""
+        method, model = self.method, self.model
+        x, own_x = self._drawn(self.kept, rows, generator)
+        a, own_a = self._drawn(self.forgotten, rows, generator)
+        if method.conditioning == "memorized":
+            own_x = own_a
+        last = model.training_timesteps
+        timesteps = torch.randint(min(method.earliest, last - 1), last, (rows,), generator=generator).tolist()
+        signals = x.new_tensor([model.signal(timestep) for timestep in timesteps])[:, None, None, None]
+        signal, sigma = signals.sqrt(), (1 - signals).sqrt()
+        noise = torch.randn(x.shape, generator=generator).to(x)
+        noisy_x, noisy_a = signal * x + sigma * noise, signal * a + sigma * noise
+        if method.loss == "siss":
+            is_forgotten = torch.rand(rows, generator=generator).to(x) < method.forgetting
+            noisy = torch.where(is_forgotten[:, None, None, None], noisy_a, noisy_x)
+            both = own_x.followed_by(own_a)
+            text = both.rows([row + rows * is_a for row, is_a in enumerate(is_forgotten.long().tolist())])
+            predicted = self._noise(noisy, timesteps, text)
+            to_x, to_a = (noisy - signal * x) / sigma, (noisy - signal * a) / sigma
+            weight_x, weight_a = importance(squares(to_x) / 2, squares(to_a) / 2, method.forgetting)
+            return (weight_x * squares(predicted - to_x)).sum(), (weight_a * squares(predicted - to_a)).sum()
+        keep = None if method.loss == "neg_grad" else squares(self._noise(noisy_x, timesteps, own_x) - noise).sum()
+        if method.loss == "naive_deletion":
+            return keep, None
+        target = torch.rand(x.shape, generator=generator).to(x) if method.loss == "erase_diff" else noise
+        return keep, squares(self._noise(noisy_a, timesteps, own_a) - target).sum()
+
+    def _drawn(self, pictures: Pictures, rows: int, generator: torch.Generator) -> tuple[Tensor, Conditioning]:
+        chosen = torch.randint(len(pictures.latents), (rows,), generator=generator).tolist()
+        return pictures.latents[chosen], pictures.text.rows(chosen)
+
+    def _noise(self, latents: Tensor, timesteps: Sequence[int], text: Conditioning) -> Tensor:
+        output = self.model.network_output(latents, torch.tensor(timesteps, device=latents.device), text).float()
+        rows = range(len(latents))
+        return torch.cat([self.model.noise(output[[row]], timesteps[row], latents[[row]]) for row in rows])
+
+
+def importance(distance_x: Tensor, distance_a: Tensor, forgetting: float) -> tuple[Tensor, Tensor]:
+    """Importance weights of rows, from their distances d_x and d_a; computed from logarithms, which can't overflow."""
+    keep, forget = (math.log(share) if share else -math.inf for share in (1 - forgetting, forgetting))
+    further = distance_x - distance_a
+    weight_x = torch.logaddexp(torch.full_like(further, keep), forget + further)
+    weight_a = torch.logaddexp(keep - further, torch.full_like(further, forget))
+    return (-weight_x).exp(), (-weight_a).exp()
+
+
+def combine(method: Unlearning, keep: Sequence[Tensor], forget: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient of an update from those of both losses, by weight."""
+    if method.loss == "naive_deletion":
+        return [*keep]
+    if method.loss == "neg_grad":
+        return [-method.superfactor * gradient for gradient in forget]
+    length = max(norm(forget), torch.finfo(torch.float32).tiny)
+    if method.loss == "erase_diff":
+        inner = sum(float((one * other).sum()) for one, other in zip(keep, forget, strict=True))
+        factor = max(method.eta - inner / length**2, 0.0)
+    else:
+        factor = -(TENTH * norm(keep) if method.scaling_norm is None else method.scaling_norm) / length
+    return [one + factor * other for one, other in zip(keep, forget, strict=True)]
+
+
+def norm(gradients: Sequence[Tensor]) -> float:
+    """L2 norm over all weights together."""
+    return math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
+
+
+def squares(values: Tensor) -> Tensor:
+    """Sum of squares of each row, (N,)."""
+    return values.square().flatten(1).sum(1)

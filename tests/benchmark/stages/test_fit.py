@@ -1,0 +1,45 @@
+"""Fitted weights in a run: made once, kept, and used by all that follows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from nemo_bench.benchmark.plan import plan
+from nemo_bench.benchmark.run import run
+from nemo_bench.benchmark.stages.fit import FITTED
+from nemo_bench.benchmark.verify import verify
+from nemo_bench.cli import main
+from nemo_bench.config import grid
+from on_disk import read_json, read_records
+
+WORDS = [
+    "method=siss", "method.keep=null", "method.updates=1", "method.batch=1", "method.rate=0.01", "model.steps=2",
+    "seeds=1", "localize_seeds=2", "trainer=cpu",
+]  # fmt: skip
+
+
+def test_weights_are_fitted_once_and_used_by_images_audit_and_verification(
+    prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*WORDS, f"prompts.files=[{prompt_file}]", f"root={tmp_path}"]
+    (cell,) = plan(grid(words))
+    run([cell], "test", progress=False)
+    (kept,) = (tmp_path / "fitted").iterdir()
+    assert cell.fitted
+    assert cell.fitted.folder == kept
+    assert max(float(values.abs().max()) for values in load_file(kept / FITTED).values()) > 1e-3
+    images = {path.name: path.read_bytes() for path in (cell.store.folder / "images").iterdir()}
+    assert len(images) == 3
+    monkeypatch.setattr("nemo_bench.benchmark.runner.fit_weights", None)  # nothing is fitted again
+    (more,) = plan(grid([*words, "name=more", "seeds=2"]))
+    run([more], "test", progress=False)
+    again = {path.name: path.read_bytes() for path in (more.store.folder / "images").iterdir()}
+    assert len(again) == 6
+    assert read_json(cell.store.folder / "spec.json")["fitted"] == f"../../fitted/{kept.name}"
+    audit = ["steps=1", "samples=1", "images=1", "limit=1", "controls=null", "trainer=cpu"]
+    assert main(["audit", str(cell.store.folder.parent), *audit]) == 0
+    assert read_records(cell.store.folder, "search")
+    assert not any(found.differing for found in verify(cell.store.folder, records=2, progress=False))
