@@ -680,6 +680,7 @@ def _quiet() -> Iterator[None]:
             for message in (
                 "does not have many workers", "Total length of .* across ranks is zero", "predict returned None",
                 "LeafSpec.* is deprecated", "torch.jit.script.* is deprecated", "`srun` command is available",
+                "in eval mode at the start of training", "Checkpoint directory .* exists",
             ):  # fmt: skip
                 warnings.filterwarnings("ignore", message=f".*{message}")
             yield

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, fitted_picture
-from nemo_bench.errors import ConfigError, ModelError
+from nemo_bench.errors import ConfigError, ModelError, NotFiniteError
 from nemo_bench.methods.base import Batch, Fit, Method, Setup
 from nemo_bench.prompts import read_prompts, references_digest
 from nemo_bench.prompts.tasks import seeds_of
@@ -212,6 +212,8 @@ class UnlearningFit(Fit):
                         one += other
         combined = combine(method, keep, forget)
         length = norm(combined)
+        if not math.isfinite(length):
+            raise NotFiniteError(f"gradients of update {number + 1} of {self.updates} are not finite; lower rate")
         return [gradient * (LARGEST / length) for gradient in combined] if length > LARGEST else combined
 
     def losses(self, rows: int, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
@@ -267,7 +269,9 @@ def combine(method: Unlearning, keep: Sequence[Tensor], forget: Sequence[Tensor]
         return [*keep]
     if method.loss == "neg_grad":
         return [-method.superfactor * gradient for gradient in forget]
-    length = max(norm(forget), torch.finfo(torch.float32).tiny)
+    length = norm(forget)
+    if not length:  # no row of SISS was one to forget
+        return [*keep]
     if method.loss == "erase_diff":
         inner = sum(float((one * other).sum()) for one, other in zip(keep, forget, strict=True))
         factor = max(method.eta - inner / length**2, 0.0)

@@ -58,6 +58,12 @@ def test_without_a_norm_forgetting_is_a_tenth_of_keeping() -> None:
     assert torch.cat(combine(Unlearning(), keep, forget)).tolist() == pytest.approx([3.0, 3.5])
 
 
+def test_nothing_to_forget_leaves_what_is_kept() -> None:
+    keep, none = [torch.tensor([3.0, 4.0])], [torch.zeros(2)]
+    for loss in ("siss", "erase_diff"):
+        assert torch.equal(combine(Unlearning(loss=loss), keep, none)[0], keep[0])  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="module")
 def prompts() -> list[Prompt]:
     references = tuple(Path(resolve("package:planted/references")).glob("vm-0*.png"))[:1]
@@ -125,6 +131,7 @@ def test_a_fit_is_resumed_as_if_it_had_not_stopped(tiny: Diffusion, prompts: lis
     assert counted == [5, 6]
     one, other = (load_file(tmp_path / name / FITTED) for name in ("whole", "parts"))
     assert any(values.abs().max() > 1e-4 for values in one.values())
+    assert all(values.isfinite().all() for values in one.values())
     for name in one:
         torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-6)
     assert [path.name for path in (tmp_path / "parts").iterdir()] == [FITTED]

@@ -13,11 +13,11 @@ from nemo_bench.benchmark.stages.fit import FITTED
 from nemo_bench.benchmark.verify import verify
 from nemo_bench.cli import main
 from nemo_bench.config import grid
-from on_disk import read_json, read_records
+from on_disk import read_json
 
 WORDS = [
-    "method=siss", "method.keep=null", "method.updates=1", "method.batch=1", "method.rate=0.01", "model.steps=2",
-    "seeds=1", "localize_seeds=2", "trainer=cpu",
+    "method=siss", "method.loss=neg_grad", "method.keep=null", "method.updates=1", "method.batch=1",
+    "method.rate=0.01", "model.steps=2", "seeds=1", "localize_seeds=2", "trainer=cpu",
 ]  # fmt: skip
 
 
@@ -30,7 +30,9 @@ def test_weights_are_fitted_once_and_used_by_images_audit_and_verification(
     (kept,) = (tmp_path / "fitted").iterdir()
     assert cell.fitted
     assert cell.fitted.folder == kept
-    assert max(float(values.abs().max()) for values in load_file(kept / FITTED).values()) > 1e-3
+    changes = load_file(kept / FITTED).values()
+    assert all(values.isfinite().all() for values in changes)
+    assert max(float(values.abs().max()) for values in changes) > 5e-3
     images = {path.name: path.read_bytes() for path in (cell.store.folder / "images").iterdir()}
     assert len(images) == 3
     monkeypatch.setattr("nemo_bench.benchmark.runner.fit_weights", None)  # nothing is fitted again
@@ -41,5 +43,5 @@ def test_weights_are_fitted_once_and_used_by_images_audit_and_verification(
     assert read_json(cell.store.folder / "spec.json")["fitted"] == f"../../fitted/{kept.name}"
     audit = ["steps=1", "samples=1", "images=1", "limit=1", "controls=null", "trainer=cpu"]
     assert main(["audit", str(cell.store.folder.parent), *audit]) == 0
-    assert read_records(cell.store.folder, "search")
+    assert read_json(cell.store.folder / "audit.json")
     assert not any(found.differing for found in verify(cell.store.folder, records=2, progress=False))
