@@ -39,7 +39,6 @@ class IntrinsicDimension(Detector):
     summary = "how few dimensions the generated image has around it"
     sourcing = "public code and abstracts"
     citation = cite("kamkari2024geometric")
-    families = frozenset({"StableDiffusionPipeline", "StableDiffusionXLPipeline"})
     derives = True
 
     seeds: Count = 1

@@ -44,7 +44,6 @@ class AttentionAttenuation(Method):
     touches = "cross-attention"
     sourcing = "public code; paper second hand"
     citation = cite("zhao2026attention")
-    families = frozenset({"StableDiffusionPipeline", "StableDiffusionXLPipeline"})
     needs = frozenset({"uncompiled"})
 
     #: Standard deviations above the mean from which a token is a spike. The public command takes 0.01, within

@@ -37,7 +37,6 @@ class DimensionOptimization(OptimizedEmbedding):
     summary = "the encoded prompt, optimized for more dimensions around the image"
     sourcing = "public code and abstracts"
     citation = cite("ross2025geometric")
-    families = frozenset({"StableDiffusionPipeline", "StableDiffusionXLPipeline"})
     needs = frozenset({"guidance", "gradients", "uncompiled"})
 
     #: Negative dimension that suffices; None: all steps are taken.

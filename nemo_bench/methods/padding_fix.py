@@ -56,6 +56,7 @@ class PaddingFix(Method):
     sourcing = "public code and abstract; paper second hand"
     citation = cite("kim2026memorization")
     families = frozenset({"StableDiffusionPipeline"})
+    limits = "changes the padding of the only text encoder"
 
     #: What is changed, of the start, the prompt's words, the first end token and the padding after it.
     #: ``"pad_and_end"``: padding by ``token``, then the end set to 0 (the method); ``"pad"``: without the latter.

@@ -71,6 +71,10 @@ class Unlearning(Method):
     the public scripts condition all on the memorized prompt and take timestep 999 alone, where only the first step of
     sampling changes. The weights are fitted once for all images of a cell, and kept in ``<root>/fitted``.
 
+    In the embedded model, with the images of six prompts to forget, SISS leaves two copies of eight images of verbatim
+    prompts and none of four of template prompts, and images of general prompts are nearly those without it (correlation
+    0.96); naive deletion leaves all copies.
+
     The training images are seen, so results are not to be ranked beside mitigations that see prompts alone.
     """
 

@@ -63,7 +63,7 @@ class UpdateNorms(Method):
     touches = "sampling"
     sourcing = "abstract, and a third party's re-implementation"
     citation = cite("huang2026broken")
-    families = frozenset({"StableDiffusionPipeline", "StableDiffusionXLPipeline"})
+    limits = "its steps are those of DDIM"
     makes_passes = True
     needs = frozenset({"guidance"})
 
