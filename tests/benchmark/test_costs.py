@@ -14,7 +14,18 @@ from on_disk import read_json, read_records
 
 
 @pytest.mark.parametrize(
-    "method", ["static_transition", "adjusted_noise", "prss", "amg", "wanda", "attention_rescaling"]
+    "method",
+    [
+        "static_transition",
+        "adjusted_noise",
+        "prss",
+        "amg",
+        "wanda",
+        "attention_rescaling",
+        "guard",
+        "padding_fix",
+        "update_norms",
+    ],
 )
 def test_methods_go_through_all_stages(method: str, prompt_file: Path, tmp_path: Path) -> None:
     words = [
