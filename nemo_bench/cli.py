@@ -541,9 +541,10 @@ def _train(options: argparse.Namespace) -> None:
 def training_settings(words: Sequence[str]) -> tuple[TrainSpec, LoggerSettings]:
     """Settings of a training and of its loggers, which are those of ``logger=csv`` by default."""
     from nemo_bench.config import logger_settings, overridden
+    from nemo_bench.config.schema import words_within
     from nemo_bench.planted.training import TrainSpec
 
-    of_loggers = [word for word in words if re.match(r"logger\b", word)]
+    of_loggers = words_within(words, ["logger"])
     spec = overridden([word for word in words if word not in of_loggers], TrainSpec)
     return spec, logger_settings(of_loggers or ["logger=csv"])
 

@@ -33,6 +33,7 @@ from nemo_bench.records.results import load_detections
 from nemo_bench.records.schema import DetectionRecord, Roc, Summary
 from nemo_bench.records.store import Store
 from nemo_bench.report.detection import write_detection
+from nemo_bench.tracking.live import Live
 
 
 def plan(configs: Sequence[CellConfig]) -> list[Cell]:
@@ -41,7 +42,7 @@ def plan(configs: Sequence[CellConfig]) -> list[Cell]:
     Raises:
         NemoBenchError: Prompts or a model are not as they should be, or a detector is not made for the model.
     """
-    check_same(configs, "name", "root", "trainer")
+    check_same(configs, "name", "root", "trainer", "logger")
     cells: dict[str, Cell] = {}
     prompts: dict[str, list[Prompt]] = {}
     for config in configs:
@@ -101,7 +102,9 @@ def detect(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Pat
     """
     settings = cells[0].config.settings
     folder = Path(settings.root) / settings.name
+    live = Live(settings.logger, {cell.id: str(cell.spec.detector) for cell in cells})
     runner = Runner(settings.trainer, progress=progress)
+    runner.progress.listeners.append(live.note)
     runner.start()
     if is_main():
         with runner.leases.owning(folder):
@@ -110,27 +113,36 @@ def detect(cells: Sequence[Cell], command: str, *, progress: bool = True) -> Pat
         if is_main():
             for cell in cells:
                 cell.store.open(cell.spec)
-        with runner.holding(*(cell.store.folder for cell in cells)):
+        with live, runner.holding(*(cell.store.folder for cell in cells)):
             if is_main():
                 for cell in cells:
                     note_start(cell, command, runner)
                     cell.store.recount(DetectionRecord, task_ids(cell, DetectionRecord))
             groups: dict[str, list[Cell]] = {}
             for cell in cells:
-                if not runner.agree(partial(cell.store.is_done, DetectionRecord)):
+                if runner.agree(partial(cell.store.is_done, DetectionRecord)):
+                    _write_summaries([cell])
+                else:
                     key = digest([cell.spec.settings[name] for name in ("model", "prompts")])
                     groups.setdefault(key, []).append(cell)
             for group in groups.values():
+                if is_main():
+                    live.begin(*(cell.store.folder for cell in group))
                 _detect(runner, group)
-            if is_main():
-                for cell in cells:
-                    write_json(cell.store.folder / "metrics.json", summarize(cell))
+                _write_summaries(group)
+                live.end()
         if is_main():
             with runner.leases.owning(folder):
                 write_detection(load_detections(folder))
                 if (folder / "report.html").is_file():
                     write_pages(folder)
     return folder
+
+
+def _write_summaries(cells: Sequence[Cell]) -> None:
+    if is_main():
+        for cell in cells:
+            write_json(cell.store.folder / "metrics.json", summarize(cell))
 
 
 def _detect(runner: Runner, cells: Sequence[Cell]) -> None:

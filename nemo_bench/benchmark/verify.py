@@ -24,7 +24,7 @@ from nemo_bench.benchmark.stages.generate import generate
 from nemo_bench.benchmark.stages.localize import localize
 from nemo_bench.benchmark.stages.memorization import measure_memorization
 from nemo_bench.config.groups import named_classes
-from nemo_bench.config.schema import is_within
+from nemo_bench.config.schema import words_within
 from nemo_bench.config.targets import check_stored
 from nemo_bench.errors import ConfigError, StoreError
 from nemo_bench.metrics import SetMetric
@@ -89,9 +89,8 @@ def verify(
     """
     if records < 1:
         raise ConfigError(f"records={records}: expected at least 1")
-    for word in overrides:
-        if not is_within(word.lstrip("~+").partition("=")[0], SETTINGS):
-            raise ConfigError(f"{word} can't be changed for what is recorded; settings here: {', '.join(SETTINGS)}")
+    if others := [word for word in overrides if word not in words_within(overrides, SETTINGS)]:
+        raise ConfigError(f"{others[0]} can't be changed for what is recorded; settings here: {', '.join(SETTINGS)}")
     folder = folder.resolve()
     run = folder if (folder / "run.json").is_file() else folder.parent
     if not (run / "run.json").is_file():

@@ -39,7 +39,7 @@ from nemo_bench.errors import ConfigError, did_you_mean, first_line
 
 DEFAULT_METHODS = "none,random,nemo,other_prompt,one_edit"
 """Methods that are compared where none is named."""
-DETECTING = ("model", "detector", "prompts", "trainer", "batch_size", "name", "root", "experiment")
+DETECTING = ("model", "detector", "prompts", "trainer", "logger", "batch_size", "name", "root", "experiment")
 """Settings of detection."""
 NOT_LOCALIZING = ("method", "detector")
 """Settings of a run that do not matter to the benchmark of localizers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -223,6 +223,11 @@ _hints: Callable[[Any], dict[str, Any]] = cache(partial(get_type_hints, include_
 def is_within(key: str, keys: Iterable[str]) -> bool:
     """Whether a key is one of some keys, or inside one of them."""
     return any(f"{key}.".startswith(f"{other}.") for other in keys)
+
+
+def words_within(words: Iterable[str], keys: Collection[str]) -> list[str]:
+    """Those ``key=value`` words whose key is one of some keys, or inside one of them."""
+    return [word for word in words if is_within(word.lstrip("~+").partition("=")[0], keys)]
 
 
 def unknown_key(key: str, depth: int, known: Iterable[Any]) -> ConfigError:

@@ -79,6 +79,10 @@ class CsvLog:
         """Adds the row of the leaderboard."""
         self.log(cell.row, step)
 
+    def conclude(self, row: Mapping[str, float], step: int) -> None:
+        """Adds the numbers."""
+        self.log(row, step)
+
     def stop(self) -> None:
         """All rows are written."""
 
@@ -134,6 +138,11 @@ class TensorBoardLog:
             for name, picture in cell.pictures(prompt).items():
                 writer.add_image(f"{prompt.id}/{name}", np.asarray(picture), step, dataformats="HWC")
         logger.finalize("success")
+
+    def conclude(self, row: Mapping[str, float], step: int) -> None:
+        """Adds the numbers as scalars."""
+        self.log(row, step)
+        self._logger.finalize("success")
 
     def stop(self) -> None:
         """Closes the file."""

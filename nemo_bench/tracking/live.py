@@ -5,6 +5,7 @@ Each logger has a thread of its own, which the run never waits for: what it can'
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import pkgutil
@@ -12,20 +13,21 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image
 
 from nemo_bench.config import LoggerSettings
 from nemo_bench.errors import first_line
-from nemo_bench.records.schema import ImageRecord, Progress, ScoreRecord
-from nemo_bench.records.store import thumbnail
+from nemo_bench.records.schema import DetectionRecord, ImageRecord, Progress, ScoreRecord
+from nemo_bench.records.store import read_cell_prompts, thumbnail
 from nemo_bench.tracking import sweep_trial
-from nemo_bench.tracking.logged import BegunCell, LoggedCell, next_step
+from nemo_bench.tracking.logged import BegunCell, LoggedCell, detection_row, next_step
 
 LOGGERS = {
     "wandb": "wandb_runs:WandbLog",
@@ -40,13 +42,14 @@ PICTURES = 16
 STOPPED = 10.0
 """Most seconds that a run which is stopped waits for its loggers."""
 _WAITING = 32
+_LOOKED_AT = (ImageRecord.stage, ScoreRecord.stage, DetectionRecord.stage)
 _BOX = (256, 256)
 
 log = logging.getLogger(__name__)
 
 
 class CellLog(Protocol):
-    """What a logger does; it is made once a run, and shows one cell after the other.
+    """What a logger does; it is made once a run, shows one cell after the other, and is copied where several are open.
 
     Args:
         settings: Settings of all loggers.
@@ -67,6 +70,9 @@ class CellLog(Protocol):
     def finish(self, cell: LoggedCell, step: int) -> None:
         """Adds the results of the cell, and ends its log."""
 
+    def conclude(self, row: Mapping[str, float], step: int) -> None:
+        """Adds the numbers of a detector that is finished, and ends its log."""
+
     def stop(self) -> None:
         """Ends the log of a cell that is not finished."""
 
@@ -75,13 +81,15 @@ class CellLog(Protocol):
 
 
 class Live:
-    """The live logs of a run's cells, one cell after the other; at the end it waits for what loggers still have to do.
+    """The live logs of a run's cells, one after the other, or those together whose passes are shared.
+
+    At the end it waits for what loggers still have to do.
 
     None of it raises an error: whatever fails is a line of the log, and ``nemo-bench track`` tries again.
 
     Args:
         settings: Which loggers, and their settings.
-        methods: Name of the method by name of the cell.
+        methods: Name of the method, or detector, by name of the cell.
 
     Raises:
         ConfigError: More than one cell could be the trial of a W&B sweep agent.
@@ -90,8 +98,9 @@ class Live:
     def __init__(self, settings: LoggerSettings, methods: Mapping[str, str]) -> None:
         trial = sweep_trial(methods) if settings.wandb else None
         self.settings = settings
-        self._outlets = [_Outlet(name, settings, trial) for name in LOGGERS if getattr(settings, name)]
-        self._records: _Records | None = None
+        waiting = max(_WAITING, 4 * len(methods))
+        self._outlets = [_Outlet(name, settings, trial, waiting) for name in LOGGERS if getattr(settings, name)]
+        self._records: list[_Records] = []
         self._stage = ""
         self._begun = self._due = 0.0
 
@@ -103,56 +112,62 @@ class Live:
         for outlet in self._outlets:
             outlet.close(patience)
 
-    def begin(self, folder: Path) -> None:
-        """Begins with a cell, given its folder, once its start is noted there."""
+    def begin(self, *folders: Path) -> None:
+        """Begins with some cells, given their folders, once their starts are noted there."""
         if not self._outlets:
             return
-        with _harmless():
-            cell = BegunCell.read(folder)
-            self._records = _Records(folder)
-            self._stage = ""
-            self._begun = time.monotonic()
-            for outlet in self._outlets:
-                outlet.put("begin", cell)
-            self._log({"stage": "begin", **self._records.figures()})
+        self.give_up()
+        self._stage = ""
+        self._begun = time.monotonic()
+        for folder in folders:
+            with _harmless():
+                cell = BegunCell.read(folder)
+                self._records.append(_Records(cell))
+                for outlet in self._outlets:
+                    outlet.put("begin", cell)
+        self._log({"stage": "begin"})
 
     def note(self, progress: Progress) -> None:
-        """Logs how far the cell's stage is, if it is new, done, or was not logged for some time."""
+        """Logs how far the stage of the cells is, if it is new, done, or was not logged for some time."""
         now = time.monotonic()
         is_due = progress.stage != self._stage or progress.done >= progress.total or now >= self._due
-        if self._records is None or not is_due:
+        if not self._records or not is_due:
             return
         self._stage = progress.stage
         self._due = now + min(LONGEST, max(SHORTEST, (now - self._begun) / 100))
-        with _harmless():
-            self._log({**_rates(progress), **self._records.figures()})
+        self._log(_rates(progress))
 
     def end(self) -> None:
-        """Logs the results of the cell, which is finished by now, and ends its log."""
-        records, self._records = self._records, None
-        if records is None:
-            return
-        with _harmless():
-            cell = LoggedCell.read(records.folder)
-            _ = cell.digest  # reads records, which is not for other threads
-            step = next_step(cell.folder, records.count)
-            for outlet in self._outlets:
-                outlet.put("finish", cell, step)
+        """Logs the results of the cells, which are finished by now, and ends their logs."""
+        ended, self._records = self._records, []
+        for records in ended:
+            with _harmless():
+                if records.is_memorized is not None:
+                    row = detection_row(records.folder)
+                    self._put("conclude", records.folder, row, next_step(records.folder, records.count))
+                    continue
+                cell = LoggedCell.read(records.folder)
+                _ = cell.digest  # reads records, which is not for other threads
+                self._put("finish", records.folder, cell, next_step(records.folder, records.count))
 
     def give_up(self) -> None:
-        """Ends the log of a cell that failed."""
-        if self._records is not None:
-            self._records = None
-            for outlet in self._outlets:
-                outlet.put("stop")
+        """Ends the logs of cells that failed."""
+        given_up, self._records = self._records, []
+        for records in given_up:
+            self._put("stop", records.folder)
 
     def _log(self, figures: Mapping[str, float | str]) -> None:
-        records = self._records
-        assert records is not None
-        shown = {f"live/{key}": value for key, value in figures.items()}
-        self._tell("log", shown, next_step(records.folder, records.count))
-        if self.settings.thumbnails and (pictures := records.take_samples()):
-            self._tell("show", pictures, next_step(records.folder, records.count))
+        """Logs figures of all cells, and with them what the records of each say."""
+        for records in self._records:
+            with _harmless():
+                shown = {f"live/{key}": value for key, value in {**figures, **records.figures()}.items()}
+                self._tell("log", records.folder, shown, next_step(records.folder, records.count))
+                if self.settings.thumbnails and (pictures := records.take_samples()):
+                    self._tell("show", records.folder, pictures, next_step(records.folder, records.count))
+
+    def _put(self, *message: Any) -> None:
+        for outlet in self._outlets:
+            outlet.put(*message)
 
     def _tell(self, *message: Any) -> None:
         for outlet in self._outlets:
@@ -188,11 +203,19 @@ class _Records:
     """What the records of a cell say so far, of all processes; each look reads only what was written since the last.
 
     Args:
-        folder: The cell's folder.
+        cell: The cell.
+
+    Attributes:
+        folder: Its folder.
+        is_memorized: Of a detector, whether prompts are memorized, by id; None of any other cell.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, cell: BegunCell) -> None:
+        self.folder = cell.folder
+        self.is_memorized: dict[str, bool] | None = None
+        if cell.spec.task == "detect":
+            prompts = read_cell_prompts(cell.folder, cell.spec)
+            self.is_memorized = {prompt.id: bool(prompt.kind) for prompt in prompts}
         self._clear()
         self._samples: dict[str, Path] | None = {}
 
@@ -202,16 +225,21 @@ class _Records:
         self._sums: Counter[str] = Counter()
         self._numbers: Counter[str] = Counter()
         self._read: dict[Path, tuple[bytes, int]] = {}
+        self._detected: dict[bool, list[float]] = {True: [], False: []}
 
     def figures(self) -> dict[str, float]:
-        """Records, failed images, and the mean of every metric over the scores so far."""
+        """Records, those that failed, and over the scores so far the mean of every metric, of a detector the AUC."""
         files = sorted((self.folder / "records").glob("*.jsonl"))
         if any(not self._is_same(file) for file in self._read):  # scores were forgotten, to be computed again
             self._clear()
         for file in files:
             self._read_on(file)
         means = {f"mean/{key}": self._sums[key] / number for key, number in self._numbers.items()}
-        return {"records": self.count, "failed_images": self._failed, **means}
+        if self.is_memorized is None:
+            return {"records": self.count, "failed_images": self._failed, **means}
+        figures = {"records": self.count, "failed_prompts": self._failed, **means}
+        memorized, other = self._detected[True], self._detected[False]
+        return {**figures, "auc": auc(memorized, other)} if memorized and other else figures
 
     def take_samples(self) -> dict[str, Path]:
         """Files of the first pictures by caption, once there are some; none afterwards."""
@@ -239,7 +267,7 @@ class _Records:
                 first = first or line
                 place += len(line)
                 self.count += 1
-                if file.name.startswith((f"{ImageRecord.stage}.", f"{ScoreRecord.stage}.")):
+                if file.name.partition(".")[0] in _LOOKED_AT:
                     with suppress(ValueError):  # a damaged line, which whoever needs its record says
                         self._add(json.loads(line))
         if place:
@@ -247,12 +275,27 @@ class _Records:
 
     def _add(self, record: Mapping[str, Any]) -> None:
         scores = record.get("scores") or {}
+        if self.is_memorized is not None and record.get("score") is not None:
+            scores = {"score": record["score"]}
+            self._detected[self.is_memorized[record["prompt"]]].append(record["score"])
         self._sums.update(scores)
         self._numbers.update(scores.keys())
-        if "seed" in record and isinstance(record.get("failed"), str):
+        is_counted = "seed" in record or self.is_memorized is not None
+        if is_counted and isinstance(record.get("failed"), str):  # of scores, it is by metric
             self._failed += 1
         if record.get("image") and self._samples is not None and len(self._samples) < PICTURES:
-            self._samples[f"{record['prompt']}, seed {record['seed']}"] = self.folder / record["image"]
+            caption = f"{record['prompt']}, seed {record['seed']}" if "seed" in record else record["prompt"]
+            self._samples[caption] = self.folder / record["image"]
+
+
+def auc(memorized: Sequence[float], other: Sequence[float]) -> float:
+    """Share of pairs of a memorized and another prompt in which the former has the larger score; equal ones count half.
+
+    Both are of at least one prompt.
+    """
+    ordered = np.sort(other)
+    below = np.searchsorted(ordered, memorized, "left") + np.searchsorted(ordered, memorized, "right")
+    return float(below.mean()) / 2 / len(ordered)
 
 
 class _Outlet:
@@ -262,17 +305,18 @@ class _Outlet:
         name: Name of the logger.
         settings: Settings of all loggers.
         trial: See :class:`CellLog`.
+        waiting: Messages that may wait.
     """
 
-    def __init__(self, name: str, settings: LoggerSettings, trial: str | None) -> None:
+    def __init__(self, name: str, settings: LoggerSettings, trial: str | None, waiting: int) -> None:
         self.name = name
         self.settings = settings
         self.trial = trial
-        self._messages: queue.Queue[tuple[Any, ...]] = queue.Queue(_WAITING)
+        self._messages: queue.Queue[tuple[Any, ...]] = queue.Queue(waiting)
         self._thread: threading.Thread | None = None
         self._logger: CellLog | None = None
+        self._open: dict[Path, CellLog] = {}
         self._cell: BegunCell | None = None
-        self._is_open = False
         self._is_closing = False
         self._is_given_up = False
         self._succeeded = 0.0
@@ -280,7 +324,7 @@ class _Outlet:
 
     def offer(self, *message: Any) -> None:
         """Gives a message that may be left out; half of the queue is kept for those that may not."""
-        if self._messages.qsize() < _WAITING // 2:
+        if self._messages.qsize() < self._messages.maxsize // 2:
             self.put(*message)
 
     def put(self, *message: Any) -> None:
@@ -322,36 +366,39 @@ class _Outlet:
                 return
 
     def _begin(self, cell: BegunCell) -> None:
-        self._stop()
         self._cell = cell
         if self._logger is None:
             kind = pkgutil.resolve_name(f"nemo_bench.tracking.{LOGGERS[self.name]}")
             self._logger = kind(self.settings, self.trial)
-        self._logger.begin(cell)
-        self._is_open = True
+        logger = copy.copy(self._logger) if self._open else self._logger
+        logger.begin(cell)
+        self._open[cell.folder] = logger
 
-    def _log(self, figures: Mapping[str, float | str], step: int) -> None:
-        if self._logger and self._is_open:
-            self._logger.log(figures, step)
+    def _log(self, folder: Path, figures: Mapping[str, float | str], step: int) -> None:
+        if logger := self._open.get(folder):
+            logger.log(figures, step)
 
-    def _show(self, files: Mapping[str, Path], step: int) -> None:
+    def _show(self, folder: Path, files: Mapping[str, Path], step: int) -> None:
         made = {caption: thumbnail(file, _BOX) for caption, file in files.items()}
         pictures = {caption: picture[0] for caption, picture in made.items() if picture}
-        if self._logger and self._is_open and pictures:
-            self._logger.show(pictures, step)
+        if pictures and (logger := self._open.get(folder)):
+            logger.show(pictures, step)
 
-    def _finish(self, cell: LoggedCell, step: int) -> None:
-        if self._logger and self._is_open:
-            self._is_open = False
-            self._logger.finish(cell, step)
+    def _finish(self, folder: Path, cell: LoggedCell, step: int) -> None:
+        if logger := self._open.pop(folder, None):
+            logger.finish(cell, step)
 
-    def _stop(self) -> None:
-        if self._logger and self._is_open:
-            self._is_open = False
-            self._logger.stop()
+    def _conclude(self, folder: Path, row: Mapping[str, float], step: int) -> None:
+        if logger := self._open.pop(folder, None):
+            logger.conclude(row, step)
+
+    def _stop(self, folder: Path) -> None:
+        if logger := self._open.pop(folder, None):
+            logger.stop()
 
     def _close(self) -> None:
-        self._stop()
+        for folder in [*self._open]:
+            self._stop(folder)
         if self._logger and self._cell:
             self._logger.close(self._cell.folder.parent)
 
@@ -360,9 +407,9 @@ class _Outlet:
         if why in self._said or self._is_given_up:
             return
         self._said.add(why)
-        hint = (
-            f"; the results are untouched, nemo-bench track {self._cell.folder.parent} tries again"
-            if self._cell
-            else ""
-        )
+        hint = ""
+        if self._cell:
+            hint = "; the results are untouched"
+            if self._cell.spec.task != "detect":
+                hint += f", nemo-bench track {self._cell.folder.parent} tries again"
         log.warning("%s failed: %s%s", self.name, why, hint)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from nemo_bench.errors import StoreError
 from nemo_bench.records.data import GENERAL, Prompt
-from nemo_bench.records.io import digest, read_whole, write_json
+from nemo_bench.records.io import digest, read_file, read_whole, write_json
 from nemo_bench.records.results import CellResults, Results, load_cell, short_layers
 from nemo_bench.records.schema import (
     ImageRecord,
@@ -28,6 +28,7 @@ from nemo_bench.records.schema import (
     ScoreRecord,
     Spec,
     Start,
+    Summary,
 )
 from nemo_bench.records.statistics import GROUPS
 from nemo_bench.records.store import read_records, read_run, read_spec, read_starts, thumbnail
@@ -174,6 +175,16 @@ class LoggedCell:
         names, outcomes = short_layers(self.results.layers), self.results.outcomes.values()
         means = {layer: fmean(len(o.neurons.get(layer, ())) for o in outcomes) for layer in self.results.layers}
         return [[names[layer], width, means[layer]] for layer, width in self.results.layers.items()]
+
+
+def detection_row(folder: Path) -> dict[str, float]:
+    """The numbers of a detector that is finished, such as ``detection/magnitude/auc``, ``counts/...`` or ``cost/...``.
+
+    Raises:
+        StoreError: A file does not hold what it should.
+    """
+    summary = read_file(folder / "metrics.json", Summary).model_dump()
+    return dict(_numbers({key: summary[key] for key in ("detection", "counts", "cost")}))
 
 
 def logged_cells(results: Results) -> list[LoggedCell]:

@@ -83,6 +83,7 @@ class WandbLog:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         self.mode, why = mode_of(settings.mode)
         self._run: wandb.Run | None = None
+        self._uploads = ""
         log.info("W&B: %s, %s", self.mode, why)
 
     def tracked(self, cell: BegunCell) -> Tracked:
@@ -105,7 +106,10 @@ class WandbLog:
         tracked = self.tracked(cell)
         # A sweep agent has decided these by itself; wandb warns of every one that is given again.
         place = {**tracked.model_dump(include={"project", "entity", "id"}), "resume": "allow"}
-        names = (cell.spec.model, cell.spec.method or "", cell.spec.prompts)
+        names = (cell.spec.model, str(cell.spec.method or cell.spec.detector), cell.spec.prompts)
+        self._uploads = f"nemo-bench track {cell.folder.parent} logger.mode=online uploads it, from any machine"
+        if cell.spec.task == "detect":
+            self._uploads = f"wandb sync {cell.folder.parent}/*/wandb/offline-run-* uploads it"
         with _staged_in(cell.folder / "wandb"):
             self._run = wandb.init(
                 **({} if self.trial else place),
@@ -161,6 +165,13 @@ class WandbLog:
         file = cell.folder / "tracked.json"
         write_json(file, read_file(file, Tracked).model_copy(update={"results": cell.digest}))
 
+    def conclude(self, row: Mapping[str, float], step: int) -> None:
+        """Adds the numbers, which are the summary as well, and ends the run."""
+        if self._run is not None:
+            self.log(row, step)
+            self._run.finish()
+            self._run = None
+
     def stop(self) -> None:
         """Ends the run of a cell that is not finished; it goes on when the cell does."""
         if self._run is not None:
@@ -169,10 +180,7 @@ class WandbLog:
     def close(self, folder: Path) -> None:
         """Says how runs are uploaded."""
         if self.mode == "offline":
-            log.info(
-                "W&B (offline): %s/*/wandb; nemo-bench track %s logger.mode=online uploads it, from any machine",
-                folder, folder,
-            )  # fmt: skip
+            log.info("W&B (offline): %s/*/wandb; %s", folder, self._uploads)
 
 
 def mode_of(asked: str | None) -> tuple[Any, str]:

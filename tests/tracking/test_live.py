@@ -18,13 +18,16 @@ from typing import Any
 
 import pytest
 import wandb
+from hypothesis import given
+from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nemo_bench.cli import main
 from nemo_bench.config import LoggerSettings
 from nemo_bench.errors import ConfigError
+from nemo_bench.metrics import detection
 from nemo_bench.records.io import read_file
-from nemo_bench.records.schema import ImageRecord, Progress, ScoreRecord, Summary, Tracked
+from nemo_bench.records.schema import DetectionRecord, ImageRecord, Progress, ScoreRecord, Summary, Tracked
 from nemo_bench.records.store import read_records, read_starts
 from nemo_bench.tracking import lightning_logs, live, wandb_runs
 from nemo_bench.tracking.live import Live
@@ -137,6 +140,56 @@ def test_scoring_again_is_logged_as_it_goes_and_the_rest_at_the_end(run: Path) -
     assert last["VM/ssim/mean"]
     (row,) = rows(plain)
     assert row["VM/ssim/mean"]
+
+
+@pytest.mark.timeout(240)
+def test_detectors_that_share_passes_are_logged_as_they_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    monkeypatch.setattr(live, "SHORTEST", 0.0)
+    monkeypatch.setattr(live, "LONGEST", 0.0)
+    prompts = [
+        {"id": "a", "text": "a red fox", "kind": "VM"}, {"id": "b", "text": "a map"}, {"id": "c", "text": "an oak"},
+    ]  # fmt: skip
+    (tmp_path / "three.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    words = [
+        "detector=magnitude_first,bright_ending", "detector.seeds=1", "model.steps=2", "batch_size=1", "trainer=cpu",
+        f"prompts.files=[{tmp_path / 'three.jsonl'}]", f"root={tmp_path}", "logger=all", "logger.mode=offline",
+    ]  # fmt: skip
+    assert main(["detect", "--quiet", *words]) == 0
+    cells = sorted(tmp_path.glob("default/planted__*"))
+    assert len(cells) == 2
+    for cell in cells:
+        begun, *figures, last = rows(cell)
+        assert begun["live/stage"] == "begin"
+        assert [(row["live/stage"], row["live/done"], row["live/total"]) for row in figures] == [
+            ("detect", str(done), "3") for done in (1, 2, 3)
+        ]
+        assert all(float(row["live/records_per_second"]) > 0 for row in figures)
+        assert figures[0].keys() >= {"live/seconds_left", "live/row_passes_per_second"}
+        records = read_records(cell, DetectionRecord).values()
+        scores = [record.score for record in records if record.score is not None]
+        assert float(figures[-1]["live/mean/score"]) == pytest.approx(fmean(scores))
+        assert "live/auc" not in figures[0]
+        (name, roc), *_ = read_file(cell / "metrics.json", Summary).detection.items()
+        assert float(figures[-1]["live/auc"]) == pytest.approx(roc.auc) == float(last[f"detection/{name}/auc"])
+        tracked = OfflineRun(cell)
+        assert tracked.contents("exit")[0]["exit_code"] == 0
+        logged = history(tracked)
+        assert [item["live/done"] for item in logged if "live/done" in item] == [1, 2, 3]
+        assert tracked.summary[f"detection/{name}/auc"] == pytest.approx(roc.auc)
+        assert any("live/samples.captions" in item for item in logged) == (name == "bright_ending")
+        steps = [item["_step"] for item in logged]
+        assert steps == sorted(set(steps))
+        events = EventAccumulator(str(cell / "tensorboard")).Reload()
+        assert [event.value for event in events.Scalars("live/done")] == [1, 2, 3]
+        assert events.Scalars(f"detection/{name}/auc")[0].value == pytest.approx(roc.auc)
+    assert not [line for line in said if "failed" in line]
+
+
+@given(*[st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=6)] * 2)
+def test_the_running_auc_is_that_of_the_table(memorized: list[float], other: list[float]) -> None:
+    assert live.auc(memorized, other) == pytest.approx(detection(memorized, other)["auc"])
 
 
 @pytest.mark.timeout(240)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from nemo_bench.config import RunSettings
-from nemo_bench.config.schema import is_within
+from nemo_bench.config.schema import words_within
 
 UNFINISHED = ("waiting", "running")
 """States of workers that are not over."""
@@ -44,7 +44,8 @@ class Workers(ABC):
 
 def worker_words(overrides: Sequence[str], conf: Path | None) -> list[str]:
     """What follows ``nemo-bench`` in the command of a worker: the same run, in the worker's own process."""
-    own = [word for word in overrides if not is_within(word.lstrip("+~").partition("=")[0], ["launcher"])]
+    of_launcher = words_within(overrides, ["launcher"])
+    own = [word for word in overrides if word not in of_launcher]
     return ["run", *own, "launcher=local", "launcher.workers=1", *(["--conf", str(conf.resolve())] if conf else [])]
 
 

@@ -96,7 +96,10 @@ def _follow(workers: Workers, cells: Sequence[Cell]) -> list[Worker]:
             rest = f"{finished:,} of {counted(len(cells), 'cell')} and {done:,} of {counted(total, 'record')} done"
             log.info("workers: %s; %s", states, rest)
             if finished == len(cells) and any(worker.state == "waiting" for worker in found):
-                workers.release()
+                try:
+                    workers.release()
+                except LaunchError as error:
+                    log.warning("%s; workers that wait end by themselves once they begin", error)
             shown = states
             end = time.monotonic()
             due = end + max(PROGRESS, 20 * (end - start))  # looking takes a twentieth of the time at most

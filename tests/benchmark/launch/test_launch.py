@@ -14,6 +14,7 @@ from disturbed import QUICK
 from nemo_bench.benchmark.launch import check_launcher, follow, printed
 from nemo_bench.benchmark.launch.slurm import SlurmWorkers
 from nemo_bench.benchmark.plan import plan
+from nemo_bench.benchmark.status import CellStatus
 from nemo_bench.cli import main
 from nemo_bench.config import LauncherSettings, RunSettings, grid
 from nemo_bench.errors import ConfigError, LaunchError
@@ -179,6 +180,22 @@ def test_workers_that_can_not_be_stopped_do_not_hide_why_they_were_to_be(
     with pytest.raises(KeyboardInterrupt):
         follow.launch(plan(grid(words)), words, None)
     assert said[-1] == "scancel: it is down; its workers go on, stop them by: scancel 7"
+
+
+def test_workers_that_can_not_be_released_hide_no_failure(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    words = ["method=none", f"root={slurm}/results", "launcher=slurm", "launcher.workers=2"]
+    (slurm / "queue").write_text("7_0|FAILED|NonZeroExitCode|n\n7_1|PENDING|Resources|\n")
+    at_last = f"sed -i 's/PENDING/COMPLETED/' {slurm}/queue"
+    (slurm / "scancel").write_text(f"#!/bin/bash\n{at_last}\necho 'it is down' >&2; exit 1\n")
+    monkeypatch.setattr(follow, "POLL", 0.01)
+    cells = plan(grid(words))
+    finished = CellStatus(cells[0].id, "finished", 0, 0)
+    monkeypatch.setattr(follow, "read_status", lambda folder: [finished])
+    with pytest.raises(LaunchError, match=r"1 of 2 workers failed.*\n  7_0: FAILED"):
+        follow.launch(cells, words, None)
+    assert "scancel: it is down; workers that wait end by themselves once they begin" in said
 
 
 def test_several_workers_of_this_process_are_refused() -> None:
