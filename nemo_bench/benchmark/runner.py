@@ -179,6 +179,8 @@ class Runner:
         self._costs: dict[str, float] = {}
         """UNet passes that localizing took for a prompt, in cells before."""
         self._references = References()
+        self._real: dict[str, tuple[SetMetric, Tensor]] = {}
+        """Metrics of whole sets by what decides them, each with the features of its real pictures."""
 
     def start(self) -> None:
         """Starts the other processes and connects them, so that they wait for what the first one writes from now on.
@@ -416,7 +418,7 @@ class Runner:
         handle = Scorer(metrics, self._references)
         self.run_stage(schema.ScoreRecord, handle, cell, tasks, size, needs_model=False, read=reader, workers=workers)
         if is_main() and not is_whole(store.folder / pending.SETS_FILE, schema.Sets):
-            write_json(store.folder / pending.SETS_FILE, score_sets(cell, metrics))
+            write_json(store.folder / pending.SETS_FILE, score_sets(cell, metrics, self._real))
 
     def _embed_real(self, metric: SetMetric, cell: Cell) -> None:
         """Takes the features of the real pictures that sets are compared with; once, then they are cached."""
@@ -637,12 +639,32 @@ def real_store(metric: SetMetric, cell: Cell) -> Store:
     return Store(Path(cell.config.settings.root) / "real_images" / digest(metric.fingerprint(), 8))
 
 
-def score_sets(cell: Cell, metrics: Mapping[str, BenchMetric]) -> dict[str, dict[str, float | None]]:
+def _real_features(metric: SetMetric, cell: Cell) -> Tensor:
+    store = real_store(metric, cell)
+    records = store.records(schema.ChunkRecord)
+    chunks = Chunk.from_files(metric.files)
+    return read_features([store.folder / str(records[chunk.id].file) for chunk in chunks], "real")
+
+
+def score_sets(
+    cell: Cell, metrics: Mapping[str, BenchMetric], known: dict[str, tuple[SetMetric, Tensor]]
+) -> dict[str, dict[str, float | None]]:
     """Scores of whole sets of images, by group and metric; groups of the same prompts are scored once.
 
     A score is None where it is not finite. Prompts all of whose images failed are left out.
+
+    Args:
+        cell: The cell, all of whose images are scored.
+        metrics: Its metrics by name.
+        known: Metrics of whole sets from cells before, with the features of their real pictures; it is added to.
     """
-    wholes = {name: metric for name, metric in metrics.items() if isinstance(metric, SetMetric)}
+    wholes: dict[str, tuple[SetMetric, Tensor]] = {}
+    for name, metric in metrics.items():
+        if isinstance(metric, SetMetric):
+            key = digest([cell.config.settings.metrics[name], metric.fingerprint()])
+            if key not in known:
+                known[key] = metric, _real_features(metric, cell)
+            wholes[name] = known[key]
     if not wholes:
         return {}
     records = cell.store.records(schema.ScoreRecord).values()
@@ -651,12 +673,8 @@ def score_sets(cell: Cell, metrics: Mapping[str, BenchMetric]) -> dict[str, dict
     @cache
     def scores(members: tuple[str, ...]) -> dict[str, float | None]:
         found = {}
-        for name, metric in wholes.items():
+        for name, (metric, real) in wholes.items():
             images = read_features([files[i] for i in members], digest(metric.space.fingerprint()))
-            store = real_store(metric, cell)
-            features = store.records(schema.ChunkRecord)
-            chunks = Chunk.from_files(metric.files)
-            real = read_features([store.folder / str(features[chunk.id].file) for chunk in chunks], "real")
             for value in metric.score(images=images, real=real).tolist():
                 found[name] = value if math.isfinite(value) else None
         return found

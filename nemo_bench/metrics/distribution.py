@@ -76,6 +76,12 @@ class SetMetric(BenchMetric):
     def distance(self, images: Tensor, real: Tensor) -> Metric:
         """A new torchmetrics metric for features (N, D) and (M, D)."""
 
+    def knowing(self, images: Tensor, real: Tensor) -> Metric:
+        """A torchmetrics metric like :meth:`distance` that was given the real ones."""
+        metric = self.distance(images, real)
+        metric.update(real.double(), real=True)
+        return metric
+
     @override
     def score(self, images: Tensor, real: Tensor) -> Tensor:
         if min(len(images), len(real)) < 2:
@@ -83,9 +89,8 @@ class SetMetric(BenchMetric):
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore", UserWarning)  # torchmetrics warns that it keeps all features
             torch.manual_seed(0)
-            metric = self.distance(images, real)
+            metric = self.knowing(images, real)
             metric.update(images.double(), real=False)
-            metric.update(real.double(), real=True)
             result = metric.compute()
         return (result[0] if isinstance(result, tuple) else result).reshape(1)
 
@@ -93,7 +98,8 @@ class SetMetric(BenchMetric):
 class FID(SetMetric):
     """Fréchet distance of the Gaussians with the mean and covariance of either set (Heusel et al. 2017).
 
-    Inception gives FID, CLIP gives CLIP-FID.
+    Inception gives FID, CLIP gives CLIP-FID. Moments of the real pictures are computed once, as long as the tensor of them
+    is the same.
     """
 
     name = "FID"
@@ -103,6 +109,7 @@ class FID(SetMetric):
         super().__init__(space, folder)
         self.description = f"Fréchet distance between all images and real ones of {self.features}"
         self.citation = "Heusel et al. 2017" if isinstance(space, Inception) else "Kynkäänniemi et al. 2023"
+        self._known: tuple[Tensor, Metric] | None = None
 
     @override
     def distance(self, images: Tensor, real: Tensor) -> Metric:
@@ -110,7 +117,15 @@ class FID(SetMetric):
 
         network = nn.Identity()  # features come in already
         network.num_features = torch.tensor(images.shape[1])
-        return FrechetInceptionDistance(network, **_ALONE)
+        return FrechetInceptionDistance(network, reset_real_features=False, **_ALONE)
+
+    @override
+    def knowing(self, images: Tensor, real: Tensor) -> Metric:
+        if self._known is None or self._known[0] is not real:
+            self._known = real, super().knowing(images, real)
+        _, metric = self._known
+        metric.reset()  # of the images before
+        return metric
 
 
 class KID(SetMetric):

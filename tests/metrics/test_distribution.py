@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from nemo_bench.errors import ConfigError, ModelError
 from nemo_bench.metrics import FID, KID, SSCD, Inception, MiFID, OpenClip, SetMetric
@@ -55,6 +56,23 @@ def test_fid_follows_its_definition(count: int, shift: float) -> None:
     images, real = features(count, 1, shift), features(60, 2)
     # Fewer images than dimensions give a covariance without full rank, and a value all the same.
     assert FID(SPACE).score(images, real).item() == pytest.approx(numpy_fid(images, real), rel=1e-4, abs=1e-4)
+
+
+def test_moments_of_real_pictures_are_computed_once_and_the_score_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[bool] = []
+    update = FrechetInceptionDistance.update
+
+    def counted(self: FrechetInceptionDistance, features: Tensor, real: bool) -> None:
+        given.append(real)
+        update(self, features, real)
+
+    monkeypatch.setattr(FrechetInceptionDistance, "update", counted)
+    real, other, metric = features(60, 2), features(60, 3), FID(SPACE)
+    sets = [features(count, count, count / 50) for count in (50, 20, 50)]
+    found = [metric.score(images, real).item() for images in sets]
+    assert given.count(True) == 1
+    assert found == [FID(SPACE).score(images, real).item() for images in sets]
+    assert metric.score(sets[0], other).item() == FID(SPACE).score(sets[0], other).item() != found[0]
 
 
 def test_kid_is_the_mean_of_unbiased_estimates() -> None:
