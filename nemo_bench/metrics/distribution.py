@@ -98,8 +98,8 @@ class SetMetric(BenchMetric):
 class FID(SetMetric):
     """Fréchet distance of the Gaussians with the mean and covariance of either set (Heusel et al. 2017).
 
-    Inception gives FID, CLIP gives CLIP-FID. Moments of the real pictures are computed once, as long as the tensor of them
-    is the same.
+    Inception gives FID, CLIP gives CLIP-FID. Moments of the real pictures are computed once, as long as the tensor
+    of them is the same.
     """
 
     name = "FID"
