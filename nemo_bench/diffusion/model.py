@@ -151,6 +151,7 @@ class Diffusion(nn.Module):
 
     def truncated(self, text: str) -> bool:
         """Whether a prompt is longer than the input of a text encoder."""
+        text = text.lower().strip() if self.family.lowers else text
         return any(
             len(getattr(self.pipeline, name)(text, truncation=False, verbose=False).input_ids) > span.stop - span.start
             for name, span in self.family.segments(self.pipeline)
@@ -162,6 +163,7 @@ class Diffusion(nn.Module):
         name = self.family.reader
         tokenizer = getattr(self.pipeline, name)
         length = spans[name].stop - spans[name].start
+        text = text.lower().strip() if self.family.lowers else text
         ids = tokenizer(text, truncation=True, max_length=length).input_ids
         return [str(token) for token in tokenizer.convert_ids_to_tokens(ids)]
 
@@ -172,7 +174,7 @@ class Diffusion(nn.Module):
         """
         shape = self.latent_shape
         rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(rows).to(self.device, self.dtype)
+        return torch.stack(rows).to(self.device, self.family.latent_dtype or self.dtype)
 
     def timestep(self, step: int = 0) -> float:
         """Timestep of one of 50 DDIM steps, as published: 0 is the noisiest (981 for Stable Diffusion), -1 the last."""
@@ -369,6 +371,11 @@ class Diffusion(nn.Module):
     def export(self, folder: Path | str, neurons: Neurons, factor: float = 0.0) -> None:
         """Saves a plain diffusers folder; in its weights rows (and biases) of neurons are multiplied by a factor."""
         self.masks.check(neurons)
+        if mixed := [name for name in neurons if self.spans[name] != slice(None)]:
+            raise ModelError(
+                f"{mixed[0]} can't be exported: its weights serve the picture as well as the text; localize with "
+                "model.layers=double"
+            )
         originals: list[tuple[nn.Parameter, Tensor]] = []
         try:
             for name, ids in neurons.items():

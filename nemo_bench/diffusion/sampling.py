@@ -107,12 +107,18 @@ class Sampling:
 
     @torch.no_grad()
     def predict(self) -> None:
-        """Makes the predictions of the current step in one UNet pass."""
+        """Makes the predictions of the current step, in as many passes as the pipeline does."""
+        model, timestep = self.model, self._scheduler.timesteps[self.number]
+        if self._is_guided and not model.family.stacked:
+            size = len(self.latents)
+            halves = [self._text.rows(range(start, start + size)) for start in (0, size)]
+            self.output = torch.cat([model.network_output(self.latents, timestep, half) for half in halves])
+            return
         latents = torch.cat([self.latents] * 2) if self._is_guided else self.latents
         # A compiled network can't use tensors that were computed outside of it.
-        layers = () if self.model.compiled else self.model.text_projections
+        layers = () if model.compiled else model.text_projections
         with projected_once(layers, self._text.text, self._projected):
-            self.output = self.model.network_output(latents, self._scheduler.timesteps[self.number], self._text)
+            self.output = model.network_output(latents, timestep, self._text)
 
     @property
     def step(self) -> Step:

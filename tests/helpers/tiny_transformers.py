@@ -10,13 +10,32 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from tiny import WORDS, draw_weights, text_config, tiny_tokenizer
 
@@ -104,6 +123,159 @@ def tiny_sd3(
     return pipeline
 
 
+def tiny_pixart(seed: int = 0, *, sigma: bool = False, sized: bool = False) -> PixArtAlphaPipeline:
+    """A tiny PixArt-alpha, or PixArt-Sigma.
+
+    Args:
+        seed: Seed of the weights.
+        sigma: Whether it is Sigma.
+        sized: Whether it takes the size of images, as alpha does for 1024 pixels.
+    """
+    tokenizer, heads = tiny_t5_tokenizer(), 3 if sized else 4
+    with torch.random.fork_rng(devices=[]):
+        encoder = tiny_t5(tokenizer)
+        transformer = PixArtTransformer2DModel(
+            sample_size=16,
+            patch_size=2,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=heads,
+            cross_attention_dim=8 * heads,
+            caption_channels=48,
+            norm_num_groups=4,
+            use_additional_conditions=sized,
+        )
+        vae = tiny_vae(4, None)
+    for module in (encoder, transformer, vae):
+        draw_weights(module, seed)
+    make_text_matter(transformer, "pos_embed.proj", "attn2.to_v")
+    pipeline = (PixArtSigmaPipeline if sigma else PixArtAlphaPipeline)(
+        tokenizer=tokenizer,
+        text_encoder=encoder.eval(),
+        vae=vae.eval(),
+        transformer=transformer.eval(),
+        # As it is published, with a spacing that DDIM has not by default.
+        scheduler=DPMSolverMultistepScheduler(
+            beta_start=0.0001, beta_end=0.02, beta_schedule="linear", timestep_spacing="linspace"
+        ),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_flux(seed: int = 0, *, distilled: bool = True, dynamic: bool = True) -> FluxPipeline:
+    """A tiny FLUX.1.
+
+    Args:
+        seed: Seed of the weights.
+        distilled: Whether the network is told a scale of guidance, as dev is and schnell is not.
+        dynamic: Whether the scheduler shifts levels by the number of positions, likewise.
+    """
+    clip, t5 = tiny_tokenizer(), tiny_t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        encoders = CLIPTextModel(text_config(clip, 16)), tiny_t5(t5)
+        transformer = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=64,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=48,
+            pooled_projection_dim=16,
+            guidance_embeds=distilled,
+            axes_dims_rope=(4, 2, 2),
+        )
+        vae = tiny_vae()
+    for module in (*encoders, transformer, vae):
+        draw_weights(module, seed)
+    make_text_matter(transformer, "x_embedder", "attn.add_v_proj")
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dynamic),
+        vae=vae.eval(),
+        text_encoder=encoders[0].eval(),
+        tokenizer=clip,
+        text_encoder_2=encoders[1].eval(),
+        tokenizer_2=t5,
+        transformer=transformer.eval(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_gemma_tokenizer() -> GemmaTokenizer:
+    """A Gemma tokenizer of letters and bytes, which puts its begin token first as the published one does."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    letters = [*special, "▁", *"abcdefghijklmnopqrstuvwxyz0123456789", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = GemmaTokenizer(vocab={token: number for number, token in enumerate(letters)}, merges=[])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)]
+    )
+    return tokenizer
+
+
+def tiny_sana(seed: int = 0, *, normed: bool = True) -> SanaPipeline:
+    """A tiny Sana with its DPM-Solver; ``normed`` has norms of queries and keys, as 1.5."""
+    tokenizer = tiny_gemma_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        encoder = Gemma2Model(
+            Gemma2Config(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+            )
+        )
+        transformer = SanaTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=4,
+            attention_head_dim=8,
+            num_layers=2,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=16,
+            cross_attention_dim=32,
+            caption_channels=16,
+            sample_size=16,
+            patch_size=1,
+            qk_norm="rms_norm_across_heads" if normed else None,
+        )
+        vae = AutoencoderDC(
+            latent_channels=4,
+            encoder_block_types=("ResBlock", "EfficientViTBlock"),
+            decoder_block_types=("ResBlock", "EfficientViTBlock"),
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            encoder_qkv_multiscales=((), ()),
+            decoder_qkv_multiscales=((), ()),
+            attention_head_dim=4,
+            downsample_block_type="conv",
+            upsample_block_type="interpolate",
+            decoder_norm_types="rms_norm",
+            decoder_act_fns="silu",
+            scaling_factor=0.4,
+        )
+    for module in (encoder, transformer, vae):
+        draw_weights(module, seed)
+    make_text_matter(transformer, "patch_embed.proj", "attn2.to_v")
+    pipeline = SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder.eval(),
+        vae=vae.eval(),
+        transformer=transformer.eval(),
+        scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def tiny_vae(channels: int = 16, shift: float | None = 0.06) -> AutoencoderKL:
     """An autoencoder of factor 2."""
     return AutoencoderKL(
@@ -124,8 +296,9 @@ def tiny_vae(channels: int = 16, shift: float | None = 0.06) -> AutoencoderKL:
 def make_text_matter(network: nn.Module, latent: str, values: str) -> None:
     """Scales random weights so that seeds agree on much of what is predicted, and the text decides on what."""
     network.get_submodule(latent).weight.mul_(0.02)
-    for buffer in network.buffers():
-        buffer.mul_(0.1)  # positions, on which all prompts agree
+    for name, buffer in network.named_buffers():
+        if name in network.state_dict():
+            buffer.mul_(0.1)  # positions, on which all prompts agree
     network.get_submodule("proj_out").weight.mul_(20)
     for name, module in network.named_modules():
         if name.endswith(values):

@@ -6,6 +6,9 @@ from dataclasses import fields
 from typing import Any
 
 from nemo_bench.diffusion.families.base import Conditioning, Family, Layers, Segment
+from nemo_bench.diffusion.families.flux import Flux
+from nemo_bench.diffusion.families.pixart import PixArtAlpha, PixArtSigma
+from nemo_bench.diffusion.families.sana import Sana
 from nemo_bench.diffusion.families.sd3 import StableDiffusion3
 from nemo_bench.diffusion.families.unet import StableDiffusion, StableDiffusionXL
 from nemo_bench.errors import ModelError
@@ -13,7 +16,8 @@ from nemo_bench.errors import ModelError
 __all__ = ["FAMILIES", "UNETS", "Conditioning", "Family", "Layers", "Segment", "family_of"]
 
 FAMILIES: dict[str, type[Family]] = {
-    family.pipeline_class: family for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3)
+    family.pipeline_class: family
+    for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, PixArtAlpha, PixArtSigma, Flux, Sana)
 }
 """By the name of the pipeline class, as in ``model_index.json``."""
 UNETS = frozenset({StableDiffusion.pipeline_class, StableDiffusionXL.pipeline_class})

@@ -76,6 +76,9 @@ class Family(ABC):
     measures: ClassVar[str] = ""
     layers: ClassVar[tuple[str, ...]] = ("all",)  #: Choices of value layers.
     reader: ClassVar[str] = "tokenizer"  #: Tokenizer whose tokens are shown.
+    lowers: ClassVar[bool] = False  #: Whether the pipeline makes prompts lower case.
+    stacked: ClassVar[bool] = True  #: Whether both halves of guidance share a pass in the pipeline.
+    latent_dtype: ClassVar[torch.dtype | None] = None  #: Dtype of latents, None for the network's.
 
     @abstractmethod
     def check(self, pipeline: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from nemo_bench.diffusion import Diffusion
@@ -34,5 +34,16 @@ class Activation(Ranker):
         active = {layer: values[0] for layer, values in activations(model, model.encode([prompt.text])).items()}
         if not self.weighted:
             return active
-        outputs = {layer: model.network.get_submodule(layer.rpartition(".")[0]).to_out[0].weight for layer in active}
+        outputs = {layer: _outputs(model.network, layer) for layer in active}
         return {layer: values * outputs[layer].detach().float().norm(dim=0) for layer, values in active.items()}
+
+
+def _outputs(network: nn.Module, layer: str) -> Tensor:
+    """Weights by which the attention of a value layer writes, (channels, neurons)."""
+    path = layer.rpartition(".")[0]
+    attention = network.get_submodule(path)
+    if getattr(attention, "to_out", None) is not None:
+        return attention.get_parameter("to_out.0.weight")
+    # In the single blocks of FLUX attention and feed-forward share a projection.
+    weights = network.get_parameter(f"{path.rpartition('.')[0]}.proj_out.weight")
+    return weights[:, : len(network.get_parameter(f"{layer}.weight"))]
