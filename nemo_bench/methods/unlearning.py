@@ -69,7 +69,8 @@ class Unlearning(Method):
     Pictures to keep are those of ``keep``, or images that the model generates for its prompts; the source keeps other
     images of the memorized prompt. Each picture is conditioned on its own prompt, and timesteps are of the whole range;
     the public scripts condition all on the memorized prompt and take timestep 999 alone, where only the first step of
-    sampling changes. The weights are fitted once for all images of a cell, and kept in ``<root>/fitted``.
+    sampling changes. The weights are fitted once for all images of a cell, by the first process, and kept in
+    ``<root>/fitted``; passes of the fit are in no record.
 
     In the embedded model, with the images of six prompts to forget, SISS leaves two copies of eight images of verbatim
     prompts and none of four of template prompts, and images of general prompts are nearly those without it (correlation
