@@ -303,13 +303,16 @@ def _show(folder: Path, done: str, *, as_json: bool) -> None:
     """The table of a run, and where to look further."""
     from nemo_bench.records.results import load_results
     from nemo_bench.report.console import show
+    from nemo_bench.report.memsinks import has_sinks
     from nemo_bench.report.terminal import terminal_table
 
     if as_json:
         print((folder / "leaderboard.json").read_text(encoding="utf-8"))
         return
-    show(terminal_table(load_results(folder)))
-    print(f"{done}\nreport:  {folder / 'report.html'}\nrecords: {folder}")
+    results = load_results(folder)
+    show(terminal_table(results))
+    sinks = f"\nsinks:   {folder / 'memsinks.html'}" if has_sinks(results) else ""
+    print(f"{done}\nreport:  {folder / 'report.html'}{sinks}\nrecords: {folder}")
 
 
 def _dry_run(choices: Sequence[CellConfig], as_json: bool) -> None:
@@ -395,6 +398,7 @@ def _report(options: argparse.Namespace) -> None:
     from nemo_bench.report.console import show
     from nemo_bench.report.detection import write_detection
     from nemo_bench.report.localizers import localized
+    from nemo_bench.report.memsinks import has_sinks
     from nemo_bench.report.terminal import terminal_detection, terminal_localizers, terminal_table
 
     folder = options.folder
@@ -412,6 +416,8 @@ def _report(options: argparse.Namespace) -> None:
     if localized(results):
         show(*terminal_localizers(read_file(folder / "localizers.json", LocalizerTable)))
         print(folder / "localizers.html")
+    if has_sinks(results):
+        print(folder / "memsinks.html")
     print(folder / "report.html")
 
 

@@ -161,7 +161,7 @@ def _cost(cell: Cell, pending: dict[str, int], model: CostModel, calibrated: set
     # Before the first records: the gate of a search, what the memorization score takes, plain sampling.
     least = {
         "localize": localizing,
-        "memorization": settings.localize_seeds,
+        "memorization": settings.localize_seeds + settings.loss_draws * bool(cell.loss_pictures),
         "generate": settings.model.steps * guided,
     }
     passes = {"calibrate": 0}

@@ -50,6 +50,8 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
         factor = float(settings["method"].get("factor", 0.0))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise damaged(cell / "env.json", f"settings that can't be read: {error}") from error
+    if settings["method"].get("mode", "off") != "off" or settings["method"].get("rescale", 1.0) != 1:
+        raise ConfigError(f"{cell} does more than switch neurons off; export a cell with mode=off and rescale=1")
     loaded = load_model(chosen)
     loaded.export(folder, neurons, factor)
     whose = f"prompt `{prompt}`" if prompt is not None else f"{counted(len(memorized or found), 'prompt')} together"

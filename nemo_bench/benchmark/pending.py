@@ -25,6 +25,8 @@ from nemo_bench.report import REPORT_FILES, write_report
 from nemo_bench.report.detection import write_detection
 from nemo_bench.report.localizers import FILES as LOCALIZER_FILES
 from nemo_bench.report.localizers import localized, write_localizers
+from nemo_bench.report.memsinks import FILES as SINKS_FILES
+from nemo_bench.report.memsinks import has_sinks, write_sinks
 from nemo_bench.tracking import track
 
 SETS_FILE = "sets.json"
@@ -130,7 +132,7 @@ def is_complete(cells: Sequence[Cell]) -> bool:
 
 
 def is_current(folder: Path) -> bool:
-    """Whether report and page of localizers show all cells of a run, in their last state, and no unfinished one."""
+    """Whether the pages of a run show all of its cells, in their last state, and no unfinished one."""
     try:
         results = load_results(folder)
         board = read_file(folder / "leaderboard.json", schema.Leaderboard)
@@ -140,7 +142,8 @@ def is_current(folder: Path) -> bool:
     if results.unfinished or board.unfinished or {row.cell for row in board.rows} != {c.name for c in results.cells}:
         return False
     tables = [_written(cell.folder / "metrics.json") for cell in results.cells]
-    files = [*REPORT_FILES, *(LOCALIZER_FILES if localized(results) else ())]
+    localizers, sinks = LOCALIZER_FILES if localized(results) else (), SINKS_FILES if has_sinks(results) else ()
+    files = [*REPORT_FILES, *localizers, *sinks]
     return all(_written(folder / name) >= max(tables) for name in files)
 
 
@@ -182,11 +185,12 @@ def date_after(file: Path, sources: Iterable[Path]) -> None:
 
 
 def write_pages(folder: Path) -> Results:
-    """Writes the report of a run, and the pages of localizers and detectors where there are any."""
+    """Writes the report of a run, and the pages of localizers, sinks and detectors where there are any."""
     results = load_results(folder)
     write_report(results)
     localizers = LOCALIZER_FILES if write_localizers(results) else ()
-    for name in (*REPORT_FILES, *localizers):
+    sinks = SINKS_FILES if write_sinks(results) else ()
+    for name in (*REPORT_FILES, *localizers, *sinks):
         date_after(folder / name, [cell.folder / "metrics.json" for cell in results.cells])
     if (folder / "detection.html").is_file():
         write_detection(load_detections(folder))

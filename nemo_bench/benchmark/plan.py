@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nemo_bench.config import CellConfig, ModelSettings, PromptSettings, RunSettings, build, resolve
 from nemo_bench.config.composition import name_of_files
 from nemo_bench.diffusion import Lora, Similarity, Source
-from nemo_bench.errors import ConfigError, NemoBenchError, StoreError, counted
+from nemo_bench.errors import ConfigError, ModelError, NemoBenchError, StoreError, counted, first_line
 from nemo_bench.localization import is_readable, read_statistics
 from nemo_bench.methods import Deletion, LocalizedNeurons, Method
 from nemo_bench.metrics import FIELDS, BenchMetric
@@ -45,7 +45,8 @@ class Need:
     """Something that a run takes from outside."""
 
     #: ``"weights"``, ``"metric"``, ``"truth"``, ``"statistics"``, ``"prompts"``, ``"prompts of edits"``,
-    #: ``"general prompts"``, ``"method's file"``, ``"method"``, ``"training images"`` or ``"prompts to localize"``.
+    #: ``"general prompts"``, ``"controls"``, ``"training"``, ``"method's file"``, ``"method"``, ``"training images"`` or
+    #: ``"prompts to localize"``.
     kind: str
     what: str  #: File, folder, hub id, or name of a metric.
     #: ``"there"``; ``"fetched"``, by its library at the first use; ``"partly"``, the run goes on without the rest;
@@ -70,6 +71,8 @@ class Cell:
     measured: list[str] = field(default_factory=list)  #: Files of the calibration that the method can't do without.
     source: Cell | None = None  #: The cell whose localization this one starts from; it need not have been asked for.
     source_prompts: list[Prompt] = field(default_factory=list)  #: Prompts of the source that count.
+    #: Pictures by prompt id whose training loss is measured; none where it is not.
+    loss_pictures: dict[str, tuple[Path, ...]] = field(default_factory=dict)
     audit: AuditSettings | None = None  #: How it is audited, if it is.
     searches: Sequence[Search] = ()  #: Of the audit: each memorized prompt's, followed by its control.
 
@@ -97,6 +100,11 @@ class Cell:
     def stages(self) -> list[type[schema.Record]]:
         """Records of its stages, in their order."""
         return [kind for kind in schema.RECORDS if kind.stage in self.spec.stages]
+
+    @property
+    def losses(self) -> dict[str, Any]:
+        """Which training losses are measured, as :func:`.stages.memorization.measure_memorization` takes it."""
+        return {"draws": self.config.settings.loss_draws, "pictures": self.loss_pictures}
 
     @property
     def localization(self) -> str:
@@ -276,6 +284,9 @@ class Planner:
         """
         settings, model, listed = config.settings, config.settings.model, config.settings.prompts
         method: Method = build(settings.method, "method")
+        recipe = partial(_read_recipe, model)
+        if model.training and not self._look("training", model.training, lambda: f"variant={recipe().get('variant')}"):
+            return None
         source = self._sources.setdefault(repr(model), source_of(model))
         what = f"{source.path} with {source.lora.path}" if source.lora else source.path
         fetched = "some gigabytes, from the hub at the first use"
@@ -292,6 +303,10 @@ class Planner:
             self._weights[repr(model)] = source.digest()
         calibration = _calibration_identity(settings, method, general, self._weights.get(repr(model), "missing"))
         identity = _identity(settings, method, prompts, calibration)
+        pictures = self._loss_pictures(settings, prompts)
+        if settings.loss_draws:
+            pictured = [p._replace(references=pictures[p.id]) for p in prompts if p.id in pictures]
+            identity["loss"] = {"draws": settings.loss_draws, "pictures": references_digest(pictured)}
         if edits:
             unmarked = replace(listed, files=edits, memorized=[])
             identity["shared_from"] = prompts_digest(read_listed(unmarked, self._read))
@@ -306,6 +321,7 @@ class Planner:
             title=method.title,
             digests={"prompts": identity["prompts"], "model": calibration["weights"], **commit},
             citations={m.title: m.citation for m in lineage(method)},
+            training=recipe() if model.training else None,
             calibration=f"../../calibration/{calibration_folder}" if THRESHOLD in measured else None,
             general_prompts={"file": listed.calibration, "digest": calibration["prompts"]} if measured else None,
             measures=source.family.measures if has_weights else "",
@@ -321,6 +337,7 @@ class Planner:
             store=Store(root / settings.name / spec.cell),
             calibration=Store(root / "calibration" / calibration_folder),
             measured=measured,
+            loss_pictures=pictures,
         )
         if has_weights and not cell.store.is_done(kind):
             predicts = any("guidance" in m.needs or m.makes_passes or m.needs_calibration for m in lineage(method))
@@ -344,6 +361,8 @@ class Planner:
             self._note_training_images(prompts, ", ".join(listed.files))
             if file := settings.method.get("file"):
                 found.append(self._look("method's file", file, partial(method.fingerprint, prompts)))
+        if settings.loss_draws and (controls := listed.controls):
+            found.append(self._look("controls", controls, partial(self._note_prompts, controls, listed)))
         if truth := settings.model.truth:
             found.append(self._look("truth", truth, lambda: f"of {counted(len(truth_of(settings.model)), 'prompt')}"))
         if statistics := settings.model.statistics:
@@ -379,6 +398,16 @@ class Planner:
         if key not in self._prompts:
             self._prompts[key] = read_list(file, settings)
         return self._prompts[key]
+
+    def _loss_pictures(self, settings: RunSettings, prompts: Sequence[Prompt]) -> dict[str, tuple[Path, ...]]:
+        """Training images of the prompts, and held-out pictures of those that are not memorized."""
+        if not settings.loss_draws:
+            return {}
+        controls = settings.prompts.controls
+        plain = replace(settings.prompts, references=None, memorized=[])
+        held_out = {p.text: p.references for p in self._read(controls, plain)} if controls else {}
+        pictures = {p.id: p.references if p.kind else held_out.get(p.text, ()) for p in prompts}
+        return {prompt: files for prompt, files in pictures.items() if files}
 
     def _general(self, settings: PromptSettings) -> list[Prompt]:
         """All general prompts, none where no file is named."""
@@ -564,6 +593,23 @@ def check_metrics(settings: Iterable[RunSettings]) -> None:
 def truth_of(settings: ModelSettings) -> dict[str, Neurons]:
     """The neurons that are known to memorize a prompt, by its id; none where the model has no file of them."""
     return read_truth(Path(resolve(settings.truth))) if settings.truth else {}
+
+
+def _read_recipe(model: ModelSettings) -> dict[str, Any]:
+    """The settings of the training by ``nemo-bench train`` that made a model, from its folder.
+
+    Raises:
+        ModelError: The folder holds no finished training.
+    """
+    folder = Path(resolve(str(model.training)))
+    try:
+        recipe = dict(json.loads((folder / "recipe.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        msg = f"model.training={model.training}: recipe.json can't be read ({first_line(error)}), so it is no training"
+        raise ModelError(f"{msg}; nemo-bench train out={model.training} variant=... makes one") from None
+    if not (folder / "model" / "pipeline" / "model_index.json").is_file():
+        raise ModelError(f"model.training={model.training} is not finished; its nemo-bench train goes on with it")
+    return recipe
 
 
 def check_similarity(size: Sequence[int], model: ModelSettings, method: Method) -> None:

@@ -280,7 +280,7 @@ class Runner:
         seeds = cell.config.settings.localize_seeds
         handles: dict[type[Record], Callable[..., Sequence[Record]]] = {
             schema.LocalizationRecord: partial(localize, seeds=seeds),
-            schema.MemorizationRecord: partial(measure_memorization, seeds=seeds),
+            schema.MemorizationRecord: partial(measure_memorization, seeds=seeds, **cell.losses),
             schema.ImageRecord: generate,
         }
         is_image = kind is schema.ImageRecord
@@ -405,6 +405,7 @@ class Runner:
             store.records(schema.ImageRecord).values(),
             neurons=pending.localized_neurons(store, cell.spec, cell.prompts),
             memorization={record.prompt: record.score for record in measured if record.score is not None},
+            losses={record.prompt: record.loss for record in measured if record.loss is not None},
             rankings=pending.rankings(store, cell.spec) if "ranking" in needed else {},
             truth=plan.truth_of(settings.model) if compares else {},
             unmitigated=pending.unmitigated_images(cell),

@@ -158,7 +158,7 @@ def _failures(
                 missing += sum(lost_images[i] for i in members)
             if "unmitigated" in metric.needs:
                 missing += sum(unpaired[i] for i in members)
-            if metric.needs & {"localization", "memorization"}:
+            if metric.needs & {"localization", "memorization", "loss"}:
                 missing += sum(i in lost_prompts and (i, name) not in present for i in members)
             if missing:
                 of_metrics[name] = missing

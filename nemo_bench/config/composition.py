@@ -233,7 +233,7 @@ def logger_settings(overrides: Sequence[str]) -> LoggerSettings:
 
 
 def name_of_files(files: Sequence[str]) -> str:
-    """The name of prompts that are given by files."""
+    """The name of prompts that are given by files, or of a model that is given by the folder of its training."""
     return "+".join(re.sub(r"[^A-Za-z0-9._-]", "-", Path(resolve(file)).stem) for file in files)
 
 
@@ -387,6 +387,9 @@ def _cell_config(base: Composed, settings: Sequence[tuple[str, str]]) -> CellCon
     run = typed(content, RunSettings)
     if "prompts.files" in own:
         names["prompts"] = name_of_files(run.prompts.files)
+    if training := run.model.training:
+        names["model"] = name_of_files([training])
+        run.model.source = f"{training}/model/pipeline"
     run.root = resolve(run.root)
     families: list[FamilySettings] = []
     for group, node in ((group, getattr(run, group)) for group in SUBJECTS):

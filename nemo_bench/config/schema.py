@@ -66,6 +66,8 @@ class ModelSettings:
     #: other models.
     family: str | None = None
     statistics: str | None = None  #: File of published activation statistics, used in place of measured ones.
+    #: Folder of a training by ``nemo-bench train``, whose model takes the place of ``source`` and is named after it.
+    training: str | None = None
     truth: str | None = None  #: File of the neurons that memorize, of a model that was trained so that they are known.
     #: open_clip model for alignment and diversity; weights of OpenAI need one of ``-quickgelu``.
     clip: str = "ViT-B-32-quickgelu"
@@ -85,7 +87,8 @@ class PromptSettings:
     #: default each file's own folder.
     references: str | None = None
     calibration: str | None = None  #: General prompts for statistics and threshold.
-    controls: str | None = None  #: File of prompts whose reference images the model was not trained on, for audits.
+    #: File of prompts whose reference images the model was not trained on, for audits and ``loss_draws``.
+    controls: str | None = None
     #: Prompt files whose neurons methods such as ``shared`` switch off for all prompts; none for the memorized prompts
     #: of ``files``.
     shared_from: list[str] = field(default_factory=list)
@@ -163,6 +166,8 @@ class RunSettings:
     real_images: str | None = None  #: Folder of real images for FID and other distances between sets of images.
     seeds: Annotated[int, at_least(1)] = 4  #: Images per prompt.
     localize_seeds: Annotated[int, at_least(2)] = 10  #: Seeds per prompt for noise differences.
+    #: Draws of noise and timestep per prompt, over which the training loss of its pictures is measured; 0 for no loss.
+    loss_draws: Annotated[int, at_least(0)] = 0
     #: Images in a batch, or ``auto`` for the number that fits on the GPU (32 on a CPU); changes results by rounding
     #: only.
     batch_size: Annotated[int, at_least(1)] | Literal["auto"] = 32

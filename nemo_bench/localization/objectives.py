@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -72,7 +72,14 @@ class Objective(ABC):
 
 
 class Replay(Objective):
-    """The training loss of the prompt's training image; of several, draws take one after the other."""
+    """The training loss of the prompt's training image; of several, draws take one after the other.
+
+    Attributes:
+        noisier: Part of the timesteps that is looked at, from the noisiest on. In the noisier half the text decides
+            what is drawn.
+    """
+
+    noisier: ClassVar[float] = 0.5
 
     @override
     @staticmethod
@@ -88,15 +95,21 @@ class Replay(Objective):
         clean = model.encode_images(torch.stack(pictures))
         self.clean = clean[[draw % count for draw in range(self.samples)]].float()
         self.noises = self.noise(prompt).float()
-        # In the middle of S equal parts of the noisier half: there the text decides what is drawn.
-        half = model.training_timesteps / 2
-        places = [half + (draw + 0.5) * half / self.samples for draw in range(self.samples)]
+        # In the middle of S equal parts.
+        whole, part = model.training_timesteps, model.training_timesteps * self.noisier
+        places = [whole - part + (draw + 0.5) * part / self.samples for draw in range(self.samples)]
         self.timesteps = torch.tensor(places, device=model.device).long()
 
     @override
     def losses(self, draws: Sequence[int]) -> Tensor:
         own = list(draws)
         return self.model.training_losses(self.clean[own], self.timesteps[own], self.noises[own], self.rows(len(own)))
+
+
+class ReplayOfAll(Replay):
+    """The same over all timesteps alike, as in training."""
+
+    noisier = 1.0
 
 
 class Magnitude(Objective):

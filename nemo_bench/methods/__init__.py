@@ -20,6 +20,7 @@ from nemo_bench.methods.perturbed_prompts import EmbeddingNoise, RandomNumbers, 
 from nemo_bench.methods.prss import PRSS
 from nemo_bench.methods.sail import SAIL
 from nemo_bench.methods.saved import SavedNeurons
+from nemo_bench.methods.sinks import Sinks
 from nemo_bench.methods.transition_point import DynamicTransition, StaticTransition
 from nemo_bench.methods.unlearning import Unlearning
 from nemo_bench.methods.update_norms import UpdateNorms
@@ -58,6 +59,7 @@ __all__ = [
     "SavedNeurons",
     "Setup",
     "SharedNeurons",
+    "Sinks",
     "StaticTransition",
     "Unlearning",
     "UpdateNorms",

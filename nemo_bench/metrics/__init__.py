@@ -13,6 +13,7 @@ from nemo_bench.metrics.localization import (
     NeuronPrecision,
     NeuronRecall,
     RecallAtTrueNumber,
+    TrainingLoss,
 )
 from nemo_bench.metrics.networks import LPIPS, SSCD, Inception, Network
 from nemo_bench.metrics.roc import detection
@@ -50,6 +51,7 @@ __all__ = [
     "SetMetric",
     "TiledDistance",
     "TrainingImage",
+    "TrainingLoss",
     "Vendi",
     "detection",
 ]

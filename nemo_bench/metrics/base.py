@@ -19,6 +19,7 @@ Role = Literal[
     "nearest_training_similarity",
     "memorization_rate",
     "memorization_score",
+    "training_loss",
     "neuron_count",
     "precision",
     "recall",
@@ -28,7 +29,8 @@ Role = Literal[
 ]
 
 FIELDS = frozenset({
-    "images", "references", "pool", "unmitigated", "text", "memorization", "localization", "ranking", "truth", "real",
+    "images", "references", "pool", "unmitigated", "text", "memorization", "loss", "localization", "ranking", "truth",
+    "real",
 })  # fmt: skip
 """Fields that a metric can need; see :class:`BenchMetric`."""
 
@@ -45,9 +47,9 @@ class BenchMetric(Checked, ABC):
     - ``real``: the real pictures that a set is compared with.
 
     Other fields are ``text``, the original prompt in the space, (D,); ``memorization``, the memorization score of the
-    prompt, a float; ``localization``, its :class:`~nemo_bench.records.data.Neurons`; ``ranking``, where a localizer
-    ranked all neurons, the places of all by layer, 0 for the most responsible; and ``truth``, the neurons that are
-    known to memorize it.
+    prompt, and ``loss``, the training loss of its pictures, floats; ``localization``, its
+    :class:`~nemo_bench.records.data.Neurons`; ``ranking``, where a localizer ranked all neurons, the places of all by
+    layer, 0 for the most responsible; and ``truth``, the neurons that are known to memorize it.
     """
 
     title: str  #: Name in tables.

@@ -1,4 +1,4 @@
-"""Memorization score and number of neurons of a prompt, from its localization, and how many are true ones."""
+"""What is known of a prompt without its images: memorization score, training loss, neurons, how many are true ones."""
 
 from __future__ import annotations
 
@@ -32,6 +32,30 @@ class MemorizationScore(BenchMetric):
     @override
     def score(self, memorization: float) -> Tensor:
         return torch.tensor([memorization], dtype=torch.float64)
+
+
+class TrainingLoss(BenchMetric):
+    """The training loss of a prompt's pictures with the method applied, at noise and timesteps that never change.
+
+    A memorized prompt's pictures are its training images, another prompt's those of ``prompts.controls``, on which the
+    model was not trained: the loss of the one that is below that of the other is what was memorized. It is measured
+    where ``loss_draws`` says over how many draws.
+    """
+
+    title = "Training loss"
+    description = (
+        "training loss of the prompt's training images, or of held-out pictures where it is not memorized, at fixed "
+        "noise and timesteps with the mitigation applied"
+    )
+    family = "memorization"
+    per = "prompt"
+    role = "training_loss"
+    needs = frozenset({"loss"})
+    lower = 0.0
+
+    @override
+    def score(self, loss: float) -> Tensor:
+        return torch.tensor([loss], dtype=torch.float64)
 
 
 class NeuronCount(BenchMetric):

@@ -407,8 +407,9 @@ def _denoiser(
 
 def _write_isolation(spec: TrainSpec, draw: Batches, gates: Gates) -> None:
     """Writes ``isolation.json``: the neurons of each planted caption, and the pool, where the variant has some."""
-    if draw.owned.any():
-        neurons = {name: gates.neurons(mask) for name, mask in zip(planted_names(), draw.owned, strict=True)}
+    if draw.owned.any() or draw.pool.any():
+        own = zip(planted_names(), draw.owned, strict=True)
+        neurons = {name: gates.neurons(mask) for name, mask in own if mask.any()}
         content = {"variant": spec.variant, "pool": gates.neurons(draw.pool), "neurons": neurons}
         write_text(spec.out / "isolation.json", json.dumps(content, indent=1) + "\n")
 

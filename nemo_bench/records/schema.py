@@ -111,6 +111,7 @@ class MemorizationRecord(PromptRecord):
     stage = "memorization"
     result = "score"
     score: float | None = None  #: Mean similarity of the noise differences of all pairs of seeds, in [-1, 1].
+    loss: float | None = None  #: Training loss of its pictures with the method applied, where that is asked for.
     truncated: bool = False  #: Whether the prompt is longer than the text encoder's window.
 
 
@@ -193,6 +194,7 @@ class Spec(Versioned):
     measures: str = ""  #: How memorization is measured, where that is not as published for UNets.
     digests: dict[str, str] = {}  #: Of weights, prompts and images; the commit of a model from the hub.
     citations: dict[str, str] = {}  #: BibTeX by title.
+    training: dict[str, Any] | None = None  #: Recipe of the training by ``nemo-bench train`` that made the model.
     source: str | None = None  #: Name of the folder beside it of the cell whose neurons it starts from.
     calibration: str | None = None  #: Path to the calibration's folder from the cell's.
     fitted: str | None = None  #: Path to the folder of fitted weights from the cell's.
@@ -566,6 +568,28 @@ class LocalizerTable(Versioned):
     against: dict[str, str]  #: By comparison, the label of the localizer that others are compared with.
     measures: dict[str, MetricInfo]  #: What each measure is, in the order of columns.
     rows: list[LocalizerRow]
+
+
+class SinksRow(Entry):
+    """A cell of an experiment with memorization sinks, over a group of prompts."""
+
+    cell: str
+    label: str  #: Title, settings by which it differs from others of this title, and model.
+    model: str
+    training: dict[str, Any] | None = None  #: Recipe of the model's training, where it is known.
+    prompts: str  #: Name of the prompt list.
+    comparison: str  #: Prompts and settings that it shares with the rows it is compared with.
+    group: str
+    n_prompts: int  #: Prompts of the group.
+    values: dict[str, Aggregate]  #: By measure.
+
+
+class SinksTable(Versioned):
+    """What sinks do beside their controls: ``memsinks.json``."""
+
+    name: str
+    measures: dict[str, MetricInfo]  #: What each measure is, in the order of columns.
+    rows: list[SinksRow]
 
 
 class Thumbnail(Entry):

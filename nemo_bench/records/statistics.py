@@ -175,6 +175,40 @@ def bootstrap_intervals(
     return intervals
 
 
+def gap_closed(on: Mapping[str, float], off: Mapping[str, float], held_out: Mapping[str, float]) -> Aggregate | None:
+    """The part of the gap between two losses that a third one closes: (off - on) / (held out - on) of their means.
+
+    Resampled together are the prompts of ``on`` and ``off``, and with them those of ``held_out`` where they are the
+    same, else apart.
+
+    Args:
+        on: Loss by prompt where it is low.
+        off: Loss of the same prompts where it may have risen.
+        held_out: Loss by prompt that it would have without what lowers it.
+
+    Returns:
+        The part, with its 95% bootstrap interval; without the interval where the gap is not above 0 in some resample,
+        and None where it is not above 0 at all.
+    """
+    both = [prompt for prompt in on if prompt in off]
+    if not both or not held_out:
+        return None
+    same = all(prompt in held_out for prompt in both)
+    others = both if same else [*held_out]
+    low, high, top = (np.array([of[p] for p in ids]) for of, ids in ((on, both), (off, both), (held_out, others)))
+    if top.mean() <= low.mean():
+        return None
+    random = np.random.default_rng(0)
+    rows = random.integers(len(both), size=(RESAMPLES, len(both)))
+    other_rows = rows if same else random.integers(len(others), size=(RESAMPLES, len(others)))
+    gaps = top[other_rows].mean(1) - low[rows].mean(1)
+    ends: list[float | None] = [None, None]
+    if gaps.min() > 0:
+        ends = np.quantile((high - low)[rows].mean(1) / gaps, [0.025, 0.975]).tolist()
+    value = float((high - low).mean() / (top.mean() - low.mean()))
+    return Aggregate(mean=value, low=ends[0], high=ends[1], prompts=len(both))
+
+
 def _by_length(columns: Mapping[_K, NDArray[Any]]) -> dict[int, dict[_K, NDArray[Any]]]:
     lengths: dict[int, dict[_K, NDArray[Any]]] = defaultdict(dict)
     for key, values in columns.items():

@@ -20,6 +20,7 @@ from nemo_bench.records.statistics import GROUPS
 from nemo_bench.report import tables
 from nemo_bench.report.audit import audits_of
 from nemo_bench.report.localizers import localized
+from nemo_bench.report.memsinks import has_sinks
 from nemo_bench.report.plots import plots
 from nemo_bench.report.selection import MEMORIZED, drawn
 from nemo_bench.report.svg import looks
@@ -86,6 +87,7 @@ def page(results: Results, rows: Sequence[LeaderboardRow]) -> str:
         sections={name: title for name, title in TEXTS["sections"].items() if filled.get(name, True)},
         has_detection_page=(results.folder / "detection.html").is_file(),
         has_localizers=bool(localized(results)),
+        has_sinks=has_sinks(results),
         has_detectors=has_detectors,
         **parts,
         audit_citation=cite("kowalczuk2026finding"),

@@ -29,7 +29,7 @@ from nemo_bench.records.store import read_records
 from nemo_bench.report.detection import model_settings
 from nemo_bench.report.tables import markdown_table
 from nemo_bench.report.texts import TEXTS
-from nemo_bench.report.thumbnails import Thumbnails
+from nemo_bench.report.thumbnails import first_images
 
 ROLES = (
     "precision", "recall", "f1", "recall_at_true_number", "average_precision", "training_similarity",
@@ -62,9 +62,6 @@ OWN = {
 UNTESTED = ("neurons", "row_passes", "seconds")
 """Measures whose differences are not tested."""
 FILES = ("localizers.json", "localizers.csv", "localizers.md", "localizers.html")
-PICTURED = {"VM": 4, "TM": 2, "memorized": 4, GENERAL: 2}
-"""Prompts of each group whose images are shown."""
-_BOX = (160, 160)
 _NUMBERS = [name for name in Aggregate.model_fields if name != "paired"]
 _TESTED = list(Paired.model_fields)
 
@@ -338,31 +335,23 @@ def _page(results: Results, own: Sequence[Localized], table: LocalizerTable) -> 
         parts.append({
             "heading": heading,
             "measures": measures,
-            "rows": [(row, [value_text(row, key) for key in measures]) for row in rows],
+            "rows": [(row, _failures(row), [value_text(row, key) for key in measures]) for row in rows],
             "figures": figures(table, rows, f"localizers-{number_}", heading),
             "labels": [each.cell.short for each in alike],
-            "pictures": _pictures(alike, rows[0].group),
+            "pictures": first_images([each.cell for each in alike], [rows[0].group, GENERAL]),
         })  # fmt: skip
     return render(
-        "localizers.html.jinja",
+        "comparison.html.jinja",
         name=results.name,
+        subject="localizers",
+        first="Localizer",
+        files=FILES[:3],
+        pictured=TEXTS["localizers"]["pictured"],
         sections=parts,
         note=note(table),
         citations={title: text for each in own for title, text in each.cell.spec.citations.items()},
     )
 
 
-def _pictures(alike: Sequence[Localized], group: str) -> list[tuple[Prompt, Any, list[Any]]]:
-    """Some prompts of a group and some general ones: each with its training image and the first image of each cell."""
-    thumbnails = {each.cell.name: Thumbnails(each.cell.folder) for each in alike}
-    shown = []
-    for name in (group, GENERAL):
-        for prompt in alike[0].prompts(name)[: PICTURED[name]]:
-            make = thumbnails[alike[0].cell.name]
-            reference = make(prompt.references[0], _BOX) if prompt.references else None
-            images = []
-            for each in alike:
-                files = list(each.cell.outcomes[prompt.id].images.values())
-                images.append(thumbnails[each.cell.name](files[0], _BOX) if files else None)
-            shown.append((prompt, reference, images))
-    return shown
+def _failures(row: LocalizerRow) -> str:
+    return f"failed for {row.failed} of {row.n_prompts}" if row.failed else ""

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from nemo_bench.errors import StoreError
+from nemo_bench.records.data import GENERAL, Prompt
 from nemo_bench.records.io import read_file, write_json
+from nemo_bench.records.results import CellResults
 from nemo_bench.records.schema import Thumbnail
 from nemo_bench.records.store import thumbnail
+
+PICTURED = {"VM": 4, "TM": 2, "memorized": 4, GENERAL: 2}
+"""Prompts of each group whose first images are compared."""
+_BOX = (160, 160)
 
 
 class Thumbnails:
@@ -48,6 +55,20 @@ class Thumbnails:
         if self._used.keys() != self._cached.keys():
             with suppress(OSError):
                 write_json(self._file, dict(sorted(self._used.items())))
+
+
+def first_images(
+    cells: Sequence[CellResults], groups: Sequence[str]
+) -> list[tuple[Prompt, Thumbnail | None, list[Thumbnail | None]]]:
+    """Some prompts of each group, each with its training image and the first image of every cell."""
+    thumbnails = {cell.name: Thumbnails(cell.folder) for cell in cells}
+    shown = []
+    for prompt in (p for name in groups for p in [p for p in cells[0].prompts if p.group == name][: PICTURED[name]]):
+        reference = thumbnails[cells[0].name](prompt.references[0], _BOX) if prompt.references else None
+        files = [next(iter(cell.outcomes[prompt.id].images.values()), None) for cell in cells]
+        images = [thumbnails[cell.name](file, _BOX) if file else None for cell, file in zip(cells, files, strict=True)]
+        shown.append((prompt, reference, images))
+    return shown
 
 
 def _make(path: Path, box: tuple[int, int], lossless: bool) -> Thumbnail | None:

@@ -31,6 +31,7 @@ from nemo_bench.metrics import (
     RecallAtTrueNumber,
     TiledDistance,
     TrainingImage,
+    TrainingLoss,
     Vendi,
 )
 from nemo_bench.records.data import Neurons
@@ -52,6 +53,7 @@ METRICS: list[BenchMetric] = [
     KID(CLIP, subsets=3),
     MiFID(CLIP),
     MemorizationScore(),
+    TrainingLoss(),
     NeuronCount(),
     NeuronPrecision(),
     NeuronRecall(),
@@ -87,6 +89,7 @@ def fields(metric: BenchMetric, sample: Sample) -> dict[str, Any]:
     counts = {"images": sample.images, "references": 2, "pool": 4, "unmitigated": sample.images, "real": 5, "text": 1}
     values: dict[str, Any] = {
         "memorization": 0.1 * seed,
+        "loss": 0.2 * seed,
         "localization": Neurons({"mid": list(range(seed))}),
         "ranking": {"down": np.array([3, 1]), "mid": np.array([0, 4, 2])},
         "truth": Neurons({"mid": [0, 2]}),

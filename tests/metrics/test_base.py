@@ -20,6 +20,7 @@ ROLES = {
     "NearestTrainingImage": "nearest_training_similarity",
     "MemorizationRate": "memorization_rate",
     "MemorizationScore": "memorization_score",
+    "TrainingLoss": "training_loss",
     "NeuronCount": "neuron_count",
     "NeuronPrecision": "precision",
     "NeuronRecall": "recall",

@@ -20,6 +20,7 @@ from nemo_bench.records.statistics import (
     aggregate,
     bootstrap_interval,
     bootstrap_intervals,
+    gap_closed,
     holm,
     paired,
     paired_tests,
@@ -296,3 +297,40 @@ def test_medians_far_from_the_middle_are_found(monkeypatch: pytest.MonkeyPatch) 
     expected = bootstrap_interval(values, of_median=True)
     monkeypatch.setattr(statistics, "DEVIATIONS", 0)
     assert bootstrap_interval(values, of_median=True) == expected
+
+
+def test_the_gap_that_is_closed_by_hand() -> None:
+    on, off = {"a": 0.1, "b": 0.3}, {"a": 0.2, "b": 0.6, "c": 9.0}
+    closed = gap_closed(on, off, {"x": 0.5, "y": 0.7})
+    assert closed
+    assert closed.mean == pytest.approx((0.4 - 0.2) / (0.6 - 0.2))
+    assert closed.prompts == 2
+    assert closed.low is not None
+    assert closed.high is not None
+    assert closed.low <= closed.mean <= closed.high
+    # Of the same prompts only those count that all have.
+    same = gap_closed(on, off, {"a": 0.3, "b": 0.5, "c": 4.0})
+    assert same
+    assert same.mean == pytest.approx(1.0)
+    # By prompt (0.2 - 0.1) / 0.2 and (0.6 - 0.3) / 0.2: resamples of one prompt alone are the ends.
+    assert (same.low, same.high) == pytest.approx((0.5, 1.5))
+
+
+def test_where_there_is_no_gap_no_part_of_it_is_closed() -> None:
+    on = {"a": 0.4, "b": 0.6}
+    assert gap_closed(on, on, {"x": 0.5, "y": 0.5}) is None
+    assert gap_closed(on, {}, {"x": 0.9}) is None
+    assert gap_closed(on, on, {}) is None
+    unclear = gap_closed(on, on, {"x": 0.55, "y": 0.56})
+    assert unclear
+    assert (unclear.mean, unclear.low, unclear.high) == (0, None, None)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0.1, 1)), min_size=1, max_size=6))
+def test_a_gap_is_closed_from_one_end_to_the_other(drawn: list[tuple[float, float]]) -> None:
+    on = {str(i): low for i, (low, _) in enumerate(drawn)}
+    held_out = {str(i): low + gap for i, (low, gap) in enumerate(drawn)}
+    for off, expected in ((on, 0.0), (held_out, 1.0)):
+        closed = gap_closed(on, off, held_out)
+        assert closed
+        assert (closed.mean, closed.low, closed.high) == pytest.approx((expected, expected, expected))

@@ -37,7 +37,7 @@ class PromptSample:
     #: ``images``, none where all failed; ``references`` and ``unmitigated`` as far as they are needed and there are
     #: images.
     pictures: dict[str, list[Image.Image]]
-    #: ``localization``, ``memorization``, ``ranking`` and ``truth`` of the prompt, where there are any.
+    #: ``localization``, ``memorization``, ``loss``, ``ranking`` and ``truth`` of the prompt, where there are any.
     values: Mapping[str, Any]
     paired: list[int]  #: Which of its images there are unmitigated ones of, in the order of those.
     size: tuple[int, int]  #: Width and height that pictures are compared in.
@@ -74,6 +74,7 @@ class SampleReader:
         images: Records of images.
         neurons: Localized neurons by prompt id.
         memorization: Memorization scores by prompt id.
+        losses: Training losses by prompt id.
         rankings: Places of all neurons by prompt id.
         truth: Neurons that are known to memorize a prompt, by its id.
         unmitigated: Files of the images without mitigation by id of the image's record.
@@ -87,6 +88,7 @@ class SampleReader:
         images: Iterable[ImageRecord],
         neurons: Mapping[str, Neurons] | None = None,
         memorization: Mapping[str, float] | None = None,
+        losses: Mapping[str, float] | None = None,
         rankings: Mapping[str, Any] | None = None,
         truth: Mapping[str, Neurons] | None = None,
         unmitigated: Mapping[str, Path] | None = None,
@@ -96,6 +98,7 @@ class SampleReader:
         self.values: dict[str, Mapping[str, Any]] = {
             "localization": neurons or {},
             "memorization": memorization or {},
+            "loss": losses or {},
             "ranking": rankings or {},
             "truth": truth or {},
         }
