@@ -41,17 +41,18 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
         raise ConfigError(f"no prompt '{prompt}' in {cell}. {did_you_mean(prompt, found)}")
     memorized = [found[p.id] for p in read_cell_prompts(cell, read_spec(cell)) if p.kind and p.id in found]
     neurons = found[prompt] if prompt is not None else reduce(or_, memorized or found.values())
+    settings = read_settings(cell)
+    method = settings["method"]
+    if isinstance(method, dict) and (method.get("mode", "off"), method.get("rescale", 1)) != ("off", 1):
+        raise ConfigError(f"{cell} does more than switch neurons off; export a cell with mode=off and rescale=1")
     if not neurons:
         raise StoreError(f"{cell} switches nothing off; name the cell of a method that localizes, such as nemo")
-    settings = read_settings(cell)
     model = settings["model"]
     try:
         chosen = ModelSettings(**{**model, "similarity": SimilaritySettings(**model["similarity"])})
         factor = float(settings["method"].get("factor", 0.0))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise damaged(cell / "env.json", f"settings that can't be read: {error}") from error
-    if settings["method"].get("mode", "off") != "off" or settings["method"].get("rescale", 1.0) != 1:
-        raise ConfigError(f"{cell} does more than switch neurons off; export a cell with mode=off and rescale=1")
     loaded = load_model(chosen)
     loaded.export(folder, neurons, factor)
     whose = f"prompt `{prompt}`" if prompt is not None else f"{counted(len(memorized or found), 'prompt')} together"

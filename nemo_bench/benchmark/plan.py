@@ -45,8 +45,8 @@ class Need:
     """Something that a run takes from outside."""
 
     #: ``"weights"``, ``"metric"``, ``"truth"``, ``"statistics"``, ``"prompts"``, ``"prompts of edits"``,
-    #: ``"general prompts"``, ``"controls"``, ``"training"``, ``"method's file"``, ``"method"``, ``"training images"`` or
-    #: ``"prompts to localize"``.
+    #: ``"general prompts"``, ``"controls"``, ``"training"``, ``"method's file"``, ``"method"``,
+    #: ``"training images"`` or ``"prompts to localize"``.
     kind: str
     what: str  #: File, folder, hub id, or name of a metric.
     #: ``"there"``; ``"fetched"``, by its library at the first use; ``"partly"``, the run goes on without the rest;

@@ -47,6 +47,7 @@ class TrainingLoss(BenchMetric):
         "training loss of the prompt's training images, or of held-out pictures where it is not memorized, at fixed "
         "noise and timesteps with the mitigation applied"
     )
+    citation = "Ghosal et al. 2025"
     family = "memorization"
     per = "prompt"
     role = "training_loss"

@@ -116,7 +116,7 @@ def test_gaps_follow_from_the_losses(done: Path) -> None:
     assert once.values["training_loss"].mean == low
     assert {"gap_closed", "gap_to_once_closed"} & on.values.keys() == set()
     assert "gap_to_once_closed" not in off.values
-    assert set(row(table, "Sinks off", "general").values) == {"training_loss", "alignment", "diversity"}
+    assert set(row(table, "Sinks off", "general").values) == {"training_loss", "alignment"}
 
 
 def test_rows_name_the_training(done: Path) -> None:
