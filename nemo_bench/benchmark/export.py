@@ -42,7 +42,7 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
     memorized = [found[p.id] for p in read_cell_prompts(cell, read_spec(cell)) if p.kind and p.id in found]
     neurons = found[prompt] if prompt is not None else reduce(or_, memorized or found.values())
     settings = read_settings(cell)
-    method = settings["method"]
+    method = settings.get("method")
     if isinstance(method, dict) and (method.get("mode", "off"), method.get("rescale", 1)) != ("off", 1):
         raise ConfigError(f"{cell} does more than switch neurons off; export a cell with mode=off and rescale=1")
     if not neurons:
