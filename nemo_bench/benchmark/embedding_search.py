@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -119,4 +119,4 @@ def _unpacked(values: Tensor, like: Conditioning) -> Conditioning:
     shape = like.text.shape[1:]
     size = shape.numel()
     pooled = None if like.pooled is None else values[:, size:]
-    return Conditioning(values[:, :size].unflatten(1, shape), pooled)
+    return replace(like, text=values[:, :size].unflatten(1, shape), pooled=pooled)

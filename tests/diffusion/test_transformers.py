@@ -20,6 +20,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from nemo_bench import Diffusion, Neurons, Prompt
+from nemo_bench.benchmark.embedding_search import search_embeddings
 from nemo_bench.benchmark.plan import plan
 from nemo_bench.benchmark.run import run
 from nemo_bench.config import grid, options
@@ -35,7 +36,7 @@ from nemo_bench.localization import (
     noise_differences,
 )
 from nemo_bench.localization.localizers import Activation, Inputs
-from nemo_bench.methods import AMG, EmbeddingNoise, NeMo
+from nemo_bench.methods import AMG, Batch, EmbeddingNoise, NeMo, NoMitigation
 from on_disk import read_records
 from tiny import tiny_texts
 from tiny_transformers import TOKENS, tiny_flux, tiny_pixart, tiny_sana, tiny_sd3
@@ -291,6 +292,18 @@ def test_a_run_through_the_configuration(name: str, tmp_path: Path, prompt_file:
     measures = FAMILIES[type(case.make()).__name__].measures
     assert spec["measures"] == measures
     assert measures in (tmp_path / "results" / "default" / "leaderboard.md").read_text()
+
+
+def test_an_audit_searches_embeddings_of_tokens(model: Diffusion) -> None:
+    text, pictures = model.encode(tiny_texts(1)), model.latents([5]).float()
+    batch = Batch((Prompt("a", tiny_texts(1)[0]),), text, model.latents([1]), (1,), (Neurons(),))
+    found = search_embeddings(model, NoMitigation(), batch, pictures, steps=2, samples=2)
+    assert found.losses.shape == (1, 2)
+    assert found.losses.isfinite().all()
+    assert not torch.equal(found.text.text, text.text)
+    assert text.mask is not None
+    assert found.text.mask is not None
+    assert torch.equal(found.text.mask, text.mask)
 
 
 def test_prompts_that_are_cut_count_as_truncated(model: Diffusion) -> None:
