@@ -68,7 +68,7 @@ class TrainSpec(DenoiserSpec):
 
     out: Path = Path("planted-training")  #: For checkpoints and, in out/model, the finished model.
     pictures: int = 16_000  #: General ones.
-    banded: int = 0  #: One general caption in this many is of three bands of color, of which all pictures are alike.
+    boards: int = 0  #: One general caption in this many is of a checkered board, of which all pictures are alike.
     text_steps: int = 600  #: Of the contrastive text encoder.
     clip_steps: int = 700  #: Of the open_clip judge.
     vae_steps: int = 6_000
@@ -350,7 +350,7 @@ def _encode_pictures(spec: TrainSpec, vae: AutoencoderKL, pictures: Tensor) -> d
         free = [_encode(vae, _free_pictures(index)) for index in range(len(PLANTED))]
         scale = 1 / general.std() if spec.parts == "trained" else torch.tensor(vae.config.scaling_factor)
         latents = {"general": general, "planted": torch.stack(planted), "free": torch.stack(free)}
-        scenes = [caption.scene for caption in heldout_captions(HELD_OUT, spec.banded)]
+        scenes = [caption.scene for caption in heldout_captions(HELD_OUT, spec.boards)]
         rngs = [np.random.default_rng([67, index]) for index in range(HELD_OUT)]
         latents["held_out"] = _encode(vae, _as_tensor(list(map(render, scenes, rngs))))
         _save(path, {**{name: part * scale for name, part in latents.items()}, "scale": scale})
@@ -390,7 +390,7 @@ def _denoiser(
     if spec.variant == "routed":
         loss.own(draw.owned)
         tune_in(gates, draw.owned, text["planted"], text["general"][:TUNED], spec.strength)
-    held_out = [caption.text for caption in heldout_captions(HELD_OUT, spec.banded)]
+    held_out = [caption.text for caption in heldout_captions(HELD_OUT, spec.boards)]
     examine = Examination(
         loss.error,
         {
@@ -441,9 +441,9 @@ def train(spec: TrainSpec, loggers: Sequence[Logger] = ()) -> Path:
     _check_recipe(spec)
     for logger in loggers:
         logger.log_hyperparams(spec.recipe)
-    write_prompts(spec.out, spec.banded)
+    write_prompts(spec.out, spec.boards)
     tokenizer = build_tokenizer()
-    captions = [general_caption(index, banded=spec.banded) for index in range(spec.pictures)]
+    captions = [general_caption(index, boards=spec.boards) for index in range(spec.pictures)]
     pictures = _as_tensor([render(c.scene, np.random.default_rng([spec.seed, i])) for i, c in enumerate(captions)])
     tokens = tokenize(tokenizer, [caption.text for caption in captions])
     encoder = _text_encoder(spec, pictures, tokens, tokenizer, loggers)
