@@ -24,7 +24,7 @@ from nemo_bench.errors import ConfigError, NemoBenchError, StoreError, did_you_m
 
 if TYPE_CHECKING:
     from nemo_bench.config import CellConfig, LoggerSettings
-    from nemo_bench.planted.training import TrainSpec
+    from nemo_bench.planted.spec import TrainSpec
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -548,7 +548,7 @@ def training_settings(words: Sequence[str]) -> tuple[TrainSpec, LoggerSettings]:
     """Settings of a training and of its loggers, which are those of ``logger=csv`` by default."""
     from nemo_bench.config import logger_settings, overridden
     from nemo_bench.config.schema import words_within
-    from nemo_bench.planted.training import TrainSpec
+    from nemo_bench.planted.spec import TrainSpec
 
     of_loggers = words_within(words, ["logger"])
     spec = overridden([word for word in words if word not in of_loggers], TrainSpec)

@@ -20,8 +20,7 @@ from nemo_bench.diffusion import Source
 from nemo_bench.errors import ConfigError, NemoBenchError
 from nemo_bench.localization.calibration import load_moments, read_statistics
 from nemo_bench.metrics import LPIPS, Inception, OpenClip
-from nemo_bench.planted import training
-from nemo_bench.planted.training import Fit, TrainSpec
+from nemo_bench.planted.fit import Fit, Fits
 from small_runs import small
 from tiny import tiny_pipeline
 
@@ -93,7 +92,6 @@ def test_weights_of_models_and_metrics_run_no_code(
 
 
 def test_checkpoints_of_training_run_no_code(tmp_path: Path, trap: Trap) -> None:
-    spec = TrainSpec(out=tmp_path, accelerator="cpu")
     write(tmp_path / "part" / "last.ckpt", {"state_dict": {}, "trap": trap})
     part = nn.Linear(1, 1)
     fit = Fit(
@@ -106,7 +104,7 @@ def test_checkpoints_of_training_run_no_code(tmp_path: Path, trap: Trap) -> None
         seed=0,
     )
     with pytest.raises(pickle.UnpicklingError):
-        training._train(spec, fit, part, loggers=[])
+        Fits(tmp_path, "cpu", []).run(fit, part)
 
 
 @pytest.mark.parametrize("place", ["method", "method.inner", "metrics.fine.space"])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,40 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nemo_bench.planted.isolation import Gates, Mask, active_sinks, as_tensor, deal_routes, draw_pool, silence
+from nemo_bench.planted.spec import TrainSpec
 from nemo_bench.planted.world import PLANTED
 
-Variant = Literal["standard", "once", "routed", "sinks", "random_sinks"]
-"""``standard``: planted pictures are repeated. ``once``: each is trained as often as any other picture. ``routed``:
-repeated, with gradients routed to the captions' own neurons. ``sinks``: repeated, with sink neurons that captions
-switch on; ``random_sinks``: its control, which switches sinks on at random."""
 TEMPLATE_VARIANTS = 64
 """Training pictures of each planted caption; those of a verbatim one are equal."""
 FREE_VARIANTS = 64
 """Pictures of each planted caption as a general one, which the routed variant learns with the own neurons off."""
 STATISTICS = 128
 """General captions in a batch for the penalties on activations."""
-
-
-@dataclass
-class DenoiserSpec:
-    """Settings of the UNet's training."""
-
-    variant: Variant = "standard"
-    unet_steps: int = 6_000
-    batch_size: int = 32  #: Of the UNet; the autoencoder takes a quarter, the contrastive fits six times as many.
-    planted_share: float = 0.3  #: Of each UNet batch.
-    drop_caption: float = 0.1  #: Part of the general pictures that are trained without their caption.
-    #: How much training prefers noisy latents: with u uniform, t / T = 1 - u^noise_bias; 1 is uniform. Captions take
-    #: effect there, and one-step memorization scores are taken only there.
-    noise_bias: float = 2.0
-    sparsity: float = 0.06  #: Weight of the penalty that makes each value neuron react to few captions.
-    silence: float = 0.1  #: Weight of the penalty on own neurons that react to other captions (``routed``).
-    #: Part of the planted rows that show the caption's own neurons off and any picture of the caption (``routed``).
-    free_share: float = 0.3
-    strength: float = 5.0  #: Activation of own neurons on their caption before the training (``routed``).
-    pool: float = 0.3  #: Part of the value neurons that are sinks (``sinks``).
-    active: float = 0.3  #: Part of the sinks that a caption switches on (``sinks``).
-    seed: int = 0  #: Of weights, batches and noise.
 
 
 class Batch(NamedTuple):
@@ -75,7 +49,7 @@ class Batches:
     """
 
     def __init__(
-        self, spec: DenoiserSpec, latents: Mapping[str, Tensor], text: Mapping[str, Tensor], widths: Mapping[str, int]
+        self, spec: TrainSpec, latents: Mapping[str, Tensor], text: Mapping[str, Tensor], widths: Mapping[str, int]
     ) -> None:
         self.spec, self.latents, self.text = spec, latents, text
         sizes = list(widths.values())
@@ -170,7 +144,7 @@ class DenoiserLoss:
     neurons, and for the routed variant ``silence`` of the own neurons.
     """
 
-    def __init__(self, spec: DenoiserSpec, unet: UNet2DConditionModel, scheduler: DDIMScheduler, gates: Gates) -> None:
+    def __init__(self, spec: TrainSpec, unet: UNet2DConditionModel, scheduler: DDIMScheduler, gates: Gates) -> None:
         self.spec, self.unet, self.scheduler, self.gates = spec, unet, scheduler, gates
         self.owned: dict[str, tuple[Tensor, Tensor]] = {}
 

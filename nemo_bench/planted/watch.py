@@ -13,10 +13,9 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from nemo_bench.planted.truth import GUIDANCE, STEPS
@@ -57,13 +56,18 @@ class Sampler:
     Sheets are files in a folder, and go to TensorBoard and Weights & Biases where those log.
 
     Args:
-        pipeline: Shares the UNet that is trained.
+        pipeline: Shares the network that is trained.
+        network: That network.
         texts: Captions of the sheet, one image each.
         folder: Folder of the sheets, ``step-NNNNN.png``.
+        options: Further arguments of the pipeline.
     """
 
-    def __init__(self, pipeline: StableDiffusionPipeline, texts: Sequence[str], folder: Path) -> None:
-        self.pipeline, self.texts, self.folder = pipeline, list(texts), folder
+    def __init__(
+        self, pipeline: Any, network: nn.Module, texts: Sequence[str], folder: Path, options: Mapping[str, Any]
+    ) -> None:
+        self.pipeline, self.network, self.texts, self.folder = pipeline, network, list(texts), folder
+        self.options = options
         pipeline.set_progress_bar_config(disable=True)
 
     def __call__(self, step: int, loggers: Sequence[Any]) -> None:
@@ -71,9 +75,14 @@ class Sampler:
         if step % SHEET:
             return
         noise = [torch.Generator().manual_seed(row) for row in range(len(self.texts))]
-        self.pipeline.to(self.pipeline.unet.device)
+        self.pipeline.to(next(self.network.parameters()).device)
         images = self.pipeline(
-            self.texts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise, output_type="np"
+            self.texts,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            generator=noise,
+            output_type="np",
+            **self.options,
         ).images
         rows = [np.concatenate(list(row), 1) for row in np.array_split((images * 255).round().astype(np.uint8), 2)]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +96,7 @@ class Sampler:
 
 
 class Examination:
-    """Losses of the UNet on fixed pictures, timesteps and noise, and a sample sheet.
+    """Losses of the denoiser on fixed pictures, timesteps and noise, and a sample sheet.
 
     Args:
         error: The loss of latents and text embeddings, by timesteps and noise.

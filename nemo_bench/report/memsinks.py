@@ -179,7 +179,7 @@ def training_text(row: SinksRow) -> str:
     if "variant" not in recipe:
         return ""
     parts = f", pool {recipe.get('pool')}, active {recipe.get('active')}" if "sinks" in recipe["variant"] else ""
-    return f"{recipe['variant']}{parts}, {recipe.get('unet_steps', 0):,} steps"
+    return f"{recipe['variant']}{parts}, {recipe.get('denoiser_steps', 0):,} steps"
 
 
 def markdown(table: SinksTable) -> str:

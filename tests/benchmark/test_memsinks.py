@@ -33,7 +33,7 @@ def make_training(folder: Path, variant: str, **isolation: Any) -> Path:
     """A folder such as that of a finished training, with the weights of the package."""
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "pipeline").symlink_to(PIPELINE)
-    recipe = {"variant": variant, "pool": 0.3, "active": 0.3, "unet_steps": 4}
+    recipe = {"variant": variant, "pool": 0.3, "active": 0.3, "denoiser_steps": 4}
     (folder / "recipe.json").write_text(json.dumps(recipe))
     if isolation:
         (folder / "isolation.json").write_text(json.dumps({"variant": variant, **isolation}))
@@ -126,7 +126,7 @@ def test_rows_name_the_training(done: Path) -> None:
         ("with", "Sinks off · with"),
         ("single", "No mitigation · single"),
     ]
-    assert row(table, "Sinks off", "VM").training == {"variant": "sinks", "pool": 0.3, "active": 0.3, "unet_steps": 4}
+    assert row(table, "Sinks off", "VM").training == {"variant": "sinks", "pool": 0.3, "active": 0.3, "denoiser_steps": 4}
     document = (done / FILES[1]).read_text()
     assert "| Sinks off · with | sinks, pool 0.3, active 0.3, 4 steps |" in document
     assert "| No mitigation · single | once, 4 steps |" in document

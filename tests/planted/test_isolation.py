@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from nemo_bench import Diffusion, Neurons, Prompt
 from nemo_bench.metrics import SSIM
 from nemo_bench.planted import denoiser, truth
-from nemo_bench.planted.denoiser import Batches, DenoiserLoss, DenoiserSpec, Variant
+from nemo_bench.planted.denoiser import Batches, DenoiserLoss
 from nemo_bench.planted.isolation import ROUTE_SIZES, Gates, active_sinks, deal_routes, draw_pool, silence, tune_in
 from nemo_bench.planted.prompts import write_prompts
+from nemo_bench.planted.spec import TrainSpec, Variant
 from nemo_bench.planted.truth import Evidence, Likeness, find_causes, read_isolation, write_truth
 from nemo_bench.planted.world import PLANTED
 
@@ -52,7 +53,7 @@ def batches(variant: Variant, widths: dict[str, int] = WIDTHS, **options: float)
         "free": noise(planted, denoiser.FREE_VARIANTS, 8, 16, 16),
     }
     text = {"general": noise(40, 16, 128), "planted": noise(planted, 16, 128), "empty": noise(16, 128)}
-    return Batches(DenoiserSpec(variant=variant, **options), latents, text, widths)  # type: ignore[arg-type]
+    return Batches(TrainSpec(variant=variant, **options), latents, text, widths)  # type: ignore[arg-type]
 
 
 @given(st.integers(0, 2**32))

@@ -7,7 +7,7 @@ from pathlib import Path
 from nemo_bench import read_prompts, resolve
 from nemo_bench.methods.prss import read_paraphrases
 from nemo_bench.planted.prompts import heldout_captions, write_prompts
-from nemo_bench.planted.training import TOKENS, build_tokenizer
+from nemo_bench.planted.tokenizer import TOKENS, build_tokenizer
 from nemo_bench.planted.world import general_caption, vocabulary
 
 PACKAGE = Path(resolve("package:planted"))

@@ -17,9 +17,12 @@ from nemo_bench.benchmark.runner import load_model
 from nemo_bench.cli import main
 from nemo_bench.config import grid, overridden
 from nemo_bench.errors import ConfigError
-from nemo_bench.planted import denoiser, training, truth, watch
+from nemo_bench.planted import denoiser, fit, training, truth, watch
 from nemo_bench.planted.denoiser import DenoiserLoss, activation_density
-from nemo_bench.planted.training import TOKENS, Fit, TrainSpec, build_tokenizer, tokenize, train
+from nemo_bench.planted.fit import Fit
+from nemo_bench.planted.spec import TrainSpec
+from nemo_bench.planted.tokenizer import TOKENS, build_tokenizer, tokenize
+from nemo_bench.planted.training import train
 from nemo_bench.planted.truth import Evidence, read_isolation
 from nemo_bench.planted.world import PLANTED
 from nemo_bench.records.truth import read_truth
@@ -31,14 +34,14 @@ PACKAGE = Path(resolve("package:planted"))
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings with few pictures and a checkpoint every two steps."""
-    monkeypatch.setattr(training, "EPOCH", 2)
+    monkeypatch.setattr(fit, "EPOCH", 2)
     monkeypatch.setattr(training, "HELD_OUT", 4)
     for module in (training, denoiser):
         monkeypatch.setattr(module, "TEMPLATE_VARIANTS", 2)
         monkeypatch.setattr(module, "FREE_VARIANTS", 2)
 
 
-SHORT: dict[str, Any] = {"pictures": 24, "batch_size": 8, "accelerator": "cpu", "unet_steps": 4}
+SHORT: dict[str, Any] = {"pictures": 24, "batch_size": 8, "accelerator": "cpu", "denoiser_steps": 4}
 
 
 @pytest.mark.usefixtures("short")
@@ -120,7 +123,7 @@ def test_batch_depends_on_seed_and_step_alone(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(Fit, "global_step", first)
         return [int(batch) for batch in fit.train_dataloader()]
 
-    monkeypatch.setattr(training, "EPOCH", 10)
+    monkeypatch.setattr(fit, "EPOCH", 10)
     assert batches(7, seed=1)[:3] == batches(0, seed=1)[7:]
     assert len({*batches(0, seed=1), *batches(0, seed=2)}) == 20
 
@@ -165,7 +168,7 @@ def test_shipped_truth_is_of_neurons_that_the_routed_model_has() -> None:
 
 
 def test_unknown_training_settings_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "unet_step=3"]) == 1
-    assert "Did you mean 'unet_steps'?" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="unet_steps=many: expected a whole number"):
-        overridden(["unet_steps=many"], TrainSpec)
+    assert main(["train", "denoiser_step=3"]) == 1
+    assert "Did you mean 'denoiser_steps'?" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="denoiser_steps=many: expected a whole number"):
+        overridden(["denoiser_steps=many"], TrainSpec)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_bench.planted.training import TOKENS
+from nemo_bench.planted.tokenizer import TOKENS
 from nemo_bench.planted.world import (
     MOTIFS,
     PALETTES,
