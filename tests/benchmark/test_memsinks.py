@@ -126,7 +126,8 @@ def test_rows_name_the_training(done: Path) -> None:
         ("with", "Sinks off · with"),
         ("single", "No mitigation · single"),
     ]
-    assert row(table, "Sinks off", "VM").training == {"variant": "sinks", "pool": 0.3, "active": 0.3, "denoiser_steps": 4}
+    shown = {"variant": "sinks", "pool": 0.3, "active": 0.3, "denoiser_steps": 4}
+    assert row(table, "Sinks off", "VM").training == shown
     document = (done / FILES[1]).read_text()
     assert "| Sinks off · with | sinks, pool 0.3, active 0.3, 4 steps |" in document
     assert "| No mitigation · single | once, 4 steps |" in document
