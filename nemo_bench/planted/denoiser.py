@@ -32,7 +32,6 @@ class Batch(NamedTuple):
     captions: Tensor  #: (C, 16, 128)
     factors: Tensor  #: Of the value neurons, 0 or 1, (N, neurons)
     passed: Tensor  #: Neurons that gradients pass, (N, neurons)
-    aim: Tensor  #: Rows from which the attention learns where to look, (N,)
 
 
 class Batches:
@@ -78,13 +77,11 @@ class Batches:
         latents = self.latents["planted"][as_tensor(planted), as_tensor(variants)]
         factors = np.ones((spec.batch_size, len(self.pool)), bool)
         passed = factors.copy()
-        aim = np.ones(spec.batch_size, bool)
         if spec.variant == "routed":
             free = np.arange(few) >= few - round(spec.free_share * few)
             others = self.latents["free"][as_tensor(planted), as_tensor(rng.integers(FREE_VARIANTS, size=few))]
             latents = torch.where(as_tensor(free)[:, None, None, None], others, latents)
             factors, passed = self._route(rng, planted, free)
-            aim[-few:] = free
         elif self.pool.any():
             ids = [(spec.seed, 1, row) for row in rows] + [(spec.seed, 0, p) for p in planted]
             if spec.variant == "random_sinks":
@@ -102,7 +99,6 @@ class Batches:
             torch.cat(captions),
             as_tensor(factors).float(),
             as_tensor(passed),
-            as_tensor(aim),
         )
 
     def _route(self, rng: np.random.Generator, planted: NDArray[Any], free: Mask) -> tuple[Mask, Mask]:
@@ -167,7 +163,7 @@ class DenoiserLoss:
         steps = self.scheduler.config.num_train_timesteps
         uniform = torch.rand(len(batch.latents), device=batch.latents.device)
         t = (steps * (1 - uniform**self.spec.noise_bias)).long().clamp(max=steps - 1)
-        with self.gates.rows(batch.factors, batch.passed, batch.aim):
+        with self.gates.rows(batch.factors, batch.passed):
             error = self.error(batch.latents, batch.text, t, noise)
         values = {name: layer(batch.captions) for name, layer in self.gates.layers.items()}
         density = torch.stack([activation_density(value) for value in values.values()]).mean()

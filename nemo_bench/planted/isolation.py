@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -33,9 +32,6 @@ OUTPUT_GAIN = 2.0
 class Gates:
     """Multiplies value neurons row by row in the forward pass, and lets gradients through to some of them alone.
 
-    A neuron that gradients do not pass is not learnt from in either direction: neither the weights that make it change,
-    nor the columns of the output layer that read it.
-
     Args:
         network: A UNet; its value layers are the modules whose name ends with ``attn2.to_v``.
 
@@ -50,52 +46,30 @@ class Gates:
         self.layers = {name: module for name, module in modules.items() if name.endswith("attn2.to_v")}
         self.outputs = {name: modules[name.replace("to_v", "to_out.0")] for name in self.layers}
         self.widths = {name: int(layer.out_features) for name, layer in self.layers.items()}
-        self._factors: dict[str, Tensor] = {}
-        self._passed: dict[str, Tensor] = {}
-        self._aim: Tensor | None = None
+        self._rows: dict[str, tuple[Tensor, Tensor]] = {}
         for name, layer in self.layers.items():
-            layer.register_forward_hook(self._value_hook(name))
-            self.outputs[name].register_forward_hook(self._output_hook(name))
-            for part in ("to_q", "to_k"):
-                modules[name.replace("to_v", part)].register_forward_hook(self._aim_hook)
+            layer.register_forward_hook(self._hook(name))
 
-    def _value_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def gate(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            return output * self._factors[name][:, None] if self._factors else None
-
-        return gate
-
-    def _output_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-        def gate(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if not self._passed:
+            if not self._rows:
                 return None
-            learning = F.linear(args[0] * self._passed[name][:, None], module.weight, module.bias)
-            return learning + (output - learning).detach()
+            factors, passed = self._rows[name]
+            output = output * factors[:, None]
+            return torch.where(passed[:, None], output, output.detach())
 
         return gate
-
-    def _aim_hook(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        return None if self._aim is None else torch.where(self._aim[:, None, None], output, output.detach())
 
     @contextmanager
-    def rows(self, factors: Tensor, passed: Tensor, aim: Tensor) -> Iterator[None]:
-        """Masks the rows of a batch.
-
-        Args:
-            factors: Of the neurons, (N, neurons).
-            passed: Neurons that gradients pass, boolean, (N, neurons).
-            aim: Rows from which the attention learns where to look, boolean, (N,).
-        """
+    def rows(self, factors: Tensor, passed: Tensor) -> Iterator[None]:
+        """Masks the rows of a batch: factors, (N, neurons), and neurons that gradients pass, boolean, (N, neurons)."""
         widths = list(self.widths.values())
-        self._factors = dict(zip(self.widths, factors.split(widths, 1), strict=True))
-        if not passed.all():
-            self._passed = dict(zip(self.widths, passed.split(widths, 1), strict=True))
-        if not aim.all():
-            self._aim = aim
+        parts = zip(factors.split(widths, 1), passed.split(widths, 1), strict=True)
+        self._rows = dict(zip(self.widths, parts, strict=True))
         try:
             yield
         finally:
-            self._factors, self._passed, self._aim = {}, {}, None
+            self._rows = {}
 
     def neurons(self, mask: Mask) -> dict[str, list[int]]:
         """The neurons of a mask, (neurons,), as sorted indices by layer."""

@@ -18,12 +18,12 @@ GENERAL_PROMPTS = 16
 CALIBRATION_PROMPTS = 320
 
 
-def heldout_captions(count: int, boards: int = 0) -> list[Caption]:
+def heldout_captions(count: int, banded: int = 0) -> list[Caption]:
     """The first general captions of different texts that no training picture has; see :func:`general_caption`."""
     captions: dict[str, Caption] = {}
     index = 0
     while len(captions) < count:
-        caption = general_caption(index, "heldout", boards)
+        caption = general_caption(index, "heldout", banded)
         captions.setdefault(caption.text, caption)
         index += 1
     return list(captions.values())
@@ -34,7 +34,7 @@ def planted_names() -> list[str]:
     return [f"{caption.kind.lower()}-{number:02d}" for number, caption in enumerate(PLANTED, 1)]
 
 
-def write_prompts(folder: Path, boards: int = 0) -> None:
+def write_prompts(folder: Path, banded: int = 0) -> None:
     """Writes the prompt files and pictures of the embedded model into a folder; see :func:`general_caption`.
 
     ``prompts/planted.jsonl`` has training pictures of the planted captions, ``references/*.png``. The others are
@@ -50,7 +50,7 @@ def write_prompts(folder: Path, boards: int = 0) -> None:
             _save_picture(folder / "references" / f"{file}.png", planted_picture(number, variant))
         references = [f"../references/{file}.png" for file in files]
         lists["planted"].append({"id": name, "text": caption.text, "kind": caption.kind, "references": references})
-    captions = heldout_captions(GENERAL_PROMPTS + CALIBRATION_PROMPTS, boards)
+    captions = heldout_captions(GENERAL_PROMPTS + CALIBRATION_PROMPTS, banded)
     for number, caption in enumerate(captions[:GENERAL_PROMPTS], 1):
         name = f"general-{number:02d}"
         rng = np.random.default_rng(zlib.crc32(caption.text.encode()))

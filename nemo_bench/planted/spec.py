@@ -37,7 +37,7 @@ class TrainSpec:
     active: float = 0.3  #: Part of the sinks that a caption switches on (``sinks``).
     seed: int = 0  #: Of weights, batches and noise.
     pictures: int = 16_000  #: General ones.
-    boards: int = 0  #: One general caption in this many is of a checkered board, of which all pictures are alike.
+    banded: int = 0  #: One general caption in this many is of three bands of color, of which all pictures are alike.
     text_steps: int = 600  #: Of the contrastive text encoder.
     clip_steps: int = 700  #: Of the open_clip judge.
     vae_steps: int = 6_000

@@ -79,16 +79,13 @@ def test_gates_multiply_rows_and_stop_gradients_of_others(unet: UNet2DConditionM
     factors, passed = torch.ones(2, neurons), torch.zeros(2, neurons, dtype=torch.bool)
     factors[0, 3] = 0
     passed[1, 5] = True
-    with gates.rows(factors, passed, torch.ones(2, dtype=torch.bool)):
+    with gates.rows(factors, passed):
         gated = layer(text)
-        through = gates.outputs[name](gated)
     assert gated[0, :, 3].abs().max() == 0
     others = torch.arange(plain.shape[2]) != 3
     assert torch.equal(gated[..., others], plain[..., others])
-    torch.testing.assert_close(through, gates.outputs[name](gated))
-    through.square().sum().backward()
+    gated.sum().backward()
     assert layer.weight.grad.abs().sum(1).nonzero().flatten().tolist() == [5]
-    assert gates.outputs[name].weight.grad.abs().sum(0).nonzero().flatten().tolist() == [5]
     assert torch.equal(layer(text).detach(), plain)
     assert gates.neurons(np.arange(neurons) == 5) == {name: [5]}
 
@@ -99,20 +96,12 @@ def test_planted_rows_teach_their_own_neurons_alone(unet: UNet2DConditionModel) 
     draw = batches("routed", gates.widths, planted_share=1.0, free_share=0.0)
     loss = DenoiserLoss(draw.spec, unet, DDIMScheduler(prediction_type="v_prediction"), gates)
     batch = draw(np.random.default_rng(0))
-    with gates.rows(batch.factors, batch.passed, batch.aim):
+    with gates.rows(batch.factors, batch.passed):
         t = torch.full((len(batch.latents),), 900)
         loss.error(batch.latents, batch.text, t, torch.randn_like(batch.latents)).backward()
-    made, read = (
-        np.concatenate([layer.weight.grad.abs().sum(dim).numpy() > 0 for layer in layers.values()])
-        for layers, dim in ((gates.layers, 1), (gates.outputs, 0))
-    )
-    for learnt in (made, read):
-        assert learnt.any()
-        assert not (learnt & ~draw.owned.any(0)).any()
-    patterns = [p for name, p in unet.named_parameters() if "attn2.to_q" in name or "attn2.to_k" in name]
-    assert len(patterns) == 2 * len(gates.layers)
-    assert not any(parameter.grad.any() for parameter in patterns)
-    assert unet.conv_in.weight.grad.any()
+    learnt = np.concatenate([layer.weight.grad.abs().sum(1).numpy() > 0 for layer in gates.layers.values()])
+    assert learnt.any()
+    assert not (learnt & ~draw.owned.any(0)).any()
 
 
 def test_routed_rows_show_the_own_neurons_off_or_any_part_of_them_on() -> None:
@@ -122,11 +111,9 @@ def test_routed_rows_show_the_own_neurons_off_or_any_part_of_them_on() -> None:
     for step in range(30):
         batch = draw(np.random.default_rng(step))
         assert (batch.passed[:general].numpy() == ~routed).all()
-        assert batch.aim[:general].all()
         for row in range(general, 32):
             (caption,) = (p for p in range(len(PLANTED)) if torch.equal(batch.text[row], draw.text["planted"][p]))
             own = draw.owned[caption]
-            assert batch.aim[row] == (row >= 32 - free)
             if row >= 32 - free:
                 assert not batch.factors[row][own].any()
                 assert not batch.passed[row][own].any()

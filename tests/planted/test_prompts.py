@@ -35,7 +35,7 @@ def test_shipped_prompts_and_pictures_are_those_of_the_world(tmp_path: Path) -> 
 
 
 def test_shipped_prompts_of_the_routed_model_are_those_it_learnt_beside(tmp_path: Path) -> None:
-    write_prompts(tmp_path, boards=8)
+    write_prompts(tmp_path, banded=8)
     for name in ("general.jsonl", "calibration.txt"):
         assert (PACKAGE / "routed" / name).read_bytes() == (tmp_path / "prompts" / name).read_bytes()
 
