@@ -50,11 +50,12 @@ class MemorizationMonitor(Checked, L.Callback):
     Before the first step and then every so many steps, a sample of the training captions and general captions, which
     the training does not see, are scored by the model as it is. A caption is flagged where its score is more than
     ``deviations`` standard deviations above the mean of the general ones, which are scored at the same steps because
-    scores change with the model. Each check logs, for every detector, ``memorization/<detector>/`` mean, max,
+    scores change with the model. Each check logs, for every detector, ``<name>/<detector>/`` mean, max,
     threshold, and flagged, the share of the captions above the threshold; Weights & Biases gets a table of the flags.
 
-    The training is not changed: weights, modes, gradients and random numbers are as before. Ranks share the captions;
-    networks that are sharded over ranks can't be checked.
+    The training is not changed: weights, modes, gradients, devices and random numbers are as before, though a check
+    needs room for the whole pipeline on the device of the training. Ranks share the captions; networks that are sharded
+    over ranks can't be checked.
 
     Args:
         pipeline: A diffusers pipeline that shares the networks that are trained.
@@ -70,6 +71,7 @@ class MemorizationMonitor(Checked, L.Callback):
         similarity: Settings of the similarity of noise differences.
         batch_size: Images in a pass at most.
         seed: Of the samples.
+        name: Begins the names of what is logged; monitors of one training need different ones.
 
     Attributes:
         flags: All flags so far, kept in checkpoints.
@@ -96,6 +98,7 @@ class MemorizationMonitor(Checked, L.Callback):
         similarity: Similarity | None = None,
         batch_size: Count = 32,
         seed: int = 0,
+        name: str = "memorization",
     ) -> None:
         if not captions or len(general) < 2:
             counts = f"given {len(captions)} and {len(general)}"
@@ -107,7 +110,7 @@ class MemorizationMonitor(Checked, L.Callback):
         self.detectors = dict(detectors or {"noise_difference": NoiseDifference(seeds=4)})
         self.pipeline, self.captions, self.general = pipeline, list(dict.fromkeys(captions)), list(general)
         self.every, self.sample, self.deviations, self.stop_at = every, sample, deviations, stop_at
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.name = batch_size, seed, name
         self.flags: list[Flag] = []
         self._checked = -1
         with _untouched(pipeline):
@@ -122,8 +125,14 @@ class MemorizationMonitor(Checked, L.Callback):
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        if trainer.global_step % self.every == 0:
+        # Steps are counted over all optimizers, so some numbers may be left out.
+        if trainer.global_step // self.every > self._checked // self.every:
             self._check(trainer, pl_module)
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -152,14 +161,14 @@ class MemorizationMonitor(Checked, L.Callback):
             shares.append(float(above.mean()))
             figures = (float(np.nanmean(own)), float(np.nanmax(own)), threshold, shares[-1])
             keys = ("mean", "max", "threshold", "flagged")
-            values |= {f"memorization/{name}/{key}": value for key, value in zip(keys, figures, strict=True)}
+            values |= {f"{self.name}/{name}/{key}": value for key, value in zip(keys, figures, strict=True)}
             for place in np.flatnonzero(above):
                 self.flags.append(Flag(step, captions[place], name, float(own[place]), threshold))
         for logger in trainer.loggers:
             logger.log_metrics(values, step)
             if isinstance(logger, WandbLogger) and self.flags:
                 rows = [list(asdict(flag).values()) for flag in self.flags]
-                logger.log_table("memorization/flags", columns=list(asdict(self.flags[0])), data=rows, step=step)
+                logger.log_table(f"{self.name}/flags", columns=list(asdict(self.flags[0])), data=rows, step=step)
         if now := {flag.caption for flag in self.flags if flag.step == step}:
             log.warning("step %d: %d of %d captions look memorized: %s", step, len(now), len(captions), _few(now))
         if self.stop_at is not None and max(shares) >= self.stop_at:
@@ -175,7 +184,8 @@ class MemorizationMonitor(Checked, L.Callback):
     def _scores(self, trainer: L.Trainer, texts: Sequence[str]) -> dict[str, NDArray[np.float64]]:
         """Scores by detector, nan where one failed; each rank takes a part of the texts."""
         own = texts[trainer.global_rank :: trainer.world_size]
-        found, _ = watch(self.model, self.detectors, [Prompt(text, text) for text in own], self.batch_size)
+        prompts = [Prompt(text, text) for text in own]  # none where there are more ranks than texts
+        found = watch(self.model, self.detectors, prompts, self.batch_size)[0] if prompts else {}
         part = {name: dict(zip(own, (each.score for each in all_of), strict=True)) for name, all_of in found.items()}
         parts = [part] * trainer.world_size
         if trainer.world_size > 1:
@@ -188,14 +198,18 @@ class MemorizationMonitor(Checked, L.Callback):
 
 @contextmanager
 def _untouched(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Leaves modes, gradients and random numbers of a training as they were."""
+    """Leaves devices, modes, gradients and random numbers of a training as they were."""
     networks = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    devices = [(network, next(network.parameters()).device) for network in networks]
     modes = [(module, module.training) for network in networks for module in network.modules()]
     gradients = [(weight, weight.requires_grad) for network in networks for weight in network.parameters()]
+    own = {device.index for _, device in devices if device.type == "cuda"}
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(sorted(own)):
             yield
     finally:
+        for network, device in devices:
+            network.to(device)
         for module, training in modes:
             module.training = training
         for weight, requires_grad in gradients:

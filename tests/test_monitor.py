@@ -151,6 +151,18 @@ def test_flags_are_kept_in_checkpoints_and_a_step_is_checked_once(tmp_path: Path
     assert len({(flag.step, flag.caption) for flag in second.flags}) == len(second.flags)
 
 
+def test_two_monitors_watch_one_training(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline()
+    detectors = {"pairs": NoiseDifference(seeds=2)}
+    both = [watching(pipeline, detectors=detectors, every=3, deviations=0.0, name=name) for name in ("one", "two")]
+    assert both[0].state_key != both[1].state_key
+    fit(FineTuning(pipeline), tmp_path, *both, logger=CSVLogger(tmp_path, name="csv", version=""))
+    assert {flag.step for flag in both[0].flags} == {0, 3}
+    assert both[0].flags == both[1].flags
+    head = (tmp_path / "csv" / "metrics.csv").read_text().splitlines()[0]
+    assert {"one/pairs/mean", "two/pairs/mean"} <= set(head.split(","))
+
+
 def test_a_sample_is_drawn_anew_at_each_check(tmp_path: Path) -> None:
     pipeline = tiny_pipeline()
     monitor = watching(pipeline, captions=tiny_texts(64)[12:], sample=3, deviations=0.0)
