@@ -319,11 +319,23 @@ def test_errors_explain_wrong_settings_of_the_logger(words: list[str], message: 
         logger_settings(words)
 
 
-def test_all_methods_uses_the_settings_of_each_method_for_the_model() -> None:
+@pytest.mark.parametrize(
+    ("name", "variants"),
+    [
+        ("all_methods", {"before", "timestep", "neurons", "file"}),
+        ("new_methods", {"factor", "change", "loss"}),
+    ],
+)
+def test_comparisons_of_methods_use_the_settings_of_each_for_the_model(name: str, variants: set[str]) -> None:
     """But for variants that are published as such, a control, and a file of paraphrases."""
-    variants = {"before", "timestep", "neurons", "file", "factor", "change", "loss"}
-    for choice in grid(["experiment=all_methods"]):
+    for choice in grid([f"experiment={name}"]):
         (plain,) = grid([f"method={choice.names['method']}"])
         differing = {key for key, value in choice.settings.method.items() if value != plain.settings.method[key]}
         assert differing <= variants
         assert not any(set(found.given) - variants for found in choice.families)
+
+
+def test_every_method_is_in_a_comparison_of_methods() -> None:
+    """But for those that need a file or a training of the user's, and the control of shared neurons."""
+    compared = {c.names["method"] for name in ("all_methods", "new_methods") for c in grid([f"experiment={name}"])}
+    assert set(options("method")) - compared == {"random_shared", "saved", "sinks"}
