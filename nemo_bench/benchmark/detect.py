@@ -60,6 +60,7 @@ def _cell(config: CellConfig, prompts: list[Prompt]) -> Cell:
     detector: Detector = build(settings.detector, "detector")
     source = source_of(model)
     source.check()
+    source.family.chosen(model.layers)
     detector.check(source.family.pipeline_class, model.guidance, compiled=model.compiled)
     check_scheduler(source, model, predicts=True)
     if isinstance(detector, NoiseDifference) and (size := source.latent_size):

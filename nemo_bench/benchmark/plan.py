@@ -292,6 +292,7 @@ class Planner:
         fetched = "some gigabytes, from the hub at the first use"
         has_weights = self._look("weights", what, source.check, lambda: source.is_downloaded, fetched)
         if has_weights:
+            source.family.chosen(model.layers)
             method.check(source.family.pipeline_class, model.guidance, model.dtype, compiled=model.compiled)
         edits = listed.shared_from if any(m.pools for m in lineage(method)) else []
         measured = to_measure(method, model)

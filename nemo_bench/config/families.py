@@ -25,12 +25,15 @@ class FamilySettings:
     given: Mapping[str, Any]  #: Settings that the user gave instead.
 
     def __str__(self) -> str:
-        parts = [_listed(self.values) or "the defaults", *([_listed(self.given)] if self.given else [])]
-        source = f"for {self.family}:"
+        source, values = f"for {self.family}", _listed(self.values)
         if not self.known:
-            source = f"none published for {self.family or 'a model without model.family'}, so the defaults:"
+            source = f"none published for {self.family or 'a model without model.family'}, so the defaults"
+        elif not values:
+            values = "the defaults"
+        chosen = f"{source}: {values}" if values else source
+        given = f"; as given: {_listed(self.given)}" if self.given else ""
         inner = self.node.partition(".")[2]
-        return f"{inner} {source} {'; as given: '.join(parts)}".strip()
+        return f"{inner} {chosen}{given}".strip()
 
 
 def _listed(settings: Mapping[str, Any]) -> str:

@@ -46,7 +46,8 @@ class IntrinsicDimension(Detector):
     #: Where: ``"clean"``, the generated latents scaled to the timestep without noise, as the estimator is defined; or
     #: ``"running"``, the latents of sampling at that step, as in the public code on memorization.
     at: Literal["clean", "running"] = "clean"
-    #: Which of 50 steps, from 0, has the timestep, as in the public code; with other numbers of steps the nearest.
+    #: Which of 50 steps, from 0, has the timestep, as in the public code. ``"clean"`` takes that timestep whatever the
+    #: number of steps; ``"running"`` of N steps the one numbered ``step`` N / 50, rounded down.
     step: Annotated[int, Field(ge=0, lt=NOISE_STEPS)] = 40
     probes: Count = 1  #: Vectors v, whose estimates are averaged.
     difference: bool = False  #: Whether the score is the dimension without the prompt minus that with it, unguided.

@@ -9,6 +9,7 @@ Example:
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -40,7 +41,7 @@ class Diffusion(nn.Module):
 
     Args:
         pipeline: The pipeline; its networks become submodules, so that Lightning moves them.
-        layers: Value layers that can be blocked.
+        layers: Value layers that can be blocked, one of ``family.layers``; None for the first of them.
         steps: DDIM steps of a generation.
         guidance: Scale of classifier-free guidance.
         similarity: Settings of the similarity of noise differences.
@@ -54,8 +55,8 @@ class Diffusion(nn.Module):
             another pass.
 
     Raises:
-        ModelError: The class of the pipeline is not supported, its UNet takes the guidance scale as an input, or there
-            is no such value layer.
+        ModelError: The class of the pipeline is not supported, its UNet takes the guidance scale as an input, or its
+            family has no such value layers or settings.
     """
 
     unet: Any  # of families with one
@@ -64,7 +65,7 @@ class Diffusion(nn.Module):
         self,
         pipeline: DiffusionPipeline,
         *,
-        layers: Layers = "down+mid",
+        layers: Layers | None = None,
         steps: int = 50,
         guidance: float = 7.0,
         similarity: Similarity | None = None,
@@ -83,7 +84,7 @@ class Diffusion(nn.Module):
         self.guidance = guidance
         self.similarity = similarity or Similarity()
         self.requires_grad_(False).eval()
-        self.value_layers = self.family.value_layers(self.network, layers)
+        self.value_layers = self.family.value_layers(self.network, self.family.chosen(layers))
         self.spans = {name: self.family.span(name) for name in self.value_layers}
         self.masks = NeuronMasks(self.value_layers, self.network, self.spans)
         self.text_projections = self.family.text_projections(self.network)
@@ -98,9 +99,14 @@ class Diffusion(nn.Module):
     def load(cls, source: Source | str, dtype: str = "float32", **options: Any) -> Diffusion:
         """Loads a model on the CPU, in float32, float16 or bfloat16, with arguments of :class:`Diffusion`.
 
-        A source can be given by its path. Raises ModelError if it can't be loaded.
+        A source can be given by its path. Raises ModelError if it can't be loaded, and before weights load if its
+        family has no such value layers or settings.
         """
-        return cls((Source(source) if isinstance(source, str) else source).load(dtype), **options)
+        source = Source(source) if isinstance(source, str) else source
+        own = inspect.signature(cls).parameters
+        settings = {name: value for name, value in options.items() if name not in own}
+        family_of(source.family.pipeline_class, **settings).chosen(options.get("layers"))
+        return cls(source.load(dtype), **options)
 
     @property
     def network(self) -> Any:
@@ -158,11 +164,13 @@ class Diffusion(nn.Module):
         )
 
     def tokens(self, text: str) -> list[str]:
-        """Tokens of a prompt, from begin to end token without padding, for the encoder that the family names."""
-        spans = dict(self.family.segments(self.pipeline))
-        name = self.family.reader
+        """Tokens of a prompt, from begin to end token without padding, by the first tokenizer, if there is any."""
+        segments = self.family.segments(self.pipeline)
+        if not segments:
+            return []
+        name, span = segments[0]
         tokenizer = getattr(self.pipeline, name)
-        length = spans[name].stop - spans[name].start
+        length = span.stop - span.start
         text = text.lower().strip() if self.family.lowers else text
         ids = tokenizer(text, truncation=True, max_length=length).input_ids
         return [str(token) for token in tokenizer.convert_ids_to_tokens(ids)]

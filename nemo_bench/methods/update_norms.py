@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from nemo_bench.diffusion import Conditioning, Diffusion, Sampling, Step
-from nemo_bench.diffusion.noise import clean_latents, norms, unit
+from nemo_bench.diffusion.noise import clean_latents, norms, require_finite, unit
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method, Setup
 from nemo_bench.prompts import read_prompts
@@ -104,7 +104,9 @@ class UpdateNorms(Method):
         for part in batched(general, max(1, self.batch_size)):
             seeds = [seeds_of(prompt, "localize", [0])[0] for prompt in part]
             found.append(step_norms(model, model.encode([p.text for p in part]), model.latents(seeds)))
-        std, mean = torch.std_mean(torch.cat(found, 1), 1)
+        every = torch.cat(found, 1)
+        require_finite("norms of general prompts", every)
+        std, mean = torch.std_mean(every, 1)
         self.moments = Moments(*zip(mean, std.clamp(min=SMALLEST), strict=True))
 
     @override

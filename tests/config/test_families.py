@@ -69,6 +69,10 @@ def test_family_without_published_settings_is_named() -> None:
     assert str(*sdxl.families) == f"none published for sdxl, so the defaults: {values}"
     (unknown,) = grid(["method=wanda", "model=sdxl", "model.family=null"])
     assert str(*unknown.families).startswith("none published for a model without model.family, so the defaults: ratio")
+    (sd3,) = grid(["method=guard", "model=sd3_medium"])
+    assert str(*sd3.families) == "none published for sd3, so the defaults"
+    (own,) = grid(["method=wanda", "model=sdxl", "method.ratio=0.5", "method.agreement=0.1"])
+    assert str(*own.families) == "none published for sdxl, so the defaults; as given: ratio=0.5, agreement=0.1"
     assert one_cell("model=sdxl").families == ()
 
 

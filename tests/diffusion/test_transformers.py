@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from nemo_bench.benchmark.embedding_search import search_embeddings
 from nemo_bench.benchmark.plan import plan
 from nemo_bench.benchmark.run import run
 from nemo_bench.config import grid, options
-from nemo_bench.diffusion import UNETS, Similarity
+from nemo_bench.diffusion import UNETS, Similarity, Source
 from nemo_bench.diffusion.families import FAMILIES, family_of
 from nemo_bench.errors import ModelError
 from nemo_bench.localization import (
@@ -38,7 +39,7 @@ from nemo_bench.localization import (
 from nemo_bench.localization.localizers import Activation, Inputs
 from nemo_bench.methods import AMG, Batch, EmbeddingNoise, NeMo, NoMitigation
 from on_disk import read_records
-from tiny import tiny_texts
+from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl, tiny_texts
 from tiny_transformers import TOKENS, tiny_flux, tiny_pixart, tiny_sana, tiny_sd3
 
 
@@ -138,6 +139,10 @@ def test_any_encoder_of_sd3_may_be_absent(absent: tuple[int, ...]) -> None:
             assert torch.equal(text.text[:, :clip, start:stop], expected(whole.text[:, :clip, start:stop]))
     assert bool(text.text[:, length:].any()) == (3 not in absent)
     assert model.generate(text, [0, 1]).isfinite().all()
+    shown = model.tokens("red sun")
+    assert (len(shown) > 2) == (absent != (1, 2, 3))
+    if {1, 2} - {*absent}:
+        assert shown == CASES["sd3.5"].model().tokens("red sun")
 
 
 def test_value_layers_get_text_alone(model: Diffusion) -> None:
@@ -371,8 +376,41 @@ def test_levels_like_those_of_stable_diffusion() -> None:
 def test_settings_of_another_family_are_refused() -> None:
     with pytest.raises(ModelError, match=r"model\.size=64: StableDiffusion3Pipeline has no such setting"):
         family_of("StableDiffusion3Pipeline", size=64, tokens=None)
-    with pytest.raises(ModelError, match=r"model.layers=down\+mid: .* give all"):
-        Diffusion(tiny_sd3())
+
+
+@pytest.mark.parametrize(
+    ("make", "layers"),
+    [(tiny_sdxl, "double"), (tiny_sd3, "double"), (tiny_pixart, "down+mid"), (tiny_flux, "down+mid")],
+)
+def test_value_layers_and_sizes_are_refused_before_weights_load(
+    make: Callable[[], Any], layers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Python and by the plan of a run, each of a folder."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    pipeline = make()
+    with pytest.raises(ModelError, match=rf"model.layers={re.escape(layers)}: a \w+ has no such choice"):
+        Diffusion(pipeline, layers=layers)  # type: ignore[arg-type]
+    pipeline.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(Source, "load", refuse)
+    given = [{"layers": layers}, *([{"size": 100}] if isinstance(pipeline, FluxPipeline) else [])]
+    for settings in given:
+        ((name, value),) = settings.items()
+        with pytest.raises(ModelError, match=rf"model.{name}={re.escape(str(value))}: "):
+            Diffusion.load(str(tmp_path / "model"), **settings)
+        (tmp_path / "list.txt").write_text("a red sun\n")
+        words = ["method=none", f"prompts.files=[{tmp_path / 'list.txt'}]"]
+        with pytest.raises(ModelError, match=rf"model.{name}={re.escape(str(value))}: "):
+            plan(grid([*words, f"model.source={tmp_path / 'model'}", f"model.{name}={value}"]))
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sd2, tiny_sdxl, tiny_sd3, tiny_pixart, tiny_flux, tiny_sana])
+def test_the_first_choice_of_value_layers_is_the_default(make: Callable[[], Any]) -> None:
+    pipeline = make()
+    first = FAMILIES[type(pipeline).__name__].layers[0]
+    assert [*Diffusion(pipeline).value_layers] == [*Diffusion(pipeline, layers=first).value_layers]
 
 
 def test_other_schedulers_are_refused_before_weights_load() -> None:

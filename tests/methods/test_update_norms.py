@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from batches import batch_of, images_of
 from nemo_bench import ConfigError, Diffusion, Prompt
 from nemo_bench.diffusion import Conditioning, Step
+from nemo_bench.errors import NotFiniteError
 from nemo_bench.methods import Setup, UpdateNorms
 from nemo_bench.methods.update_norms import Correction, Moments, step_norms, within
 from tiny import tiny_texts
@@ -130,6 +132,14 @@ def test_a_corrected_step_leads_where_it_should(tiny: Diffusion) -> None:
     for number, sizes in enumerate(seen[1:]):
         torch.testing.assert_close(sizes, method.moments.latents[0][number].expand(2), rtol=1e-3, atol=1e-3)
     assert [dict(note) for note in changed.notes] == [{"kind": "strong", "corrected_steps": 4}] * 2
+
+
+def test_a_general_image_that_is_not_finite_is_an_error(tiny: Diffusion) -> None:
+    """With it the moments would be nan, and no image unusual."""
+    broken = Diffusion(copy.deepcopy(tiny.pipeline), steps=2)
+    broken.network.conv_out.bias.data[0] = math.inf
+    with pytest.raises(NotFiniteError, match="norms of general prompts are not finite"):
+        UpdateNorms().setup(broken, Setup(prompts=GENERAL))
 
 
 def test_general_prompts_are_those_not_marked_and_few_are_warned_of(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_bench.diffusion.schedule import Schedule
+from nemo_bench.errors import ModelError
 
 Layers = Literal["down+mid", "double", "all"]
 """Value layers that can be blocked: of a UNet those of the down path and the middle, as published, of FLUX those of the
@@ -74,11 +75,21 @@ class Family(ABC):
     network: ClassVar[str] = "transformer"  #: The part that denoises.
     #: How this family measures memorization where that differs from published measures, for specs and reports.
     measures: ClassVar[str] = ""
-    layers: ClassVar[tuple[str, ...]] = ("all",)  #: Choices of value layers.
-    reader: ClassVar[str] = "tokenizer"  #: Tokenizer whose tokens are shown.
+    layers: ClassVar[tuple[Layers, ...]] = ("all",)  #: Choices of value layers, the default first.
     lowers: ClassVar[bool] = False  #: Whether the pipeline makes prompts lower case.
     stacked: ClassVar[bool] = True  #: Whether both halves of guidance share a pass in the pipeline.
     latent_dtype: ClassVar[torch.dtype | None] = None  #: Dtype of latents, None for the network's.
+
+    def chosen(self, layers: Layers | None) -> Layers:
+        """The given choice of value layers, or the default for None; ModelError for a choice of other families."""
+        if layers is None:
+            return self.layers[0]
+        if layers not in self.layers:
+            raise ModelError(
+                f"model.layers={layers}: a {self.pipeline_class} has no such choice of value layers; give "
+                f"{' or '.join(self.layers)}"
+            )
+        return layers
 
     @abstractmethod
     def check(self, pipeline: Any) -> None:
@@ -98,7 +109,10 @@ class Family(ABC):
 
     @abstractmethod
     def segments(self, pipeline: Any) -> tuple[Segment, ...]:
-        """Which positions of the text each tokenizer fills; those of two may be the same."""
+        """Which positions of the text each tokenizer fills; those of two may be the same.
+
+        Tokens are shown by the first of them.
+        """
 
     @abstractmethod
     def encode(self, pipeline: Any, texts: Sequence[str], device: torch.device) -> Conditioning:

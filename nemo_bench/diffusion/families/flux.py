@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nemo_bench.diffusion.families.base import Conditioning, Layers, Segment
-from nemo_bench.diffusion.families.transformer import FLOW_MEASURES, Transformer
-from nemo_bench.diffusion.schedule import Flow, check_flow
+from nemo_bench.diffusion.families.transformer import Transformer
+from nemo_bench.diffusion.schedule import Flow
 from nemo_bench.errors import ModelError
 
 _PIXELS = 8  # of an image for each latent, along a side
@@ -32,17 +32,14 @@ class Flux(Transformer):
     loading: ClassVar[Mapping[str, Any]] = {"feature_extractor": None, "image_encoder": None}
     networks: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2")
     layers = ("double", "all")
-    reader = "tokenizer_2"
     pattern = r"transformer_blocks\.\d+\.attn\.add_v_proj|single_transformer_blocks\.\d+\.attn\.to_v"
     stacked = False
-    measures = FLOW_MEASURES
 
     tokens: int = 512  #: Positions of T5, whose padding changes the embeddings of words.
     size: int = 1024  #: Side of an image in pixels, a multiple of 16.
     distilled_guidance: float = 3.5  #: Scale that FLUX.1-dev is told; FLUX.1-schnell takes none.
 
-    @override
-    def check(self, pipeline: Any) -> None:
+    def __post_init__(self) -> None:
         if self.size % (2 * _PIXELS):
             raise ModelError(f"model.size={self.size}: expected a multiple of {2 * _PIXELS}")
 
@@ -54,10 +51,6 @@ class Flux(Transformer):
     def schedule(self, config: Mapping[str, Any], network: Mapping[str, Any]) -> Flow:
         _, height, width = self.latent_shape(network)
         return Flow(config, height * width // 4, linear=True)
-
-    @override
-    def check_schedule(self, config: Mapping[str, Any], steps: int, *, predicts: bool, where: str) -> None:
-        check_flow(config, where=where)
 
     @override
     def segments(self, pipeline: Any) -> tuple[Segment, ...]:

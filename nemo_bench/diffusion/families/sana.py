@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from nemo_bench.diffusion.families.base import Conditioning, Segment
 from nemo_bench.diffusion.families.transformer import Transformer
-from nemo_bench.diffusion.schedule import Flow, check_flow
+from nemo_bench.diffusion.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -30,24 +30,21 @@ class Sana(Transformer):
     pattern = r"transformer_blocks\.\d+\.attn2\.to_v"
     lowers = True
     latent_dtype = torch.float32
-    measures = (
-        "flow matching: magnitudes are those of velocity differences, noise differences negated clean predictions at "
-        "the signal-to-noise ratio of Stable Diffusion's first step, activations over tokens without padding; not "
-        "comparable with other families"
-    )
+    # Values are the same at every noise level.
+    measures = Transformer.measures.replace("those of passes there, ", "")
 
     tokens: int = 300  #: Positions of Gemma, after its instruction is cut off.
 
     @override
-    def schedule(self, config: Mapping[str, Any], network: Mapping[str, Any]) -> Flow:
+    def schedule(self, config: Mapping[str, Any], network: Mapping[str, Any]) -> Schedule:
         if "flow_shift" in config:
             config = {"shift": config["flow_shift"], "num_train_timesteps": config["num_train_timesteps"]}
-        return Flow(config, self.positions(network))
+        return super().schedule(config, network)
 
     @override
     def check_schedule(self, config: Mapping[str, Any], steps: int, *, predicts: bool, where: str) -> None:
         if config.get("prediction_type") != "flow_prediction" or "flow_shift" not in config:
-            check_flow(config, where=where)
+            super().check_schedule(config, steps, predicts=predicts, where=where)
 
     @override
     def segments(self, pipeline: Any) -> tuple[Segment, ...]:

@@ -12,8 +12,7 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from nemo_bench.diffusion.families.base import Conditioning, Segment
-from nemo_bench.diffusion.families.transformer import FLOW_MEASURES, Transformer
-from nemo_bench.diffusion.schedule import Flow, check_flow
+from nemo_bench.diffusion.families.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -30,17 +29,7 @@ class StableDiffusion3(Transformer):
     networks: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
     pattern = r"transformer_blocks\.\d+\.attn\.add_v_proj"
 
-    measures = FLOW_MEASURES
-
     tokens: int = 256  #: Positions of T5, whose padding changes the embeddings of words.
-
-    @override
-    def schedule(self, config: Mapping[str, Any], network: Mapping[str, Any]) -> Flow:
-        return Flow(config, self.positions(network))
-
-    @override
-    def check_schedule(self, config: Mapping[str, Any], steps: int, *, predicts: bool, where: str) -> None:
-        check_flow(config, where=where)
 
     @override
     def segments(self, pipeline: Any) -> tuple[Segment, ...]:

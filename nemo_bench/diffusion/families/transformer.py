@@ -11,24 +11,33 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nemo_bench.diffusion.families.base import Conditioning, Family, Layers
+from nemo_bench.diffusion.schedule import Flow, Schedule, check_flow
 from nemo_bench.errors import ModelError
 
 _BLOCK = re.compile(r"(?:single_)?transformer_blocks\.\d+")
-FLOW_MEASURES = (
-    "flow matching: magnitudes are those of velocity differences, noise differences negated clean predictions at the "
-    "signal-to-noise ratio of Stable Diffusion's first step, activations those of passes there, over tokens without "
-    "padding; not comparable with other families"
-)
 
 
 class Transformer(Family):
-    """A family whose network is a row of transformer blocks."""
+    """A family whose network is a row of transformer blocks; by default it samples by flow matching."""
 
     pattern: ClassVar[str]  #: Module paths of the value projections of text.
+    measures = (
+        "flow matching: magnitudes are those of velocity differences, noise differences negated clean predictions at "
+        "the signal-to-noise ratio of Stable Diffusion's first step, activations those of passes there, over tokens "
+        "without padding; not comparable with other families"
+    )
 
     @override
     def check(self, pipeline: Any) -> None:
         pass
+
+    @override
+    def schedule(self, config: Mapping[str, Any], network: Mapping[str, Any]) -> Schedule:
+        return Flow(config, self.positions(network))
+
+    @override
+    def check_schedule(self, config: Mapping[str, Any], steps: int, *, predicts: bool, where: str) -> None:
+        check_flow(config, where=where)
 
     def positions(self, network: Mapping[str, Any]) -> int:
         """Image positions of the transformer, by its configuration."""
@@ -58,11 +67,6 @@ class Transformer(Family):
 
     @override
     def value_layers(self, network: nn.Module, layers: Layers) -> dict[str, nn.Module]:
-        if layers not in self.layers:
-            raise ModelError(
-                f"model.layers={layers}: the value layers of {self.pipeline_class} are those of its blocks; give "
-                f"{' or '.join(self.layers)}"
-            )
         found = {name: module for name, module in network.named_modules() if re.fullmatch(self.pattern, name)}
         if not found:
             raise ModelError(f"the {self.network} of this {self.pipeline_class} has no value layers of text")
