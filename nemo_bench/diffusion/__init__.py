@@ -14,7 +14,7 @@ from nemo_bench.diffusion.model import GRADIENT_MEMORY, Diffusion
 from nemo_bench.diffusion.pictures import fitted_picture
 from nemo_bench.diffusion.prefix import Prefix
 from nemo_bench.diffusion.sampling import Generated, Rule, Sampling, Step, guided_from
-from nemo_bench.diffusion.schedule import check_schedule
+from nemo_bench.diffusion.schedule import NO_SIGNAL, check_schedule
 from nemo_bench.diffusion.similarity import MEASURES, Measure, Similarity
 from nemo_bench.diffusion.source import Source
 
@@ -22,6 +22,7 @@ __all__ = [
     "FAMILIES",
     "GRADIENT_MEMORY",
     "MEASURES",
+    "NO_SIGNAL",
     "UNETS",
     "Conditioning",
     "Diffusion",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import override
 
-from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, fitted_picture
+from nemo_bench.diffusion import GRADIENT_MEMORY, NO_SIGNAL, Conditioning, Diffusion, fitted_picture
 from nemo_bench.errors import ConfigError, ModelError, NotFiniteError
 from nemo_bench.methods.base import Batch, Fit, Method, Setup
 from nemo_bench.prompts import read_prompts, references_digest
@@ -44,6 +44,30 @@ class Pictures:
 
     latents: Tensor
     text: Conditioning
+
+    def rows(self, index: Sequence[int]) -> Pictures:
+        """Selects pictures in the order given; one may be repeated."""
+        return Pictures(self.latents[list(index)], self.text.rows(index))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What an update draws at random, on the CPU, one entry a row."""
+
+    kept: list[int]  #: Place of the picture to keep among those.
+    forgotten: list[int]  #: Place of the picture to forget.
+    timesteps: list[int]
+    noise: Tensor  #: Standard normal, shaped as latents.
+    is_forgotten: Tensor  #: Whether the noisy picture of ``siss`` is made of the one to forget.
+    uniform: Tensor  #: In [0, 1), shaped as latents, for ``erase_diff``.
+
+    def rows(self, index: Sequence[int]) -> Draw:
+        """Selects rows."""
+        kept, forgotten, timesteps = (
+            [values[row] for row in index] for values in (self.kept, self.forgotten, self.timesteps)
+        )
+        noise, is_forgotten, uniform = (values[list(index)] for values in (self.noise, self.is_forgotten, self.uniform))
+        return Draw(kept, forgotten, timesteps, noise, is_forgotten, uniform)
 
 
 @dataclass(eq=False)
@@ -103,7 +127,9 @@ class Unlearning(Method):
     updates: Index = 35
     rate: Positive = 1e-5
     batch: Count = 16
-    earliest: Index = 0  #: Smallest timestep that is drawn; 999 is that of the public scripts.
+    #: Smallest timestep that is drawn; 999 is that of the public scripts. Those at which latents are noise alone (zero
+    #: terminal SNR) are never drawn.
+    earliest: Index = 0
     conditioning: Literal["own", "memorized"] = "own"  #: Prompt of pictures to keep.
     seed: Index = 0
     _difference: dict[str, Tensor] | None = field(default=None, init=False)
@@ -141,6 +167,7 @@ class Unlearning(Method):
 
     @override
     def fit(self, model: Diffusion, setup: Setup) -> Fit:
+        self.batch_size = setup.batch_size
         kept, forgotten = self._sides(setup.prompts)
         return UnlearningFit(self, model, _pictures(model, kept, setup.batch_size), _of_references(model, forgotten))
 
@@ -203,14 +230,23 @@ class UnlearningFit(Fit):
         self.model = model
         self.kept = kept
         self.forgotten = forgotten
+        last = model.training_timesteps
+        levels = range(min(method.earliest, last - 1), last)
+        self.timesteps = [timestep for timestep in levels if model.signal(timestep) >= NO_SIGNAL]
+        if not self.timesteps:
+            raise ConfigError(
+                f"{method.title}, given earliest={method.earliest}: from there on latents of this model are noise "
+                "alone (its scheduler has zero terminal SNR), with no picture in them to forget; lower method.earliest"
+            )
 
     @override
     def gradients(self, number: int) -> list[Tensor]:
         method, weights = self.method, [*self.network.parameters()]
         generator = torch.Generator().manual_seed(seed_of(["unlearning", method.seed, number]))
         keep, forget = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
+        drawn = self.draw(method.batch, generator)  # all rows at once: their split must not change what is drawn
         for rows in batched(range(method.batch), max(1, method.batch_size // GRADIENT_MEMORY)):
-            losses = self.losses(len(rows), generator)
+            losses = self.losses(drawn.rows(rows))
             for total, loss in zip((keep, forget), losses, strict=True):
                 if loss is not None:
                     found = torch.autograd.grad(loss / method.batch, weights, retain_graph=True)
@@ -222,24 +258,37 @@ class UnlearningFit(Fit):
             raise NotFiniteError(f"gradients of update {number + 1} of {self.updates} are not finite; lower rate")
         return [gradient * (LARGEST / length) for gradient in combined] if length > LARGEST else combined
 
-    def losses(self, rows: int, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
+    def draw(self, rows: int, generator: torch.Generator) -> Draw:
+        """Draws some rows."""
+        kept, forgotten, levels = (
+            torch.randint(len(choices), (rows,), generator=generator).tolist()
+            for choices in (self.kept.latents, self.forgotten.latents, self.timesteps)
+        )
+        shape = (rows, *self.kept.latents.shape[1:])
+        return Draw(
+            kept=kept,
+            forgotten=forgotten,
+            timesteps=[self.timesteps[level] for level in levels],
+            noise=torch.randn(shape, generator=generator),
+            is_forgotten=torch.rand(rows, generator=generator) < self.method.forgetting,
+            uniform=torch.rand(shape, generator=generator),
+        )
+
+    def losses(self, drawn: Draw) -> tuple[Tensor | None, Tensor | None]:
         """Keep and forget loss of some drawn rows, summed over them; None for a loss without that side."""
-        method, model = self.method, self.model
-        x, own_x = self._drawn(self.kept, rows, generator)
-        a, own_a = self._drawn(self.forgotten, rows, generator)
-        if method.conditioning == "memorized":
-            own_x = own_a
-        last = model.training_timesteps
-        timesteps = torch.randint(min(method.earliest, last - 1), last, (rows,), generator=generator).tolist()
+        method, model, timesteps = self.method, self.model, drawn.timesteps
+        keeping, forgetting = self.kept.rows(drawn.kept), self.forgotten.rows(drawn.forgotten)
+        x, a, own_a = keeping.latents, forgetting.latents, forgetting.text
+        own_x = own_a if method.conditioning == "memorized" else keeping.text
         signals = x.new_tensor([model.signal(timestep) for timestep in timesteps])[:, None, None, None]
         signal, sigma = signals.sqrt(), (1 - signals).sqrt()
-        noise = torch.randn(x.shape, generator=generator).to(x)
+        noise = drawn.noise.to(x)
         noisy_x, noisy_a = signal * x + sigma * noise, signal * a + sigma * noise
         if method.loss == "siss":
-            is_forgotten = torch.rand(rows, generator=generator).to(x) < method.forgetting
+            is_forgotten = drawn.is_forgotten.to(x.device)
             noisy = torch.where(is_forgotten[:, None, None, None], noisy_a, noisy_x)
             both = own_x.followed_by(own_a)
-            text = both.rows([row + rows * is_a for row, is_a in enumerate(is_forgotten.long().tolist())])
+            text = both.rows([row + len(x) * is_a for row, is_a in enumerate(drawn.is_forgotten.long().tolist())])
             predicted = self._noise(noisy, timesteps, text)
             to_x, to_a = (noisy - signal * x) / sigma, (noisy - signal * a) / sigma
             weight_x, weight_a = importance(squares(to_x) / 2, squares(to_a) / 2, method.forgetting)
@@ -247,12 +296,8 @@ class UnlearningFit(Fit):
         keep = None if method.loss == "neg_grad" else squares(self._noise(noisy_x, timesteps, own_x) - noise).sum()
         if method.loss == "naive_deletion":
             return keep, None
-        target = torch.rand(x.shape, generator=generator).to(x) if method.loss == "erase_diff" else noise
+        target = drawn.uniform.to(x) if method.loss == "erase_diff" else noise
         return keep, squares(self._noise(noisy_a, timesteps, own_a) - target).sum()
-
-    def _drawn(self, pictures: Pictures, rows: int, generator: torch.Generator) -> tuple[Tensor, Conditioning]:
-        chosen = torch.randint(len(pictures.latents), (rows,), generator=generator).tolist()
-        return pictures.latents[chosen], pictures.text.rows(chosen)
 
     def _noise(self, latents: Tensor, timesteps: Sequence[int], text: Conditioning) -> Tensor:
         output = self.model.network_output(latents, torch.tensor(timesteps, device=latents.device), text).float()

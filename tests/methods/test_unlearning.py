@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -14,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from batches import batch_of, images_of
 from nemo_bench import ConfigError, Diffusion, ModelError, Prompt, resolve
 from nemo_bench.benchmark.stages.fit import FITTED, fit_weights
-from nemo_bench.diffusion import fitted_picture
+from nemo_bench.diffusion import NO_SIGNAL, Conditioning, Similarity, fitted_picture
 from nemo_bench.methods import Setup, Unlearning
 from nemo_bench.methods.unlearning import Loss, Pictures, UnlearningFit, combine, importance, norm
+from tiny import tiny_pipeline
 
 LOSSES: list[Loss] = ["siss", "siss_no_is", "erase_diff", "neg_grad", "naive_deletion"]
 CPU = torch.device("cpu")
@@ -83,16 +85,14 @@ def test_losses_are_those_of_the_formulas(tiny: Diffusion, prompts: list[Prompt]
     method = Unlearning(loss=loss, forgetting=1.0, earliest=400)
     fit = UnlearningFit(method, tiny, Pictures(torch.zeros_like(picture), tiny.encode(["cup dog"])), pictures)
     with torch.no_grad():
-        keep, forget = fit.losses(1, torch.Generator().manual_seed(3))
-        generator = torch.Generator().manual_seed(3)
-        for _ in range(2):
-            torch.randint(1, (1,), generator=generator)
-        timestep = int(torch.randint(400, 1000, (1,), generator=generator))
-        noise = torch.randn(picture.shape, generator=generator)
+        drawn = fit.draw(1, torch.Generator().manual_seed(3))
+        keep, forget = fit.losses(drawn)
+        (timestep,), noise = drawn.timesteps, drawn.noise
+        assert timestep >= 400
         signal = tiny.signal(timestep)
         noisy = signal**0.5 * picture + (1 - signal) ** 0.5 * noise
         predicted = tiny.predict_noise(noisy, timestep, own)
-        target = torch.rand(picture.shape, generator=generator) if loss == "erase_diff" else noise
+        target = drawn.uniform if loss == "erase_diff" else noise
         of_zero = tiny.predict_noise((1 - signal) ** 0.5 * noise, timestep, tiny.encode(["cup dog"]))
     if loss == "naive_deletion":
         assert forget is None
@@ -149,6 +149,43 @@ def test_gradients_are_clipped_and_depend_on_the_number_alone(tiny: Diffusion, p
     assert norm(one) == pytest.approx(1, rel=1e-4)
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_batch_size_is_kept_to_and_changes_gradients_by_rounding_only(
+    tiny: Diffusion, prompts: list[Prompt], loss: Loss, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients, sizes = [], []
+    output = tiny.network_output
+
+    def counted(latents: torch.Tensor, timesteps: torch.Tensor, text: Conditioning) -> torch.Tensor:
+        sizes.append(len(latents))
+        return output(latents, timesteps, text)
+
+    tiny.network.requires_grad_(True)
+    try:
+        for batch_size, rows in ((8, 2), (32, 8)):
+            fit = Unlearning(loss=loss, batch=8).fit(tiny, Setup(prompts=prompts, batch_size=batch_size))
+            sizes.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(tiny, "network_output", counted)
+                gradients.append(torch.cat([gradient.flatten() for gradient in fit.gradients(3)]))
+            assert set(sizes) == {rows}
+    finally:
+        tiny.network.requires_grad_(False)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
+
+
+def test_timesteps_at_which_latents_are_noise_alone_are_not_drawn(prompts: list[Prompt]) -> None:
+    pipeline = tiny_pipeline(prediction_type="v_prediction")
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, rescale_betas_zero_snr=True)
+    model = Diffusion(pipeline, steps=4, guidance=3.0, similarity=Similarity(1.0, ()))
+    assert model.signal(990) > NO_SIGNAL > model.signal(998)
+    fit = fit_of(model, Unlearning(earliest=990), prompts)
+    drawn = set(fit.draw(200, torch.Generator().manual_seed(0)).timesteps)
+    assert drawn == {timestep for timestep in range(990, 1000) if model.signal(timestep) >= NO_SIGNAL}
+    with pytest.raises(ConfigError, match=r"earliest=999: .* are noise alone.*lower method\.earliest"):
+        fit_of(model, Unlearning(earliest=999), prompts)
 
 
 def test_fitted_weights_act_inside_the_context_alone(tiny: Diffusion, tmp_path: Path) -> None:
