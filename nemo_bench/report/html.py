@@ -146,6 +146,7 @@ def _examples(results: Results, thumbnails: Mapping[str, Thumbnails]) -> list[di
     examples = []
     for model in results.models:
         mitigated = [c for c in results.cells if c.model == model and c.summary.unmitigated in cells]
+        mitigated = [c for c in mitigated if c.spec.fitted is None] or mitigated
         means = {c.name: values for c in mitigated if (values := c.prompt_means(key, MEMORIZED))}
         # What failed may be what would have been bad.
         complete = {name: v for name, v in means.items() if all(cells[name].is_complete(g, key) for g in MEMORIZED)}

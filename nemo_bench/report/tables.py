@@ -66,11 +66,12 @@ def leaderboard(results: Results) -> list[LeaderboardRow]:
 def _best(results: Results, cells: Sequence[CellResults], group: str) -> dict[str, dict[str, float]]:
     """By cell, metrics with the best mean of those that lack no value, and p of the paired test against the runner-up.
 
-    Cells of the same model and prompts are compared; p is 1 where there is nothing to pair.
+    Cells of the same model and prompts are compared; p is 1 where there is nothing to pair. Methods that were fitted on
+    training images are left out: they have seen what the others are judged by.
     """
     best: dict[str, dict[str, float]] = {cell.name: {} for cell in cells}
     comparable: dict[tuple[str, str], list[CellResults]] = {}
-    for cell in cells:
+    for cell in (cell for cell in cells if cell.spec.fitted is None):
         comparable.setdefault((cell.model, cell.spec.prompts), []).append(cell)
     directed = [(key, info.higher_is_better) for key, info in results.metrics.items()]
     for key, higher in ((key, higher) for key, higher in directed if higher is not None):

@@ -222,6 +222,22 @@ def test_a_mean_that_lacks_values_is_neither_best_nor_starred(default: Path) -> 
     assert row.metrics["ssim"].paired.p_holm < 0.05  # the test itself is shown, with the prompts that it rests on
 
 
+def test_a_method_fitted_on_training_images_is_neither_best_nor_runner_up(default: Path) -> None:
+    before = {(row.method, row.group): row for row in leaderboard(load_results(default))}
+    assert "ssim" in before["nemo", "VM"].best
+    change_file(next(default.glob("*__nemo__*/spec.json")), Spec, fitted="../../fitted/nemo")
+    results = load_results(default)
+    rows = {(row.method, row.group): row for row in leaderboard(results)}
+    assert not any(rows["nemo", group].best for group in results.groups)
+    assert rows["nemo", "VM"].metrics == before["nemo", "VM"].metrics
+    cells = {cell.method: cell.prompt_means("ssim", ["VM"]) for cell in results.cells}
+    (winner,) = (name for name in ("none", "random") if "ssim" in rows[name, "VM"].best)
+    other = {"none": "random", "random": "none"}[winner]
+    differences = np.array([cells[winner][prompt] - cells[other][prompt] for prompt in cells[other]])
+    assert rows[winner, "VM"].best["ssim"] == paired(differences).p
+    assert "fitted on training images are left out" in markdown(results, [*rows.values()])
+
+
 def test_a_method_all_of_whose_images_failed_is_still_in_every_table(default: Path) -> None:
     groups = ("VM", "TM", "general", "all")
     lost = Failures(images=6, localizations=2, scores=1, metrics={"ssim": 6})
