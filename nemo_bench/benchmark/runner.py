@@ -33,7 +33,7 @@ from nemo_bench.benchmark.processes import explained, is_main, together, watch_r
 from nemo_bench.benchmark.progress import ProgressReport
 from nemo_bench.benchmark.stages.base import Chunk, Stage
 from nemo_bench.benchmark.stages.calibrate import measure_pairs, measure_statistics
-from nemo_bench.benchmark.stages.fit import FITTED, fit_weights
+from nemo_bench.benchmark.stages.fit import FITTED, FitProgress, fit_weights
 from nemo_bench.benchmark.stages.generate import generate
 from nemo_bench.benchmark.stages.localize import localize
 from nemo_bench.benchmark.stages.memorization import measure_memorization
@@ -261,6 +261,7 @@ class Runner:
         if is_main():
             identity = {key: cell.spec.settings[key] for key in ("model", "method")}
             store.open(schema.Spec(task="fit", settings=identity), is_named=True)
+        name = f"stage {next(_stages)}"
         with self.holding(store.folder):
             self.wait()
             if is_main() and not (store.folder / FITTED).is_file():
@@ -269,7 +270,14 @@ class Runner:
                 model = self.model(cell)
                 setup = Setup(prompts=cell.prompts, batch_size=self.rows(cell))
                 with _quiet():
-                    fit_weights(method.fit(model, setup), store.folder, self.trainer.strategy.root_device)
+                    fit = method.fit(model, setup)
+                    shown = FitProgress(self.progress, name, str(cell.spec.method), fit.updates)
+                    fit_weights(fit, store.folder, self.trainer.strategy.root_device, [shown])
+            # A barrier would give up after the half hour that a process group waits.
+            self.counters.add(f"{name} over", int(is_main()))
+            with self._explained():
+                while not self.counters.add(f"{name} over", 0):
+                    time.sleep(POLL)
             self.wait()
 
     def make(self, kind: type[Record], cell: Cell, *, assisting: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from nemo_bench.diffusion import GRADIENT_MEMORY, NO_SIGNAL, Conditioning, Diffusion, fitted_picture
-from nemo_bench.errors import ConfigError, ModelError, NotFiniteError
+from nemo_bench.errors import ConfigError, ModelError, NotFiniteError, counted
 from nemo_bench.methods.base import Batch, Fit, Method, Setup
 from nemo_bench.prompts import read_prompts, references_digest
 from nemo_bench.prompts.tasks import seeds_of
@@ -36,6 +37,8 @@ TITLES: dict[Loss, str] = {
 }
 LARGEST = 1.0  # Norm of the gradient of an update at most, over all weights.
 TENTH = 0.1  # Advice of the public code on the norm that the forget gradient is scaled to.
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,18 @@ class Unlearning(Method):
     def fit(self, model: Diffusion, setup: Setup) -> Fit:
         self.batch_size = setup.batch_size
         kept, forgotten = self._sides(setup.prompts)
-        return UnlearningFit(self, model, _pictures(model, kept, setup.batch_size), _of_references(model, forgotten))
+        memorized = sum(prompt.kind is not None for prompt in setup.prompts)
+        keep, forget = _pictures(model, kept, setup.batch_size), _of_references(model, forgotten)
+        log.info(
+            "%s: %s of %s to forget, %d without any; %s of %s to keep",
+            self.title,
+            counted(len(forget.latents), "picture"),
+            counted(memorized, "memorized prompt"),
+            memorized - len(forgotten),
+            counted(len(keep.latents), "picture"),
+            counted(len(kept), "prompt"),
+        )
+        return UnlearningFit(self, model, keep, forget)
 
     @override
     def setup(self, model: Diffusion, setup: Setup) -> None:

@@ -204,6 +204,14 @@ def test_fitted_weights_act_inside_the_context_alone(tiny: Diffusion, tmp_path: 
         Unlearning().setup(tiny, Setup())
 
 
+def test_a_fit_says_what_is_forgotten_and_what_has_no_picture(
+    tiny: Diffusion, prompts: list[Prompt], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="nemo_bench"):
+        fit_of(tiny, Unlearning(), [*prompts, Prompt("d", "cat", "TM"), Prompt("e", "cow", "VM")])
+    assert "1 picture of 3 memorized prompts to forget, 2 without any; 2 pictures of 2 prompts to keep" in caplog.text
+
+
 def test_what_can_not_be_fitted_is_an_error(prompts: list[Prompt]) -> None:
     with pytest.raises(ConfigError, match="reference images, given 0, and prompts to keep, given 2"):
         Unlearning().fingerprint(prompts[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
@@ -13,6 +14,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from nemo_bench.benchmark.progress import ProgressReport
 from nemo_bench.methods import Fit
 from nemo_bench.records.io import replacing
 
@@ -49,7 +51,36 @@ class WeightFit(L.LightningModule):
         optimizer.zero_grad()  # type: ignore[union-attr]
 
 
-def fit_weights(fit: Fit, folder: Path, device: torch.device) -> None:
+class FitProgress(L.Callback):
+    """Shows how many updates of a fit are done, and the time left.
+
+    Args:
+        progress: What shows it.
+        name: Name of no other stage of the run.
+        label: The method.
+        updates: Number of updates.
+    """
+
+    def __init__(self, progress: ProgressReport, name: str, label: str, updates: int) -> None:
+        self.progress = progress
+        self.name = name
+        self.label = label
+        self.total = updates
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.progress.begin(self.name, "fit", self.label, trainer.global_step, self.total)
+
+    @override
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
+        self.progress.add([], 1, is_main=True)
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.progress.end()
+
+
+def fit_weights(fit: Fit, folder: Path, device: torch.device, callbacks: Sequence[L.Callback] = ()) -> None:
     """Fits weights, from the last checkpoint in a folder if there is one, and saves there what they changed by.
 
     The network itself is as it was afterwards. Nothing is done where the file is there already.
@@ -58,6 +89,7 @@ def fit_weights(fit: Fit, folder: Path, device: torch.device) -> None:
         fit: The fit.
         folder: For the checkpoint, and :data:`FITTED`.
         device: Where to compute.
+        callbacks: Of Lightning's trainer.
     """
     if (folder / FITTED).is_file():
         return
@@ -72,7 +104,7 @@ def fit_weights(fit: Fit, folder: Path, device: torch.device) -> None:
             max_epochs=-1,
             accelerator="gpu" if device.type == "cuda" else device.type,
             devices=[device.index or 0] if device.type == "cuda" else 1,
-            callbacks=[saver],
+            callbacks=[saver, *callbacks],
             logger=False,
             enable_model_summary=False,
             enable_progress_bar=False,

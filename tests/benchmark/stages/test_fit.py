@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -16,17 +17,20 @@ from nemo_bench.config import grid
 from on_disk import read_json
 
 WORDS = [
-    "method=siss", "method.loss=neg_grad", "method.keep=null", "method.updates=1", "method.batch=1",
+    "method=siss", "method.loss=neg_grad", "method.keep=null", "method.updates=2", "method.batch=1",
     "method.rate=0.01", "model.steps=2", "seeds=1", "localize_seeds=2", "trainer=cpu",
 ]  # fmt: skip
 
 
 def test_weights_are_fitted_once_and_used_by_images_audit_and_verification(
-    prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     words = [*WORDS, f"prompts.files=[{prompt_file}]", f"root={tmp_path}"]
     (cell,) = plan(grid(words))
-    run([cell], "test", progress=False)
+    monkeypatch.setattr("nemo_bench.benchmark.progress.FIRST", 0.0)
+    with caplog.at_level("INFO", logger="nemo_bench"):
+        run([cell], "test")
+    assert re.search(r"fit siss: 1 of 2, .* left\n", caplog.text)
     (kept,) = (tmp_path / "fitted").iterdir()
     assert cell.fitted
     assert cell.fitted.folder == kept
