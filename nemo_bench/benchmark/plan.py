@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_bench.config import CellConfig, ModelSettings, PromptSettings, RunSettings, build, resolve
 from nemo_bench.config.composition import name_of_files
-from nemo_bench.diffusion import Lora, Similarity, Source
+from nemo_bench.diffusion import Lora, Similarity, Source, pipeline_class_of
 from nemo_bench.errors import ConfigError, ModelError, NemoBenchError, StoreError, counted, first_line
 from nemo_bench.localization import is_readable, read_statistics
 from nemo_bench.methods import Deletion, LocalizedNeurons, Method
@@ -293,7 +293,9 @@ class Planner:
         has_weights = self._look("weights", what, source.check, lambda: source.is_downloaded, fetched)
         if has_weights:
             source.family.chosen(model.layers)
-            method.check(source.family.pipeline_class, model.guidance, model.dtype, compiled=model.compiled)
+        # A method that the model can't have is said before gigabytes are fetched for it.
+        if pipeline_class := source.family.pipeline_class if has_weights else pipeline_class_of(model.family):
+            method.check(pipeline_class, model.guidance, model.dtype, compiled=model.compiled)
         edits = listed.shared_from if any(m.pools for m in lineage(method)) else []
         measured = to_measure(method, model)
         if not self._has_files(config, method, edits, measured):

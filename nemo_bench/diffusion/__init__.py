@@ -8,7 +8,7 @@ from nemo_bench.diffusion.attention import (
     value_layers,
 )
 from nemo_bench.diffusion.digests import folder_digest
-from nemo_bench.diffusion.families import FAMILIES, UNETS, Conditioning
+from nemo_bench.diffusion.families import FAMILIES, UNETS, Conditioning, pipeline_class_of
 from nemo_bench.diffusion.lora import Lora
 from nemo_bench.diffusion.model import GRADIENT_MEMORY, Diffusion
 from nemo_bench.diffusion.pictures import fitted_picture
@@ -43,5 +43,6 @@ __all__ = [
     "fitted_picture",
     "folder_digest",
     "guided_from",
+    "pipeline_class_of",
     "value_layers",
 ]

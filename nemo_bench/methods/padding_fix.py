@@ -45,6 +45,9 @@ class PaddingFix(Method):
     logit is 0, and it still takes attention. Notes have the number of padding tokens; a prompt that fills the input has
     none, and changes of the padding leave it as it is.
 
+    Whether a tokenizer has ``token``, and pads with another one, is known once the model is loaded: if not,
+    :meth:`setup` raises ModelError.
+
     The embedded model has 16 tokens, of which a caption leaves about half to the padding. There the words carry most of
     the memory: of eight images of verbatim prompts four remain copies with the method, seven with ``"zero_pad"``, five
     with ``"zero_end"``, and four with ``"zero_prompt"``, which alone leaves no copy of four of template prompts.

@@ -15,7 +15,8 @@ from nemo_bench.benchmark.dry_run import forecast
 from nemo_bench.benchmark.plan import plan
 from nemo_bench.benchmark.run import run
 from nemo_bench.cli import main
-from nemo_bench.config import CellConfig, grid, options
+from nemo_bench.config import CellConfig, build, grid, options
+from nemo_bench.diffusion import pipeline_class_of
 from nemo_bench.errors import ModelError
 from nemo_bench.metrics import Alignment
 from nemo_bench.records.io import write_json
@@ -277,13 +278,22 @@ def test_every_preset_has_a_complete_table_of_needs_on_every_model(
         others = [
             CellConfig({**c.names, "model": model}, replace(c.settings, model=other.settings.model)) for c in choices
         ]
+        pipeline_class = pipeline_class_of(other.settings.model.family)
+        methods = [build(choice.settings.method, "method") for choice in choices]
+        refused = sum(pipeline_class not in method.families for method in methods)
+        lacks_training = name == "memsinks"  # whose pools are those of a training
         found = forecast(others)
         (weights,) = (need for need in found["needs"] if need["kind"] == "weights")
         assert weights["state"] == ("there" if model.startswith("planted") else "missing")
         kinds = {need["kind"] for need in found["needs"] if need["state"] == "missing"}
-        assert kinds <= {"weights", "metric"}
-        assert found["uncounted"] == 0
-        assert len(found["cells"]) >= len(choices)
+        assert kinds <= {"weights", "metric", "method", *(["method's file"] if lacks_training else [])}
+        assert "method" in kinds or not refused
+        assert found["uncounted"] >= refused
+        if pipeline_class == "StableDiffusionPipeline" and not lacks_training:
+            assert "method" not in kinds
+            assert found["uncounted"] == 0
+        # Models of trainings are one model here.
+        assert lacks_training or len(found["cells"]) >= len(choices) - found["uncounted"]
 
 
 def test_general_prompts_that_are_benchmarked_too_are_said_to_be(

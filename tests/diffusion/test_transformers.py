@@ -25,7 +25,7 @@ from nemo_bench.benchmark.embedding_search import search_embeddings
 from nemo_bench.benchmark.plan import plan
 from nemo_bench.benchmark.run import run
 from nemo_bench.config import grid, options
-from nemo_bench.diffusion import UNETS, Similarity, Source
+from nemo_bench.diffusion import UNETS, Similarity, Source, pipeline_class_of
 from nemo_bench.diffusion.families import FAMILIES, family_of
 from nemo_bench.errors import ModelError
 from nemo_bench.localization import (
@@ -494,6 +494,8 @@ def test_the_models_of_the_configuration(name: str) -> None:
     settings = choice.settings.model
     own = {key: getattr(settings, key) for key in ("tokens", "size", "distilled_guidance")}
     family = family_of(FULL_SIZE[name][1], **own)
+    assert settings.family in family.names
+    assert pipeline_class_of(settings.family) in {"PixArtAlphaPipeline", family.pipeline_class}
     assert settings.layers in family.layers
     assert settings.source.count("/") == 1
     assert "license" in settings.summary.lower()

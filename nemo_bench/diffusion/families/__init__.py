@@ -13,7 +13,7 @@ from nemo_bench.diffusion.families.sd3 import StableDiffusion3
 from nemo_bench.diffusion.families.unet import StableDiffusion, StableDiffusionXL
 from nemo_bench.errors import ModelError
 
-__all__ = ["FAMILIES", "UNETS", "Conditioning", "Family", "Layers", "Segment", "family_of"]
+__all__ = ["FAMILIES", "UNETS", "Conditioning", "Family", "Layers", "Segment", "family_of", "pipeline_class_of"]
 
 FAMILIES: dict[str, type[Family]] = {
     family.pipeline_class: family
@@ -22,6 +22,11 @@ FAMILIES: dict[str, type[Family]] = {
 """By the name of the pipeline class, as in ``model_index.json``."""
 UNETS = frozenset({StableDiffusion.pipeline_class, StableDiffusionXL.pipeline_class})
 """Families with a UNet, for which nearly all methods and detectors were published."""
+
+
+def pipeline_class_of(name: str | None) -> str | None:
+    """The first pipeline class whose models have this ``model.family``, or None."""
+    return next((pipeline_class for pipeline_class, family in FAMILIES.items() if name in family.names), None)
 
 
 def family_of(pipeline_class: str, **settings: Any) -> Family:

@@ -70,6 +70,7 @@ class Family(ABC):
     """
 
     pipeline_class: ClassVar[str]  #: Class of the diffusers pipeline, as in ``model_index.json``.
+    names: ClassVar[frozenset[str]]  #: Values of ``model.family`` that such models have.
     loading: ClassVar[Mapping[str, Any]] = {}  #: Arguments of ``from_pretrained``.
     networks: ClassVar[tuple[str, ...]]  #: Parts of the pipeline with weights.
     network: ClassVar[str] = "transformer"  #: The part that denoises.

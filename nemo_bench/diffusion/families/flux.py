@@ -29,6 +29,7 @@ class Flux(Transformer):
     """
 
     pipeline_class = "FluxPipeline"
+    names = frozenset({"flux1"})
     loading: ClassVar[Mapping[str, Any]] = {"feature_extractor": None, "image_encoder": None}
     networks: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2")
     layers = ("double", "all")

@@ -25,6 +25,7 @@ class PixArtAlpha(Transformer):
     """
 
     pipeline_class = "PixArtAlphaPipeline"
+    names = frozenset({"pixart"})
     networks: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder")
     pattern = r"transformer_blocks\.\d+\.attn2\.to_v"
     lowers = True

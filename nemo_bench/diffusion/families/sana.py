@@ -26,6 +26,7 @@ class Sana(Transformer):
     """
 
     pipeline_class = "SanaPipeline"
+    names = frozenset({"sana"})
     networks: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder")
     pattern = r"transformer_blocks\.\d+\.attn2\.to_v"
     lowers = True

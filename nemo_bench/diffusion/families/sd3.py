@@ -25,6 +25,7 @@ class StableDiffusion3(Transformer):
     """
 
     pipeline_class = "StableDiffusion3Pipeline"
+    names = frozenset({"sd3"})
     loading: ClassVar[Mapping[str, Any]] = {"feature_extractor": None, "image_encoder": None}
     networks: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
     pattern = r"transformer_blocks\.\d+\.attn\.add_v_proj"

@@ -21,6 +21,7 @@ class StableDiffusion(Family):
     """Stable Diffusion 1.x and 2.x: one text encoder, CLIP or OpenCLIP; widths and predictions are configuration."""
 
     pipeline_class = "StableDiffusionPipeline"
+    names = frozenset({"sd1", "sd2", "sd2_base", "realistic_vision", "planted"})
     # The safety checker would blacken images.
     loading: ClassVar[Mapping[str, Any]] = {
         "safety_checker": None,
@@ -119,6 +120,7 @@ class StableDiffusionXL(StableDiffusion):
     """
 
     pipeline_class = "StableDiffusionXLPipeline"
+    names = frozenset({"sdxl"})
     loading: ClassVar[Mapping[str, Any]] = {"add_watermarker": False, "feature_extractor": None, "image_encoder": None}
     networks = ("unet", "vae", "text_encoder", "text_encoder_2")
 
