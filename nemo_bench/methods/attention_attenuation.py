@@ -34,9 +34,8 @@ class AttentionAttenuation(Method):
 
     A factor below 1 raises the attention to a spike where its logit is negative: ``raised`` in the notes of an image is
     the share of such logits among those of spikes, ``spikes`` the share of spikes among tokens. In the embedded model
-    these are about 0.4 each, so it can't show the effect: on four verbatim prompts, two images each, all remain copies,
-    at a factor of 0 as well. Attention is computed step by step, which differs from fused attention by rounding; a
-    factor of 1 leaves it alone.
+    neither is rare, so it can't show the effect. Attention is computed step by step, which differs from fused attention
+    by rounding; a factor of 1 leaves it alone.
     """
 
     title = "Attention attenuation"

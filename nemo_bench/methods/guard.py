@@ -32,9 +32,8 @@ class GUARD(AttentionAttenuation):
     turn off, but does not. The public snapshot can't run that command as it stands.
 
     A factor of 1 is the control that a table needs: plain guidance at the scale w - r cos(pi i / 2N), which is lower.
-    In the embedded model, whose guidance scale is 3, the published r leaves a scale of 1 in the first step. There all
-    eight images of four verbatim prompts remain copies, with either factor; of four of template prompts one does, and
-    all with the factor of the control.
+    In the embedded model, whose guidance scale is 3, the published r leaves a scale of 1 in the first step, where
+    guidance acts most.
     """
 
     title = "GUARD"

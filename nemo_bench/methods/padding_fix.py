@@ -48,9 +48,8 @@ class PaddingFix(Method):
     Whether a tokenizer has ``token``, and pads with another one, is known once the model is loaded: if not,
     :meth:`setup` raises ModelError.
 
-    The embedded model has 16 tokens, of which a caption leaves about half to the padding. There the words carry most of
-    the memory: of eight images of verbatim prompts four remain copies with the method, seven with ``"zero_pad"``, five
-    with ``"zero_end"``, and four with ``"zero_prompt"``, which alone leaves no copy of four of template prompts.
+    The embedded model has 16 tokens, of which a caption leaves about half to the padding; there the words carry much of
+    the memory, as ``"zero_prompt"`` shows.
     """
 
     title = "Padding fix"

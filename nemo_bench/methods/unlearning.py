@@ -99,11 +99,6 @@ class Unlearning(Method):
     sampling changes. The weights are fitted once for all images of a cell, by the first process, and kept in
     ``<root>/fitted``; passes of the fit are in no record.
 
-    In the embedded model, with the images of six prompts to forget, SISS leaves two copies of eight images of verbatim
-    prompts and none of four of template prompts, and images of general prompts are nearly those without it (correlation
-    0.96); EraseDiff leaves none at the same correlation.
-    Naive deletion leaves all copies, and NegGrad no image of any prompt (0.24).
-
     The training images are seen, so results are not to be ranked beside mitigations that see prompts alone.
     """
 
