@@ -306,7 +306,13 @@ class Source:
                 else:
                     networks = [name for name in self._networks if name not in options]
                     options |= {name: self._load_network(name, options["dtype"]) for name in networks}
-                    pipeline = pipeline_class.from_pretrained(self.path, **self._place_of_files, **options)
+                    pipeline = pipeline_class.from_pretrained(
+                        self.path,
+                        use_safetensors=True,
+                        low_cpu_mem_usage=_has_accelerate(),
+                        **self._place_of_files,
+                        **options,
+                    )
             _check_tokenizers(pipeline)
         except (OSError, LookupError, ValueError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
             hint = f"check that it is a pipeline like '{self.config}'" if self.is_file else "check that it is complete"
@@ -338,7 +344,7 @@ class Source:
             self.path,
             subfolder=name,
             variant=variant if variant in self._weights_by_variant(name) else None,
-            low_cpu_mem_usage=find_spec("accelerate") is not None,
+            low_cpu_mem_usage=_has_accelerate(),
             **{"torch_dtype" if library == "diffusers" else "dtype": dtype},
             **self._place_of_files,
         )
@@ -355,6 +361,11 @@ class Source:
             local_files_only=self._repository.offline,
             allow_patterns=["*.json", "*.txt"],
         )
+
+
+def _has_accelerate() -> bool:
+    """Whether weights can be loaded with little memory; diffusers warns where it is asked to and can't."""
+    return find_spec("accelerate") is not None
 
 
 def _load_whole(kind: Any, place: str, **options: Any) -> Any:

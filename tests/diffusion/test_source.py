@@ -242,6 +242,21 @@ def test_a_network_that_lacks_a_weight_is_an_error_in_place_of_a_random_one(
             Source(str(folder), unet=str(place / "unet")).load()
 
 
+def test_without_accelerate_nothing_is_asked_of_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Diffusers would print advice to install it at every start."""
+    monkeypatch.setattr("nemo_bench.diffusion.source.find_spec", lambda name: None)
+    asked = []
+    original = StableDiffusionPipeline.from_pretrained
+
+    def from_pretrained(place: str, **options: Any) -> Any:
+        asked.append(options["low_cpu_mem_usage"])
+        return original(place, **options)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", from_pretrained)
+    Source(str(folder)).load()
+    assert asked == [False]
+
+
 def test_a_network_of_another_library_is_an_error(folder: Path, tmp_path: Path) -> None:
     place = copied(folder, tmp_path / "model")
     index = json.loads((place / "model_index.json").read_text())
