@@ -166,13 +166,18 @@ class Family(ABC):
 
     def unscaled(self, config: Any, latents: Tensor) -> Tensor:
         """Converts latents of the network to those of an autoencoder of this configuration."""
-        return latents / config.scaling_factor
+        return latents / config.scaling_factor + _shift(config)
 
     def scaled(self, config: Any, latents: Tensor) -> Tensor:
         """Converts latents of an autoencoder of this configuration to those of the network."""
-        return latents * config.scaling_factor
+        return (latents - _shift(config)) * config.scaling_factor
 
     def encode_images(self, autoencoder: Any, images: Tensor) -> Tensor:
         """Encodes images, -1 black and 1 white, to latents of the autoencoder: its means."""
         latents: Tensor = autoencoder.encode(images).latent_dist.mode()
         return latents
+
+
+def _shift(config: Any) -> float:
+    """What an autoencoder of this configuration subtracts from its latents, 0 where it names nothing."""
+    return getattr(config, "shift_factor", None) or 0.0

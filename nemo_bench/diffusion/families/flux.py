@@ -95,11 +95,3 @@ class Flux(Transformer):
     @override
     def span(self, layer: str) -> slice:
         return slice(0, self.tokens) if layer.startswith("single") else slice(None)
-
-    @override
-    def unscaled(self, config: Any, latents: Tensor) -> Tensor:
-        return latents / config.scaling_factor + config.shift_factor
-
-    @override
-    def scaled(self, config: Any, latents: Tensor) -> Tensor:
-        return (latents - config.shift_factor) * config.scaling_factor

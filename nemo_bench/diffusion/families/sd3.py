@@ -70,14 +70,6 @@ class StableDiffusion3(Transformer):
         )[0]
         return output
 
-    @override
-    def unscaled(self, config: Any, latents: Tensor) -> Tensor:
-        return latents / config.scaling_factor + config.shift_factor
-
-    @override
-    def scaled(self, config: Any, latents: Tensor) -> Tensor:
-        return (latents - config.shift_factor) * config.scaling_factor
-
 
 def _clip_length(pipeline: Any) -> int:
     """Positions of the CLIPs, also where they are absent."""
