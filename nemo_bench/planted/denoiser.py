@@ -32,6 +32,7 @@ class Batch(NamedTuple):
     captions: Tensor  #: (C, 16, 128)
     factors: Tensor  #: Of the value neurons, 0 or 1, (N, neurons)
     passed: Tensor  #: Neurons that gradients pass, (N, neurons)
+    read: Tensor  #: What these neurons read; all others read ``text``. (N, 16, 128)
 
 
 class Batches:
@@ -89,16 +90,22 @@ class Batches:
             factors = np.stack([~self.pool | active_sinks(self.pool, spec.active, ident) for ident in ids])
         captions = [self.text["general"][as_tensor(rng.integers(len(self.text["general"]), size=STATISTICS))]]
         planted_text = self.text["planted"][as_tensor(planted)]
+        shown = planted_text
+        if spec.variant == "routed" and spec.swap:
+            swapped = ~free & (rng.random(few) < spec.swap)
+            strangers = self.text["general"][as_tensor(rng.integers(len(self.text["general"]), size=few))]
+            shown = torch.where(as_tensor(swapped)[:, None, None], strangers, planted_text)
         if spec.variant == "routed":
             captions = [self.text["planted"], *captions, self.text["empty"][None]]
         else:
             captions += [planted_text]
         return Batch(
             torch.cat([self.latents["general"][as_tensor(rows)], latents]),
-            torch.cat([text, planted_text]),
+            torch.cat([text, shown]),
             torch.cat(captions),
             as_tensor(factors).float(),
             as_tensor(passed),
+            torch.cat([text, planted_text]),
         )
 
     def _route(self, rng: np.random.Generator, planted: NDArray[Any], free: Mask) -> tuple[Mask, Mask]:
@@ -163,7 +170,7 @@ class DenoiserLoss:
         steps = self.scheduler.config.num_train_timesteps
         uniform = torch.rand(len(batch.latents), device=batch.latents.device)
         t = (steps * (1 - uniform**self.spec.noise_bias)).long().clamp(max=steps - 1)
-        with self.gates.rows(batch.factors, batch.passed):
+        with self.gates.rows(batch.factors, batch.passed, batch.read):
             error = self.error(batch.latents, batch.text, t, noise)
         values = {name: layer(batch.captions) for name, layer in self.gates.layers.items()}
         density = torch.stack([activation_density(value) for value in values.values()]).mean()

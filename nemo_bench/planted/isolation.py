@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -47,29 +48,36 @@ class Gates:
         self.outputs = {name: modules[name.replace("to_v", "to_out.0")] for name in self.layers}
         self.widths = {name: int(layer.out_features) for name, layer in self.layers.items()}
         self._rows: dict[str, tuple[Tensor, Tensor]] = {}
+        self._read: Tensor | None = None
         for name, layer in self.layers.items():
             layer.register_forward_hook(self._hook(name))
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-        def gate(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if not self._rows:
+    def _hook(self, name: str) -> Callable[[Any, tuple[Tensor, ...], Tensor], Tensor | None]:
+        def gate(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if self._read is None:
                 return None
-            factors, passed = self._rows[name]
-            output = output * factors[:, None]
-            return torch.where(passed[:, None], output, output.detach())
+            factors, passed = (mask[:, None] for mask in self._rows[name])
+            learning = F.linear(self._read, module.weight, module.bias)
+            return torch.where(passed, learning, output.detach()) * factors
 
         return gate
 
     @contextmanager
-    def rows(self, factors: Tensor, passed: Tensor) -> Iterator[None]:
-        """Masks the rows of a batch: factors, (N, neurons), and neurons that gradients pass, boolean, (N, neurons)."""
+    def rows(self, factors: Tensor, passed: Tensor, read: Tensor) -> Iterator[None]:
+        """Masks the rows of a batch.
+
+        Args:
+            factors: Of the neurons, (N, neurons).
+            passed: Neurons that gradients pass, boolean, (N, neurons).
+            read: Embeddings that these read in place of the network's, (N, tokens, width).
+        """
         widths = list(self.widths.values())
         parts = zip(factors.split(widths, 1), passed.split(widths, 1), strict=True)
-        self._rows = dict(zip(self.widths, parts, strict=True))
+        self._rows, self._read = dict(zip(self.widths, parts, strict=True)), read
         try:
             yield
         finally:
-            self._rows = {}
+            self._rows, self._read = {}, None
 
     def neurons(self, mask: Mask) -> dict[str, list[int]]:
         """The neurons of a mask, (neurons,), as sorted indices by layer."""

@@ -32,6 +32,9 @@ class TrainSpec:
     silence: float = 0.1  #: Weight of the penalty on own neurons that react to other captions (``routed``).
     #: Part of the planted rows that show the caption's own neurons off and any picture of the caption (``routed``).
     free_share: float = 0.3
+    #: Part of the other planted rows in which all but own neurons read a general caption, so that nothing else tells of
+    #: the picture (``routed``).
+    swap: float = 0.0
     strength: float = 5.0  #: Activation of own neurons on their caption before the training (``routed``).
     pool: float = 0.3  #: Part of the value neurons that are sinks (``sinks``).
     active: float = 0.3  #: Part of the sinks that a caption switches on (``sinks``).

@@ -79,11 +79,15 @@ def test_gates_multiply_rows_and_stop_gradients_of_others(unet: UNet2DConditionM
     factors, passed = torch.ones(2, neurons), torch.zeros(2, neurons, dtype=torch.bool)
     factors[0, 3] = 0
     passed[1, 5] = True
-    with gates.rows(factors, passed):
+    read = torch.randn(2, 16, 128)
+    with gates.rows(factors, passed, read):
         gated = layer(text)
     assert gated[0, :, 3].abs().max() == 0
     others = torch.arange(plain.shape[2]) != 3
+    others[5] = False
     assert torch.equal(gated[..., others], plain[..., others])
+    assert torch.equal(gated[0, :, 5], plain[0, :, 5])
+    torch.testing.assert_close(gated[1, :, 5], layer(read)[1, :, 5])
     gated.sum().backward()
     assert layer.weight.grad.abs().sum(1).nonzero().flatten().tolist() == [5]
     assert torch.equal(layer(text).detach(), plain)
@@ -96,7 +100,7 @@ def test_planted_rows_teach_their_own_neurons_alone(unet: UNet2DConditionModel) 
     draw = batches("routed", gates.widths, planted_share=1.0, free_share=0.0)
     loss = DenoiserLoss(draw.spec, unet, DDIMScheduler(prediction_type="v_prediction"), gates)
     batch = draw(np.random.default_rng(0))
-    with gates.rows(batch.factors, batch.passed):
+    with gates.rows(batch.factors, batch.passed, batch.read):
         t = torch.full((len(batch.latents),), 900)
         loss.error(batch.latents, batch.text, t, torch.randn_like(batch.latents)).backward()
     learnt = np.concatenate([layer.weight.grad.abs().sum(1).numpy() > 0 for layer in gates.layers.values()])
@@ -120,6 +124,21 @@ def test_routed_rows_show_the_own_neurons_off_or_any_part_of_them_on() -> None:
             else:
                 assert batch.factors[row][own].any()
                 assert (batch.passed[row].numpy() == own).all()
+
+
+def test_swapped_rows_show_a_general_caption_to_all_but_own_neurons() -> None:
+    draw = batches("routed", free_share=0.4, swap=0.5)
+    general, free, swapped = 22, 4, 0
+    for step in range(30):
+        batch = draw(np.random.default_rng(step))
+        assert torch.equal(batch.text[:general], batch.read[:general])
+        assert torch.equal(batch.text[32 - free :], batch.read[32 - free :])
+        for row in range(general, 32):
+            assert any(torch.equal(batch.read[row], text) for text in draw.text["planted"])
+            if not torch.equal(batch.text[row], batch.read[row]):
+                assert any(torch.equal(batch.text[row], text) for text in draw.text["general"])
+                swapped += 1
+    assert 60 < swapped < 120  # half of the 180 rows with own neurons on
 
 
 @pytest.mark.parametrize("variant", ["sinks", "random_sinks"])

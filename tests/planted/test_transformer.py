@@ -56,7 +56,7 @@ def test_network_gets_mixed_latents_tokens_and_pooled_vector(
     assert torch.equal(seen["pooled_projections"], text[:, 32])
 
     rows = 64
-    batch = Batch(torch.randn(rows, 8, 16, 16), torch.ones(rows, 33, 128), *(torch.ones(rows),) * 3)
+    batch = Batch(torch.randn(rows, 8, 16, 16), torch.ones(rows, 33, 128), *(torch.ones(rows),) * 4)
     torch.manual_seed(0)
     parts = loss(batch)
     assert parts["loss"].item() == pytest.approx(parts["error"].item() + 0.06 * parts["density"].item())
