@@ -15,7 +15,7 @@ from nemo_bench.config.composition import name_of_files
 from nemo_bench.diffusion import Lora, Similarity, Source, pipeline_class_of
 from nemo_bench.errors import ConfigError, ModelError, NemoBenchError, StoreError, counted, first_line
 from nemo_bench.localization import is_readable, read_statistics
-from nemo_bench.methods import Deletion, LocalizedNeurons, Method
+from nemo_bench.methods import Deletion, FittedMethod, LocalizedNeurons, Method
 from nemo_bench.metrics import FIELDS, BenchMetric
 from nemo_bench.prompts import read_prompts, references_digest
 from nemo_bench.records import schema
@@ -328,7 +328,7 @@ class Planner:
             calibration=f"../../calibration/{calibration_folder}" if THRESHOLD in measured else None,
             general_prompts={"file": listed.calibration, "digest": calibration["prompts"]} if measured else None,
             measures=source.family.measures if has_weights else "",
-            fitted=_fitted_folder(config, prompts, identity) if method.fits else None,
+            fitted=_fitted_folder(config, prompts, identity) if isinstance(method, FittedMethod) else None,
         )
         root = Path(settings.root)
         cell = Cell(

@@ -43,7 +43,7 @@ from nemo_bench.config.schema import rows_at_once
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.diffusion.masks import check_neurons
 from nemo_bench.errors import ConfigError, ModelError, StoreError, first_line
-from nemo_bench.methods import Method, Setup
+from nemo_bench.methods import FittedMethod, Method, Setup
 from nemo_bench.metrics import BenchMetric, SetMetric
 from nemo_bench.prompts.data import Counters, PromptDataModule, SharedBatches
 from nemo_bench.prompts.tasks import Task
@@ -265,7 +265,7 @@ class Runner:
         with self.holding(store.folder):
             self.wait()
             if is_main() and not (store.folder / FITTED).is_file():
-                method: Method = build(cell.config.settings.method, "method")
+                method: FittedMethod = build(cell.config.settings.method, "method")
                 log.info("%s: fitting its weights, in %s", method.title, store.folder)
                 model = self.model(cell)
                 setup = Setup(prompts=cell.prompts, batch_size=self.rows(cell))

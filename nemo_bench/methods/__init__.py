@@ -4,7 +4,7 @@ from nemo_bench.methods.amg import AMG
 from nemo_bench.methods.anisotropy import AnisotropyOptimization
 from nemo_bench.methods.attention_attenuation import AttentionAttenuation
 from nemo_bench.methods.attention_rescaling import AttentionRescaling
-from nemo_bench.methods.base import Batch, Fit, Method, Setup
+from nemo_bench.methods.base import Batch, Fit, FittedMethod, Method, Setup
 from nemo_bench.methods.bright_ending import BrightEndingOptimization
 from nemo_bench.methods.cluster_neurons import ClusterNeurons
 from nemo_bench.methods.derived_neurons import OtherNeurons, RandomNeurons, SharedNeurons
@@ -45,6 +45,7 @@ __all__ = [
     "EmbeddingNoise",
     "EmbeddingOptimization",
     "Fit",
+    "FittedMethod",
     "LocalizedNeurons",
     "Method",
     "NeMo",

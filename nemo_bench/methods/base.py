@@ -36,7 +36,7 @@ class Setup:
     source_localizations: Mapping[str, Localization] = field(default_factory=dict)
     source_prompts: Sequence[Prompt] = ()  #: Prompts that the source localized.
     batch_size: int = 32  #: Rows in a UNet pass at most; changes results by rounding only.
-    fitted: Path | None = None  #: Safetensors file of what :meth:`Method.fit` changed, for methods with ``fits``.
+    fitted: Path | None = None  #: Safetensors file of what a :class:`FittedMethod` changed.
 
 
 class Fit(ABC):
@@ -117,7 +117,6 @@ class Method(Checked, ABC):
     #: Whether it treats all prompts alike, by the localizations of memorized prompts; those may be of another list,
     #: ``prompts.shared_from``.
     pools: ClassVar[bool] = False
-    fits: ClassVar[bool] = False  #: Whether it edits weights that :meth:`fit` fits, once for all images of a cell.
     memorization_threshold: float | None = None  #: A threshold of its own, or None for the calibrated one.
     noise_protocol: Protocol = PAPER  #: How it takes noise differences.
     source: Method | None = None  #: Another method whose localizations this one starts from, or None.
@@ -165,10 +164,6 @@ class Method(Checked, ABC):
         """
         return {}
 
-    def fit(self, model: Diffusion, setup: Setup) -> Fit:
-        """Prepares the fit of weights, for methods with ``fits``; it comes before :meth:`setup`, which gets them."""
-        raise NotImplementedError(f"{self.title} fits no weights")
-
     def setup(self, model: Diffusion, setup: Setup) -> None:
         """Stores what a run gives, and measures what all prompts share; called once, before the first batch."""
         self.calibration = setup.calibration
@@ -208,3 +203,11 @@ class Method(Checked, ABC):
     @abstractmethod
     def apply(self, model: Diffusion, batch: Batch) -> AbstractContextManager[Batch]:
         """Applies the mitigation to a batch, and gives the one to generate from; on exit the model is as it was."""
+
+
+class FittedMethod(Method):
+    """A method that edits weights which it fits first, once for all images of a cell; a run keeps them."""
+
+    @abstractmethod
+    def fit(self, model: Diffusion, setup: Setup) -> Fit:
+        """Prepares the fit; it comes before :meth:`setup`, which gets the file of the weights."""

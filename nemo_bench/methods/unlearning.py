@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from nemo_bench.diffusion import GRADIENT_MEMORY, NO_SIGNAL, Conditioning, Diffusion, fitted_picture
 from nemo_bench.errors import ConfigError, ModelError, NotFiniteError, counted
-from nemo_bench.methods.base import Batch, Fit, Method, Setup
+from nemo_bench.methods.base import Batch, Fit, FittedMethod, Setup
 from nemo_bench.prompts import read_prompts, references_digest
 from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.citations import cite
@@ -74,7 +74,7 @@ class Draw:
 
 
 @dataclass(eq=False)
-class Unlearning(Method):
+class Unlearning(FittedMethod):
     """Fits all weights of the UNet so that it forgets training images (Alberti et al. 2025).
 
     The pictures x to keep and a to forget get the same timestep and noise n, m_x = g x + s n and m_a = g a + s n with
@@ -109,7 +109,6 @@ class Unlearning(Method):
     citation = cite("alberti2025data")
     makes_passes = True
     auditable = True
-    fits = True
 
     loss: Loss = "siss"
     #: List of prompts to keep (csv, jsonl, txt or parquet), with reference images or without; None takes those of the
