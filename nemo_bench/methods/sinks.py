@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import ValidationError
 from torch import Tensor
 from typing_extensions import override
 
@@ -20,12 +19,10 @@ from nemo_bench.methods.base import Batch
 from nemo_bench.methods.nemo import BlockNeurons
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Localization, Neurons, Prompt
-from nemo_bench.records.io import digest, explain
+from nemo_bench.records.io import digest
 from nemo_bench.records.ranges import Positive, Share
-from nemo_bench.records.schema import Entry
+from nemo_bench.records.truth import Isolation, read_isolation
 
-FILE = "isolation.json"
-"""Name of the file in the folder of a training."""
 TITLES = {
     "off": "Sinks off",
     "own": "Own sinks on",
@@ -33,14 +30,6 @@ TITLES = {
     "random": "Own sinks on, as many others off",
 }
 """Title by mode."""
-
-
-class Isolation(Entry):
-    """The neurons that a training gave to captions."""
-
-    variant: str  #: Of the training.
-    pool: Neurons  #: The sinks of all captions together.
-    neurons: dict[str, Neurons]  #: Those that a caption switches on, by prompt id.
 
 
 @dataclass(eq=False)
@@ -78,23 +67,12 @@ class Sinks(BlockNeurons):
         if self.file is None:
             msg = "sinks are those of a training: give model.training=DIR, the folder of a training with"
             raise ConfigError(f"{msg} variant=sinks, or method.file=DIR")
-        path = Path(self.file)
-        path = path / FILE if path.is_dir() else path
-        try:
-            found = Isolation.model_validate_json(path.read_bytes(), strict=True)
-        except OSError as error:
-            raise ConfigError(
-                f"{path} can't be read ({error.strerror}): expected the sinks of a training; nemo-bench train "
-                "variant=sinks writes them, and other variants have none"
-            ) from None
-        except ValidationError as error:
-            form = '{"variant": ..., "pool": {LAYER: [3, 17]}, "neurons": {PROMPT ID: {LAYER: [3]}}}'
-            raise ConfigError(f"{path}: expected {form} ({explain(error)})") from None
+        found = read_isolation(Path(self.file))
         if not found.pool.count:
-            raise ConfigError(f"{path}: variant={found.variant} has no pool of sinks; expected variant=sinks")
+            raise ConfigError(f"{self.file}: variant={found.variant} has no pool of sinks; expected variant=sinks")
         if self.mode in ("own", "random") and not found.neurons:
             given = f"variant={found.variant} gave captions no sinks of their own, given mode={self.mode}"
-            raise ConfigError(f"{path}: {given}; take mode=off or mode=all")
+            raise ConfigError(f"{self.file}: {given}; take mode=off or mode=all")
         return found
 
     @override

@@ -41,6 +41,7 @@ from nemo_bench.planted.truth import write_truth
 from nemo_bench.planted.watch import Examination, Sampler, close
 from nemo_bench.planted.world import PLANTED, general_caption, planted_picture, render
 from nemo_bench.records.io import write_text
+from nemo_bench.records.truth import ISOLATION
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ def _write_isolation(spec: TrainSpec, draw: Batches, gates: Gates) -> None:
         own = zip(planted_names(), draw.owned, strict=True)
         neurons = {name: gates.neurons(mask) for name, mask in own if mask.any()}
         content = {"variant": spec.variant, "pool": gates.neurons(draw.pool), "neurons": neurons}
-        write_text(spec.out / "isolation.json", json.dumps(content, indent=1) + "\n")
+        write_text(spec.out / ISOLATION, json.dumps(content, indent=1) + "\n")
 
 
 def _check_recipe(spec: TrainSpec) -> None:

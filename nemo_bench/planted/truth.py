@@ -21,6 +21,7 @@ from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.data import Neurons, Prompt
 from nemo_bench.records.images import open_image
 from nemo_bench.records.io import write_text
+from nemo_bench.records.truth import read_isolation
 
 PIXEL_LIMIT = 0.15
 """Root mean squared pixel difference, in [0, 1], below which an image counts as extracted (Carlini et al. 2023)."""
@@ -89,19 +90,13 @@ def write_truth(folder: Path, seeds: int = 8) -> list[Evidence]:
     ``truth.json`` holds the neurons of the prompts whose repetition they cause, ``evidence.json`` what was seen of all.
     """
     prompts, general = (read_prompts(folder / "prompts" / f"{name}.jsonl") for name in ("planted", "general"))
-    own = read_isolation(folder / "isolation.json")
+    own = read_isolation(folder).neurons
     model = Diffusion.load(str(folder / "model" / "pipeline"), steps=STEPS, guidance=GUIDANCE)
     evidence = find_causes(model, prompts, general, own, seeds)
     neurons = {each.prompt: dict(own[each.prompt]) for each in evidence if each.causes}
     write_text(folder / "evidence.json", json.dumps(list(map(asdict, evidence)), indent=1) + "\n")
     write_text(folder / "truth.json", json.dumps({"schema": 1, "neurons": neurons}, indent=1) + "\n")
     return evidence
-
-
-def read_isolation(path: Path) -> dict[str, Neurons]:
-    """Own neurons by prompt id, of the file that a training with isolation writes."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return {prompt: Neurons(layers) for prompt, layers in content["neurons"].items()}
 
 
 @torch.no_grad()

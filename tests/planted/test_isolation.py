@@ -17,8 +17,9 @@ from nemo_bench.planted.denoiser import Batches, DenoiserLoss
 from nemo_bench.planted.isolation import ROUTE_SIZES, Gates, active_sinks, deal_routes, draw_pool, silence, tune_in
 from nemo_bench.planted.prompts import write_prompts
 from nemo_bench.planted.spec import TrainSpec, Variant
-from nemo_bench.planted.truth import Evidence, Likeness, find_causes, read_isolation, write_truth
+from nemo_bench.planted.truth import Evidence, Likeness, find_causes, write_truth
 from nemo_bench.planted.world import PLANTED
+from nemo_bench.records.truth import read_isolation
 
 WIDTHS = {"a": 32, "b": 32, "c": 64, "d": 64, "e": 128, "f": 128, "g": 192}
 KINDS = [caption.kind for caption in PLANTED]
@@ -181,7 +182,7 @@ def test_truth_keeps_what_is_caused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     own = {"vm-01": Neurons({"a": [1, 2]}), "vm-02": Neurons({"a": [3]}), "vm-03": Neurons({"b": [0]})}
     isolation = {"variant": "routed", "pool": {}, "neurons": {name: dict(each) for name, each in own.items()}}
     (tmp_path / "isolation.json").write_text(json.dumps(isolation))
-    assert read_isolation(tmp_path / "isolation.json") == own
+    assert read_isolation(tmp_path).neurons == own
     evidence = [
         Evidence("vm-01", 2, 1.0, 0.0, 0.0, 1.0),
         Evidence("vm-02", 1, 1.0, 0.0, 0.125, 1.0),

@@ -23,9 +23,9 @@ from nemo_bench.planted.fit import Fit
 from nemo_bench.planted.spec import TrainSpec
 from nemo_bench.planted.tokenizer import TOKENS, build_tokenizer, tokenize
 from nemo_bench.planted.training import train
-from nemo_bench.planted.truth import Evidence, read_isolation
+from nemo_bench.planted.truth import Evidence
 from nemo_bench.planted.world import PLANTED
-from nemo_bench.records.truth import read_truth
+from nemo_bench.records.truth import read_isolation, read_truth
 from offline_run import OfflineRun
 
 PACKAGE = Path(resolve("package:planted"))
@@ -91,7 +91,7 @@ def test_variant_shares_the_packaged_parts_and_is_logged(
         assert all(torch.equal(old[name], new[name]) for name in old)
     scales = [Diffusion.load(str(folder)).pipeline.vae.config.scaling_factor for folder in (packaged, trained)]
     assert scales[0] == scales[1]
-    own = read_isolation(tmp_path / "isolation.json")
+    own = read_isolation(tmp_path).neurons
     assert read_truth(tmp_path / "truth.json") == {"vm-01": own["vm-01"]}
     assert [neurons.count for neurons in own.values()].count(6) >= 8
     masks = Diffusion.load(str(trained)).masks
