@@ -30,10 +30,16 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
     is known to be memorized).
 
     Raises:
-        NemoBenchError: The cell has no localization, the prompt is unknown, or the folder is not empty.
+        NemoBenchError: The cell has no localization or does more than switch neurons off, the prompt is unknown, or
+            the folder is not empty.
     """
     if folder.exists() and any(visible(folder.iterdir(), folder)):
         raise StoreError(f"{folder} is not empty; name a new folder to export to")
+    if fitted := read_spec(cell).fitted:
+        raise ConfigError(
+            f"{cell} changes fitted weights, and export saves neurons that are switched off; the changes are in "
+            f"{(cell / fitted).resolve()}, to be added to the weights of the UNet by their names"
+        )
     found = {name: localization.neurons for name, localization in read_localizations(cell).items()}
     if not found:
         raise StoreError(f"{cell} holds no localization; give results/<name>/<cell> of a finished run")
@@ -43,7 +49,8 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
     neurons = found[prompt] if prompt is not None else reduce(or_, memorized or found.values())
     settings = read_settings(cell)
     method = settings.get("method")
-    if isinstance(method, dict) and (method.get("mode", "off"), method.get("rescale", 1)) != ("off", 1):
+    given = method if isinstance(method, dict) else {}
+    if str(given.get("_target_")).endswith(".Sinks") and (given["mode"], given["rescale"]) != ("off", 1):
         raise ConfigError(f"{cell} does more than switch neurons off; export a cell with mode=off and rescale=1")
     if not neurons:
         raise StoreError(f"{cell} switches nothing off; name the cell of a method that localizes, such as nemo")

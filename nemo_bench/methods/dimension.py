@@ -28,8 +28,8 @@ class DimensionOptimization(OptimizedEmbedding):
     dimension of :class:`nemo_bench.detectors.IntrinsicDimension`, at the same latents for all embeddings. The image is
     then sampled anew, from the same noise with the last embedding. The dimension's trace is differentiated once more by
     the embedding, which makes this the most expensive of the methods that optimize embeddings. The public code has no
-    value that suffices, and changes prompts that are not memorized as well. In the embedded model, by
-    this estimate, memorized images have no fewer dimensions than others, so it can't show what is selective.
+    value that suffices, and changes prompts that are not memorized as well. In the embedded model, by this estimate,
+    memorized images have no fewer dimensions than others, so it can't show what is selective.
     """
 
     title = "Intrinsic-dimension optimization"

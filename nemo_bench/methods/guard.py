@@ -14,7 +14,6 @@ from typing_extensions import override
 from nemo_bench.diffusion import Diffusion, Step
 from nemo_bench.methods.attention_attenuation import AttentionAttenuation, Attenuation
 from nemo_bench.methods.base import Batch
-from nemo_bench.records.citations import cite
 from nemo_bench.records.ranges import NotNegative
 
 ALIGNED = 0.9  # Cosine above which the attraction is projected; these three numbers are those of the public code.
@@ -39,7 +38,6 @@ class GUARD(AttentionAttenuation):
     title = "GUARD"
     summary = "guidance to the prompt with weakened attention, away from the prompt as it is"
     touches = "cross-attention and guidance"
-    citation = cite("zhao2026attention")
     makes_passes = True
     needs = frozenset({"guidance", "uncompiled"})
 

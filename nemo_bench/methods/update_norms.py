@@ -53,8 +53,7 @@ class UpdateNorms(Method):
 
     There is no public code of the authors; where abstract and a third party's re-implementation leave open whether c is
     taken before or after the step, it is taken after it, as there. Each step whose update is unusual makes two UNet
-    passes of its own. Notes have the ``kind`` of an image (none, mild
-    or strong) and its number of corrected steps.
+    passes of its own. Notes have the ``kind`` of an image (none, mild or strong) and its number of corrected steps.
     """
 
     title = "Update norms"

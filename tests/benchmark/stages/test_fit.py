@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from nemo_bench.benchmark.export import export
 from nemo_bench.benchmark.plan import plan
 from nemo_bench.benchmark.run import run
 from nemo_bench.benchmark.stages.fit import FITTED
 from nemo_bench.benchmark.verify import verify
 from nemo_bench.cli import main
 from nemo_bench.config import grid
+from nemo_bench.errors import ConfigError
 from on_disk import read_json
 
 WORDS = [
@@ -45,6 +47,8 @@ def test_weights_are_fitted_once_and_used_by_images_audit_and_verification(
     again = {path.name: path.read_bytes() for path in (more.store.folder / "images").iterdir()}
     assert len(again) == 6
     assert read_json(cell.store.folder / "spec.json")["fitted"] == f"../../fitted/{kept.name}"
+    with pytest.raises(ConfigError, match=re.escape(f"the changes are in {kept}, to be added to the weights")):
+        export(cell.store.folder, tmp_path / "exported")
     audit = ["steps=1", "samples=1", "images=1", "limit=1", "controls=null", "trainer=cpu"]
     assert main(["audit", str(cell.store.folder.parent), *audit]) == 0
     assert read_json(cell.store.folder / "audit.json")
