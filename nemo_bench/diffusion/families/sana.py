@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from nemo_bench.diffusion.families.base import Conditioning, Segment
-from nemo_bench.diffusion.families.transformer import Transformer
+from nemo_bench.diffusion.families.transformer import FLOW_MEASURES, Transformer
 from nemo_bench.diffusion.schedule import Schedule
 
 
@@ -31,8 +31,7 @@ class Sana(Transformer):
     pattern = r"transformer_blocks\.\d+\.attn2\.to_v"
     lowers = True
     latent_dtype = torch.float32
-    # Values are the same at every noise level.
-    measures = Transformer.measures.replace("those of passes there, ", "")
+    measures = FLOW_MEASURES.format("")  # values are the same at every noise level
 
     tokens: int = 300  #: Positions of Gemma, after its instruction is cut off.
 

@@ -14,6 +14,12 @@ from nemo_bench.diffusion.families.base import Conditioning, Family, Layers
 from nemo_bench.diffusion.schedule import Flow, Schedule, check_flow
 from nemo_bench.errors import ModelError
 
+FLOW_MEASURES = (
+    "flow matching: magnitudes are those of velocity differences, noise differences negated clean predictions at the "
+    "signal-to-noise ratio of Stable Diffusion's first step, activations {}over tokens without padding; not comparable "
+    "with other families"
+)
+"""How models of flow matching are measured, but for what activations are of."""
 _BLOCK = re.compile(r"(?:single_)?transformer_blocks\.\d+")
 
 
@@ -21,11 +27,7 @@ class Transformer(Family):
     """A family whose network is a row of transformer blocks; by default it samples by flow matching."""
 
     pattern: ClassVar[str]  #: Module paths of the value projections of text.
-    measures = (
-        "flow matching: magnitudes are those of velocity differences, noise differences negated clean predictions at "
-        "the signal-to-noise ratio of Stable Diffusion's first step, activations those of passes there, over tokens "
-        "without padding; not comparable with other families"
-    )
+    measures = FLOW_MEASURES.format("those of passes there, ")
 
     @override
     def check(self, pipeline: Any) -> None:
