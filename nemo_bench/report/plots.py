@@ -177,22 +177,25 @@ def _tradeoff(
 
 
 def _label(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    """Writes a label beside each point, on the side where it covers the fewest labels, points and error bars."""
+    """Writes a label beside each point, near it, where it covers the fewest labels, points and error bars."""
     FigureCanvasAgg(figure)  # keeps its renderer; else each label that is measured makes one as large as the figure
     figure.draw_without_rendering()
-    taken = [artist.get_window_extent().padded(3) for artist in (*axes.lines, *axes.collections)]
+    marks = [artist.get_window_extent().padded(3) for artist in (*axes.lines, *axes.collections)]
+    labels: list[Bbox] = []
     for text, x, y in points:
         options: list[tuple[float, int, Annotation]] = []
-        for order, (dy, dx) in enumerate(product((9, -9), (9, -9))):
+        for order, (dy, dx) in enumerate(product((9, -9, 33, -33, 57, -57), (9, -9))):
             ha, va = ("left" if dx > 0 else "right"), ("bottom" if dy > 0 else "top")
             note = axes.annotate(text, (x, y), (dx / 2, dy / 2), textcoords="offset points", ha=ha, va=va)
             area = note.get_window_extent()
-            outside = area.width * area.height - _overlap(area, axes.bbox)
-            options.append((outside + sum(_overlap(area, other) for other in taken), order, note))
+            size = area.width * area.height
+            outside, far = size - _overlap(area, axes.bbox), size * abs(dy) / 200  # a line of text further is 0.12
+            hidden, unreadable = (sum(_overlap(area, other) for other in others) for others in (marks, labels))
+            options.append((outside + far + hidden + 10 * unreadable, order, note))
         *others, (_, _, kept) = sorted(options, key=lambda option: option[:2], reverse=True)
         for _, _, note in others:
             note.remove()
-        taken.append(kept.get_window_extent())
+        labels.append(kept.get_window_extent())
 
 
 def _overlap(a: Bbox, b: Bbox) -> float:

@@ -6,10 +6,12 @@ import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
 import pytest
+from matplotlib.figure import Figure
 
 from fake_results import DETECTOR, change_file, write_fake_calibration, write_fake_results
 from nemo_bench.errors import StoreError
@@ -18,7 +20,7 @@ from nemo_bench.records.results import load_results
 from nemo_bench.records.schema import Failures, Run, Spec, Summary, Threshold
 from nemo_bench.records.store import read_run
 from nemo_bench.report import write_report
-from nemo_bench.report.plots import plots
+from nemo_bench.report.plots import _label, plots
 from tags import Tags
 
 
@@ -43,6 +45,18 @@ def test_figures_follow_the_page_and_stand_alone(run: Path) -> None:
     assert "down.0.0" in next(figure.svg for figure in figures if figure.name == "layers-0")
     auc = results.cells[0].summary.detection[DETECTOR].auc
     assert f"Noise similarity: AUC {auc:.3f}" in next(figure.svg for figure in figures if figure.name == "roc-0")
+
+
+def test_labels_of_points_that_coincide_can_be_read() -> None:
+    figure = Figure(figsize=(4, 3))
+    axes = figure.add_subplot()
+    points = [(f"a method of number {i}", 0.5, 0.5 + i / 500) for i in range(5)]
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.plot([0.5], [0.5], "o")
+    _label(figure, axes, points)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 5
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 def test_prompts_memorized_in_an_unknown_way_are_in_the_figures(tmp_path: Path) -> None:
