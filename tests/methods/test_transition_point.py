@@ -10,12 +10,14 @@ from nemo_bench.methods import Batch, DynamicTransition, Method, StaticTransitio
 from nemo_bench.records.data import Neurons, Prompt
 
 
-def scales(method: Method, curves: list[list[float]], timesteps: list[int] | None = None) -> list[list[float]]:
+def scales(
+    method: Method, curves: list[list[float]], timesteps: list[int] | None = None, model: Diffusion | None = None
+) -> list[list[float]]:
     """The scales of guidance that a method applies in steps of which the magnitudes are given, by image."""
     rows, found = len(curves), []
     prompts, neurons = (Prompt("p", "text"),) * rows, (Neurons(),) * rows
     batch = Batch(prompts, Conditioning(torch.zeros(rows, 1, 1)), torch.zeros(rows, 1), tuple(range(rows)), neurons)
-    with method.apply(None, batch) as changed:  # type: ignore[arg-type]
+    with method.apply(model, batch) as changed:  # type: ignore[arg-type]
         assert changed.rule
         for number, timestep in enumerate(timesteps or range(len(curves[0]), 0, -1)):
             zero = torch.zeros(rows, 1, 1, 1)
@@ -25,8 +27,8 @@ def scales(method: Method, curves: list[list[float]], timesteps: list[int] | Non
     return found
 
 
-def test_static_transition_switches_at_its_timestep() -> None:
-    found = scales(StaticTransition(500, before=-2.0), [[1.0] * 4], [981, 501, 500, 21])
+def test_static_transition_switches_at_its_timestep(planted: Diffusion) -> None:
+    found = scales(StaticTransition(500, before=-2.0), [[1.0] * 4], [981, 501, 500, 21], planted)
     assert found == [[-2.0], [-2.0], [7.5], [7.5]]
 
 
