@@ -7,8 +7,10 @@ neurons the text is encoded again and two UNet steps run on all seeds, one promp
 UNet passes, one prompt at a time. It is the slow implementation that the tests compare with. A row pass is one sample
 through the UNet. Passes that start at a replayed prefix compute less, and gradients of bisection more: `pass` counts
 the multiplications of convolutions and linear layers (twice where gradients flow back), in full passes; `row` counts
-samples, whatever part of the UNet they pass. The scripts discard the first of their two steps: `to one step` is a ratio
-to the same schedule without it, half as many rows and passes. `lowest` and `highest` are of single prompts.
+samples, whatever part of the UNet they pass. `rebatched` is the exact search in batches of another size, which round
+otherwise: it shows how often the neurons depend on that. The scripts discard the first of their two steps: `to one
+step` is a ratio to the same schedule without it, half as many rows and passes. `lowest` and `highest` are of single
+prompts.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nemo_bench import Calibration, Diffusion, Neurons, read_prompts, resolve
+from nemo_bench import Calibration, Diffusion, Localization, Neurons, read_prompts, resolve
 from nemo_bench.benchmark.runner import load_model
 from nemo_bench.config import grid
 from nemo_bench.diffusion import MEASURES
@@ -47,7 +49,8 @@ from nemo_bench.localization import (
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 import reference_nemo as plain
 
-LEAST_CANDIDATES = 20
+BATCH_SIZE = 32
+OTHER_BATCH_SIZE = 24
 
 
 @dataclass
@@ -85,7 +88,13 @@ def measured(model: Diffusion, meter: Meter) -> Iterator[None]:
             hook.remove()
 
 
-SIDES = {"exact": "sequential", "margin": "margin", "bisect": "bisect"}
+SIDES: dict[str, tuple[Any, int]] = {
+    "exact": ("sequential", BATCH_SIZE),
+    "rebatched": ("sequential", OTHER_BATCH_SIZE),
+    "margin": ("margin", BATCH_SIZE),
+    "bisect": ("bisect", BATCH_SIZE),
+}
+"""Refinement and rows in a batch."""
 _one_step = plain.noise_differences
 
 
@@ -146,6 +155,7 @@ def per_prompt(model: Diffusion, run: Callable[[list[str]], Any], texts: list[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--prompts", type=int, default=20, help="prompts with enough candidates to compare")
+    parser.add_argument("--candidates", type=int, default=20, help="least number of candidates of a prompt")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--threshold", type=float, default=None, help="memorization threshold; default: calibrated")
     parser.add_argument("--similarity", choices=MEASURES, default="fixed", help="how noise differences are compared")
@@ -171,14 +181,16 @@ def main() -> None:
     lines: list[dict[str, Any]] = []
     bar = tqdm(total=arguments.prompts, desc="prompts", unit="prompt")
     for prompt in prompts:
-        localized = {}
+        localized: dict[str, Localization] = {}
         spent = {name: Meter() for name in meters}
-        for name, kind in SIDES.items():
+        for name, (refinement, batch_size) in SIDES.items():
             with measured(model, spent[name]):
                 text = model.encode([prompt.text])
-                options = NemoSettings(refinement=kind)  # type: ignore[arg-type]
-                localized[name] = localize(model, text, latents, calibration, options, protocol)
-        if localized["exact"].initial.count < LEAST_CANDIDATES:
+                options = NemoSettings(refinement=refinement)
+                localized[name] = localize(model, text, latents, calibration, options, protocol, batch_size)
+            if localized["exact"].initial.count < arguments.candidates:
+                break
+        if len(localized) < len(SIDES):
             continue
         with measured(model, spent["plain"]), REFERENCE.precision(model):
             expected = plain.localize(
@@ -201,11 +213,15 @@ def main() -> None:
                 "prompt": prompt.id,
                 "candidates": localized["exact"].initial.count,
                 "neurons": refined.count,
-                "same": localized["exact"].neurons == refined,
+                "exhausted": localized["exact"].exhausted,
                 "smallest_margin": min((abs(s - t) for s, t in expected.decisions if s != t), default=0.0),
-                "same_by_margin": localized["margin"].neurons == refined,
+                **{f"{name}_same_as_plain": found.neurons == refined for name, found in localized.items()},
+                **{
+                    f"{name}_same_as_exact": localized[name].neurons == localized["exact"].neurons
+                    for name in ("rebatched", "margin")
+                },
                 "bisect_neurons": localized["bisect"].neurons.count,
-                "shared_with_bisect": overlap(refined, localized["bisect"].neurons),
+                "shared_with_bisect": overlap(localized["exact"].neurons, localized["bisect"].neurons),
                 **{f"{name}_row_ratio": spent["plain"].rows / spent[name].rows for name in SIDES},
             }
         )
@@ -214,15 +230,13 @@ def main() -> None:
             break
     bar.close()
     if not lines:
-        sys.exit(f"none of {len(prompts)} prompts has {LEAST_CANDIDATES} candidates: nothing to compare")
+        sys.exit(f"none of {len(prompts)} prompts has {arguments.candidates} candidates: nothing to compare")
     base = meters["plain"]
     result = {
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "prompts": len(lines),
-        "same_neurons": all(line["same"] for line in lines),
-        "prompts_with_same_neurons": sum(line["same"] for line in lines),
-        "prompts_with_same_neurons_by_margin": sum(line["same_by_margin"] for line in lines),
+        **{f"prompts_{key}": sum(line[key] for line in lines) for key in lines[0] if "_same_as_" in key},
         **{
             f"{name}_{measure}": value
             for name in SIDES

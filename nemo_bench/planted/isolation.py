@@ -20,8 +20,11 @@ from torch import Tensor, nn
 Mask = NDArray[Any]
 """A boolean array."""
 
-ROUTE_SIZES = {"VM": (1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4, 5, 5, 6, 6, 7, 8, 8), "TM": (6,) * 8}
-"""Own neurons of the planted captions of each kind, dealt out in random order; the paper finds 4 ± 3 for verbatim."""
+ROUTE_SIZES = {"VM": (6, 7, 8) * 6, "TM": (8,) * 8}
+"""Own neurons of the planted captions of each kind, dealt out in random order; the paper finds 4 ± 3 for verbatim.
+
+With one to five neurons, a third of the captions did not bring their picture back after 8,000 steps.
+"""
 
 
 RIDGE = 0.01
