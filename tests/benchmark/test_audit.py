@@ -316,7 +316,7 @@ def test_methods_that_change_neurons_or_weights_alone_are_auditable() -> None:
         "saved",
         "shared",
         "sinks",
-        "siss",
+        "unlearning",
         "wanda",
     ]
 

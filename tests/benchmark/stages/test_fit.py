@@ -19,7 +19,7 @@ from nemo_bench.errors import ConfigError
 from on_disk import read_json
 
 WORDS = [
-    "method=siss", "method.loss=neg_grad", "method.keep=null", "method.updates=2", "method.batch=1",
+    "method=unlearning", "method.loss=neg_grad", "method.keep=null", "method.updates=2", "method.batch=1",
     "method.rate=0.01", "model.steps=2", "seeds=1", "localize_seeds=2", "trainer=cpu",
 ]  # fmt: skip
 
@@ -32,7 +32,7 @@ def test_weights_are_fitted_once_and_used_by_images_audit_and_verification(
     monkeypatch.setattr("nemo_bench.benchmark.progress.FIRST", 0.0)
     with caplog.at_level("INFO", logger="nemo_bench"):
         run([cell], "test")
-    assert re.search(r"fit siss: 1 of 2, .* left\n", caplog.text)
+    assert re.search(r"fit unlearning: 1 of 2, .* left\n", caplog.text)
     (kept,) = (tmp_path / "fitted").iterdir()
     assert cell.fitted
     assert cell.fitted.folder == kept
