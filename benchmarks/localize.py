@@ -56,6 +56,7 @@ OTHER_BATCH_SIZE = 24
 @dataclass
 class Meter:
     rows: float = 0.0
+    batches: float = 0.0
     multiplications: float = 0.0
     seconds: float = 0.0
     processor_seconds: float = 0.0
@@ -69,6 +70,7 @@ class Meter:
 def measured(model: Diffusion, meter: Meter) -> Iterator[None]:
     def count_rows(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         meter.rows += len(args[0])
+        meter.batches += 1
 
     def count_multiplications(module: Any, _args: tuple[Tensor, ...], output: Tensor) -> None:
         meter.multiplications += output.numel() * module.weight[0].numel() * (2 if torch.is_grad_enabled() else 1)
@@ -268,6 +270,7 @@ def ratios(base: Meter, side: Meter, row_ratios: list[float]) -> dict[str, float
         "row_ratio_lowest": min(row_ratios),
         "row_ratio_highest": max(row_ratios),
         "row_ratio_to_one_step": base.rows / 2 / side.rows,
+        "rows_per_batch": side.rows / side.batches,
         "time_ratio": base.seconds / side.seconds,
         "processor_time_ratio": base.processor_seconds / side.processor_seconds,
     }
