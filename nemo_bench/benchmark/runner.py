@@ -95,7 +95,9 @@ def open_folder(folder: Path, cells: Sequence[Cell], *, instead: bool = False) -
         if name in names or not instead or pending.is_finished(folder / name) or read_lease(folder / name)
     ]
     listed += [name for name in names if name not in listed]
-    write_json(path, present.model_copy(update={"name": folder.name, "cells": listed}))
+    found = {**present.strengths, **{cell.id: cell.config.strength for cell in cells if cell.config.strength}}
+    strengths = {name: strength for name, strength in found.items() if name in listed}
+    write_json(path, present.model_copy(update={"name": folder.name, "cells": listed, "strengths": strengths}))
 
 
 def note_start(cell: Cell, command: str, runner: Runner) -> None:

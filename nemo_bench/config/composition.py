@@ -7,7 +7,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_bench.config.families import FAMILIES, FamilySettings, settle
+from nemo_bench.config.families import FAMILIES, STRENGTHS, FamilySettings, settle, take_strength
 from nemo_bench.config.groups import GROUPS, named_classes, options, own_folders, read_option
 from nemo_bench.config.overrides import ConfFolder, quoted, read, sweep_words, value_of
 from nemo_bench.config.schema import (
@@ -36,12 +36,13 @@ from nemo_bench.config.schema import (
 )
 from nemo_bench.config.targets import build, check_found, check_stored, check_value, hint_of, resolve
 from nemo_bench.errors import ConfigError, did_you_mean, first_line
+from nemo_bench.records.schema import Strength
 
 DEFAULT_METHODS = "none,random,nemo,other_prompt,one_edit"
 """Methods that are compared where none is named."""
 DETECTING = ("model", "detector", "prompts", "trainer", "logger", "batch_size", "name", "root", "experiment")
 """Settings of detection."""
-NOT_LOCALIZING = ("method", "detector")
+NOT_LOCALIZING = ("method", "detector", "strengths")
 """Settings of a run that do not matter to the benchmark of localizers."""
 SCORING = ("metrics", "weights", "real_images", "batch_size", "workers", "trainer", "logger", "prompts.references")
 """Settings that may change when existing images are scored again."""
@@ -72,6 +73,7 @@ class CellConfig:
     names: Mapping[str, str]  #: Option by group, such as ``{"model": "planted", "method": "nemo", ...}``.
     settings: RunSettings  #: The checked settings.
     families: tuple[FamilySettings, ...] = ()  #: Settings that were chosen for the family of the model.
+    strength: Strength | None = None  #: Of a run with ``strengths=true``: what other cells vary of this method.
 
 
 def grid(
@@ -81,6 +83,8 @@ def grid(
 
     Where several methods are compared, a setting ``method.x`` goes to the methods that have it. A control, which
     starts from another method, passes it on to that source, so that it stays the control of the compared method.
+
+    With ``strengths=true`` each method that has strengths is taken at each of them, but where their setting is given.
 
     An experiment may have a ``grid``: lines of overrides, each multiplied out. An override given here replaces the
     same key, and keys inside it, in all lines.
@@ -115,7 +119,7 @@ def grid(
     bases = [composed(groups) for groups in dict.fromkeys(groups for groups, _ in split)]
     # Methods that lack a setting give the same cell for each of its values.
     cells = dict.fromkeys((groups, _placed(settings, composed(groups), bases)) for groups, settings in split)
-    configs = [_cell_config(composed(groups), settings) for groups, settings in cells]
+    configs = [config for groups, settings in cells for config in _cell_configs(composed(groups), settings)]
     # Most cells of a grid share most nodes: each is looked at once.
     nodes = {(key, repr(node)): node for config in configs for key, node in targets_of(config.settings).items()}
     for (key, _), node in nodes.items():  # before any class is built, since that loads torch
@@ -363,14 +367,17 @@ def _placed(settings: Sequence[str], base: Composed, bases: Sequence[Composed]) 
             else:
                 nodes = [other.content[group] or {} for other in bases]
                 known = {name for node in nodes for name in (*node, *(node.get("source") or ()))}
-                hint = did_you_mean(argument, known - {"_target_", "source", FAMILIES})
+                hint = did_you_mean(argument, known - {"_target_", "source", FAMILIES, STRENGTHS})
                 raise ConfigError(f"unknown key '{key}': none of the {group}s that are compared has it. {hint}")
         placed.append((key, word))
     return tuple(placed)
 
 
-def _cell_config(base: Composed, settings: Sequence[tuple[str, str]]) -> CellConfig:
-    """Sets words on top of what Hydra composed, and checks the result but for classes that it names."""
+def _cell_configs(base: Composed, settings: Sequence[tuple[str, str]]) -> list[CellConfig]:
+    """Sets words on top of what Hydra composed, and checks the result but for classes that it names.
+
+    There are several cells where a method is taken at all of its strengths.
+    """
     names, given = dict(base.names), [key for key, _ in settings]
     try:
         for key, word in settings:
@@ -396,7 +403,30 @@ def _cell_config(base: Composed, settings: Sequence[tuple[str, str]]) -> CellCon
         if isinstance(node, dict):
             own_keys = [*given, *base.by_experiment, *base.by_option.get(group, ())]
             families += settle(node, group, run.model.family, own_keys)
-    return CellConfig(names, run, tuple(families))
+    strength = take_strength(run.method, "method") if isinstance(run.method, dict) else None
+    config = CellConfig(names, run, tuple(families), strength)
+    if strength and run.strengths and not is_within(f"method.{strength.setting}", [*given, *base.by_experiment]):
+        return [_at_strength(config, strength.setting, value) for value in strength.values]
+    return [replace(config, strength=None)]
+
+
+def _at_strength(config: CellConfig, setting: str, value: Any) -> CellConfig:
+    """The cell with one of the values of its method's strengths."""
+    method = config.settings.method
+    if method[setting] == value:
+        return config
+    families = tuple(
+        replace(
+            found,
+            values={name: chosen for name, chosen in found.values.items() if name != setting},
+            given={**found.given, setting: value},
+        )
+        if found.node == "method"
+        else found
+        for found in config.families
+    )
+    settings = replace(config.settings, method={**method, setting: value})
+    return replace(config, settings=settings, families=families)
 
 
 def _set(config: DictConfig, composed: Mapping[str, Any], key: str, override: Override) -> None:

@@ -1,4 +1,4 @@
-"""Settings of methods and detectors that differ by family of models."""
+"""Settings of methods and detectors that differ by family of models, and a method's settings from mild to strong."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 
 from nemo_bench.config.schema import is_within
 from nemo_bench.errors import ConfigError, did_you_mean
+from nemo_bench.records.schema import Strength
 
 FAMILIES = "families"
 """Key of the settings by family in a file of the groups method and detector."""
+STRENGTHS = "strengths"
+"""Key, in a file of the group method, of one setting and its values from mild to strong; null where there are none."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,30 @@ def settle(node: dict[str, Any], key: str, family: str | None, given: Collection
         values = {name: node[name] for name in names} if chosen is None else chosen
         values = {name: value for name, value in values.items() if name not in kept}
         node.update(values)
-        found.append(FamilySettings(key, family, chosen is not None, values, kept))
+        shown = [{name: own[name] for name in own if name != STRENGTHS} for own in (values, kept)]
+        found.append(FamilySettings(key, family, chosen is not None, *shown))
     for name, value in node.items():
         if isinstance(value, dict) and "_target_" in value:
             found += settle(value, f"{key}.{name}", family, given)
     return found
+
+
+def take_strength(node: dict[str, Any], key: str) -> Strength | None:
+    """Removes :data:`STRENGTHS` from a node and from nodes inside it, and returns that of the node itself, checked."""
+    given = node.pop(STRENGTHS, None)
+    for name, value in node.items():
+        if isinstance(value, dict) and "_target_" in value:
+            take_strength(value, f"{key}.{name}")
+    if given is None:
+        return None
+    values = next(iter(given.values())) if isinstance(given, Mapping) and len(given) == 1 else None
+    if not isinstance(values, list) or len(values) < 2 or any(value in values[:i] for i, value in enumerate(values)):
+        expected = "a setting and several values from mild to strong, such as {scale: [1, 2, 4]}, or null"
+        raise ConfigError(f"{key}.{STRENGTHS}: expected {expected}; given {given}")
+    (setting,) = given
+    if setting not in node:
+        raise ConfigError(f"{key}.{STRENGTHS}: there is no setting '{setting}'. {did_you_mean(str(setting), node)}")
+    return Strength(setting=setting, values=values)
 
 
 def _names(by_family: Any, node: Mapping[str, Any], key: str) -> list[str]:

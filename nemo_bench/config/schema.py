@@ -172,6 +172,9 @@ class RunSettings:
     #: only.
     batch_size: Annotated[int, at_least(1)] | Literal["auto"] = 32
     workers: Annotated[int, at_least(0)] = 0  #: Processes that read images ahead of scoring.
+    #: Run each method at every strength that its file has, from mild to strong, and choose one on prompts that are not
+    #: reported.
+    strengths: bool = False
     summary: str = ""  #: One line about an experiment for ``nemo-bench ls``; only in the file of an experiment.
     #: Cells of an experiment as lines of overrides; only in the file of an experiment.
     grid: list[str] = field(default_factory=list)

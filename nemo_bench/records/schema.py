@@ -215,12 +215,20 @@ class Start(Entry):
     versions: dict[str, str]  #: Of packages, by name.
 
 
+class Strength(Entry):
+    """What makes a method milder or stronger."""
+
+    setting: str  #: One setting of the method.
+    values: list[Any]  #: Its values, from mild to strong.
+
+
 class Run(Versioned):
     """The cells of a run in the order asked for: ``run.json``."""
 
     name: str
     token: str  #: Tells the run from others of its name.
     cells: list[str]
+    strengths: dict[str, Strength] = {}  #: By cell of a method that was run at several strengths.
 
 
 class Progress(Entry):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from nemo_bench.config import (
     grid,
 )
 from nemo_bench.errors import ConfigError
+from nemo_bench.records.schema import Strength
 
 PUBLISHED: dict[tuple[str, str], dict[str, Any]] = {
     # Jeon et al. 2025, Han et al. 2025, Asthana and Belagiannis 2026: settings of their public code.
@@ -78,11 +80,57 @@ def test_family_without_published_settings_is_named() -> None:
 
 @pytest.mark.parametrize(("group", "name"), [file for file in FILES if file[0] in ("method", "detector")])
 def test_settings_of_every_family_build(group: str, name: str) -> None:
-    families = yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8")).get("families", {})
+    """A method's at each of its strengths, among which is what it has without them."""
+    content = yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8"))
+    families = content.get("families", {})
     known = {yaml.safe_load(file.read_text(encoding="utf-8"))["family"] for file in (CONF / "model").glob("*.yaml")}
     assert set(families) <= known
-    for family in families:
-        grid([f"{group}={name}", f"model.family={family}", *([] if group == "method" else ["method=none"])])
+    words = ["strengths=true"] if group == "method" else ["method=none"]
+    for family in families or ["planted"]:
+        cells = grid([f"{group}={name}", f"model.family={family}", *words])
+        if group == "detector":
+            continue
+        own = {**content, **families.get(family, {})}
+        if own["strengths"] is None:  # which says why behind it
+            assert [cell.strength for cell in cells] == [None]
+            continue
+        ((setting, values),) = own["strengths"].items()
+        assert [cell.settings.method[setting] for cell in cells] == values
+        assert len(values) == 3
+        assert own.get(setting, 0.0) in values
+        assert all(cell.strength == Strength(setting=setting, values=values) for cell in cells)
+
+
+def test_a_setting_that_is_given_is_the_only_strength() -> None:
+    methods = "method=embedding_noise,nemo,random"
+    cells = grid([methods, "strengths=true", "method.scale=0.7"])
+    assert [(c.names["method"], c.settings.method.get("scale", c.settings.method.get("factor"))) for c in cells] == [
+        ("embedding_noise", 0.7), ("nemo", 0.5), ("nemo", 0.0), ("nemo", -0.5), ("random", 0.0),
+    ]  # fmt: skip
+    assert [bool(cell.strength) for cell in cells] == [False, True, True, True, False]
+    assert [cell.strength for cell in grid([methods])] == [None] * 3
+    assert "strengths" not in cells[-1].settings.method["source"]
+
+
+def test_what_is_said_of_the_family_is_true_at_every_strength() -> None:
+    mild, own, _ = grid(["method=embedding_noise", "strengths=true"])
+    assert str(*mild.families) == "for planted: the defaults; as given: scale=1.6"
+    assert own == replace(grid(["method=embedding_noise"])[0], settings=own.settings, strength=own.strength)
+
+
+@pytest.mark.parametrize(
+    ("strengths", "message"),
+    [("3", "expected a setting and several values"), ("{strength: [1]}", "several values from mild to strong"),
+     ("{strength: [1, 1]}", "several values"), ("{strength: [1, 2], words: [3, 4]}", "expected a setting"),
+     ("{strenght: [1, 2]}", "no setting 'strenght'. Did you mean 'strength'"),
+     ("{strength: [1, much]}", "method.strength=much: expected a number")],
+)  # fmt: skip
+def test_errors_name_mistakes_in_strengths(own: Path, strengths: str, message: str) -> None:
+    (own / "method" / "mine.yaml").write_text(
+        f"_target_: mine_of_test_config.Mine\nstrength: 1.5\nstrengths: {strengths}\n"
+    )
+    with pytest.raises(ConfigError, match=message):
+        grid(["method=mine", "strengths=true"], own)
 
 
 @pytest.mark.parametrize(
