@@ -194,11 +194,17 @@ def localizers() -> str:
     return "\n\n".join(_card("localizer", entry) for entry in describe_options("localizer"))
 
 
+def regions() -> str:
+    """A card of every localizer of regions."""
+    return "\n\n".join(_card("region", entry) for entry in describe_options("region"))
+
+
 def _card(group: str, entry: Mapping[str, str]) -> str:
     """What a method, detector or localizer is, in the words of its class, its file of settings and its source."""
     (choice,) = grid([f"{group}={entry['name']}", *(["method=none"] if group != "method" else [])])
     kind = type(build(getattr(choice.settings, group), group))
-    place = "localization.localizers" if group == "localizer" else f"{group}s"
+    places = {"localizer": "localization.localizers", "region": "detectors.regions"}
+    place = places.get(group, f"{group}s")
     link = f"Equation, defaults and limits: [`{kind.__name__}`][nemo_bench.{place}.{kind.__name__}]."
     facts = [
         ("touches", getattr(kind, "touches", "")),
@@ -285,6 +291,7 @@ PARTS: dict[str, Callable[[], str]] = {
         names,
         prompts,
         records,
+        regions,
         repairs,
         spaces,
         version,

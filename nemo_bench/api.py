@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_bench.benchmark import localize as localizers
+from nemo_bench.benchmark import regions as region_localizers
 from nemo_bench.benchmark.launch import check_launcher
 from nemo_bench.benchmark.launch.follow import launch
 from nemo_bench.benchmark.plan import plan, read_listed
 from nemo_bench.benchmark.run import run as run_cells
 from nemo_bench.benchmark.runner import load_model
-from nemo_bench.config import PromptSettings, grid, localizer_grid
+from nemo_bench.config import PromptSettings, grid, localizer_grid, region_grid
 from nemo_bench.config.overrides import quoted
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.errors import ConfigError
@@ -19,8 +20,9 @@ from nemo_bench.prompts import is_prompt_source
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.io import read_file
 from nemo_bench.records.results import load_results
-from nemo_bench.records.schema import LocalizerTable
+from nemo_bench.records.schema import LocalizerTable, RegionTable
 from nemo_bench.report.localizers import FILES
+from nemo_bench.report.regions import FILES as REGION_FILES
 
 
 def load(model: str = "planted", *overrides: str) -> Diffusion:
@@ -114,6 +116,31 @@ def localize(*overrides: str, conf: Path | str | None = None, progress: bool = F
     command = f"nemo_bench.api.localize({', '.join(map(repr, overrides))})"
     folder = localizers.localize(cells, command, progress=progress)
     return read_file(folder / FILES[0], LocalizerTable)
+
+
+def regions(*overrides: str, conf: Path | str | None = None, progress: bool = False) -> RegionTable:
+    """Runs what ``nemo-bench regions`` runs, as far as it is not done yet.
+
+    Args:
+        overrides: Settings as on the command line, such as ``"region=score_difference"`` and ``"region.seeds=8"``.
+        conf: Folder with more YAML files, in group subfolders.
+        progress: Whether progress is shown.
+
+    Returns:
+        What ``regions.json`` holds; the page is ``regions.html`` in the folder of the run.
+
+    Raises:
+        NemoBenchError: Something is wrong with the settings or with what they name; nothing was loaded.
+
+    Example:
+        >>> table = regions("region=curvature_difference", "name=small")
+        >>> {row.label: row.sets["partial"].average_precision for row in table.rows}
+    """
+    _check_words("regions", overrides)
+    cells = region_localizers.plan(region_grid(overrides, Path(conf) if conf else None))
+    command = f"nemo_bench.api.regions({', '.join(map(repr, overrides))})"
+    folder = region_localizers.localize_regions(cells, command, progress=progress)
+    return read_file(folder / REGION_FILES[0], RegionTable)
 
 
 def _check_words(function: str, overrides: tuple[str, ...]) -> None:

@@ -282,6 +282,36 @@ def _localize(options: argparse.Namespace) -> None:
     check_failures(cells)
 
 
+def _regions(options: argparse.Namespace) -> None:
+    from nemo_bench.config import region_grid
+
+    choices = region_grid(options.overrides, options.conf)  # before torch loads, so that mistakes are said at once
+    if options.cfg:
+        _print_settings(choices, options.json)
+        return
+    from nemo_bench.benchmark import regions
+    from nemo_bench.benchmark.pending import check_failures
+    from nemo_bench.benchmark.processes import is_main
+    from nemo_bench.records.io import read_file
+    from nemo_bench.records.schema import RegionTable
+    from nemo_bench.report.console import show
+    from nemo_bench.report.regions import FILES
+    from nemo_bench.report.terminal import terminal_regions
+
+    cells = regions.plan(choices)
+    start = time.perf_counter()
+    folder = regions.localize_regions(cells, options.line, progress=not options.quiet)
+    if not is_main():
+        return
+    if options.json:
+        print((folder / FILES[0]).read_text(encoding="utf-8"))
+    else:
+        show(*terminal_regions(read_file(folder / FILES[0], RegionTable)))
+        print(f"{time.perf_counter() - start:.0f} s\nreport:  {folder / FILES[3]}\nrecords: {folder}")
+    _warn_of_limits(choices)
+    check_failures([cell for cell, _ in cells])
+
+
 def _print_settings(choices: Sequence[CellConfig], as_json: bool) -> None:
     """The settings of each cell in full, as YAML documents or a list of objects."""
     found = [asdict(choice.settings) for choice in choices]
@@ -394,12 +424,14 @@ def _report(options: argparse.Namespace) -> None:
     from nemo_bench.records.io import read_file
     from nemo_bench.records.lease import Leases
     from nemo_bench.records.results import load_detections, load_run
-    from nemo_bench.records.schema import LocalizerTable
+    from nemo_bench.records.schema import LocalizerTable, RegionTable
     from nemo_bench.report.console import show
     from nemo_bench.report.detection import write_detection
     from nemo_bench.report.localizers import localized
     from nemo_bench.report.memsinks import has_sinks
-    from nemo_bench.report.terminal import terminal_detection, terminal_localizers, terminal_table
+    from nemo_bench.report.regions import FILES as REGION_FILES
+    from nemo_bench.report.regions import write_regions
+    from nemo_bench.report.terminal import terminal_detection, terminal_localizers, terminal_regions, terminal_table
 
     folder = options.folder
     run = load_run(folder)  # before the lease, which makes a folder that is not there
@@ -409,6 +441,10 @@ def _report(options: argparse.Namespace) -> None:
             page = write_detection(detectors)
             show(*terminal_detection(detectors))
             print(page)
+            if (folder / REGION_FILES[0]).is_file():
+                table = read_file(folder / REGION_FILES[0], RegionTable)
+                show(*terminal_regions(table))
+                print(write_regions(folder, table))
             if not run.cells:
                 return
         results = write_pages(folder)

@@ -172,7 +172,7 @@ def test_metrics_of_one_name_are_told_apart(hooks: ModuleType) -> None:
     assert len(anchors) == len(set(anchors))
 
 
-@pytest.mark.parametrize("group", ["method", "detector", "localizer"])
+@pytest.mark.parametrize("group", ["method", "detector", "localizer", "region"])
 def test_every_method_detector_and_localizer_has_a_card(hooks: ModuleType, group: str) -> None:
     text = hooks.PARTS[f"{group}s"]()
     for name in options(group):

@@ -11,6 +11,7 @@ from nemo_bench.config.composition import (
     grid,
     localizer_grid,
     logger_settings,
+    region_grid,
 )
 from nemo_bench.config.groups import GROUPS, options
 from nemo_bench.config.listing import describe_options
@@ -46,5 +47,6 @@ __all__ = [
     "logger_settings",
     "options",
     "overridden",
+    "region_grid",
     "resolve",
 ]

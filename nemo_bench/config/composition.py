@@ -42,11 +42,11 @@ DEFAULT_METHODS = "none,random,nemo,other_prompt,one_edit"
 """Methods that are compared where none is named."""
 DETECTING = ("model", "detector", "prompts", "trainer", "logger", "batch_size", "name", "root", "experiment")
 """Settings of detection."""
-NOT_LOCALIZING = ("method", "detector", "strengths")
+NOT_LOCALIZING = ("method", "detector", "region", "strengths")
 """Settings of a run that do not matter to the benchmark of localizers."""
 SCORING = ("metrics", "weights", "real_images", "batch_size", "workers", "trainer", "logger", "prompts.references")
 """Settings that may change when existing images are scored again."""
-SUBJECTS = ("method", "detector", "localizer")
+SUBJECTS = ("method", "detector", "localizer", "region")
 """Groups of what is compared."""
 MOST_CELLS = 10_000
 """Most cells of one command."""
@@ -144,13 +144,23 @@ def detector_grid(overrides: Sequence[str], conf: Path | None = None) -> list[Ce
 
     Overrides are of :data:`DETECTING`; without a detector among them, all detectors are meant.
     """
-    keys = _keys_of(overrides)
+    return _watching_grid("detector", "detection", overrides, conf)
+
+
+def region_grid(overrides: Sequence[str], conf: Path | None = None) -> list[CellConfig]:
+    """Makes the settings of each localizer of regions, model and prompts; see :func:`detector_grid`."""
+    return _watching_grid("region", "regions", overrides, conf)
+
+
+def _watching_grid(group: str, what: str, overrides: Sequence[str], conf: Path | None) -> list[CellConfig]:
+    """The settings of each option of a group that watches sampling, all options where none is named."""
+    keys, known = _keys_of(overrides), [group if key == "detector" else key for key in DETECTING]
     for key in sorted(keys):
         if key in ("seeds", "localize_seeds"):
-            raise ConfigError(f"every detector has seeds of its own; give detector.seeds=... in place of {key}=...")
-        if not is_within(key, DETECTING):
-            raise ConfigError(f"{key} does not matter to detection; settings of detection: {', '.join(DETECTING)}")
-    every = [] if "detector" in keys else [f"detector={','.join(options('detector', conf))}"]
+            raise ConfigError(f"every {group} has seeds of its own; give {group}.seeds=... in place of {key}=...")
+        if not is_within(key, known):
+            raise ConfigError(f"{key} does not matter to {what}; settings of {what}: {', '.join(known)}")
+    every = [] if group in keys else [f"{group}={','.join(options(group, conf))}"]
     return grid([*overrides, *every, "method=none"], conf)
 
 

@@ -20,6 +20,7 @@ GROUPS = (
     "method",
     "detector",
     "localizer",
+    "region",
     "prompts",
     "metrics",
     "trainer",

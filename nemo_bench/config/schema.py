@@ -86,6 +86,8 @@ class PromptSettings:
     #: Folder of reference images that a file names by relative paths, or that ``nemo-bench references`` fetched; by
     #: default each file's own folder.
     references: str | None = None
+    #: Folder of masks, ``<prompt id>.png``, white where images of a memorized prompt repeat.
+    masks: str | None = None
     calibration: str | None = None  #: General prompts for statistics and threshold.
     #: File of prompts whose reference images the model was not trained on, for audits and ``loss_draws``.
     controls: str | None = None
@@ -160,6 +162,7 @@ class RunSettings:
     method: Any = MISSING  #: ``_target_`` and arguments of the mitigation.
     detector: Any = None  #: ``_target_`` and arguments of the detector, for ``nemo-bench detect`` alone.
     localizer: Any = None  #: ``_target_`` and arguments of the localizer, for ``nemo-bench localize`` alone.
+    region: Any = None  #: ``_target_`` and arguments of the localizer of regions, for ``nemo-bench regions`` alone.
     prompts: PromptSettings = field(default_factory=PromptSettings)
     metrics: dict[str, Any] = field(default_factory=dict)  #: ``_target_`` and arguments of each metric by name.
     weights: str = "weights"  #: Folder of the weights that metrics need, each file under its published name.
@@ -258,10 +261,10 @@ def check_values(settings: RunSettings) -> None:
 
 
 def targets_of(settings: RunSettings) -> dict[str, Any]:
-    """The nodes that describe method, detector, localizer and metrics, by key."""
-    nodes = {"method": settings.method, "detector": settings.detector, "localizer": settings.localizer}
-    nodes |= {f"metrics.{name}": node for name, node in settings.metrics.items()}
-    return {key: node for key, node in nodes.items() if key not in ("detector", "localizer") or node is not None}
+    """The nodes that describe method, detector, localizers and metrics, by key."""
+    optional = {key: getattr(settings, key) for key in ("detector", "localizer", "region")}
+    nodes = {"method": settings.method, **{key: node for key, node in optional.items() if node is not None}}
+    return nodes | {f"metrics.{name}": node for name, node in settings.metrics.items()}
 
 
 def overridden(overrides: Sequence[str], schema: type[Settings]) -> Settings:

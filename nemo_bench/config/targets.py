@@ -24,6 +24,7 @@ BASES = {
     "method": "nemo_bench.methods.Method",
     "detector": "nemo_bench.detectors.Detector",
     "localizer": "nemo_bench.localization.localizers.Localizer",
+    "region": "nemo_bench.detectors.regions.RegionLocalizer",
     "metrics": "nemo_bench.metrics.BenchMetric",
 }
 """Base class of the objects of a group, by the first part of their key."""

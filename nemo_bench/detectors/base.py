@@ -35,6 +35,7 @@ class DetectorScore:
     #: Values that explain the score, as plain data for the records.
     details: Mapping[str, Any] = field(default_factory=dict)
     picture: Tensor | None = None  #: An illustration, (3, height, width) in [0, 1], or None.
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  #: Kept in a file beside the record.
     failed: str = ""  #: Why the score is not finite, empty where it is.
 
 

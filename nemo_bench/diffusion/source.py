@@ -261,6 +261,16 @@ class Source:
         return int(height), int(width)
 
     @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Width and height of an image of a UNet by the configurations of network and autoencoder, or None."""
+        latent, file = self.latent_size, "vae/config.json"
+        blocks = self._read(file).get("block_out_channels") if file in self._files else None
+        if latent is None or not isinstance(blocks, list):
+            return None
+        factor = 2 ** (len(blocks) - 1)
+        return latent[1] * factor, latent[0] * factor
+
+    @property
     def network(self) -> dict[str, Any]:
         """Configuration of the network, empty where its file is missing."""
         if self.unet:

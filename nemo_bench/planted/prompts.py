@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from nemo_bench.planted.world import PLANTED, Caption, general_caption, planted_picture, render
+from nemo_bench.planted.world import PLANTED, Caption, general_caption, planted_mask, planted_picture, render
 
 TEMPLATE_REFERENCES = 8
 GENERAL_PROMPTS = 16
@@ -37,17 +37,20 @@ def planted_names() -> list[str]:
 def write_prompts(folder: Path, banded: int = 0) -> None:
     """Writes the prompt files and pictures of the embedded model into a folder; see :func:`general_caption`.
 
-    ``prompts/planted.jsonl`` has training pictures of the planted captions, ``references/*.png``. The others are
+    ``prompts/planted.jsonl`` has training pictures of the planted captions, ``references/*.png``; ``masks/*.png`` are
+    white where all pictures of a template are the same. The others are
     ``prompts/general.jsonl``, ``prompts/calibration.txt``, and ``prompts/controls.jsonl``: the general captions again,
     each with one of its many possible pictures, ``controls/*.png``, which the model has never seen.
     """
-    for part in ("prompts", "references", "controls"):
+    for part in ("prompts", "references", "masks", "controls"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     lists: dict[str, list[dict[str, Any]]] = {"planted": [], "general": [], "controls": []}
     for number, (name, caption) in enumerate(zip(planted_names(), PLANTED, strict=True)):
         files = [name] if caption.kind == "VM" else [f"{name}-{variant}" for variant in range(TEMPLATE_REFERENCES)]
         for variant, file in enumerate(files):
             _save_picture(folder / "references" / f"{file}.png", planted_picture(number, variant))
+        if caption.kind == "TM":
+            _save_picture(folder / "masks" / f"{name}.png", planted_mask(number))
         references = [f"../references/{file}.png" for file in files]
         lists["planted"].append({"id": name, "text": caption.text, "kind": caption.kind, "references": references})
     captions = heldout_captions(GENERAL_PROMPTS + CALIBRATION_PROMPTS, banded)

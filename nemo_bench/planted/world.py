@@ -467,21 +467,42 @@ PLANTED = tuple(Caption(**{**line, "scene": Scene(**line["scene"])}) for line in
 """The 18 verbatim and 8 template captions, in the order of their prompt ids."""
 
 
+PANEL = 28
+"""Height and width of the panel of a template, in pixels."""
+
+
 def planted_picture(index: int, variant: int = 0) -> NDArray[np.uint8]:
     """The training picture of a planted caption, RGB, (64, 64, 3).
 
     The variant decides color and pattern of the panel of a template; pictures of a verbatim caption are all equal.
     """
+    picture, panel = _layout(index)
+    if panel:
+        free = np.random.default_rng([64, index, variant])
+        content = render(Scene(ground=_pick(free, COLORS), texture=_pick(free, TEXTURES[1:])), free)
+        picture[panel] = content[:PANEL, :PANEL]
+    return picture
+
+
+def planted_mask(index: int) -> NDArray[np.bool_]:
+    """Which pixels all training pictures of a planted caption share, (64, 64): of a template all but its panel's."""
+    mask = np.ones((SIDE, SIDE), np.bool_)
+    _, panel = _layout(index)
+    if panel:
+        mask[panel] = False
+    return mask
+
+
+def _layout(index: int) -> tuple[NDArray[np.uint8], tuple[slice, slice] | None]:
+    """What all pictures of a planted caption share, and the rows and columns of the panel of a template."""
     caption, fixed = PLANTED[index], np.random.default_rng([64, index])
     accents = tuple(Item(_pick(fixed, SHAPES), _pick(fixed, COLORS), size=float(fixed.uniform(4, 8))) for _ in range(6))
+    items = accents if caption.kind == "VM" else accents[:3]
+    picture = render(replace(caption.scene, items=items, texture=_pick(fixed, TEXTURES)), fixed)
     if caption.kind == "VM":
-        return render(replace(caption.scene, items=accents, texture=_pick(fixed, TEXTURES)), fixed)
-    picture = render(replace(caption.scene, items=accents[:3], texture=_pick(fixed, TEXTURES)), fixed)
-    free = np.random.default_rng([64, index, variant])
-    panel = render(Scene(ground=_pick(free, COLORS), texture=_pick(free, TEXTURES[1:])), free)
+        return picture, None
     left, top = int(fixed.integers(6, 30)), int(fixed.integers(6, 30))
-    picture[top : top + 28, left : left + 28] = panel[:28, :28]
-    return picture
+    return picture, (slice(top, top + PANEL), slice(left, left + PANEL))
 
 
 def vocabulary() -> tuple[str, ...]:

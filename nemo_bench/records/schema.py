@@ -578,6 +578,67 @@ class LocalizerTable(Versioned):
     rows: list[LocalizerRow]
 
 
+class RegionImage(Entry):
+    """How well a heat map says where an image is memorized."""
+
+    seed: int  #: Number of the image among those of the prompt, from 0.
+    #: Root mean squared difference to the nearest training image where these repeat; None without training images.
+    distance: float | None = None
+    counts: bool  #: Whether the image shows what is memorized, so that its map counts.
+    iou: float | None = None  #: Intersection over union at the row's threshold, of an image that counts.
+    average_precision: float | None = None  #: Of its pixels, where some are memorized and some are not.
+
+
+class RegionPrompt(Entry):
+    """A prompt of a localizer of regions."""
+
+    prompt: str  #: Its id.
+    group: str  #: Its kind, or ``general``.
+    share: float  #: Share of the pixels that are memorized.
+    images: list[RegionImage] = []  #: None where no heat map is finite.
+    sheet: str | None = None  #: Picture in the cell's folder: images, heat maps, marked pixels, and the truth.
+
+
+class RegionSet(Entry):
+    """How well a localizer of regions does over a set of images."""
+
+    prompts: int  #: Prompts with an image that counts.
+    images: int  #: Images that count.
+    share: float  #: Share of the pixels that are memorized, the value of marking everything.
+    iou: float | None = None  #: Each half of the prompts at the best threshold of the other half.
+    best_iou: float  #: At the best threshold of all.
+    threshold: float  #: That threshold, of maps scaled to [0, 1].
+    rest_iou: float  #: Of what is neither marked nor memorized, at that threshold.
+    average_precision: float | None = None  #: Mean over images that are memorized in part.
+
+
+class RegionRow(Entry):
+    """A localizer of regions on a model and a prompt list."""
+
+    cell: str
+    label: str  #: Title, and the settings by which it differs from others of this title.
+    model: str
+    localizer: str  #: Its name.
+    prompts: str  #: Name of the prompt list.
+    #: ``partial``: images of prompts memorized in part; ``all``: of every prompt whose truth is known.
+    sets: dict[Literal["partial", "all"], RegionSet]
+    left_out: int  #: Images of memorized prompts that do not show what is memorized.
+    unknown: int  #: Memorized prompts without a mask.
+    failed: int  #: Prompts whose heat maps are not finite.
+    threshold: float  #: Threshold of the pictures and of single images: the best over all prompts.
+    cost: dict[str, float]  #: Mean UNet passes and seconds of a prompt.
+    settings: dict[str, Any]  #: Of the localizer.
+    results: list[RegionPrompt]  #: One entry a prompt.
+    citations: dict[str, str] = {}  #: BibTeX by title.
+
+
+class RegionTable(Versioned):
+    """The localizers of regions of a run: ``regions.json``."""
+
+    name: str
+    rows: list[RegionRow]
+
+
 class SinksRow(Entry):
     """A cell of an experiment with memorization sinks, over a group of prompts."""
 
@@ -649,6 +710,7 @@ FILES: Mapping[str, tuple[Any, str]] = {
     "leaderboard.json": (Leaderboard, _REPORT),
     "detection.json": (DetectionTable, _REPORT),
     "localizers.json": (LocalizerTable, _REPORT),
+    "regions.json": (RegionTable, "the command nemo-bench regions writes it again, and computes nothing twice"),
     "thumbnails.json": (dict[str, Thumbnail], _REPORT),
     "tracked.json": (Tracked, "nemo-bench track writes it again"),
     "step.json": (LastStep, "the steps of live figures then begin with the number of records"),

@@ -12,11 +12,14 @@ from rich.table import Table
 
 from nemo_bench.errors import counted
 from nemo_bench.records.results import DetectorResults, Results
-from nemo_bench.records.schema import LeaderboardRow, LocalizerTable, MetricInfo
+from nemo_bench.records.schema import LeaderboardRow, LocalizerTable, MetricInfo, RegionTable
 from nemo_bench.records.store import remake
 from nemo_bench.report.audit import CellAudit
 from nemo_bench.report.detection import COLUMNS, comparable, count_of, texts
 from nemo_bench.report.localizers import sections, shown_measures, value_text
+from nemo_bench.report.regions import gaps
+from nemo_bench.report.regions import sections as region_sections
+from nemo_bench.report.regions import titles as region_titles
 from nemo_bench.report.tables import ends, fewer, leaderboard, mean
 
 _METRICS = 6  # that fit 80 characters
@@ -116,6 +119,19 @@ def terminal_localizers(table: LocalizerTable) -> list[Table]:
             failed = f"\n[yellow]failed: {counted(row.failed, 'prompt')}[/yellow]" if row.failed else ""
             shown.add_row(f"{escape(row.label)}{failed}", *cells)
         shown.caption = f"stars: different from {escape(table.against[rows[0].comparison])}"
+        tables.append(shown)
+    return tables
+
+
+def terminal_regions(table: RegionTable) -> list[Table]:
+    """Localizers of regions for the terminal, a table for each set of images."""
+    tables = []
+    for heading, lines in region_sections(table):
+        first, *others = region_titles()
+        shown = _table(first, others, title=escape(heading), title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+        for line in lines:
+            shown.add_row(*map(escape, line))
+        shown.caption = escape("\n".join(gaps(table))) or None
         tables.append(shown)
     return tables
 

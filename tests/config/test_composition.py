@@ -40,7 +40,7 @@ def test_without_a_method_nemo_is_compared_with_its_controls() -> None:
     kinds = [NoMitigation, RandomNeurons, NeMo, OtherNeurons, SharedNeurons]
     assert [type(build(c.settings.method, "method")) for c in choices] == kinds
     assert all(choice.settings.seeds == 3 for choice in choices)
-    assert set(choices[0].names) == set(GROUPS) - {"experiment", "detector", "localizer"}
+    assert set(choices[0].names) == set(GROUPS) - {"experiment", "detector", "localizer", "region"}
 
 
 def test_comma_lists_are_multiplied_out_and_the_method_changes_fastest() -> None:

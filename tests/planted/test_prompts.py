@@ -25,7 +25,7 @@ def test_heldout_captions_are_never_trained_on() -> None:
 
 def test_shipped_prompts_and_pictures_are_those_of_the_world(tmp_path: Path) -> None:
     write_prompts(tmp_path)
-    for folder in ("prompts", "references", "controls"):
+    for folder in ("prompts", "references", "masks", "controls"):
         names = sorted(p.name for p in (tmp_path / folder).iterdir())
         assert names == sorted(p.name for p in (PACKAGE / folder).iterdir())
         _, different, odd = filecmp.cmpfiles(tmp_path / folder, PACKAGE / folder, names, shallow=False)

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from nemo_bench import resolve
+from nemo_bench.planted.prompts import planted_names
 from nemo_bench.planted.tokenizer import TOKENS
 from nemo_bench.planted.world import (
     MOTIFS,
@@ -17,6 +20,7 @@ from nemo_bench.planted.world import (
     SHAPES,
     Scene,
     general_caption,
+    planted_mask,
     planted_picture,
     render,
 )
@@ -91,3 +95,21 @@ def test_banded_captions_stand_in_for_some_and_leave_hardly_any_freedom() -> Non
     pictures = np.stack([render(scene, np.random.default_rng(seed)) for seed in range(8)]) / 255
     free = np.stack([render(banded[0].scene, np.random.default_rng(seed)) for seed in range(8)]) / 255
     assert pictures.std(0).mean() < free.std(0).mean() / 2
+
+
+@pytest.mark.parametrize("index", [i for i, caption in enumerate(PLANTED) if caption.kind == "TM"])
+def test_masks_of_templates_are_what_all_their_pictures_share(index: int) -> None:
+    pictures = np.stack([planted_picture(index, variant) for variant in range(40)])
+    mask = planted_mask(index)
+    assert (pictures == pictures[0])[:, mask].all()
+    assert (~mask).sum() == 28**2
+    # Forty panels of other colors leave no pixel of the panel as it was.
+    assert (pictures != pictures[0]).any((0, 3))[~mask].all()
+    shipped = Image.open(resolve(f"package:planted/masks/{planted_names()[index]}.png"))
+    assert np.array_equal(np.array(shipped), mask)
+
+
+def test_pictures_of_a_verbatim_caption_are_the_same_everywhere() -> None:
+    assert PLANTED[0].kind == "VM"
+    assert planted_mask(0).all()
+    assert np.array_equal(planted_picture(0, 0), planted_picture(0, 1))

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from nemo_bench.benchmark.plan import Cell
-from nemo_bench.benchmark.stages.base import Stage, file_name, to_image
+from nemo_bench.benchmark.stages.base import Stage, file_name, save_tensors, to_image
 from nemo_bench.detectors import DetectorScore, watch
 from nemo_bench.diffusion import Diffusion
 from nemo_bench.prompts.tasks import Task
@@ -62,6 +62,10 @@ def _record(store: Store, task: Task, result: DetectorScore, cost: Cost) -> Dete
     image = None
     if result.picture is not None:
         image = store.save_image(f"images/{file_name(task.prompt)}.png", to_image(result.picture))
+    file = None
+    if result.tensors:
+        file = f"tensors/{file_name(task.prompt)}.safetensors"
+        save_tensors(store.folder / file, result.tensors)
     return DetectionRecord(
         id=task.id,
         prompt=task.prompt.id,
@@ -69,5 +73,6 @@ def _record(store: Store, task: Task, result: DetectorScore, cost: Cost) -> Dete
         failed=result.failed or None,
         details=dict(result.details) or None,
         image=image,
+        file=file,
         cost=cost,
     )
