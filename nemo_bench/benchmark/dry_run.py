@@ -21,6 +21,7 @@ from nemo_bench.records.store import read_records, read_starts
 
 PASSES = ("calibrate", "localize", "memorization", "generate")
 """Stages that make UNet passes."""
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass
@@ -32,6 +33,7 @@ class CostModel:
     seconds: dict[str, list[float]] = field(default_factory=dict)  #: Seconds a pass took, by stage.
     scoring: list[float] = field(default_factory=list)  #: Seconds a prompt took to be scored.
     widths: dict[str, schema.Layers] = field(default_factory=dict)  #: Neurons by layer, by ``model.layers``.
+    flops: int | None = None  #: Floating point operations of a pass.
     records: int = 0
     devices: set[str] = field(default_factory=set)
 
@@ -46,6 +48,9 @@ class CostModel:
                     layers = path.with_name("layers.json")
                     if layers.is_file():
                         model.widths[str(spec.settings["model"]["layers"])] = read_file(layers, schema.Layers)
+                    network = path.with_name("network.json")
+                    if network.is_file():
+                        model.flops = read_file(network, schema.Network).flops_per_pass
                     model._add(path.parent, _kind(spec.settings["method"]))
             except (NemoBenchError, KeyError, TypeError):
                 continue
@@ -84,15 +89,18 @@ def forecast(configs: Sequence[CellConfig]) -> dict[str, Any]:
     """What a run would need, do and cost.
 
     Returns:
-        ``needs``: the fields of each :class:`Need`. ``families``: by model and method, which settings were chosen for
-        the model's family, the fields of :class:`nemo_bench.config.families.FamilySettings` and the same as ``text``.
+        ``needs``: the fields of each :class:`Need`. ``models``: of each, whether or not its files are there,
+        ``source``, ``licence``, whether it is ``gated``, ``weights`` of all networks in billions, ``download_gb``,
+        ``memory_gb`` of the weights in ``model.dtype``, ``teraflops_per_pass`` and ``teraflops_per_image`` without any
+        method; None for what is not known. ``families``: by model and method, which settings were chosen for the
+        model's family, the fields of :class:`nemo_bench.config.families.FamilySettings` and the same as ``text``.
         ``cells``: those whose files can be read, and before them sources that were not asked for, each with ``pending``
         records by stage; whether it is ``calibrated`` (None where it need not be); ``prompts_without_reference``;
         ``passes``, UNet passes of one sample by :data:`PASSES` (those to calibrate with the first cell that waits for
-        it); ``at_least``, whether those are the fewest possible, since a method's passes depend on the prompt and no
-        record of the model tells them; ``comparisons`` at most, by metric, of images with the training images of all
-        prompts, which grow with the square of the number of prompts; and ``seconds``, None before the first records of
-        the model. ``uncounted``: number of other cells. ``prompts``: see
+        it); ``teraflops`` of these, of the network alone; ``at_least``, whether those are the fewest possible, since a
+        method's passes depend on the prompt and no record of the model tells them; ``comparisons`` at most, by metric,
+        of images with the training images of all prompts, which grow with the square of the number of prompts; and
+        ``seconds``, None before the first records of the model. ``uncounted``: number of other cells. ``prompts``: see
         :meth:`nemo_bench.benchmark.plan.Planner.first_prompts`. ``total``: the same over all cells. ``speed``: by
         model, number of ``records`` that this is drawn from, their ``devices`` and ``seconds_per_pass``.
 
@@ -105,12 +113,18 @@ def forecast(configs: Sequence[CellConfig]) -> dict[str, Any]:
     models: dict[str, CostModel] = {}
     calibrated: set[Path] = set()
     rows = []
+    flops = {}
     for cell, pending in pending_work(cells):
         weights = cell.spec.digests["model"]
         if weights not in models:
             models[weights] = CostModel.from_records(Path(cell.config.settings.root), weights)
-        rows.append(_cost(cell, pending, models[weights], calibrated))
+        own = models[weights].flops
+        each = cell.config.settings.model.published.teraflops if own is None else own / 1e12
+        flops[repr(cell.config.settings.model)] = each
+        row = _cost(cell, pending, models[weights], calibrated)
+        rows.append({**row, "teraflops": None if each is None else each * sum(row["passes"].values())})
     seconds = [row["seconds"] for row in rows]
+    teraflops = [row["teraflops"] for row in rows]
     comparisons: Counter[str] = Counter()
     for row in rows:
         comparisons.update(row["comparisons"])
@@ -122,6 +136,7 @@ def forecast(configs: Sequence[CellConfig]) -> dict[str, Any]:
     by_name = {cell.spec.model: models[cell.spec.digests["model"]] for cell in cells}
     return {
         "needs": [asdict(need) for need in planner.needs.values()],
+        "models": _models(configs, flops),
         "families": list(families.values()),
         "cells": rows,
         "uncounted": len(configs) - len(planner.counted),
@@ -129,6 +144,7 @@ def forecast(configs: Sequence[CellConfig]) -> dict[str, Any]:
         "total": {
             "passes": {stage: sum(row["passes"][stage] for row in rows) for stage in PASSES},
             "at_least": any(row["at_least"] for row in rows),
+            "teraflops": None if None in teraflops else sum(teraflops),
             "comparisons": dict(comparisons),
             "seconds": None if None in seconds else sum(seconds),
         },
@@ -142,6 +158,29 @@ def forecast(configs: Sequence[CellConfig]) -> dict[str, Any]:
             if model.records
         },
     }
+
+
+def _models(configs: Sequence[CellConfig], flops: Mapping[str, float | None]) -> list[dict[str, Any]]:
+    """What is known of each model; ``flops`` are teraflops of a pass by settings, where finished records have them."""
+    rows = {}
+    for config in configs:
+        model = config.settings.model
+        published = model.published
+        each = flops.get(repr(model), published.teraflops)
+        passes = model.steps * (2 if model.guidance > 1 else 1)
+        rows[repr(model)] = {
+            "model": config.names["model"],
+            "source": model.source,
+            "licence": published.licence or None,
+            "gated": published.gated if published.licence else None,
+            "weights": published.weights,
+            "download_gb": published.download,
+            "memory_gb": None if published.weights is None else published.weights * _BYTES[model.dtype],
+            "passes_per_image": passes,
+            "teraflops_per_pass": each,
+            "teraflops_per_image": None if each is None else each * passes,
+        }
+    return list(rows.values())
 
 
 def _cost(cell: Cell, pending: dict[str, int], model: CostModel, calibrated: set[Path]) -> dict[str, Any]:

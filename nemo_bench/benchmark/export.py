@@ -11,7 +11,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from nemo_bench.benchmark.runner import load_model
-from nemo_bench.config import ModelSettings, SimilaritySettings
+from nemo_bench.config import ModelSettings, PublishedSettings, SimilaritySettings
 from nemo_bench.diffusion import Diffusion, folder_digest
 from nemo_bench.errors import ConfigError, StoreError, counted, did_you_mean
 from nemo_bench.records.data import Neurons
@@ -56,7 +56,8 @@ def export(cell: Path, folder: Path, prompt: str | None = None) -> Neurons:
         raise StoreError(f"{cell} switches nothing off; name the cell of a method that localizes, such as nemo")
     model = settings["model"]
     try:
-        chosen = ModelSettings(**{**model, "similarity": SimilaritySettings(**model["similarity"])})
+        parts = {"similarity": SimilaritySettings(**model["similarity"]), "published": PublishedSettings()}
+        chosen = ModelSettings(**{**model, **parts})
         factor = float(settings["method"].get("factor", 0.0))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise damaged(cell / "env.json", f"settings that can't be read: {error}") from error

@@ -243,7 +243,11 @@ class Runner:
         """Localizes the neurons of a cell's prompts, and before them those that its method starts from."""
         store = cell.store
         if is_main() and not is_whole(store.folder / "layers.json", schema.Layers):
-            write_json(store.folder / "layers.json", self.model(cell).masks.widths)
+            model = self.model(cell)
+            weights = sum(parameter.numel() for parameter in model.network.parameters())
+            size = schema.Network(weights=weights, flops_per_pass=model.flops_per_pass)
+            write_json(store.folder / "network.json", size)
+            write_json(store.folder / "layers.json", model.masks.widths)
         if schema.LocalizationRecord not in cell.stages or self.agree(
             partial(store.is_done, schema.LocalizationRecord)
         ):

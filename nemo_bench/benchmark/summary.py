@@ -65,7 +65,7 @@ def summarize(cell: Cell) -> schema.Summary:
         detection=_detection(cell, measured),
         localization=_searches(cell, localized),
         counts=_counts(cell, failed.get("all", schema.Failures()), images, scored),
-        cost=_costs([*localized, *measured], images),
+        cost=_with_flops(cell, _costs([*localized, *measured], images)),
         peak_memory_of="process" if (peak.device or "cpu") == "cpu" else "GPU",
     )
 
@@ -121,6 +121,16 @@ def _costs(of_prompts: Sequence[PromptRecord], images: Sequence[ImageRecord]) ->
     if peaks := [cost.peak_memory_mb for cost in finished if cost.peak_memory_mb]:
         costs["peak_memory_mb"] = max(peaks)
     return costs
+
+
+def _with_flops(cell: Cell, costs: dict[str, float]) -> dict[str, float]:
+    """Adds teraflops of an image, its share of what the method does once for a prompt too, where a pass's are known."""
+    file = cell.store.folder / "network.json"
+    if "row_passes_per_image" not in costs or not file.is_file():
+        return costs
+    once = costs.get("once_row_passes_per_prompt", 0) / cell.config.settings.seeds
+    flops = (costs["row_passes_per_image"] + once) * read_file(file, schema.Network).flops_per_pass
+    return {**costs, "teraflops_per_image": float(f"{flops / 1e12:.5g}")}
 
 
 def _targets(images: Iterable[ImageRecord]) -> list[ScoreRecord]:

@@ -26,6 +26,8 @@ from nemo_bench.config.groups import GROUPS, named_classes, options, own_folders
 from nemo_bench.config.overrides import ConfFolder, quoted, read, sweep_words, value_of
 from nemo_bench.config.schema import (
     LoggerSettings,
+    ModelSettings,
+    PublishedSettings,
     RunSettings,
     check_values,
     is_within,
@@ -407,6 +409,7 @@ def _cell_configs(base: Composed, settings: Sequence[tuple[str, str]]) -> list[C
     if training := run.model.training:
         names["model"] = name_of_files([training])
         run.model.source = f"{training}/model/pipeline"
+    _forget_published(run.model, given)
     run.root = resolve(run.root)
     families: list[FamilySettings] = []
     for group, node in ((group, getattr(run, group)) for group in SUBJECTS):
@@ -437,6 +440,16 @@ def _at_strength(config: CellConfig, setting: str, value: Any) -> CellConfig:
     )
     settings = replace(config.settings, method={**method, setting: value})
     return replace(config, settings=settings, families=families)
+
+
+def _forget_published(model: ModelSettings, given: Sequence[str]) -> None:
+    """Drops what a model's file says of its weights where others are given, or of a pass where its shape is."""
+    if any(is_within(key, ["model.published"]) for key in given):
+        return
+    if {"model.source", "model.training"} & set(given):
+        model.published = PublishedSettings()
+    elif {"model.unet", "model.tokens", "model.size"} & set(given):
+        model.published.teraflops = None
 
 
 def _set(config: DictConfig, composed: Mapping[str, Any], key: str, override: Override) -> None:

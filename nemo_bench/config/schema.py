@@ -37,6 +37,19 @@ class SimilaritySettings:
 
 
 @dataclass
+class PublishedSettings:
+    """What is known of the weights of a model before they are there; for dry runs, no part of a cell."""
+
+    licence: str = ""  #: Licence of the weights.
+    gated: bool = False  #: Whether the hub gives the files to those alone who accept its conditions and log in.
+    weights: Annotated[float, at_least(0)] | None = None  #: Weights of all networks, in billions.
+    download: Annotated[float, at_least(0)] | None = None  #: Files that are loaded, in gigabytes.
+    #: Floating point operations of a pass of one sample by the network that denoises, in teraflops: at the model's own
+    #: size and number of tokens, a multiplication and an addition counted as two.
+    teraflops: Annotated[float, at_least(0)] | None = None
+
+
+@dataclass
 class ModelSettings:
     """A model and how it is used."""
 
@@ -72,6 +85,8 @@ class ModelSettings:
     #: open_clip model for alignment and diversity; weights of OpenAI need one of ``-quickgelu``.
     clip: str = "ViT-B-32-quickgelu"
     clip_pretrained: str | None = "openai"  #: Weights of the open_clip model: tag or file.
+    #: Licence, size and cost of ``source``; of another one that is given in its place nothing is known.
+    published: PublishedSettings = field(default_factory=PublishedSettings)
     summary: str = ""  #: One line for ``nemo-bench ls``.
     citation: str = ""
 

@@ -12,6 +12,7 @@ import hashlib
 import inspect
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from nemo_bench.diffusion.attention import Edit, cross_attentions, edit_attention
 from nemo_bench.diffusion.families import Conditioning, Layers, family_of
+from nemo_bench.diffusion.flops import flops_of_pass
 from nemo_bench.diffusion.masks import NeuronMasks
 from nemo_bench.diffusion.prefix import Prefix
 from nemo_bench.diffusion.sampling import Generated, Rule, Sampling
@@ -138,6 +140,11 @@ class Diffusion(nn.Module):
     def passes_per_image(self) -> int:
         """Passes of an image: the number of steps, twice as many under guidance."""
         return self.steps * (2 if self.guidance > 1 else 1)
+
+    @cached_property
+    def flops_per_pass(self) -> int:
+        """Floating point operations of a pass of one row, see :func:`nemo_bench.diffusion.flops.flops_of_pass`."""
+        return flops_of_pass(self)
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
         """Encodes N prompts, truncated to the length of the tokenizer, to N rows."""

@@ -421,7 +421,7 @@ class Summary(Entry):
     #: ``exhausted``.
     localization: dict[str, dict[str, int | None]] = {}
     counts: dict[str, int]  #: Images, prompts, and what is missing.
-    cost: dict[str, float] = {}  #: Mean seconds and UNet passes, peak memory in MB.
+    cost: dict[str, float] = {}  #: Mean seconds, passes and teraflops of the network, peak memory in MB.
     peak_memory_of: Literal["process", "GPU"] = "process"  #: Whether the peak is that of the process or of the GPU.
 
 
@@ -689,6 +689,16 @@ class LastStep(Entry):
 
 Layers = dict[str, int]
 """Widths of value layers by name, in network order: ``layers.json``."""
+
+
+class Network(Entry):
+    """The part of a model that denoises: ``network.json``."""
+
+    weights: int  #: Number of weights.
+    #: Floating point operations of a pass of one sample, a multiplication and an addition counted as two.
+    flops_per_pass: int
+
+
 Sets = dict[str, dict[str, float | None]]
 """Scores of whole sets of images by group and metric, None where not finite: ``sets.json``."""
 
@@ -702,6 +712,7 @@ FILES: Mapping[str, tuple[Any, str]] = {
     "prompts.jsonl": (None, _RUN),
     "failure.json": (Failure, "it is needed by nothing, and the command of the run tries the cell again"),
     "layers.json": (Layers, _RUN),
+    "network.json": (Network, "without it nothing is said of floating point operations"),
     "scoring.json": (Scoring, _SCORE),
     "sets.json": (Sets, _SCORE),
     "metrics.json": (Summary, f"{_SCORE}; that of a detector, nemo-bench detect"),

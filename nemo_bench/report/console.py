@@ -100,6 +100,7 @@ def show_forecast(expected: Mapping[str, Any]) -> None:
     for found in expected["families"]:
         needs.add_row("chosen" if found["known"] else "default", "settings", f"{found['method']} {found['text']}")
     console.print(needs, "")
+    _show_models(expected["models"])
     for file, about in expected["prompts"].items():
         print(f"{file}: {about['taken']:,} of {about['of']:,} prompts, the first of them:")
         for prompt in about["first"]:
@@ -108,17 +109,18 @@ def show_forecast(expected: Mapping[str, Any]) -> None:
         print(f"{counted(expected['uncounted'], 'cell')} can't be counted before the files are there")
     if not rows:
         return
-    titles = ("pending records", *_STAGES, "UNet passes", "time")
+    titles = ("pending records", *_STAGES, "passes", "TFLOPs", "time")
     table = Table(*(Column(title, no_wrap=True) for title in titles))
     for row in rows:
         counts = [str(row["pending"].get(stage, "-")) for stage in _STAGES]
         least = "≥ " if row["at_least"] else ""
-        table.add_row(row["cell"], *counts, f"{least}{sum(row['passes'].values()):,}", _duration(row["seconds"], least))
+        costs = [f"{least}{sum(row['passes'].values()):,}", _figure(row["teraflops"], least)]
+        table.add_row(row["cell"], *counts, *costs, _duration(row["seconds"], least))
     show(table)
     least, passes = ("≥ " if total["at_least"] else ""), total["passes"]
     verbs = {"memorization": "measure memorization"}
     counts = [f"{least * (s == 'localize')}{count:,} to {verbs.get(s, s)}" for s, count in passes.items()]
-    print(f"UNet passes of one sample: {', '.join(counts)}")
+    print(f"passes of one sample: {', '.join(counts)}; TFLOPs: {_figure(total['teraflops'], least)}")
     if least:
         print("≥: what a search takes depends on the prompt; no record of this model tells yet, so the least")
     for metric, count in total["comparisons"].items():
@@ -127,6 +129,35 @@ def show_forecast(expected: Mapping[str, Any]) -> None:
         each = f"{1000 * speed['seconds_per_pass']:.3g} ms a pass"
         print(f"{model}: {each} in {speed['records']:,} finished records, on {', '.join(speed['devices'])}")
     print(f"time: {_duration(total['seconds'], least)}")
+
+
+def _show_models(models: Sequence[Mapping[str, Any]]) -> None:
+    """Prints what each model is and costs."""
+    numbers = ("weights", "download", "memory", "passes", "TFLOPs a pass", "an image")
+    columns = (Column(title, justify="right", no_wrap=True) for title in numbers)
+    table = Table(Column("model", no_wrap=True), *columns, Column("licence", no_wrap=True), box=None, pad_edge=False)
+    for model in models:
+        licence = (model["licence"] or "?") + (", gated" if model["gated"] else "")
+        table.add_row(
+            model["model"],
+            _figure(model["weights"], unit=" B"),
+            *(_figure(model[key], unit=" GB") for key in ("download_gb", "memory_gb")),
+            str(model["passes_per_image"]),
+            *(_figure(model[f"teraflops_per_{each}"]) for each in ("pass", "image")),
+            licence,
+        )
+    show(table)
+    print("weights: of all networks, in billions; memory: of these; passes and TFLOPs: of the network that denoises")
+    if any(model["gated"] for model in models):
+        print("gated: accept the conditions at the model's page, then log in with `hf auth login`")
+    print()
+
+
+def _figure(value: float | None, least: str = "", unit: str = "") -> str:
+    """A number in three digits; a question mark where it is not known."""
+    if value is None:
+        return "?"
+    return f"{least}{value:,.0f}{unit}" if value >= 100 else f"{least}{value:.3g}{unit}"
 
 
 def _duration(seconds: float | None, least: str) -> str:

@@ -21,6 +21,7 @@ from nemo_bench.report import tables
 from nemo_bench.report.audit import audits_of
 from nemo_bench.report.localizers import localized
 from nemo_bench.report.memsinks import has_sinks
+from nemo_bench.report.models import model_rows
 from nemo_bench.report.plots import plots
 from nemo_bench.report.selection import MEMORIZED, drawn
 from nemo_bench.report.svg import looks
@@ -90,6 +91,8 @@ def page(results: Results, rows: Sequence[LeaderboardRow]) -> str:
         has_sinks=has_sinks(results),
         has_detectors=has_detectors,
         **parts,
+        model_rows=model_rows(results),
+        rates=results.keys_of("memorization_rate")[:1],
         audit_citation=cite("kowalczuk2026finding"),
         plots=by_section,
         shown=shown.cells,

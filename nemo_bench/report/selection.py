@@ -73,7 +73,13 @@ def tradeoffs(results: Results) -> list[tuple[str, str, str]]:
 
 def info_of(results: Results, key: str) -> MetricInfo:
     """What is known of a metric, or of :data:`COST`."""
-    return MetricInfo(title=COST, higher_is_better=False) if key == COST else results.metrics[key]
+    title = "TFLOPs per prompt" if _in_flops(results) else COST
+    return MetricInfo(title=title, higher_is_better=False) if key == COST else results.metrics[key]
+
+
+def _in_flops(results: Results) -> bool:
+    """Whether costs are compared in floating point operations: passes of several models are not alike."""
+    return len(results.models) > 1 and all("teraflops_per_image" in cell.summary.cost for cell in results.cells)
 
 
 def sign(results: Results, key: str) -> int:
@@ -86,6 +92,8 @@ def measured(results: Results, cell: CellResults, key: str) -> list[float]:
     if key == COST:
         images = sum(len(outcome.seeds) for outcome in cell.outcomes.values()) / len(cell.outcomes)
         cost = cell.summary.cost
+        if _in_flops(results):
+            return [images * cost["teraflops_per_image"]]
         passes = cost.get("once_row_passes_per_prompt", 0) + images * cost.get("row_passes_per_image", 0)
         return [passes] if passes else []
     if results.metrics[key].per == "set":

@@ -15,12 +15,13 @@ from nemo_bench.benchmark.dry_run import forecast
 from nemo_bench.benchmark.plan import plan
 from nemo_bench.benchmark.run import run
 from nemo_bench.cli import main
-from nemo_bench.config import CellConfig, build, grid, options
+from nemo_bench.config import CellConfig, PublishedSettings, build, grid, options
 from nemo_bench.diffusion import pipeline_class_of
 from nemo_bench.errors import ModelError
 from nemo_bench.metrics import Alignment
 from nemo_bench.records.io import write_json
-from nemo_bench.records.schema import Threshold
+from nemo_bench.records.schema import Network, Threshold
+from nemo_bench.report.console import show_forecast
 from on_disk import read_json, read_records
 from small_runs import small
 from tiny import tiny_pipeline
@@ -222,7 +223,7 @@ def test_the_table_is_whole_in_a_narrow_terminal(words: list[str], capsys: pytes
     for cell in plan(grid([*words, "method=none,nemo"])):
         assert cell.id in out
     passes = "24 to calibrate, ≥ 9 to localize, 18 to measure memorization, 120 to generate"
-    assert f"UNet passes of one sample: {passes}" in " ".join(out.split())
+    assert f"passes of one sample: {passes}; TFLOPs: ≥ " in " ".join(out.split())
     assert "time: ?" in out
 
 
@@ -292,8 +293,64 @@ def test_every_preset_has_a_complete_table_of_needs_on_every_model(
         if pipeline_class == "StableDiffusionPipeline" and not lacks_training:
             assert "method" not in kinds
             assert found["uncounted"] == 0
-        # Models of trainings are one model here.
-        assert lacks_training or len(found["cells"]) >= len(choices) - found["uncounted"]
+        # Models of trainings, and versions, are one model here.
+        different = {repr(other.settings) for other in others}
+        assert lacks_training or len(found["cells"]) >= len(different) - found["uncounted"]
+
+
+@pytest.mark.usefixtures("offline")
+def test_versions_are_told_without_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Licence, size and cost of every model, and the operations that each cell takes."""
+    monkeypatch.chdir(tmp_path)
+    choices = grid(["experiment=versions"])
+    bare = forecast(choices)  # without prompts either
+    assert bare["uncounted"] == len(choices) == 16
+    (tmp_path / "data").mkdir()
+    for file, text in LISTS.items():
+        (tmp_path / "data" / file).write_text(text)
+    expected = forecast(choices)
+    assert expected["models"] == bare["models"]
+    assert [model["model"] for model in expected["models"]] == [c.names["model"] for c in choices[::2]]
+    assert all(value is not None for model in expected["models"] for value in model.values())
+    assert {model["model"] for model in expected["models"] if model["gated"]} == {
+        "sd3_medium", "sd35_medium", "flux1_dev"
+    }  # fmt: skip
+    first, *_, flux = expected["models"]
+    assert (first["passes_per_image"], flux["passes_per_image"]) == (100, 50)
+    assert first["teraflops_per_image"] == pytest.approx(80.3)
+    assert first["memory_gb"] == pytest.approx(4 * first["weights"])
+    assert flux["memory_gb"] == pytest.approx(2 * flux["weights"])
+    for number, row in enumerate(expected["cells"]):
+        each = expected["models"][number // 2]["teraflops_per_pass"]
+        assert row["teraflops"] == pytest.approx(each * sum(row["passes"].values()))
+    assert expected["total"]["teraflops"] == pytest.approx(sum(row["teraflops"] for row in expected["cells"]))
+    show_forecast(expected)
+    out = capsys.readouterr().out
+    assert "FLUX.1-dev Non-Commercial License, gated" in out
+    assert "accept the conditions at the model's page" in out
+
+
+def test_of_another_source_nothing_is_told_before_its_records(words: list[str], tmp_path: Path) -> None:
+    (choice,) = grid([*words, "model=sd14", f"model.source={tmp_path}", "method=none"])
+    assert choice.settings.model.published == PublishedSettings()
+    (flux,) = grid([*words, "model=flux1_dev", "model.size=512", "method=none"])
+    assert flux.settings.model.published.teraflops is None
+    assert flux.settings.model.published.gated
+    (given,) = grid([*words, "model=sd14", "model.source=mine", "model.published.licence=ours", "method=none"])
+    assert given.settings.model.published.licence == "ours"
+    place = tmp_path / "model"
+    tiny_pipeline().save_pretrained(place)
+    asked = [*words, "method=none", f"model.source={place}"]
+    (before,) = forecast(grid(asked))["models"]
+    assert (before["licence"], before["gated"], before["teraflops_per_pass"]) == (None, None, None)
+    (cell,) = plan(grid(asked))
+    cell.store.open(cell.spec)
+    write_json(cell.store.folder / "network.json", Network(weights=7, flops_per_pass=2 * 10**12))
+    after = forecast(grid(asked))
+    assert after["models"][0]["teraflops_per_pass"] == 2
+    assert after["cells"][0]["teraflops"] == 2 * sum(after["cells"][0]["passes"].values())
 
 
 def test_general_prompts_that_are_benchmarked_too_are_said_to_be(

@@ -22,6 +22,8 @@ from nemo_bench.benchmark.run import run
 from nemo_bench.benchmark.runner import load_model
 from nemo_bench.config import grid, options
 from nemo_bench.diffusion import Similarity, value_layers
+from nemo_bench.diffusion.families import family_of
+from nemo_bench.diffusion.flops import count_flops
 from nemo_bench.diffusion.schedule import ddim
 from nemo_bench.errors import ModelError
 from nemo_bench.localization import Calibration, NemoSettings, activation_statistics, localize
@@ -262,6 +264,37 @@ def test_the_full_size_networks_are_those_published(full_size: tuple[str, UNet2D
     """Their well-known numbers of weights."""
     name, unet = full_size
     assert sum(p.numel() for p in unet.parameters()) / 1e6 == pytest.approx(MILLION_WEIGHTS[name], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "models", "rest"),
+    [
+        ("1.x", ("sd14", "sd15", "realistic_vision"), 123_060_480),
+        ("2.x", ("sd20", "sd21"), 340_387_840),
+        ("2.x base", ("sd21_base",), 340_387_840),
+        ("XL", ("sdxl",), 123_060_480 + 694_659_840),
+    ],
+)
+def test_what_is_published_of_a_model_follows_from_its_configuration(
+    name: str, models: tuple[str, ...], rest: int
+) -> None:
+    """Operations of a pass, and weights of all networks; ``rest`` are those of the text encoders."""
+    config, is_large = FULL_SIZE[name], name == "XL"
+    family = family_of("StableDiffusionXLPipeline" if is_large else "StableDiffusionPipeline")
+    with torch.device("meta"):
+        whole = {key: value for key, value in UNet2DConditionModel(**config).config.items() if key[0] != "_"}
+    text = ((1, 77, config["cross_attention_dim"]), (1, 1280) if is_large else None, None)
+    side = 8 * config["sample_size"]
+    total = count_flops(family, UNet2DConditionModel, json.dumps(whole), family.latent_shape(whole), (side, side), text)
+    weights = MILLION_WEIGHTS[name] / 1e3 + (rest + 83_653_863) / 1e9
+    for model in models:
+        (choice,) = grid([f"model={model}", "method=none"])
+        published = choice.settings.model.published
+        assert published.teraflops == pytest.approx(total / 1e12, rel=1e-3)
+        assert published.weights == pytest.approx(weights, rel=1e-3)
+        assert published.download == pytest.approx(4 * weights, rel=0.02)
+        assert published.licence in choice.settings.model.summary
+        assert not published.gated
 
 
 def test_layers_of_the_full_size_networks(full_size: tuple[str, UNet2DConditionModel]) -> None:

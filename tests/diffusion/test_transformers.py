@@ -27,6 +27,7 @@ from nemo_bench.benchmark.run import run
 from nemo_bench.config import grid, options
 from nemo_bench.diffusion import UNETS, Similarity, Source, pipeline_class_of
 from nemo_bench.diffusion.families import FAMILIES, family_of
+from nemo_bench.diffusion.flops import count_flops
 from nemo_bench.errors import ModelError
 from nemo_bench.localization import (
     Calibration,
@@ -297,6 +298,11 @@ def test_a_run_through_the_configuration(name: str, tmp_path: Path, prompt_file:
     measures = FAMILIES[type(case.make()).__name__].measures
     assert spec["measures"] == measures
     assert measures in (tmp_path / "results" / "default" / "leaderboard.md").read_text()
+    network = json.loads((cell.store.folder / "network.json").read_text())
+    assert network["weights"] == sum(parameter.numel() for parameter in case.make().transformer.parameters())
+    costs = json.loads((cell.store.folder / "metrics.json").read_text())["cost"]
+    passes = costs["row_passes_per_image"] + costs["once_row_passes_per_prompt"]  # one image a prompt
+    assert costs["teraflops_per_image"] == pytest.approx(passes * network["flops_per_pass"] / 1e12, rel=1e-3)
 
 
 def test_an_audit_searches_embeddings_of_tokens(model: Diffusion) -> None:
@@ -309,6 +315,33 @@ def test_an_audit_searches_embeddings_of_tokens(model: Diffusion) -> None:
     assert text.mask is not None
     assert found.text.mask is not None
     assert torch.equal(found.text.mask, text.mask)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd3.5", "pixart-alpha", "flux-dev"])
+def test_operations_of_a_pass_are_those_of_its_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted otherwise: in a true pass, layer by layer, and attention by its shapes."""
+    model = Diffusion(tiny_pipeline()) if name == "sd1" else CASES[name].model()
+    total = 0
+
+    def count(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        weight = module.get_parameter("weight")
+        total += 2 * weight[0].numel() * output.numel()
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        nonlocal total
+        total += 2 * query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        return attention(query, key, value, *args, **options)
+
+    attention = nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attend)
+    counted, text = model.flops_per_pass, model.encode(tiny_texts(1))
+    total = 0
+    for module in model.network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.register_forward_hook(count)
+    model.predict_output(model.latents([0]), model.timestep(), text)
+    assert counted == pytest.approx(total, rel=1e-3)
 
 
 def test_prompts_that_are_cut_count_as_truncated(model: Diffusion) -> None:
@@ -500,6 +533,61 @@ def test_the_models_of_the_configuration(name: str) -> None:
     assert settings.source.count("/") == 1
     assert "license" in settings.summary.lower()
     assert "@" in settings.citation
+
+
+# Weights of encoders and autoencoder, and how many more networks of a depth have: what one block of each sort adds.
+_T5, _SD3_REST = 4_762_310_656, 123_650_304 + 694_659_840 + 4_762_310_656 + 83_819_683
+REST = {
+    "StableDiffusion3Pipeline": _SD3_REST,
+    "FluxPipeline": 123_060_480 + _T5 + 83_819_683,
+    "PixArtAlphaPipeline": _T5 + 83_653_863,
+    "PixArtSigmaPipeline": _T5 + 83_653_863,
+    "SanaPipeline": 2_614_341_888 + 312_500_000,
+}
+_DUAL: dict[str, Any] = {"num_layers": 2, "dual_attention_layers": (0,)}
+BLOCKS: dict[str, list[tuple[dict[str, Any], int]]] = {
+    "sd35_medium": [(_DUAL, 13), ({"num_layers": 2}, 10)],
+    "flux1_dev": [({"num_layers": 2}, 18), ({"num_single_layers": 2}, 37)],
+    "flux1_schnell": [({"num_layers": 2}, 18), ({"num_single_layers": 2}, 37)],
+}
+"""Of networks with two sorts of blocks, changes of one with a block of each that add one, and how many are missing."""
+
+
+@pytest.mark.parametrize("name", [*FULL_SIZE])
+def test_what_is_published_of_a_model_follows_from_its_configuration(name: str) -> None:
+    """Operations of a pass, by counting networks of one and two blocks, and weights of all networks."""
+    kind, pipeline, config, *_, weights = FULL_SIZE[name]
+    (choice,) = grid([f"model={name}", "method=none"])
+    published = choice.settings.model.published
+    tokens = choice.settings.model.tokens
+    family = family_of(pipeline, tokens=tokens)
+
+    def count(**changes: Any) -> int:
+        with torch.device("meta"):
+            whole = {**kind(**{**config, "num_layers": 1}).config, "num_layers": 1, "dual_attention_layers": ()}
+        if pipeline == "FluxPipeline":
+            whole["num_single_layers"] = 1
+        whole = {key: value for key, value in {**whole, **changes}.items() if not key.startswith("_")}
+        width = whole.get("joint_attention_dim") or whole["caption_channels"]
+        length = tokens + 77 * (pipeline == "StableDiffusion3Pipeline")
+        pooled = (1, whole["pooled_projection_dim"]) if "joint_attention_dim" in whole else None
+        mask = None if pooled else (1, length)
+        latent, side = family.latent_shape(whole), 1024
+        return count_flops(family, kind, json.dumps(whole), latent, (side, side), ((1, length, width), pooled, mask))
+
+    with torch.device("meta"):
+        network = kind(**config)
+    one = count()
+    sorts = BLOCKS.get(name, [({"num_layers": 2}, network.config["num_layers"] - 1)])
+    total = one + sum(missing * (count(**changes) - one) for changes, missing in sorts)
+    assert published.teraflops == pytest.approx(total / 1e12, rel=1e-3)
+    assert published.weights is not None
+    assert published.download is not None
+    positions = sum(value.numel() for value in network.state_dict().values()) - weights  # are stored too
+    assert published.weights == pytest.approx((weights + positions + REST[pipeline]) / 1e9, rel=1e-3)
+    assert 1.95 < published.download / published.weights < 4.05  # stored in two bytes or four
+    assert published.gated == ("gated" in choice.settings.model.summary)
+    assert published.licence in choice.settings.model.summary
 
 
 def test_every_family_has_a_file_of_settings() -> None:

@@ -150,7 +150,7 @@ def write_fake_calibration(run: Path, model: str = "planted", pairs: int = 200, 
     )
     tau = float(scores.mean() + scores.std(ddof=1))
     threshold = Threshold(
-        threshold=tau, mean=0.2, std=0.1, prompts=pairs, protocol=protocol, similarity="fixed", velocity="noise"
+        threshold=tau, mean=0.2, std=0.1, prompts=pairs, protocol=protocol, similarity="fixed", velocity="converted"
     )  # fmt: skip
     write_json(store.folder / "threshold.json", threshold)
     for path in run.glob(f"{model}__*/spec.json"):
