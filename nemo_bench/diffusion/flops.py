@@ -22,9 +22,11 @@ def flops_of_pass(model: Diffusion) -> int:
     the same configuration on the meta device: whatever the device, the precision, and the kernels in use.
     """
     text = model.encode([""])
-    shapes = tuple(None if part is None else tuple(part.shape) for part in (text.text, text.pooled, text.mask))
+    kind: Any = type(model.network)
+    pooled, mask = (None if part is None else tuple(part.shape) for part in (text.pooled, text.mask))
     config = json.dumps({name: value for name, value in model.network.config.items() if not name.startswith("_")})
-    return count_flops(model.family, type(model.network), config, model.latent_shape, model.image_size, shapes)
+    shapes = (tuple(text.text.shape), pooled, mask)
+    return count_flops(model.family, kind, config, model.latent_shape, model.image_size, shapes)
 
 
 @cache
@@ -34,7 +36,7 @@ def count_flops(
     config: str,
     latent: tuple[int, ...],
     image: tuple[int, int],
-    text: tuple[tuple[int, ...] | None, ...],
+    text: tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...] | None],
 ) -> int:
     """The same of a class of networks, remembered, since it takes seconds.
 
@@ -48,8 +50,9 @@ def count_flops(
     """
     with torch.device("meta"):
         network = kind.from_config(json.loads(config)).eval()
-        parts = [None if shape is None else torch.ones(shape) for shape in text]
+        pooled, mask = (None if shape is None else torch.ones(shape) for shape in text[1:])
+        whole = Conditioning(torch.ones(text[0]), pooled, mask)
         latents, timestep = torch.ones(1, *latent), torch.tensor(1.0)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        family.predict(network, latents, timestep, Conditioning(*parts), image[::-1])
+        family.predict(network, latents, timestep, whole, image[::-1])
     return int(counter.get_total_flops())
