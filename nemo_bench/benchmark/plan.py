@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_bench.config import CellConfig, ModelSettings, PromptSettings, RunSettings, build, resolve
 from nemo_bench.config.composition import name_of_files
-from nemo_bench.diffusion import Lora, Similarity, Source, pipeline_class_of
+from nemo_bench.diffusion import FAMILIES, Lora, Similarity, Source, pipeline_class_of
 from nemo_bench.errors import ConfigError, ModelError, NemoBenchError, StoreError, counted, first_line
 from nemo_bench.localization import is_readable, read_statistics
 from nemo_bench.methods import Deletion, FittedMethod, LocalizedNeurons, Method
@@ -296,6 +296,11 @@ class Planner:
         # A method that the model can't have is said before gigabytes are fetched for it.
         if pipeline_class := source.family.pipeline_class if has_weights else pipeline_class_of(model.family):
             method.check(pipeline_class, model.guidance, model.dtype, compiled=model.compiled)
+            if model.compiled and FAMILIES[pipeline_class].joint and any(m.needs_calibration for m in lineage(method)):
+                raise ModelError(
+                    f"model.compiled=true: {method.title} needs activations, which in a {pipeline_class} are those of "
+                    "passes, and a compiled network can't be looked into; set model.compiled=false"
+                )
         edits = listed.shared_from if any(m.pools for m in lineage(method)) else []
         measured = to_measure(method, model)
         if not self._has_files(config, method, edits, measured):

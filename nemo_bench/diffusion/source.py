@@ -140,11 +140,25 @@ class Source:
 
     def check(self) -> None:
         """Raises NemoBenchError if files that loading needs are missing or unsupported; weights are not read."""
-        if self.family.network != "unet" and (self.unet or self.is_file):
-            given = f"model.unet={self.unet}" if self.unet else f"model.source={self.path}"
+        if self.family.network != "unet" and self.unet:
             raise ModelError(
-                f"{given}: single files and other UNets are for Stable Diffusion 1, 2 and XL; give the whole pipeline "
-                f"of a {self.family.pipeline_class} as a folder or hub id"
+                f"model.unet={self.unet}: a {self.family.pipeline_class} has no UNet; leave it out, or give the whole "
+                "pipeline as a folder or hub id"
+            )
+        if self.family.network != "unet" and self.is_file:
+            kind = self.family.pipeline_class
+            raise ModelError(
+                f"model.source={self.path}: single files are loaded of Stable Diffusion 1, 2 and XL alone; those of a "
+                f"{kind} hold its transformer and rarely its text encoders. Make a folder of it once, with all else of "
+                f'model.config: python -c "from diffusers import {kind} as P, {self.family.network_class} as T; '
+                f"P.from_pretrained('{self.place}', transformer=T.from_single_file('{self.path}', "
+                f"config='{self.place}', subfolder='transformer')).save_pretrained('converted')\"; then give "
+                "model.source=converted"
+            )
+        if self.lora and not self.family.takes_lora:
+            raise ModelError(
+                f"model.lora={self.lora.path}: diffusers loads none into a {self.family.pipeline_class}; merge it into "
+                "the weights where it was trained (merge_and_unload of peft) and give that pipeline as model.source"
             )
         if missing := sorted(self._needed - self._files):
             listed = ", ".join(missing[:6]) + (", ..." if len(missing) > 6 else "")

@@ -18,6 +18,7 @@ from diffusers import (
     SanaTransformer2DModel,
     SD3Transformer2DModel,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nemo_bench import Diffusion, Neurons, Prompt
@@ -25,7 +26,7 @@ from nemo_bench.benchmark.embedding_search import search_embeddings
 from nemo_bench.benchmark.plan import plan
 from nemo_bench.benchmark.run import run
 from nemo_bench.config import grid, options
-from nemo_bench.diffusion import UNETS, Similarity, Source, pipeline_class_of
+from nemo_bench.diffusion import UNETS, Lora, Similarity, Source, pipeline_class_of
 from nemo_bench.diffusion.families import FAMILIES, family_of
 from nemo_bench.diffusion.flops import count_flops
 from nemo_bench.errors import ModelError
@@ -404,6 +405,86 @@ def test_levels_like_those_of_stable_diffusion() -> None:
         assert flow.like(timestep) / 1000 == pytest.approx(sigma, abs=6e-4)
         assert pixart.like(timestep) == pytest.approx(own, abs=1)
     assert (flow.timestep(0), pixart.timestep(0)) == (1000, 999)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", [*FIRST])
+def test_half_precision_is_kept_from_loading_to_export(name: str, dtype: str, tmp_path: Path) -> None:
+    case, kind = CASES[name], getattr(torch, dtype)
+    case.make().save_pretrained(tmp_path / "model")
+    given = {"steps": 2, "guidance": case.guidance, **case.settings}
+    model = Diffusion.load(str(tmp_path / "model"), dtype, **given)
+    # T5 keeps some layers in float32 where float16 would overflow.
+    own = [part for part in (model.network, model.pipeline.vae) for part in part.parameters()]
+    assert {parameter.dtype for parameter in own} == {kind}
+    text, latents, neurons = model.encode(tiny_texts(1)), model.latents([1]), half_of(model)
+    neurons = Neurons({layer: ids for layer, ids in neurons.items() if model.spans[layer] == slice(None)})
+    with model.block(neurons):
+        blocked = model.generate(text, latents)
+    assert blocked.dtype is model.predict_noise(latents, model.timestep(1), text).dtype is torch.float32
+    assert blocked.isfinite().all()
+    assert not torch.equal(model.generate(text, latents), blocked)
+    model.export(tmp_path / "exported", neurons)
+    exported = Diffusion.load(str(tmp_path / "exported"), dtype, **given)
+    file = tmp_path / "exported" / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert {tensor.dtype for tensor in load_file(file).values()} == {kind}
+    torch.testing.assert_close(exported.generate(text, latents), blocked, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["sd3.5", "flux-dev", "sana"])
+def test_a_lora_is_added_to_a_transformer(name: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    plain, pipeline = CASES[name].make(), CASES[name].make()
+    plain.save_pretrained(tmp_path / "model")
+    layer = next(iter(family_of(type(plain).__name__).value_layers(plain.transformer, "all")))
+    pipeline.transformer.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, target_modules=[layer]))
+    generator = torch.Generator().manual_seed(0)
+    for parameter_name, parameter in pipeline.transformer.named_parameters():
+        if "lora_" in parameter_name:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    weights = peft.get_peft_model_state_dict(pipeline.transformer)
+    about = pipeline.transformer.peft_config["default"].to_dict()
+    type(plain).save_lora_weights(tmp_path, transformer_lora_layers=weights, transformer_lora_adapter_metadata=about)
+    changed = Source(str(tmp_path / "model"), lora=Lora(str(tmp_path), 0.5)).load().transformer
+    down, up = (weights[f"{layer}.lora_{part}.weight"] for part in "AB")
+    expected = plain.transformer.get_submodule(layer).weight + 0.5 * 2 * up @ down
+    torch.testing.assert_close(changed.get_submodule(layer).weight, expected)
+    assert set(changed.state_dict()) == set(plain.transformer.state_dict())
+
+
+def test_what_transformers_can_not_take_is_said_before_weights_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A LoRA of PixArt, a single file or a UNet in place of a pipeline, and NeMo in a compiled one."""
+    for name, make in {"pixart": tiny_pixart, "sd3": tiny_sd3}.items():
+        make().save_pretrained(tmp_path / name)
+    save_file({"transformer.a.lora_A.weight": torch.ones(1, 2)}, tmp_path / "lora.safetensors")
+    save_file({"joint_blocks.0.x_block.attn.qkv.bias": torch.ones(2)}, tmp_path / "single.safetensors")
+    with pytest.raises(ModelError, match=r"loads none into a PixArtAlphaPipeline; merge it"):
+        Source(str(tmp_path / "pixart"), lora=Lora(str(tmp_path / "lora.safetensors"))).check()
+    with pytest.raises(ModelError, match=r"single files .* alone; .*SD3Transformer2DModel as T; .*model.source=conv"):
+        Source(str(tmp_path / "single.safetensors"), config=str(tmp_path / "sd3")).check()
+    unet = tmp_path / "unet"
+    tiny_pipeline().unet.save_pretrained(unet)
+    with pytest.raises(ModelError, match=r"a StableDiffusion3Pipeline has no UNet"):
+        Source(str(tmp_path / "sd3"), unet=str(unet)).check()
+    monkeypatch.setattr(Source, "load", None)
+    (tmp_path / "list.txt").write_text("a red sun\n")
+    words = [f"prompts.files=[{tmp_path / 'list.txt'}]", "model.compiled=true", "model.layers=all", "method=nemo"]
+    with pytest.raises(ModelError, match="a compiled network can't be looked into"):
+        plan(grid([*words, f"model.source={tmp_path / 'sd3'}"]))
+
+
+@pytest.mark.parametrize("name", [*FIRST])
+def test_a_compiled_transformer_is_blocked_without_breaks(name: str) -> None:
+    plain, compiled = CASES[name].model(), CASES[name].model()
+    compiled.network.compile(backend="eager", fullgraph=True)
+    text, latents, rows = plain.encode(tiny_texts(2)), plain.latents([0, 1]), [half_of(plain), Neurons()]
+    timestep = plain.schedule.difference_timestep(0)
+    with plain.block(rows), compiled.block(rows):
+        expected, found = (model.predict_noise(latents, timestep, text) for model in (plain, compiled))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found[:1], plain.predict_noise(latents[:1], timestep, text.rows([0])), atol=1e-3)
 
 
 def test_settings_of_another_family_are_refused() -> None:

@@ -74,6 +74,10 @@ class Family(ABC):
     loading: ClassVar[Mapping[str, Any]] = {}  #: Arguments of ``from_pretrained``.
     networks: ClassVar[tuple[str, ...]]  #: Parts of the pipeline with weights.
     network: ClassVar[str] = "transformer"  #: The part that denoises.
+    network_class: ClassVar[str]  #: Its class.
+    takes_lora: ClassVar[bool] = True  #: Whether diffusers loads a LoRA into the pipeline.
+    #: Whether text attends to the picture, so that values of text differ by timestep and picture.
+    joint: ClassVar[bool] = False
     #: How this family measures memorization where that differs from published measures, for specs and reports.
     measures: ClassVar[str] = ""
     layers: ClassVar[tuple[Layers, ...]] = ("all",)  #: Choices of value layers, the default first.
@@ -145,7 +149,7 @@ class Family(ABC):
         """Value projections of text by module path, in network order; ModelError without a layer."""
 
     def value_input(self, network: Any, text: Conditioning) -> Tensor | None:
-        """What value layers get, where the text alone decides it; None where timestep and picture do as well."""
+        """What value layers get, where the text alone decides it; None for ``joint`` attention."""
         return None
 
     @abstractmethod

@@ -32,6 +32,8 @@ class Flux(Transformer):
     names = frozenset({"flux1"})
     loading: ClassVar[Mapping[str, Any]] = {"feature_extractor": None, "image_encoder": None}
     networks: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2")
+    network_class = "FluxTransformer2DModel"
+    joint = True
     layers = ("double", "all")
     pattern = r"transformer_blocks\.\d+\.attn\.add_v_proj|single_transformer_blocks\.\d+\.attn\.to_v"
     stacked = False

@@ -27,6 +27,8 @@ class PixArtAlpha(Transformer):
     pipeline_class = "PixArtAlphaPipeline"
     names = frozenset({"pixart"})
     networks: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder")
+    network_class = "PixArtTransformer2DModel"
+    takes_lora = False
     pattern = r"transformer_blocks\.\d+\.attn2\.to_v"
     lowers = True
     measures = (

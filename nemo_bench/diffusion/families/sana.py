@@ -28,6 +28,7 @@ class Sana(Transformer):
     pipeline_class = "SanaPipeline"
     names = frozenset({"sana"})
     networks: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder")
+    network_class = "SanaTransformer2DModel"
     pattern = r"transformer_blocks\.\d+\.attn2\.to_v"
     lowers = True
     latent_dtype = torch.float32

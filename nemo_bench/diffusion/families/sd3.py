@@ -28,6 +28,8 @@ class StableDiffusion3(Transformer):
     names = frozenset({"sd3"})
     loading: ClassVar[Mapping[str, Any]] = {"feature_extractor": None, "image_encoder": None}
     networks: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    network_class = "SD3Transformer2DModel"
+    joint = True
     pattern = r"transformer_blocks\.\d+\.attn\.add_v_proj"
 
     tokens: int = 256  #: Positions of T5, whose padding changes the embeddings of words.

@@ -31,6 +31,7 @@ class StableDiffusion(Family):
     }
     networks: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder")
     network = "unet"
+    network_class = "UNet2DConditionModel"
     layers = ("down+mid", "all")
 
     @override
