@@ -518,6 +518,46 @@ class LeaderboardRow(Entry):
         return "*" * sum(change.p_holm < level for level in LEVELS)
 
 
+class StrengthPoint(Entry):
+    """A method at one strength. Numbers are over memorized prompts, absent where an image or a score failed."""
+
+    cell: str
+    value: Any = None  #: Of the setting that makes it milder or stronger.
+    choosing_memorized: float | None = None  #: Memorized share of the prompts to choose by.
+    choosing_alignment: float | None = None  #: Alignment of the same.
+    memorized: Aggregate | None = None  #: Memorized share of the prompts that are reported.
+    alignment: Aggregate | None = None  #: Alignment of the same.
+    is_on_front: bool  #: Whether no cell of the model and prompts betters both of the latter.
+
+
+class StrengthCurve(Entry):
+    """A method from mild to strong; one point where it has no strengths."""
+
+    label: str  #: Title, and the settings by which it differs from others of this title.
+    model: str
+    method: str
+    prompts: str  #: Name of the prompt list.
+    setting: str | None = None  #: What makes it milder or stronger.
+    points: list[StrengthPoint]
+    #: Part of the unit square of memorized share and lost alignment, each as a part of what it is without mitigation,
+    #: that the points better: 0 where nothing is gained, 1 where nothing is memorized and nothing lost.
+    area: float | None = None
+    chosen: str | None = None  #: Its cell with the chosen setting.
+    is_within: bool  #: Whether the memorized share of that is within the limit, on the prompts to choose by.
+    choosing_prompts: int  #: Prompts to choose by.
+    prompts_reported: int  #: The other prompts.
+
+
+class Strengths(Entry):
+    """Methods at several strengths, and the setting that is chosen of each."""
+
+    memorized: str  #: Metric of the memorized share.
+    alignment: str  #: Metric of alignment.
+    limit: float  #: Largest memorized share of a setting that is chosen for its alignment.
+    share: float  #: Expected share of prompts to choose by, told from the others by a hash of their id.
+    curves: list[StrengthCurve]
+
+
 class Leaderboard(Versioned):
     """The table of a run: ``leaderboard.json``."""
 
@@ -525,6 +565,7 @@ class Leaderboard(Versioned):
     metrics: dict[str, MetricInfo]
     rows: list[LeaderboardRow]
     unfinished: dict[str, str]  #: Every other cell, and what is missing there.
+    strengths: Strengths | None = None  #: Of a run with ``strengths=true``.
 
 
 class DetectionRow(Entry):

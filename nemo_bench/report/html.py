@@ -22,8 +22,9 @@ from nemo_bench.report.audit import audits_of
 from nemo_bench.report.localizers import localized
 from nemo_bench.report.memsinks import has_sinks
 from nemo_bench.report.models import model_rows
-from nemo_bench.report.plots import plots
+from nemo_bench.report.plots import plots, strength_curves
 from nemo_bench.report.selection import MEMORIZED, drawn
+from nemo_bench.report.strengths import strengths_of
 from nemo_bench.report.svg import looks
 from nemo_bench.report.templates import render
 from nemo_bench.report.texts import FOLDER, TEXTS
@@ -57,7 +58,8 @@ def page(results: Results, rows: Sequence[LeaderboardRow]) -> str:
     """
     script = (FOLDER / "script.js").read_text(encoding="utf-8")
     shown = drawn(results)
-    figures = plots(shown)
+    strengths = strengths_of(results)
+    figures = [*(strength_curves(results, strengths) if strengths else ()), *plots(shown)]
     thumbnails = {cell.name: Thumbnails(cell.folder) for cell in results.cells}
     parts = {
         "examples": _examples(results, thumbnails),
@@ -90,6 +92,7 @@ def page(results: Results, rows: Sequence[LeaderboardRow]) -> str:
         has_localizers=bool(localized(results)),
         has_sinks=has_sinks(results),
         has_detectors=has_detectors,
+        strengths=strengths,
         **parts,
         model_rows=model_rows(results),
         rates=results.keys_of("memorization_rate")[:1],

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from nemo_bench.records.data import GENERAL
 from nemo_bench.records.io import read_file
 from nemo_bench.records.results import CellResults, Results, network_order, short_layers
-from nemo_bench.records.schema import CalibrationRecord, Roc, Threshold
+from nemo_bench.records.schema import CalibrationRecord, Roc, StrengthCurve, Strengths, Threshold
 from nemo_bench.records.statistics import bootstrap_interval
 from nemo_bench.records.store import read_records
 from nemo_bench.report.selection import COST, MEMORIZED, front, info_of, is_complete, measured, sign, tradeoffs
@@ -162,10 +162,7 @@ def _tradeoff(
         figure.legend(loc="outside lower left", ncols=2, fontsize="small")
     named = [i for i, cell in enumerate(cells) if not many or i in best or cell.method == "none"]
     _label(figure, axes, [(cells[i].short, *values[i]) for i in named])
-    corners = [point for i, j in pairwise(best) for point in (values[i], (values[j][0], values[i][1]))]
-    axes.plot(
-        *zip(*corners, values[best[-1]], strict=True), color=INK, linewidth=0.9, alpha=0.45, linestyle=(0, (4, 3))
-    )
+    _draw_front(axes, [values[i] for i in best])
     listed = "; ".join(cells[i].short for i in best)
     caption = (
         f"Filled marks and the dashed line are the Pareto front: {listed}. Means are over memorized prompts; "
@@ -174,6 +171,59 @@ def _tradeoff(
     if left_out := [cell.short for i, cell in enumerate(cells) if i not in complete]:
         caption += f" Left out of the front, since images or scores failed: {'; '.join(left_out)}."
     return _plot(figure, "tradeoffs", name, title, caption, f"{title}. Pareto front: {listed}")
+
+
+def _draw_front(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
+    """Draws the steps of a Pareto front, whose points are in its order."""
+    corners = [point for one, other in pairwise(points) for point in (one, (other[0], one[1]))]
+    axes.plot(*zip(*corners, points[-1], strict=True), color=INK, linewidth=0.9, alpha=0.45, linestyle=(0, (4, 3)))
+
+
+def strength_curves(results: Results, strengths: Strengths) -> list[Plot]:
+    """Methods from mild to strong, a figure for each model and list of prompts."""
+    figures = []
+    with style():
+        for model in results.models:
+            for prompts in results.prompt_lists:
+                curves = [c for c in strengths.curves if (c.model, c.prompts) == (model, prompts)]
+                if any(point.memorized for curve in curves for point in curve.points):
+                    name = f"strengths-{results.models.index(model)}-{results.prompt_lists.index(prompts)}"
+                    words = "Strengths" if len(results.prompt_lists) == 1 else f"Strengths, {prompts}"
+                    figures.append(_strengths(results, strengths, curves, name, _title(results, words, model)))
+    return figures
+
+
+def _strengths(results: Results, strengths: Strengths, curves: Sequence[StrengthCurve], name: str, title: str) -> Plot:
+    figure, axes = _panel(4.4 + 0.2 * math.ceil(len(curves) / 2))
+    axes.margins(0.12)
+    named: dict[tuple[float, float], str] = {}
+    for number, curve in enumerate(curves):
+        look = nth_look(number)
+        known = [(p, (p.memorized.mean, p.alignment.mean)) for p in curve.points if p.memorized and p.alignment]
+        line, label = [place for _, place in known], curve.label
+        if not known:
+            continue
+        axes.plot(*zip(*line, strict=True), color=look.color, linewidth=1.1, alpha=0.6)
+        for order, (point, place) in enumerate(known):
+            face = look.color if point.is_on_front else "none"
+            size = 5 + 3 * order / max(1, len(known) - 1)
+            axes.plot(*place, look.marker, color=look.color, mfc=face, ms=size, label=label, linestyle="none")
+            label = "_"  # in the legend once
+            if point.cell == curve.chosen:
+                axes.plot(*place, "o", color=look.color, mfc="none", ms=13, mew=0.8, linestyle="none")
+            if point.is_on_front:
+                named.setdefault(place, curve.label)
+    axes.set_xlabel(_axis(results, strengths.memorized))
+    axes.set_ylabel(_axis(results, strengths.alignment))
+    figure.legend(loc="outside lower left", ncols=2, fontsize="small")
+    _label(figure, axes, [(label, *place) for place, label in named.items()])
+    if named:
+        _draw_front(axes, sorted(named))
+    caption = (
+        "A line is a method, its marks are larger the stronger it is, and the ringed one is chosen. Filled marks and "
+        "the dashed line are the Pareto front. Means are over the memorized prompts that no setting was chosen by."
+    )
+    return _plot(figure, "strengths", name, title, caption)
 
 
 def _label(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:

@@ -12,13 +12,15 @@ import numpy as np
 from nemo_bench.errors import counted
 from nemo_bench.records.io import as_json
 from nemo_bench.records.results import CellResults, Results
-from nemo_bench.records.schema import Aggregate, Collateral, Leaderboard, LeaderboardRow, Paired
+from nemo_bench.records.schema import Aggregate, Collateral, Leaderboard, LeaderboardRow, Paired, Strengths
 from nemo_bench.records.statistics import holm, paired
+from nemo_bench.report.strengths import strengths_of
 from nemo_bench.report.texts import TEXTS
 
 _LEVELS = (0.05, 0.01, 0.001)
 _SEARCHED = ("passed_gate", "exhausted")
 _ABOUT = ("cell", "label", "model", "method", "prompts", "group", "n_prompts", *_SEARCHED)
+_OF_STRENGTH = ("setting", "value", "area", "chosen", "front")
 _NUMBERS = [name for name in Aggregate.model_fields if name != "paired"]
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -126,7 +128,10 @@ def mean(results: Results, row: LeaderboardRow, metric: str, clear: str, unclear
 
 def ends(results: Results, row: LeaderboardRow, metric: str) -> tuple[str, str]:
     """Ends of the interval of a mean as they are shown, empty where it has none."""
-    value = row.metrics[metric]
+    return _ends(results, metric, row.metrics[metric])
+
+
+def _ends(results: Results, metric: str, value: Aggregate) -> tuple[str, str]:
     if value.low is None or value.high is None:
         return "", ""
     return number(results, metric, value.low), number(results, metric, value.high)
@@ -183,6 +188,43 @@ def _lines(
     return lines
 
 
+def strength_lines(results: Results, strengths: Strengths, *, only_chosen: bool) -> list[list[str]]:
+    """The settings of every method as texts, or the chosen ones alone: titles, then a line for each."""
+    keys = (strengths.memorized, strengths.alignment)
+    titles = [f"{results.metrics[key].title} {results.metrics[key].arrow}" for key in keys]
+    lines = [["Method", "Setting", "Chosen by: memorized", "alignment", *titles, "Area ↑", "Front"]]
+    for curve in strengths.curves:
+        for point in curve.points:
+            is_chosen = point.cell == curve.chosen
+            if only_chosen and not is_chosen:
+                continue
+            words = [f"{curve.setting} {point.value}"] if curve.setting else []
+            words += ["chosen"] * (is_chosen and not only_chosen)
+            words += ["above the limit"] * (is_chosen and not curve.is_within)
+            by = (point.choosing_memorized, point.choosing_alignment)
+            shown = (point.memorized, point.alignment)
+            numbers = ["–" if v is None else number(results, k, v) for k, v in zip(keys, by, strict=True)]
+            for key, value in zip(keys, shown, strict=True):
+                low, high = ("", "") if value is None else _ends(results, key, value)
+                numbers.append(f"{number(results, key, value.mean)} [{low}, {high}]" if value else "–")
+            area = "–" if curve.area is None else f"{curve.area:.3f}"
+            lines.append([curve.label, ", ".join(words) or "–", *numbers, area, "yes" if point.is_on_front else "–"])
+    return lines
+
+
+def strengths_note(results: Results, strengths: Strengths) -> str:
+    """How settings were chosen, and what the numbers are over."""
+    counts = {(curve.choosing_prompts, curve.prompts_reported) for curve in strengths.curves}
+    own, others = (" or ".join(map(str, sorted(of))) for of in zip(*counts, strict=True))
+    return str(TEXTS["strengths"]["note"]).format(
+        alignment=results.metrics[strengths.alignment].title,
+        limit=f"{strengths.limit:.0%}",
+        share=f"{strengths.share:.0%}",
+        own=own,
+        others=others,
+    )
+
+
 def markdown_table(lines: Sequence[Sequence[str]], aligned: Sequence[str]) -> str:
     """A table in Markdown: titles, what is below each of them, such as ``---:``, and the other lines."""
     texts = [lines[0], aligned, *lines[1:]]
@@ -198,6 +240,10 @@ def markdown(results: Results, rows: Sequence[LeaderboardRow]) -> str:
         heading = f"## {results.heading(group)} ({results.meaning(group)})"
         parts.append(f"{heading}\n\n{markdown_table(lines, aligned)}")
     parts.append(f"{_legend(results, rows)}\n".replace("*", r"\*"))
+    if strengths := strengths_of(results):
+        lines = strength_lines(results, strengths, only_chosen=True)
+        table = markdown_table(lines, ["---", "---", *["---:"] * (len(lines[0]) - 3), "---"])
+        parts.append(f"## {TEXTS['strengths']['chosen']}\n\n{table}\n{strengths_note(results, strengths)}\n")
     if results.unfinished:
         listed = "".join(f"- {name}: {why}\n" for name, why in results.unfinished.items())
         parts.append(f"Not finished:\n\n{listed}\n{results.advice}\n")
@@ -225,18 +271,35 @@ def latex(results: Results, rows: Sequence[LeaderboardRow]) -> str:
     for group in results.own_groups:
         lines = _lines(results, rows, group, _latex, tex)
         aligned = "".join("l" if title in ("Method", "Search") else "r" for title in lines[0])
-        head, *body = (f"    {' & '.join(line)} \\\\\n" for line in lines)
         name = f"{results.name}, {results.heading(group)} ({results.meaning(group)})"
         parts.append(
-            "\\begin{table}\n  \\centering\n"
-            f"  \\caption{{{tex(f'{name}. {_legend(results, rows)}')}}}\n"
-            f"  \\label{{tab:{re.sub('[^0-9A-Za-z]+', '-', f'{results.name}-{group}').strip('-')}}}\n"
-            "  \\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
-            f"  \\begin{{tabular}}{{{aligned}}}\n"
-            f"    \\toprule\n{head}    \\midrule\n{''.join(body)}"
-            "    \\bottomrule\n  \\end{tabular}}\n\\end{table}\n"
+            _latex_table(
+                lines,
+                aligned,
+                tex(f"{name}. {_legend(results, rows)}"),
+                re.sub("[^0-9A-Za-z]+", "-", f"{results.name}-{group}").strip("-"),
+            )
         )
+    if strengths := strengths_of(results):
+        lines = [[tex(text) for text in line] for line in strength_lines(results, strengths, only_chosen=True)]
+        caption = f"{results.name}, {TEXTS['strengths']['chosen'].lower()}. {strengths_note(results, strengths)}"
+        label = re.sub("[^0-9A-Za-z]+", "-", f"{results.name}-strengths").strip("-")
+        parts.append(_latex_table(lines, f"ll{'r' * (len(lines[0]) - 3)}l", tex(caption), label))
     return "\n".join(parts)
+
+
+def _latex_table(lines: Sequence[Sequence[str]], aligned: str, caption: str, label: str) -> str:
+    """Lines of LaTeX, the first of them titles, as a table that is no wider than the text."""
+    head, *body = (f"    {' & '.join(line)} \\\\\n" for line in lines)
+    return (
+        "\\begin{table}\n  \\centering\n"
+        f"  \\caption{{{caption}}}\n"
+        f"  \\label{{tab:{label}}}\n"
+        "  \\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%\n"
+        f"  \\begin{{tabular}}{{{aligned}}}\n"
+        f"    \\toprule\n{head}    \\midrule\n{''.join(body)}"
+        "    \\bottomrule\n  \\end{tabular}}\n\\end{table}\n"
+    )
 
 
 def tex(text: str) -> str:
@@ -258,8 +321,10 @@ def csv_text(results: Results, rows: Sequence[LeaderboardRow]) -> str:
     """The leaderboard as CSV: one line per group and cell, every number in full, what is absent empty.
 
     ``prompts`` is the prompt list, ``n_prompts`` its number of prompts in the group; ``passed_gate`` and ``exhausted``
-    are as in :class:`nemo_bench.records.schema.Summary`.
+    are as in :class:`nemo_bench.records.schema.Summary`. A run at several strengths has columns ``strength_...``
+    as well, as in :class:`nemo_bench.records.schema.StrengthCurve`.
     """
+    of_strength = _of_strengths(results)
     costs = list(dict.fromkeys(key for cell in results.cells for key in cell.summary.cost))
     counts = [key for key in dict.fromkeys(k for cell in results.cells for k in cell.counts) if key != "prompts"]
     of_metric = [*_NUMBERS, *(f"paired_{name}" for name in Paired.model_fields), "failed"]
@@ -269,6 +334,7 @@ def csv_text(results: Results, rows: Sequence[LeaderboardRow]) -> str:
     titles = [
         *(f"{key}_{name}" for key in results.metrics for name in of_metric),
         *(f"collateral_{c}" for c in collateral),
+        *(f"strength_{name}" for name in _OF_STRENGTH if of_strength),
     ]
     writer.writerow([*_ABOUT, *titles, *costs, *counts])
     for row in rows:
@@ -279,13 +345,28 @@ def csv_text(results: Results, rows: Sequence[LeaderboardRow]) -> str:
             values += [getattr(value.paired if value else None, name, None) for name in Paired.model_fields]
             values.append(row.failed.metrics.get(key, 0))
         values += [getattr(row.collateral, name, None) for name in collateral]
+        values += of_strength.get(row.cell, [None] * len(_OF_STRENGTH)) if of_strength else []
         writer.writerow([*values, *map(row.cost.get, costs), *map(row.counts.get, counts)])
     return buffer.getvalue()
+
+
+def _of_strengths(results: Results) -> dict[str, list[object]]:
+    """By cell, what the CSV says of its strength; nothing for a run without strengths."""
+    strengths = strengths_of(results)
+    return {
+        point.cell: [curve.setting, point.value, curve.area, point.cell == curve.chosen, point.is_on_front]
+        for curve in (strengths.curves if strengths else ())
+        for point in curve.points
+    }
 
 
 def json_text(results: Results, rows: Sequence[LeaderboardRow]) -> str:
     """The leaderboard as JSON: metrics, rows with every number in full, and unfinished cells."""
     content = Leaderboard(
-        name=results.name, metrics=results.metrics, rows=list(rows), unfinished=dict(results.unfinished)
+        name=results.name,
+        metrics=results.metrics,
+        rows=list(rows),
+        unfinished=dict(results.unfinished),
+        strengths=strengths_of(results),
     )
     return as_json(content, indent=1) + "\n"

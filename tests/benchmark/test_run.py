@@ -19,8 +19,9 @@ from nemo_bench.benchmark.plan import plan
 from nemo_bench.benchmark.run import run
 from nemo_bench.benchmark.summary import _detection
 from nemo_bench.config import grid
+from nemo_bench.records.io import read_file
 from nemo_bench.records.results import load_results
-from nemo_bench.records.schema import MemorizationRecord, Roc
+from nemo_bench.records.schema import Leaderboard, MemorizationRecord, Roc
 from nemo_bench.report.terminal import terminal_table
 from on_disk import read_records
 from small_runs import small
@@ -184,6 +185,23 @@ def test_lost_images_are_made_again_and_equal(finished: tuple[Path, Path], tmp_p
     run(plan(grid(words(tmp_path, prompts, "method=none"))), "test")
     assert lost.read_bytes() == content
     assert results(again).items() <= results(folder).items()
+
+
+def test_a_method_is_run_at_every_strength_and_one_is_chosen(tmp_path: Path) -> None:
+    planted = ["prompts.files=package:planted/prompts/planted.jsonl", "prompts.limit=4"]
+    asked = [*SMALL, *planted, f"root={tmp_path}", "method=none,embedding_noise", "seeds=1", "localize_seeds=2"]
+    folder = run(plan(grid([*asked, "strengths=true"])), "test")
+    board = read_file(folder / "leaderboard.json", Leaderboard)
+    assert board.strengths
+    (curve,) = board.strengths.curves
+    assert (curve.setting, [point.value for point in curve.points]) == ("scale", [1.6, 3.2, 6.4])
+    assert (curve.choosing_prompts, curve.prompts_reported) == (1, 3)
+    assert curve.chosen in [point.cell for point in curve.points]
+    assert '<section id="strengths"' in (folder / "report.html").read_text(encoding="utf-8")
+    # Without strengths=true it is the cell in the middle, whose folder is there; the curve stays.
+    assert plan(grid(asked))[1].id == curve.points[1].cell
+    run(plan(grid(asked)), "test")
+    assert read_file(folder / "leaderboard.json", Leaderboard).strengths == board.strengths
 
 
 def test_other_metrics_score_again_and_keep_the_images(finished: tuple[Path, Path], tmp_path: Path) -> None:
