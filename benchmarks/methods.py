@@ -1,9 +1,9 @@
 """What every mitigation costs, relative to no mitigation measured in the same run.
 
 Run: python benchmarks/methods.py [--json] [key=value ...]
-The words key=value are settings of `nemo-bench run`; without them, the cells are those of experiment=all_methods. An
-image's time is the median over batches, so that neither the first one nor a hiccup counts. Costs of a prompt, once, and
-of every image are separate.
+The words key=value are settings of `nemo-bench run`; without them, the cells are those of experiment=all_methods
+strengths=false. An image's time is the median over batches, so that neither the first one nor a hiccup counts. Costs of a
+prompt, once, and of every image are separate.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as root, redirect_stdout(sys.stderr):
-        rows = measure([*FEW, *(arguments.overrides or ["experiment=all_methods"])], root)
+        rows = measure([*FEW, *(arguments.overrides or ["experiment=all_methods", "strengths=false"])], root)
     if arguments.json:
         print(json.dumps(rows))
         return

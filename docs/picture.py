@@ -1,7 +1,7 @@
 """Makes the pictures of the README and of the documentation from runs.
 
 python docs/picture.py results/default docs/assets, after nemo-bench run and nemo-bench detect
-python docs/picture.py results/all_methods docs/assets, after nemo-bench run experiment=all_methods
+python docs/picture.py results/all_methods docs/assets, after nemo-bench run experiment=all_methods strengths=false
 """
 
 from __future__ import annotations

@@ -542,7 +542,7 @@ class StrengthCurve(Entry):
     #: Part of the unit square of memorized share and lost alignment, each as a part of what it is without mitigation,
     #: that the points better: 0 where nothing is gained, 1 where nothing is memorized and nothing lost.
     area: float | None = None
-    chosen: str | None = None  #: Its cell with the chosen setting.
+    chosen: str | None = None  #: Its cell with the chosen setting; None for no mitigation.
     is_within: bool  #: Whether the memorized share of that is within the limit, on the prompts to choose by.
     choosing_prompts: int  #: Prompts to choose by.
     prompts_reported: int  #: The other prompts.

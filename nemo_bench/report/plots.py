@@ -196,7 +196,8 @@ def strength_curves(results: Results, strengths: Strengths) -> list[Plot]:
 def _strengths(results: Results, strengths: Strengths, curves: Sequence[StrengthCurve], name: str, title: str) -> Plot:
     figure, axes = _panel(4.4 + 0.2 * math.ceil(len(curves) / 2))
     axes.margins(0.12)
-    named: dict[tuple[float, float], str] = {}
+    named: dict[str, tuple[float, float]] = {}  # the mildest of a method on the front
+    best: list[tuple[float, float]] = []
     for number, curve in enumerate(curves):
         look = nth_look(number)
         known = [(p, (p.memorized.mean, p.alignment.mean)) for p in curve.points if p.memorized and p.alignment]
@@ -212,13 +213,15 @@ def _strengths(results: Results, strengths: Strengths, curves: Sequence[Strength
             if point.cell == curve.chosen:
                 axes.plot(*place, "o", color=look.color, mfc="none", ms=13, mew=0.8, linestyle="none")
             if point.is_on_front:
-                named.setdefault(place, curve.label)
+                best.append(place)
+            if point.is_on_front or curve.method == "none":
+                named.setdefault(curve.label, place)
     axes.set_xlabel(_axis(results, strengths.memorized))
     axes.set_ylabel(_axis(results, strengths.alignment))
     figure.legend(loc="outside lower left", ncols=2, fontsize="small")
-    _label(figure, axes, [(label, *place) for place, label in named.items()])
-    if named:
-        _draw_front(axes, sorted(named))
+    _label(figure, axes, [(label, *place) for label, place in named.items()])
+    if best:
+        _draw_front(axes, sorted(best))
     caption = (
         "A line is a method, its marks are larger the stronger it is, and the ringed one is chosen. Filled marks and "
         "the dashed line are the Pareto front. Means are over the memorized prompts that no setting was chosen by."

@@ -85,7 +85,7 @@ def strengths_of(results: Results) -> Strengths | None:
 
 
 def _curves(results: Results, cells: Sequence[CellResults], keys: tuple[str, str]) -> list[StrengthCurve]:
-    """The curves of cells of one model and list of prompts; those without mitigation are on the front alone."""
+    """The curves of cells of one model and list of prompts; nothing is chosen of those without mitigation."""
     ids = {prompt.id for cell in cells for prompt in cell.prompts if prompt.kind}
     scored = {i for i in ids if any(i in cell.outcomes and cell.outcomes[i].values(keys[0]) for cell in cells)}
     own, reported = {i for i in scored if chooses(i)}, {i for i in scored if not chooses(i)}
@@ -94,9 +94,10 @@ def _curves(results: Results, cells: Sequence[CellResults], keys: tuple[str, str
     known = [(name, (fmean(means[0]), -fmean(means[1]))) for name, means in shown.items() if means]
     best = {known[i][0] for i in front([point for _, point in known])}
     curves = []
-    for alike in _alike(results, [cell for cell in cells if cell.method != "none"]):
+    for alike in _alike(results, cells):
         strength = results.run.strengths.get(alike[0].name)
-        choice = choose([(fmean(m[0]), fmean(m[1])) if (m := to_choose[cell.name]) else None for cell in alike])
+        numbers = [(fmean(m[0]), fmean(m[1])) if (m := to_choose[cell.name]) else None for cell in alike]
+        choice = choose(numbers) if alike[0].method != "none" else None
         points = [
             StrengthPoint(
                 cell=cell.name,

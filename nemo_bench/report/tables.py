@@ -189,14 +189,14 @@ def _lines(
 
 
 def strength_lines(results: Results, strengths: Strengths, *, only_chosen: bool) -> list[list[str]]:
-    """The settings of every method as texts, or the chosen ones alone: titles, then a line for each."""
+    """The settings of every method as texts, or no mitigation and the chosen ones: titles, then a line for each."""
     keys = (strengths.memorized, strengths.alignment)
     titles = [f"{results.metrics[key].title} {results.metrics[key].arrow}" for key in keys]
-    lines = [["Method", "Setting", "Chosen by: memorized", "alignment", *titles, "Area ↑", "Front"]]
+    lines = [["Method", "Setting", "Chosen by: memorized", "Chosen by: alignment", *titles, "Area ↑", "Front"]]
     for curve in strengths.curves:
         for point in curve.points:
             is_chosen = point.cell == curve.chosen
-            if only_chosen and not is_chosen:
+            if only_chosen and not is_chosen and curve.method != "none":
                 continue
             words = [f"{curve.setting} {point.value}"] if curve.setting else []
             words += ["chosen"] * (is_chosen and not only_chosen)

@@ -328,7 +328,7 @@ def test_errors_explain_wrong_settings_of_the_logger(words: list[str], message: 
 )
 def test_comparisons_of_methods_use_the_settings_of_each_for_the_model(name: str, variants: set[str]) -> None:
     """But for variants that are published as such, a control, and a file of paraphrases."""
-    for choice in grid([f"experiment={name}"]):
+    for choice in grid([f"experiment={name}", "strengths=false"]):
         (plain,) = grid([f"method={choice.names['method']}"])
         differing = {key for key, value in choice.settings.method.items() if value != plain.settings.method[key]}
         assert differing <= variants

@@ -100,6 +100,7 @@ def test_curves_choice_front_and_area_are_those_computed_by_hand(base: Results) 
     assert (fix.chosen, fix.is_within) == (fix.points[0].cell, False)
     assert fix.area == pytest.approx(0.5 * 0.9)
     assert [p.is_on_front for p in (*noise.points, *fix.points)] == [True, True, True, False]
+    assert curves["No mitigation"].chosen is None
     assert (noise.choosing_prompts, noise.prompts_reported) == (2, 2)
 
 
@@ -153,8 +154,13 @@ def test_all_files_of_a_report_have_the_chosen_settings(base: Results) -> None:
     assert "at most 10% on the prompts to choose by" in words
     assert "here 2 of them) or is reported (here 2)" in words
     (chosen, every) = re.findall(r"<tbody>.*?</tbody>", section, re.DOTALL)
-    assert (chosen.count("<tr>"), every.count("<tr>")) == (2, 4)
-    assert re.findall(r">(Noise|Padding fix)</text>", section)
+    assert (chosen.count("<tr>"), every.count("<tr>")) == (3, 5)
+    assert "No mitigation–0.9000.3000.800" in words
+    assert set(re.findall(r">(Noise|Padding fix|No mitigation)</text>", section)) == {
+        "Noise",
+        "Padding fix",
+        "No mitigation",
+    }
     text = (results.folder / "leaderboard.md").read_text()
     assert "## Chosen settings" in text
     assert "| Noise | scale 2 | 0.100 | 0.270 | 0.200 [0.200, 0.200] | 0.300 [0.300, 0.300] | 0.750 | yes |" in text
@@ -165,7 +171,7 @@ def test_all_files_of_a_report_have_the_chosen_settings(base: Results) -> None:
     with (results.folder / "leaderboard.csv").open(encoding="utf-8") as file:
         rows = {row["cell"]: row for row in csv.DictReader(file) if row["group"] == "VM"}
     assert [row["strength_value"] for row in rows.values()] == ["", "4", "2", "1", ""]
-    assert [row["strength_chosen"] for row in rows.values()] == ["", "False", "True", "False", "True"]
+    assert [row["strength_chosen"] for row in rows.values()] == ["False", "False", "True", "False", "True"]
 
 
 @pytest.mark.parametrize(
