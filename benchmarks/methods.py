@@ -2,8 +2,8 @@
 
 Run: python benchmarks/methods.py [--json] [key=value ...]
 The words key=value are settings of `nemo-bench run`; without them, the cells are those of experiment=all_methods
-strengths=false. An image's time is the median over batches, so that neither the first one nor a hiccup counts. Costs of a
-prompt, once, and of every image are separate.
+strengths=false. An image's time is the median over batches, so that neither the first one nor a hiccup counts. Costs
+of a prompt, once, and of every image are separate.
 """
 
 from __future__ import annotations

@@ -273,7 +273,7 @@ def test_every_preset_has_a_complete_table_of_needs_on_every_model(
     (tmp_path / "data").mkdir()
     for file, text in LISTS.items():
         (tmp_path / "data" / file).write_text(text)
-    choices = grid([f"experiment={name}"])
+    choices = grid([f"experiment={name}", "strengths=false"])
     for model in options("model"):
         (other,) = grid([f"model={model}", "method=none"])
         others = [

@@ -337,5 +337,6 @@ def test_comparisons_of_methods_use_the_settings_of_each_for_the_model(name: str
 
 def test_every_method_is_in_a_comparison_of_methods() -> None:
     """But for those that need a file or a training of the user's, and the control of shared neurons."""
-    compared = {c.names["method"] for name in ("all_methods", "new_methods") for c in grid([f"experiment={name}"])}
+    words = [[f"experiment={name}", "strengths=false"] for name in ("all_methods", "new_methods")]
+    compared = {choice.names["method"] for each in words for choice in grid(each)}
     assert set(options("method")) - compared == {"random_shared", "saved", "sinks"}
