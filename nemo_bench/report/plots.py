@@ -219,7 +219,8 @@ def _strengths(results: Results, strengths: Strengths, curves: Sequence[Strength
     axes.set_xlabel(_axis(results, strengths.memorized))
     axes.set_ylabel(_axis(results, strengths.alignment))
     figure.legend(loc="outside lower left", ncols=2, fontsize="small")
-    _label(figure, axes, [(label, *place) for label, place in named.items()])
+    if len(curves) <= _LABELS:  # the names of many would leave the axes no room
+        _label(figure, axes, [(label, *place) for label, place in named.items()])
     if best:
         _draw_front(axes, sorted(best))
     caption = (
