@@ -34,9 +34,9 @@ from nemo_bench.metrics.regions import (
     span,
     split_iou,
 )
-from nemo_bench.prompts.masks import check_size, read_masks
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.images import open_image
+from nemo_bench.records.masks import check_size, read_masks
 from nemo_bench.records.results import DetectorResults, load_detections
 from nemo_bench.records.schema import RegionImage, RegionPrompt, RegionRow, RegionSet, RegionTable
 from nemo_bench.records.store import Store, read_scores

@@ -210,7 +210,7 @@ def rescore(
         raise ConfigError("weights and real_images are taken up by metrics: name those too, such as metrics=default")
     settings = _read_stored(stored, conf)
     # Metrics may refer to these.
-    referred = ("model.clip", "model.clip_pretrained", "weights", "real_images")
+    referred = ("model.clip", "model.clip_pretrained", "weights", "real_images", "prompts.masks")
     before = {key: attrgetter(key)(settings) for key in referred if key not in keys}
     words = [f"{key}={quoted(value)}" for key, value in before.items() if value is not None]
     metrics = None if "metrics" in keys else settings.metrics

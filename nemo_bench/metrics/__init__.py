@@ -5,6 +5,7 @@ from nemo_bench.metrics.base import FIELDS, BenchMetric
 from nemo_bench.metrics.clip import OpenClip
 from nemo_bench.metrics.distribution import FID, KID, MiFID, SetMetric
 from nemo_bench.metrics.diversity import Diversity, Vendi
+from nemo_bench.metrics.foreground import ForegroundBackground, Segmenter
 from nemo_bench.metrics.localization import (
     MemorizationScore,
     NeuronAveragePrecision,
@@ -31,6 +32,7 @@ __all__ = [
     "BenchMetric",
     "Change",
     "Diversity",
+    "ForegroundBackground",
     "ImageSpace",
     "Inception",
     "MemorizationRate",
@@ -48,6 +50,7 @@ __all__ = [
     "PixelDistance",
     "Pixels",
     "RecallAtTrueNumber",
+    "Segmenter",
     "SetMetric",
     "TiledDistance",
     "TrainingImage",

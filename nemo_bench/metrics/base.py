@@ -30,7 +30,7 @@ Role = Literal[
 
 FIELDS = frozenset({
     "images", "references", "pool", "unmitigated", "text", "memorization", "loss", "localization", "ranking", "truth",
-    "real",
+    "real", "prompt",
 })  # fmt: skip
 """Fields that a metric can need; see :class:`BenchMetric`."""
 
@@ -46,10 +46,11 @@ class BenchMetric(Checked, ABC):
     - ``unmitigated``: the S images of the same seeds without mitigation.
     - ``real``: the real pictures that a set is compared with.
 
-    Other fields are ``text``, the original prompt in the space, (D,); ``memorization``, the memorization score of the
-    prompt, and ``loss``, the training loss of its pictures, floats; ``localization``, its
-    :class:`~nemo_bench.records.data.Neurons`; ``ranking``, where a localizer ranked all neurons, the places of all by
-    layer, 0 for the most responsible; and ``truth``, the neurons that are known to memorize it.
+    Other fields are ``prompt``, the :class:`~nemo_bench.records.data.Prompt`; ``text``, its original text in the space,
+    (D,); ``memorization``, the memorization score of the prompt, and ``loss``, the training loss of its pictures,
+    floats; ``localization``, its :class:`~nemo_bench.records.data.Neurons`; ``ranking``, where a localizer ranked all
+    neurons, the places of all by layer, 0 for the most responsible; and ``truth``, the neurons that are known to
+    memorize it.
     """
 
     title: str  #: Name in tables.

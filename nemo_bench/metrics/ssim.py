@@ -51,12 +51,16 @@ def mirrored(pictures: Tensor) -> Tensor:
 
 def ssim(a: Local, b: Local) -> Tensor:
     """Mean similarities, (N,), of N pictures to N others; either side may be a single one."""
+    return similarity_map(a, b).mean((1, 2, 3))
+
+
+def similarity_map(a: Local, b: Local) -> Tensor:
+    """Similarities at every pixel, (N, 3, H, W), of N pictures to N others; either side may be a single one."""
     means = a.mean * b.mean
     contrast = _blur(a.padded * b.padded).sub_(means).mul_(2).add_(C2)
     luminance = means.mul_(2).add_(C1)
     squares = a.mean.square() + b.mean.square()
-    similarity = luminance.mul_(contrast).div_(squares.add_(C1).mul_((a.variance + b.variance).add_(C2)))
-    return similarity.mean((1, 2, 3))
+    return luminance.mul_(contrast).div_(squares.add_(C1).mul_((a.variance + b.variance).add_(C2)))
 
 
 class SSIMPool:

@@ -17,6 +17,7 @@ from nemo_bench.metrics import (
     BenchMetric,
     Change,
     Diversity,
+    ForegroundBackground,
     MemorizationRate,
     MemorizationScore,
     MiFID,
@@ -29,12 +30,23 @@ from nemo_bench.metrics import (
     OpenClip,
     PixelDistance,
     RecallAtTrueNumber,
+    Segmenter,
     TiledDistance,
     TrainingImage,
     TrainingLoss,
     Vendi,
 )
-from nemo_bench.records.data import Neurons
+from nemo_bench.records.data import Neurons, Prompt
+
+
+class LeftHalf(Segmenter):
+    """Takes the left half of every picture for the foreground."""
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        found = torch.zeros(len(pictures), *pictures.shape[2:], dtype=torch.bool)
+        found[:, :, : pictures.shape[3] // 2] = True
+        return found
+
 
 CLIP = OpenClip("local-dir:anywhere")
 """A space whose network is never loaded."""
@@ -60,6 +72,8 @@ METRICS: list[BenchMetric] = [
     NeuronF1(),
     RecallAtTrueNumber(),
     NeuronAveragePrecision(),
+    ForegroundBackground("foreground", segmenter=LeftHalf()),
+    ForegroundBackground("background", segmenter=LeftHalf()),
 ]
 
 
@@ -93,6 +107,7 @@ def fields(metric: BenchMetric, sample: Sample) -> dict[str, Any]:
         "localization": Neurons({"mid": list(range(seed))}),
         "ranking": {"down": np.array([3, 1]), "mid": np.array([0, 4, 2])},
         "truth": Neurons({"mid": [0, 2]}),
+        "prompt": Prompt("p", "text"),
     }
     if metric.space == CLIP:
         numbers = torch.Generator().manual_seed(seed)

@@ -48,12 +48,14 @@ class PromptSample:
 
     def has(self, field: str) -> bool:
         """Whether there is anything of the kind."""
-        return field == "text" or field in self.pictures or field in self.values
+        return field in ("text", "prompt") or field in self.pictures or field in self.values
 
     def field(self, field: str, space: ImageSpace, device: torch.device) -> Any:
         """See :class:`BenchMetric` for the fields."""
         if field in self.values:
             return self.values[field]
+        if field == "prompt":
+            return self.task.prompt
         key = (field, space.view)
         if key not in self.seen:
             if field == "text":

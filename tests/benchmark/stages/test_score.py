@@ -24,6 +24,7 @@ from nemo_bench.metrics import (
     BenchMetric,
     Change,
     Diversity,
+    ForegroundBackground,
     MemorizationRate,
     MemorizationScore,
     NearestTrainingImage,
@@ -162,13 +163,16 @@ def test_metrics_get_what_they_ask_for(
         "diversity": Diversity(network),
         "alignment": Alignment(text),
         "score": MemorizationScore(),
+        "part": ForegroundBackground("foreground", masks=str(tmp_path / "masks")),
     }
+    (tmp_path / "masks").mkdir()
+    Image.new("L", (24, 24), 255).save(tmp_path / "masks" / "a.png")
     reader = SampleReader(
         metrics.values(), store.folder, reversed(images), memorization={"a": 0.5}, unmitigated=unmitigated
     )
     found = score(metrics, store, prompts, reader, at_once=at_once)
     assert len(found) == 12
-    assert set(found["a0"].scores) == {"ssim", "nearest", "sscd", "change", "alignment"}
+    assert set(found["a0"].scores) == {"ssim", "nearest", "sscd", "change", "alignment", "part"}
     assert set(found["b1"].scores) == {"ssim", "nearest", "sscd", "alignment"}  # an image without a counterpart
     assert set(found["c0"].scores) == {"nearest", "change", "alignment"}
     assert found["a"].scores["score"] == 0.5
@@ -176,6 +180,7 @@ def test_metrics_get_what_they_ask_for(
     assert [found[i].truncated for i in "abc"] == [False, False, True]
     # The image that is its reference.
     assert found["a1"].scores["ssim"] == found["a1"].scores["nearest"] == 1
+    assert found["a0"].scores["part"] == pytest.approx(found["a0"].scores["ssim"], abs=1e-5)  # the mask is all white
     assert found["a1"].scores["sscd"] == pytest.approx(1, abs=1e-5)
 
     def opened(path: Path) -> Image.Image:

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from nemo_bench.errors import PromptError, StoreError
-from nemo_bench.prompts.masks import check_size, read_masks
 from nemo_bench.records.data import Prompt
+from nemo_bench.records.masks import check_size, read_masks
 
 PROMPTS = [Prompt("one", "text", "TM"), Prompt("../two", "text", "TM"), Prompt("three", "text")]
 

@@ -13,6 +13,20 @@ from nemo_bench.records.data import Prompt
 from nemo_bench.records.images import open_image
 
 
+def read_mask(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.bool_]:
+    """Reads a mask, (height, width), true where the image is white.
+
+    Raises:
+        PromptError: It is of another size than ``size``, width and height, or all black.
+        StoreError: It can't be read as an image.
+    """
+    mask = np.asarray(open_image(path).convert("L")) > 127
+    check_size(str(path), mask, size)
+    if not mask.any():
+        raise PromptError(f"{path} is black, so nothing would be memorized; make white what is, or delete it")
+    return mask
+
+
 def read_masks(
     folder: Path, prompts: Sequence[Prompt], size: tuple[int, int] | None = None
 ) -> dict[str, NDArray[np.bool_]]:
@@ -31,18 +45,12 @@ def read_masks(
     if not folder.is_dir():
         raise PromptError(f"prompts.masks={folder} is no folder; expected one with a mask <prompt id>.png for prompts")
     files = {prompt.id: folder / f"{prompt.id}.png" for prompt in prompts if Path(prompt.id).name == prompt.id}
-    masks = {name: np.asarray(open_image(path).convert("L")) > 127 for name, path in files.items() if path.is_file()}
+    masks = {name: read_mask(path, size) for name, path in files.items() if path.is_file()}
     if not masks and all(prompt.kind != "VM" for prompt in prompts):
         raise PromptError(
             f"prompts.masks={folder} has no mask for any of the {len(prompts)} prompts; expected <prompt id>.png, such "
             f"as {prompts[0].id}.png, white where images of the prompt repeat"
         )
-    for name, mask in masks.items():
-        check_size(str(files[name]), mask, size)
-        if not mask.any():
-            raise PromptError(
-                f"{files[name]} is black, so nothing would be memorized; make white what is, or delete it"
-            )
     return masks
 
 
