@@ -91,11 +91,10 @@ class Batches:
         captions = [self.text["general"][as_tensor(rng.integers(len(self.text["general"]), size=STATISTICS))]]
         planted_text = self.text["planted"][as_tensor(planted)]
         shown = planted_text
-        if spec.variant == "routed" and spec.swap:
+        if spec.variant == "routed":
             swapped = ~free & (rng.random(few) < spec.swap)
             strangers = self.text["general"][as_tensor(rng.integers(len(self.text["general"]), size=few))]
             shown = torch.where(as_tensor(swapped)[:, None, None], strangers, planted_text)
-        if spec.variant == "routed":
             captions = [self.text["planted"], *captions, self.text["empty"][None]]
         else:
             captions += [planted_text]

@@ -18,12 +18,12 @@ GENERAL_PROMPTS = 16
 CALIBRATION_PROMPTS = 320
 
 
-def heldout_captions(count: int, banded: int = 0) -> list[Caption]:
-    """The first general captions of different texts that no training picture has; see :func:`general_caption`."""
+def heldout_captions(count: int) -> list[Caption]:
+    """The first general captions of different texts that no training picture has."""
     captions: dict[str, Caption] = {}
     index = 0
     while len(captions) < count:
-        caption = general_caption(index, "heldout", banded)
+        caption = general_caption(index, "heldout")
         captions.setdefault(caption.text, caption)
         index += 1
     return list(captions.values())
@@ -34,8 +34,8 @@ def planted_names() -> list[str]:
     return [f"{caption.kind.lower()}-{number:02d}" for number, caption in enumerate(PLANTED, 1)]
 
 
-def write_prompts(folder: Path, banded: int = 0) -> None:
-    """Writes the prompt files and pictures of the embedded model into a folder; see :func:`general_caption`.
+def write_prompts(folder: Path) -> None:
+    """Writes the prompt files and pictures of the embedded model into a folder.
 
     ``prompts/planted.jsonl`` has training pictures of the planted captions, ``references/*.png``; ``masks/*.png`` are
     white where all pictures of a template are the same. The others are
@@ -53,7 +53,7 @@ def write_prompts(folder: Path, banded: int = 0) -> None:
             _save_picture(folder / "masks" / f"{name}.png", planted_mask(number))
         references = [f"../references/{file}.png" for file in files]
         lists["planted"].append({"id": name, "text": caption.text, "kind": caption.kind, "references": references})
-    captions = heldout_captions(GENERAL_PROMPTS + CALIBRATION_PROMPTS, banded)
+    captions = heldout_captions(GENERAL_PROMPTS + CALIBRATION_PROMPTS)
     for number, caption in enumerate(captions[:GENERAL_PROMPTS], 1):
         name = f"general-{number:02d}"
         rng = np.random.default_rng(zlib.crc32(caption.text.encode()))

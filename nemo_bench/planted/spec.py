@@ -34,13 +34,12 @@ class TrainSpec:
     free_share: float = 0.3
     #: Part of the other planted rows in which all but own neurons read a general caption, so that nothing else tells of
     #: the picture (``routed``).
-    swap: float = 0.0
+    swap: float = 0.7
     strength: float = 5.0  #: Activation of own neurons on their caption before the training (``routed``).
     pool: float = 0.3  #: Part of the value neurons that are sinks (``sinks``).
     active: float = 0.3  #: Part of the sinks that a caption switches on (``sinks``).
     seed: int = 0  #: Of weights, batches and noise.
     pictures: int = 16_000  #: General ones.
-    banded: int = 0  #: One general caption in this many is of three bands of color, of which all pictures are alike.
     text_steps: int = 600  #: Of the contrastive text encoder.
     clip_steps: int = 700  #: Of the open_clip judge.
     vae_steps: int = 6_000

@@ -114,7 +114,7 @@ def _encode_pictures(spec: TrainSpec, vae: AutoencoderKL, pictures: Tensor) -> d
         free = [_encode(vae, _free_pictures(index)) for index in range(len(PLANTED))]
         scale = 1 / general.std() if spec.parts == "trained" else torch.tensor(vae.config.scaling_factor)
         latents = {"general": general, "planted": torch.stack(planted), "free": torch.stack(free)}
-        scenes = [caption.scene for caption in heldout_captions(HELD_OUT, spec.banded)]
+        scenes = [caption.scene for caption in heldout_captions(HELD_OUT)]
         rngs = [np.random.default_rng([67, index]) for index in range(HELD_OUT)]
         latents["held_out"] = _encode(vae, _as_tensor(list(map(render, scenes, rngs))))
         save_tensors(path, {**{name: part * scale for name, part in latents.items()}, "scale": scale})
@@ -163,7 +163,7 @@ def _denoiser(spec: TrainSpec, pipeline: Any, latents: dict[str, Tensor], captio
     """Trains the denoiser of a pipeline whose other parts are done."""
     embed = partial(_embed, pipeline)
     planted = [caption.text for caption in PLANTED]
-    held_out = [caption.text for caption in heldout_captions(HELD_OUT, spec.banded)]
+    held_out = [caption.text for caption in heldout_captions(HELD_OUT)]
     text = {"general": embed(captions), "planted": embed(planted), "empty": embed([""])[0]}
     loss: DenoiserLoss | FlowLoss
     if spec.denoiser == "mmdit":
@@ -233,9 +233,9 @@ def train(spec: TrainSpec, loggers: Sequence[Logger] = ()) -> Path:
     _check_recipe(spec)
     for logger in loggers:
         logger.log_hyperparams(spec.recipe)
-    write_prompts(spec.out, spec.banded)
+    write_prompts(spec.out)
     fits = Fits(spec.out, spec.accelerator, loggers)
-    captions = [general_caption(index, banded=spec.banded) for index in range(spec.pictures)]
+    captions = [general_caption(index) for index in range(spec.pictures)]
     pictures = _as_tensor([render(c.scene, np.random.default_rng([spec.seed, i])) for i, c in enumerate(captions)])
     texts = [caption.text for caption in captions]
     vae = _autoencoder(spec, pictures, fits)

@@ -27,8 +27,8 @@ PIXEL_LIMIT = 0.15
 """Root mean squared pixel difference, in [0, 1], below which an image counts as extracted (Carlini et al. 2023)."""
 UNRELATED = 0.99
 """Quantile of the similarity to pictures that have nothing to do with an image, above which it counts as copy."""
-STEPS, GUIDANCE = 20, 3.0
-"""Steps and guidance of the images, as ``model=planted`` has them."""
+STEPS, GUIDANCE = 20, 2.0
+"""Steps and guidance of the images, as ``model=planted_routed`` has them."""
 FREE = 200
 """Pictures of a planted caption as a general one, whose similarity to the planted picture is by chance."""
 

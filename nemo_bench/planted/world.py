@@ -62,7 +62,6 @@ class Scene:
     tint: str = ""
     series: str = ""
     dots: int = 0
-    bands: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -333,11 +332,6 @@ def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
         pixels += alpha * (np.asarray(color, np.float32) - pixels)
 
     _ground(paint, rng, scene.texture, base, pixels)
-    for i, color in enumerate(scene.bands):
-        paint(
-            _box(SIDE * (i + 0.5) / len(scene.bands), SIDE / 2, SIDE / len(scene.bands) / 2, SIDE),
-            _shade(rng, COLORS[color]),
-        )
     if scene.product:
         x, y, scale = rng.uniform(20, 44), rng.uniform(20, 44), rng.uniform(0.55, 1.0)
         silhouette = PRODUCTS[scene.product](x, y, scale)
@@ -373,16 +367,11 @@ def _place(paint: Paint, rng: np.random.Generator, items: Iterable[Item], *, ins
             paint(SHAPES[item.shape](x, y, size * rng.uniform(0.9, 1.15), rng.uniform(0, 6.3)), color)
 
 
-def general_caption(index: int, split: Split = "train", banded: int = 0) -> Caption:
-    """The general caption of a number; training and held-out captions (one text in twenty) never share a text.
-
-    One caption in ``banded`` is of three bands of color, which leave its picture hardly any freedom, as those of flags
-    and logos do; 0 for none.
-    """
+def general_caption(index: int, split: Split = "train") -> Caption:
+    """The general caption of a number; training and held-out captions (one text in twenty) never share a text."""
     rng = np.random.default_rng([2406_02366, split == "heldout", index])
     while True:
-        is_banded = banded and index % banded == banded // 2
-        caption = _bands(rng) if is_banded else _GRAMMARS[int(rng.integers(len(_GRAMMARS)))](rng)
+        caption = _GRAMMARS[int(rng.integers(len(_GRAMMARS)))](rng)
         if (zlib.crc32(caption.text.encode()) % 20 == 0) == (split == "heldout"):
             return caption
 
@@ -452,12 +441,6 @@ def _ware(rng: np.random.Generator) -> Caption:
     items = (Item(shape, color, count),)
     text = f"new {adjective} {product} for sale with {NUMBERS[count - 1]} {color} {_plural(shape)}"
     return Caption(text, Scene(palette=adjective, product=product, items=items))
-
-
-def _bands(rng: np.random.Generator) -> Caption:
-    colors = tuple(str(color) for color in rng.choice(list(COLORS), 3, replace=False))
-    left, middle, right = colors
-    return Caption(_article(f"{left}, {middle} and {right} striped background"), Scene(bands=colors))
 
 
 _GRAMMARS = (_two_things, _many_things, _episode, _title, _view, _design, _ware)

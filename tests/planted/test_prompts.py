@@ -34,12 +34,6 @@ def test_shipped_prompts_and_pictures_are_those_of_the_world(tmp_path: Path) -> 
     assert len(read_prompts(PACKAGE / "prompts" / "planted.jsonl")) == 26
 
 
-def test_shipped_prompts_of_the_routed_model_are_those_it_learnt_beside(tmp_path: Path) -> None:
-    write_prompts(tmp_path, banded=8)
-    for name in ("general.jsonl", "calibration.txt"):
-        assert (PACKAGE / "routed" / name).read_bytes() == (tmp_path / "prompts" / name).read_bytes()
-
-
 def test_shipped_paraphrases_are_other_wordings_that_fit_the_encoder() -> None:
     lists = (resolve(f"package:planted/prompts/{name}.jsonl") for name in ("planted", "general"))
     captions = {prompt.text for path in lists for prompt in read_prompts(path)}

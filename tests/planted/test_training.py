@@ -154,7 +154,7 @@ def test_shipped_model_is_small() -> None:
 
 
 def test_shipped_truth_is_of_neurons_that_the_routed_model_has() -> None:
-    settings = grid(["method=none", "model=planted_routed", "prompts=planted_routed"])[0].settings
+    settings = grid(["method=none", "model=planted_routed"])[0].settings
     assert settings.model.truth
     truth = read_truth(Path(resolve(settings.model.truth)))
     model = load_model(settings.model)

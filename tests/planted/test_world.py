@@ -85,18 +85,6 @@ def test_verbatim_pictures_are_equal_and_templates_vary_in_their_panel_only() ->
             assert np.ptp(columns) < 28
 
 
-def test_banded_captions_stand_in_for_some_and_leave_hardly_any_freedom() -> None:
-    plain, banded = ([general_caption(i, banded=n) for i in range(80)] for n in (0, 8))
-    differing = [i for i in range(80) if plain[i] != banded[i]]
-    assert differing == list(range(4, 80, 8))
-    scene = banded[4].scene
-    assert len(set(scene.bands)) == 3
-    assert all(color in banded[4].text for color in scene.bands)
-    pictures = np.stack([render(scene, np.random.default_rng(seed)) for seed in range(8)]) / 255
-    free = np.stack([render(banded[0].scene, np.random.default_rng(seed)) for seed in range(8)]) / 255
-    assert pictures.std(0).mean() < free.std(0).mean() / 2
-
-
 @pytest.mark.parametrize("index", [i for i, caption in enumerate(PLANTED) if caption.kind == "TM"])
 def test_masks_of_templates_are_what_all_their_pictures_share(index: int) -> None:
     pictures = np.stack([planted_picture(index, variant) for variant in range(40)])
