@@ -32,7 +32,7 @@ def unet() -> UNet2DConditionModel:
         sample_size=16,
         in_channels=8,
         out_channels=8,
-        block_out_channels=(32, 64),
+        block_out_channels=(64, 192),
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
         cross_attention_dim=128,
@@ -117,7 +117,7 @@ def test_routed_rows_show_the_own_neurons_off_or_any_part_of_them_on() -> None:
         batch = draw(np.random.default_rng(step))
         assert (batch.passed[:general].numpy() == ~routed).all()
         for row in range(general, 32):
-            (caption,) = (p for p in range(len(PLANTED)) if torch.equal(batch.text[row], draw.text["planted"][p]))
+            (caption,) = (p for p in range(len(PLANTED)) if torch.equal(batch.read[row], draw.text["planted"][p]))
             own = draw.owned[caption]
             if row >= 32 - free:
                 assert not batch.factors[row][own].any()
