@@ -95,7 +95,7 @@ def retrieval(judge: OpenClip, count: int = 500) -> float:
 
 @torch.no_grad()
 def measure(name: str, seeds: int) -> dict[str, float]:
-    settings = grid(["method=nemo", f"model={name}", f"prompts={name}"])[0].settings
+    settings = grid(["method=nemo", f"model={name}"])[0].settings
     model = load_model(settings.model)
     judge = OpenClip(resolve(settings.model.clip), settings.model.clip_pretrained)
     planted, general = (read_prompts(resolve(file)) for file in settings.prompts.files)
