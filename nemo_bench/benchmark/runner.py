@@ -245,8 +245,11 @@ class Runner:
         if is_main() and not is_whole(store.folder / "layers.json", schema.Layers):
             model = self.model(cell)
             weights = sum(parameter.numel() for parameter in model.network.parameters())
-            size = schema.Network(weights=weights, flops_per_pass=model.flops_per_pass)
-            write_json(store.folder / "network.json", size)
+            try:
+                size = schema.Network(weights=weights, flops_per_pass=model.flops_per_pass)
+                write_json(store.folder / "network.json", size)
+            except (NotImplementedError, RuntimeError, TypeError) as error:  # of a network of someone's own
+                log.warning("floating point operations of a pass can't be counted: %s", first_line(error))
             write_json(store.folder / "layers.json", model.masks.widths)
         if schema.LocalizationRecord not in cell.stages or self.agree(
             partial(store.is_done, schema.LocalizationRecord)

@@ -46,7 +46,10 @@ DETECTING = ("model", "detector", "prompts", "trainer", "logger", "batch_size", 
 """Settings of detection."""
 NOT_LOCALIZING = ("method", "detector", "region", "strengths")
 """Settings of a run that do not matter to the benchmark of localizers."""
-SCORING = ("metrics", "weights", "real_images", "batch_size", "workers", "trainer", "logger", "prompts.references")
+SCORING = (
+    *("metrics", "weights", "real_images", "batch_size", "workers", "trainer", "logger"),
+    *("prompts.references", "prompts.masks"),
+)
 """Settings that may change when existing images are scored again."""
 SUBJECTS = ("method", "detector", "localizer", "region")
 """Groups of what is compared."""
@@ -62,6 +65,7 @@ class Composed(NamedTuple):
     config: DictConfig  #: The same, for words to be set on.
     by_experiment: list[str]  #: Keys of settings that the file of the experiment has.
     by_option: dict[str, list[str]]  #: Keys of settings that files of what is compared have, by group.
+    beside_strengths: list[str]  #: Keys of settings that files have which begin with that of a method with strengths.
 
 
 # Without types: Hydra merges files and defaults, and `typed` checks the result. It would refuse a grid of another type.
@@ -221,6 +225,7 @@ def rescore(
     for part in {"trainer", *(key.split(".")[0] for key in keys)} - {"prompts"}:
         setattr(settings, part, getattr(changed, part))
     settings.prompts.references = changed.prompts.references or settings.prompts.references
+    settings.prompts.masks = changed.prompts.masks or settings.prompts.masks
     return CellConfig(names, settings)
 
 
@@ -348,11 +353,12 @@ def _compose(groups: Sequence[str], conf: Path | None, metrics: Mapping[str, Any
         content["grid"] = []
     by_experiment = _written_by_experiment(names["experiment"], conf) if "experiment" in names else []
     by_option: dict[str, list[str]] = {
-        group: _written_by_option(group, names[group], conf) for group in SUBJECTS if group in names
+        group: _written_by_option(group, names[group], conf, FAMILIES) for group in SUBJECTS if group in names
     }
+    beside = _written_by_option("method", names["method"], conf, STRENGTHS) if "method" in names else []
     if metrics is not None:
         content["metrics"] = metrics
-    return Composed(names, content, OmegaConf.create(content), by_experiment, by_option)
+    return Composed(names, content, OmegaConf.create(content), by_experiment, by_option, beside)
 
 
 def _has(content: Any, key: str) -> bool:
@@ -418,7 +424,8 @@ def _cell_configs(base: Composed, settings: Sequence[tuple[str, str]]) -> list[C
             families += settle(node, group, run.model.family, own_keys)
     strength = take_strength(run.method, "method") if isinstance(run.method, dict) else None
     config = CellConfig(names, run, tuple(families), strength)
-    if strength and run.strengths and not is_within(f"method.{strength.setting}", [*given, *base.by_experiment]):
+    own_keys = [*given, *base.by_experiment, *base.beside_strengths]
+    if strength and run.strengths and not is_within(f"method.{strength.setting}", own_keys):
         return [_at_strength(config, strength.setting, value) for value in strength.values]
     return [replace(config, strength=None)]
 
@@ -480,13 +487,13 @@ def _written_by_experiment(name: str, conf: Path | None) -> list[str]:
     return [key for group in (*SUBJECTS, "prompts") for key in _keys(content.get(group, {}), group)]
 
 
-def _written_by_option(group: str, name: str, conf: Path | None) -> list[str]:
-    """Keys of settings in a file, and in files it begins with, up to the file with settings by family."""
+def _written_by_option(group: str, name: str, conf: Path | None, end: str) -> list[str]:
+    """Keys of settings in a file, and in files it begins with, up to the file that has ``end``."""
     content = read_option(group, name, conf) if name in options(group, conf) else {}
-    if not content or FAMILIES in content:
+    if not content or end in content:
         return []
     bases = [base for base in content.pop("defaults", None) or [] if isinstance(base, str) and base != "_self_"]
-    return [*_keys(content, group), *(key for base in bases for key in _written_by_option(group, base, conf))]
+    return [*_keys(content, group), *(key for base in bases for key in _written_by_option(group, base, conf, end))]
 
 
 def _keys(node: Any, prefix: str) -> list[str]:

@@ -112,6 +112,13 @@ def test_a_setting_that_is_given_is_the_only_strength() -> None:
     assert "strengths" not in cells[-1].settings.method["source"]
 
 
+def test_a_setting_of_a_file_that_begins_with_another_is_the_only_strength(own: Path) -> None:
+    (own / "method" / "mild.yaml").write_text("defaults: [nemo, _self_]\nfactor: 0.7\n")
+    (own / "method" / "same.yaml").write_text("defaults: [nemo, _self_]\ntheta: 4\n")
+    found = [(c.settings.method["factor"], bool(c.strength)) for c in grid(["method=mild,same", "strengths=true"], own)]
+    assert found == [(0.7, False), (0.5, True), (0.0, True), (-0.5, True)]
+
+
 def test_what_is_said_of_the_family_is_true_at_every_strength() -> None:
     mild, own, _ = grid(["method=embedding_noise", "strengths=true"])
     assert str(*mild.families) == "for planted: the defaults; as given: scale=1.6"
