@@ -428,7 +428,7 @@ def test_numbers_of_the_first_prompts_only_are_said_to_be_no_results(
 @pytest.mark.parametrize(
     ("typed", "found"),
     [
-        ("nemo-bench r", {"run", "report", "references"}),
+        ("nemo-bench r", {"run", "report", "references", "regions"}),
         ("nemo-bench run --d", {"--dry-run"}),
         ("nemo-bench run method=sta", {"method=static_transition"}),
         ("nemo-bench run seeds=2 loc", {"localize_seeds=", "localizer="}),

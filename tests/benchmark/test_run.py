@@ -193,7 +193,7 @@ def test_a_method_is_run_at_every_strength_and_one_is_chosen(tmp_path: Path) -> 
     folder = run(plan(grid([*asked, "strengths=true"])), "test")
     board = read_file(folder / "leaderboard.json", Leaderboard)
     assert board.strengths
-    (curve,) = board.strengths.curves
+    (curve,) = [curve for curve in board.strengths.curves if curve.setting]
     assert (curve.setting, [point.value for point in curve.points]) == ("scale", [1.6, 3.2, 6.4])
     assert (curve.choosing_prompts, curve.prompts_reported) == (1, 3)
     assert curve.chosen in [point.cell for point in curve.points]

@@ -58,7 +58,7 @@ def values(form: Any) -> st.SearchStrategy[Any]:
     if of is tuple:
         return st.tuples(*map(values, inner))
     if of is dict:
-        return st.dictionaries(TEXT, values(inner[1]), max_size=2)
+        return st.dictionaries(values(inner[0]), values(inner[1]), max_size=2)
     if form is Localization:
         return LOCALIZATIONS
     assert issubclass(form, Entry), form
