@@ -19,6 +19,7 @@ from nemo_bench.benchmark.plan import plan
 from nemo_bench.benchmark.run import run
 from nemo_bench.benchmark.summary import _detection
 from nemo_bench.config import grid
+from nemo_bench.diffusion import flops
 from nemo_bench.records.io import read_file
 from nemo_bench.records.results import load_results
 from nemo_bench.records.schema import Leaderboard, MemorizationRecord, Roc
@@ -202,6 +203,20 @@ def test_a_method_is_run_at_every_strength_and_one_is_chosen(tmp_path: Path) -> 
     assert plan(grid(asked))[1].id == curve.points[1].cell
     run(plan(grid(asked)), "test")
     assert read_file(folder / "leaderboard.json", Leaderboard).strengths == board.strengths
+
+
+def test_a_network_whose_operations_cannot_be_counted_makes_its_images(
+    prompt_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    def count(*args: object) -> int:
+        raise NotImplementedError("aten::mine: no kernel for device 'meta'\nand more")
+
+    monkeypatch.setattr(flops, "count_flops", count)
+    folder = run(plan(grid(words(tmp_path, prompt_file, "method=none", "prompts.limit=1", "seeds=1"))), "test")
+    (cell,) = (p for p in folder.iterdir() if (p / "spec.json").exists())
+    assert len(list((cell / "images").glob("*.png"))) == 1
+    assert not (cell / "network.json").exists()
+    assert any(line.endswith("can't be counted: aten::mine: no kernel for device 'meta'") for line in said)
 
 
 def test_other_metrics_score_again_and_keep_the_images(finished: tuple[Path, Path], tmp_path: Path) -> None:
