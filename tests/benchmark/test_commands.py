@@ -27,15 +27,19 @@ from nemo_bench.diffusion import folder_digest
 from nemo_bench.errors import StoreError
 from nemo_bench.prompts import read_prompts
 from nemo_bench.records.data import Neurons
+from killed import start
 from on_disk import read_records
 from small_runs import small
 
 SMALL = [*small(), "method=nemo", "batch_size=2"]  # batches of other sizes round otherwise
 
 
+def run_words(root: Path, prompts: Path, *more: str) -> list[str]:
+    return ["run", *SMALL, f"root={root}", f"prompts.files=[{prompts}]", *more]
+
+
 def command(root: Path, prompts: Path, *more: str) -> list[str]:
-    words = [*SMALL, f"root={root}", f"prompts.files=[{prompts}]", *more]
-    return [sys.executable, "-m", "nemo_bench.cli", "run", *words]
+    return [sys.executable, "-m", "nemo_bench.cli", *run_words(root, prompts, *more)]
 
 
 def environment() -> dict[str, str]:
@@ -67,30 +71,26 @@ def assert_close(a: Any, b: Any) -> None:
 
 
 def test_killed_anywhere_it_goes_on_and_two_ranks_find_the_same(tmp_path: Path, prompt_file: Path) -> None:
-    execute(command(tmp_path / "whole", prompt_file))
+    whole = start([run_words(tmp_path / "whole", prompt_file)])
     for run, stop in enumerate((signal.SIGINT, signal.SIGKILL, signal.SIGTERM)):
-        process = subprocess.Popen(
-            command(tmp_path / "killed", prompt_file),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environment(),
-            # Shells have what they start in the background ignore it, and so would this process.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        while process.poll() is None and lines(tmp_path / "killed") < 6 * (run + 1):
+        process = start([run_words(tmp_path / "killed", prompt_file)])
+        while process.is_alive() and lines(tmp_path / "killed") < 6 * (run + 1):
             time.sleep(0.02)
-        process.send_signal(stop)
-        assert process.wait(60) == (-stop if stop == signal.SIGKILL else 130)
+        assert process.pid is not None
+        os.kill(process.pid, stop)
+        process.join(60)
+        assert process.exitcode == (-stop if stop == signal.SIGKILL else 130)
         if run == 0:
             tear(tmp_path / "killed")
     execute(command(tmp_path / "killed", prompt_file, "trainer.devices=2"))
-    python, *words = command(tmp_path / "ranks", prompt_file, "trainer.devices=2")
-    execute([python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words])
+    _, *rest = command(tmp_path / "ranks", prompt_file, "trainer.devices=2")
+    execute([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *rest])
+    whole.join()
     for stage in ("localize", "memorization", "generate", "score"):
-        whole = records(tmp_path / "whole", stage)
-        assert whole
-        assert_close(records(tmp_path / "killed", stage), whole)
-        assert_close(records(tmp_path / "ranks", stage), whole)
+        expected = records(tmp_path / "whole", stage)
+        assert expected
+        assert_close(records(tmp_path / "killed", stage), expected)
+        assert_close(records(tmp_path / "ranks", stage), expected)
 
 
 def lines(root: Path) -> int:

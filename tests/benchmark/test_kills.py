@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -14,13 +13,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from killed import execute
+from killed import start
 from on_disk import read_records
 from small_runs import small
 
@@ -50,15 +48,6 @@ def commands(root: Path, prompts: Path) -> list[list[str]]:
             "trainer=cpu",
         ],
     ]
-
-
-def start(root: Path, prompts: Path) -> BaseProcess:
-    """One process that goes through all commands, forked where everything is imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killed"])
-    process = context.Process(target=execute, args=(commands(root, prompts),))
-    process.start()
-    return process
 
 
 def start_ranks(root: Path, prompts: Path) -> subprocess.Popen[bytes]:
@@ -100,7 +89,7 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 def kill_one(root: Path, prompts: Path, moment: float) -> bool:
     """Kills one process at a moment; whether it had not ended before."""
-    process = start(root, prompts)
+    process = start(commands(root, prompts))
     process.join(moment)
     process.kill()
     process.join()
@@ -127,7 +116,7 @@ def kill_ranks(root: Path, prompts: Path, rng: random.Random, moment: float) -> 
 def test_kills_at_random_moments_end_with_the_results_of_an_undisturbed_run(tmp_path: Path, prompt_file: Path) -> None:
     rng = random.Random(int(os.environ.get("NEMO_BENCH_SEED", "0")))
     begun = time.monotonic()
-    whole = start(tmp_path / "whole", prompt_file)
+    whole = start(commands(tmp_path / "whole", prompt_file))
     whole.join()
     lasts = time.monotonic() - begun
     expected = found(tmp_path / "whole")
@@ -146,7 +135,7 @@ def test_kills_at_random_moments_end_with_the_results_of_an_undisturbed_run(tmp_
             assert differing(found(root), expected) == []
             shutil.rmtree(root)
             ends += 1
-    last = start(root, prompt_file)
+    last = start(commands(root, prompt_file))
     last.join()
     assert last.exitcode == 0
     assert differing(found(root), expected) == []

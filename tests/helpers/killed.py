@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 
 import torch
 
@@ -23,3 +25,12 @@ def execute(commands: Sequence[Sequence[str]]) -> None:
     for words in commands:
         if status := main(words):
             sys.exit(status)
+
+
+def start(commands: Sequence[Sequence[str]]) -> BaseProcess:
+    """Starts a process that runs commands, forked where everything is imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killed"])
+    process = context.Process(target=execute, args=(commands,))
+    process.start()
+    return process
