@@ -1,6 +1,6 @@
 """Measures the embedded model and writes the figures into its card.
 
-Run: python benchmarks/planted_card.py [--model planted_routed] [--seeds 8] [--json]
+Run: python benchmarks/planted_card.py [--model NAME] [--seeds 8] [--json]
 Every figure comes from images and noise drawn here, with seeds that training never used. The limits that decide
 "repeats" come from pairs that have nothing to do with each other, before any image of a planted prompt is looked at.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -35,6 +36,7 @@ from nemo_bench.localization import (
     pair_values,
     threshold,
 )
+from nemo_bench.localization.noise_differences import scaled_difference
 from nemo_bench.metrics import SSIM, OpenClip, PixelDistance
 from nemo_bench.planted.prompts import heldout_captions
 from nemo_bench.planted.truth import PIXEL_LIMIT
@@ -48,8 +50,17 @@ CPU = torch.device("cpu")
 MARKS = "<!-- measured {model}: begin -->", "<!-- measured {model}: end -->"
 
 
-def generate(model: Diffusion, prompt: Prompt, seeds: int, neurons: Neurons | None = None) -> Tensor:
+MODELS = "planted", "planted_routed", "planted_mmdit"
+LEVELS = 1.0, 0.98, 0.85
+"""Noise levels of flow matching beside the one at which noise differences are taken."""
+
+
+def generate(
+    model: Diffusion, prompt: Prompt, seeds: int, neurons: Neurons | None = None, *, pooled: bool = True
+) -> Tensor:
     text = model.encode([prompt.text]).rows([0] * seeds)
+    if not pooled:
+        text = replace(text, pooled=model.unconditional(seeds).pooled)
     latents = model.latents(seeds_of(prompt, "card", range(seeds)))
     with model.block(neurons or Neurons()):
         return model.generate(text, latents)
@@ -78,10 +89,23 @@ def calibrate(model: Diffusion, texts: Sequence[str], seeds: int) -> tuple[Calib
     return Calibration(mean, std, threshold(pairs), len(texts)), per_prompt
 
 
-def noise_scores(model: Diffusion, prompt: Prompt, seeds: int) -> Tensor:
+def noise_scores(model: Diffusion, prompt: Prompt, seeds: int, level: float | None = None) -> Tensor:
     text = model.encode([prompt.text]).rows([0] * seeds)
-    differences = noise_differences(model, text, model.latents(seeds_of(prompt, "localize", range(seeds))))
+    latents = model.latents(seeds_of(prompt, "localize", range(seeds)))
+    if level is None:
+        differences = noise_differences(model, text, latents)
+    else:
+        timestep = level * model.schedule.training_timesteps
+        noisy = model.schedule.noised(latents, timestep)
+        predicted = model.predict_noise(noisy, timestep, text)
+        differences = scaled_difference(model.schedule.difference(predicted, timestep, noisy))
     return pair_values(pair_similarities(differences, model.similarity))
+
+
+def separation(memorized: Sequence[float], general: Sequence[float]) -> float:
+    """Area under the ROC curve of a score."""
+    labels = torch.tensor([1] * len(memorized) + [0] * len(general))
+    return float(binary_auroc(torch.tensor([*memorized, *general]), labels))
 
 
 def retrieval(judge: OpenClip, count: int = 500) -> float:
@@ -108,8 +132,6 @@ def measure(name: str, seeds: int) -> dict[str, float]:
     calibration, general_scores = calibrate(model, texts, settings.localize_seeds)
     figures["threshold"] = calibration.threshold
     planted_scores = [float(noise_scores(model, p, settings.localize_seeds).mean()) for p in planted]
-    scores = torch.tensor(planted_scores + general_scores)
-    labels = torch.tensor([1] * len(planted_scores) + [0] * len(general_scores))
     figures["noise_score_vm"] = float(
         np.mean([s for s, p in zip(planted_scores, planted, strict=True) if p.kind == "VM"])
     )
@@ -117,7 +139,16 @@ def measure(name: str, seeds: int) -> dict[str, float]:
         np.mean([s for s, p in zip(planted_scores, planted, strict=True) if p.kind == "TM"])
     )
     figures["noise_score_general"] = float(np.mean(general_scores))
-    figures["noise_score_auc"] = float(binary_auroc(scores, labels))
+    figures["noise_score_auc"] = separation(planted_scores, general_scores)
+    if model.schedule.quantity == "velocity":
+        figures["noise_score_level"] = model.schedule.difference_timestep(0) / model.schedule.training_timesteps
+        unseen = [Prompt(f"calibration-{index}", text) for index, text in enumerate(texts)]
+        for level in LEVELS:
+            both = (
+                [float(noise_scores(model, p, settings.localize_seeds, level).mean()) for p in group]
+                for group in (planted, unseen)
+            )
+            figures[f"noise_score_auc_at_level_{level:g}"] = separation(*both)
 
     images = {p.id: generate(model, p, seeds) for p in tqdm([*planted, *general], desc="images")}
     everything_general = torch.cat([images[p.id] for p in general])
@@ -142,6 +173,9 @@ def measure(name: str, seeds: int) -> dict[str, float]:
     figures["autoencoder_ssim_on_references"] = float(
         torch.cat([SSIM().nearest(codes[i : i + 1], pool[i : i + 1]) for i in range(len(pool))]).median()
     )
+    if model.unconditional(1).pooled is not None:
+        unpooled = [SSIM().nearest(generate(model, p, seeds, pooled=False), references_of(p)) for p in verbatim]
+        figures["vm_ssim_median_with_an_empty_pooled_vector"] = float(torch.cat(unpooled).median())
     tm = [p for p in planted if p.kind == "TM"]
     figures["tm_ssim_median"] = float(torch.cat([own[p.id] for p in tm]).median())
 
@@ -228,7 +262,7 @@ def spread(groups: Sequence[Tensor]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=("planted", "planted_routed"), default="planted")
+    parser.add_argument("--model", choices=MODELS, default="planted")
     parser.add_argument("--seeds", type=int, default=8, help="images a prompt")
     parser.add_argument("--json", action="store_true", help="print JSON and leave the card alone")
     options = parser.parse_args()

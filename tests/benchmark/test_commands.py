@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from killed import start
 from nemo_bench.benchmark.export import export
 from nemo_bench.benchmark.pending import is_current
 from nemo_bench.cli import main
@@ -27,7 +28,6 @@ from nemo_bench.diffusion import folder_digest
 from nemo_bench.errors import StoreError
 from nemo_bench.prompts import read_prompts
 from nemo_bench.records.data import Neurons
-from killed import start
 from on_disk import read_records
 from small_runs import small
 

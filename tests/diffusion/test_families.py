@@ -28,6 +28,7 @@ from nemo_bench.diffusion.schedule import ddim
 from nemo_bench.errors import ModelError
 from nemo_bench.localization import Calibration, NemoSettings, activation_statistics, localize
 from on_disk import read_records
+from published_sizes import FULL_SIZE_UNETS
 from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl, tiny_texts
 
 PIPELINES: dict[str, Callable[..., Any]] = {
@@ -231,33 +232,13 @@ def test_other_pipelines_are_refused() -> None:
         Diffusion(other)
 
 
-# The published configurations of the UNets, as far as they differ from the defaults of their class.
-_SD2 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
-FULL_SIZE: dict[str, dict[str, Any]] = {
-    "1.x": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-    "2.x base": {"sample_size": 64, **_SD2},
-    "2.x": {"sample_size": 96, **_SD2, "upcast_attention": True},
-    "XL": {
-        "sample_size": 128,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "block_out_channels": (320, 640, 1280),
-        "transformer_layers_per_block": (1, 2, 10),
-        "cross_attention_dim": 2048,
-        "attention_head_dim": (5, 10, 20),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}
 MILLION_WEIGHTS = {"1.x": 859.5, "2.x base": 865.9, "2.x": 865.9, "XL": 2567.5}
 
 
-@pytest.fixture(scope="module", params=[*FULL_SIZE])
+@pytest.fixture(scope="module", params=[*FULL_SIZE_UNETS])
 def full_size(request: pytest.FixtureRequest) -> tuple[str, UNet2DConditionModel]:
     with torch.device("meta"):
-        return request.param, UNet2DConditionModel(**FULL_SIZE[request.param])
+        return request.param, UNet2DConditionModel(**FULL_SIZE_UNETS[request.param])
 
 
 def test_the_full_size_networks_are_those_published(full_size: tuple[str, UNet2DConditionModel]) -> None:
@@ -279,7 +260,7 @@ def test_what_is_published_of_a_model_follows_from_its_configuration(
     name: str, models: tuple[str, ...], rest: int
 ) -> None:
     """Operations of a pass, and weights of all networks; ``rest`` are those of the text encoders."""
-    config, is_large = FULL_SIZE[name], name == "XL"
+    config, is_large = FULL_SIZE_UNETS[name], name == "XL"
     family = family_of("StableDiffusionXLPipeline" if is_large else "StableDiffusionPipeline")
     with torch.device("meta"):
         whole = {key: value for key, value in UNet2DConditionModel(**config).config.items() if key[0] != "_"}
@@ -310,7 +291,7 @@ def test_layers_of_the_full_size_networks(full_size: tuple[str, UNet2DConditionM
         assert widths == [640] * 4 + [1280] * 30
     else:
         assert widths == [320, 320, 640, 640, 1280, 1280, 1280]
-    assert {layer.in_features for layer in found.values()} == {FULL_SIZE[name]["cross_attention_dim"]}
+    assert {layer.in_features for layer in found.values()} == {FULL_SIZE_UNETS[name]["cross_attention_dim"]}
 
 
 def test_all_layers_of_the_full_size_networks(full_size: tuple[str, UNet2DConditionModel]) -> None:

@@ -11,13 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    FluxPipeline,
-    FluxTransformer2DModel,
-    PixArtTransformer2DModel,
-    SanaTransformer2DModel,
-    SD3Transformer2DModel,
-)
+from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -41,6 +35,7 @@ from nemo_bench.localization import (
 from nemo_bench.localization.localizers import Activation, Inputs
 from nemo_bench.methods import AMG, Batch, EmbeddingNoise, NeMo, NoMitigation
 from on_disk import read_records
+from published_sizes import FULL_SIZE_TRANSFORMERS
 from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl, tiny_texts
 from tiny_transformers import TOKENS, tiny_flux, tiny_pixart, tiny_sana, tiny_sd3
 
@@ -538,60 +533,9 @@ def test_other_schedulers_are_refused_before_weights_load() -> None:
             family.check_schedule(config, 9, predicts=True, where="it")
 
 
-# The published configurations, as far as they differ from the defaults of their class.
-_SD3: dict[str, Any] = {
-    "sample_size": 128, "in_channels": 16, "out_channels": 16, "attention_head_dim": 64, "joint_attention_dim": 4096,
-    "pooled_projection_dim": 2048,
-}  # fmt: skip
-_MEDIUM = {**_SD3, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
-FULL_SIZE: dict[str, tuple[type[nn.Module], str, dict[str, Any], str, int, int, int]] = {
-    "sd3_medium": (
-        SD3Transformer2DModel, "StableDiffusion3Pipeline", {**_MEDIUM, "pos_embed_max_size": 192},
-        "transformer_blocks.{}.attn.add_v_proj", 24, 1536, 2_028_328_000,
-    ),
-    "sd35_medium": (
-        SD3Transformer2DModel, "StableDiffusion3Pipeline",
-        {**_MEDIUM, "pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
-        "transformer_blocks.{}.attn.add_v_proj", 24, 1536, 2_243_171_520,
-    ),
-    "sd35_large": (
-        SD3Transformer2DModel, "StableDiffusion3Pipeline",
-        {**_SD3, "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm",
-         "pos_embed_max_size": 192},
-        "transformer_blocks.{}.attn.add_v_proj", 38, 2432, 8_056_627_520,
-    ),
-    "flux1_dev": (
-        FluxTransformer2DModel, "FluxPipeline", {"guidance_embeds": True}, "transformer_blocks.{}.attn.add_v_proj",
-        19, 3072, 11_901_408_320,
-    ),
-    "flux1_schnell": (
-        FluxTransformer2DModel, "FluxPipeline", {}, "transformer_blocks.{}.attn.add_v_proj", 19, 3072, 11_891_178_560,
-    ),
-    "pixart_alpha": (
-        PixArtTransformer2DModel, "PixArtAlphaPipeline", {"caption_channels": 4096},
-        "transformer_blocks.{}.attn2.to_v", 28, 1152, 611_349_152,
-    ),
-    "pixart_sigma": (
-        PixArtTransformer2DModel, "PixArtSigmaPipeline",
-        {"caption_channels": 4096, "use_additional_conditions": False},
-        "transformer_blocks.{}.attn2.to_v", 28, 1152, 610_856_096,
-    ),
-    "sana_1600m": (
-        SanaTransformer2DModel, "SanaPipeline", {}, "transformer_blocks.{}.attn2.to_v", 20, 2240, 1_604_462_752,
-    ),
-    "sana_600m": (
-        SanaTransformer2DModel, "SanaPipeline",
-        {"num_layers": 28, "num_attention_heads": 36, "num_cross_attention_heads": 16, "cross_attention_head_dim": 72,
-         "cross_attention_dim": 1152},
-        "transformer_blocks.{}.attn2.to_v", 28, 1152, 591_747_872,
-    ),
-}  # fmt: skip
-"""Class of the network, of the pipeline, configuration, path, number and width of value layers, number of weights."""
-
-
-@pytest.mark.parametrize("name", [*FULL_SIZE])
+@pytest.mark.parametrize("name", [*FULL_SIZE_TRANSFORMERS])
 def test_layers_of_the_full_size_networks(name: str) -> None:
-    network_class, pipeline, config, path, count, width, weights = FULL_SIZE[name]
+    network_class, pipeline, config, path, count, width, weights = FULL_SIZE_TRANSFORMERS[name]
     with torch.device("meta"):
         network = network_class(**config)
     found = family_of(pipeline).value_layers(network, "double" if pipeline == "FluxPipeline" else "all")
@@ -600,14 +544,14 @@ def test_layers_of_the_full_size_networks(name: str) -> None:
     assert sum(parameter.numel() for parameter in network.parameters()) == weights
 
 
-@pytest.mark.parametrize("name", [*FULL_SIZE])
+@pytest.mark.parametrize("name", [*FULL_SIZE_TRANSFORMERS])
 def test_the_models_of_the_configuration(name: str) -> None:
     """Each has a file of settings that its family takes, with licence and gating."""
     assert name in options("model")
     (choice,) = grid([f"model={name}", "method=none"])
     settings = choice.settings.model
     own = {key: getattr(settings, key) for key in ("tokens", "size", "distilled_guidance")}
-    family = family_of(FULL_SIZE[name][1], **own)
+    family = family_of(FULL_SIZE_TRANSFORMERS[name][1], **own)
     assert settings.family in family.names
     assert pipeline_class_of(settings.family) in {"PixArtAlphaPipeline", family.pipeline_class}
     assert settings.layers in family.layers
@@ -634,10 +578,10 @@ BLOCKS: dict[str, list[tuple[dict[str, Any], int]]] = {
 """Of networks with two sorts of blocks, changes of one with a block of each that add one, and how many are missing."""
 
 
-@pytest.mark.parametrize("name", [*FULL_SIZE])
+@pytest.mark.parametrize("name", [*FULL_SIZE_TRANSFORMERS])
 def test_what_is_published_of_a_model_follows_from_its_configuration(name: str) -> None:
     """Operations of a pass, by counting networks of one and two blocks, and weights of all networks."""
-    kind, pipeline, config, *_, weights = FULL_SIZE[name]
+    kind, pipeline, config, *_, weights = FULL_SIZE_TRANSFORMERS[name]
     (choice,) = grid([f"model={name}", "method=none"])
     published = choice.settings.model.published
     tokens = choice.settings.model.tokens
@@ -672,4 +616,4 @@ def test_what_is_published_of_a_model_follows_from_its_configuration(name: str) 
 
 
 def test_every_family_has_a_file_of_settings() -> None:
-    assert {pipeline for _, pipeline, *_ in FULL_SIZE.values()} == set(FAMILIES) - UNETS
+    assert {pipeline for _, pipeline, *_ in FULL_SIZE_TRANSFORMERS.values()} == set(FAMILIES) - UNETS
