@@ -1,10 +1,11 @@
 """Compares NeMo's search with the plain schedule of the public scripts: UNet row passes, time, and the neurons found.
 
-Run: python benchmarks/localize.py [--prompts 20] [--seeds 10] [--similarity fixed] [--json] [key=value ...]
+Run: python benchmarks/localize.py [--prompts 20] [--plain 20] [--seeds 10] [--similarity fixed] [...]
 The words key=value are settings of `nemo-bench run`, such as model=sd14. Both sides follow protocol `reference` with
 the similarity of --similarity, so the plain side makes the passes of the public scripts: for every tested set of
 neurons the text is encoded again and two UNet steps run on all seeds, one prompt at a time; statistics are collected in
-UNet passes, one prompt at a time. It is the slow implementation that the tests compare with. A row pass is one sample
+UNet passes, one prompt at a time. It is the slow implementation that the tests compare with, and takes longest by far:
+--plain is the number of prompts, from the first, that it runs on, and ratios are of those. A row pass is one sample
 through the UNet. Passes that start at a replayed prefix compute less, and gradients of bisection more: `pass` counts
 the multiplications of convolutions and linear layers (twice where gradients flow back), in full passes; `row` counts
 samples, whatever part of the UNet they pass. `rebatched` is the exact search in batches of another size, which round
@@ -157,6 +158,9 @@ def per_prompt(model: Diffusion, run: Callable[[list[str]], Any], texts: list[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--prompts", type=int, default=20, help="prompts with enough candidates to compare")
+    parser.add_argument(
+        "--plain", type=int, help="prompts, from the first, that the plain schedule runs on; default: all"
+    )
     parser.add_argument("--candidates", type=int, default=20, help="least number of candidates of a prompt")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--threshold", type=float, default=None, help="memorization threshold; default: calibrated")
@@ -164,6 +168,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
+    with_plain = arguments.prompts if arguments.plain is None else arguments.plain
+    if not 1 <= with_plain <= arguments.prompts:
+        parser.error(f"--plain {with_plain}: expected 1 to the number of prompts, {arguments.prompts}")
     settings = grid([*arguments.overrides, "method=nemo"])[0].settings
     model = load_model(settings.model).to("cuda" if torch.cuda.is_available() else "cpu")
     general = [p.text for p in read_prompts(resolve(str(settings.prompts.calibration)))]
@@ -194,60 +201,61 @@ def main() -> None:
                 break
         if len(localized) < len(SIDES):
             continue
-        with measured(model, spent["plain"]), REFERENCE.precision(model):
-            expected = plain.localize(
-                model.pipeline,
-                prompt.text,
-                latents,
-                mean,
-                std,
-                tau,
-                similarity_of(model, protocol),
-                step=1,
-                duplicates=True,
-                raw=True,
-            )
-        for name, meter in meters.items():
-            meter.add(spent[name])
-        refined = Neurons(expected.refined)
-        lines.append(
-            {
-                "prompt": prompt.id,
-                "candidates": localized["exact"].initial.count,
-                "neurons": refined.count,
-                "exhausted": localized["exact"].exhausted,
-                "smallest_margin": min((abs(s - t) for s, t in expected.decisions if s != t), default=0.0),
-                **{f"{name}_same_as_plain": found.neurons == refined for name, found in localized.items()},
-                **{
-                    f"{name}_same_as_exact": localized[name].neurons == localized["exact"].neurons
-                    for name in ("rebatched", "margin")
-                },
-                "bisect_neurons": localized["bisect"].neurons.count,
-                "shared_with_bisect": overlap(localized["exact"].neurons, localized["bisect"].neurons),
-                **{f"{name}_row_ratio": spent["plain"].rows / spent[name].rows for name in SIDES},
-            }
-        )
+        exact = localized["exact"].neurons
+        line: dict[str, Any] = {
+            "prompt": prompt.id,
+            "candidates": localized["exact"].initial.count,
+            "exhausted": localized["exact"].exhausted,
+            "neurons": exact.count,
+            **{f"{name}_same_as_exact": localized[name].neurons == exact for name in ("rebatched", "margin")},
+            "bisect_neurons": localized["bisect"].neurons.count,
+            "shared_with_bisect": overlap(exact, localized["bisect"].neurons),
+            **{f"{name}_rows": spent[name].rows for name in SIDES},
+        }
+        if len(lines) < with_plain:
+            with measured(model, spent["plain"]), REFERENCE.precision(model):
+                expected = plain.localize(
+                    model.pipeline,
+                    prompt.text,
+                    latents,
+                    mean,
+                    std,
+                    tau,
+                    similarity_of(model, protocol),
+                    step=1,
+                    duplicates=True,
+                    raw=True,
+                )
+            for name, meter in meters.items():
+                meter.add(spent[name])
+            line["smallest_margin"] = min((abs(s - t) for s, t in expected.decisions if s != t), default=0.0)
+            for name, found in localized.items():
+                line[f"{name}_same_as_plain"] = found.neurons == Neurons(expected.refined)
+                line[f"{name}_row_ratio"] = spent["plain"].rows / spent[name].rows
+        lines.append(line)
         bar.update()
         if len(lines) == arguments.prompts:
             break
     bar.close()
     if not lines:
         sys.exit(f"none of {len(prompts)} prompts has {arguments.candidates} candidates: nothing to compare")
-    base = meters["plain"]
-    result = {
+    base, compared = meters["plain"], lines[:with_plain]
+    result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "prompts": len(lines),
-        **{f"prompts_{key}": sum(line[key] for line in lines) for key in lines[0] if "_same_as_" in key},
+        "prompts_with_the_plain_schedule": len(compared),
+        **{f"{name}_rows_of_all_prompts": sum(line[f"{name}_rows"] for line in lines) for name in SIDES},
+        **{f"prompts_{key}": sum(line.get(key, False) for line in lines) for key in lines[0] if "_same_" in key},
         **{
             f"{name}_{measure}": value
             for name in SIDES
-            for measure, value in ratios(base, meters[name], [line[f"{name}_row_ratio"] for line in lines]).items()
+            for measure, value in ratios(base, meters[name], [line[f"{name}_row_ratio"] for line in compared]).items()
         },
         "statistics_time_ratio": slow_statistics.seconds / fast_statistics.seconds,
         "threshold_pass_ratio": slow_threshold.multiplications / fast_threshold.multiplications,
         "threshold_time_ratio": slow_threshold.seconds / fast_threshold.seconds,
-        **{f"{name}_seconds_per_prompt": meter.seconds / len(lines) for name, meter in meters.items()},
+        **{f"{name}_seconds_per_prompt": meter.seconds / len(compared) for name, meter in meters.items()},
     }
     if arguments.json:
         print(json.dumps({**result, "lines": lines}))
