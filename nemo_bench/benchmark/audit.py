@@ -13,7 +13,6 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_bench.benchmark.embedding_search import UNCHANGED
 from nemo_bench.benchmark.pending import write_pages
 from nemo_bench.benchmark.plan import Cell, identity_settings, metrics_of, read_listed, source_of
 from nemo_bench.benchmark.processes import is_main
@@ -30,6 +29,7 @@ from nemo_bench.diffusion import GRADIENT_MEMORY
 from nemo_bench.errors import ConfigError, ModelError, StoreError, did_you_mean
 from nemo_bench.methods import NoMitigation
 from nemo_bench.methods.descent import check_precision
+from nemo_bench.methods.embedding_search import UNCHANGED
 from nemo_bench.metrics import BenchMetric, MemorizationRate
 from nemo_bench.records import schema
 from nemo_bench.records.data import Kind, Prompt

@@ -26,6 +26,7 @@ from nemo_bench.diffusion.flops import flops_of_pass
 from nemo_bench.diffusion.masks import NeuronMasks
 from nemo_bench.diffusion.prefix import Prefix
 from nemo_bench.diffusion.sampling import Generated, Rule, Sampling
+from nemo_bench.diffusion.schedule import NO_SIGNAL
 from nemo_bench.diffusion.similarity import Similarity
 from nemo_bench.diffusion.source import Source, without_advice, without_bars
 from nemo_bench.errors import ModelError
@@ -209,6 +210,10 @@ class Diffusion(nn.Module):
         """Number of noise levels in training."""
         return self.schedule.training_timesteps
 
+    def noisy_timesteps(self, earliest: int = 0) -> list[int]:
+        """Timesteps of training from one on, without those at which latents are noise alone (zero terminal SNR)."""
+        return [t for t in range(earliest, self.training_timesteps) if self.signal(t) >= NO_SIGNAL]
+
     def signal(self, timestep: float) -> float:
         """Share of the signal in the variance of a latent at a timestep, in (0, 1); the rest is noise."""
         return self.schedule.signal(timestep)
@@ -222,6 +227,12 @@ class Diffusion(nn.Module):
         training, 0 to 999.
         """
         return self.noise(self.predict_output(latents, timestep, text), timestep, latents)
+
+    def predict_noises(self, latents: Tensor, timesteps: Sequence[int], text: Conditioning) -> Tensor:
+        """Predicts noise as :meth:`predict_noise`, each row at a timestep of its own."""
+        output = self.network_output(latents.to(self.dtype), torch.tensor(timesteps, device=self.device), text)
+        rows = range(len(latents))
+        return torch.cat([self.noise(output[[row]], timesteps[row], latents[[row]]) for row in rows])
 
     def predict_output(self, latents: Tensor, timestep: float, text: Conditioning) -> Tensor:
         """Predicts noise or velocity, the output of the network, with the arguments of :meth:`predict_noise`."""

@@ -1,5 +1,6 @@
 """Mitigations, a file for each source, and their base class."""
 
+from nemo_bench.methods.adversarial_fine_tuning import AdversarialFineTuning
 from nemo_bench.methods.amg import AMG
 from nemo_bench.methods.anisotropy import AnisotropyOptimization
 from nemo_bench.methods.attention_attenuation import AttentionAttenuation
@@ -32,6 +33,7 @@ __all__ = [
     "PRSS",
     "SAIL",
     "AdjustedNoise",
+    "AdversarialFineTuning",
     "AnisotropyOptimization",
     "AttentionAttenuation",
     "AttentionRescaling",

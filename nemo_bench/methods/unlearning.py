@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from pydantic import FiniteFloat
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from nemo_bench.diffusion import GRADIENT_MEMORY, NO_SIGNAL, Conditioning, Diffusion, fitted_picture
-from nemo_bench.errors import ConfigError, ModelError, NotFiniteError, counted
-from nemo_bench.methods.base import Batch, Fit, FittedMethod, Setup
-from nemo_bench.prompts import read_prompts, references_digest
-from nemo_bench.prompts.tasks import seeds_of
+from nemo_bench.diffusion import GRADIENT_MEMORY, Diffusion
+from nemo_bench.errors import ConfigError, counted
+from nemo_bench.methods.base import Fit, Setup
+from nemo_bench.methods.fitted_weights import (
+    FittedWeights,
+    Pictures,
+    finite_norm,
+    kept_pictures,
+    norm,
+    reference_pictures,
+)
 from nemo_bench.records.citations import cite
-from nemo_bench.records.data import Prompt
-from nemo_bench.records.io import batched, digest, seed_of
+from nemo_bench.records.io import batched, seed_of
 from nemo_bench.records.ranges import Count, Index, Positive, Share
 
 Loss = Literal["siss", "siss_no_is", "erase_diff", "neg_grad", "naive_deletion"]
@@ -39,18 +40,6 @@ LARGEST = 1.0  # Norm of the gradient of an update at most, over all weights.
 TENTH = 0.1  # Advice of the public code on the norm that the forget gradient is scaled to.
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Clean latents, float32, (N, channels, height, width), and the encoded prompts that belong to them."""
-
-    latents: Tensor
-    text: Conditioning
-
-    def rows(self, index: Sequence[int]) -> Pictures:
-        """Selects pictures in the order given; one may be repeated."""
-        return Pictures(self.latents[list(index)], self.text.rows(index))
 
 
 @dataclass(frozen=True)
@@ -74,7 +63,7 @@ class Draw:
 
 
 @dataclass(eq=False)
-class Unlearning(FittedMethod):
+class Unlearning(FittedWeights):
     """Fits all weights of the UNet so that it forgets training images (Alberti et al. 2025).
 
     The pictures x to keep and a to forget get the same timestep and noise n, m_x = g x + s n and m_a = g a + s n with
@@ -104,17 +93,10 @@ class Unlearning(FittedMethod):
 
     title = "Unlearning"
     summary = "weights fitted to forget the training images: SISS, EraseDiff, NegGrad, naive deletion"
-    touches = "weights of the UNet"
     sourcing = "public code and abstract"
     citation = cite("alberti2025data")
-    makes_passes = True
-    auditable = True
 
     loss: Loss = "siss"
-    #: List of prompts to keep (csv, jsonl, txt or parquet), with reference images or without; None takes those of the
-    #: run that are not marked as memorized.
-    keep: str | None = None
-    limit: Count = 64  #: The first prompts of them that are kept.
     forgetting: Share = 0.5  #: lambda.
     #: c, the norm that the forget gradient of SISS is scaled to. Published: 750 for Stable Diffusion; None is a tenth
     #: of the keep gradient's norm at each update, as the public code advises.
@@ -129,45 +111,17 @@ class Unlearning(FittedMethod):
     earliest: Index = 0
     conditioning: Literal["own", "memorized"] = "own"  #: Prompt of pictures to keep.
     seed: Index = 0
-    _difference: dict[str, Tensor] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.title = f"{TITLES[self.loss]} (fitted on training images)"
 
     @override
-    def check(self, family: str, guidance: float, dtype: str, *, compiled: bool = False) -> None:
-        super().check(family, guidance, dtype, compiled=compiled)
-        if dtype != "float32" or compiled:
-            msg = f"{self.title} fits weights by small steps, given model.dtype={dtype}, model.compiled={compiled}"
-            raise ModelError(f"{msg}; set model.dtype=float32 and model.compiled=false")
-
-    @cached_property
-    def _listed(self) -> list[Prompt]:
-        return read_prompts(self.keep) if self.keep else []
-
-    def _sides(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
-        """Prompts to keep and to forget."""
-        forgotten = [prompt for prompt in prompts if prompt.kind and prompt.references]
-        kept = (self._listed or [prompt for prompt in prompts if not prompt.kind])[: self.limit]
-        if not forgotten or not kept:
-            raise ConfigError(
-                f"{self.title} needs memorized prompts with reference images, given {len(forgotten)}, and prompts to "
-                f"keep, given {len(kept)}: give a list with references, and set keep to a list of general prompts"
-            )
-        return kept, forgotten
-
-    @override
-    def fingerprint(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
-        sides = self._sides(prompts)
-        return {"keep": digest([[[p.id, p.text] for p in side] + [references_digest(side)] for side in sides])}
-
-    @override
     def fit(self, model: Diffusion, setup: Setup) -> Fit:
         self.batch_size = setup.batch_size
-        kept, forgotten = self._sides(setup.prompts)
+        kept, forgotten = self.sides(setup.prompts)
         memorized = sum(prompt.kind is not None for prompt in setup.prompts)
-        keep, forget = _pictures(model, kept, setup.batch_size), _of_references(model, forgotten)
+        keep, forget = kept_pictures(model, kept, setup.batch_size), reference_pictures(model, forgotten)
         log.info(
             "%s: %s of %s to forget, %d without any; %s of %s to keep",
             self.title,
@@ -179,55 +133,6 @@ class Unlearning(FittedMethod):
         )
         return UnlearningFit(self, model, keep, forget)
 
-    @override
-    def setup(self, model: Diffusion, setup: Setup) -> None:
-        super().setup(model, setup)
-        if setup.fitted is None or not setup.fitted.is_file():
-            raise ConfigError(f"{self.title} has no weights: fit them, and give Setup(fitted=...) their file")
-        self._difference = load_file(setup.fitted)
-
-    @override
-    @contextmanager
-    def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
-        if self._difference is None:
-            raise ConfigError(f"{self.title} has no weights: call setup(model, Setup(fitted=...)) first")
-        with moved(model.network, self._difference):
-            yield batch
-
-
-@contextmanager
-@torch.no_grad()
-def moved(network: nn.Module, difference: Mapping[str, Tensor]) -> Iterator[None]:
-    """Adds differences to the weights of a network, by name, within the context."""
-    weights = {name: weight for name, weight in network.named_parameters() if name in difference}
-    original = {name: weight.detach().clone() for name, weight in weights.items()}
-    try:
-        for name, weight in weights.items():
-            weight.data += difference[name].to(weight)
-        yield
-    finally:
-        for name, weight in weights.items():
-            weight.data.copy_(original[name])
-
-
-def _of_references(model: Diffusion, prompts: Sequence[Prompt]) -> Pictures:
-    """All reference images of prompts, each with its prompt."""
-    pairs: list[tuple[str, Path]] = [(prompt.text, path) for prompt in prompts for path in prompt.references]
-    latents = [model.encode_images(fitted_picture(path, model.image_size)[None]) for _, path in pairs]
-    return Pictures(torch.cat(latents), model.encode([text for text, _ in pairs]))
-
-
-def _pictures(model: Diffusion, prompts: Sequence[Prompt], batch_size: int) -> Pictures:
-    """Reference images of prompts; where there is none at all, an image that the model generates for each."""
-    with_references = [prompt for prompt in prompts if prompt.references]
-    if with_references:
-        return _of_references(model, with_references)
-    latents = []
-    for part in batched(prompts, max(1, batch_size)):
-        noise = model.latents([seeds_of(prompt, "localize", [0])[0] for prompt in part])
-        latents.append(model.encode_images(model.generate(model.encode([prompt.text for prompt in part]), noise)))
-    return Pictures(torch.cat(latents), model.encode([prompt.text for prompt in prompts]))
-
 
 class UnlearningFit(Fit):
     """The updates of one fit; each is drawn by its number alone, so that a resumed fit is the same."""
@@ -238,9 +143,7 @@ class UnlearningFit(Fit):
         self.model = model
         self.kept = kept
         self.forgotten = forgotten
-        last = model.training_timesteps
-        levels = range(min(method.earliest, last - 1), last)
-        self.timesteps = [timestep for timestep in levels if model.signal(timestep) >= NO_SIGNAL]
+        self.timesteps = model.noisy_timesteps(min(method.earliest, model.training_timesteps - 1))
         if not self.timesteps:
             raise ConfigError(
                 f"{method.title}, given earliest={method.earliest}: from there on latents of this model are noise "
@@ -261,9 +164,7 @@ class UnlearningFit(Fit):
                     for one, other in zip(total, found, strict=True):
                         one += other
         combined = combine(method, keep, forget)
-        length = norm(combined)
-        if not math.isfinite(length):
-            raise NotFiniteError(f"gradients of update {number + 1} of {self.updates} are not finite; lower rate")
+        length = finite_norm(combined, f"update {number + 1} of {self.updates}")
         return [gradient * (LARGEST / length) for gradient in combined] if length > LARGEST else combined
 
     def draw(self, rows: int, generator: torch.Generator) -> Draw:
@@ -297,20 +198,19 @@ class UnlearningFit(Fit):
             noisy = torch.where(is_forgotten[:, None, None, None], noisy_a, noisy_x)
             both = own_x.followed_by(own_a)
             text = both.rows([row + len(x) * is_a for row, is_a in enumerate(drawn.is_forgotten.long().tolist())])
-            predicted = self._noise(noisy, timesteps, text)
+            predicted = model.predict_noises(noisy, timesteps, text)
             to_x, to_a = (noisy - signal * x) / sigma, (noisy - signal * a) / sigma
             weight_x, weight_a = importance(squares(to_x) / 2, squares(to_a) / 2, method.forgetting)
             return (weight_x * squares(predicted - to_x)).sum(), (weight_a * squares(predicted - to_a)).sum()
-        keep = None if method.loss == "neg_grad" else squares(self._noise(noisy_x, timesteps, own_x) - noise).sum()
+        keep = (
+            None
+            if method.loss == "neg_grad"
+            else squares(model.predict_noises(noisy_x, timesteps, own_x) - noise).sum()
+        )
         if method.loss == "naive_deletion":
             return keep, None
         target = drawn.uniform.to(x) if method.loss == "erase_diff" else noise
-        return keep, squares(self._noise(noisy_a, timesteps, own_a) - target).sum()
-
-    def _noise(self, latents: Tensor, timesteps: Sequence[int], text: Conditioning) -> Tensor:
-        output = self.model.network_output(latents, torch.tensor(timesteps, device=latents.device), text).float()
-        rows = range(len(latents))
-        return torch.cat([self.model.noise(output[[row]], timesteps[row], latents[[row]]) for row in rows])
+        return keep, squares(model.predict_noises(noisy_a, timesteps, own_a) - target).sum()
 
 
 def importance(distance_x: Tensor, distance_a: Tensor, forgetting: float) -> tuple[Tensor, Tensor]:
@@ -337,11 +237,6 @@ def combine(method: Unlearning, keep: Sequence[Tensor], forget: Sequence[Tensor]
     else:
         factor = -(TENTH * norm(keep) if method.scaling_norm is None else method.scaling_norm) / length
     return [one + factor * other for one, other in zip(keep, forget, strict=True)]
-
-
-def norm(gradients: Sequence[Tensor]) -> float:
-    """L2 norm over all weights together."""
-    return math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
 
 
 def squares(values: Tensor) -> Tensor:

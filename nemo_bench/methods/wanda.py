@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Annotated, Any
@@ -128,12 +128,16 @@ class Wanda(Method):
             votes += torch.zeros_like(votes).scatter_(1, highest, 1) * (scores > size * other)
         return votes > self.agreement * len(memorized)
 
+    def pruning(self) -> AbstractContextManager[None]:
+        """Sets the pruned weights to 0 within the context."""
+        if self._pruned is None:
+            raise ConfigError("wanda compares weights before it prunes: call setup(model, Setup(prompts=...)) first")
+        return pruned(self._pruned)
+
     @override
     @contextmanager
     def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
-        if self._pruned is None:
-            raise ConfigError("wanda compares weights before it prunes: call setup(model, Setup(prompts=...)) first")
-        with pruned(self._pruned):
+        with self.pruning():
             yield batch
 
 

@@ -306,6 +306,7 @@ def test_methods_that_change_neurons_or_weights_alone_are_auditable() -> None:
     built = {name: build(grid([f"method={name}"])[0].settings.method, "method") for name in options("method")}
     auditable = sorted(name for name, method in built.items() if method.auditable)
     assert auditable == [
+        "adversarial_fine_tuning",
         "cluster_neurons",
         "nemo",
         "none",

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nemo_bench import Diffusion, Neurons, Prompt
-from nemo_bench.benchmark.embedding_search import search_embeddings
 from nemo_bench.benchmark.plan import plan
 from nemo_bench.benchmark.run import run
 from nemo_bench.config import grid, options
@@ -34,6 +33,7 @@ from nemo_bench.localization import (
 )
 from nemo_bench.localization.localizers import Activation, Inputs
 from nemo_bench.methods import AMG, Batch, EmbeddingNoise, NeMo, NoMitigation
+from nemo_bench.methods.embedding_search import search_embeddings
 from on_disk import read_records
 from published_sizes import FULL_SIZE_TRANSFORMERS
 from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl, tiny_texts

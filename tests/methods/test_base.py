@@ -15,6 +15,7 @@ from nemo_bench.config import build, grid, options
 from nemo_bench.localization import LAST_K
 
 OUT_OF_RANGE: dict[str, dict[str, Sequence[float]]] = {
+    "AdversarialFineTuning": {"epochs": [0], "rate": [0.0], "batch": [0], "agreement": [1.0], "steps": [0]},
     "AMG": {"threshold": [2.0], "saturation": [0.0], "strength": [-1.0], "captions": [0]},
     "AdjustedNoise": {"rounds": [-1], "radius": [-1.0], "rate": [math.inf], "timestep": [1001.0]},
     "AnisotropyOptimization": {"steps": [-1]},
@@ -44,6 +45,14 @@ OUT_OF_RANGE: dict[str, dict[str, Sequence[float]]] = {
     "RepeatedWords": {"times": [-1]},
     "SAIL": {"alpha": [-1.0], "candidates": [0], "steps": [0], "rate": [0.0], "restarts": [-1]},
     "StaticTransition": {"timestep": [1001, -1], "before": [math.nan]},
+    "AdversarialFineTuning": {
+        "epochs": [0],
+        "rate": [0.0],
+        "batch": [0],
+        "ratio": [1.5],
+        "agreement": [1.0],
+        "steps": [0],
+    },
     "Unlearning": {"forgetting": [1.5], "scaling_norm": [0.0], "updates": [-1], "batch": [0]},
     "UpdateNorms": {"limit": [0], "flag": [0.0], "strong": [-1.0], "early": [1.1], "band": [-0.1]},
     "Wanda": {"ratio": [1.5], "calls": [0], "agreement": [1.0], "seed": [-1]},

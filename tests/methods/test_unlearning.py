@@ -17,7 +17,8 @@ from nemo_bench import ConfigError, Diffusion, ModelError, Prompt, resolve
 from nemo_bench.benchmark.stages.fit import FITTED, fit_weights
 from nemo_bench.diffusion import NO_SIGNAL, Conditioning, Similarity, fitted_picture
 from nemo_bench.methods import Setup, Unlearning
-from nemo_bench.methods.unlearning import Loss, Pictures, UnlearningFit, combine, importance, norm
+from nemo_bench.methods.fitted_weights import Pictures, norm
+from nemo_bench.methods.unlearning import Loss, UnlearningFit, combine, importance
 from tiny import tiny_pipeline
 
 LOSSES: list[Loss] = ["siss", "siss_no_is", "erase_diff", "neg_grad", "naive_deletion"]

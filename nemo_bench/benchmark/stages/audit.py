@@ -12,11 +12,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from nemo_bench.benchmark.embedding_search import RATE, SAMPLES, STEPS, random_embeddings, search_embeddings
 from nemo_bench.benchmark.stages.base import UNLOCALIZED, Chunk, Stage, file_name, save_tensors, to_image
 from nemo_bench.diffusion import Conditioning, fitted_picture
 from nemo_bench.errors import NotFiniteError
 from nemo_bench.methods import Batch, Method, NoMitigation
+from nemo_bench.methods.embedding_search import RATE, SAMPLES, STEPS, random_embeddings, search_embeddings
 from nemo_bench.metrics import BenchMetric
 from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.data import Prompt

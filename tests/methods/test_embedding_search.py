@@ -12,10 +12,10 @@ from torch import Tensor
 
 from batches import batch_of
 from nemo_bench import Diffusion, NeMo, Neurons, Prompt, read_prompts, resolve
-from nemo_bench.benchmark.embedding_search import random_embeddings, search_embeddings
 from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Similarity, fitted_picture
 from nemo_bench.errors import ConfigError, ModelError
 from nemo_bench.methods import Batch, BlockNeurons, EmbeddingNoise, NoMitigation, Setup, Wanda
+from nemo_bench.methods.embedding_search import random_embeddings, search_embeddings
 from nemo_bench.metrics import SSIM
 from nemo_bench.prompts.tasks import seeds_of
 from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl, tiny_texts
