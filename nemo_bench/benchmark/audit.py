@@ -32,7 +32,7 @@ from nemo_bench.methods.descent import check_precision
 from nemo_bench.methods.embedding_search import UNCHANGED
 from nemo_bench.metrics import BenchMetric, MemorizationRate
 from nemo_bench.records import schema
-from nemo_bench.records.data import Kind, Prompt
+from nemo_bench.records.data import GENERAL, Kind, Prompt
 from nemo_bench.records.io import digest, read_file, write_json
 from nemo_bench.records.schema import Audit, Layers, SearchRecord, SearchScoreRecord, Spec, Summary
 from nemo_bench.records.statistics import bootstrap_interval, paired
@@ -184,7 +184,7 @@ def _score_id(cell: Cell, search: str) -> str:
 
 
 def _controls(cell: Cell, settings: AuditSettings) -> list[Prompt]:
-    own = [prompt for prompt in cell.prompts if not prompt.kind and prompt.references]
+    own = [prompt for prompt in cell.prompts if prompt.group == GENERAL and prompt.references]
     file = settings.controls or cell.config.settings.prompts.controls
     if file is None or (own and settings.controls is None):
         return own

@@ -39,6 +39,8 @@ from nemo_bench.tracking.live import Live
 def plan(configs: Sequence[CellConfig]) -> list[Cell]:
     """Makes the cells of :func:`nemo_bench.config.detector_grid`, in its order; no weights are loaded, nothing written.
 
+    Variants are left out: whether they are memorized is not known.
+
     Raises:
         NemoBenchError: Prompts or a model are not as they should be, or a detector is not made for the model.
     """
@@ -48,7 +50,7 @@ def plan(configs: Sequence[CellConfig]) -> list[Cell]:
     for config in configs:
         key = digest(asdict(config.settings.prompts))
         if key not in prompts:
-            prompts[key] = read_listed(config.settings.prompts)
+            prompts[key] = [prompt for prompt in read_listed(config.settings.prompts) if not prompt.axis]
         cell = _cell(config, prompts[key])
         cells.setdefault(cell.id, cell)
     return list(cells.values())

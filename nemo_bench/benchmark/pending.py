@@ -36,9 +36,9 @@ SCORE_FILES = (f"{ScoreRecord.stage}.done", SCORING_FILE, SETS_FILE)
 log = logging.getLogger(__name__)
 
 
-def prompt_tasks(cell: Cell) -> list[Task]:
-    """All prompts of a cell."""
-    return [Task.of_prompt(prompt) for prompt in cell.prompts]
+def prompt_tasks(cell: Cell, kind: type[Record] = PromptRecord) -> list[Task]:
+    """All prompts of a cell; for localizations without variants, which have those of the prompts that they vary."""
+    return [Task.of_prompt(p) for p in cell.prompts if kind is not LocalizationRecord or not p.axis]
 
 
 def image_tasks(cell: Cell) -> list[Task]:
@@ -55,7 +55,7 @@ def scored_tasks(cell: Cell) -> list[Task]:
 
 def task_ids(cell: Cell, kind: type[Record]) -> list[str]:
     """Record ids of a stage of a cell."""
-    return [task.id for task in (image_tasks(cell) if kind is ImageRecord else prompt_tasks(cell))]
+    return [task.id for task in (image_tasks(cell) if kind is ImageRecord else prompt_tasks(cell, kind))]
 
 
 def localized_neurons(store: Store, spec: Spec, prompts: Sequence[Prompt]) -> dict[str, Neurons]:
@@ -67,7 +67,7 @@ def localized_neurons(store: Store, spec: Spec, prompts: Sequence[Prompt]) -> di
         return {}
     if LocalizationRecord.stage not in spec.stages:
         return {prompt.id: Neurons() for prompt in prompts}
-    return {prompt: found.neurons for prompt, found in read_localizations(store.folder).items()}
+    return {prompt: found.neurons for prompt, found in read_localizations(store.folder, prompts).items()}
 
 
 def rankings(store: Store, spec: Spec) -> dict[str, dict[str, NDArray[np.int64]]]:

@@ -17,7 +17,7 @@ from nemo_bench.errors import ConfigError, ModelError, NemoBenchError, StoreErro
 from nemo_bench.localization import is_readable, read_statistics
 from nemo_bench.methods import Deletion, FittedMethod, LocalizedNeurons, Method
 from nemo_bench.metrics import FIELDS, BenchMetric
-from nemo_bench.prompts import read_prompts, references_digest
+from nemo_bench.prompts import read_prompts, references_digest, with_originals
 from nemo_bench.records import schema
 from nemo_bench.records.data import Neurons, Prompt
 from nemo_bench.records.io import as_json, check_writable, digest, is_whole, prompts_digest, read_file
@@ -85,6 +85,11 @@ class Cell:
     def is_mitigated(self) -> bool:
         """Whether there is any mitigation."""
         return bool(self.spec.settings["method"] != UNMITIGATED)
+
+    @property
+    def originals(self) -> list[Prompt]:
+        """Its prompts without variants: those that methods are fitted to, and neurons localized for."""
+        return [prompt for prompt in self.prompts if not prompt.axis]
 
     @property
     def localizes(self) -> bool:
@@ -414,7 +419,7 @@ class Planner:
         controls = settings.prompts.controls
         plain = replace(settings.prompts, references=None, memorized=[])
         held_out = {p.text: p.references for p in self._read(controls, plain)} if controls else {}
-        pictures = {p.id: p.references if p.kind else held_out.get(p.text, ()) for p in prompts}
+        pictures = {p.id: p.references if p.kind or p.axis else held_out.get(p.text, ()) for p in prompts}
         return {prompt: files for prompt, files in pictures.items() if files}
 
     def _general(self, settings: PromptSettings) -> list[Prompt]:
@@ -569,8 +574,10 @@ def read_listed(
 ) -> list[Prompt]:
     """Reads the prompts that are benchmarked: of each file the first ones, as many as the settings allow.
 
+    With such a limit, variants of prompts that are beyond it are left out.
+
     Raises:
-        NemoBenchError: A file can't be read, or two have a prompt of the same id.
+        NemoBenchError: A file can't be read, two have a prompt of the same id, or a variant varies none of the prompts.
     """
     read = read or partial(read_list, limit=settings.limit)
     by_id: dict[str, Prompt] = {}
@@ -578,7 +585,10 @@ def read_listed(
         if prompt.id in by_id:
             raise ConfigError(f"prompts.files={settings.files}: two files have a prompt with id '{prompt.id}'")
         by_id[prompt.id] = prompt
-    return list(by_id.values())
+    prompts = list(by_id.values())
+    if settings.limit:
+        prompts = [prompt for prompt in prompts if prompt.variant_of is None or prompt.variant_of in by_id]
+    return with_originals(prompts)
 
 
 def read_list(file: str, settings: PromptSettings, limit: int | None = None) -> list[Prompt]:

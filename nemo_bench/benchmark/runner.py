@@ -279,7 +279,7 @@ class Runner:
                 method: FittedMethod = build(cell.config.settings.method, "method")
                 log.info("%s: fitting its weights, in %s", method.title, store.folder)
                 model = self.model(cell)
-                setup = Setup(prompts=cell.prompts, batch_size=self.rows(cell))
+                setup = Setup(prompts=cell.originals, batch_size=self.rows(cell))
                 with _quiet():
                     fit = method.fit(model, setup)
                     shown = FitProgress(self.progress, name, str(cell.spec.method), fit.updates)
@@ -303,7 +303,7 @@ class Runner:
             schema.ImageRecord: generate,
         }
         is_image = kind is schema.ImageRecord
-        tasks = pending.image_tasks(cell) if is_image else pending.prompt_tasks(cell)
+        tasks = pending.image_tasks(cell) if is_image else pending.prompt_tasks(cell, kind)
         size = self.rows(cell) if is_image else 1
         self.run_stage(kind, handles[kind], cell, tasks, size, assisting=assisting)
 
@@ -319,7 +319,7 @@ class Runner:
         if cell.id not in self._methods:
             method: Method = build(cell.config.settings.method, "method")
             fitted = cell.fitted.folder / FITTED if cell.fitted else None
-            setup = Setup(prompts=cell.prompts, batch_size=rows or self.rows(cell), fitted=fitted)
+            setup = Setup(prompts=cell.originals, batch_size=rows or self.rows(cell), fitted=fitted)
             if not cell.store.is_done(schema.LocalizationRecord):
                 found = read_localizations(cell.source.store.folder) if cell.source else {}
                 setup = replace(

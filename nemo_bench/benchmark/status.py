@@ -11,7 +11,7 @@ from nemo_bench.benchmark.work import FAILURE
 from nemo_bench.errors import StoreError, first_line
 from nemo_bench.records.io import read_whole
 from nemo_bench.records.lease import is_dead, read_lease
-from nemo_bench.records.schema import RECORDS, Failure, ImageRecord, Lease, ScoreRecord, Spec
+from nemo_bench.records.schema import RECORDS, Failure, ImageRecord, Lease, LocalizationRecord, ScoreRecord, Spec
 from nemo_bench.records.store import read_cell_prompts, read_records, read_run, read_spec
 
 State = Literal["finished", "running", "failed", "pending"]
@@ -77,8 +77,10 @@ def _count(cell: Path, spec: Spec) -> tuple[int, int | None]:
         done[kind] = sum(not isinstance(record, ScoreRecord) or record.seed is None for record in records)
     if not (cell / "prompts.jsonl").is_file():
         return sum(done.values()), None
-    prompts = len(read_cell_prompts(cell, spec))
+    listed = read_cell_prompts(cell, spec)
+    prompts, originals = len(listed), sum(not prompt.axis for prompt in listed)
     # External images are as many as there are.
     images = prompts * spec.settings["seeds"] if "seeds" in spec.settings else done.get(ImageRecord, 0)
-    total = sum(images if kind is ImageRecord else prompts for kind in done)
+    of_kind = {ImageRecord: images, LocalizationRecord: originals}
+    total = sum(of_kind.get(kind, prompts) for kind in done)
     return sum(done.values()), total

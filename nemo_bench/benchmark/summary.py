@@ -210,7 +210,8 @@ def _unmitigated_scores(cell: Cell) -> Iterable[ScoreRecord]:
 
 def _detection(cell: Cell, measured: Sequence[MemorizationRecord]) -> dict[str, schema.Roc]:
     """How well the memorization score tells memorized prompts from others: without mitigation, where both are there."""
-    is_memorized = {p.id: bool(p.kind) for p in cell.prompts}
+    is_memorized = {p.id: bool(p.kind) for p in cell.originals}
+    measured = [record for record in measured if record.prompt in is_memorized]
     scored = [(is_memorized[record.prompt], record.score) for record in measured if record.score is not None]
     memorized = [score for memorized, score in scored if memorized]
     other = [score for memorized, score in scored if not memorized]

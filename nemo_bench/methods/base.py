@@ -29,7 +29,7 @@ Need = Literal["guidance", "gradients", "uncompiled"]
 class Setup:
     """What a run gives a method before its first batch."""
 
-    prompts: Sequence[Prompt] = ()  #: All prompts of the cell.
+    prompts: Sequence[Prompt] = ()  #: All prompts of the cell, without variants.
     #: Activation statistics and memorization threshold, for methods with ``needs_calibration``.
     calibration: Calibration | None = None
     #: Localizations of :attr:`Method.source` by prompt id, without prompts that it failed for.

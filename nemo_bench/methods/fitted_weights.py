@@ -20,7 +20,7 @@ from nemo_bench.errors import ConfigError, ModelError, NotFiniteError
 from nemo_bench.methods.base import Batch, FittedMethod, Setup
 from nemo_bench.prompts import read_prompts, references_digest
 from nemo_bench.prompts.tasks import seeds_of
-from nemo_bench.records.data import Prompt
+from nemo_bench.records.data import GENERAL, Prompt
 from nemo_bench.records.io import batched, digest
 from nemo_bench.records.ranges import Count
 
@@ -72,7 +72,7 @@ class FittedWeights(FittedMethod):
             ConfigError: There are none of either.
         """
         forgotten = [prompt for prompt in prompts if prompt.kind and prompt.references]
-        kept = (self._listed or [prompt for prompt in prompts if not prompt.kind])[: self.limit]
+        kept = (self._listed or [prompt for prompt in prompts if prompt.group == GENERAL])[: self.limit]
         if not forgotten or not kept:
             raise ConfigError(
                 f"{self.title} needs memorized prompts with reference images, given {len(forgotten)}, and prompts to "

@@ -58,7 +58,7 @@ class SavedNeurons(BlockNeurons):
 
     @override
     def fingerprint(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
-        saved = {prompt.id: self._saved(prompt) for prompt in prompts}
+        saved = {prompt.id: self._saved(prompt) for prompt in prompts if not prompt.axis}
         lacking = [name for name, fields in saved.items() if fields is None]
         if lacking and self.missing == "error":
             msg = f"{self.file} has no neurons for {len(lacking)} of {len(saved)} prompts (first: '{lacking[0]}')"

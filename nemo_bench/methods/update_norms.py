@@ -20,7 +20,7 @@ from nemo_bench.methods.base import Batch, Method, Setup
 from nemo_bench.prompts import read_prompts
 from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.citations import cite
-from nemo_bench.records.data import Prompt
+from nemo_bench.records.data import GENERAL, Prompt
 from nemo_bench.records.io import batched, digest
 from nemo_bench.records.ranges import Count, NotNegative, Positive, Share
 
@@ -80,7 +80,7 @@ class UpdateNorms(Method):
         return read_prompts(self.file) if self.file else []
 
     def _general(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        general = (self._listed or [prompt for prompt in prompts if not prompt.kind])[: self.limit]
+        general = (self._listed or [prompt for prompt in prompts if prompt.group == GENERAL])[: self.limit]
         if len(general) < 2:
             raise ConfigError(
                 f"update_norms needs general prompts, and {len(general)} of those given are not marked VM or TM: "

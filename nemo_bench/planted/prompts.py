@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,10 @@ from nemo_bench.planted.world import PLANTED, Caption, general_caption, planted_
 TEMPLATE_REFERENCES = 8
 GENERAL_PROMPTS = 16
 CALIBRATION_PROMPTS = 320
+VARIANTS = 2
+"""Paraphrases and neighbours of each planted caption in the lists of variants."""
+HELD_OUT = 2000
+"""Held-out captions among which neighbours are searched."""
 
 
 def heldout_captions(count: int) -> list[Caption]:
@@ -29,6 +35,24 @@ def heldout_captions(count: int) -> list[Caption]:
     return list(captions.values())
 
 
+def neighbours(captions: Sequence[str]) -> list[list[str]]:
+    """The held-out general captions that share most words with each of some captions.
+
+    They are none of the general prompts and of the calibration. A share is of the words that either caption has.
+    """
+    found = [c.text for c in heldout_captions(HELD_OUT)[GENERAL_PROMPTS + CALIBRATION_PROMPTS :]]
+    held_out = {text: _words(text) for text in found}
+    nearest = []
+    for words in map(_words, captions):
+        share = {text: len(words & own) / len(words | own) for text, own in held_out.items()}
+        nearest.append(sorted(held_out, key=lambda text: -share[text])[:VARIANTS])
+    return nearest
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall("[a-z]+", text)) - {"a", "an", "the"}
+
+
 def planted_names() -> list[str]:
     """Prompt ids of the planted captions, in their order."""
     return [f"{caption.kind.lower()}-{number:02d}" for number, caption in enumerate(PLANTED, 1)]
@@ -40,7 +64,8 @@ def write_prompts(folder: Path) -> None:
     ``prompts/planted.jsonl`` has training pictures of the planted captions, ``references/*.png``; ``masks/*.png`` are
     white where all pictures of a template are the same. The others are
     ``prompts/general.jsonl``, ``prompts/calibration.txt``, and ``prompts/controls.jsonl``: the general captions again,
-    each with one of its many possible pictures, ``controls/*.png``, which the model has never seen.
+    each with one of its many possible pictures, ``controls/*.png``, which the model has never seen; and variants of the
+    planted captions, ``prompts/paraphrases.jsonl``, from the wordings for PRSS, and ``prompts/neighbours.jsonl``.
     """
     for part in ("prompts", "references", "masks", "controls"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -60,9 +85,23 @@ def write_prompts(folder: Path) -> None:
         _save_picture(folder / "controls" / f"{name}.png", render(caption.scene, rng))
         lists["general"].append({"id": name, "text": caption.text})
         lists["controls"].append({"id": name, "text": caption.text, "references": [f"../controls/{name}.png"]})
+    wordings = (resources.files("nemo_bench.planted") / "paraphrases.jsonl").read_text(encoding="utf-8").splitlines()
+    paraphrases = {line["text"]: line["paraphrases"] for line in map(json.loads, wordings)}
+    planted = [caption.text for caption in PLANTED]
+    lists["paraphrases"] = _variants("paraphrase", [paraphrases[text] for text in planted])
+    lists["neighbours"] = _variants("neighbour", neighbours(planted))
     for name, lines in lists.items():
         _write_lines(folder / "prompts" / f"{name}.jsonl", map(json.dumps, lines))
     _write_lines(folder / "prompts" / "calibration.txt", (caption.text for caption in captions[GENERAL_PROMPTS:]))
+
+
+def _variants(axis: str, texts: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """Lines of variants of the planted captions: the first of each, then the second, so that few are of many."""
+    return [
+        {"id": f"{name}-{axis}-{number + 1}", "text": own[number], "variant_of": name, "axis": axis}
+        for number in range(VARIANTS)
+        for name, own in zip(planted_names(), texts, strict=True)
+    ]
 
 
 def _save_picture(path: Path, picture: Any) -> None:

@@ -8,6 +8,7 @@ from nemo_bench.prompts.references import (
     read_manifest,
     references_digest,
 )
+from nemo_bench.prompts.variants import with_originals
 
 __all__ = [
     "MANIFEST",
@@ -19,4 +20,5 @@ __all__ = [
     "read_prompts",
     "read_rows",
     "references_digest",
+    "with_originals",
 ]

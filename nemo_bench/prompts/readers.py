@@ -8,13 +8,13 @@ import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from nemo_bench.errors import PromptError, did_you_mean
 from nemo_bench.prompts.datasets import dataset_address, read_dataset
 from nemo_bench.prompts.lists import split_links, split_list, without_login
 from nemo_bench.prompts.references import MANIFEST, check_references, with_downloaded
-from nemo_bench.records.data import Kind, Prompt
+from nemo_bench.records.data import Axis, Kind, Prompt
 from nemo_bench.records.images import visible
 from nemo_bench.records.io import parse_json
 
@@ -25,6 +25,8 @@ COLUMNS = {
     "links": ("url", "urls"),
     "ids": ("id", "index"),
     "images": ("image", "file", "path"),
+    "originals": ("variant_of",),
+    "axes": ("axis",),
 }
 """Accepted column names in lower case, by content; the first one counts."""
 
@@ -38,6 +40,8 @@ KINDS: dict[str, Kind | None] = {
     "TV": "TM",
     "MEMORIZED": "memorized",
 }
+
+AXES: dict[str, Axis | None] = {"": None, **{axis: axis for axis in get_args(Axis)}}
 
 
 class Row(NamedTuple):
@@ -70,7 +74,9 @@ def read_prompts(
     - id (optional): ``id``, which must be unique; ``index`` or a first column without a name, used if unique;
     - reference images (optional): ``references`` or ``reference``, file names as a list or separated by ``|``;
     - links to reference images (optional): ``url`` or ``urls``, a list or text
-      (:func:`nemo_bench.prompts.lists.split_links`), for images that ``nemo-bench references`` downloaded.
+      (:func:`nemo_bench.prompts.lists.split_links`), for images that ``nemo-bench references`` downloaded;
+    - for variants of other prompts ``variant_of``, the id of such a prompt, of this list or of another one in the run,
+      and ``axis``: paraphrase, translation or neighbour.
 
     A list may be one of the file format or written out as text (:func:`nemo_bench.prompts.lists.split_list`).
     ``.txt`` has one prompt a line. Prompts without ids are numbered ``<prefix>-0001``, before ``limit`` applies.
@@ -78,7 +84,7 @@ def read_prompts(
     Args:
         path: The file or data set.
         references: Folder of relative reference files and of downloaded ones; None for the folder of ``path``.
-        memorized: Whether prompts without a kind count as memorized.
+        memorized: Whether prompts without a kind count as memorized, but for variants.
         limit: Prompts to read from the start, at least 1; None for all.
         prefix: Start of numbered ids; by default the file name without its ending.
 
@@ -95,13 +101,7 @@ def read_prompts(
     rows, name = _read_list(path)
     folder = Path(path).parent if references is None else Path(references)
     prompts = [
-        Prompt(
-            id_,
-            _text(row),
-            _kind(row) or ("memorized" if memorized else None),
-            _references(row, folder),
-            links=_links(row),
-        )
+        _prompt(id_, row, folder, memorized=memorized)
         for id_, row in zip(_ids(rows, prefix or name), rows, strict=True)
     ][:limit]
     if (folder / MANIFEST).is_file():
@@ -168,7 +168,9 @@ def _read_list(source: Path | str) -> tuple[list[Row], str]:
     address = dataset_address(source)
     if address is None:
         return read_rows(Path(source)), Path(source).stem
-    optional = [name for content in ("kinds", "references", "links", "ids") for name in COLUMNS[content]]
+    optional = [
+        name for content in ("kinds", "references", "links", "ids", "originals", "axes") for name in COLUMNS[content]
+    ]
     cells = read_dataset(address, COLUMNS["prompts"], optional)
     if not cells:
         raise PromptError(f"prompts of {source}: holds no prompt; expected at least one")
@@ -294,6 +296,32 @@ READERS: dict[str, Callable[[Path, bytes, str], Iterator[Row]]] = {
     ".parquet": _read_parquet,
 }
 """Readers of lists by file ending."""
+
+
+def _prompt(id_: str, row: Row, folder: Path, *, memorized: bool) -> Prompt:
+    kind = _kind(row)
+    variant_of, axis = _variant(row)
+    if axis and kind:
+        msg = f"{row.where}: '{id_}' is a {axis} of '{variant_of}', and of kind {kind}"
+        raise PromptError(f"{msg}; leave the kind empty: whether variants are memorized is what a run shows")
+    if memorized and not axis:
+        kind = kind or "memorized"
+    links = _links(row)
+    return Prompt(id_, _text(row), kind, _references(row, folder), links=links, variant_of=variant_of, axis=axis)
+
+
+def _variant(row: Row) -> tuple[str | None, Axis | None]:
+    """Id of the prompt that a variant varies, and in what way; None for both where it is no variant."""
+    given, word = (row.first(content) for content in ("originals", "axes"))
+    original, axis = ("" if cell is None else str(cell).strip() for cell in (given, word))
+    if axis not in AXES:
+        raise PromptError(f"{row.where}: {word!r} is no axis of a variant. {did_you_mean(axis, filter(None, AXES))}")
+    if bool(original) != bool(axis):
+        msg = f"{row.where}: variant_of is {original!r} and axis {axis!r}"
+        raise PromptError(
+            f"{msg}; give both for a variant, the id of a prompt and its axis, and none for other prompts"
+        )
+    return original or None, AXES[axis]
 
 
 def _text(row: Row) -> str:

@@ -20,6 +20,8 @@ from nemo_bench.errors import NemoBenchError
 Kind = Literal["VM", "TM", "memorized"]
 """Verbatim or template memorization, as annotated in the published list (Hintersdorf et al. 2024, section 4); or
 memorized, nobody said in which way."""
+Axis = Literal["paraphrase", "translation", "neighbour"]
+"""How a prompt varies another one: in other words, in another language, or as a general prompt that resembles it."""
 GENERAL = "general"
 """The name under which prompts without a kind are grouped in tables."""
 
@@ -35,11 +37,14 @@ class Prompt(NamedTuple):
     dead_references: tuple[str, ...] = ()  #: Links to training images of the prompt that could not be fetched.
     damaged_references: tuple[Path, ...] = ()  #: Files of training images of the prompt that can't be decoded.
     links: tuple[str, ...] = ()  #: All links to training images that its list has, without user names and passwords.
+    #: Id of the prompt that it is a variant of: that prompt's neurons are off for it, and it has none of its own.
+    variant_of: str | None = None
+    axis: Axis | None = None  #: How a variant differs from that prompt; a variant has no kind.
 
     @property
     def group(self) -> str:
-        """Its kind, or ``"general"``."""
-        return self.kind or GENERAL
+        """The axis of a variant, else its kind, or ``"general"``."""
+        return self.axis or self.kind or GENERAL
 
 
 class Neurons(Mapping[str, tuple[int, ...]]):

@@ -274,8 +274,8 @@ def seed_of(content: Any) -> int:
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """Hash of id, text and kind of some prompts, in their order; 16 hexadecimal digits."""
-    return digest([[p.id, p.text, p.kind] for p in prompts])
+    """Hash of id, text and kind of some prompts, and of what variants vary, in their order; 16 hexadecimal digits."""
+    return digest([[p.id, p.text, p.kind, *((p.variant_of, p.axis) if p.axis else ())] for p in prompts])
 
 
 def batched(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:

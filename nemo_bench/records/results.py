@@ -379,8 +379,8 @@ def load_cell(folder: Path) -> CellResults:
     )
 
 
-def _outcomes(folder: Path, prompts: Iterable[Prompt]) -> dict[str, Outcome]:
-    neurons = {prompt: found.neurons for prompt, found in store.read_localizations(folder).items()}
+def _outcomes(folder: Path, prompts: Sequence[Prompt]) -> dict[str, Outcome]:
+    neurons = {prompt: found.neurons for prompt, found in store.read_localizations(folder, prompts).items()}
     strips = {r.prompt: folder / r.image for r in store.read_records(folder, MemorizationRecord).values() if r.image}
     scores: dict[str, dict[int | None, dict[str, float]]] = {}
     for score in store.read_records(folder, ScoreRecord).values():

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from nemo_bench.errors import counted
-from nemo_bench.records.data import Localization
+from nemo_bench.records.data import Axis, Localization
 
 VERSION = 1
 """Version of the schema: of the names, types and meanings of what is in files and lines."""
@@ -558,6 +558,27 @@ class Strengths(Entry):
     curves: list[StrengthCurve]
 
 
+class AxisValue(Entry):
+    """A metric over variants of prompts; a prompt counts once, with the mean over its variants."""
+
+    variant: Aggregate  #: Of the variants.
+    original: Aggregate | None = None  #: Of the prompts that they vary; None for neighbours.
+    before: Aggregate | None = None  #: Of the variants without mitigation, where these were run.
+    gap: Paired | None = None  #: Variants minus the prompts that they vary, p corrected over the rows of the axis.
+    change: Paired | None = None  #: Variants minus the same without mitigation, likewise.
+
+
+class AxisRow(Entry):
+    """A cell and the variants of prompts along an axis."""
+
+    cell: str
+    label: str
+    axis: Axis
+    originals: int  #: Prompts that are varied.
+    variants: int
+    values: dict[str, AxisValue]  #: By metric.
+
+
 class Leaderboard(Versioned):
     """The table of a run: ``leaderboard.json``."""
 
@@ -566,6 +587,7 @@ class Leaderboard(Versioned):
     rows: list[LeaderboardRow]
     unfinished: dict[str, str]  #: Every other cell, and what is missing there.
     strengths: Strengths | None = None  #: Of a run with ``strengths=true``.
+    axes: list[AxisRow] = []  #: Of a run with variants of prompts.
 
 
 class DetectionRow(Entry):

@@ -19,6 +19,9 @@ GROUPS = {
     "TM": "template",
     "memorized": "in which way is not annotated",
     GENERAL: "not memorized",
+    "paraphrase": "memorized prompts in other words",
+    "translation": "memorized prompts in another language",
+    "neighbour": "general prompts that resemble a memorized one",
     "all": "every group",
 }
 """Groups of prompts in tables, and what they are."""

@@ -207,10 +207,14 @@ def read_digests(folder: Path) -> dict[str, set[str]]:
     return found
 
 
-def read_localizations(folder: Path) -> dict[str, Localization]:
-    """What was localized in a cell by prompt id, without prompts that failed."""
+def read_localizations(folder: Path, prompts: Sequence[Prompt] = ()) -> dict[str, Localization]:
+    """What was localized in a cell by prompt id, without prompts that failed.
+
+    Variants among ``prompts`` have what was localized for the prompts that they vary.
+    """
     records = read_records(folder, LocalizationRecord).values()
-    return {record.prompt: record.localization for record in records if record.localization}
+    found = {record.prompt: record.localization for record in records if record.localization}
+    return found | {p.id: found[p.variant_of] for p in prompts if p.variant_of in found}
 
 
 def read_scores(path: Path) -> dict[str, NDArray[np.float32]]:
@@ -307,7 +311,8 @@ def missing_records(folder: Path, spec: Spec, prompts: Sequence[Prompt], kinds: 
             raise damaged(folder / "spec.json", f"settings.seeds is {seeds}, there are records of more")
         asked = [(prompt.id, seed) for prompt in prompts for seed in range(seeds)]
         names = [(prompt.id, None) for prompt in prompts]
-        expected = {LocalizationRecord: names, schema.MemorizationRecord: names, ImageRecord: asked}
+        own = [(prompt.id, None) for prompt in prompts if not prompt.axis]
+        expected = {LocalizationRecord: own, schema.MemorizationRecord: names, ImageRecord: asked}
     with_image = {(record.prompt, record.seed) for record in images if record.image}
     of_prompts = [(prompt, None) for prompt in dict.fromkeys(prompt for prompt, _ in asked)]
     expected[ScoreRecord] = [*(key for key in asked if key in with_image), *of_prompts]

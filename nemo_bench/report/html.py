@@ -22,7 +22,7 @@ from nemo_bench.report.audit import audits_of
 from nemo_bench.report.localizers import localized
 from nemo_bench.report.memsinks import has_sinks
 from nemo_bench.report.models import model_rows
-from nemo_bench.report.plots import plots, strength_curves
+from nemo_bench.report.plots import axis_figures, plots, strength_curves
 from nemo_bench.report.selection import MEMORIZED, drawn
 from nemo_bench.report.strengths import strengths_of
 from nemo_bench.report.svg import looks
@@ -59,13 +59,15 @@ def page(results: Results, rows: Sequence[LeaderboardRow]) -> str:
     script = (FOLDER / "script.js").read_text(encoding="utf-8")
     shown = drawn(results)
     strengths = strengths_of(results)
-    figures = [*(strength_curves(results, strengths) if strengths else ()), *plots(shown)]
+    axes = tables.axis_tables(results)
+    figures = [*(strength_curves(results, strengths) if strengths else ()), *axis_figures(shown), *plots(shown)]
     thumbnails = {cell.name: Thumbnails(cell.folder) for cell in results.cells}
     parts = {
         "examples": _examples(results, thumbnails),
         "audit": audits_of(results),
         "models": _models(results, rows),
         "presets": _presets(results),
+        "axes": axes,
     }
     by_section = {name: [plot for plot in figures if plot.section == name] for name in TEXTS["leads"]}
     has_detectors = any(cell.summary.detection for cell in results.cells)

@@ -24,9 +24,10 @@ from nemo_bench.records.schema import (
     MetricInfo,
     Paired,
 )
-from nemo_bench.records.statistics import GROUPS, bootstrap_intervals, holm, paired_tests
+from nemo_bench.records.statistics import bootstrap_intervals, holm, paired_tests
 from nemo_bench.records.store import read_records
 from nemo_bench.report.detection import model_settings
+from nemo_bench.report.selection import MEMORIZED
 from nemo_bench.report.tables import markdown_table
 from nemo_bench.report.texts import TEXTS
 from nemo_bench.report.thumbnails import first_images
@@ -171,8 +172,8 @@ def localizer_table(results: Results, own: Sequence[Localized]) -> LocalizerTabl
     for name, alike in comparable(own).items():
         reference = _reference(alike)
         against[name] = reference.cell.short
-        for group in GROUPS:
-            if group not in (GENERAL, "all") and any(each.prompts(group) for each in alike):
+        for group in MEMORIZED:
+            if any(each.prompts(group) for each in alike):
                 rows += _rows(alike, reference, name, group)
     measured = {key for row in rows for key in row.values}
     infos = {role: results.metrics[key] for role, key in (own[0].keys.items() if own else ())} | OWN

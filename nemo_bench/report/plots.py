@@ -22,11 +22,13 @@ from numpy.typing import NDArray
 from nemo_bench.records.data import GENERAL
 from nemo_bench.records.io import read_file
 from nemo_bench.records.results import CellResults, Results, network_order, short_layers
-from nemo_bench.records.schema import CalibrationRecord, Roc, StrengthCurve, Strengths, Threshold
-from nemo_bench.records.statistics import bootstrap_interval
+from nemo_bench.records.schema import AxisRow, CalibrationRecord, Roc, StrengthCurve, Strengths, Threshold
+from nemo_bench.records.statistics import GROUPS, bootstrap_interval
 from nemo_bench.records.store import read_records
+from nemo_bench.report.axes import axes_of, measures_of
 from nemo_bench.report.selection import COST, MEMORIZED, front, info_of, is_complete, measured, sign, tradeoffs
 from nemo_bench.report.svg import INK, Look, looks, nth_look, style, svg
+from nemo_bench.report.texts import TEXTS
 
 _DOTS = 40
 """With more prompts their shape is drawn instead of every one of them."""
@@ -95,6 +97,41 @@ def _axis(results: Results, key: str) -> str:
         return info.title
     # Text of a vertical axis is turned to the left, and its arrows with it.
     return f"{info.title} ({'better →' if info.higher_is_better else '← better'})"
+
+
+def axis_figures(results: Results) -> list[Plot]:
+    """The first measure of variants of prompts beside what it is compared with, a figure for each axis."""
+    found = []
+    rows = axes_of(results)
+    with style():
+        for axis in dict.fromkeys(row.axis for row in rows):
+            key = measures_of(results, axis)[0]
+            own = [row for row in rows if row.axis == axis and key in row.values]
+            if own:
+                found.append(_axis_figure(results, own, key))
+    return found
+
+
+def _axis_figure(results: Results, rows: Sequence[AxisRow], key: str) -> Plot:
+    figure, axes = _panel(1.1 + 0.42 * len(rows), "x")
+    known = looks(results.cells)
+    short = {cell.name: cell.short for cell in results.cells}
+    is_neighbour = rows[0].axis == "neighbour"
+    for place, row in enumerate(rows):
+        value, look = row.values[key], known[short[row.cell]]
+        spots = (value.before, value.variant) if is_neighbour else (value.original, value.variant)
+        for number, spot in enumerate(spots):
+            if spot is not None and spot.low is not None and spot.high is not None:
+                at = place - 0.15 + 0.3 * number
+                face = "none" if (number == 0) == is_neighbour else look.color
+                axes.hlines(at, spot.low, spot.high, colors=look.color, linewidth=1.2, alpha=0.6)
+                axes.plot(spot.mean, at, look.marker, color=look.color, mfc=face, ms=6)
+    _name_rows(axes, [row.label for row in rows])
+    axes.set_xlabel(_axis(results, key))
+    axis = rows[0].axis
+    title = f"{GROUPS[axis][0].upper()}{GROUPS[axis][1:]}"
+    caption = TEXTS["axes"]["neighbours" if is_neighbour else "figure"]
+    return _plot(figure, "axes", f"axis-{axis}", title, caption)
 
 
 def _tradeoffs(results: Results) -> list[Plot]:

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice, zip_longest
 from statistics import fmean
+from typing import get_args
 
-from nemo_bench.records.data import GENERAL
+from nemo_bench.records.data import Kind
 from nemo_bench.records.results import CellResults, Results
 from nemo_bench.records.schema import MetricInfo
-from nemo_bench.records.statistics import GROUPS
 
-MEMORIZED = tuple(group for group in GROUPS if group not in (GENERAL, "all"))
+MEMORIZED: tuple[str, ...] = get_args(Kind)
 """Groups of prompts whose training images are known."""
 COST = "UNet passes per prompt"
 """An axis that is no metric."""

@@ -12,8 +12,9 @@ import numpy as np
 from nemo_bench.errors import counted
 from nemo_bench.records.io import as_json
 from nemo_bench.records.results import CellResults, Results
-from nemo_bench.records.schema import Aggregate, Collateral, Leaderboard, LeaderboardRow, Paired, Strengths
-from nemo_bench.records.statistics import holm, paired
+from nemo_bench.records.schema import Aggregate, AxisRow, Collateral, Leaderboard, LeaderboardRow, Paired, Strengths
+from nemo_bench.records.statistics import GROUPS, holm, paired
+from nemo_bench.report.axes import axes_of, measures_of
 from nemo_bench.report.strengths import strengths_of
 from nemo_bench.report.texts import TEXTS
 
@@ -107,9 +108,12 @@ def stars(row: LeaderboardRow, metric: str) -> str:
     None where images or scores failed: the others may differ because of what is missing.
     """
     change = row.metrics[metric].paired if metric in row.metrics else None
-    if change is None or change.p_holm is None or row.failed.metrics.get(metric):
-        return ""
-    return "*" * sum(change.p_holm < level for level in _LEVELS)
+    return starred(change) if change and not row.failed.metrics.get(metric) else ""
+
+
+def starred(test: Paired) -> str:
+    """One star for each level of significance above the corrected p of a test."""
+    return "" if test.p_holm is None else "*" * sum(test.p_holm < level for level in _LEVELS)
 
 
 def number(results: Results, metric: str, value: float, sign: str = "") -> str:
@@ -225,6 +229,37 @@ def strengths_note(results: Results, strengths: Strengths) -> str:
     )
 
 
+def axis_tables(results: Results) -> list[tuple[str, list[list[str]]]]:
+    """The tables of variants of prompts: a heading, then titles and a line for each cell; none without variants."""
+    found = []
+    rows = axes_of(results)
+    for axis in dict.fromkeys(row.axis for row in rows):
+        own = [row for row in rows if row.axis == axis]
+        keys = [key for key in measures_of(results, axis) if any(key in row.values for row in own)]
+        titles = TEXTS["axes"]["columns"]["neighbour" if axis == "neighbour" else "wording"]
+        arrows = {key: f"{results.metrics[key].title} {results.metrics[key].arrow}" for key in keys}
+        lines = [["Method", *(f"{arrows[key]}: {title}" for key in keys for title in titles.values())]]
+        for row in own:
+            cells = [_axis_text(results, row, key, part) for key in keys for part in titles]
+            lines.append([row.label, *cells])
+        counts = {(row.variants, row.originals) for row in own}
+        number_of = " or ".join(f"{counted(few, axis)} of {counted(many, 'prompt')}" for few, many in sorted(counts))
+        found.append((f"{GROUPS[axis][0].upper()}{GROUPS[axis][1:]}: {number_of}", lines))
+    return found
+
+
+def _axis_text(results: Results, row: AxisRow, key: str, part: str) -> str:
+    """A mean with its interval, or a difference with stars and its interval."""
+    value = getattr(row.values.get(key), part, None)
+    if value is None:
+        return "–"
+    if isinstance(value, Paired):
+        low, high = number(results, key, value.low, "+"), number(results, key, value.high, "+")
+        return f"{number(results, key, value.difference, '+')}{starred(value)} [{low}, {high}]".replace("-", "−")
+    low, high = _ends(results, key, value)
+    return f"{number(results, key, value.mean)} [{low}, {high}]"
+
+
 def markdown_table(lines: Sequence[Sequence[str]], aligned: Sequence[str]) -> str:
     """A table in Markdown: titles, what is below each of them, such as ``---:``, and the other lines."""
     texts = [lines[0], aligned, *lines[1:]]
@@ -244,6 +279,9 @@ def markdown(results: Results, rows: Sequence[LeaderboardRow]) -> str:
         lines = strength_lines(results, strengths, only_chosen=True)
         table = markdown_table(lines, ["---", "---", *["---:"] * (len(lines[0]) - 3), "---"])
         parts.append(f"## {TEXTS['strengths']['chosen']}\n\n{table}\n{strengths_note(results, strengths)}\n")
+    for heading, lines in axis_tables(results):
+        parts.append(f"## {heading}\n\n{markdown_table(lines, ['---', *['---:'] * (len(lines[0]) - 1)])}")
+        parts[-1] = parts[-1].replace("*", r"\*")
     if results.unfinished:
         listed = "".join(f"- {name}: {why}\n" for name, why in results.unfinished.items())
         parts.append(f"Not finished:\n\n{listed}\n{results.advice}\n")
@@ -285,6 +323,11 @@ def latex(results: Results, rows: Sequence[LeaderboardRow]) -> str:
         caption = f"{results.name}, {TEXTS['strengths']['chosen'].lower()}. {strengths_note(results, strengths)}"
         label = re.sub("[^0-9A-Za-z]+", "-", f"{results.name}-strengths").strip("-")
         parts.append(_latex_table(lines, f"ll{'r' * (len(lines[0]) - 3)}l", tex(caption), label))
+    for heading, lines in axis_tables(results):
+        label = re.sub("[^0-9A-Za-z]+", "-", f"{results.name}-{heading.partition(':')[0]}").strip("-")
+        body = [[tex(text) for text in line] for line in lines]
+        caption = tex(f"{results.name}, {heading}. {TEXTS['axes']['note']}")
+        parts.append(_latex_table(body, f"l{'r' * (len(lines[0]) - 1)}", caption, label))
     return "\n".join(parts)
 
 
@@ -368,5 +411,6 @@ def json_text(results: Results, rows: Sequence[LeaderboardRow]) -> str:
         rows=list(rows),
         unfinished=dict(results.unfinished),
         strengths=strengths_of(results),
+        axes=axes_of(results),
     )
     return as_json(content, indent=1) + "\n"

@@ -63,7 +63,8 @@ def first_images(
     """Some prompts of each group, each with its training image and the first image of every cell."""
     thumbnails = {cell.name: Thumbnails(cell.folder) for cell in cells}
     shown = []
-    for prompt in (p for name in groups for p in [p for p in cells[0].prompts if p.group == name][: PICTURED[name]]):
+    by_group = {name: [prompt for prompt in cells[0].prompts if prompt.group == name] for name in groups}
+    for prompt in (prompt for name, own in by_group.items() for prompt in own[: PICTURED.get(name, 2)]):
         reference = thumbnails[cells[0].name](prompt.references[0], _BOX) if prompt.references else None
         files = [next(iter(cell.outcomes[prompt.id].images.values()), None) for cell in cells]
         images = [thumbnails[cell.name](file, _BOX) if file else None for cell, file in zip(cells, files, strict=True)]

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args
 
 from PIL import Image
 
 from nemo_bench.errors import StoreError
-from nemo_bench.records.data import GENERAL, Prompt
+from nemo_bench.records.data import Kind, Prompt
 from nemo_bench.records.io import digest, read_file, read_whole, write_json
 from nemo_bench.records.results import CellResults, Results, load_cell, short_layers
 from nemo_bench.records.schema import (
@@ -30,7 +30,6 @@ from nemo_bench.records.schema import (
     Start,
     Summary,
 )
-from nemo_bench.records.statistics import GROUPS
 from nemo_bench.records.store import read_records, read_run, read_spec, read_starts, thumbnail
 
 PICTURES = ("training image", "unmitigated", "mitigated", "noise differences")
@@ -112,7 +111,7 @@ class LoggedCell:
         better than one within the bound. Without a cell without mitigation there is no bound.
         """
         cell, metrics = self.results, self.results.summary.metrics
-        memorized = [group for group in GROUPS if group not in (GENERAL, "all")]
+        memorized = get_args(Kind)
         aligned = self._first("alignment")
         excess = 0.0
         if aligned and self.unmitigated:
