@@ -312,6 +312,42 @@ def _regions(options: argparse.Namespace) -> None:
     check_failures([cell for cell, _ in cells])
 
 
+def _similarity(options: argparse.Namespace) -> None:
+    from nemo_bench.config import similarity_settings
+
+    settings = similarity_settings(options.overrides, options.conf)  # before torch loads
+    from nemo_bench.benchmark.copies import compare, open_run, read_pairs
+    from nemo_bench.records.io import digest, read_file
+    from nemo_bench.records.schema import SimilarityTable
+    from nemo_bench.report.console import show
+    from nemo_bench.report.copies import FILES
+    from nemo_bench.report.terminal import terminal_similarity
+
+    start = time.perf_counter()
+    pairs, source = options.pairs, f"Pairs of {options.pairs}"
+    if pairs is None:
+        if settings.model.family != "planted":
+            raise ConfigError(
+                "only the pictures of the embedded models are known: give model=planted_routed or --pairs"
+            )
+        source = "Pairs of the embedded model and its world"
+        pairs = open_run(settings) / f"pairs-{digest([asdict(settings.model), settings.seeds], 8)}"
+        if not (pairs / "copies.csv").is_file():
+            from nemo_bench.benchmark.runner import load_model
+            from nemo_bench.config import resolve
+            from nemo_bench.planted.copies import write_pairs
+            from nemo_bench.prompts import read_prompts
+
+            general = read_prompts(resolve("package:planted/prompts/general.jsonl"))
+            write_pairs(pairs, load_model(settings.model), general, settings.seeds)
+    page = compare(read_pairs(pairs), source, settings, progress=not options.quiet)
+    if options.json:
+        print((page.parent / FILES[0]).read_text(encoding="utf-8"))
+    else:
+        show(terminal_similarity(read_file(page.parent / FILES[0], SimilarityTable)))
+        print(f"{time.perf_counter() - start:.0f} s\nreport:  {page}")
+
+
 def _print_settings(choices: Sequence[CellConfig], as_json: bool) -> None:
     """The settings of each cell in full, as YAML documents or a list of objects."""
     found = [asdict(choice.settings) for choice in choices]
@@ -424,18 +460,32 @@ def _report(options: argparse.Namespace) -> None:
     from nemo_bench.records.io import read_file
     from nemo_bench.records.lease import Leases
     from nemo_bench.records.results import load_detections, load_run
-    from nemo_bench.records.schema import LocalizerTable, RegionTable
+    from nemo_bench.records.schema import LocalizerTable, RegionTable, SimilarityTable
     from nemo_bench.report.console import show
+    from nemo_bench.report.copies import FILES as SIMILARITY_FILES
+    from nemo_bench.report.copies import write_similarity
     from nemo_bench.report.detection import write_detection
     from nemo_bench.report.localizers import localized
     from nemo_bench.report.memsinks import has_sinks
     from nemo_bench.report.regions import FILES as REGION_FILES
     from nemo_bench.report.regions import write_regions
-    from nemo_bench.report.terminal import terminal_detection, terminal_localizers, terminal_regions, terminal_table
+    from nemo_bench.report.terminal import (
+        terminal_detection,
+        terminal_localizers,
+        terminal_regions,
+        terminal_similarity,
+        terminal_table,
+    )
 
     folder = options.folder
     run = load_run(folder)  # before the lease, which makes a folder that is not there
     with Leases().owning(folder):
+        if (folder / SIMILARITY_FILES[0]).is_file():
+            similarity = read_file(folder / SIMILARITY_FILES[0], SimilarityTable)
+            show(terminal_similarity(similarity))
+            print(write_similarity(folder, similarity))
+            if not run.cells and not (folder / "detection.json").is_file():
+                return
         if (folder / "detection.json").is_file():
             detectors = load_detections(folder)
             page = write_detection(detectors)

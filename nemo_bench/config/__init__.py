@@ -12,6 +12,7 @@ from nemo_bench.config.composition import (
     localizer_grid,
     logger_settings,
     region_grid,
+    similarity_settings,
 )
 from nemo_bench.config.groups import GROUPS, options
 from nemo_bench.config.listing import describe_options
@@ -51,4 +52,5 @@ __all__ = [
     "overridden",
     "region_grid",
     "resolve",
+    "similarity_settings",
 ]

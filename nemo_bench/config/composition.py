@@ -44,6 +44,15 @@ DEFAULT_METHODS = "none,random,nemo,other_prompt,one_edit"
 """Methods that are compared where none is named."""
 DETECTING = ("model", "detector", "prompts", "trainer", "logger", "batch_size", "name", "root", "experiment")
 """Settings of detection."""
+COMPARING = {
+    "model": "planted_routed",
+    "metrics": "similarity",
+    "weights": "",
+    "seeds": "",
+    "name": "similarity",
+    "root": "",
+}
+"""Settings of a comparison of similarity metrics, with options that differ from those of a run."""
 NOT_LOCALIZING = ("method", "detector", "region", "strengths")
 """Settings of a run that do not matter to the benchmark of localizers."""
 SCORING = (
@@ -191,6 +200,16 @@ def localizer_grid(overrides: Sequence[str], conf: Path | None = None) -> list[C
     if any(config.settings.localizer is None for config in configs):
         raise ConfigError("localizer=null: there is nothing to localize with; name some, or leave it out for all")
     return [config for config in configs if not every or config.settings.localizer.get("truth", "") is not None]
+
+
+def similarity_settings(overrides: Sequence[str], conf: Path | None = None) -> RunSettings:
+    """Makes the settings of a comparison of similarity metrics; overrides are of :data:`COMPARING`, without sweeps."""
+    keys = _keys_of(overrides)
+    for key in sorted(keys):
+        if not is_within(key, COMPARING):
+            raise ConfigError(f"{key} does not matter to similarity; settings of it: {', '.join(COMPARING)}")
+    words = [f"{key}={option}" for key, option in COMPARING.items() if option and key not in keys]
+    return one([*words, *overrides, "method=none"], conf).settings
 
 
 def rescore(

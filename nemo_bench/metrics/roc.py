@@ -61,6 +61,31 @@ def detection(memorized: Sequence[float], other: Sequence[float]) -> dict[str, A
     }
 
 
+def best_threshold(memorized: Sequence[float], other: Sequence[float]) -> float:
+    """The threshold above which scores count as memorized, with the largest difference of true and false positive rate.
+
+    It is that of Youden (1950), halfway between two scores; of several the highest, below all scores if none is better.
+
+    Example:
+        >>> best_threshold([1.0, 0.75], [0.25, 0.5])
+        0.625
+    """
+    own, others = np.sort(memorized), np.sort(other)
+    scores = np.unique([*memorized, *other])
+    lower = np.array([np.nextafter(scores[0], -np.inf), *scores[:-1]])
+    # Two neighbouring numbers have nothing between them.
+    middle = np.clip(lower + (scores - lower) / 2, lower, np.nextafter(scores, -np.inf))
+    hits, mistakes = (1 - np.searchsorted(of, middle, "right") / len(of) for of in (own, others))
+    gain = (hits - mistakes).round(12)
+    return float(middle[len(gain) - 1 - gain[::-1].argmax()])
+
+
+def rates(memorized: Sequence[float], other: Sequence[float], threshold: float) -> tuple[float, float]:
+    """True and false positive rate where scores above a threshold count as memorized."""
+    hits, mistakes = (float((np.asarray(of) > threshold).mean()) for of in (memorized, other))
+    return hits, mistakes
+
+
 def _first_nearest(scores: NDArray[Any], labels: NDArray[Any]) -> float:
     """True positive rate at the first of the points nearest to 1% false positives that scikit-learn keeps.
 

@@ -702,6 +702,44 @@ class RegionTable(Versioned):
     rows: list[RegionRow]
 
 
+class Operating(Entry):
+    """What a threshold does: pairs beyond it count as copies."""
+
+    threshold: float  #: In the metric's own values, below it for a distance and above it for a similarity.
+    tpr: float  #: True positive rate: copies that are found.
+    fpr: float  #: False positive rate: other pairs that count as copies.
+
+
+class SimilarityRow(Entry):
+    """How well a metric tells copies from other pairs of images, once the images are changed in one way."""
+
+    metric: str
+    transformation: str  #: See :data:`nemo_bench.metrics.transformations.TRANSFORMATIONS`.
+    roc: Roc  #: Copies are ``memorized``, other pairs ``other``; a distance counts with its sign turned.
+    best: Operating  #: The threshold of the largest difference of both rates, for these images.
+    unchanged: Operating  #: That of unchanged images, on these images.
+    published: Operating | None = None  #: A threshold that was published, on these images.
+    flagged: dict[str, float]  #: By kind of pair, the share that the threshold of unchanged images calls copies.
+
+
+class PairKind(Entry):
+    """Pairs of one kind, such as images of general prompts beside a training picture."""
+
+    is_copy: bool
+    pairs: int
+
+
+class SimilarityTable(Versioned):
+    """How well metrics of similarity tell copies from other images: ``similarity.json``."""
+
+    name: str
+    source: str  #: Where the pairs come from.
+    kinds: dict[str, PairKind]
+    metrics: dict[str, MetricInfo]
+    rows: list[SimilarityRow]
+    left_out: dict[str, str]  #: Why, by metric.
+
+
 class SinksRow(Entry):
     """A cell of an experiment with memorization sinks, over a group of prompts."""
 
@@ -785,6 +823,7 @@ FILES: Mapping[str, tuple[Any, str]] = {
     "detection.json": (DetectionTable, _REPORT),
     "localizers.json": (LocalizerTable, _REPORT),
     "regions.json": (RegionTable, "the command nemo-bench regions writes it again, and computes nothing twice"),
+    "similarity.json": (SimilarityTable, "the command nemo-bench similarity writes it again"),
     "thumbnails.json": (dict[str, Thumbnail], _REPORT),
     "tracked.json": (Tracked, "nemo-bench track writes it again"),
     "step.json": (LastStep, "the steps of live figures then begin with the number of records"),

@@ -12,9 +12,10 @@ from rich.table import Table
 
 from nemo_bench.errors import counted
 from nemo_bench.records.results import DetectorResults, Results
-from nemo_bench.records.schema import LeaderboardRow, LocalizerTable, MetricInfo, RegionTable
+from nemo_bench.records.schema import LeaderboardRow, LocalizerTable, MetricInfo, RegionTable, SimilarityTable
 from nemo_bench.records.store import remake
 from nemo_bench.report.audit import CellAudit
+from nemo_bench.report.copies import pairs_of, unchanged_lines
 from nemo_bench.report.detection import COLUMNS, comparable, count_of, texts
 from nemo_bench.report.localizers import sections, shown_measures, value_text
 from nemo_bench.report.regions import gaps
@@ -134,6 +135,16 @@ def terminal_regions(table: RegionTable) -> list[Table]:
         shown.caption = escape("\n".join(gaps(table))) or None
         tables.append(shown)
     return tables
+
+
+def terminal_similarity(table: SimilarityTable) -> Table:
+    """Metrics of similarity for the terminal: unchanged images."""
+    (first, *titles), *lines = unchanged_lines(table)
+    title = escape("; ".join(pairs_of(table)))
+    shown = _table(first, titles, title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    for line in lines:
+        shown.add_row(*map(escape, line))
+    return shown
 
 
 def terminal_audits(audits: Sequence[CellAudit]) -> list[Table | str]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from nemo_bench.errors import ModelError
 from nemo_bench.metrics import detection
+from nemo_bench.metrics.roc import best_threshold, rates
 
 SCORES = st.lists(st.integers(-5, 5).map(lambda n: n * 1000.0), min_size=1, max_size=12)
 
@@ -129,3 +130,20 @@ def test_the_interval_agrees_with_a_bootstrap_of_prompts() -> None:
         areas.append((m[:, None] > o).mean() + 0.5 * (m[:, None] == o).mean())
     assert (found["auc_low"], found["auc_high"]) == pytest.approx(tuple(np.quantile(areas, [0.025, 0.975])), abs=0.012)
     assert found == detection(memorized.tolist(), other.tolist())
+
+
+def test_thresholds_and_rates_by_hand() -> None:
+    memorized, other = [0.9, 0.5, 0.4], [0.1, 0.2, 0.45]
+    # Above 0.45 to 0.5 two in three are found and nothing else; above 0.2 to 0.4 all are, and one in three others.
+    assert best_threshold(memorized, other) == pytest.approx(0.475)
+    assert rates(memorized, other, 0.475) == (2 / 3, 0.0)
+    assert rates(memorized, other, 0.3) == (1.0, 1 / 3)
+    assert rates(memorized, other, 0.45) == (2 / 3, 0.0)  # what is just at the threshold is not above it
+    assert best_threshold([1.0], [2.0]) < 1  # nothing is better than calling all memorized
+
+
+@given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=12), st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=12))
+def test_no_threshold_is_better_than_the_best(memorized: list[float], other: list[float]) -> None:
+    hits, mistakes = rates(memorized, other, best_threshold(memorized, other))
+    gains = [t - f for f, t in points(memorized, other)]
+    assert hits - mistakes == pytest.approx(max(gains))
