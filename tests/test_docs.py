@@ -16,7 +16,7 @@ import pytest
 import nemo_bench.metrics
 from nemo_bench import cli
 from nemo_bench.benchmark.stages.audit import AuditSettings
-from nemo_bench.config import describe_options, grid, logger_settings, options
+from nemo_bench.config import describe_options, grid, logger_settings, options, similarity_settings
 from nemo_bench.errors import ConfigError
 from nemo_bench.metrics import BenchMetric
 from nemo_bench.records.schema import FILES
@@ -123,6 +123,8 @@ def test_command_parses_and_composes(page: str, command: str, folder: Path) -> N
         assert describe_options(options.group, options.conf)
     elif options.command is cli._track:
         assert logger_settings(options.overrides)
+    elif options.command is cli._similarity:
+        assert similarity_settings(options.overrides, options.conf)
     elif options.command is cli._audit:
         assert all(word.partition("=")[0] in AuditSettings.__dataclass_fields__ for word in options.overrides)
     elif hasattr(options, "overrides"):

@@ -33,7 +33,7 @@ def _saturation(picture: Image.Image, _: int, factor: float) -> Image.Image:
 
 
 def _hue(picture: Image.Image, _: int, degrees: float) -> Image.Image:
-    """Turns all hues around the colour circle."""
+    """Turns all hues around the color circle."""
     hue, saturation, value = picture.convert("HSV").split()
     turned = hue.point([round(level + degrees / 360 * 256) % 256 for level in range(256)])
     return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
@@ -66,7 +66,7 @@ TRANSFORMATIONS: Mapping[str, Transformation] = {
     "bright × 1.4": partial(_brightness, factor=1.4),
     "hue 30°": partial(_hue, degrees=30.0),
     "hue 90°": partial(_hue, degrees=90.0),
-    "grey": partial(_saturation, factor=0.0),
+    "gray": partial(_saturation, factor=0.0),
     "JPEG 50": partial(_jpeg, quality=50),
     "JPEG 10": partial(_jpeg, quality=10),
     "flip": _flip,
@@ -74,4 +74,4 @@ TRANSFORMATIONS: Mapping[str, Transformation] = {
     "noise 0.15": partial(_noise, deviation=0.15),
 }
 """By name, with the strength: share of each side that is left, deviation of the blur as a share of the shorter side,
-factor of brightness, angle on the colour circle, quality, deviation of the noise on values in [0, 1]."""
+factor of brightness, angle on the color circle, quality, deviation of the noise on values in [0, 1]."""

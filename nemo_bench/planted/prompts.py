@@ -18,8 +18,6 @@ from nemo_bench.planted.world import PLANTED, Caption, general_caption, planted_
 TEMPLATE_REFERENCES = 8
 GENERAL_PROMPTS = 16
 CALIBRATION_PROMPTS = 320
-VARIANTS = 2
-"""Paraphrases and neighbours of each planted caption in the lists of variants."""
 HELD_OUT = 2000
 """Held-out captions among which neighbours are searched."""
 
@@ -35,18 +33,25 @@ def heldout_captions(count: int) -> list[Caption]:
     return list(captions.values())
 
 
-def neighbours(captions: Sequence[str]) -> list[list[str]]:
-    """The held-out general captions that share most words with each of some captions.
+def reworded(caption: str) -> str:
+    """A caption with the articles exchanged or, without any, with another small word."""
+    swapped = re.sub(r"\b(the|an?)\b", lambda found: "a" if found[1] == "the" else "the", caption)
+    for mark in (", ", " and "):
+        swapped = swapped if swapped != caption else caption.replace(mark, " with ", 1)
+    return swapped
 
-    They are none of the general prompts and of the calibration. A share is of the words that either caption has.
+
+def neighbours(captions: Sequence[str]) -> list[str]:
+    """For each of some captions the held-out general caption that shares most words with it.
+
+    It is none of the general prompts and of the calibration. A share is of the words that either caption has.
     """
     found = [c.text for c in heldout_captions(HELD_OUT)[GENERAL_PROMPTS + CALIBRATION_PROMPTS :]]
     held_out = {text: _words(text) for text in found}
-    nearest = []
-    for words in map(_words, captions):
-        share = {text: len(words & own) / len(words | own) for text, own in held_out.items()}
-        nearest.append(sorted(held_out, key=lambda text: -share[text])[:VARIANTS])
-    return nearest
+    return [
+        max(held_out, key=lambda text: len(words & held_out[text]) / len(words | held_out[text]))
+        for words in map(_words, captions)
+    ]
 
 
 def _words(text: str) -> set[str]:
@@ -65,7 +70,8 @@ def write_prompts(folder: Path) -> None:
     white where all pictures of a template are the same. The others are
     ``prompts/general.jsonl``, ``prompts/calibration.txt``, and ``prompts/controls.jsonl``: the general captions again,
     each with one of its many possible pictures, ``controls/*.png``, which the model has never seen; and variants of the
-    planted captions, ``prompts/paraphrases.jsonl``, from the wordings for PRSS, and ``prompts/neighbours.jsonl``.
+    planted captions, ``prompts/rewordings.jsonl``, ``prompts/paraphrases.jsonl``, from the wordings for PRSS, and
+    ``prompts/neighbours.jsonl``.
     """
     for part in ("prompts", "references", "masks", "controls"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -88,19 +94,19 @@ def write_prompts(folder: Path) -> None:
     wordings = (resources.files("nemo_bench.planted") / "paraphrases.jsonl").read_text(encoding="utf-8").splitlines()
     paraphrases = {line["text"]: line["paraphrases"] for line in map(json.loads, wordings)}
     planted = [caption.text for caption in PLANTED]
-    lists["paraphrases"] = _variants("paraphrase", [paraphrases[text] for text in planted])
+    lists["rewordings"] = _variants("rewording", list(map(reworded, planted)))
+    lists["paraphrases"] = _variants("paraphrase", [paraphrases[text][0] for text in planted])
     lists["neighbours"] = _variants("neighbour", neighbours(planted))
     for name, lines in lists.items():
         _write_lines(folder / "prompts" / f"{name}.jsonl", map(json.dumps, lines))
     _write_lines(folder / "prompts" / "calibration.txt", (caption.text for caption in captions[GENERAL_PROMPTS:]))
 
 
-def _variants(axis: str, texts: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-    """Lines of variants of the planted captions: the first of each, then the second, so that few are of many."""
+def _variants(axis: str, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Lines of variants of the planted captions."""
     return [
-        {"id": f"{name}-{axis}-{number + 1}", "text": own[number], "variant_of": name, "axis": axis}
-        for number in range(VARIANTS)
-        for name, own in zip(planted_names(), texts, strict=True)
+        {"id": f"{name}-{axis}", "text": text, "variant_of": name, "axis": axis}
+        for name, text in zip(planted_names(), texts, strict=True)
     ]
 
 

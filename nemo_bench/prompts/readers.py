@@ -76,7 +76,7 @@ def read_prompts(
     - links to reference images (optional): ``url`` or ``urls``, a list or text
       (:func:`nemo_bench.prompts.lists.split_links`), for images that ``nemo-bench references`` downloaded;
     - for variants of other prompts ``variant_of``, the id of such a prompt, of this list or of another one in the run,
-      and ``axis``: paraphrase, translation or neighbour.
+      and ``axis``: rewording, paraphrase, translation or neighbour.
 
     A list may be one of the file format or written out as text (:func:`nemo_bench.prompts.lists.split_list`).
     ``.txt`` has one prompt a line. Prompts without ids are numbered ``<prefix>-0001``, before ``limit`` applies.

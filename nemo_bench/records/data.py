@@ -20,8 +20,8 @@ from nemo_bench.errors import NemoBenchError
 Kind = Literal["VM", "TM", "memorized"]
 """Verbatim or template memorization, as annotated in the published list (Hintersdorf et al. 2024, section 4); or
 memorized, nobody said in which way."""
-Axis = Literal["paraphrase", "translation", "neighbour"]
-"""How a prompt varies another one: in other words, in another language, or as a general prompt that resembles it."""
+Axis = Literal["rewording", "paraphrase", "translation", "neighbour"]
+"""How a prompt varies another: in nearly the same words, in others, in another language; or it only resembles it."""
 GENERAL = "general"
 """The name under which prompts without a kind are grouped in tables."""
 

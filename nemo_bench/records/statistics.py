@@ -19,6 +19,7 @@ GROUPS = {
     "TM": "template",
     "memorized": "in which way is not annotated",
     GENERAL: "not memorized",
+    "rewording": "memorized prompts in nearly the same words",
     "paraphrase": "memorized prompts in other words",
     "translation": "memorized prompts in another language",
     "neighbour": "general prompts that resemble a memorized one",

@@ -127,7 +127,7 @@ def _axis_figure(results: Results, rows: Sequence[AxisRow], key: str) -> Plot:
                 axes.hlines(at, spot.low, spot.high, colors=look.color, linewidth=1.2, alpha=0.6)
                 axes.plot(spot.mean, at, look.marker, color=look.color, mfc=face, ms=6)
     _name_rows(axes, [row.label for row in rows])
-    axes.set_xlabel(_axis(results, key))
+    axes.set_xlabel(_axis(results, key), loc="right")  # names of metrics may be longer than the axis
     axis = rows[0].axis
     title = f"{GROUPS[axis][0].upper()}{GROUPS[axis][1:]}"
     caption = TEXTS["axes"]["neighbours" if is_neighbour else "figure"]

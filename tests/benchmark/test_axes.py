@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from statistics import fmean
 
@@ -158,7 +157,7 @@ def test_detectors_leave_variants_out() -> None:
 
 def test_shipped_variants_are_of_all_planted_captions() -> None:
     prompts = read_listed(grid(["method=none", "prompts=planted_variants"])[0].settings.prompts)
-    for axis in ("paraphrase", "neighbour"):
-        assert Counter(p.variant_of for p in prompts if p.axis == axis) == dict.fromkeys(planted_names(), 2)
+    for axis in ("rewording", "paraphrase", "neighbour"):
+        assert [p.variant_of for p in prompts if p.axis == axis] == planted_names()
     texts = [prompt.text for prompt in prompts]
-    assert len(set(texts)) > 0.97 * len(texts)  # two captions may have a neighbour in common
+    assert len(set(texts)) >= len(texts) - 2  # two captions may have a neighbour in common

@@ -4,9 +4,11 @@ import filecmp
 import re
 from pathlib import Path
 
+import pytest
+
 from nemo_bench import read_prompts, resolve
 from nemo_bench.methods.prss import read_paraphrases
-from nemo_bench.planted.prompts import heldout_captions, write_prompts
+from nemo_bench.planted.prompts import heldout_captions, neighbours, reworded, write_prompts
 from nemo_bench.planted.tokenizer import TOKENS, build_tokenizer
 from nemo_bench.planted.world import general_caption, vocabulary
 
@@ -47,3 +49,29 @@ def test_shipped_paraphrases_are_other_wordings_that_fit_the_encoder() -> None:
             assert words(wording) <= known
             assert words(wording) & words(caption) - {"a", "the"}
             assert len(tokenizer(wording).input_ids) <= TOKENS
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("the golden harbor by an island", "a golden harbor by the island"),
+        ("wild river design, two rings, one star", "wild river design with two rings, one star"),
+        ("burning bird and album", "burning bird with album"),
+    ],
+)
+def test_rewordings_by_hand(caption: str, expected: str) -> None:
+    assert reworded(caption) == expected
+
+
+def test_a_neighbour_shares_most_words() -> None:
+    caption, own = "the golden harbor podcast, episode nine", {"golden", "harbor", "podcast", "episode", "nine"}
+    (found,) = neighbours([caption])
+    assert found not in read_prompts_texts()
+    others = [words(c.text) - {"a", "an", "the"} for c in heldout_captions(600)[336:]]
+    shared = words(found) - {"a", "an", "the"}
+    assert len(shared & own) / len(shared | own) >= max(len(other & own) / len(other | own) for other in others)
+
+
+def read_prompts_texts() -> set[str]:
+    names = ("prompts/general.jsonl", "prompts/calibration.txt")
+    return {prompt.text for name in names for prompt in read_prompts(PACKAGE / name)}
