@@ -15,7 +15,6 @@ from nemo_bench.config import build, grid, options
 from nemo_bench.localization import LAST_K
 
 OUT_OF_RANGE: dict[str, dict[str, Sequence[float]]] = {
-    "AdversarialFineTuning": {"epochs": [0], "rate": [0.0], "batch": [0], "agreement": [1.0], "steps": [0]},
     "AMG": {"threshold": [2.0], "saturation": [0.0], "strength": [-1.0], "captions": [0]},
     "AdjustedNoise": {"rounds": [-1], "radius": [-1.0], "rate": [math.inf], "timestep": [1001.0]},
     "AnisotropyOptimization": {"steps": [-1]},
