@@ -21,6 +21,7 @@ from nemo_bench import cli
 from nemo_bench.config import build, describe_options, grid, options
 from nemo_bench.config.listing import field_texts
 from nemo_bench.diffusion import FAMILIES
+from nemo_bench.methods import FittedMethod
 from nemo_bench.metrics import BenchMetric, ImageSpace
 from nemo_bench.records import schema as records_schema
 from nemo_bench.records.data import Prompt
@@ -208,7 +209,7 @@ def _card(group: str, entry: Mapping[str, str]) -> str:
     link = f"Equation, defaults and limits: [`{kind.__name__}`][nemo_bench.{place}.{kind.__name__}]."
     facts = [
         ("touches", getattr(kind, "touches", "")),
-        ("UNet passes of its own", {True: "yes", False: "no", None: ""}[getattr(kind, "makes_passes", None)]),
+        ("UNet passes of its own", _own_passes(kind)),
         ("read for it", getattr(kind, "sourcing", "")),
         ("works with", _works_with(kind)),
     ]
@@ -218,6 +219,13 @@ def _card(group: str, entry: Mapping[str, str]) -> str:
     if entry["citation"]:
         parts.append(f'??? quote "BibTeX"\n\n{_indent(_code("bibtex", entry["citation"]))}')
     return "\n\n".join(parts)
+
+
+def _own_passes(kind: type) -> str:
+    """Whether a method makes passes beside those of images, a fit's included; nothing for what has none to make."""
+    if issubclass(kind, FittedMethod):
+        return "to fit weights"
+    return {True: "yes", False: "no", None: ""}[getattr(kind, "makes_passes", None)]
 
 
 def _works_with(kind: Any) -> str:

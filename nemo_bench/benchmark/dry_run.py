@@ -12,14 +12,15 @@ from typing import Any
 from nemo_bench.benchmark.pending import pending_work
 from nemo_bench.benchmark.plan import THRESHOLD, Cell, Planner, is_measured, metrics_of
 from nemo_bench.benchmark.runner import Runner
-from nemo_bench.config import CellConfig
+from nemo_bench.benchmark.stages.fit import COST, FITTED
+from nemo_bench.config import CellConfig, ModelSettings
 from nemo_bench.errors import NemoBenchError
-from nemo_bench.methods import LocalizedNeurons
+from nemo_bench.methods import FittedMethod, LocalizedNeurons
 from nemo_bench.records import schema
-from nemo_bench.records.io import read_file
+from nemo_bench.records.io import digest, read_file
 from nemo_bench.records.store import read_records, read_starts
 
-PASSES = ("calibrate", "localize", "memorization", "generate")
+PASSES = ("calibrate", "localize", "fit", "memorization", "generate")
 """Stages that make UNet passes."""
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -38,19 +39,25 @@ class CostModel:
     devices: set[str] = field(default_factory=set)
 
     @classmethod
-    def from_records(cls, root: Path, weights: str) -> CostModel:
-        """Reads the records of all cells under a root that used these weights; damaged folders are passed over."""
+    def from_records(cls, root: Path, network: Mapping[str, Any]) -> CostModel:
+        """Reads the records of all cells under a root that used a network; damaged folders are passed over.
+
+        ``network`` is what :func:`network_of` gives.
+        """
         model = cls()
         for path in sorted(root.glob("*/*/spec.json")):
             try:
                 spec = read_file(path, schema.Spec)
-                if spec.task == "benchmark" and spec.digests.get("model") == weights:
+                if spec.task == "benchmark" and network_of(spec) == network:
                     layers = path.with_name("layers.json")
                     if layers.is_file():
                         model.widths[str(spec.settings["model"]["layers"])] = read_file(layers, schema.Layers)
-                    network = path.with_name("network.json")
-                    if network.is_file():
-                        model.flops = read_file(network, schema.Network).flops_per_pass
+                    size = path.with_name("network.json")
+                    if size.is_file():
+                        model.flops = read_file(size, schema.Network).flops_per_pass
+                    fit = path.parent / str(spec.fitted) / COST
+                    if fit.is_file():
+                        model._add_passes("fit", None, read_file(fit, schema.Cost))
                     model._add(path.parent, _kind(spec.settings["method"]))
             except (NemoBenchError, KeyError, TypeError):
                 continue
@@ -62,14 +69,18 @@ class CostModel:
             records: Mapping[str, schema.Record] = read_records(cell, kind)
             count += len(records)
             for cost in (record.cost for record in records.values() if record.cost and not record.failed):
-                if cost.row_passes:
-                    self.passes.setdefault((kind.stage, method), []).append(cost.row_passes)
-                    self.seconds.setdefault(kind.stage, []).append((cost.seconds or 0.0) / cost.row_passes)
+                self._add_passes(kind.stage, method, cost)
         scores = read_records(cell, schema.ScoreRecord).values()
         self.scoring.extend(r.cost.seconds for r in scores if r.seed is None and r.cost and r.cost.seconds)
         if count or scores:
             self.records += count + len(scores)
             self.devices.add(read_starts(cell)[-1].device)
+
+    def _add_passes(self, stage: str, method: str | None, cost: schema.Cost) -> None:
+        if cost.row_passes:
+            if method is not None:
+                self.passes.setdefault((stage, method), []).append(cost.row_passes)
+            self.seconds.setdefault(stage, []).append((cost.seconds or 0.0) / cost.row_passes)
 
     def per_pass(self, stage: str) -> float | None:
         """Mean seconds a pass in a stage, or else over all stages; None without records."""
@@ -85,6 +96,12 @@ class CostModel:
         return sum(count * (each[stage] or 0.0) for stage, count in passes.items()) + scoring
 
 
+def network_of(spec: schema.Spec) -> dict[str, Any]:
+    """What a pass of a cell costs by: its weights, and the size of images and number of text tokens where given."""
+    settings = spec.settings["model"]
+    return {"weights": spec.digests["model"], **{name: settings.get(name) for name in ("size", "tokens")}}
+
+
 def forecast(configs: Sequence[CellConfig]) -> dict[str, Any]:
     """What a run would need, do and cost.
 
@@ -96,8 +113,8 @@ def forecast(configs: Sequence[CellConfig]) -> dict[str, Any]:
         model's family, the fields of :class:`nemo_bench.config.families.FamilySettings` and the same as ``text``.
         ``cells``: those whose files can be read, and before them sources that were not asked for, each with ``pending``
         records by stage; whether it is ``calibrated`` (None where it need not be); ``prompts_without_reference``;
-        ``passes``, UNet passes of one sample by :data:`PASSES` (those to calibrate with the first cell that waits for
-        it); ``teraflops`` of these, of the network alone; ``at_least``, whether those are the fewest possible, since a
+        ``passes``, UNet passes of one sample by :data:`PASSES` (those to calibrate and to fit weights
+        with the first cell that waits for it); ``teraflops`` of these, of the network alone; ``at_least``, whether those are the fewest possible, since a
         method's passes depend on the prompt and no record of the model tells them; ``comparisons`` at most, by metric,
         of images with the training images of all prompts, which grow with the square of the number of prompts; and
         ``seconds``, None before the first records of the model. ``uncounted``: number of other cells. ``prompts``: see
@@ -111,17 +128,17 @@ def forecast(configs: Sequence[CellConfig]) -> dict[str, Any]:
     planner = Planner()
     cells = planner.plan(configs)
     models: dict[str, CostModel] = {}
-    calibrated: set[Path] = set()
+    begun: set[Path] = set()
     rows = []
     flops = {}
     for cell, pending in pending_work(cells):
-        weights = cell.spec.digests["model"]
-        if weights not in models:
-            models[weights] = CostModel.from_records(Path(cell.config.settings.root), weights)
-        own = models[weights].flops
+        network = network_of(cell.spec)
+        costs = models.get(digest(network)) or CostModel.from_records(Path(cell.config.settings.root), network)
+        models[digest(network)] = costs
+        own = costs.flops
         each = cell.config.settings.model.published.teraflops if own is None else own / 1e12
         flops[repr(cell.config.settings.model)] = each
-        row = _cost(cell, pending, models[weights], calibrated)
+        row = _cost(cell, pending, costs, begun)
         rows.append({**row, "teraflops": None if each is None else each * sum(row["passes"].values())})
     seconds = [row["seconds"] for row in rows]
     teraflops = [row["teraflops"] for row in rows]
@@ -133,7 +150,11 @@ def forecast(configs: Sequence[CellConfig]) -> dict[str, Any]:
         for found in config.families:
             about = {"model": config.names["model"], "method": config.names["method"], "text": str(found)}
             families[tuple(about.values())] = {**about, **asdict(found)}
-    by_name = {cell.spec.model: models[cell.spec.digests["model"]] for cell in cells}
+    by_name = {}
+    for cell in cells:
+        network = network_of(cell.spec)
+        given = [f"{name} {network[name]}" for name in ("size", "tokens") if network[name] is not None]
+        by_name[", ".join([cell.spec.model, *given])] = models[digest(network)]
     return {
         "needs": [asdict(need) for need in planner.needs.values()],
         "models": _models(configs, flops),
@@ -167,7 +188,7 @@ def _models(configs: Sequence[CellConfig], flops: Mapping[str, float | None]) ->
         model = config.settings.model
         published = model.published
         each = flops.get(repr(model), published.teraflops)
-        passes = model.steps * (2 if model.guidance > 1 else 1)
+        passes = _of_image(model)
         rows[repr(model)] = {
             "model": config.names["model"],
             "source": model.source,
@@ -183,12 +204,16 @@ def _models(configs: Sequence[CellConfig], flops: Mapping[str, float | None]) ->
     return list(rows.values())
 
 
-def _cost(cell: Cell, pending: dict[str, int], model: CostModel, calibrated: set[Path]) -> dict[str, Any]:
-    """The row of a cell; ``calibrated`` are folders that a cell before it calibrates."""
+def _of_image(model: ModelSettings) -> int:
+    """UNet passes of an image without any mitigation."""
+    return model.steps * (2 if model.guidance > 1 else 1)
+
+
+def _cost(cell: Cell, pending: dict[str, int], model: CostModel, begun: set[Path]) -> dict[str, Any]:
+    """The row of a cell; ``begun`` are folders of calibrations and fits that a cell before it makes."""
     settings = cell.config.settings
     method = cell.method
     assert method is not None
-    guided = 2 if settings.model.guidance > 1 else 1
     is_search = method.needs_calibration
     localizing = settings.localize_seeds if is_search else 0
     if isinstance(method, LocalizedNeurons):
@@ -201,9 +226,9 @@ def _cost(cell: Cell, pending: dict[str, int], model: CostModel, calibrated: set
     least = {
         "localize": localizing,
         "memorization": settings.localize_seeds + settings.loss_draws * bool(cell.loss_pictures),
-        "generate": settings.model.steps * guided,
+        "generate": _of_image(settings.model),
     }
-    passes = {"calibrate": 0}
+    passes = {"calibrate": 0, "fit": 0}
     at_least = False
     for stage, fewest in least.items():
         varies = method.makes_passes or (stage == "localize" and is_search)
@@ -212,9 +237,15 @@ def _cost(cell: Cell, pending: dict[str, int], model: CostModel, calibrated: set
         passes[stage] = count * max(fewest, round(fmean(known)) if known else 0)
         at_least |= varies and not known and count > 0
     waits = method.needs_calibration and pending.get("localize")  # else its source does, in a row of its own
-    if waits and cell.calibration and cell.calibration.folder not in calibrated:
-        calibrated.add(cell.calibration.folder)
+    if waits and cell.calibration and cell.calibration.folder not in begun:
+        begun.add(cell.calibration.folder)
         passes["calibrate"] = _calibrating(cell)
+    if isinstance(method, FittedMethod) and cell.fitted and pending.get("generate"):
+        folder = cell.fitted.folder
+        if folder not in begun and not (folder / FITTED).is_file():
+            begun.add(folder)
+            passes["fit"] = method.least_passes(cell.prompts, _of_image(settings.model))
+            at_least |= not passes["fit"]
     return {
         "cell": cell.id,
         "pending": pending,

@@ -353,7 +353,10 @@ class Planner:
             loss_pictures=pictures,
         )
         if has_weights and not cell.store.is_done(kind):
-            predicts = any("guidance" in m.needs or m.makes_passes or m.needs_calibration for m in lineage(method))
+            predicts = any(
+                "guidance" in m.needs or m.makes_passes or m.needs_calibration or isinstance(m, FittedMethod)
+                for m in lineage(method)
+            )
             if (key := (repr(model), predicts)) not in self._schedules:
                 check_scheduler(source, model, predicts=predicts)
                 self._schedules.add(key)

@@ -280,10 +280,12 @@ class Runner:
                 log.info("%s: fitting its weights, in %s", method.title, store.folder)
                 model = self.model(cell)
                 setup = Setup(prompts=cell.originals, batch_size=self.rows(cell))
+                before = model.row_passes
                 with _quiet():
                     fit = method.fit(model, setup)
                     shown = FitProgress(self.progress, name, str(cell.spec.method), fit.updates)
-                    fit_weights(fit, store.folder, self.trainer.strategy.root_device, [shown])
+                    device = self.trainer.strategy.root_device
+                    fit_weights(fit, store.folder, device, [shown], lambda: model.row_passes - before)
             # A barrier would give up after the half hour that a process group waits.
             self.counters.add(f"{name} over", int(is_main()))
             with self._explained():

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from nemo_bench.benchmark.pending import SETS_FILE, unmitigated_images
 from nemo_bench.benchmark.plan import SCORING_FILE, Cell, metrics_of
+from nemo_bench.benchmark.stages.fit import COST
 from nemo_bench.metrics import BenchMetric, detection
 from nemo_bench.prompts import dead_references
 from nemo_bench.records import schema
@@ -65,7 +66,7 @@ def summarize(cell: Cell) -> schema.Summary:
         detection=_detection(cell, measured),
         localization=_searches(cell, localized),
         counts=_counts(cell, failed.get("all", schema.Failures()), images, scored),
-        cost=_with_flops(cell, _costs([*localized, *measured], images)),
+        cost={**_with_flops(cell, _costs([*localized, *measured], images)), **_of_fit(cell)},
         peak_memory_of="process" if (peak.device or "cpu") == "cpu" else "GPU",
     )
 
@@ -131,6 +132,14 @@ def _with_flops(cell: Cell, costs: dict[str, float]) -> dict[str, float]:
     once = costs.get("once_row_passes_per_prompt", 0) / cell.config.settings.seeds
     flops = (costs["row_passes_per_image"] + once) * read_file(file, schema.Network).flops_per_pass
     return {**costs, "teraflops_per_image": float(f"{flops / 1e12:.5g}")}
+
+
+def _of_fit(cell: Cell) -> dict[str, float]:
+    """What the fit of the method's weights took, once for all images."""
+    if cell.fitted is None or not (cell.fitted.folder / COST).is_file():
+        return {}
+    cost = read_file(cell.fitted.folder / COST, schema.Cost)
+    return {"fit_seconds": cost.seconds or 0.0, "fit_row_passes": cost.row_passes or 0.0}
 
 
 def _targets(images: Iterable[ImageRecord]) -> list[ScoreRecord]:

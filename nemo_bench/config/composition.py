@@ -62,6 +62,10 @@ SCORING = (
 """Settings that may change when existing images are scored again."""
 SUBJECTS = ("method", "detector", "localizer", "region")
 """Groups of what is compared."""
+OTHER_WEIGHTS = {"model.source", "model.training", "model.unet"}
+"""Settings by which a model has other weights than its file says."""
+OTHER_SHAPE = {"model.tokens", "model.size"}
+"""Settings by which a pass takes another number of operations."""
 MOST_CELLS = 10_000
 """Most cells of one command."""
 
@@ -75,6 +79,7 @@ class Composed(NamedTuple):
     by_experiment: list[str]  #: Keys of settings that the file of the experiment has.
     by_option: dict[str, list[str]]  #: Keys of settings that files of what is compared have, by group.
     beside_strengths: list[str]  #: Keys of settings that files have which begin with that of a method with strengths.
+    of_model: list[list[str]]  #: Keys of settings of the model: of the experiment, then of each file, the basis last.
 
 
 # Without types: Hydra merges files and defaults, and `typed` checks the result. It would refuse a grid of another type.
@@ -375,9 +380,10 @@ def _compose(groups: Sequence[str], conf: Path | None, metrics: Mapping[str, Any
         group: _written_by_option(group, names[group], conf, FAMILIES) for group in SUBJECTS if group in names
     }
     beside = _written_by_option("method", names["method"], conf, STRENGTHS) if "method" in names else []
+    of_model = [by_experiment, *_keys_by_file("model", names["model"], conf)] if "model" in names else []
     if metrics is not None:
         content["metrics"] = metrics
-    return Composed(names, content, OmegaConf.create(content), by_experiment, by_option, beside)
+    return Composed(names, content, OmegaConf.create(content), by_experiment, by_option, beside, of_model)
 
 
 def _has(content: Any, key: str) -> bool:
@@ -434,7 +440,7 @@ def _cell_configs(base: Composed, settings: Sequence[tuple[str, str]]) -> list[C
     if training := run.model.training:
         names["model"] = name_of_files([training])
         run.model.source = f"{training}/model/pipeline"
-    _forget_published(run.model, given)
+    _forget_published(run.model, [given, *base.of_model])
     run.root = resolve(run.root)
     families: list[FamilySettings] = []
     for group, node in ((group, getattr(run, group)) for group in SUBJECTS):
@@ -468,14 +474,18 @@ def _at_strength(config: CellConfig, setting: str, value: Any) -> CellConfig:
     return replace(config, settings=settings, families=families)
 
 
-def _forget_published(model: ModelSettings, given: Sequence[str]) -> None:
-    """Drops what a model's file says of its weights where others are given, or of a pass where its shape is."""
-    if any(is_within(key, ["model.published"]) for key in given):
-        return
-    if {"model.source", "model.training"} & set(given):
-        model.published = PublishedSettings()
-    elif {"model.unet", "model.tokens", "model.size"} & set(given):
-        model.published.teraflops = None
+def _forget_published(model: ModelSettings, written: Sequence[Sequence[str]]) -> None:
+    """Drops what a file says of weights that are replaced, or of the cost of a pass whose shape is changed.
+
+    ``written`` are the keys that are set in each place: first what is given, then each file before the one that it
+    begins with. What is said holds for the settings of its own place and of those after it.
+    """
+    for name, plain in asdict(PublishedSettings()).items():
+        own = f"model.published.{name}"
+        place = next((i for i, keys in enumerate(written) if is_within(own, keys)), len(written))
+        changed = {key for keys in written[:place] for key in keys}
+        if changed & OTHER_WEIGHTS or (name == "teraflops" and changed & OTHER_SHAPE):
+            setattr(model.published, name, plain)
 
 
 def _set(config: DictConfig, composed: Mapping[str, Any], key: str, override: Override) -> None:
@@ -501,9 +511,9 @@ def _set(config: DictConfig, composed: Mapping[str, Any], key: str, override: Ov
 
 
 def _written_by_experiment(name: str, conf: Path | None) -> list[str]:
-    """Keys of settings of what is compared and of prompts in the file of an experiment, except in its grid."""
+    """Keys of settings of model, prompts and what is compared in the file of an experiment, except in its grid."""
     content = read_option("experiment", name, conf)
-    return [key for group in (*SUBJECTS, "prompts") for key in _keys(content.get(group, {}), group)]
+    return [key for group in (*SUBJECTS, "model", "prompts") for key in _keys(content.get(group, {}), group)]
 
 
 def _written_by_option(group: str, name: str, conf: Path | None, end: str) -> list[str]:
@@ -513,6 +523,13 @@ def _written_by_option(group: str, name: str, conf: Path | None, end: str) -> li
         return []
     bases = [base for base in content.pop("defaults", None) or [] if isinstance(base, str) and base != "_self_"]
     return [*_keys(content, group), *(key for base in bases for key in _written_by_option(group, base, conf, end))]
+
+
+def _keys_by_file(group: str, name: str, conf: Path | None) -> list[list[str]]:
+    """Keys of settings of a file, then of each file that it begins with."""
+    content = read_option(group, name, conf) if name in options(group, conf) else {}
+    bases = [base for base in content.pop("defaults", None) or [] if isinstance(base, str) and base != "_self_"]
+    return [_keys(content, group), *(keys for base in bases for keys in _keys_by_file(group, base, conf))]
 
 
 def _keys(node: Any, prefix: str) -> list[str]:

@@ -39,7 +39,7 @@ class AdversarialFineTuning(FittedWeights):
     The authors' code could not be read. Their paper gives loss, surrogates and five epochs, according to notes on it;
     learning rate, batch, AdamW without clipping, the embedding that a search starts from and one surrogate a prompt are
     ours. Pictures to keep are those of ``keep``, or images that the model generates for its prompts; the source takes
-    LAION. Passes of the fit are in no record.
+    LAION.
 
     The training images are seen, so results are not to be ranked beside mitigations that see prompts alone.
     """
@@ -71,6 +71,15 @@ class AdversarialFineTuning(FittedWeights):
         with wanda.pruning():
             surrogates = generated_pictures(model, forgotten, setup.batch_size)
         return AdversarialFit(self, model, forgotten, surrogates, keep)
+
+    @override
+    def least_passes(self, prompts: Sequence[Prompt], image: int) -> int:
+        _, forgotten = self.sides(prompts)
+        pruning = len(forgotten) + 1  # images by which Wanda compares memorized prompts with the empty one
+        # A search, then a surrogate and a picture to keep, each forward and back.
+        each = 2 * self.steps * self.samples + 2 * 2
+        images = (pruning + len(forgotten)) * image  # and one surrogate each
+        return self.kept_passes(prompts, image) + images + self.epochs * len(forgotten) * each
 
 
 class AdversarialFit(Fit):

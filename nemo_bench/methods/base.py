@@ -211,3 +211,12 @@ class FittedMethod(Method):
     @abstractmethod
     def fit(self, model: Diffusion, setup: Setup) -> Fit:
         """Prepares the fit; it comes before :meth:`setup`, which gets the file of the weights."""
+
+    def least_passes(self, prompts: Sequence[Prompt], image: int) -> int:
+        """UNet passes of one sample that the fit takes at least, for a dry run; 0 unless overridden.
+
+        Args:
+            prompts: All prompts of the cell.
+            image: Passes of an image without any mitigation.
+        """
+        return 0

@@ -45,7 +45,6 @@ class FittedWeights(FittedMethod):
     """
 
     touches = "weights of the UNet"
-    makes_passes = True
     auditable = True
 
     #: List of prompts to keep (csv, jsonl, txt or parquet), with reference images or without; None takes those of the
@@ -84,6 +83,11 @@ class FittedWeights(FittedMethod):
     def fingerprint(self, prompts: Sequence[Prompt]) -> Mapping[str, Any]:
         sides = self.sides(prompts)
         return {"keep": digest([[[p.id, p.text] for p in side] + [references_digest(side)] for side in sides])}
+
+    def kept_passes(self, prompts: Sequence[Prompt], image: int) -> int:
+        """UNet passes that pictures to keep take, given those of an image: they are generated where no file is there."""
+        kept, _ = self.sides(prompts)
+        return 0 if any(prompt.references for prompt in kept) else len(kept) * image
 
     @override
     def setup(self, model: Diffusion, setup: Setup) -> None:

@@ -36,6 +36,8 @@ TITLES: dict[Loss, str] = {
     "neg_grad": "NegGrad",
     "naive_deletion": "Naive deletion",
 }
+#: Passes of a row in an update, forward and backward; SISS makes one forward and two backward.
+PASSES: dict[Loss, int] = {"siss": 3, "siss_no_is": 4, "erase_diff": 4, "neg_grad": 2, "naive_deletion": 2}
 LARGEST = 1.0  # Norm of the gradient of an update at most, over all weights.
 TENTH = 0.1  # Advice of the public code on the norm that the forget gradient is scaled to.
 
@@ -86,7 +88,7 @@ class Unlearning(FittedWeights):
     images of the memorized prompt. Each picture is conditioned on its own prompt, and timesteps are of the whole range;
     the public scripts condition all on the memorized prompt and take timestep 999 alone, where only the first step of
     sampling changes. The weights are fitted once for all images of a cell, by the first process, and kept in
-    ``<root>/fitted``; passes of the fit are in no record.
+    ``<root>/fitted``, with what the fit took.
 
     The training images are seen, so results are not to be ranked beside mitigations that see prompts alone.
     """
@@ -133,6 +135,9 @@ class Unlearning(FittedWeights):
         )
         return UnlearningFit(self, model, keep, forget)
 
+    @override
+    def least_passes(self, prompts: Sequence[Prompt], image: int) -> int:
+        return self.kept_passes(prompts, image) + self.updates * self.batch * PASSES[self.loss]
 
 class UnlearningFit(Fit):
     """The updates of one fit; each is drawn by its number alone, so that a resumed fit is the same."""

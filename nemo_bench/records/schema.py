@@ -813,6 +813,7 @@ FILES: Mapping[str, tuple[Any, str]] = {
     "prompts.jsonl": (None, _RUN),
     "failure.json": (Failure, "it is needed by nothing, and the command of the run tries the cell again"),
     "layers.json": (Layers, _RUN),
+    "fit.json": (Cost, "without it the cost of the fit is not known"),
     "network.json": (Network, "without it nothing is said of floating point operations"),
     "scoring.json": (Scoring, _SCORE),
     "sets.json": (Sets, _SCORE),

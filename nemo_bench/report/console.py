@@ -118,8 +118,12 @@ def show_forecast(expected: Mapping[str, Any]) -> None:
         table.add_row(row["cell"], *counts, *costs, _duration(row["seconds"], least))
     show(table)
     least, passes = ("≥ " if total["at_least"] else ""), total["passes"]
-    verbs = {"memorization": "measure memorization"}
-    counts = [f"{least * (s == 'localize')}{count:,} to {verbs.get(s, s)}" for s, count in passes.items()]
+    verbs = {"memorization": "measure memorization", "fit": "fit weights"}
+    counts = [
+        f"{least * (stage == 'localize')}{count:,} to {verbs.get(stage, stage)}"
+        for stage, count in passes.items()
+        if count or stage != "fit"  # most runs fit nothing
+    ]
     print(f"passes of one sample: {', '.join(counts)}; TFLOPs: {_figure(total['teraflops'], least)}")
     if least:
         print("≥: what a search takes depends on the prompt; no record of this model tells yet, so the least")

@@ -51,13 +51,13 @@ def test_passes_are_counted_before_anything_is_known(words: list[str], tmp_path:
     assert [row["pending"] for row in expected["cells"]] == [measure, *[{"localize": 3, **measure}] * 2]
     images, measured = 6 * 5 * 2, 3 * 3
     assert [row["passes"] for row in expected["cells"]] == [
-        {"calibrate": 0, "localize": 0, "memorization": measured, "generate": images},
-        {"calibrate": 0, "localize": 0, "memorization": measured, "generate": images},
-        {"calibrate": 8 * 3, "localize": measured, "memorization": measured, "generate": images},
+        {"calibrate": 0, "localize": 0, "fit": 0, "memorization": measured, "generate": images},
+        {"calibrate": 0, "localize": 0, "fit": 0, "memorization": measured, "generate": images},
+        {"calibrate": 8 * 3, "localize": measured, "fit": 0, "memorization": measured, "generate": images},
     ]
     assert [row["at_least"] for row in expected["cells"]] == [False, False, True]
     assert expected["total"]["passes"] == {
-        "calibrate": 24, "localize": measured, "memorization": 3 * measured, "generate": 3 * images
+        "calibrate": 24, "localize": measured, "fit": 0, "memorization": 3 * measured, "generate": 3 * images
     }  # fmt: skip
     assert expected["total"]["seconds"] is None
     assert set(states(expected).values()) == {"there"}
@@ -83,7 +83,7 @@ def test_what_nobody_asked_for_and_what_was_given_are_counted_too(words: list[st
 def test_finished_records_tell_what_a_search_takes_and_how_long(words: list[str], tmp_path: Path) -> None:
     run(plan(grid([*words, "method=nemo"])), "test", progress=False)
     done = forecast(grid([*words, "method=nemo"]))
-    assert done["total"]["passes"] == {"calibrate": 0, "localize": 0, "memorization": 0, "generate": 0}
+    assert done["total"]["passes"] == {"calibrate": 0, "localize": 0, "fit": 0, "memorization": 0, "generate": 0}
     assert done["total"]["seconds"] == 0
     (cell,) = (p for p in (tmp_path / "results" / "default").iterdir() if p.is_dir())
     stages = ("localize", "memorization", "generate", "score")
@@ -91,7 +91,7 @@ def test_finished_records_tell_what_a_search_takes_and_how_long(words: list[str]
     each = sum(r["cost"]["row_passes"] for r in found["localize"]) / 3
     (row,) = forecast(grid([*words, "method=nemo", "seeds=3"]))["cells"]
     assert not row["at_least"]
-    assert row["passes"] == {"calibrate": 0, "localize": 3 * round(each), "memorization": 9, "generate": 9 * 10}
+    assert row["passes"] == {"calibrate": 0, "localize": 3 * round(each), "fit": 0, "memorization": 9, "generate": 90}
     rates = {
         stage: sum(r["cost"]["seconds"] / r["cost"]["row_passes"] for r in found[stage]) / len(found[stage])
         for stage in ("localize", "memorization", "generate")
@@ -338,8 +338,27 @@ def test_of_another_source_nothing_is_told_before_its_records(words: list[str], 
     (flux,) = grid([*words, "model=flux1_dev", "model.size=512", "method=none"])
     assert flux.settings.model.published.teraflops is None
     assert flux.settings.model.published.gated
+    flux_published = flux.settings.model.published
     (given,) = grid([*words, "model=sd14", "model.source=mine", "model.published.licence=ours", "method=none"])
-    assert given.settings.model.published.licence == "ours"
+    assert given.settings.model.published == PublishedSettings(licence="ours")
+    (tuned,) = grid([*words, "model=sd14", "model.unet=mine", "method=none"])
+    assert tuned.settings.model.published == PublishedSettings()
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    files = {
+        "mine": "defaults: [planted, _self_]\nsource: mine\n",
+        "small": "defaults: [flux1_dev, _self_]\nsize: 512\n",
+        "stated": "defaults: [planted, _self_]\nsource: mine\npublished: {licence: ours}\n",
+        "further": "defaults: [stated, _self_]\nsteps: 7\n",
+    }
+    for name, text in files.items():
+        (tmp_path / "conf" / "model" / f"{name}.yaml").write_text(text)
+    (mine, small, stated, further) = (
+        config.settings.model.published
+        for config in grid([*words, f"model={','.join(files)}", "method=none"], tmp_path / "conf")
+    )
+    assert mine == PublishedSettings()
+    assert small == flux_published
+    assert stated == further == PublishedSettings(licence="ours")
     place = tmp_path / "model"
     tiny_pipeline().save_pretrained(place)
     asked = [*words, "method=none", f"model.source={place}"]
@@ -351,6 +370,8 @@ def test_of_another_source_nothing_is_told_before_its_records(words: list[str], 
     after = forecast(grid(asked))
     assert after["models"][0]["teraflops_per_pass"] == 2
     assert after["cells"][0]["teraflops"] == 2 * sum(after["cells"][0]["passes"].values())
+    other = forecast(grid([*asked, "model.size=32"]))  # of images of another size the records tell nothing
+    assert (other["models"][0]["teraflops_per_pass"], other["speed"]) == (None, {})
 
 
 def test_general_prompts_that_are_benchmarked_too_are_said_to_be(

@@ -109,6 +109,20 @@ def test_an_update_depends_on_its_number_and_the_weights_alone(tiny: Diffusion, 
     assert not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def test_a_dry_run_counts_the_passes_of_a_fit(tiny: Diffusion, prompts: list[Prompt]) -> None:
+    method = AdversarialFineTuning(epochs=1, **QUICK)  # type: ignore[arg-type]
+    before = tiny.row_passes
+    own = method.fit(tiny, Setup(prompts=prompts, batch_size=8))
+    tiny.network.requires_grad_(True)
+    try:
+        for number in range(own.updates):
+            own.gradients(number)
+    finally:
+        tiny.network.requires_grad_(False)
+    image = tiny.steps * (2 if tiny.guidance > 1 else 1)
+    assert tiny.row_passes - before == method.least_passes(prompts, image)
+
+
 def test_it_needs_training_images_and_prompts_to_keep(prompts: list[Prompt]) -> None:
     with pytest.raises(ConfigError, match=r"Adversarial fine-tuning .* needs memorized prompts with reference images"):
         AdversarialFineTuning().fingerprint(prompts[3:])

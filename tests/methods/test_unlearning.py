@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from batches import batch_of, images_of
 from nemo_bench import ConfigError, Diffusion, ModelError, Prompt, resolve
-from nemo_bench.benchmark.stages.fit import FITTED, fit_weights
+from nemo_bench.benchmark.stages.fit import COST, FITTED, fit_weights
 from nemo_bench.diffusion import NO_SIGNAL, Conditioning, Similarity, fitted_picture
 from nemo_bench.methods import Setup, Unlearning
 from nemo_bench.methods.fitted_weights import Pictures, norm
 from nemo_bench.methods.unlearning import Loss, UnlearningFit, combine, importance
+from on_disk import read_json
 from tiny import tiny_pipeline
 
 LOSSES: list[Loss] = ["siss", "siss_no_is", "erase_diff", "neg_grad", "naive_deletion"]
@@ -115,27 +116,33 @@ def test_a_fit_is_resumed_as_if_it_had_not_stopped(tiny: Diffusion, prompts: lis
     stopped = fit_of(tiny, method, prompts)
     whole = stopped.gradients
 
+    started = 0
+
     def stop(number: int) -> list[torch.Tensor]:
+        nonlocal started
+        started = number + 1
         if number == 6:
             raise KeyboardInterrupt
         return whole(number)
 
     stopped.gradients = stop  # type: ignore[method-assign]
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        fit_weights(stopped, tmp_path / "parts", CPU)
+        fit_weights(stopped, tmp_path / "parts", CPU, passes=lambda: 10 * started)
     assert tiny.state_digest() == before
     assert [path.name for path in (tmp_path / "parts").iterdir()] == ["last.ckpt"]
     resumed = fit_of(tiny, method, prompts)
     counted = []
     resumed.gradients = lambda number: counted.append(number) or whole(number)  # type: ignore[method-assign, func-returns-value]
-    fit_weights(resumed, tmp_path / "parts", CPU)
+    fit_weights(resumed, tmp_path / "parts", CPU, passes=lambda: 10 * len(counted))
     assert counted == [5, 6]
+    # Five updates of the first start, of which the last checkpoint is, and two of the second.
+    assert read_json(tmp_path / "parts" / COST)["row_passes"] == 7 * 10
     one, other = (load_file(tmp_path / name / FITTED) for name in ("whole", "parts"))
     assert any(values.abs().max() > 1e-4 for values in one.values())
     assert all(values.isfinite().all() for values in one.values())
     for name in one:
         torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-6)
-    assert [path.name for path in (tmp_path / "parts").iterdir()] == [FITTED]
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == [COST, FITTED]
     fit_weights(resumed, tmp_path / "parts", CPU)
     assert counted == [5, 6]
 
@@ -150,6 +157,21 @@ def test_gradients_are_clipped_and_depend_on_the_number_alone(tiny: Diffusion, p
     assert norm(one) == pytest.approx(1, rel=1e-4)
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_dry_run_counts_the_passes_of_a_fit(tiny: Diffusion, prompts: list[Prompt], loss: Loss) -> None:
+    method = Unlearning(loss=loss, batch=4, updates=3)
+    image = tiny.steps * (2 if tiny.guidance > 1 else 1)
+    before = tiny.row_passes
+    fit = fit_of(tiny, method, prompts)
+    tiny.network.requires_grad_(True)
+    try:
+        for number in range(3):
+            fit.gradients(number)
+    finally:
+        tiny.network.requires_grad_(False)
+    assert tiny.row_passes - before == method.least_passes(prompts, image)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

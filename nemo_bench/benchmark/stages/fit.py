@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -16,22 +18,48 @@ from typing_extensions import override
 
 from nemo_bench.benchmark.progress import ProgressReport
 from nemo_bench.methods import Fit
-from nemo_bench.records.io import replacing
+from nemo_bench.records.io import replacing, write_json
+from nemo_bench.records.schema import Cost
 
 FITTED = "weights.safetensors"
 """Name of the file of what a fit changed."""
+COST = "fit.json"
+"""Name of the file of what a fit took."""
 EVERY = 5
 """Updates between two checkpoints."""
 
 
 class WeightFit(L.LightningModule):
-    """A fit as Lightning runs it, a checkpoint every :data:`EVERY` updates."""
+    """A fit as Lightning runs it, a checkpoint every :data:`EVERY` updates.
 
-    def __init__(self, fit: Fit) -> None:
+    Args:
+        fit: The fit.
+        passes: UNet passes of one sample so far, of the fit in this process.
+    """
+
+    def __init__(self, fit: Fit, passes: Callable[[], int]) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.network = fit.network
         self.updates = fit
+        self._passes = passes
+        self._begun = time.perf_counter()
+        self._before = {"passes": 0, "seconds": 0.0}  # of starts before this one
+
+    @property
+    def cost(self) -> Cost:
+        """What it took so far, over all starts."""
+        seconds = self._before["seconds"] + time.perf_counter() - self._begun
+        return Cost(row_passes=self._before["passes"] + self._passes(), seconds=round(seconds, 4))
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        cost = self.cost
+        checkpoint["cost"] = {"passes": cost.row_passes, "seconds": cost.seconds}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._before = checkpoint.get("cost", self._before)
 
     @override
     def train_dataloader(self) -> DataLoader[int]:
@@ -80,8 +108,16 @@ class FitProgress(L.Callback):
         self.progress.end()
 
 
-def fit_weights(fit: Fit, folder: Path, device: torch.device, callbacks: Sequence[L.Callback] = ()) -> None:
+def fit_weights(
+    fit: Fit,
+    folder: Path,
+    device: torch.device,
+    callbacks: Sequence[L.Callback] = (),
+    passes: Callable[[], int] = lambda: 0,
+) -> None:
     """Fits weights, from the last checkpoint in a folder if there is one, and saves there what they changed by.
+
+    What it took is saved beside them, in :data:`COST`.
 
     The network itself is as it was afterwards. Nothing is done where the file is there already.
 
@@ -90,6 +126,7 @@ def fit_weights(fit: Fit, folder: Path, device: torch.device, callbacks: Sequenc
         folder: For the checkpoint, and :data:`FITTED`.
         device: Where to compute.
         callbacks: Of Lightning's trainer.
+        passes: UNet passes of one sample so far, of the fit in this process.
     """
     if (folder / FITTED).is_file():
         return
@@ -111,8 +148,10 @@ def fit_weights(fit: Fit, folder: Path, device: torch.device, callbacks: Sequenc
             reload_dataloaders_every_n_epochs=1,
             num_sanity_val_steps=0,
         )
-        trainer.fit(WeightFit(fit), ckpt_path=last if last.is_file() else None, weights_only=True)
+        module = WeightFit(fit, passes)
+        trainer.fit(module, ckpt_path=last if last.is_file() else None, weights_only=True)
         changed = {name: _difference(weight, original[name]) for name, weight in network.named_parameters()}
+        write_json(folder / COST, module.cost)
         with replacing(folder / FITTED) as part:
             save_file(changed, part)
         last.unlink(missing_ok=True)

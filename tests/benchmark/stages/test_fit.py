@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from nemo_bench.benchmark.dry_run import forecast
 from nemo_bench.benchmark.export import export
 from nemo_bench.benchmark.plan import plan
 from nemo_bench.benchmark.run import run
@@ -29,6 +30,9 @@ def test_weights_are_fitted_once_and_used_by_images_audit_and_verification(
 ) -> None:
     words = [*WORDS, f"prompts.files=[{prompt_file}]", f"root={tmp_path}"]
     (cell,) = plan(grid(words))
+    (planned,) = forecast(grid([*words, "name=other"]))["cells"]
+    # A picture to keep is generated, and two updates of a row go forward and back.
+    assert planned["passes"]["fit"] == 1 * 2 * 2 + 2 * 2
     monkeypatch.setattr("nemo_bench.benchmark.progress.FIRST", 0.0)
     with caplog.at_level("INFO", logger="nemo_bench"):
         run([cell], "test")
@@ -36,12 +40,19 @@ def test_weights_are_fitted_once_and_used_by_images_audit_and_verification(
     (kept,) = (tmp_path / "fitted").iterdir()
     assert cell.fitted
     assert cell.fitted.folder == kept
+    cost = read_json(kept / "fit.json")
+    assert cost["row_passes"] == planned["passes"]["fit"]
+    assert cost["seconds"] > 0
+    summary = read_json(cell.store.folder / "metrics.json")["cost"]
+    assert (summary["fit_row_passes"], summary["fit_seconds"]) == (cost["row_passes"], cost["seconds"])
     changes = load_file(kept / FITTED).values()
     assert all(values.isfinite().all() for values in changes)
     assert max(float(values.abs().max()) for values in changes) > 5e-3
     images = {path.name: path.read_bytes() for path in (cell.store.folder / "images").iterdir()}
     assert len(images) == 3
     monkeypatch.setattr("nemo_bench.benchmark.runner.fit_weights", None)  # nothing is fitted again
+    (row,) = forecast(grid([*words, "name=more", "seeds=2"]))["cells"]
+    assert row["passes"]["fit"] == 0
     (more,) = plan(grid([*words, "name=more", "seeds=2"]))
     run([more], "test", progress=False)
     again = {path.name: path.read_bytes() for path in (more.store.folder / "images").iterdir()}
