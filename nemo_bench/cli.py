@@ -294,11 +294,18 @@ def _regions(options: argparse.Namespace) -> None:
     from nemo_bench.benchmark.processes import is_main
     from nemo_bench.records.io import read_file
     from nemo_bench.records.schema import RegionTable
-    from nemo_bench.report.console import show
+    from nemo_bench.report.console import show, show_region_forecast
     from nemo_bench.report.regions import FILES
     from nemo_bench.report.terminal import terminal_regions
 
     cells = regions.plan(choices)
+    if options.dry_run:
+        expected = regions.forecast(cells)
+        if options.json:
+            print(json.dumps(expected, indent=2))
+        else:
+            show_region_forecast(expected)
+        return
     start = time.perf_counter()
     folder = regions.localize_regions(cells, options.line, progress=not options.quiet)
     if not is_main():

@@ -113,11 +113,12 @@ def forecast(configs: Sequence[CellConfig]) -> dict[str, Any]:
         model's family, the fields of :class:`nemo_bench.config.families.FamilySettings` and the same as ``text``.
         ``cells``: those whose files can be read, and before them sources that were not asked for, each with ``pending``
         records by stage; whether it is ``calibrated`` (None where it need not be); ``prompts_without_reference``;
-        ``passes``, UNet passes of one sample by :data:`PASSES` (those to calibrate and to fit weights
-        with the first cell that waits for it); ``teraflops`` of these, of the network alone; ``at_least``, whether those are the fewest possible, since a
-        method's passes depend on the prompt and no record of the model tells them; ``comparisons`` at most, by metric,
-        of images with the training images of all prompts, which grow with the square of the number of prompts; and
-        ``seconds``, None before the first records of the model. ``uncounted``: number of other cells. ``prompts``: see
+        ``passes``, UNet passes of one sample by :data:`PASSES` (those to calibrate and to fit weights with the first
+        cell that waits for it); ``teraflops`` of these, of the network alone; ``at_least``, whether those are the
+        fewest possible, since a method's passes depend on the prompt and no record of the model tells them;
+        ``comparisons`` at most, by metric, of images with the training images of all prompts, which grow with the
+        square of the number of prompts; and ``seconds``, None before the first records of the model.
+        ``uncounted``: number of other cells. ``prompts``: see
         :meth:`nemo_bench.benchmark.plan.Planner.first_prompts`. ``total``: the same over all cells. ``speed``: by
         model, number of ``records`` that this is drawn from, their ``devices`` and ``seconds_per_pass``.
 
@@ -188,7 +189,7 @@ def _models(configs: Sequence[CellConfig], flops: Mapping[str, float | None]) ->
         model = config.settings.model
         published = model.published
         each = flops.get(repr(model), published.teraflops)
-        passes = _of_image(model)
+        passes = passes_of_image(model)
         rows[repr(model)] = {
             "model": config.names["model"],
             "source": model.source,
@@ -204,7 +205,7 @@ def _models(configs: Sequence[CellConfig], flops: Mapping[str, float | None]) ->
     return list(rows.values())
 
 
-def _of_image(model: ModelSettings) -> int:
+def passes_of_image(model: ModelSettings) -> int:
     """UNet passes of an image without any mitigation."""
     return model.steps * (2 if model.guidance > 1 else 1)
 
@@ -226,7 +227,7 @@ def _cost(cell: Cell, pending: dict[str, int], model: CostModel, begun: set[Path
     least = {
         "localize": localizing,
         "memorization": settings.localize_seeds + settings.loss_draws * bool(cell.loss_pictures),
-        "generate": _of_image(settings.model),
+        "generate": passes_of_image(settings.model),
     }
     passes = {"calibrate": 0, "fit": 0}
     at_least = False
@@ -244,7 +245,7 @@ def _cost(cell: Cell, pending: dict[str, int], model: CostModel, begun: set[Path
         folder = cell.fitted.folder
         if folder not in begun and not (folder / FITTED).is_file():
             begun.add(folder)
-            passes["fit"] = method.least_passes(cell.prompts, _of_image(settings.model))
+            passes["fit"] = method.least_passes(cell.prompts, passes_of_image(settings.model))
             at_least |= not passes["fit"]
     return {
         "cell": cell.id,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -158,6 +159,7 @@ class Planner:
         self._errors: list[NemoBenchError] = []
         self._prompts: dict[str, list[Prompt]] = {}
         self._has_metrics: dict[tuple[str, str], bool] = {}  # by name and node
+        self._checked: set[str] = set()  # metrics with prompts
         self._sources: dict[str, Source] = {}  # by settings of the model, as what follows
         self._weights: dict[str, str] = {}
         self._source_cells: dict[str, Cell | None] = {}  # by config
@@ -255,6 +257,19 @@ class Planner:
         what = f"{name} ({metric.title})"
         return self._look("metric", what, metric.check, lambda: metric.space.is_fetched, fetched)
 
+    def check_prompts(self, settings: RunSettings, prompts: Sequence[Prompt], size: tuple[int, int] | None) -> None:
+        """Looks at the files that metrics have of prompts, such as masks; ``size`` is that of images, where known."""
+        for name, node in self.metrics(settings).items():
+            key = digest([name, node, [prompt.id for prompt in prompts], size])
+            if key in self._checked:
+                continue
+            self._checked.add(key)
+            metric: BenchMetric = build(node, f"metrics.{name}")
+            try:
+                metric.check_prompts(prompts, size)
+            except NemoBenchError as error:
+                self._miss("metric", f"{name} ({metric.title}) for {', '.join(settings.prompts.files)}", error)
+
     def _look(
         self,
         kind: str,
@@ -311,6 +326,7 @@ class Planner:
         if not self._has_files(config, method, edits, measured):
             return None
         prompts = read_listed(listed, self._read)
+        self.check_prompts(settings, prompts, source.image_size if has_weights else None)
         general = self._general(listed)[: listed.calibration_limit] if measured else []
         if has_weights and repr(model) not in self._weights:
             self._weights[repr(model)] = source.digest()
@@ -357,6 +373,8 @@ class Planner:
                 "guidance" in m.needs or m.makes_passes or m.needs_calibration or isinstance(m, FittedMethod)
                 for m in lineage(method)
             )
+            for each in lineage(method):
+                each.check_tokenizer(source.tokenizer)
             if (key := (repr(model), predicts)) not in self._schedules:
                 check_scheduler(source, model, predicts=predicts)
                 self._schedules.add(key)
@@ -603,11 +621,18 @@ def read_list(file: str, settings: PromptSettings, limit: int | None = None) -> 
         raise type(error)(f"{error} {settings.obtain}".rstrip()) from error
 
 
-def check_metrics(settings: Iterable[RunSettings]) -> None:
-    """Raises NemoBenchError where one is no metric, or weights or pictures that some need are missing."""
+def check_metrics(
+    settings: Iterable[RunSettings], prompts: Iterable[tuple[Sequence[Prompt], tuple[int, int] | None]] = ()
+) -> None:
+    """Raises NemoBenchError where one is no metric, or weights or files that some need are missing or wrong.
+
+    ``prompts`` are those of each of the settings with width and height of their images, as far as these are known.
+    """
     planner = Planner()
-    for each in settings:
+    for each, about in zip_longest(settings, prompts):
         planner.metrics(each)
+        if about:
+            planner.check_prompts(each, *about)
     planner.check()
 
 

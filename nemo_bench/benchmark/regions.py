@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,10 +19,13 @@ from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
 from nemo_bench.benchmark import detect as detection
+from nemo_bench.benchmark.dry_run import passes_of_image
+from nemo_bench.benchmark.pending import task_ids
 from nemo_bench.benchmark.plan import Cell, source_of
 from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.stages.base import file_name, to_image
 from nemo_bench.config import CellConfig, resolve
+from nemo_bench.detectors.regions import RegionLocalizer
 from nemo_bench.diffusion.pictures import fitted_picture
 from nemo_bench.errors import ConfigError
 from nemo_bench.metrics.regions import (
@@ -30,17 +33,20 @@ from nemo_bench.metrics.regions import (
     Counts,
     average_precision,
     enlarged,
+    fitted_to_others,
     masked_distance,
     span,
     split_iou,
 )
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.images import open_image
-from nemo_bench.records.masks import check_size, read_masks
+from nemo_bench.records.io import digest, is_whole, read_file
+from nemo_bench.records.lease import Leases
+from nemo_bench.records.masks import check_size, masks_digest, read_masks
 from nemo_bench.records.results import DetectorResults, load_detections
-from nemo_bench.records.schema import RegionImage, RegionPrompt, RegionRow, RegionSet, RegionTable
+from nemo_bench.records.schema import DetectionRecord, RegionImage, RegionPrompt, RegionRow, RegionSet, RegionTable
 from nemo_bench.records.store import Store, read_scores
-from nemo_bench.report.regions import write_regions
+from nemo_bench.report.regions import FILES, write_regions
 
 SHOWS = 0.15
 """Root mean squared pixel difference below which an image counts as a training image (Carlini et al. 2023)."""
@@ -62,13 +68,29 @@ def plan(configs: Sequence[CellConfig]) -> list[tuple[Cell, dict[str, Mask]]]:
     for config in configs:
         if config.settings.prompts.masks is None:
             files = ", ".join(config.settings.prompts.files)
-            raise ConfigError(f"{files}: where these are memorized is not known; give prompts.masks=DIR")
+            raise ConfigError(f"{files}: which regions are memorized is not known; give prompts.masks=DIR")
+    _check_masks(configs)
     cells = []
     for cell in detection.plan([_as_detector(config) for config in configs]):
         settings = cell.config.settings
         folder = Path(resolve(str(settings.prompts.masks)))
         cells.append((cell, read_masks(folder, cell.prompts, source_of(settings.model).image_size)))
     return cells
+
+
+def _check_masks(configs: Sequence[CellConfig]) -> None:
+    """Raises ConfigError where the same heat maps are to be compared with several folders of masks."""
+    folders: dict[str, set[str]] = {}
+    for config in configs:
+        prompts = replace(config.settings.prompts, masks=None)
+        folders.setdefault(repr(replace(config.settings, prompts=prompts)), set()).add(
+            str(config.settings.prompts.masks)
+        )
+    for several in (sorted(own) for own in folders.values() if len(own) > 1):
+        raise ConfigError(
+            f"prompts.masks={','.join(several)}: a run compares heat maps with one folder of masks; give one, or the "
+            "others in commands with another name=..., which share nothing"
+        )
 
 
 def _as_detector(config: CellConfig) -> CellConfig:
@@ -87,10 +109,64 @@ def localize_regions(cells: Sequence[tuple[Cell, Mapping[str, Mask]]], command: 
     """
     folder = detection.detect([cell for cell, _ in cells], command, progress=progress)
     if is_main():
+        leases = Leases()
         results = {found.folder.name: found for found in load_detections(folder)}
-        rows = [score(results[cell.id], masks) for cell, masks in cells]
-        write_regions(folder, RegionTable(name=folder.name, rows=rows))
+        scored = {}
+        for cell, masks in cells:
+            with leases.owning(cell.store.folder):  # its sheets are written
+                scored[cell.id] = score(results[cell.id], masks)
+        with leases.owning(folder):
+            rows = {row.cell: row for row in _rows_before(folder) if row.cell in results} | scored
+            named = [row.model_copy(update={"label": results[name].label}) for name, row in rows.items()]
+            write_regions(folder, RegionTable(name=folder.name, rows=named))
     return folder
+
+
+def _rows_before(folder: Path) -> list[RegionRow]:
+    """What commands before this one wrote, as far as it can be read and says of which masks it is."""
+    path = folder / FILES[0]
+    if not is_whole(path, RegionTable):
+        return []
+    return [row for row in read_file(path, RegionTable).rows if row.masks]
+
+
+def forecast(cells: Sequence[tuple[Cell, Mapping[str, Mask]]]) -> dict[str, Any]:
+    """What :func:`localize_regions` would do: ``nemo-bench regions --dry-run``.
+
+    Returns:
+        ``weights``: by source, ``there``, or ``fetched`` from the hub at the first use. ``cells``: of each its name,
+        number of ``prompts``, of ``masks``, of memorized prompts ``without_mask``, of prompts that are ``pending``, and
+        ``passes``, UNet passes of one sample that its maps take beside sampling. ``sampling``: passes of sampling,
+        which localizers of one model and the same prompts share. ``passes``: all of these.
+    """
+    rows = []
+    sampling: dict[str, list[tuple[set[str], int, int]]] = {}
+    weights = {}
+    for cell, masks in cells:
+        localizer, model = cell.detector, cell.config.settings.model
+        assert isinstance(localizer, RegionLocalizer)
+        pending = set(cell.store.pending_ids(DetectionRecord, task_ids(cell, DetectionRecord)))
+        key = digest([cell.spec.settings[name] for name in ("model", "prompts")])
+        sampling.setdefault(key, []).append((pending, localizer.seeds, passes_of_image(model)))
+        source = source_of(model)
+        weights[source.path] = "there" if source.is_downloaded else "fetched"
+        rows.append(
+            {
+                "cell": cell.id,
+                "prompts": len(cell.prompts),
+                "masks": len(masks),
+                "without_mask": sum(p.kind not in (None, "VM") and p.id not in masks for p in cell.prompts),
+                "pending": len(pending),
+                "passes": len(pending) * localizer.seeds * localizer.own_passes,
+            }
+        )
+    shared = 0
+    for group in sampling.values():
+        together = set().union(*(pending for pending, _, _ in group))
+        seeds = max((seeds for pending, seeds, _ in group if pending), default=0)
+        shared += len(together) * seeds * group[0][2]
+    passes = shared + sum(int(row["passes"]) for row in rows)
+    return {"weights": weights, "cells": rows, "sampling": shared, "passes": passes}
 
 
 @dataclass(frozen=True)
@@ -151,7 +227,7 @@ class _Scored:
 
     @property
     def shown(self) -> list[bool]:
-        """Which images show what is memorized, as far as training images say."""
+        """Which images count: all but those that are unlike the training images, where there are such."""
         return [distance is None or distance < SHOWS for distance in self.distances]
 
     @property
@@ -159,21 +235,31 @@ class _Scored:
         """The counts of those images."""
         return [own for own, shown in zip(self.counts, self.shown, strict=True) if shown]
 
-    def result(self, at: int, sheet: str | None) -> RegionPrompt:
+    @property
+    def unchecked(self) -> int:
+        """Images of a memorized prompt without training images: whether they show what is memorized is not known."""
+        return sum(distance is None for distance in self.distances) if self.counts[0].size else 0
+
+    def result(self, at: int | None, sheet: str | None) -> RegionPrompt:
         """What the table holds of it, at the threshold of an index."""
         images = [
             RegionImage(
                 seed=seed,
                 distance=self.distances[seed],
                 counts=shown,
-                iou=float(self.counts[seed].iou[at]) if shown else None,
+                iou=float(self.counts[seed].iou[at]) if shown and at is not None else None,
                 average_precision=self.precisions[seed] if shown else None,
             )
             for seed, shown in enumerate(self.shown)
         ]
         prompt = self.prompt
         return RegionPrompt(
-            prompt=prompt.id, group=prompt.group, share=self.counts[0].share, images=images, sheet=sheet
+            prompt=prompt.id,
+            group=prompt.group,
+            share=self.counts[0].share,
+            threshold=None if at is None else float(THRESHOLDS[at]),
+            images=images,
+            sheet=sheet,
         )
 
 
@@ -181,7 +267,9 @@ def score(cell: DetectorResults, masks: Mapping[str, Mask]) -> RegionRow:
     """Scores the heat maps of a finished cell against masks by prompt id, and pictures some of them.
 
     Of a verbatim prompt without mask all is memorized, of a prompt that is not memorized nothing. Images of memorized
-    prompts count if their distance to a training image, where the mask is white, is below :data:`SHOWS`.
+    prompts count if their distance to a training image, where the mask is white, is below :data:`SHOWS`, or if there is
+    no training image. Single images are marked at the threshold that is best for the half of the prompts that theirs
+    is not in.
 
     Raises:
         PromptError: A mask has another size than the images.
@@ -199,7 +287,10 @@ def score(cell: DetectorResults, masks: Mapping[str, Mask]) -> RegionRow:
     if every := _set(scored):
         sets["all"] = every
     threshold = every.threshold if every else 1.0
-    at = int(np.searchsorted(THRESHOLDS, threshold))
+    best = int(np.searchsorted(THRESHOLDS, threshold))
+    counting = [each for each in scored if each.counting]
+    fitted = fitted_to_others([each.counting for each in counting])
+    at = {each.prompt.id: place for each, place in zip(counting, fitted or [], strict=bool(fitted))}
     pictured = _pictured(scored)
     spec = cell.spec
     return RegionRow(
@@ -209,13 +300,21 @@ def score(cell: DetectorResults, masks: Mapping[str, Mask]) -> RegionRow:
         localizer=spec.detector or "",
         prompts=spec.prompts,
         sets=sets,
+        masks=masks_digest(masks),
+        unchecked=sum(each.unchecked for each in scored),
         left_out=sum(not shown for each in scored for shown in each.shown),
         unknown=sum(prompt.id not in truth for prompt in cell.prompts),
         failed=cell.failed,
         threshold=threshold,
         cost=cell.summary.cost,
         settings=spec.settings["detector"],
-        results=[each.result(at, _sheet(maps, each, threshold) if each in pictured else None) for each in scored],
+        results=[
+            each.result(
+                place := at.get(each.prompt.id),
+                _sheet(maps, each, THRESHOLDS[best if place is None else place]) if each in pictured else None,
+            )
+            for each in scored
+        ],
         citations=spec.citations,
     )
 

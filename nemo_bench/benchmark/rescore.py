@@ -22,7 +22,7 @@ from nemo_bench.prompts import check_references
 from nemo_bench.prompts.external import changed_images, check_images, mapped_images, named_images
 from nemo_bench.prompts.tasks import Task
 from nemo_bench.records.data import Prompt
-from nemo_bench.records.images import ImageFile
+from nemo_bench.records.images import ImageFile, open_image
 from nemo_bench.records.io import check_folder, digest, prompts_digest, write_json
 from nemo_bench.records.lease import Leases
 from nemo_bench.records.schema import ImageRecord, LocalizationRecord, MemorizationRecord, ScoreRecord
@@ -109,8 +109,18 @@ def cells_of(
         cells = _with_unmitigated(reread(folder, overrides, conf), conf)
     else:
         cells = _with_unmitigated(_of_images(folder, mapping, overrides, conf, progress=progress), conf)
-    check_metrics([cell.config.settings for cell in cells])
+    check_metrics([cell.config.settings for cell in cells], [(cell.prompts, _image_size(cell)) for cell in cells])
     return cells
+
+
+def _image_size(cell: Cell) -> tuple[int, int] | None:
+    """Width and height of a run's images by one of them; None where none can be read, and of external images."""
+    if cell.spec.task != "benchmark":
+        return None
+    files = (cell.store.folder / r.image for r in cell.store.records(ImageRecord).values() if r.image)
+    with suppress(StoreError, StopIteration):
+        return open_image(next(files)).size
+    return None
 
 
 def _of_run(folder: Path, overrides: Sequence[str], conf: Path | None) -> list[Cell]:

@@ -66,6 +66,8 @@ OTHER_WEIGHTS = {"model.source", "model.training", "model.unet"}
 """Settings by which a model has other weights than its file says."""
 OTHER_SHAPE = {"model.tokens", "model.size"}
 """Settings by which a pass takes another number of operations."""
+NAMES = {"region": "localizer of regions"}
+"""What an option of a group is called, where not as the group."""
 MOST_CELLS = 10_000
 """Most cells of one command."""
 
@@ -177,7 +179,9 @@ def _watching_grid(group: str, what: str, overrides: Sequence[str], conf: Path |
     keys, known = _keys_of(overrides), [group if key == "detector" else key for key in DETECTING]
     for key in sorted(keys):
         if key in ("seeds", "localize_seeds"):
-            raise ConfigError(f"every {group} has seeds of its own; give {group}.seeds=... in place of {key}=...")
+            raise ConfigError(
+                f"every {NAMES.get(group, group)} has seeds of its own; give {group}.seeds=... in place of {key}=..."
+            )
         if not is_within(key, known):
             raise ConfigError(f"{key} does not matter to {what}; settings of {what}: {', '.join(known)}")
     every = [] if group in keys else [f"{group}={','.join(options(group, conf))}"]
@@ -354,7 +358,7 @@ def _split(words: Sequence[str], conf: Path | None) -> tuple[tuple[str, ...], tu
         choices = options(group, conf)
         name = "null" if value is None else str(value)
         if name not in choices:
-            raise ConfigError(f"unknown {group} '{name}'. {did_you_mean(name, choices)}")
+            raise ConfigError(f"unknown {NAMES.get(group, group)} '{name}'. {did_you_mean(name, choices)}")
         groups.append(str(override.input_line))
     return tuple(groups), tuple(settings)
 

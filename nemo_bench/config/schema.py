@@ -101,7 +101,7 @@ class PromptSettings:
     #: Folder of reference images that a file names by relative paths, or that ``nemo-bench references`` fetched; by
     #: default each file's own folder.
     references: str | None = None
-    #: Folder of masks, ``<prompt id>.png``, white where images of a memorized prompt repeat.
+    #: Folder of masks, ``<prompt id>.png``, white where the images of a prompt are memorized.
     masks: str | None = None
     calibration: str | None = None  #: General prompts for statistics and threshold.
     #: File of prompts whose reference images the model was not trained on, for audits and ``loss_draws``.

@@ -16,7 +16,7 @@ from nemo_bench.diffusion.prefix import Prefix
 from nemo_bench.diffusion.sampling import Generated, Rule, Sampling, Step, guided_from
 from nemo_bench.diffusion.schedule import NO_SIGNAL, check_schedule
 from nemo_bench.diffusion.similarity import MEASURES, Measure, Similarity
-from nemo_bench.diffusion.source import Source
+from nemo_bench.diffusion.source import Source, TokenizerFiles
 
 __all__ = [
     "FAMILIES",
@@ -36,6 +36,7 @@ __all__ = [
     "Similarity",
     "Source",
     "Step",
+    "TokenizerFiles",
     "check_schedule",
     "conditional_attention",
     "conditional_rows",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +33,37 @@ _UNET_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 """Files of a UNet alone."""
 _CLIP = "cond_stage_model.transformer."
 """Prefix of the text encoder in a single file of Stable Diffusion 1.x."""
+
+
+class TokenizerFiles:
+    """What the files of a tokenizer say, read when asked for.
+
+    Args:
+        read: Reads a file of the tokenizer's folder, None where it is missing.
+    """
+
+    def __init__(self, read: Callable[[str], dict[str, Any] | None]) -> None:
+        self._read = read
+
+    @cached_property
+    def vocabulary(self) -> Collection[str] | None:
+        """Its tokens; None where no file tells them."""
+        if vocabulary := self._read("vocab.json"):
+            return vocabulary.keys() | (self._read("added_tokens.json") or {}).keys()
+        whole = self._read("tokenizer.json") or {}
+        own = (whole.get("model") or {}).get("vocab")
+        if not isinstance(own, dict):
+            return None
+        return own.keys() | {str(token.get("content")) for token in whole.get("added_tokens") or ()}
+
+    @cached_property
+    def padding(self) -> str | None:
+        """The token that it pads with; None where no file tells it."""
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            token = (self._read(name) or {}).get("pad_token")
+            if token := token.get("content") if isinstance(token, dict) else token:
+                return str(token)
+        return None
 
 
 @dataclass(frozen=True)
@@ -263,6 +294,16 @@ class Source:
     def scheduler(self) -> dict[str, Any] | None:
         """Configuration of the shipped scheduler, or None."""
         return self._read(_SCHEDULER) if _SCHEDULER in self._files else None
+
+    @property
+    def tokenizer(self) -> TokenizerFiles:
+        """Files of the first tokenizer."""
+
+        def read(name: str) -> dict[str, Any] | None:
+            path = f"tokenizer/{name}"
+            return self._read(path) if path in self._files else None
+
+        return TokenizerFiles(read)
 
     @property
     def latent_size(self) -> tuple[int, int] | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from nemo_bench.diffusion import UNETS, Conditioning, Diffusion, Generated, Rule
+from nemo_bench.diffusion import UNETS, Conditioning, Diffusion, Generated, Rule, TokenizerFiles
 from nemo_bench.errors import ModelError
 from nemo_bench.localization import PAPER, SEEDS, Calibration, Protocol
 from nemo_bench.methods.descent import check_precision
@@ -149,6 +149,9 @@ class Method(Checked, ABC):
         if compiled and "uncompiled" in self.needs:
             msg = f"{self.title} works inside of the UNet, which can't be reached once it is compiled"
             raise ModelError(f"{msg}; set model.compiled=false, or leave this method out")
+
+    def check_tokenizer(self, tokenizer: TokenizerFiles) -> None:  # most take any
+        """Raises ModelError, before weights load, where the model's tokenizer does not suit, as far as files tell."""
 
     def check_source(self, prompts: Sequence[Prompt], source_prompts: Sequence[Prompt]) -> None:  # most take any
         """Raises ConfigError, before weights load, where the prompts that :attr:`source` localizes do not suffice."""

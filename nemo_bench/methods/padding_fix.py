@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from nemo_bench.diffusion import Conditioning, Diffusion
+from nemo_bench.diffusion import Conditioning, Diffusion, TokenizerFiles
 from nemo_bench.errors import ModelError
 from nemo_bench.methods.base import Batch, Method, Setup
 from nemo_bench.records.citations import cite
@@ -45,8 +45,8 @@ class PaddingFix(Method):
     logit is 0, and it still takes attention. Notes have the number of padding tokens; a prompt that fills the input has
     none, and changes of the padding leave it as it is.
 
-    Whether a tokenizer has ``token``, and pads with another one, is known once the model is loaded: if not,
-    :meth:`setup` raises ModelError.
+    A tokenizer that lacks ``token``, or pads with it already, is a ModelError: before weights load where the files of
+    the tokenizer tell, else once the model is loaded.
 
     The embedded model has 16 tokens, of which a caption leaves about half to the padding; there the words carry much of
     the memory, as ``"zero_prompt"`` shows.
@@ -77,13 +77,20 @@ class PaddingFix(Method):
     def setup(self, model: Diffusion, setup: Setup) -> None:
         super().setup(model, setup)
         tokenizer = model.pipeline.tokenizer
-        if self.change not in REPADDED:
-            return
-        if self.token not in tokenizer.get_vocab():
+        if self.change in REPADDED:
+            self._check_token(tokenizer.get_vocab(), tokenizer.pad_token)
+
+    @override
+    def check_tokenizer(self, tokenizer: TokenizerFiles) -> None:
+        if self.change in REPADDED:
+            self._check_token(tokenizer.vocabulary, tokenizer.padding)
+
+    def _check_token(self, vocabulary: Collection[str] | None, padding: str | None) -> None:
+        if vocabulary is not None and self.token not in vocabulary:
             raise ModelError(
                 f"the tokenizer has no token {self.token!r}; set token to one that it has, or leave this out"
             )
-        if self.change == "pad" and tokenizer.pad_token == self.token:
+        if self.change == "pad" and padding == self.token:
             raise ModelError(f"this model pads with {self.token!r} already, so change=pad is no change; leave it out")
 
     @override

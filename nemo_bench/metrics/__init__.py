@@ -5,7 +5,6 @@ from nemo_bench.metrics.base import FIELDS, BenchMetric
 from nemo_bench.metrics.clip import OpenClip
 from nemo_bench.metrics.distribution import FID, KID, MiFID, SetMetric
 from nemo_bench.metrics.diversity import Diversity, Vendi
-from nemo_bench.metrics.foreground import ForegroundBackground, Segmenter
 from nemo_bench.metrics.localization import (
     MemorizationScore,
     NeuronAveragePrecision,
@@ -16,6 +15,7 @@ from nemo_bench.metrics.localization import (
     RecallAtTrueNumber,
     TrainingLoss,
 )
+from nemo_bench.metrics.masked import MaskedSSIM, Segmenter
 from nemo_bench.metrics.networks import LPIPS, SSCD, Inception, Network
 from nemo_bench.metrics.roc import detection
 from nemo_bench.metrics.similarity import Change, MemorizationRate, NearestTrainingImage, TrainingImage
@@ -32,9 +32,9 @@ __all__ = [
     "BenchMetric",
     "Change",
     "Diversity",
-    "ForegroundBackground",
     "ImageSpace",
     "Inception",
+    "MaskedSSIM",
     "MemorizationRate",
     "MemorizationScore",
     "MiFID",

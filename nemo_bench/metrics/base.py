@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from nemo_bench.metrics.spaces import ImageSpace, PixelDistance
+from nemo_bench.records.data import Prompt
 from nemo_bench.records.ranges import Checked
 
 Family = Literal["memorization", "change", "alignment", "diversity", "quality", "localization"]
@@ -71,6 +72,12 @@ class BenchMetric(Checked, ABC):
     def check(self) -> None:
         """Raises NemoBenchError if weights, pictures or a library are missing; the message says how to get them."""
         self.space.check()
+
+    def check_prompts(self, prompts: Sequence[Prompt], size: tuple[int, int] | None) -> None:
+        """Raises NemoBenchError, before weights load, where files that belong to prompts are not as they should be.
+
+        ``size`` is width and height of generated images, None where that is not known yet.
+        """
 
     def fingerprint(self) -> Mapping[str, Any]:
         """Digests that replace paths and spaces in the identity of the metric."""

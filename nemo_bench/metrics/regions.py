@@ -69,22 +69,30 @@ def _ratio(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.floa
     return np.where(whole > 0, part / np.maximum(whole, 1), 1.0)
 
 
-def split_iou(counts: Sequence[Sequence[Counts]]) -> float | None:
-    """Intersection over union where each half of the prompts is marked at the best threshold of the other half.
+def fitted_to_others(counts: Sequence[Sequence[Counts]]) -> list[int] | None:
+    """Index of the threshold to mark each prompt at, fitted to prompts that it is none of.
 
     Args:
-        counts: Those of the images of each prompt; prompts of odd and even places make the halves.
+        counts: Those of the images of each prompt; prompts of odd and even places make two halves.
 
     Returns:
-        The value over all pixels of both halves together; None where a half has no image.
+        For each prompt, the best threshold of the other half; None where a half has no image.
     """
     halves = [[image for prompt in counts[start::2] for image in prompt] for start in (0, 1)]
     if not all(halves):
         return None
-    one, other = map(Counts.total, halves)
-    pairs = [(own, fitted.best) for own, fitted in ((one, other), (other, one))]
-    union = sum(own.size + int(own.other[at]) for own, at in pairs)
-    return sum(int(own.memorized[at]) for own, at in pairs) / union if union else 1.0
+    one, other = (Counts.total(half).best for half in halves)
+    return [other if place % 2 == 0 else one for place in range(len(counts))]
+
+
+def split_iou(counts: Sequence[Sequence[Counts]]) -> float | None:
+    """Intersection over union over all pixels, each prompt marked as :func:`fitted_to_others` says; None as there."""
+    places = fitted_to_others(counts)
+    if places is None:
+        return None
+    marked = [(image, at) for own, at in zip(counts, places, strict=True) for image in own]
+    union = sum(image.size + int(image.other[at]) for image, at in marked)
+    return sum(int(image.memorized[at]) for image, at in marked) / union if union else 1.0
 
 
 def average_precision(heat: NDArray[np.float64], truth: NDArray[np.bool_]) -> float:

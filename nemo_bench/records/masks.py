@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from nemo_bench.errors import PromptError
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.images import open_image
+from nemo_bench.records.io import digest
 
 
 def read_mask(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.bool_]:
@@ -49,9 +50,14 @@ def read_masks(
     if not masks and all(prompt.kind != "VM" for prompt in prompts):
         raise PromptError(
             f"prompts.masks={folder} has no mask for any of the {len(prompts)} prompts; expected <prompt id>.png, such "
-            f"as {prompts[0].id}.png, white where images of the prompt repeat"
+            f"as {prompts[0].id}.png, white where its images are memorized"
         )
     return masks
+
+
+def masks_digest(masks: Mapping[str, NDArray[np.bool_]]) -> str:
+    """Digest of masks by prompt id, whatever their files."""
+    return digest({name: [*mask.shape, np.packbits(mask).tobytes().hex()] for name, mask in sorted(masks.items())})
 
 
 def check_size(place: str, mask: NDArray[np.bool_], size: tuple[int, int] | None) -> None:

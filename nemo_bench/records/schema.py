@@ -645,10 +645,11 @@ class RegionImage(Entry):
     """How well a heat map says where an image is memorized."""
 
     seed: int  #: Number of the image among those of the prompt, from 0.
-    #: Root mean squared difference to the nearest training image where these repeat; None without training images.
+    #: Root mean squared difference to the nearest training image where the mask is white; None without training images.
     distance: float | None = None
-    counts: bool  #: Whether the image shows what is memorized, so that its map counts.
-    iou: float | None = None  #: Intersection over union at the row's threshold, of an image that counts.
+    #: Whether its map counts: an image of a memorized prompt that is unlike the training images does not.
+    counts: bool
+    iou: float | None = None  #: Intersection over union at the prompt's threshold, of an image that counts.
     average_precision: float | None = None  #: Of its pixels, where some are memorized and some are not.
 
 
@@ -658,6 +659,8 @@ class RegionPrompt(Entry):
     prompt: str  #: Its id.
     group: str  #: Its kind, or ``general``.
     share: float  #: Share of the pixels that are memorized.
+    #: Of maps scaled to [0, 1], the best for the half of the prompts that it is not in; None without such.
+    threshold: float | None = None
     images: list[RegionImage] = []  #: None where no heat map is finite.
     sheet: str | None = None  #: Picture in the cell's folder: images, heat maps, marked pixels, and the truth.
 
@@ -685,10 +688,12 @@ class RegionRow(Entry):
     prompts: str  #: Name of the prompt list.
     #: ``partial``: images of prompts memorized in part; ``all``: of every prompt whose truth is known.
     sets: dict[Literal["partial", "all"], RegionSet]
-    left_out: int  #: Images of memorized prompts that do not show what is memorized.
+    masks: str = ""  #: Digest of the masks given.
+    left_out: int  #: Images of memorized prompts that are unlike the training images.
+    unchecked: int = 0  #: Images of memorized prompts without training images, which all count.
     unknown: int  #: Memorized prompts without a mask.
     failed: int  #: Prompts whose heat maps are not finite.
-    threshold: float  #: Threshold of the pictures and of single images: the best over all prompts.
+    threshold: float  #: The best over all prompts.
     cost: dict[str, float]  #: Mean UNet passes and seconds of a prompt.
     settings: dict[str, Any]  #: Of the localizer.
     results: list[RegionPrompt]  #: One entry a prompt.

@@ -135,6 +135,27 @@ def show_forecast(expected: Mapping[str, Any]) -> None:
     print(f"time: {_duration(total['seconds'], least)}")
 
 
+def show_region_forecast(expected: Mapping[str, Any]) -> None:
+    """Prints what localizers of regions would do, from :func:`nemo_bench.benchmark.regions.forecast`."""
+    for source, state in expected["weights"].items():
+        if state == "fetched":
+            print(f"weights {source}: some gigabytes, from the hub at the first use")
+    keys = {
+        "prompts": "prompts",
+        "masks": "masks",
+        "without_mask": "left out without",
+        "pending": "pending",
+        "passes": "own passes",
+    }
+    table = Table("localizer of regions", *(Column(title, justify="right", no_wrap=True) for title in keys.values()))
+    for row in expected["cells"]:
+        table.add_row(row["cell"], *(f"{row[key]:,}" for key in keys))
+    show(table)
+    print(
+        f"passes of one sample: {expected['passes']:,}, {expected['sampling']:,} of these for sampling, which is shared"
+    )
+
+
 def _show_models(models: Sequence[Mapping[str, Any]]) -> None:
     """Prints what each model is and costs."""
     numbers = ("weights", "download", "memory", "passes", "TFLOPs a pass", "an image")

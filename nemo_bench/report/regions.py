@@ -38,7 +38,7 @@ def titles() -> list[str]:
 def sections(table: RegionTable) -> list[tuple[str, list[list[str]]]]:
     """Lines of the table, under headings such as ``planted · planted, prompts memorized in part: 8 prompts``."""
     found = []
-    for (model, prompts), rows in comparable(table).items():
+    for place, rows in comparable(table).items():
         for name, meaning in _TEXTS["sets"].items():
             own = [(row, row.sets[name]) for row in rows if name in row.sets]
             if not own:
@@ -54,24 +54,32 @@ def sections(table: RegionTable) -> list[tuple[str, list[list[str]]]]:
                 values = [_number(getattr(numbers, key)) for key in _TEXTS["columns"]]
                 costs = [form.format(row.cost.get(key, 0)) for key, (_, form) in _TEXTS["costs"].items()]
                 lines.append([row.label, *values, *costs])
-            found.append((f"{model} · {prompts}, {meaning}: {count}", lines))
+            found.append((f"{place}, {meaning}: {count}", lines))
     return found
 
 
-def comparable(table: RegionTable) -> dict[tuple[str, str], list[RegionRow]]:
-    """Rows by the names of model and prompts."""
-    groups: dict[tuple[str, str], list[RegionRow]] = {}
+def comparable(table: RegionTable) -> dict[str, list[RegionRow]]:
+    """Rows by the names of model and prompts, and where these were compared with several masks by their digest."""
+    masks: dict[tuple[str, str], set[str]] = {}
     for row in table.rows:
-        groups.setdefault((row.model, row.prompts), []).append(row)
+        masks.setdefault((row.model, row.prompts), set()).add(row.masks)
+    groups: dict[str, list[RegionRow]] = {}
+    for row in table.rows:
+        several = len(masks[row.model, row.prompts]) > 1
+        words = [row.model, row.prompts, *([f"masks {row.masks[:8]}"] if several else [])]
+        groups.setdefault(" · ".join(words), []).append(row)
     return groups
 
 
 def gaps(table: RegionTable) -> list[str]:
-    """What does not count, a line for each localizer that lacks something."""
-    lines = []
+    """What does not count or was not checked, a line for each localizer; and that masks differ, where they do."""
+    lines = (
+        [TEXTS["regions"]["masks"]] if len(comparable(table)) > len({(r.model, r.prompts) for r in table.rows}) else []
+    )
     for row in table.rows:
         parts = [
             f"{counted(row.left_out, 'image')} unlike the training images" if row.left_out else "",
+            f"{counted(row.unchecked, 'image')} without training images, all of which count" if row.unchecked else "",
             f"{counted(row.unknown, 'memorized prompt')} without a mask" if row.unknown else "",
             f"{counted(row.failed, 'prompt')} without finite maps" if row.failed else "",
         ]
@@ -126,9 +134,7 @@ def _page(folder: Path, table: RegionTable) -> str:
         titles=titles(),
         sections=sections(table),
         gaps=gaps(table),
-        pictures=[
-            (f"{model} · {prompts}", _pictures(folder, rows)) for (model, prompts), rows in comparable(table).items()
-        ],
+        pictures=[(place, _pictures(folder, rows)) for place, rows in comparable(table).items()],
         citations=citations,
     )
 

@@ -17,7 +17,7 @@ from nemo_bench.metrics import (
     BenchMetric,
     Change,
     Diversity,
-    ForegroundBackground,
+    MaskedSSIM,
     MemorizationRate,
     MemorizationScore,
     MiFID,
@@ -72,8 +72,8 @@ METRICS: list[BenchMetric] = [
     NeuronF1(),
     RecallAtTrueNumber(),
     NeuronAveragePrecision(),
-    ForegroundBackground("foreground", segmenter=LeftHalf()),
-    ForegroundBackground("background", segmenter=LeftHalf()),
+    MaskedSSIM("inside", segmenter=LeftHalf()),
+    MaskedSSIM("outside", segmenter=LeftHalf()),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 
 from batches import batch_of
 from nemo_bench import Diffusion, ModelError
+from nemo_bench.benchmark.plan import plan
+from nemo_bench.config import grid
+from nemo_bench.diffusion import TokenizerFiles
 from nemo_bench.methods import PaddingFix, Setup
 from nemo_bench.methods.padding_fix import Change, changed
 
@@ -93,3 +97,19 @@ def test_a_token_that_is_none_or_no_change_is_an_error(tiny: Diffusion) -> None:
     with pytest.raises(ModelError, match="pads with '!' already"):
         PaddingFix(change="pad").setup(sd2, Setup())
     PaddingFix().setup(sd2, Setup())
+
+
+def test_what_files_of_the_tokenizer_tell_is_said_before_weights_load(tmp_path: Path) -> None:
+    words = ["prompts.limit=2", f"root={tmp_path}", "method=padding_fix"]
+    with pytest.raises(ModelError, match=r"padding_fix on planted.*: the tokenizer has no token 'catlike'"):
+        plan(grid([*words, "method.token=catlike"]))
+    assert plan(grid([*words, "method.token=catlike", "method.change=zero_pad"]))
+    files: dict[str, dict[str, Any]] = {
+        "vocab.json": {"!": 0, "fox": 1},
+        "special_tokens_map.json": {"pad_token": {"content": "!"}},
+    }
+    sd2 = TokenizerFiles(files.get)
+    PaddingFix().check_tokenizer(sd2)
+    with pytest.raises(ModelError, match="pads with '!' already"):
+        PaddingFix(change="pad").check_tokenizer(sd2)
+    PaddingFix(token="cat").check_tokenizer(TokenizerFiles({}.get))  # nothing is told: setup looks again

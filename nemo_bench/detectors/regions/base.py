@@ -25,6 +25,11 @@ class RegionLocalizer(Detector):
     steps = None
     seeds: int = 4
 
+    @property
+    def own_passes(self) -> int:
+        """UNet passes of one sample that an image takes beside sampling; 0 unless overridden."""
+        return 0
+
     @abstractmethod
     def heat(self, view: View) -> Tensor:
         """The map of each image, larger where memorized, (N, height, width) of latents or images; of the last step."""

@@ -33,6 +33,11 @@ class CurvatureDifference(RegionLocalizer):
     seeds: Count = 4
     probes: Count = 16  #: Vectors v. One is said to be close.
 
+    @property
+    @override
+    def own_passes(self) -> int:
+        return 2 + 2 * self.probes  # conditional and unconditional, forward once and backward for each probe
+
     @override
     def heat(self, view: View) -> Tensor:
         model, rows = view.model, len(view.latents)

@@ -24,7 +24,7 @@ from nemo_bench.metrics import (
     BenchMetric,
     Change,
     Diversity,
-    ForegroundBackground,
+    MaskedSSIM,
     MemorizationRate,
     MemorizationScore,
     NearestTrainingImage,
@@ -163,7 +163,7 @@ def test_metrics_get_what_they_ask_for(
         "diversity": Diversity(network),
         "alignment": Alignment(text),
         "score": MemorizationScore(),
-        "part": ForegroundBackground("foreground", masks=str(tmp_path / "masks")),
+        "part": MaskedSSIM("inside", masks=str(tmp_path / "masks")),
     }
     (tmp_path / "masks").mkdir()
     Image.new("L", (24, 24), 255).save(tmp_path / "masks" / "a.png")

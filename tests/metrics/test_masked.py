@@ -1,4 +1,4 @@
-"""Foreground and background apart: copies of a part, masks from a folder and from a segmenter."""
+"""Parts inside and outside of masks: copies of a part, masks from a folder and from a segmenter."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from all_metrics import LeftHalf, pictures
-from nemo_bench.errors import ConfigError, PromptError
-from nemo_bench.metrics import SSIM, ForegroundBackground, Segmenter
+from nemo_bench import read_prompts
+from nemo_bench.benchmark.plan import plan
+from nemo_bench.config import grid
+from nemo_bench.errors import ConfigError, NemoBenchError, PromptError
+from nemo_bench.metrics import SSIM, MaskedSSIM, Segmenter
 from nemo_bench.metrics.ssim import Local, similarity_map
 from nemo_bench.records.data import Prompt
 
@@ -20,7 +23,7 @@ PROMPT = Prompt("one", "text")
 
 
 def both(images: Tensor, references: Tensor, segmenter: Segmenter) -> list[Tensor]:
-    parts = (ForegroundBackground(part, segmenter=segmenter) for part in ("foreground", "background"))
+    parts = (MaskedSSIM(part, segmenter=segmenter) for part in ("inside", "outside"))
     return [metric.score(images, references, PROMPT) for metric in parts]
 
 
@@ -62,7 +65,7 @@ def test_masks_of_a_folder_are_those_of_the_prompt(tmp_path: Path) -> None:
     images, references = pictures(2, seed=6), pictures(2, seed=7)
     mask = LeftHalf()(images)[0].numpy()
     Image.fromarray(np.uint8(255) * mask).save(tmp_path / "one.png")
-    metric = ForegroundBackground("foreground", masks=str(tmp_path))
+    metric = MaskedSSIM("inside", masks=str(tmp_path))
     metric.check()
     torch.testing.assert_close(metric.score(images, references, PROMPT), both(images, references, LeftHalf())[0])
     assert metric.score(images, references, Prompt("other", "text")).shape == (0,)
@@ -74,10 +77,24 @@ def test_masks_of_a_folder_are_those_of_the_prompt(tmp_path: Path) -> None:
         metric.score(images, references, PROMPT)
 
 
+def test_masks_are_looked_at_before_weights_load(tmp_path: Path, prompt_file: Path) -> None:
+    words = ["method=none", "metrics=masked", f"prompts.files=[{prompt_file}]", f"prompts.masks={tmp_path}/masks"]
+    words += [f"root={tmp_path}", "~metrics.alignment"]
+    (tmp_path / "masks").mkdir()
+    (prompt, *_) = read_prompts(prompt_file)
+    with pytest.raises(NemoBenchError, match=rf"metric inside_ssim .*masks has no mask for any of .*{prompt.id}.png"):
+        plan(grid(words))
+    Image.new("L", (8, 8), 255).save(tmp_path / "masks" / f"{prompt.id}.png")
+    with pytest.raises(NemoBenchError, match=rf"outside_ssim .*{prompt.id}.png is 8x8, images are 64x64"):
+        plan(grid(words))
+    Image.new("L", (64, 64), 255).save(tmp_path / "masks" / f"{prompt.id}.png")
+    assert len(plan(grid(words))) == 1
+
+
 def test_missing_masks_and_segmenter_are_said_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"masks from a folder or a segmenter, given neither; give prompts.masks=DIR"):
-        ForegroundBackground("background").check()
+        MaskedSSIM("outside").check()
     with pytest.raises(ConfigError, match="given both"):
-        ForegroundBackground("background", masks=str(tmp_path), segmenter=Everything()).check()
-    with pytest.raises(ConfigError, match=r"Background SSIM: masks=.*missing is no folder"):
-        ForegroundBackground("background", masks=str(tmp_path / "missing")).check()
+        MaskedSSIM("outside", masks=str(tmp_path), segmenter=Everything()).check()
+    with pytest.raises(ConfigError, match=r"SSIM outside mask: masks=.*missing is no folder"):
+        MaskedSSIM("outside", masks=str(tmp_path / "missing")).check()
