@@ -139,7 +139,7 @@ def forecast(cells: Sequence[tuple[Cell, Mapping[str, Mask]]]) -> dict[str, Any]
         ``passes``, UNet passes of one sample that its maps take beside sampling. ``sampling``: passes of sampling,
         which localizers of one model and the same prompts share. ``passes``: all of these.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     sampling: dict[str, list[tuple[set[str], int, int]]] = {}
     weights = {}
     for cell, masks in cells:
@@ -165,7 +165,7 @@ def forecast(cells: Sequence[tuple[Cell, Mapping[str, Mask]]]) -> dict[str, Any]
         together = set().union(*(pending for pending, _, _ in group))
         seeds = max((seeds for pending, seeds, _ in group if pending), default=0)
         shared += len(together) * seeds * group[0][2]
-    passes = shared + sum(int(row["passes"]) for row in rows)
+    passes = shared + sum(row["passes"] for row in rows)
     return {"weights": weights, "cells": rows, "sampling": shared, "passes": passes}
 
 

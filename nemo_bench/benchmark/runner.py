@@ -37,7 +37,14 @@ from nemo_bench.benchmark.stages.fit import FITTED, FitProgress, fit_weights
 from nemo_bench.benchmark.stages.generate import generate
 from nemo_bench.benchmark.stages.localize import localize
 from nemo_bench.benchmark.stages.memorization import measure_memorization
-from nemo_bench.benchmark.stages.score import References, SampleReader, Scorer, embed_real, read_features
+from nemo_bench.benchmark.stages.score import (
+    References,
+    SampleReader,
+    Scorer,
+    embed_real,
+    read_features,
+    shuffled_texts,
+)
 from nemo_bench.config import ModelSettings, TrainerSettings, build, resolve
 from nemo_bench.config.schema import rows_at_once
 from nemo_bench.diffusion import Diffusion
@@ -437,7 +444,8 @@ class Runner:
         workers = settings.workers
         if self._references.files != tuple(pool):
             self._references = References(pool)
-        handle = Scorer(metrics, self._references)
+        shuffled = {} if cell.is_mitigated else shuffled_texts(cell.prompts)
+        handle = Scorer(metrics, self._references, shuffled)
         self.run_stage(schema.ScoreRecord, handle, cell, tasks, size, needs_model=False, read=reader, workers=workers)
         if is_main() and not is_whole(store.folder / pending.SETS_FILE, schema.Sets):
             write_json(store.folder / pending.SETS_FILE, score_sets(cell, metrics, self._real))

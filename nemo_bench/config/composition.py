@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import re
 import shlex
@@ -62,6 +63,7 @@ SCORING = (
 """Settings that may change when existing images are scored again."""
 SUBJECTS = ("method", "detector", "localizer", "region")
 """Groups of what is compared."""
+log = logging.getLogger(__name__)
 OTHER_WEIGHTS = {"model.source", "model.training", "model.unet"}
 """Settings by which a model has other weights than its file says."""
 OTHER_SHAPE = {"model.tokens", "model.size"}
@@ -150,6 +152,13 @@ def grid(
         check_values(config.settings)
     for (key, _), node in nodes.items():
         build(node, key)
+    if any(c.settings.strengths for c in configs) and not any(c.strength for c in configs):
+        names = ", ".join(dict.fromkeys(config.names.get("method", "") for config in configs))
+        log.warning(
+            "strengths=true changes nothing: of method=%s none has strengths that are not given; `nemo-bench ls method "
+            "NAME` shows them",
+            names,
+        )
     return configs
 
 
@@ -468,7 +477,7 @@ def _at_strength(config: CellConfig, setting: str, value: Any) -> CellConfig:
         replace(
             found,
             values={name: chosen for name, chosen in found.values.items() if name != setting},
-            given={**found.given, setting: value},
+            strength={setting: value},
         )
         if found.node == "method"
         else found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_bench.config.schema import is_within
@@ -26,6 +26,8 @@ class FamilySettings:
     #: Chosen settings; of an unknown family the file's defaults of all settings that differ by family.
     values: Mapping[str, Any]
     given: Mapping[str, Any]  #: Settings that the user gave instead.
+    #: The strength at which a method is run, of several, where it is not the chosen setting.
+    strength: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         source, values = f"for {self.family}", _listed(self.values)
@@ -35,8 +37,9 @@ class FamilySettings:
             values = "the defaults"
         chosen = f"{source}: {values}" if values else source
         given = f"; as given: {_listed(self.given)}" if self.given else ""
+        strength = f"; strength: {_listed(self.strength)}" if self.strength else ""
         inner = self.node.partition(".")[2]
-        return f"{inner} {chosen}{given}".strip()
+        return f"{inner} {chosen}{given}{strength}".strip()
 
 
 def _listed(settings: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
@@ -37,6 +37,8 @@ class Outcome:
     neurons: Neurons  #: Blocked neurons.
     noise: Path | None  #: Strip of noise differences.
     failed: Mapping[int, str]  #: Reasons of failed images by seed.
+    #: By metric of alignment, the mean score with the text of another prompt, without mitigation.
+    shuffled: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def seeds(self) -> list[int]:
@@ -383,7 +385,10 @@ def _outcomes(folder: Path, prompts: Sequence[Prompt]) -> dict[str, Outcome]:
     neurons = {prompt: found.neurons for prompt, found in store.read_localizations(folder, prompts).items()}
     strips = {r.prompt: folder / r.image for r in store.read_records(folder, MemorizationRecord).values() if r.image}
     scores: dict[str, dict[int | None, dict[str, float]]] = {}
+    shuffled: dict[str, dict[str, float]] = {}
     for score in store.read_records(folder, ScoreRecord).values():
+        if score.shuffled:
+            shuffled[score.prompt] = score.shuffled
         finite = {key: value for key, value in score.scores.items() if isfinite(value)}
         scores.setdefault(score.prompt, {})[score.seed] = finite
     images: dict[str, dict[int, Path]] = {}
@@ -400,6 +405,7 @@ def _outcomes(folder: Path, prompts: Sequence[Prompt]) -> dict[str, Outcome]:
             neurons=neurons.get(prompt.id, Neurons()),
             noise=strips.get(prompt.id),
             failed=failed.get(prompt.id, {}),
+            shuffled=shuffled.get(prompt.id, {}),
         )
         for prompt in prompts
     }

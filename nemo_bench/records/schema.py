@@ -134,6 +134,9 @@ class ScoreRecord(PromptRecord):
     scores: dict[str, float] = {}  #: By metric.
     #: Whether the metric's text encoder cut the prompt, for a prompt whose text was embedded.
     truncated: bool | None = None
+    #: Of a prompt without mitigation, by metric of alignment: mean over its images of their score with the text of
+    #: another prompt.
+    shuffled: dict[str, float] | None = None
     #: Reasons by metric.
     failed: dict[str, str] | None = None  # type: ignore[assignment] # one reason for each metric
 
@@ -527,7 +530,10 @@ class StrengthPoint(Entry):
     choosing_alignment: float | None = None  #: Alignment of the same.
     memorized: Aggregate | None = None  #: Memorized share of the prompts that are reported.
     alignment: Aggregate | None = None  #: Alignment of the same.
-    is_on_front: bool  #: Whether no cell of the model and prompts betters both of the latter.
+    #: By the latter two, each on a scale from 0 to 1: the part of the memorized share that is gone, times the part of
+    #: alignment that is left. 0 with nothing gained, 1 with nothing memorized and nothing lost.
+    score: float | None = None
+    is_on_front: bool  #: Whether no cell of the model and prompts betters both of memorized share and alignment.
 
 
 class StrengthCurve(Entry):
@@ -539,8 +545,8 @@ class StrengthCurve(Entry):
     prompts: str  #: Name of the prompt list.
     setting: str | None = None  #: What makes it milder or stronger.
     points: list[StrengthPoint]
-    #: Part of the unit square of memorized share and lost alignment, each as a part of what it is without mitigation,
-    #: that the points better: 0 where nothing is gained, 1 where nothing is memorized and nothing lost.
+    score: float | None = None  #: That of the chosen setting.
+    #: Part of the unit square of memorized share and lost alignment that the points better, of one point its score.
     area: float | None = None
     chosen: str | None = None  #: Its cell with the chosen setting; None for no mitigation.
     is_within: bool  #: Whether the memorized share of that is within the limit, on the prompts to choose by.
@@ -553,6 +559,9 @@ class Strengths(Entry):
 
     memorized: str  #: Metric of the memorized share.
     alignment: str  #: Metric of alignment.
+    #: By model, then by list of prompts: alignment of images without mitigation with the text of other prompts, where
+    #: no alignment is left. Without it there are no scores.
+    least_alignment: dict[str, dict[str, float]] = {}
     limit: float  #: Largest memorized share of a setting that is chosen for its alignment.
     share: float  #: Expected share of prompts to choose by, told from the others by a hash of their id.
     curves: list[StrengthCurve]

@@ -24,7 +24,7 @@ from nemo_bench.report.memsinks import has_sinks
 from nemo_bench.report.models import model_rows
 from nemo_bench.report.plots import axis_figures, plots, strength_curves
 from nemo_bench.report.selection import MEMORIZED, drawn
-from nemo_bench.report.strengths import strengths_of
+from nemo_bench.report.strengths import Compared, compared, strengths_of
 from nemo_bench.report.svg import looks
 from nemo_bench.report.templates import render
 from nemo_bench.report.texts import FOLDER, TEXTS
@@ -152,10 +152,13 @@ def _examples(results: Results, thumbnails: Mapping[str, Thumbnails]) -> list[di
     cells = {cell.name: cell for cell in results.cells}
     box = (SIZES[0].side, SIZES[0].side)
     examples = []
+    side_by_side = compared(results)
     for model in results.models:
         mitigated = [c for c in results.cells if c.model == model and c.summary.unmitigated in cells]
+        if side_by_side:
+            mitigated = [c for c in mitigated if c.name in side_by_side.cells]
         mitigated = [c for c in mitigated if c.spec.fitted is None] or mitigated
-        means = {c.name: values for c in mitigated if (values := c.prompt_means(key, MEMORIZED))}
+        means = {c.name: values for c in mitigated if (values := _of_prompts(c, key, side_by_side))}
         # What failed may be what would have been bad.
         complete = {name: v for name, v in means.items() if all(cells[name].is_complete(g, key) for g in MEMORIZED)}
         means = complete or means
@@ -171,13 +174,20 @@ def _examples(results: Results, thumbnails: Mapping[str, Thumbnails]) -> list[di
         for name, word in words.items():
             prompt = prompts[name]
             files = [("Training image", cell, path) for path in prompt.references[:1]]
-            for compared in (cells[cell.summary.unmitigated or ""], cell):
-                files += [(compared.short, compared, path) for path in [*compared.outcomes[name].images.values()][:1]]
+            for shown_cell in (cells[cell.summary.unmitigated or ""], cell):
+                first = [*shown_cell.outcomes[name].images.values()][:1]
+                files += [(shown_cell.short, shown_cell, path) for path in first]
             pictures = [(caption, thumbnails[of.name](path, box)) for caption, of, path in files]
             address = _address(results, cell, prompt)
             shown.append({"word": word, "prompt": prompt, "address": address, "mean": own[name], "pictures": pictures})
         examples.append({"cell": cell, "metric": key, "prompts": shown})
     return examples
+
+
+def _of_prompts(cell: CellResults, key: str, side_by_side: Compared | None) -> dict[str, float]:
+    """A metric of the memorized prompts of a cell, at several strengths of those that no setting was chosen by."""
+    means = cell.prompt_means(key, MEMORIZED)
+    return {name: value for name, value in means.items() if side_by_side is None or name in side_by_side.prompts}
 
 
 def _address(results: Results, cell: CellResults, prompt: Prompt) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
@@ -23,6 +24,32 @@ SHARE = 0.5
 def chooses(prompt: str) -> bool:
     """Whether a prompt is one to choose settings by, and so not reported; it depends on its id alone."""
     return int(digest(prompt), 16) % 2 == 0
+
+
+class Scale(NamedTuple):
+    """The unit square of a model and its prompts, without mitigation at (1, 0)."""
+
+    memorized: float  #: Memorized share without mitigation.
+    alignment: float  #: Alignment without mitigation, of which nothing is lost.
+    least: float  #: Alignment with the text of other prompts, where all is lost.
+
+    @classmethod
+    def of(cls, unmitigated: Sequence[Sequence[float]] | None, least: float | None) -> Scale | None:
+        """The scale by means of each prompt; None where an end is not known, or nothing is between the ends."""
+        if not unmitigated or least is None:
+            return None
+        memorized, alignment = map(fmean, unmitigated)
+        return cls(memorized, alignment, least) if memorized > 0 and alignment > least else None
+
+    def place(self, memorized: float, alignment: float) -> tuple[float, float]:
+        """Memorized share and lost alignment, as parts of what there is without mitigation.
+
+        Example:
+            >>> Scale(memorized=0.8, alignment=0.30, least=0.10).place(0.4, 0.25)
+            (0.5, 0.25)
+        """
+        lost = (self.alignment - alignment) / (self.alignment - self.least)
+        return memorized / self.memorized, round(min(1.0, max(0.0, lost)), 12)
 
 
 class Choice(NamedTuple):
@@ -77,14 +104,51 @@ def strengths_of(results: Results) -> Strengths | None:
         return None
     keys = (rates[0], alignment)
     curves = []
+    least: dict[str, dict[str, float]] = {}
     for model in results.models:
         for prompts in results.prompt_lists:
             cells = [cell for cell in results.cells if (cell.model, cell.spec.prompts) == (model, prompts)]
-            curves += _curves(results, cells, keys)
-    return Strengths(memorized=keys[0], alignment=keys[1], limit=MOST_MEMORIZED, share=SHARE, curves=curves)
+            lowest = _least_alignment(cells, alignment)
+            if lowest is not None:
+                least.setdefault(model, {})[prompts] = lowest
+            curves += _curves(results, cells, keys, lowest)
+    return Strengths(
+        memorized=keys[0], alignment=keys[1], least_alignment=least, limit=MOST_MEMORIZED, share=SHARE, curves=curves
+    )
 
 
-def _curves(results: Results, cells: Sequence[CellResults], keys: tuple[str, str]) -> list[StrengthCurve]:
+@dataclass(frozen=True)
+class Compared:
+    """What of a run at several strengths is compared side by side."""
+
+    cells: frozenset[str]  #: Cells without mitigation, and of each method that of the chosen setting.
+    prompts: frozenset[str]  #: Prompts by which no setting was chosen, those that are not memorized among them.
+
+
+def compared(results: Results) -> Compared | None:
+    """What of a run is compared side by side; None where that is all of it, as without strengths."""
+    strengths = strengths_of(results)
+    if strengths is None:
+        return None
+    cells = {c.chosen or point.cell for c in strengths.curves for point in c.points if c.chosen or c.method == "none"}
+    prompts = {p.id for cell in results.cells for p in cell.prompts if not (p.kind and chooses(p.id))}
+    return Compared(frozenset(cells), frozenset(prompts))
+
+
+def _least_alignment(cells: Sequence[CellResults], key: str) -> float | None:
+    """Alignment of unmitigated images with the text of other prompts, over memorized prompts that are reported."""
+    for cell in (cell for cell in cells if cell.method == "none"):
+        prompts = [prompt.id for prompt in cell.prompts if prompt.kind and not chooses(prompt.id)]
+        values = [cell.outcomes[name].shuffled.get(key) for name in prompts]
+        known = [value for value in values if value is not None]
+        if known and len(known) == len(values):
+            return fmean(known)
+    return None
+
+
+def _curves(
+    results: Results, cells: Sequence[CellResults], keys: tuple[str, str], least: float | None
+) -> list[StrengthCurve]:
     """The curves of cells of one model and list of prompts; nothing is chosen of those without mitigation."""
     ids = {prompt.id for cell in cells for prompt in cell.prompts if prompt.kind}
     scored = {i for i in ids if any(i in cell.outcomes and cell.outcomes[i].values(keys[0]) for cell in cells)}
@@ -98,6 +162,10 @@ def _curves(results: Results, cells: Sequence[CellResults], keys: tuple[str, str
         strength = results.run.strengths.get(alike[0].name)
         numbers = [(fmean(m[0]), fmean(m[1])) if (m := to_choose[cell.name]) else None for cell in alike]
         choice = choose(numbers) if alike[0].method != "none" else None
+        scale = Scale.of(shown.get(alike[0].summary.unmitigated or ""), least)
+        places = [
+            scale.place(fmean(s[0]), fmean(s[1])) if scale and (s := shown[cell.name]) else None for cell in alike
+        ]
         points = [
             StrengthPoint(
                 cell=cell.name,
@@ -106,10 +174,12 @@ def _curves(results: Results, cells: Sequence[CellResults], keys: tuple[str, str
                 choosing_alignment=fmean(m[1]) if m else None,
                 memorized=_aggregate(s[0]) if (s := shown[cell.name]) else None,
                 alignment=_aggregate(s[1]) if s else None,
+                score=None if place is None else area([place]),
                 is_on_front=cell.name in best,
             )
-            for cell in alike
+            for cell, place in zip(alike, places, strict=True)
         ]
+        known_places = [place for place in places if place is not None]
         curves.append(
             StrengthCurve(
                 label=" · ".join(_common([cell.label.split(" · ") for cell in alike])),
@@ -118,7 +188,8 @@ def _curves(results: Results, cells: Sequence[CellResults], keys: tuple[str, str
                 prompts=alike[0].spec.prompts,
                 setting=strength.setting if strength else None,
                 points=points,
-                area=_area(points, shown.get(alike[0].summary.unmitigated or "")),
+                score=points[choice.place].score if choice else None,
+                area=area(known_places) if known_places else None,
                 chosen=points[choice.place].cell if choice else None,
                 is_within=bool(choice and choice.is_within),
                 choosing_prompts=len(own),
@@ -168,12 +239,3 @@ def _common(labels: Sequence[Sequence[str]]) -> list[str]:
 def _aggregate(means: Sequence[float]) -> Aggregate:
     low, high = bootstrap_interval(np.array(means))
     return Aggregate(mean=fmean(means), low=low, high=high, prompts=len(means))
-
-
-def _area(points: Sequence[StrengthPoint], unmitigated: Sequence[Sequence[float]] | None) -> float | None:
-    """The area over memorized share and lost alignment, as parts of those without mitigation; None without these."""
-    if not unmitigated or min(before := [fmean(means) for means in unmitigated]) <= 0:
-        return None
-    share, alignment = before
-    known = [(p.memorized.mean, p.alignment.mean) for p in points if p.memorized and p.alignment]
-    return area([(x / share, max(0.0, 1 - y / alignment)) for x, y in known]) if known else None

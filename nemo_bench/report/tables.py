@@ -6,6 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Callable, Sequence
+from statistics import fmean
 
 import numpy as np
 
@@ -15,13 +16,13 @@ from nemo_bench.records.results import CellResults, Results
 from nemo_bench.records.schema import Aggregate, AxisRow, Collateral, Leaderboard, LeaderboardRow, Paired, Strengths
 from nemo_bench.records.statistics import GROUPS, holm, paired
 from nemo_bench.report.axes import axes_of, measures_of
-from nemo_bench.report.strengths import strengths_of
+from nemo_bench.report.strengths import Compared, compared, strengths_of
 from nemo_bench.report.texts import TEXTS
 
 _LEVELS = (0.05, 0.01, 0.001)
 _SEARCHED = ("passed_gate", "exhausted")
 _ABOUT = ("cell", "label", "model", "method", "prompts", "group", "n_prompts", *_SEARCHED)
-_OF_STRENGTH = ("setting", "value", "area", "chosen", "front")
+_OF_STRENGTH = ("setting", "value", "score", "area", "chosen", "front")
 _NUMBERS = [name for name in Aggregate.model_fields if name != "paired"]
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -70,19 +71,24 @@ def _best(results: Results, cells: Sequence[CellResults], group: str) -> dict[st
     """By cell, metrics with the best mean of those that lack no value, and p of the paired test against the runner-up.
 
     Cells of the same model and prompts are compared; p is 1 where there is nothing to pair. Methods that were fitted on
-    training images are left out: they have seen what the others are judged by.
+    training images are left out: they have seen what the others are judged by. At several strengths the chosen setting
+    of each method is compared, on prompts that none was chosen by.
     """
+    side_by_side = compared(results)
     best: dict[str, dict[str, float]] = {cell.name: {} for cell in cells}
     comparable: dict[tuple[str, str], list[CellResults]] = {}
     for cell in (cell for cell in cells if cell.spec.fitted is None):
+        if side_by_side and cell.name not in side_by_side.cells:
+            continue
         comparable.setdefault((cell.model, cell.spec.prompts), []).append(cell)
     directed = [(key, info.higher_is_better) for key, info in results.metrics.items()]
     for key, higher in ((key, higher) for key, higher in directed if higher is not None):
         for alike in comparable.values():
             means = {
-                cell.name: cell.summary.aggregates[group][key].mean
+                cell.name: mean
                 for cell in alike
-                if key in cell.summary.aggregates[group] and cell.is_complete(group, key)
+                if cell.is_complete(group, key)
+                and (mean := _compared_mean(results, cell, group, key, side_by_side)) is not None
             }
             ranking = sorted((c for c in alike if c.name in means), key=lambda c: means[c.name], reverse=higher)
             if not ranking or means[ranking[0].name] == means[ranking[-1].name]:
@@ -92,9 +98,21 @@ def _best(results: Results, cells: Sequence[CellResults], group: str) -> dict[st
                     break
                 own = cell.prompt_means(key, [group])
                 its = ranking[0 if place else 1].prompt_means(key, [group])
-                differences = [own[prompt] - its[prompt] for prompt in own if prompt in its]
+                prompts = own.keys() & its.keys() & (side_by_side.prompts if side_by_side else own.keys())
+                differences = [own[prompt] - its[prompt] for prompt in own if prompt in prompts]
                 best[cell.name][key] = paired(np.array(differences)).p if differences else 1.0
     return best
+
+
+def _compared_mean(
+    results: Results, cell: CellResults, group: str, key: str, side_by_side: Compared | None
+) -> float | None:
+    """The mean that cells are compared by; of a metric of whole sets, which no prompts can be taken from, all count."""
+    if side_by_side is None or results.metrics[key].per == "set":
+        value = cell.summary.aggregates[group].get(key)
+        return value.mean if value else None
+    means = [mean for prompt, mean in cell.prompt_means(key, [group]).items() if prompt in side_by_side.prompts]
+    return fmean(means) if means else None
 
 
 def is_clear(row: LeaderboardRow, metric: str) -> bool:
@@ -153,6 +171,7 @@ def notes(results: Results, rows: Sequence[LeaderboardRow], clear: str, unclear:
         "best": any(row.best for row in rows),
         "searches": any(cell.summary.localization for cell in results.cells),
         "significance": any(value.paired for row in rows for value in row.metrics.values()),
+        "strengths": any(row.best for row in rows) and compared(results) is not None,
         "collateral": any(row.collateral for row in rows),
         "failed": any(row.failed.total for row in rows),
     }
@@ -196,13 +215,16 @@ def strength_lines(results: Results, strengths: Strengths, *, only_chosen: bool)
     """The settings of every method as texts, or no mitigation and the chosen ones: titles, then a line for each."""
     keys = (strengths.memorized, strengths.alignment)
     titles = [f"{results.metrics[key].title} {results.metrics[key].arrow}" for key in keys]
-    lines = [["Method", "Setting", "Chosen by: memorized", "Chosen by: alignment", *titles, "Area ↑", "Front"]]
+    lines = [
+        ["Method", "Setting", "Chosen by: memorized", "Chosen by: alignment", "Score ↑", *titles, "Area ↑", "Front"]
+    ]
     for curve in strengths.curves:
         for point in curve.points:
             is_chosen = point.cell == curve.chosen
             if only_chosen and not is_chosen and curve.method != "none":
                 continue
-            words = [f"{curve.setting} {point.value}"] if curve.setting else []
+            value = "unset" if point.value is None else point.value
+            words = [f"{curve.setting} {value}"] if curve.setting else []
             words += ["chosen"] * (is_chosen and not only_chosen)
             words += ["above the limit"] * (is_chosen and not curve.is_within)
             by = (point.choosing_memorized, point.choosing_alignment)
@@ -211,8 +233,9 @@ def strength_lines(results: Results, strengths: Strengths, *, only_chosen: bool)
             for key, value in zip(keys, shown, strict=True):
                 low, high = ("", "") if value is None else _ends(results, key, value)
                 numbers.append(f"{number(results, key, value.mean)} [{low}, {high}]" if value else "–")
-            area = "–" if curve.area is None else f"{curve.area:.3f}"
-            lines.append([curve.label, ", ".join(words) or "–", *numbers, area, "yes" if point.is_on_front else "–"])
+            score, area = ("–" if value is None else f"{value:.3f}" for value in (point.score, curve.area))
+            front = "yes" if point.is_on_front else "–"
+            lines.append([curve.label, ", ".join(words) or "–", *numbers[:2], score, *numbers[2:], area, front])
     return lines
 
 
@@ -220,7 +243,10 @@ def strengths_note(results: Results, strengths: Strengths) -> str:
     """How settings were chosen, and what the numbers are over."""
     counts = {(curve.choosing_prompts, curve.prompts_reported) for curve in strengths.curves}
     own, others = (" or ".join(map(str, sorted(of))) for of in zip(*counts, strict=True))
+    least = [value for of_model in strengths.least_alignment.values() for value in of_model.values()]
+    ends = " or ".join(dict.fromkeys(f"{value:.3f}" for value in least))
     return str(TEXTS["strengths"]["note"]).format(
+        score=TEXTS["strengths"]["score" if least else "no_score"].format(least=ends),
         alignment=results.metrics[strengths.alignment].title,
         limit=f"{strengths.limit:.0%}",
         share=f"{strengths.share:.0%}",
@@ -397,7 +423,14 @@ def _of_strengths(results: Results) -> dict[str, list[object]]:
     """By cell, what the CSV says of its strength; nothing for a run without strengths."""
     strengths = strengths_of(results)
     return {
-        point.cell: [curve.setting, point.value, curve.area, point.cell == curve.chosen, point.is_on_front]
+        point.cell: [
+            curve.setting,
+            point.value,
+            point.score,
+            curve.area,
+            point.cell == curve.chosen,
+            point.is_on_front,
+        ]
         for curve in (strengths.curves if strengths else ())
         for point in curve.points
     }

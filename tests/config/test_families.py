@@ -112,6 +112,14 @@ def test_a_setting_that_is_given_is_the_only_strength() -> None:
     assert "strengths" not in cells[-1].settings.method["source"]
 
 
+def test_strengths_that_no_method_has_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    grid(["method=none,nemo", "strengths=true"])
+    assert not caplog.records
+    grid(["method=none,random", "strengths=true"])
+    (record,) = caplog.records
+    assert "strengths=true changes nothing: of method=none, random none has strengths" in record.getMessage()
+
+
 def test_a_setting_of_a_file_that_begins_with_another_is_the_only_strength(own: Path) -> None:
     (own / "method" / "mild.yaml").write_text("defaults: [nemo, _self_]\nfactor: 0.7\n")
     (own / "method" / "same.yaml").write_text("defaults: [nemo, _self_]\ntheta: 4\n")
@@ -121,7 +129,7 @@ def test_a_setting_of_a_file_that_begins_with_another_is_the_only_strength(own: 
 
 def test_what_is_said_of_the_family_is_true_at_every_strength() -> None:
     mild, own, _ = grid(["method=embedding_noise", "strengths=true"])
-    assert str(*mild.families) == "for planted: the defaults; as given: scale=1.6"
+    assert str(*mild.families) == "for planted: the defaults; strength: scale=1.6"
     assert own == replace(grid(["method=embedding_noise"])[0], settings=own.settings, strength=own.strength)
 
 

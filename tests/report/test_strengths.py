@@ -16,6 +16,7 @@ from nemo_bench.records.results import CellResults, Outcome, Results, load_resul
 from nemo_bench.records.schema import Leaderboard, MetricInfo, Strength, StrengthCurve
 from nemo_bench.report import write_report
 from nemo_bench.report.strengths import Choice, area, choose, chooses, strengths_of
+from nemo_bench.report.tables import leaderboard, strengths_note
 from tags import Tags
 
 NAMES = [f"p-{i}" for i in range(40)]
@@ -26,6 +27,8 @@ STRENGTH = Strength(setting="scale", values=[1, 2, 4])
 PAIR = tuple[float, float]
 BEFORE: tuple[PAIR, PAIR] = ((0.9, 0.30), (0.8, 0.40))
 """Memorized share and alignment without mitigation: of the prompts to choose by, and of those that are reported."""
+LEAST = 0.20
+"""Alignment of its images with the text of other prompts."""
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +60,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Results:
 def with_scores(base: Results, numbers: dict[str, tuple[PAIR, PAIR]]) -> Results:
     """The run with scores by method or scale: of each prompt to choose by, and of each that is reported."""
 
-    def outcome(prompt: str, old: Outcome, pairs: tuple[PAIR, PAIR]) -> Outcome:
+    def outcome(prompt: str, old: Outcome, pairs: tuple[PAIR, PAIR], shuffled: dict[str, float]) -> Outcome:
         share, alignment = pairs[prompt in REPORTED]
-        return replace(old, scores={seed: {"memorized": share, "alignment": alignment} for seed in old.seeds})
+        scores = {seed: {"memorized": share, "alignment": alignment} for seed in old.seeds}
+        return replace(old, scores=scores, shuffled=shuffled)
 
     def changed(cell: CellResults) -> CellResults:
         key = str(cell.spec.settings["method"].get("scale", cell.method))
-        own = numbers.get(key, BEFORE)
-        return replace(cell, outcomes={name: outcome(name, old, own) for name, old in cell.outcomes.items()})
+        own, shuffled = numbers.get(key, BEFORE), {"alignment": LEAST} if cell.method == "none" else {}
+        return replace(cell, outcomes={name: outcome(name, old, own, shuffled) for name, old in cell.outcomes.items()})
 
     return replace(base, cells=tuple(map(changed, base.cells)))
 
@@ -93,12 +97,15 @@ def test_curves_choice_front_and_area_are_those_computed_by_hand(base: Results) 
         assert (own, other) == (pytest.approx(NUMBERS[key][0]), pytest.approx(NUMBERS[key][1]))
     # The second has the better alignment of the two that memorize at most 10%.
     assert (noise.chosen, noise.is_within) == (noise.points[1].cell, True)
-    # As parts of no mitigation (0.5, 0), (0.25, 0.25) and (0, 0.75): strips from the strongest to the mildest.
-    assert noise.area == pytest.approx(1.0 * 0.25 + 0.75 * 0.5 + 0.5 * 0.25)
+    # Of the share 0.5, 0.25 and 0 is left, of alignment all, half and nothing: 0.40, 0.30 and 0.10 from 0.40 to 0.20.
+    assert [p.score for p in noise.points] == pytest.approx([0.5, 0.75 * 0.5, 0.0])
+    assert noise.score == pytest.approx(0.375)
+    # Strips from the second to the mildest.
+    assert noise.area == pytest.approx(0.75 * 0.5 + 0.5 * 0.5)
     fix = curves["Padding fix"]
     assert (fix.setting, [point.value for point in fix.points]) == (None, [None])
     assert (fix.chosen, fix.is_within) == (fix.points[0].cell, False)
-    assert fix.area == pytest.approx(0.5 * 0.9)
+    assert fix.area == fix.score == pytest.approx(0.5 * 0.8)
     assert [p.is_on_front for p in (*noise.points, *fix.points)] == [True, True, True, False]
     assert curves["No mitigation"].chosen is None
     assert (noise.choosing_prompts, noise.prompts_reported) == (2, 2)
@@ -133,7 +140,39 @@ def test_a_setting_with_a_failed_image_is_not_chosen_and_not_on_the_front(base: 
     assert to_choose.points[1].choosing_memorized is None
     assert reported.chosen == reported.points[1].cell
     assert (reported.points[1].memorized, reported.points[1].is_on_front) == (None, False)
-    assert reported.area == pytest.approx(1.0 * 0.25 + 0.5 * 0.75)
+    assert (reported.points[1].score, reported.score) == (None, None)
+    assert reported.area == pytest.approx(0.5)
+
+
+def test_without_alignment_with_other_prompts_there_is_no_score(base: Results) -> None:
+    results = with_scores(base, NUMBERS)
+    bare = [
+        replace(cell, outcomes={name: replace(old, shuffled={}) for name, old in cell.outcomes.items()})
+        for cell in results.cells
+    ]
+    strengths = strengths_of(replace(results, cells=tuple(bare)))
+    assert strengths is not None
+    assert {(curve.score, curve.area) for curve in strengths.curves} == {(None, None)}
+    assert [c.chosen for c in strengths.curves] == [c.chosen for c in curves_of(results).values()]
+    assert "No score and no area" in strengths_note(results, strengths)
+
+
+def test_best_marks_and_examples_are_of_chosen_settings_on_reported_prompts(base: Results) -> None:
+    # The strongest is the best of all by its share, and the padding fix the best on the prompts to choose by.
+    numbers = {**NUMBERS, "fix": ((0.11, 0.45), (0.4, 0.36))}
+    results = with_scores(base, numbers)
+    rows = {row.label: row for row in leaderboard(results) if row.group == "VM"}
+    best = {key: [label for label, row in rows.items() if key in row.best] for key in ("memorized", "alignment")}
+    assert best == {"memorized": ["Noise · scale 2"], "alignment": ["No mitigation"]}
+    section = write_report(results).read_text(encoding="utf-8")
+    section = section[section.index('<section id="examples"') :]
+    text = Tags(section[: section.index("</section>")]).text
+    assert "Noise · scale 2, the best mitigation" in " ".join(text.split())
+    assert all(name in text for name in REPORTED)
+    assert not any(f"{name}:" in text for name in CHOOSING)
+    without = replace(results, run=results.run.model_copy(update={"strengths": {}}))
+    rows = {row.label: row for row in leaderboard(without) if row.group == "VM"}
+    assert not any("memorized" in rows[name].best for name in ("Noise · scale 2", "Padding fix"))
 
 
 def test_other_runs_have_no_strengths(base: Results, page: str) -> None:
@@ -149,13 +188,13 @@ def test_all_files_of_a_report_have_the_chosen_settings(base: Results) -> None:
     page = write_report(results).read_text(encoding="utf-8")
     section = page[page.index('<section id="strengths"') : page.index('<section id="tradeoffs"')]
     words = " ".join(Tags(section).text.split())
-    assert "Noisescale 20.1000.2700.200 [0.200, 0.200]0.300 [0.300, 0.300]0.750yes" in words
-    assert "Padding fixabove the limit0.3000.3100.400" in words
+    assert "Noisescale 20.1000.2700.3750.200 [0.200, 0.200]0.300 [0.300, 0.300]0.625yes" in words
+    assert "Padding fixabove the limit0.3000.3100.4000.400" in words
     assert "at most 10% on the prompts to choose by" in words
     assert "here 2 of them) or is reported (here 2)" in words
     (chosen, every) = re.findall(r"<tbody>.*?</tbody>", section, re.DOTALL)
     assert (chosen.count("<tr>"), every.count("<tr>")) == (3, 5)
-    assert "No mitigation–0.9000.3000.800" in words
+    assert "No mitigation–0.9000.3000.0000.800" in words
     assert set(re.findall(r">(Noise|Padding fix|No mitigation)</text>", section)) == {
         "Noise",
         "Padding fix",
@@ -163,7 +202,10 @@ def test_all_files_of_a_report_have_the_chosen_settings(base: Results) -> None:
     }
     text = (results.folder / "leaderboard.md").read_text()
     assert "## Chosen settings" in text
-    assert "| Noise | scale 2 | 0.100 | 0.270 | 0.200 [0.200, 0.200] | 0.300 [0.300, 0.300] | 0.750 | yes |" in text
+    assert (
+        "| Noise | scale 2 | 0.100 | 0.270 | 0.375 | 0.200 [0.200, 0.200] | 0.300 [0.300, 0.300] | 0.625 | yes |"
+        in text
+    )
     assert r"Noise & scale 2 & 0.100 & 0.270" in (results.folder / "leaderboard.tex").read_text()
     board = Leaderboard.model_validate_json((results.folder / "leaderboard.json").read_text())
     assert board.strengths == strengths_of(results)

@@ -22,7 +22,7 @@ from nemo_bench.metrics import BenchMetric, ImageSpace, NearestTrainingImage, Ne
 from nemo_bench.metrics.similarity import ReferenceMetric
 from nemo_bench.metrics.spaces import Pool
 from nemo_bench.prompts.tasks import Task
-from nemo_bench.records.data import Neurons
+from nemo_bench.records.data import Neurons, Prompt
 from nemo_bench.records.images import open_image
 from nemo_bench.records.io import batched, digest
 from nemo_bench.records.schema import ChunkRecord, ImageRecord, ScoreRecord
@@ -183,13 +183,17 @@ class Scorer:
     Args:
         metrics: Metrics by name.
         references: Reference images of all prompts.
+        shuffled: By prompt id the text of another prompt, with which alignment is measured as well.
     """
 
-    def __init__(self, metrics: Mapping[str, BenchMetric], references: References) -> None:
+    def __init__(
+        self, metrics: Mapping[str, BenchMetric], references: References, shuffled: Mapping[str, str] | None = None
+    ) -> None:
         self.metrics = {name: metric for name, metric in metrics.items() if metric.per != "set"}
         self.set_spaces = set_spaces(metrics.values())
         self.whole_sets = {n: digest(m.space.fingerprint()) for n, m in metrics.items() if isinstance(m, SetMetric)}
         self.references = references
+        self.shuffled = shuffled or {}
 
     def __call__(self, stage: Stage, samples: Sequence[PromptSample] | StoreError) -> list[ScoreRecord]:
         """The records of what :class:`SampleReader` read."""
@@ -230,11 +234,29 @@ class Scorer:
             save_tensors(stage.store.folder / whole["file"], features)
             finite = {name: bool(vectors.isfinite().all()) for name, vectors in features.items()}
             of_prompt |= {name: math.nan for name, space in self.whole_sets.items() if not finite[space]}
+        if shuffled := self._shuffled(sample, stage.device):
+            whole["shuffled"] = shuffled
         records = [
             ScoreRecord(id=image.id, prompt=prompt.id, seed=image.seed, **_finite_scores(scores))
             for image, scores in zip(sample.images, of_images, strict=True)
         ]
         return [*records, ScoreRecord(id=sample.task.id, prompt=prompt.id, **whole, **_finite_scores(of_prompt))]
+
+    def _shuffled(self, sample: PromptSample, device: torch.device) -> dict[str, float]:
+        """By metric of alignment, the mean score of the images with the text of another prompt."""
+        other = self.shuffled.get(sample.task.prompt.id)
+        means: dict[str, float] = {}
+        for name, metric in self.metrics.items() if other is not None and sample.images else ():
+            if (
+                metric.family == "alignment"
+                and metric.needs == {"images", "text"}
+                and isinstance(metric.space, OpenClip)
+            ):
+                text, _ = metric.space.embed_text(str(other), device)
+                scores = metric.score(images=sample.field("images", metric.space, device), text=text)
+                if bool(scores.isfinite().all()):
+                    means[name] = round(float(scores.mean()), 6)
+        return means
 
     def _has(self, sample: PromptSample, field: str) -> bool:
         return bool(self.references.files and sample.images) if field == "pool" else sample.has(field)
@@ -297,6 +319,19 @@ class Scorer:
                 known[:, own] = self._comparisons(sample, space, device)
             parts.append(known)
         return torch.cat(parts)
+
+
+def shuffled_texts(prompts: Sequence[Prompt]) -> dict[str, str]:
+    """By prompt id the text of another prompt, one half of the list further on; none of a list without another text."""
+    texts = [prompt.text for prompt in prompts]
+    half = len(texts) // 2
+    found = {}
+    for place, prompt in enumerate(prompts):
+        others = (texts[(place + half + step) % len(texts)] for step in range(len(texts)))
+        other = next((text for text in others if text != prompt.text), None)
+        if other is not None:
+            found[prompt.id] = other
+    return found
 
 
 def _groups(metric: BenchMetric, samples: Sequence[PromptSample]) -> list[list[PromptSample]]:

@@ -14,7 +14,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nemo_bench.benchmark.stages.base import Chunk, Stage
-from nemo_bench.benchmark.stages.score import References, SampleReader, Scorer, embed_real, read_features, set_spaces
+from nemo_bench.benchmark.stages.score import (
+    References,
+    SampleReader,
+    Scorer,
+    embed_real,
+    read_features,
+    set_spaces,
+    shuffled_texts,
+)
 from nemo_bench.errors import ConfigError
 from nemo_bench.metrics import (
     FID,
@@ -146,6 +154,27 @@ def test_images_that_failed_are_left_out_and_a_prompt_without_any_has_no_score(
     assert found["b"].scores == {"score": 0.5}
     assert found["b"].file is None
     assert set(found["a"].scores) == {"diversity"}
+
+
+def test_shuffled_texts_are_those_of_other_prompts() -> None:
+    prompts = [Prompt(name, text) for name, text in zip("abcd", ["one", "two", "one", "three"], strict=True)]
+    assert shuffled_texts(prompts) == {"a": "three", "b": "three", "c": "two", "d": "two"}
+    assert shuffled_texts(prompts[:1]) == {}
+
+
+def test_alignment_is_measured_with_the_text_of_another_prompt(
+    tmp_path: Path, store: Store, prompts: list[Prompt], images: list[ImageRecord]
+) -> None:
+    metric = Alignment(clip(tmp_path))
+    reader = SampleReader([metric], store.folder, images)
+    samples = reader([Task.of_prompt(prompts[0])])
+    stage = Stage(Scorer({}, References()), ScoreRecord, store)
+    (*_, other) = Scorer({"alignment": metric}, References(), {"a": "a text"})(stage, samples)
+    again = reader([Task.of_prompt(prompts[0]._replace(text="a text"))])
+    (*own, plain) = Scorer({"alignment": metric}, References())(stage, again)
+    expected = np.mean([record.scores["alignment"] for record in own])
+    assert other.shuffled == {"alignment": pytest.approx(expected, abs=1e-5)}
+    assert plain.shuffled is None
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
