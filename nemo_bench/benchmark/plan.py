@@ -295,7 +295,9 @@ class Planner:
 
     def _miss(self, kind: str, what: str, error: NemoBenchError) -> None:
         self._errors.append(error)
-        self.needs[kind, what] = Need(kind, what, "missing", str(error))
+        # What it is of stands beside it, and what lacks the same for the same reason is named together.
+        note = str(error).removeprefix(f"model '{what}': ").removeprefix(f"{what}: ")
+        self.needs[kind, what] = Need(kind, what, "missing", note)
 
     def _cell(self, config: CellConfig, kind: type[PromptRecord] = ImageRecord) -> Cell | None:
         """The cell of a config, with those of its sources; None where any file that it needs is missing.

@@ -85,7 +85,7 @@ class FittedWeights(FittedMethod):
         return {"keep": digest([[[p.id, p.text] for p in side] + [references_digest(side)] for side in sides])}
 
     def kept_passes(self, prompts: Sequence[Prompt], image: int) -> int:
-        """UNet passes that pictures to keep take, given those of an image: they are generated where no file is there."""
+        """UNet passes of pictures to keep, given those of an image: they are generated where no file is there."""
         kept, _ = self.sides(prompts)
         return 0 if any(prompt.references for prompt in kept) else len(kept) * image
 

@@ -25,6 +25,7 @@ from nemo_bench.methods.fitted_weights import (
     reference_pictures,
 )
 from nemo_bench.records.citations import cite
+from nemo_bench.records.data import Prompt
 from nemo_bench.records.io import batched, seed_of
 from nemo_bench.records.ranges import Count, Index, Positive, Share
 

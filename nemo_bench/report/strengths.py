@@ -162,7 +162,8 @@ def _curves(
         strength = results.run.strengths.get(alike[0].name)
         numbers = [(fmean(m[0]), fmean(m[1])) if (m := to_choose[cell.name]) else None for cell in alike]
         choice = choose(numbers) if alike[0].method != "none" else None
-        scale = Scale.of(shown.get(alike[0].summary.unmitigated or ""), least)
+        unmitigated = alike[0].name if alike[0].method == "none" else alike[0].summary.unmitigated
+        scale = Scale.of(shown.get(unmitigated or ""), least)
         places = [
             scale.place(fmean(s[0]), fmean(s[1])) if scale and (s := shown[cell.name]) else None for cell in alike
         ]
