@@ -140,6 +140,7 @@ class Unlearning(FittedWeights):
     def least_passes(self, prompts: Sequence[Prompt], image: int) -> int:
         return self.kept_passes(prompts, image) + self.updates * self.batch * PASSES[self.loss]
 
+
 class UnlearningFit(Fit):
     """The updates of one fit; each is drawn by its number alone, so that a resumed fit is the same."""
 
