@@ -167,7 +167,8 @@ def test_best_marks_and_examples_are_of_chosen_settings_on_reported_prompts(base
     section = write_report(results).read_text(encoding="utf-8")
     section = section[section.index('<section id="examples"') :]
     text = Tags(section[: section.index("</section>")]).text
-    assert "Noise · scale 2, the best mitigation" in " ".join(text.split())
+    words = "Noise · scale 2, the best mitigation by Memorized of those at their chosen settings"
+    assert words in " ".join(text.split())
     assert all(name in text for name in REPORTED)
     assert not any(f"{name}:" in text for name in CHOOSING)
     without = replace(results, run=results.run.model_copy(update={"strengths": {}}))
