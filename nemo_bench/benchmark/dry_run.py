@@ -245,7 +245,7 @@ def _cost(cell: Cell, pending: dict[str, int], model: CostModel, begun: set[Path
         folder = cell.fitted.folder
         if folder not in begun and not (folder / FITTED).is_file():
             begun.add(folder)
-            passes["fit"] = method.least_passes(cell.prompts, passes_of_image(settings.model))
+            passes["fit"] = method.least_passes(cell.originals, passes_of_image(settings.model))
             at_least |= not passes["fit"]
     return {
         "cell": cell.id,

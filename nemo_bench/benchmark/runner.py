@@ -444,7 +444,7 @@ class Runner:
         workers = settings.workers
         if self._references.files != tuple(pool):
             self._references = References(pool)
-        shuffled = {} if cell.is_mitigated else shuffled_texts(cell.prompts)
+        shuffled = {} if cell.is_mitigated else shuffled_texts(cell.originals)
         handle = Scorer(metrics, self._references, shuffled)
         self.run_stage(schema.ScoreRecord, handle, cell, tasks, size, needs_model=False, read=reader, workers=workers)
         if is_main() and not is_whole(store.folder / pending.SETS_FILE, schema.Sets):

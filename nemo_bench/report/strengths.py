@@ -122,7 +122,9 @@ class Compared:
     """What of a run at several strengths is compared side by side."""
 
     cells: frozenset[str]  #: Cells without mitigation, and of each method that of the chosen setting.
-    prompts: frozenset[str]  #: Prompts by which no setting was chosen, those that are not memorized among them.
+    prompts: frozenset[
+        str
+    ]  #: Prompts by which no setting was chosen, nor by what they vary; those that are not memorized among them.
 
 
 def compared(results: Results) -> Compared | None:
@@ -131,7 +133,8 @@ def compared(results: Results) -> Compared | None:
     if strengths is None:
         return None
     cells = {c.chosen or point.cell for c in strengths.curves for point in c.points if c.chosen or c.method == "none"}
-    prompts = {p.id for cell in results.cells for p in cell.prompts if not (p.kind and chooses(p.id))}
+    every = [prompt for cell in results.cells for prompt in cell.prompts]
+    prompts = {p.id for p in every if not (p.kind or p.variant_of) or not chooses(p.variant_of or p.id)}
     return Compared(frozenset(cells), frozenset(prompts))
 
 
