@@ -12,9 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from nemo_bench.detectors.base import Detector, DetectorScore, Observed, View
-from nemo_bench.diffusion import Diffusion
+from nemo_bench.diffusion import FAMILIES, Diffusion
 from nemo_bench.diffusion.dimension import intrinsic_dimension, noise_along, probes
-from nemo_bench.diffusion.noise import clean_latents
 from nemo_bench.diffusion.schedule import NOISE_STEPS
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
@@ -33,11 +32,15 @@ class IntrinsicDimension(Detector):
 
     The public code takes the trace of g (e_c - e_u) alone, since its unconditional noise is a constant there, and
     leaves D out. Derivatives are forward-mode ones.
+
+    Nothing is published for transformers. The timestep there has the same ratio of signal to noise; for flow matching
+    noise is what follows from the velocity, and sigma_t is s.
     """
 
     title = "Intrinsic dimension (FLIPD)"
     summary = "how few dimensions the generated image has around it"
     sourcing = "public code and abstracts"
+    families = frozenset(FAMILIES)
     citation = cite("kamkari2024geometric")
     derives = True
 
@@ -63,25 +66,25 @@ class IntrinsicDimension(Detector):
             is_there = view.number == model.steps - 1
             timestep = model.timestep(self.step)
             noise = view.step.guided(model.guidance)
-            clean = clean_latents(view.latents, noise, model.signal(view.timestep))
-            latents = (model.signal(timestep) ** 0.5 * clean).to(view.latents.dtype)
+            clean = model.schedule.clean(noise, view.timestep, view.latents)
+            latents = (model.schedule.mixture(timestep)[0] * clean).to(view.latents.dtype)
         return {"dimension": self._dimensions(view, latents, timestep)} if is_there else {}
 
     def _dimensions(self, view: View, latents: Tensor, timestep: float) -> Tensor:
         """The dimension of each row, or the difference of dimensions; the mean over probes."""
         model = view.model
-        signal, scale = model.signal(timestep), model.guidance
+        deviation, scale = model.schedule.mixture(timestep)[1], model.guidance
         text = model.unconditional(len(latents)).followed_by(view.text)
         found = []
         for direction in probes(model, self.probes):
             noise, slope = noise_along(model, torch.cat([latents, latents]), timestep, text, direction)
             (empty, own), (empty_slope, own_slope) = noise.chunk(2), slope.chunk(2)
             if self.difference:
-                without = intrinsic_dimension(empty, empty_slope, direction, signal)
-                found.append(intrinsic_dimension(own, own_slope, direction, signal) - without)
+                without = intrinsic_dimension(empty, empty_slope, direction, deviation)
+                found.append(intrinsic_dimension(own, own_slope, direction, deviation) - without)
                 continue
             guided_slope = scale * (own_slope - empty_slope) + (0 if self.legacy_trace else empty_slope)
-            found.append(intrinsic_dimension(empty + scale * (own - empty), guided_slope, direction, signal))
+            found.append(intrinsic_dimension(empty + scale * (own - empty), guided_slope, direction, deviation))
         return torch.stack(found).mean(0)
 
     @override

@@ -39,18 +39,20 @@ def noise_along(
     """
     along = direction.to(latents.dtype).expand_as(latents).contiguous()
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
-        derived = jvp(lambda x: model.predict_noise(x, timestep, text), (latents,), (along,))
+        derived = jvp(
+            lambda x: model.schedule.noise_of(model.predict_noise(x, timestep, text), timestep, x), (latents,), (along,)
+        )
     return derived[0], derived[1]
 
 
-def intrinsic_dimension(noise: Tensor, slope: Tensor, direction: Tensor, signal: float) -> Tensor:
+def intrinsic_dimension(noise: Tensor, slope: Tensor, direction: Tensor, deviation: float) -> Tensor:
     """D - sigma v^T J v + |e|^2, the estimate of each row's dimension, (N,).
 
     Args:
         noise: Predicted noise e, (N, channels, height, width), D elements a row.
         slope: J v, its derivative along the direction.
         direction: v, (1, channels, height, width).
-        signal: 1 - sigma^2, see :meth:`nemo_bench.diffusion.Diffusion.signal`.
+        deviation: sigma, the weight of the noise in the latents.
     """
     trace = (direction * slope).flatten(1).sum(1)
-    return noise[0].numel() - (1 - signal) ** 0.5 * trace + noise.square().flatten(1).sum(1)
+    return noise[0].numel() - deviation * trace + noise.square().flatten(1).sum(1)

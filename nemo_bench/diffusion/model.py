@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from nemo_bench.diffusion.attention import Edit, cross_attentions, edit_attention
-from nemo_bench.diffusion.families import Conditioning, Layers, family_of
+from nemo_bench.diffusion.families import Conditioning, Layers, Segment, family_of
 from nemo_bench.diffusion.flops import flops_of_pass
 from nemo_bench.diffusion.masks import NeuronMasks
 from nemo_bench.diffusion.prefix import Prefix
@@ -174,14 +174,32 @@ class Diffusion(nn.Module):
     def tokens(self, text: str) -> list[str]:
         """Tokens of a prompt, from begin to end token without padding, by the first tokenizer, if there is any."""
         segments = self.family.segments(self.pipeline)
-        if not segments:
-            return []
-        name, span = segments[0]
-        tokenizer = getattr(self.pipeline, name)
-        length = span.stop - span.start
+        return self._tokens(text, segments[0]) if segments else []
+
+    def _tokens(self, text: str, segment: Segment) -> list[str]:
+        tokenizer, span = getattr(self.pipeline, segment.tokenizer), segment.span
         text = text.lower().strip() if self.family.lowers else text
-        ids = tokenizer(text, truncation=True, max_length=length).input_ids
+        ids = tokenizer(text, truncation=True, max_length=span.stop - span.start).input_ids
         return [str(token) for token in tokenizer.convert_ids_to_tokens(ids)]
+
+    def words(self, text: str) -> list[tuple[int, str]]:
+        """Tokens of a prompt without begin, end and padding, each after its position in the encoded prompt.
+
+        They are those of all tokenizers; of those that fill the same positions, of the first.
+        """
+        mask = self.encode([text]).mask
+        found: dict[int, str] = {}
+        for segment in reversed(self.family.segments(self.pipeline)):
+            tokenizer, tokens = getattr(self.pipeline, segment.tokenizer), self._tokens(text, segment)
+            # Sana puts its instruction before the prompt.
+            before = 0 if mask is None else int(mask[0, segment.span].sum()) - len(tokens)
+            first = segment.span.start + before
+            found |= {
+                first + number: token
+                for number, token in enumerate(tokens)
+                if (number, token) not in ((0, tokenizer.bos_token), (len(tokens) - 1, tokenizer.eos_token))
+            }
+        return sorted(found.items())
 
     def latents(self, seeds: Sequence[int]) -> Tensor:
         """Draws standard normal starting noise, (N, channels, height, width), from N seeds, 0 to 2^63 - 1.

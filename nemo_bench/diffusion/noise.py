@@ -62,13 +62,12 @@ def mean_cosine(one: Tensor, other: Tensor) -> Tensor:
     return torch.cosine_similarity(one, other, dim=1).mean((1, 2))
 
 
-def score_difference(noise: Tensor, signal: float) -> Tensor:
+def score_difference(noise: Tensor, deviation: float) -> Tensor:
     """Conditional minus unconditional score, the gradient of the log-density (Jeon et al. 2025).
 
-    It is the negative text-conditional noise over the standard deviation of the noise in the latents, which follows
-    from :meth:`nemo_bench.diffusion.Diffusion.signal`.
+    It is the negative text-conditional noise over the standard deviation of the noise in the latents.
     """
-    return -noise / (1 - signal) ** 0.5
+    return -noise / deviation
 
 
 def clean_latents(latents: Tensor, noise: Tensor, signal: float) -> Tensor:

@@ -6,13 +6,16 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import override
 
+from nemo_bench.diffusion.noise import clean_latents
 from nemo_bench.errors import ModelError, NotFiniteError
 
 if TYPE_CHECKING:
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
 NO_SIGNAL = 1e-6
 """Share of the signal in the variance of latents below which they are pure noise."""
+LEAST_SIGNAL = 0.07
+"""Weight of the clean latents at Stable Diffusion's first step; flow matching begins without any."""
 NOISE_STEPS = 50
 """DDIM steps that the timestep of noise differences refers to (Hintersdorf et al. 2024)."""
 PUBLISHED_TIMESTEPS = range(981, 0, -20)
@@ -55,7 +60,16 @@ class Schedule(ABC):
 
     @abstractmethod
     def like(self, timestep: float) -> float:
-        """The timestep whose ratio of signal to noise is that of a timestep of Stable Diffusion."""
+        """The timestep whose ratio of signal to noise is that of a timestep of Stable Diffusion; 1000 is all noise."""
+
+    def published(self, timestep: float) -> float:
+        """The timestep of Stable Diffusion that a timestep has the ratio of signal to noise of: undoes :meth:`like`."""
+        return int(np.abs(_published_signals() - self.signal(timestep)).argmin())
+
+    @property
+    def noisiest(self) -> float:
+        """The timestep of most noise."""
+        return self.training_timesteps - 1
 
     def timestep(self, step: int) -> float:
         """Timestep of one of 50 steps: the model's own first one, and from there on those like Stable Diffusion's."""
@@ -77,6 +91,22 @@ class Schedule(ABC):
     @abstractmethod
     def noise_weights(self, timestep: float) -> tuple[float, float]:
         """Weights of output and latents whose sum is the :attr:`quantity`."""
+
+    @abstractmethod
+    def mixture(self, timestep: float) -> tuple[float, float]:
+        """Weights of clean latents and noise whose sum is the latents of a timestep."""
+
+    def clean(self, predicted: Tensor, timestep: float, latents: Tensor) -> Tensor:
+        """The clean latents that a predicted :attr:`quantity` leads to, float32."""
+        return clean_latents(latents, predicted, self.signal(timestep))
+
+    def noise_of(self, predicted: Tensor, timestep: float, latents: Tensor | None = None) -> Tensor:
+        """The noise that a predicted :attr:`quantity` says is in latents; without them, of a difference of two."""
+        return predicted
+
+    def change(self, noise: Tensor, timestep: float) -> Tensor:
+        """The change of a predicted :attr:`quantity` that changes the predicted noise by this much."""
+        return noise
 
     @abstractmethod
     def difference(self, predicted: Tensor, timestep: float, latents: Tensor) -> Tensor:
@@ -124,6 +154,15 @@ class VariancePreserving(Schedule):
     @override
     def timestep(self, step: int) -> float:
         return int(self.timesteps(NOISE_STEPS)[step]) if self.own else super().timestep(step)
+
+    @override
+    def published(self, timestep: float) -> float:
+        return timestep if self.own else super().published(timestep)
+
+    @override
+    def mixture(self, timestep: float) -> tuple[float, float]:
+        signal = self.signal(timestep)
+        return signal**0.5, (1 - signal) ** 0.5
 
     @override
     def difference_timestep(self, step: int) -> float:
@@ -212,9 +251,32 @@ class Flow(Schedule):
         alpha = _published_signal(timestep)
         return self.training_timesteps / (1 + math.sqrt(alpha / (1 - alpha)))
 
+    @property
+    @override
+    def noisiest(self) -> float:
+        return self.training_timesteps
+
     @override
     def noised(self, noise: Tensor, timestep: float) -> Tensor:
         return noise * (timestep / self.training_timesteps)
+
+    @override
+    def mixture(self, timestep: float) -> tuple[float, float]:
+        share = timestep / self.training_timesteps
+        return 1 - share, share
+
+    @override
+    def clean(self, predicted: Tensor, timestep: float, latents: Tensor) -> Tensor:
+        return latents.float() - self.mixture(timestep)[1] * predicted
+
+    @override
+    def noise_of(self, predicted: Tensor, timestep: float, latents: Tensor | None = None) -> Tensor:
+        noise = self.mixture(timestep)[0] * predicted
+        return noise if latents is None else latents.float() + noise
+
+    @override
+    def change(self, noise: Tensor, timestep: float) -> Tensor:
+        return noise / max(self.mixture(timestep)[0], LEAST_SIGNAL)
 
     @override
     def signal(self, timestep: float) -> float:
@@ -240,10 +302,16 @@ class Flow(Schedule):
         return noise - clean
 
 
-def _published_signal(timestep: float) -> float:
-    """Share of the signal in the variance at a timestep of Stable Diffusion, 0 to 999."""
+@cache
+def _published_signals() -> NDArray[np.float64]:
+    """Share of the signal in the variance at the timesteps of Stable Diffusion, 0 to 999."""
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-    return float(np.cumprod(1 - betas)[min(int(timestep), 999)])
+    return np.cumprod(1 - betas)
+
+
+def _published_signal(timestep: float) -> float:
+    signals = _published_signals()
+    return float(signals[int(timestep)]) if timestep < len(signals) else 0.0
 
 
 def ddim(shipped: Mapping[str, Any]) -> DDIMScheduler:

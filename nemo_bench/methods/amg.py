@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from typing_extensions import override
 
-from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, Step
+from nemo_bench.diffusion import FAMILIES, GRADIENT_MEMORY, Conditioning, Diffusion, Step
 from nemo_bench.diffusion.noise import unit
 from nemo_bench.errors import ConfigError
 from nemo_bench.localization import Threshold
@@ -67,6 +67,10 @@ class AMG(Method):
     published constants. Without an SSCD file it is the correlation of pixels, all three channels together: ours, for
     small worlds; a higher threshold spares images that share a background alone. The public code leaves the first 21
     images of a run unguided, here all are guided. Decoding and embedding are no UNet passes, but count in seconds.
+
+    Nothing is published for transformers. There t is the timestep of Stable Diffusion with the same ratio of signal to
+    noise. For flow matching the network predicts velocity, which changes by 1 / (1 - s) where noise changes by 1; s is
+    0.93 at most in that factor, Stable Diffusion's first step.
     """
 
     title = "Anti-memorization guidance"
@@ -76,7 +80,7 @@ class AMG(Method):
     citation = cite("chen2024towards")
     makes_passes = True
     needs = frozenset({"guidance", "gradients"})
-    limits = "its thresholds are functions of Stable Diffusion's timesteps"
+    families = frozenset(FAMILIES)
 
     sscd: str | None = None  #: TorchScript file of SSCD; published: ``sscd_disc_mixup.torchscript.pt``.
     threshold: Threshold = 0.3  #: Similarity above which an image is guided. Published: 0.3.
@@ -183,7 +187,7 @@ class Guidance:
         method = self.method
         if step.number == 0:
             self._caption_steps = [0] * self.images
-        limit = method.threshold + 0.1 * math.exp(-0.005 * step.timestep)
+        limit = method.threshold + 0.1 * math.exp(-0.005 * self.model.schedule.published(step.timestep))
         plain = step.guided(step.scale)
         with torch.no_grad():
             vectors = self._vectors(step, step.latents, plain)
@@ -202,9 +206,7 @@ class Guidance:
 
     def _vectors(self, step: Step, latents: Tensor, noise: Tensor) -> Tensor:
         """Embeddings of the images that noise leads to."""
-        alpha = self.model.signal(step.timestep)
-        image = (latents.float() - (1 - alpha) ** 0.5 * noise) / alpha**0.5
-        return self.method.embed(self.model.decode(image))
+        return self.method.embed(self.model.decode(self.model.schedule.clean(noise, step.timestep, latents)))
 
     def _away_from_captions(
         self, step: Step, noise: Tensor, similarities: Tensor, limit: float, scale_left: Tensor
@@ -231,8 +233,9 @@ class Guidance:
     def _dissimilar(self, step: Step, noise: Tensor, limit: float, chosen: Tensor) -> Tensor:
         if not (self.method.strength and chosen.any()):
             return noise
-        alpha = self.model.signal(step.timestep)
-        factor = self.method.strength * (1 - alpha) ** 0.5 * math.exp((1000 - step.timestep) / 170)
+        schedule = self.model.schedule
+        deviation = (1 - schedule.signal(step.timestep)) ** 0.5
+        factor = self.method.strength * deviation * math.exp((1000 - schedule.published(step.timestep)) / 170)
         noise = noise.clone()
         for rows in chosen.nonzero()[:, 0].split(max(1, self.method.batch_size // GRADIENT_MEMORY)):
             with torch.inference_mode(False), torch.enable_grad():
@@ -241,7 +244,7 @@ class Guidance:
                 nearest = (vectors @ self.known.vectors.clone().to(vectors).T).amax(1)
                 (gradient,) = torch.autograd.grad(nearest.sum(), [latents])
             above = torch.where(nearest.detach() > limit, nearest.detach() - self.method.threshold, 0)
-            noise[rows] += (factor * above)[:, None, None, None] * gradient
+            noise[rows] += schedule.change((factor * above)[:, None, None, None] * gradient, step.timestep)
         return noise
 
 

@@ -29,7 +29,8 @@ class DimensionOptimization(OptimizedEmbedding):
     then sampled anew, from the same noise with the last embedding. The dimension's trace is differentiated once more by
     the embedding, which makes this the most expensive of the methods that optimize embeddings. The public code has no
     value that suffices, and changes prompts that are not memorized as well. In the embedded model, by this estimate,
-    memorized images have no fewer dimensions than others, so it can't show what is selective.
+    memorized images have no fewer dimensions than others, so it can't show what is selective. For flow matching noise
+    is what follows from the velocity.
     """
 
     title = "Intrinsic-dimension optimization"
@@ -52,6 +53,7 @@ class DimensionOptimization(OptimizedEmbedding):
             sampling.predict()
             sampling.advance()
         timestep, scale = sampling.timestep, model.guidance
+        deviation = model.schedule.mixture(timestep)[1]
         # Derivatives can't be taken of tensors that were made in inference mode, but of copies.
         with torch.inference_mode(False), torch.no_grad():
             (direction,) = probes(model, 1)
@@ -65,6 +67,6 @@ class DimensionOptimization(OptimizedEmbedding):
             noise, slope = noise_along(model, reached[rows], timestep, own, direction)
             guided = empty[rows] + scale * (noise - empty[rows])
             guided_slope = scale * (slope - empty_slope[rows]) + (0 if self.legacy_trace else empty_slope[rows])
-            return -intrinsic_dimension(guided, guided_slope, direction, model.signal(timestep))
+            return -intrinsic_dimension(guided, guided_slope, direction, deviation)
 
         return negative_dimensions

@@ -44,7 +44,8 @@ def search_embeddings(
     Each row follows the gradient of the training loss of its own picture by Adam, at noise and timesteps that are drawn
     anew in each step, all timesteps alike, while the method is applied (DoRI: Kowalczuk et al. 2025, arXiv:2507.16880,
     whose code was not to be had; this follows a description of it, and where the network predicts velocity its own
-    training loss takes the place of that of noise). All of the embedding is free, SDXL's pooled one too.
+    training loss takes the place of that of noise). All of the embedding is free, the pooled one too, but for padding
+    that the network does not see and the zeros that widen CLIP's states in Stable Diffusion 3.
 
     A row of the batch is a search: prompt and neurons for the method, the embedding to start from, and the seed of all
     that is drawn. Rows have nothing to do with one another. A pass takes ``method.batch_size`` noisy pictures at most,
@@ -67,6 +68,7 @@ def search_embeddings(
         owner = [row for row in range(len(generators)) for _ in range(samples)]
         size = max(1, method.batch_size // GRADIENT_MEMORY)
         losses: list[Tensor] = []
+        free = _free(model, batch.text)
 
         def loss(rows: Sequence[int], values: Tensor) -> Tensor:
             timesteps, noise = _draw(generators, samples, model)
@@ -83,7 +85,7 @@ def search_embeddings(
             total = torch.cat(each).view(len(rows), samples).sum(1)
             losses.append(total.cpu())
             # Its value and its gradient, without what every part would keep for it.
-            return (total + ((values - values.detach()) * gradient).sum(1))[:, None]
+            return (total + ((values - values.detach()) * gradient * free).sum(1))[:, None]
 
         # No loss is low enough, so all rows take all steps.
         end = descend(_packed(batch.text), loss, target=-math.inf, steps=steps, rate=rate, optimizer=Adam)
@@ -94,7 +96,7 @@ def random_embeddings(model: Diffusion, like: Conditioning, seeds: Sequence[int]
     """Standard normal embeddings of the form of N others, one a seed: one of the starts of Kowalczuk et al. (2025)."""
     packed = _packed(like)
     rows = [torch.randn(packed.shape[1], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return _unpacked(torch.stack(rows).to(model.device), like)
+    return _unpacked(torch.where(_free(model, like), torch.stack(rows).to(model.device), packed), like)
 
 
 def _draw(generators: Sequence[torch.Generator], samples: int, model: Diffusion) -> tuple[Tensor, Tensor]:
@@ -106,6 +108,12 @@ def _draw(generators: Sequence[torch.Generator], samples: int, model: Diffusion)
     ]
     timesteps, noise = (torch.cat(parts).to(model.device) for parts in zip(*drawn, strict=True))
     return timesteps, noise
+
+
+def _free(model: Diffusion, text: Conditioning) -> Tensor:
+    """Which of the numbers of :func:`_packed` are searched, boolean, (N, numbers)."""
+    pooled = None if text.pooled is None else torch.ones_like(text.pooled)
+    return _packed(replace(text, text=model.family.used(text), pooled=pooled)).bool()
 
 
 def _packed(text: Conditioning) -> Tensor:

@@ -28,7 +28,7 @@ def scaled(factor: float) -> list[list[float]]:
     ],
 )
 def test_dimension_by_hand(factor: float, latents: torch.Tensor, expected: float) -> None:
-    found = intrinsic_dimension(factor * latents, factor * SIGNS, SIGNS, 0.36)
+    found = intrinsic_dimension(factor * latents, factor * SIGNS, SIGNS, 0.8)
     assert found.tolist() == pytest.approx([expected])
 
 
@@ -38,7 +38,7 @@ def test_all_signs_together_give_the_trace() -> None:
     for signs in ([1.0, 1.0], [1.0, -1.0]):
         direction = torch.tensor(signs)[None, :, None, None]
         slope = (matrix @ direction.flatten())[None, :, None, None]
-        found.append(float(intrinsic_dimension(torch.zeros(1, 2, 1, 1), slope, direction, 0.36)))
+        found.append(float(intrinsic_dimension(torch.zeros(1, 2, 1, 1), slope, direction, 0.8)))
     assert sum(found) / 2 == pytest.approx(2 - 0.8 * 4)
 
 

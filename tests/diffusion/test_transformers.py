@@ -32,8 +32,8 @@ from nemo_bench.localization import (
     noise_differences,
 )
 from nemo_bench.localization.localizers import Activation, Inputs
-from nemo_bench.methods import AMG, Batch, EmbeddingNoise, NeMo, NoMitigation
-from nemo_bench.methods.embedding_search import search_embeddings
+from nemo_bench.methods import Batch, NeMo, NoMitigation, UpdateNorms
+from nemo_bench.methods.embedding_search import random_embeddings, search_embeddings
 from on_disk import read_records
 from published_sizes import FULL_SIZE_TRANSFORMERS
 from tiny import tiny_pipeline, tiny_sd2, tiny_sdxl, tiny_texts
@@ -212,6 +212,24 @@ def test_velocities_differ_where_latents_are_noise_alone(model: Diffusion) -> No
     assert model.text_noise(latents, model.timestep(), text).flatten(1).norm(dim=1).min() > 1e-3
 
 
+def test_levels_are_those_of_stable_diffusion(model: Diffusion) -> None:
+    """Its timesteps and back, and mixtures of clean latents and noise are undone by conversions."""
+    schedule = model.schedule
+    for timestep in (981, 700, 500, 200, 41):
+        assert schedule.published(schedule.like(timestep)) == pytest.approx(timestep, abs=3)
+    assert schedule.like(1000) == schedule.noisiest
+    at = schedule.like(500)
+    clean, noise = model.latents([0]), model.latents([1])
+    signal, deviation = schedule.mixture(at)
+    latents = signal * clean + deviation * noise
+    predicted = noise - clean if schedule.quantity == "velocity" else noise
+    torch.testing.assert_close(schedule.clean(predicted, at, latents), clean, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(schedule.noise_of(predicted, at, latents), noise, atol=1e-5, rtol=1e-4)
+    change = schedule.change(clean, at)
+    torch.testing.assert_close(schedule.noise_of(change, at), clean, atol=1e-5, rtol=1e-4)
+    assert schedule.change(clean, schedule.noisiest).isfinite().all()
+
+
 def test_training_targets_undo_the_noise(model: Diffusion) -> None:
     clean, noise = model.latents([0, 1]).float(), model.latents([2, 3]).float()
     timesteps = torch.tensor([300, 700])
@@ -311,6 +329,11 @@ def test_an_audit_searches_embeddings_of_tokens(model: Diffusion) -> None:
     assert text.mask is not None
     assert found.text.mask is not None
     assert torch.equal(found.text.mask, text.mask)
+    # What the network does not see, or is always 0, stays so; random starts as well.
+    fixed = ~model.family.used(text)
+    for other in (found.text, random_embeddings(model, text, [1])):
+        assert torch.equal(other.text[fixed], text.text[fixed])
+        assert float((other.text != text.text)[~fixed].float().mean()) > 0.9
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd3.5", "pixart-alpha", "flux-dev"])
@@ -350,10 +373,8 @@ def test_prompts_that_are_cut_count_as_truncated(model: Diffusion) -> None:
 def test_methods_that_do_not_serve_say_why(model: Diffusion) -> None:
     name = type(model.pipeline).__name__
     NeMo().check(name, 4.0, "float32")
-    with pytest.raises(ModelError, match=r"StableDiffusionXLPipeline \(its thresholds are functions of Stable Diff"):
-        AMG().check(name, 4.0, "float32")
-    with pytest.raises(ModelError, match="its scale is that of CLIP's embeddings"):
-        EmbeddingNoise().check(name, 4.0, "float32")
+    with pytest.raises(ModelError, match=r"StableDiffusionXLPipeline \(its steps are those of DDIM"):
+        UpdateNorms("general.jsonl").check(name, 4.0, "float32")
     with pytest.raises(ModelError, match="attention can be edited in UNets alone"):
         model.edit_attention(lambda layer, logits: logits)
 

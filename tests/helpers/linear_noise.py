@@ -8,9 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from nemo_bench.detectors import View
 from nemo_bench.diffusion import Conditioning
+from nemo_bench.diffusion.schedule import VariancePreserving
+
+
+class FixedSignal(VariancePreserving):
+    """A schedule in which latents of every timestep hold a signal of 0.36, and noise of 0.8."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+    @override
+    def signal(self, timestep: float) -> float:
+        return 0.36
 
 
 @dataclass
@@ -23,6 +36,7 @@ class LinearNoise:
     steps: int = 4
 
     device = torch.device("cpu")
+    schedule = FixedSignal()
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

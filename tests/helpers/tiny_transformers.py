@@ -6,6 +6,7 @@ predicted. Autoencoders halve the sides of an image.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+from nemo_bench import Diffusion
+from nemo_bench.diffusion import Similarity
 from tiny import WORDS, draw_weights, text_config, tiny_tokenizer
 
 TOKENS = 16
@@ -303,3 +306,15 @@ def make_text_matter(network: nn.Module, latent: str, values: str) -> None:
     for name, module in network.named_modules():
         if name.endswith(values):
             module.get_parameter("weight").mul_(40)
+
+
+TRANSFORMERS = ("sd3", "flux", "pixart", "sana")
+"""Names of :func:`tiny_transformer`."""
+
+
+@cache
+def tiny_transformer(name: str) -> Diffusion:
+    """A tiny model of each family of transformers, under guidance; read-only, since tests share it."""
+    make = {"sd3": tiny_sd3, "flux": tiny_flux, "pixart": tiny_pixart, "sana": tiny_sana}[name]
+    settings: dict[str, Any] = {"size": 128} if name == "flux" else {}
+    return Diffusion(make(), tokens=TOKENS, steps=3, guidance=3.0, similarity=Similarity(1.0, ()), **settings)

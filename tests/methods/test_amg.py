@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 from batches import batch_of, images_of
+from linear_noise import FixedSignal
 from nemo_bench import ConfigError, Diffusion, ModelError, Prompt, resolve
 from nemo_bench.diffusion import Conditioning, Step
+from nemo_bench.diffusion.schedule import Flow, Schedule
 from nemo_bench.errors import StoreError
 from nemo_bench.methods import AMG, Setup
 from nemo_bench.methods.amg import Guidance, TrainingImages
@@ -27,13 +29,10 @@ class Plane(AMG):
 class Flat:
     """Stands in for a model without a decoder; a prompt's noise is the number that it consists of, everywhere."""
 
-    alpha = 0.36
+    schedule: Schedule = FixedSignal()
 
     def __init__(self) -> None:
         self.asked: list[str] = []
-
-    def signal(self, timestep: int) -> float:
-        return self.alpha
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents
@@ -108,6 +107,27 @@ def test_dissimilarity_follows_the_gradient_of_similarity_after_despecification(
     assert added.abs().max() > 0.05
     # Taking that noise off makes the latents less like what they were like.
     assert similarity(LATENTS - 1e-2 * (noise - despecified), despecified, NEAR) < near
+
+
+def test_dissimilarity_of_a_flow_is_a_change_of_its_velocity() -> None:
+    """At the timestep like Stable Diffusion's 500, where a velocity changes by 1 / (1 - s) for each unit of noise."""
+    model = Flat()
+    model.schedule = Flow({}, 1)
+    timestep = model.schedule.like(500)
+    share = timestep / 1000
+    method = Plane(threshold=-0.2, saturation=1e9, strength=0.05)
+    noise = Guidance(method, model, NEAR, 1)(Step(0, timestep, 7.5, LATENTS, EMPTY, PROMPT))  # type: ignore[arg-type]
+    plain = EMPTY + 7.5 * (PROMPT - EMPTY)
+
+    def near(latents: torch.Tensor) -> float:
+        image = (latents - share * plain).flatten()
+        return float((image / image.norm() @ NEAR.vectors.T).max())
+
+    x, y = (vectors(axis) for axis in ((1e-3, 0.0), (0.0, 1e-3)))
+    gradient = vectors(tuple((near(LATENTS + step) - near(LATENTS - step)) / 2e-3 for step in (x, y)))  # type: ignore[arg-type]
+    deviation = (1 - model.schedule.signal(timestep)) ** 0.5
+    factor = 0.05 * deviation * (near(LATENTS) + 0.2) * math.exp((1000 - 500) / 170) / (1 - share)
+    torch.testing.assert_close(noise, plain + factor * gradient, rtol=0, atol=2e-3)
 
 
 def test_images_of_a_batch_are_guided_on_their_own() -> None:

@@ -31,4 +31,4 @@ class ScoreDifference(RegionLocalizer):
 
     @override
     def heat(self, view: View) -> Tensor:
-        return score_difference(view.step.difference, view.model.signal(view.timestep)).square().sum(1)
+        return score_difference(view.step.difference, (1 - view.model.signal(view.timestep)) ** 0.5).square().sum(1)

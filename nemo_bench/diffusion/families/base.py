@@ -119,6 +119,18 @@ class Family(ABC):
         Tokens are shown by the first of them.
         """
 
+    def begins(self, pipeline: Any) -> list[int]:
+        """Positions of begin tokens: CLIP and Gemma put one first, T5 has none."""
+        segments = self.segments(pipeline)
+        first = {span.start for name, span in segments if getattr(pipeline, name).bos_token_id is not None}
+        return sorted(first)
+
+    def used(self, text: Conditioning) -> Tensor:
+        """What of encoded prompts the network takes, boolean, (N, tokens, channels); the rest is of no effect, or 0."""
+        used = torch.ones_like(text.text, dtype=torch.bool)
+        # Where text attends to the picture, the network sees padding.
+        return used if text.mask is None or self.joint else used & text.mask[..., None].bool()
+
     @abstractmethod
     def encode(self, pipeline: Any, texts: Sequence[str], device: torch.device) -> Conditioning:
         """Encodes N prompts to N rows."""

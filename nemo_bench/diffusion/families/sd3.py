@@ -60,6 +60,11 @@ class StableDiffusion3(Transformer):
         return Conditioning(text, pooled, self.mask(pipeline, texts, text))
 
     @override
+    def used(self, text: Conditioning) -> Tensor:
+        # CLIP's states are widened to those of T5 by zeros, and so are encoders that are absent.
+        return text.text != 0
+
+    @override
     def predict(
         self, network: Any, latents: Tensor, timestep: Tensor, text: Conditioning, size: tuple[int, int]
     ) -> Tensor:
