@@ -25,6 +25,7 @@ class AnisotropyOptimization(OptimizedEmbedding):
     and added noise, averaged over positions. Gradients go through both passes. The paper's mitigation is the loop of
     Wen et al. (2024) with this value; its settings and code are not published, so settings are those of
     :class:`EmbeddingOptimization`. The target is ours: take one above the values of prompts that are not memorized.
+    For flow matching N is the norm of velocities, and K compares noises that follow from them.
     """
 
     title = "Anisotropy optimization"
@@ -43,12 +44,11 @@ class AnisotropyOptimization(OptimizedEmbedding):
         end = model.timestep(LATE)
         first = noises_of(model, text, latents, model.timestep())
         late = noises_of(model, text, latents, end)
+        convert = model.prediction if self.angle_of == "prediction" else model.schedule.noise_of
 
         def value(images: Sequence[int], embeddings: Tensor) -> Tensor:
             unconditional, added = late(images, embeddings)
-            if self.angle_of == "prediction":
-                unconditional = model.prediction(unconditional, end, latents[list(images)])
-                added = model.prediction(added, end)
+            unconditional, added = convert(unconditional, end, latents[list(images)]), convert(added, end)
             norm = norms(first(images, embeddings)[1])
             return self.norm_weight * norm + self.angle_weight * mean_cosine(unconditional, added)
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
-from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion
+from nemo_bench.diffusion import FAMILIES, GRADIENT_MEMORY, Conditioning, Diffusion
 from nemo_bench.diffusion.noise import norms
 from nemo_bench.methods.base import Batch, Method, Setup
 from nemo_bench.methods.descent import check_precision, descend
@@ -36,10 +36,14 @@ class OptimizedEmbedding(Method):
     """Minimizes a value of the images of a prompt by AdamW on the prompt's embedding.
 
     The first token, the start, gets no gradient; AdamW's decay moves it, and padding, as in the public script of Wen et
-    al. (2024). SDXL's pooled embedding stays as it is.
+    al. (2024). Pooled embeddings stay as they are.
+
+    Nothing is published for transformers. There begin tokens of CLIP and Gemma get no gradient, and T5 has none; nor do
+    padding that the network does not see, and the zeros that widen CLIP's states in Stable Diffusion 3.
     """
 
     touches = "encoded prompt"
+    families = frozenset(FAMILIES)
     makes_passes = True
     needs = frozenset({"gradients"})
 
@@ -94,15 +98,17 @@ class OptimizedEmbedding(Method):
             owners = [row for row in part for _ in range(images)]
             noise = latents[list(part)].flatten(0, 1)
             measure = self.measure(model, [prompts[row] for row in owners], text.rows(owners), noise)
-            loss = partial(self._loss, measure, images)
+            free = model.family.used(text.rows(part))
+            free[:, model.family.begins(model.pipeline)] = False
+            loss = partial(self._loss, measure, images, free)
             target = -math.inf if self.target is None else self.target
             end = descend(text.rows(part).text, loss, target=target, steps=self.steps, rate=self.rate)
             notes = end.notes if self.target is not None else ({"steps": taken} for taken in end.steps)
             found += zip(end.values.cpu(), notes, strict=True)
         return found
 
-    def _loss(self, measure: Measure, images: int, rows: Sequence[int], values: Tensor) -> Tensor:
-        embeddings = torch.cat([values[:, :1].detach(), values[:, 1:]], 1).repeat_interleave(images, 0)
+    def _loss(self, measure: Measure, images: int, free: Tensor, rows: Sequence[int], values: Tensor) -> Tensor:
+        embeddings = torch.where(free[list(rows)], values, values.detach()).repeat_interleave(images, 0)
         numbers = [row * images + image for row in rows for image in range(images)]
         return self.pool(measure(numbers, embeddings).view(len(rows), images))[:, None]
 
@@ -136,7 +142,8 @@ class EmbeddingOptimization(OptimizedEmbedding):
     starting noise, averaged over the images that share the embedding (``images=None`` is the n = 1 of Chen et al.
     2025). The public script shares one among the four images of a prompt and takes one norm over all of them, which is
     twice as large. Where no target is published for a model, take one above the magnitudes of prompts that are not
-    memorized, so that their images stay as they are.
+    memorized, so that their images stay as they are. For flow matching the magnitude is that of velocities, of another
+    scale.
     """
 
     title = "Prompt-embedding optimization"

@@ -13,15 +13,16 @@ from dataclasses import dataclass, replace
 from random import Random
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
-from nemo_bench.diffusion import FAMILIES, UNETS, Conditioning, Diffusion
+from nemo_bench.diffusion import FAMILIES, Conditioning, Diffusion
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.records.citations import cite
 from nemo_bench.records.io import digest, seed_of
 from nemo_bench.records.ranges import Index, NotNegative
 
-TOKENS = 49400  # Ids below this are drawn, as in the public script: CLIP's vocabulary without the special tokens.
+TOKENS = 49400  # Ids below this are drawn, as in the public script, of larger vocabularies too.
 
 
 @dataclass(eq=False)
@@ -63,17 +64,24 @@ class Insertion(Method):
 
 
 class RandomTokens(Insertion):
-    """Inserts random tokens of the vocabulary (RTA); a decoded token can be half a word or white space."""
+    """Inserts random tokens of the vocabulary (RTA); a decoded token can be half a word or white space.
 
-    families = UNETS
-    limits = "draws tokens of CLIP's vocabulary"
+    Nothing is published for transformers: tokens are those of the tokenizer that records show, T5's in FLUX and PixArt
+    and Gemma's in Sana, and the text with them goes to all encoders.
+    """
+
     title = "Random token addition"
     summary = "random tokens inserted into the prompt"
 
     @override
     def draw(self, random: Random, model: Diffusion, words: list[str]) -> str:
-        tokenizer = model.pipeline.tokenizer
-        return str(tokenizer.decode([random.randrange(min(TOKENS, tokenizer.bos_token_id))]))
+        tokenizer = getattr(model.pipeline, model.family.segments(model.pipeline)[0].tokenizer)
+        # The last two of CLIP's vocabulary are special tokens; others have them among the first.
+        count = min(TOKENS, len(tokenizer) - 2)
+        drawn = random.randrange(count)
+        while drawn in tokenizer.all_special_ids:
+            drawn = random.randrange(count)
+        return str(tokenizer.decode([drawn]))
 
 
 class RandomNumbers(Insertion):
@@ -102,12 +110,16 @@ class RepeatedWords(Insertion):
 class EmbeddingNoise(Method):
     """Adds Gaussian noise to the encoded prompt (GNI), and by default, as the public script does, to the empty one.
 
-    SDXL's pooled embedding stays as it is. The published scale does next to nothing in the embedded model, whose
+    Pooled embeddings stay as they are. The published scale does next to nothing in the embedded model, whose
     embeddings have a standard deviation of 1, as in the comparison of Chen et al. (2024, AMG).
+
+    Nothing is published for transformers. There the scale is ``relative``, since embeddings of T5 and Gemma are of
+    other sizes than CLIP's; padding that the network does not see stays as it is, and so do the zeros that widen CLIP's
+    states in Stable Diffusion 3.
     """
 
     title = "Gaussian noise on embeddings"
-    limits = "its scale is that of CLIP's embeddings; those of T5 and Gemma have others"
+    families = frozenset(FAMILIES)
     summary = "Gaussian noise on the encoded prompt"
     touches = "encoded prompt"
     sourcing = "public code"
@@ -116,15 +128,27 @@ class EmbeddingNoise(Method):
     scale: NotNegative = 0.1  #: Standard deviation of the noise.
     both: bool = True  #: Whether the unconditional embedding gets its own noise as well.
     seed: int = 0  #: Another seed draws other noise.
+    #: Whether the scale is in standard deviations of each prompt's embedding, those of CLIP and T5 apart; ours.
+    relative: bool = False
 
     @override
     @contextmanager
     def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
-        text = self._noisy(batch.text, batch.seeds, "conditional")
-        empty = self._noisy(model.unconditional(len(text)), batch.seeds, "unconditional") if self.both else None
+        text = self._noisy(model, batch.text, batch.seeds, "conditional")
+        empty = self._noisy(model, model.unconditional(len(text)), batch.seeds, "unconditional") if self.both else None
         yield replace(batch, text=text, unconditional=empty)
 
-    def _noisy(self, text: Conditioning, seeds: Sequence[int], half: str) -> Conditioning:
+    def _noisy(self, model: Diffusion, text: Conditioning, seeds: Sequence[int], half: str) -> Conditioning:
         generators = [torch.Generator().manual_seed(seed_of([half, self.seed, seed])) for seed in seeds]
         noise = torch.stack([torch.randn(text.text.shape[1:], generator=generator) for generator in generators])
-        return replace(text, text=text.text + self.scale * noise.to(text.text))
+        used = model.family.used(text)
+        scale = self.scale * self._deviations(model, text.text, used) if self.relative else self.scale
+        return replace(text, text=torch.where(used, text.text + scale * noise.to(text.text), text.text))
+
+    def _deviations(self, model: Diffusion, text: Tensor, used: Tensor) -> Tensor:
+        """Standard deviation of what the network takes, of each row and the positions of each tokenizer."""
+        deviations = torch.zeros_like(text[..., :1])
+        for segment in model.family.segments(model.pipeline):
+            for row in range(len(text)):
+                deviations[row, segment.span] = text[row, segment.span][used[row, segment.span]].std()
+        return deviations

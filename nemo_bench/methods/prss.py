@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
-from nemo_bench.diffusion import Conditioning, Diffusion, Step
+from nemo_bench.diffusion import FAMILIES, Conditioning, Diffusion, Step
 from nemo_bench.diffusion.noise import masked_magnitude, norms
 from nemo_bench.errors import ConfigError, PromptError
 from nemo_bench.methods.base import Batch, Method, Setup
@@ -51,12 +51,16 @@ class PRSS(Method):
     prompts that are not memorized. ``package:planted/paraphrases.jsonl`` is for the embedded model. Without a file, as
     in the public code without paraphrases, the embedding of each image is optimized as in
     :class:`EmbeddingOptimization`, by ``steps`` and ``rate``, and the image is re-anchored if that took a step.
+
+    Nothing is published for transformers; magnitudes of flow matching are those of velocities, of another scale.
+    ``bright_ending`` is for Stable Diffusion 1 and 2 alone.
     """
 
     title = "PRSS"
     summary = "a paraphrase that adds less to the predicted noise, re-anchored at the prompt"
     touches = "prompt or its encoding, and guidance"
     sourcing = "public code; paper second hand"
+    families = frozenset(FAMILIES)
     citation = cite("chen2025enhancing")
     makes_passes = True
     needs = frozenset({"guidance"})
