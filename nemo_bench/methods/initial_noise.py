@@ -4,6 +4,10 @@ Both methods are published with guidance 7. By their size, the numbers published
 velocities, which ``of="prediction"`` takes. Noise is sqrt(abar) times as large: 0.076 at the first timestep of Stable
 Diffusion, 0.15 at that of the embedded model. The latter shows little of either method: its training images attract
 nearly all noise, even where the first half of sampling is unconditional.
+
+Nothing is published for transformers. There the noise is moved at the ratio of signal to noise of Stable Diffusion's
+first step, since flow matching begins with noise alone, on which what a prompt adds does not depend; for flow matching
+that is a difference of velocities, there 14 times that of noise.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
-from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion, guided_from
+from nemo_bench.diffusion import FAMILIES, GRADIENT_MEMORY, Conditioning, Diffusion, guided_from
 from nemo_bench.diffusion.noise import norms, unit
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.methods.descent import check_precision, descend
@@ -44,6 +48,7 @@ class AdjustedNoise(Method):
     touches = "starting noise and guidance"
     sourcing = "paper and public code"
     citation = cite("han2025adjusting")
+    families = frozenset(FAMILIES)
     makes_passes = True
     needs = frozenset({"guidance"})
 
@@ -51,7 +56,8 @@ class AdjustedNoise(Method):
     #: Length of u; it should grow with the root of the size of a latent: 16,384 numbers for Stable Diffusion 1.4.
     radius: NotNegative = 50.0
     rate: NotNegative = 0.7  #: Step size. Published: 0.7.
-    #: Guidance starts where the timestep is at most this; 900 leaves the first five of 50 steps unconditional.
+    #: Guidance starts where the timestep is at most this, one of Stable Diffusion; other families start at the same
+    #: ratio of signal to noise. 900 leaves the first five of 50 steps unconditional.
     timestep: Annotated[float, Field(ge=0, le=1000)] = 900.0
     of: Of = "noise"  #: d is a difference of predicted noise, or of the network's own predictions.
 
@@ -59,7 +65,7 @@ class AdjustedNoise(Method):
     @contextmanager
     def apply(self, model: Diffusion, batch: Batch) -> Iterator[Batch]:
         latents = self._adjusted(model, batch).to(batch.latents.dtype)
-        yield replace(batch, latents=latents, rule=guided_from(self.timestep, 0.0))
+        yield replace(batch, latents=latents, rule=guided_from(model.schedule.like(self.timestep), 0.0))
 
     @torch.no_grad()
     def _adjusted(self, model: Diffusion, batch: Batch) -> Tensor:
@@ -84,6 +90,7 @@ class OptimizedNoise(Method):
     touches = "starting noise"
     sourcing = "paper and public code"
     citation = cite("han2025adjusting")
+    families = frozenset(FAMILIES)
     makes_passes = True
     needs = frozenset({"gradients"})
 
@@ -114,6 +121,7 @@ class OptimizedNoise(Method):
 
 def added_noise(model: Diffusion, latents: Tensor, text: Conditioning, of: Of) -> Tensor:
     """Noise, or prediction, that prompts add at the first timestep; float32, in the shape of the latents."""
-    timestep = model.timestep()
-    added = model.text_noise(latents.to(model.dtype), timestep, text)
+    timestep = model.schedule.difference_timestep(0)
+    noised = model.schedule.noised(latents, timestep)
+    added = model.text_noise(noised.to(model.dtype), timestep, text)
     return model.prediction(added, timestep) if of == "prediction" else added

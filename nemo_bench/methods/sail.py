@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Adam
 from typing_extensions import override
 
-from nemo_bench.diffusion import GRADIENT_MEMORY, Conditioning, Diffusion
+from nemo_bench.diffusion import FAMILIES, GRADIENT_MEMORY, Conditioning, Diffusion
 from nemo_bench.diffusion.noise import norms, score_difference, unit
 from nemo_bench.errors import ConfigError
 from nemo_bench.methods.base import Batch, Method
@@ -45,12 +45,17 @@ class SAIL(Method):
 
     The embedded model shows little of it: its training images attract nearly all noise, even where the first half of
     sampling is unconditional.
+
+    Nothing is published for transformers. There d is taken at the ratio of signal to noise of Stable Diffusion's first
+    step, since flow matching begins with noise alone, of which no d depends; for flow matching it is a difference of
+    velocities. ``alpha`` belongs to latents of 16,384 numbers.
     """
 
     title = "SAIL"
     summary = "starting noise optimized to where the prompt's probability landscape is smooth"
     touches = "starting noise"
     sourcing = "paper and public code"
+    families = frozenset(FAMILIES)
     citation = cite("jeon2025understanding")
     makes_passes = True
     needs = frozenset({"gradients"})
@@ -131,14 +136,15 @@ class SAIL(Method):
         Returns:
             A function of the numbers of n images and their candidates, with losses of shape (n, candidates).
         """
-        timestep = model.timestep()
-        signal = model.signal(timestep)
+        schedule = model.schedule
+        timestep = schedule.difference_timestep(0)
+        deviation = schedule.mixture(timestep)[1]
         uses_score = self.objective == "paper" or self.form == "score"
 
         def added(latents: Tensor, rows: Sequence[int]) -> Tensor:
             each = text.rows([row for row in rows for _ in range(self.candidates)])
-            noise = model.text_noise(latents.to(model.dtype), timestep, each)
-            return score_difference(noise, signal) if uses_score else noise
+            noise = model.text_noise(schedule.noised(latents, timestep).to(model.dtype), timestep, each)
+            return score_difference(schedule.noise_of(noise, timestep), deviation) if uses_score else noise
 
         def loss(rows: Sequence[int], values: Tensor) -> Tensor:
             latents = values.flatten(0, 1)

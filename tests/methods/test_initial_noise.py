@@ -6,6 +6,7 @@ import torch
 from batches import batch_of
 from nemo_bench import Diffusion
 from nemo_bench.diffusion import Conditioning, Step
+from nemo_bench.diffusion.schedule import VariancePreserving
 from nemo_bench.methods import AdjustedNoise, Batch, OptimizedNoise
 from tiny import tiny_pipeline
 
@@ -15,8 +16,7 @@ class Cubes:
 
     dtype = torch.float32
 
-    def timestep(self) -> int:
-        return 981
+    schedule = VariancePreserving({})
 
     def text_noise(self, latents: torch.Tensor, timestep: int, text: Conditioning) -> torch.Tensor:
         return latents**3
