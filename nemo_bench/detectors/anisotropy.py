@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from nemo_bench.detectors.base import Detector, DetectorScore, Observed, View
-from nemo_bench.diffusion import Diffusion
+from nemo_bench.diffusion import FAMILIES, Diffusion
 from nemo_bench.diffusion.noise import LATE, mean_cosine, norms
 from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
@@ -33,11 +33,16 @@ class Anisotropy(Detector):
 
     Weights are those of the public code for Stable Diffusion 1.4. The paper fits them on 20 memorized prompts by
     logistic regression and finds 1 and 1 to work as well; its first weight is that of the angle.
+
+    Nothing is published for transformers. The late timestep has the ratio of signal to noise of Stable Diffusion's 41;
+    for flow matching the magnitude is that of velocities, and the angle between noises that follow from them. Weights
+    are to be fitted anew, by ``norm`` and ``angle`` of the details.
     """
 
     title = "Anisotropy"
     summary = "first-step magnitude plus the angle of the text-conditional noise at low noise"
     sourcing = "public code"
+    families = frozenset(FAMILIES)
     citation = cite("asthana2026detecting")
 
     seeds: Count = 1
@@ -54,9 +59,8 @@ class Anisotropy(Detector):
         late = view.model.timestep(LATE)
         first_conditional, first_unconditional = _noises(view, view.model.timestep())
         conditional, unconditional = _noises(view, late)
-        if self.angle_of == "prediction":
-            conditional = view.model.prediction(conditional, late, view.latents)
-            unconditional = view.model.prediction(unconditional, late, view.latents)
+        convert = view.model.prediction if self.angle_of == "prediction" else view.model.schedule.noise_of
+        conditional, unconditional = (convert(each, late, view.latents) for each in (conditional, unconditional))
         sides = {
             "unconditional": unconditional,
             "conditional": conditional,

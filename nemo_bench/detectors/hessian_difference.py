@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from nemo_bench.detectors.base import Detector, View
+from nemo_bench.diffusion import FAMILIES
 from nemo_bench.records.citations import cite
 from nemo_bench.records.ranges import Count
 
@@ -24,11 +25,14 @@ class HessianDifference(Detector):
     the difference of each Hessian times its score, of another scale. The score is the mean over starting noises; a few
     prompts have values far above all others. For models that predict velocity the noise is converted before
     derivatives are taken. Half precision can overflow; take ``model.dtype=float32``.
+
+    Nothing is published for transformers; for flow matching e_c and e_u are velocities.
     """
 
     title = "Hessian difference"
     summary = "how far curvature with the prompt differs from that without it, on pure noise"
     sourcing = "public code; there is no paper yet"
+    families = frozenset(FAMILIES)
     citation = cite("anonymous2026early")
     derives = True
 

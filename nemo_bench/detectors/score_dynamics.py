@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from nemo_bench.detectors.base import Detector, DetectorScore, Observed, View
-from nemo_bench.diffusion import Diffusion
+from nemo_bench.diffusion import FAMILIES, Diffusion
 from nemo_bench.diffusion.noise import norms
 from nemo_bench.errors import ModelError
 from nemo_bench.records.citations import cite
@@ -24,11 +24,15 @@ class ScoreDynamics(Detector):
     Sampling is guided; the conditional noise alone is compared, the mean over images. It is large for every prompt
     whose first steps are large, so compare it with the magnitude. Published with 50 steps; with fewer each step is
     larger, and so is the score.
+
+    Nothing is published for transformers; for flow matching noise is what follows from the velocity, at step 0 the
+    latents themselves.
     """
 
     title = "Score dynamics (DSM)"
     summary = "how much the noise predicted for the prompt changes between two early steps"
     sourcing = "public code; there is no paper yet"
+    families = frozenset(FAMILIES)
     citation = cite("anonymous2026early")
 
     seeds: Count = 1
@@ -47,7 +51,9 @@ class ScoreDynamics(Detector):
 
     @override
     def observe(self, view: View) -> Mapping[str, Tensor]:
-        return {"noise": view.conditional} if view.number >= self.first else {}
+        if view.number < self.first:
+            return {}
+        return {"noise": view.model.schedule.noise_of(view.conditional, view.timestep, view.latents)}
 
     @override
     def score(self, model: Diffusion, prompt: Prompt, observed: Observed, images: Tensor | None) -> DetectorScore:

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import override
 
 from nemo_bench.detectors.base import Detector, View
+from nemo_bench.diffusion import FAMILIES
 from nemo_bench.diffusion.noise import norms, score_difference, unit
 from nemo_bench.records.citations import cite
 from nemo_bench.records.ranges import Count, Positive
@@ -26,11 +27,16 @@ class Sharpness(Detector):
     public code does not; nor does the default here. For models that predict velocity s is that of the predicted noise;
     the public code's has another sign and one more factor 1 / sigma, 1.00 in the first step. The public code uses the
     same noise for every prompt; here each has its own.
+
+    Nothing is published for transformers. For flow matching s is the difference of velocities: at the first step the
+    score says nothing of the prompt. There a network that is trained well hardly looks at the latents either; ``steps``
+    above 1 adds later steps.
     """
 
     title = "Sharpness"
     summary = "curvature of the log-probability along the score difference, SAIL's detector"
     sourcing = "paper and public code"
+    families = frozenset(FAMILIES)
     citation = cite("jeon2025understanding")
     derives = True
 
@@ -43,11 +49,13 @@ class Sharpness(Detector):
 
     @override
     def observe(self, view: View) -> Mapping[str, Tensor]:
-        model, latents, signal = view.model, view.latents, view.model.signal(view.timestep)
-        direction = score_difference(view.step.difference, signal)
+        model, latents = view.model, view.latents
+        flows = model.schedule.quantity == "velocity"
+        deviation = 1.0 if flows else model.schedule.mixture(view.timestep)[1]
+        direction = score_difference(view.step.difference, deviation)
 
         def score(x: Tensor) -> Tensor:
-            return score_difference(model.text_noise(x, view.timestep, view.text), signal)
+            return score_difference(model.text_noise(x, view.timestep, view.text), deviation)
 
         if self.eta is None:
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
