@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import override
 
-from nemo_bench.diffusion import Diffusion
+from nemo_bench.diffusion import FAMILIES, Diffusion
 from nemo_bench.errors import ConfigError, ModelError
 from nemo_bench.methods.base import Batch, Method, Setup
 from nemo_bench.prompts import read_prompts
@@ -22,6 +23,10 @@ from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.io import batched, digest
 from nemo_bench.records.ranges import Count, Index, Share
+
+FeedForward = nn.Linear | nn.Conv2d
+_LAYER = re.compile(r".*\.ff\.(net\.2|conv_point)|single_transformer_blocks\.\d+\.proj_out")
+_LAYER_OR_TEXT = re.compile(rf".*\.ff_context\.net\.2|{_LAYER.pattern}")
 
 
 @dataclass(eq=False)
@@ -38,6 +43,10 @@ class Wanda(Method):
     Stable Diffusion 1.5 by 51 calls of PNDM. The first ten calls are those of the model's own DDIM steps, so their
     timesteps depend on the number of steps. One in a hundred weights is next to nothing in the small layers of the
     embedded model, which takes more.
+
+    Nothing is published for transformers. There the layers are the same, in Sana the last convolutions of 1 x 1; those
+    of the text are left out unless ``text`` is set. FLUX's single blocks have one layer for attention and feed-forward:
+    of its inputs those of feed-forward alone are compared, text and image together.
     """
 
     title = "Wanda-style pruning"
@@ -47,7 +56,7 @@ class Wanda(Method):
     citation = cite("chavhan2024memorized")
     makes_passes = True
     needs = frozenset({"uncompiled"})
-    limits = "prunes feed-forward layers of a UNet"
+    families = frozenset(FAMILIES)
     auditable = True
 
     #: Prompts to prune for (csv, jsonl, txt or parquet); None takes those of the run that are marked as memorized. The
@@ -58,7 +67,9 @@ class Wanda(Method):
     #: A weight must be chosen in more than this share of them, below 1.
     agreement: Annotated[float, Field(ge=0, lt=1)] = 0.0
     seed: Index = 0  #: All prompts start from the noise of this seed.
-    _pruned: dict[nn.Linear, Tensor] | None = field(default=None, init=False)
+    #: Whether the layers that feed the text forward in Stable Diffusion 3 and FLUX are pruned as well.
+    text: bool = False
+    _pruned: dict[FeedForward, Tensor] | None = field(default=None, init=False)
 
     @cached_property
     def _listed(self) -> list[str]:
@@ -81,16 +92,18 @@ class Wanda(Method):
     def setup(self, model: Diffusion, setup: Setup) -> None:
         super().setup(model, setup)
         texts = self._texts(setup.prompts)
-        layers = feed_forward_layers(model)
+        layers = feed_forward_layers(model, text=self.text)
         memorized = self.input_squares(model, layers, texts)
         empty = self.input_squares(model, layers, [""])
-        self._pruned = {
-            layer: self.choose(layer.weight, memorized[name], len(texts) * empty[name])
-            for name, layer in layers.items()
-        }
+        self._pruned = {}
+        for name, layer in layers.items():
+            chosen = torch.zeros_like(layer.weight, dtype=torch.bool)
+            own = layer.weight.flatten(1)[:, _first_input(name, layer) :]
+            chosen.flatten(1)[:, -own.shape[1] :] = self.choose(own, memorized[name], len(texts) * empty[name])
+            self._pruned[layer] = chosen
 
     def input_squares(
-        self, model: Diffusion, layers: Mapping[str, nn.Linear], texts: Sequence[str]
+        self, model: Diffusion, layers: Mapping[str, FeedForward], texts: Sequence[str]
     ) -> dict[str, Tensor]:
         """Generates prompts, and sums the squared columns of the layers' inputs, rows scaled to length 1.
 
@@ -99,18 +112,23 @@ class Wanda(Method):
             the same.
         """
         total: dict[str, Tensor] = {}
+        # FLUX predicts both halves of guidance one after the other.
+        passes = 1 if model.family.stacked or model.guidance <= 1 else 2
         for part in batched(texts, max(1, self.batch_size)):
             squares: dict[str, list[Tensor]] = {name: [] for name in layers}
             with ExitStack() as hooks:
                 for name, layer in layers.items():
-                    hooks.enter_context(layer.register_forward_pre_hook(partial(self._add, squares[name])))
+                    add = partial(self._add, squares[name], passes, _first_input(name, layer))
+                    hooks.enter_context(layer.register_forward_pre_hook(add))
                 model.generate(model.encode(part), model.latents([self.seed] * len(part)))
-            total = {name: total.get(name, 0) + torch.stack(calls) for name, calls in squares.items()}
+            for name, calls in squares.items():
+                total[name] = total.get(name, 0) + torch.stack(calls).unflatten(0, (-1, passes)).sum(1)
         return total
 
-    def _add(self, squares: list[Tensor], layer: nn.Module, args: tuple[Tensor]) -> None:
-        if len(squares) < self.calls:
-            inputs = nn.functional.normalize(args[0].flatten(0, -2).float(), dim=1)
+    def _add(self, squares: list[Tensor], passes: int, first: int, layer: nn.Module, args: tuple[Tensor]) -> None:
+        if len(squares) < self.calls * passes:
+            inputs = args[0].movedim(1, -1) if isinstance(layer, nn.Conv2d) else args[0]
+            inputs = nn.functional.normalize(inputs.flatten(0, -2)[:, first:].float(), dim=1)
             squares.append(inputs.square().double().sum(0).cpu())
 
     def choose(self, weight: Tensor, memorized: Tensor, empty: Tensor) -> Tensor:
@@ -141,23 +159,29 @@ class Wanda(Method):
             yield batch
 
 
-def feed_forward_layers(model: Diffusion) -> dict[str, nn.Linear]:
-    """The second linear layers of the UNet's feed-forward blocks by module path.
+def feed_forward_layers(model: Diffusion, *, text: bool = False) -> dict[str, FeedForward]:
+    """The last layers of the network's feed-forward blocks by module path; ``text`` adds those for text alone.
 
     Raises:
-        ModelError: There is none, or the UNet is compiled, which hides their inputs.
+        ModelError: There is none, or the network is compiled, which hides their inputs.
     """
-    layers = {name: part for name, part in model.unet.named_modules() if name.endswith(".ff.net.2")}
+    pattern = _LAYER_OR_TEXT if text else _LAYER
+    layers = {name: part for name, part in model.network.named_modules() if pattern.fullmatch(name)}
     if not layers or model.compiled:
         msg = f"model.compiled={model.compiled}, {len(layers)} feed-forward layers: wanda needs some"
         raise ModelError(f"{msg}, and model.compiled=false")
     return layers
 
 
+def _first_input(name: str, layer: FeedForward) -> int:
+    """The first input of a layer that is one of feed-forward; in FLUX's single blocks those of attention precede."""
+    return layer.weight.shape[0] if name.startswith("single_") else 0
+
+
 @contextmanager
 @torch.no_grad()
-def pruned(weights: Mapping[nn.Linear, Tensor]) -> Iterator[None]:
-    """Sets weights to 0 within the context, by boolean masks of layers, (outputs, inputs)."""
+def pruned(weights: Mapping[FeedForward, Tensor]) -> Iterator[None]:
+    """Sets weights to 0 within the context, by boolean masks of layers, shaped as their weights."""
     original = {layer: layer.weight[chosen].clone() for layer, chosen in weights.items()}
     try:
         for layer, chosen in weights.items():
