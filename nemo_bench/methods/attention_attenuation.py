@@ -42,6 +42,7 @@ class AttentionAttenuation(Method):
     summary = "cross-attention weakened to the tokens that stand out"
     touches = "cross-attention"
     sourcing = "public code; paper second hand"
+    limits = "edits the logits of cross-attention, which are reached in UNets alone"
     citation = cite("zhao2026attention")
     needs = frozenset({"uncompiled"})
 

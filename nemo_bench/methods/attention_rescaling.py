@@ -38,7 +38,9 @@ class AttentionRescaling(Method):
     sourcing = "public code; formulas second hand"
     citation = cite("ren2024unveiling")
     needs = frozenset({"uncompiled"})
-    limits = "its factor is that of CLIP's begin token in cross-attention"
+    limits = (
+        "its factor is that of CLIP's begin token, which T5 lacks, in cross-attention, which is reached in UNets alone"
+    )
 
     #: C. Default of the public script: 1; its published command takes 1.25, others publish 1.1 to 1.5.
     factor: Positive = 1.25

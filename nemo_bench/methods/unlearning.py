@@ -97,6 +97,7 @@ class Unlearning(FittedWeights):
     title = "Unlearning"
     summary = "weights fitted to forget the training images: SISS, EraseDiff, NegGrad, naive deletion"
     sourcing = "public code and abstract"
+    limits = "its losses are weighed by the noise levels of Stable Diffusion, and flow matching mixes by others"
     citation = cite("alberti2025data")
 
     loss: Loss = "siss"
