@@ -22,7 +22,6 @@ from nemo_bench.methods import (
 )
 from nemo_bench.methods.wanda import feed_forward_layers
 from on_disk import read_json, read_records
-from small_runs import small
 from tiny_transformers import TOKENS, TRANSFORMERS, tiny_transformer
 
 
@@ -144,12 +143,12 @@ def test_a_user_runs_methods_and_detectors_on_a_transformer(tmp_path: Path, prom
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     grid = "".join(f"  - {line}\n" for line in CARRIED.splitlines())
     (tmp_path / "conf" / "experiment" / "carried.yaml").write_text(f"# @package _global_\nsummary: it\ngrid:\n{grid}")
-    model = ["family=sd3", "layers=all", f"tokens={TOKENS}", f"source={tmp_path / 'model'}"]
+    model = ["family=sd3", "layers=all", "steps=3", f"tokens={TOKENS}", f"source={tmp_path / 'model'}"]
     words = [
-        *small(seeds=1, steps=3), *(f"model.{setting}" for setting in model), f"root={tmp_path / 'results'}",
-        f"prompts.files=[{prompt_file}]", "prompts.limit=1",
+        *(f"model.{setting}" for setting in model), "trainer=cpu", f"prompts.files=[{prompt_file}]", "prompts.limit=1",
+        f"root={tmp_path / 'results'}",
     ]  # fmt: skip
-    assert main(["run", "--conf", str(tmp_path / "conf"), "experiment=carried", *words]) == 0
+    assert main(["run", "--conf", str(tmp_path / "conf"), "experiment=carried", "seeds=1", *words]) == 0
     specs = [read_json(path) for path in (tmp_path / "results" / "default").glob("*/spec.json")]
     assert len(specs) == len(CARRIED.splitlines())
     assert all(spec["measures"].startswith("flow matching") for spec in specs)
