@@ -122,9 +122,8 @@ class Compared:
     """What of a run at several strengths is compared side by side."""
 
     cells: frozenset[str]  #: Cells without mitigation, and of each method that of the chosen setting.
-    prompts: frozenset[
-        str
-    ]  #: Prompts by which no setting was chosen, nor by what they vary; those that are not memorized among them.
+    #: Prompts by which no setting was chosen, nor by those that they vary; all that are not memorized are among them.
+    prompts: frozenset[str]
 
 
 def compared(results: Results) -> Compared | None:
