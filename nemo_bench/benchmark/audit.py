@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,25 +20,29 @@ from nemo_bench.benchmark.processes import is_main
 from nemo_bench.benchmark.rescore import reread
 from nemo_bench.benchmark.run import log_file
 from nemo_bench.benchmark.runner import Runner
-from nemo_bench.benchmark.stages.audit import STATES, AuditSettings, Search, score_sheets, search
+from nemo_bench.benchmark.stages.audit import AuditSettings, Search, SearchSettings, score_sheets, search
 from nemo_bench.benchmark.stages.base import Chunk
+from nemo_bench.benchmark.stages.inversion import InversionSettings, invert
 from nemo_bench.config import SCORING, PromptSettings, build, overridden
 from nemo_bench.config.groups import named_classes
 from nemo_bench.config.schema import rows_at_once
 from nemo_bench.config.targets import check_stored
-from nemo_bench.diffusion import GRADIENT_MEMORY
+from nemo_bench.diffusion import GRADIENT_MEMORY, UNETS
 from nemo_bench.errors import ConfigError, ModelError, StoreError, did_you_mean
 from nemo_bench.methods import NoMitigation
 from nemo_bench.methods.descent import check_precision
 from nemo_bench.methods.embedding_search import UNCHANGED
 from nemo_bench.metrics import BenchMetric, MemorizationRate
+from nemo_bench.metrics.roc import detection
 from nemo_bench.records import schema
 from nemo_bench.records.data import GENERAL, Kind, Prompt
 from nemo_bench.records.io import digest, read_file, write_json
-from nemo_bench.records.schema import Audit, Layers, SearchRecord, SearchScoreRecord, Spec, Summary
+from nemo_bench.records.schema import Audit, Inversion, Inverted, Layers, SearchRecord, SearchScoreRecord, Spec, Summary
 from nemo_bench.records.statistics import bootstrap_interval, paired
 from nemo_bench.records.store import read_run, read_spec
 
+AUDITS: dict[str, type[SearchSettings]] = {kind.audit: kind for kind in (AuditSettings, InversionSettings)}
+"""Settings of each kind of audit, the default first."""
 LEVEL = 0.05
 """Training images come back where the chance of such a difference from the controls is below this."""
 
@@ -54,7 +59,8 @@ def cells_of(
 ) -> list[Cell]:
     """The cells of a run, or one cell, that are audited; no weights are loaded.
 
-    Overrides are fields of :class:`AuditSettings` and of :data:`nemo_bench.config.SCORING`, such as ``metrics=full``.
+    Overrides are ``audit``, one of :data:`AUDITS`, the fields of its settings, and those of
+    :data:`nemo_bench.config.SCORING`, such as ``metrics=full``.
     Names choose cells by folder or method; without any, all that can be audited are taken, and it is said which are
     left out.
 
@@ -62,7 +68,7 @@ def cells_of(
         NemoBenchError: A setting is wrong, a cell is not finished, can't be audited or was asked for in vain, or
             pictures are missing.
     """
-    settings, rest = _settings(overrides)
+    settings, rest = settings_of(overrides)
     cells: list[Cell] = []
     left_out: dict[str, list[str]] = {}
     places = _asked_for(folder, names)
@@ -75,7 +81,7 @@ def cells_of(
             left_out.setdefault("not all images are there; go on with nemo-bench run", []).append(place.name)
             continue
         cell = reread(place, rest, conf)
-        if reason := _unfit(cell, conf):
+        if reason := _unfit(cell, settings, conf):
             left_out.setdefault(reason, []).append(place.name)
         else:
             _plan_searches(cell, settings)
@@ -93,17 +99,23 @@ def cells_of(
     return cells
 
 
-def _settings(overrides: Sequence[str]) -> tuple[AuditSettings, list[str]]:
+def settings_of(overrides: Sequence[str]) -> tuple[SearchSettings, list[str]]:
     """The audit's own settings, and the words that are others."""
-    known = [field.name for field in fields(AuditSettings)]
+    name = next((word.partition("=")[2] for word in overrides if word.startswith("audit=")), AuditSettings.audit)
+    if name not in AUDITS:
+        raise ConfigError(f"unknown audit '{name}'. {did_you_mean(name, AUDITS)}")
+    kind = AUDITS[name]
+    known = [field.name for field in fields(kind)]
     words: dict[bool, list[str]] = {True: [], False: []}
     for word in overrides:
+        if word.startswith("audit="):
+            continue
         key = word.lstrip("~+").partition("=")[0]
         words[key in known].append(word)
         if key not in known and not any(f"{key}.".startswith(f"{other}.") for other in SCORING):
-            raise ConfigError(f"unknown setting '{word}'; write key=value. {did_you_mean(key, [*known, *SCORING])}")
-    settings: AuditSettings = overridden(words[True], AuditSettings)
-    return settings, words[False]
+            hint = did_you_mean(key, ["audit", *known, *SCORING])
+            raise ConfigError(f"unknown setting '{word}'; write key=value. {hint}")
+    return overridden(words[True], kind), words[False]
 
 
 def _asked_for(folder: Path, names: Sequence[str]) -> list[Path]:
@@ -121,7 +133,7 @@ def _asked_for(folder: Path, names: Sequence[str]) -> list[Path]:
     return [place for place in places if not names or {place.name, methods[place]} & set(names)]
 
 
-def _unfit(cell: Cell, conf: Path | None) -> str:
+def _unfit(cell: Cell, settings: SearchSettings, conf: Path | None) -> str:
     """Why a cell can't be audited; empty where it can. The cell gets its method."""
     node = cell.config.settings.method
     if cell.spec.task == "external":
@@ -130,6 +142,14 @@ def _unfit(cell: Cell, conf: Path | None) -> str:
     cell.method = build(node, "method")
     if not cell.method.auditable:
         return UNCHANGED
+    family = source_of(cell.config.settings.model).family.pipeline_class
+    if isinstance(settings, AuditSettings) and settings.starts:
+        if cell.config.settings.model.compiled or family not in UNETS:
+            return "starts looks into a UNet that is not compiled; leave it out"
+        if settings.starts == 1:
+            return "starts=1 leaves no pairs to compare; give 0 or 2 at least"
+    if settings.families is not None and family not in settings.families:
+        return f"audit={settings.audit} is made for {', '.join(sorted(settings.families))}, given a {family}"
     try:
         check_precision("an audit", cell.config.settings.model.dtype)
     except ModelError as error:
@@ -137,7 +157,7 @@ def _unfit(cell: Cell, conf: Path | None) -> str:
     return ""
 
 
-def _plan_searches(cell: Cell, settings: AuditSettings) -> None:
+def _plan_searches(cell: Cell, settings: SearchSettings) -> None:
     """Gives a cell its searches."""
     store, model = cell.store, cell.config.settings.model
     assert cell.method is not None
@@ -150,7 +170,7 @@ def _plan_searches(cell: Cell, settings: AuditSettings) -> None:
         title = cell.method.title
         raise StoreError(f"{store.folder}: files that {title} reads hold something else by now; put those back")
     compared = compared_metrics(cell)
-    if not any(isinstance(metric, MemorizationRate) for metric in compared.values()):
+    if not _rates(cell):
         msg = f"{store.folder}: no metric of this run says which images are memorized, so there would be no verdict"
         raise ConfigError(f"{msg}; add one, such as metrics=default or metrics=full")
     for metric in compared.values():
@@ -161,11 +181,12 @@ def _plan_searches(cell: Cell, settings: AuditSettings) -> None:
         msg = f"{store.folder}: no prompt that is marked as memorized has a training image to search for"
         raise ConfigError(f"{msg}; fetch them with nemo-bench references, then prompts.references=DIR")
     controls = _controls(cell, settings)
+    judge = [_identity(cell, next(iter(_rates(cell))))] if isinstance(settings, InversionSettings) else []
     searches = []
     for number, prompt in enumerate(memorized):
-        searches.append(Search.from_prompts(prompt, prompt, settings))
+        searches.append(Search.from_prompts(prompt, prompt, settings, *judge))
         if controls:
-            searches.append(Search.from_prompts(prompt, controls[number % len(controls)], settings))
+            searches.append(Search.from_prompts(prompt, controls[number % len(controls)], settings, *judge))
     cell.audit = settings
     cell.searches = searches
 
@@ -176,14 +197,22 @@ def compared_metrics(cell: Cell) -> dict[str, BenchMetric]:
     return {name: m for name, m in metrics if m.needs == {"images", "references"} and m.per == "image"}
 
 
+def _rates(cell: Cell) -> dict[str, MemorizationRate]:
+    """Those of them that say which images are memorized; by the first one an inversion is successful."""
+    return {name: metric for name, metric in compared_metrics(cell).items() if isinstance(metric, MemorizationRate)}
+
+
+def _identity(cell: Cell, name: str) -> dict[str, Any]:
+    """What the values of a metric of a cell depend on."""
+    return {**cell.config.settings.metrics[name], **compared_metrics(cell)[name].fingerprint()}
+
+
 def _score_id(cell: Cell, search: str) -> str:
     """Record id of the scores of a search."""
-    nodes = cell.config.settings.metrics
-    metrics = {name: {**nodes[name], **metric.fingerprint()} for name, metric in compared_metrics(cell).items()}
-    return digest([search, metrics])
+    return digest([search, {name: _identity(cell, name) for name in compared_metrics(cell)}])
 
 
-def _controls(cell: Cell, settings: AuditSettings) -> list[Prompt]:
+def _controls(cell: Cell, settings: SearchSettings) -> list[Prompt]:
     own = [prompt for prompt in cell.prompts if prompt.group == GENERAL and prompt.references]
     file = settings.controls or cell.config.settings.prompts.controls
     if file is None or (own and settings.controls is None):
@@ -233,8 +262,15 @@ def _search(cell: Cell, runner: Runner) -> None:
     settings = cell.audit
     assert settings is not None
     rows = rows_at_once(cell.config.settings)
-    size = max(1, rows // GRADIENT_MEMORY // settings.samples)
-    runner.run_stage(SearchRecord, partial(search, settings=settings), cell, cell.searches, size)
+    handle: Callable[..., Sequence[SearchRecord]]
+    if isinstance(settings, InversionSettings):
+        rate = next(iter(_rates(cell).values()))
+        size, handle = 1, partial(invert, settings=settings, rate=rate)
+    else:
+        assert isinstance(settings, AuditSettings)
+        size = max(1, rows // GRADIENT_MEMORY // settings.samples)
+        handle = partial(search, settings=settings, prompts=cell.prompts)
+    runner.run_stage(SearchRecord, handle, cell, cell.searches, size)
     records = cell.store.records(SearchRecord)
     searched = [records[task.id] for task in cell.searches if not records[task.id].failed]
     sheets = [Chunk(_score_id(cell, record.id), (record,)) for record in searched]
@@ -283,11 +319,13 @@ def summarize(cell: Cell, command: str = "") -> Audit:
         if isinstance(metric, MemorizationRate):
             mitigated = not isinstance(cell.method, NoMitigation)
             verdicts[name] = verdict(over_prompt, over_control, prompt_over_control, mitigated=mitigated)
+    ended = {group: [searched[task.id].inversion for task in tasks] for group, tasks in scored_of.items()}
+    inverted, auc = inverted_groups({group: [found for found in those if found] for group, those in ended.items()})
     costs = [cost for task in cell.searches if (cost := searched[task.id].cost) and cost.row_passes is not None]
     return Audit(
         id=digest([task.id for task in cell.searches], 8),  # others for other settings, prompts or controls
         settings=settings.identity,
-        states={state: text for state, text in STATES.items() if any(state in row for row in means.values())},
+        states={state: text for state, text in settings.states.items() if any(state in row for row in means.values())},
         metrics={name: schema.MetricInfo(**metric.describe()) for name, metric in metrics.items()},
         groups={group: len({task.source.id for task in tasks}) for group, tasks in scored_of.items() if tasks},
         scores={
@@ -311,6 +349,8 @@ def summarize(cell: Cell, command: str = "") -> Audit:
                 group="control" if task.is_control else "memorized",
                 sheet=str(searched[task.id].image),
                 scores=means[task.id],
+                inversion=searched[task.id].inversion,
+                diagnosis=searched[task.id].diagnosis,
             )
             for task in cell.searches
             if task.id in means
@@ -320,8 +360,34 @@ def summarize(cell: Cell, command: str = "") -> Audit:
             for key, places in (("row_passes", 1), ("seconds", 2))
             if costs
         },
+        inverted=inverted,
+        inverted_auc=auc,
         command=command,
     )
+
+
+def inverted_groups(groups: Mapping[str, Sequence[Inversion]]) -> tuple[dict[str, Inverted], float | None]:
+    """Inversions by group, and how well their divergence tells memorized pictures from controls."""
+    values = {
+        group: [found.divergence if found.reached else math.inf for found in those]
+        for group, those in groups.items()
+        if those
+    }
+    medians = {group: float(np.median(found)) for group, found in values.items()}
+    inverted = {
+        group: Inverted(
+            pictures=len(found),
+            reached=sum(map(math.isfinite, found)),
+            median=medians[group] if math.isfinite(medians[group]) else None,
+        )
+        for group, found in values.items()
+    }
+    if len(values) < 2:
+        return inverted, None
+    # Ranks count alone, and the infinite ones come last.
+    last = max((value for found in values.values() for value in found if math.isfinite(value)), default=0.0) + 1
+    memorized, controls = ([-min(value, last) for value in values[group]] for group in ("memorized", "control"))
+    return inverted, detection(memorized, controls)["auc"]
 
 
 def _by_source(tasks: Sequence[Search], values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -27,7 +27,7 @@ from nemo_bench.records.store import Store, read_spec
 from nemo_bench.records.truth import read_truth, truth_digest
 
 if TYPE_CHECKING:
-    from nemo_bench.benchmark.stages.audit import AuditSettings, Search
+    from nemo_bench.benchmark.stages.audit import Search, SearchSettings
     from nemo_bench.detectors import Detector
 
 SCORING_FILE = "scoring.json"
@@ -74,7 +74,7 @@ class Cell:
     source_prompts: list[Prompt] = field(default_factory=list)  #: Prompts of the source that count.
     #: Pictures by prompt id whose training loss is measured; none where it is not.
     loss_pictures: dict[str, tuple[Path, ...]] = field(default_factory=dict)
-    audit: AuditSettings | None = None  #: How it is audited, if it is.
+    audit: SearchSettings | None = None  #: How it is audited, if it is.
     searches: Sequence[Search] = ()  #: Of the audit: each memorized prompt's, followed by its control.
 
     @property

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import override
 
-from nemo_bench.diffusion import FAMILIES, Diffusion
+from nemo_bench.diffusion import FAMILIES, Conditioning, Diffusion
 from nemo_bench.errors import ConfigError, ModelError
 from nemo_bench.methods.base import Batch, Method, Setup
 from nemo_bench.prompts import read_prompts
@@ -93,8 +93,8 @@ class Wanda(Method):
         super().setup(model, setup)
         texts = self._texts(setup.prompts)
         layers = feed_forward_layers(model, text=self.text)
-        memorized = self.input_squares(model, layers, texts)
-        empty = self.input_squares(model, layers, [""])
+        memorized = self.input_squares(model, layers, model.encode(texts))
+        empty = self.input_squares(model, layers, model.encode([""]))
         self._pruned = {}
         for name, layer in layers.items():
             chosen = torch.zeros_like(layer.weight, dtype=torch.bool)
@@ -103,9 +103,9 @@ class Wanda(Method):
             self._pruned[layer] = chosen
 
     def input_squares(
-        self, model: Diffusion, layers: Mapping[str, FeedForward], texts: Sequence[str]
+        self, model: Diffusion, layers: Mapping[str, FeedForward], text: Conditioning
     ) -> dict[str, Tensor]:
-        """Generates prompts, and sums the squared columns of the layers' inputs, rows scaled to length 1.
+        """Generates encoded prompts, and sums the squared columns of the layers' inputs, rows scaled to length 1.
 
         Returns:
             By layer, for each of the first calls, (calls, inputs); doubles, so that batches of other sizes add up to
@@ -114,13 +114,13 @@ class Wanda(Method):
         total: dict[str, Tensor] = {}
         # FLUX predicts both halves of guidance one after the other.
         passes = 1 if model.family.stacked or model.guidance <= 1 else 2
-        for part in batched(texts, max(1, self.batch_size)):
+        for part in batched(range(len(text)), max(1, self.batch_size)):
             squares: dict[str, list[Tensor]] = {name: [] for name in layers}
             with ExitStack() as hooks:
                 for name, layer in layers.items():
                     add = partial(self._add, squares[name], passes, _first_input(name, layer))
                     hooks.enter_context(layer.register_forward_pre_hook(add))
-                model.generate(model.encode(part), model.latents([self.seed] * len(part)))
+                model.generate(text.rows(part).to(model.dtype), model.latents([self.seed] * len(part)))
             for name, calls in squares.items():
                 total[name] = total.get(name, 0) + torch.stack(calls).unflatten(0, (-1, passes)).sum(1)
         return total

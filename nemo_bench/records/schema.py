@@ -150,12 +150,52 @@ class DetectionRecord(PromptRecord):
     details: dict[str, Any] | None = None  #: What explains it.
 
 
+class Inversion(Entry):
+    """How an inversion ended."""
+
+    divergence: float  #: Of the noise from a standard normal one: the smaller, the more memorized.
+    reached: bool  #: Whether the picture was replicated; where it was not, the divergence says nothing.
+    steps: int  #: Steps that it took.
+    guidance: float  #: Guidance at which most images of the last check replicate the picture.
+
+
+class Spread(Entry):
+    """Euclidean distances of all pairs of embeddings: mean, quartiles, and mean cosine."""
+
+    embeddings: int
+    mean: float
+    low: float
+    median: float
+    high: float
+    cosine: float
+
+
+class Agreement(Entry):
+    """How far sets of chosen weights of a layer agree, over all pairs."""
+
+    iou: float  #: Mean intersection over union; 1 for two empty sets.
+    random: float  #: What it is for random sets of their size.
+    share: float  #: Mean share of the weights that is chosen.
+    empty: int  #: Pairs of empty sets.
+
+
+class Diagnosis(Entry):
+    """What many searches for one picture ended with, see :func:`nemo_bench.benchmark.diagnostics.diagnose`."""
+
+    spread: dict[str, Spread]  #: Of ``found``, ``starts`` and ``general`` prompts.
+    #: By module, mean distance of activations divided by their mean norm: of ``found``, and of ``memorized`` prompts.
+    activations: dict[str, dict[str, float]]
+    agreement: dict[str, Agreement]  #: By feed-forward layer.
+
+
 class SearchRecord(PromptRecord):
     """A search of an audit; ``image`` is its sheet, a row of pictures for each state."""
 
     stage = "audit"
     source: str  #: Id of the prompt whose picture was searched for.
     states: list[str] = []  #: Rows of the sheet.
+    inversion: Inversion | None = None  #: Where it was an inversion.
+    diagnosis: Diagnosis | None = None  #: Of the searches from random starts for the same picture, where there are any.
 
 
 class SearchScoreRecord(Record):
@@ -437,6 +477,18 @@ class SearchResult(Entry):
     group: Literal["memorized", "control"]  #: ``"memorized"`` or ``"control"``.
     sheet: str  #: Path of its pictures.
     scores: dict[str, dict[str, float]]  #: Mean over images by state and metric.
+    diagnosis: Diagnosis | None = None  #: Of the searches from random starts for the same picture, where there are any.
+    inversion: Inversion | None = None  #: Where it was an inversion.
+
+
+class Inverted(Entry):
+    """Inversions of a group of pictures."""
+
+    pictures: int  #: Number of inversions.
+    reached: int  #: In how many the picture was replicated.
+    median: float | None = (
+        None  #: Of the divergence over all, where those that were not reached are infinite; None for that.
+    )
 
 
 class Audit(Entry):
@@ -454,6 +506,9 @@ class Audit(Entry):
     verdict: dict[str, str]  #: By memorization rate; see :func:`nemo_bench.benchmark.audit.verdict`.
     searches: list[SearchResult]  #: One entry a search.
     cost: dict[str, float]  #: Mean UNet passes and seconds of a search.
+    inverted: dict[str, Inverted] = {}  #: By group, where pictures were inverted.
+    #: Area under the ROC curve of memorized pictures against controls by divergence, infinite where it was not reached.
+    inverted_auc: float | None = None
     command: str = ""  #: What the user typed.
 
 

@@ -12,7 +12,6 @@ from functools import partial
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-from nemo_bench.records.citations import cite
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.results import CellResults, Outcome, Results, short_layers
 from nemo_bench.records.schema import LeaderboardRow
@@ -62,9 +61,10 @@ def page(results: Results, rows: Sequence[LeaderboardRow]) -> str:
     axes = tables.axis_tables(results)
     figures = [*(strength_curves(results, strengths) if strengths else ()), *axis_figures(shown), *plots(shown)]
     thumbnails = {cell.name: Thumbnails(cell.folder) for cell in results.cells}
+    audits = audits_of(results)
     parts = {
         "examples": _examples(results, thumbnails),
-        "audit": audits_of(results),
+        "audit": audits,
         "models": _models(results, rows),
         "presets": _presets(results),
         "axes": axes,
@@ -98,7 +98,7 @@ def page(results: Results, rows: Sequence[LeaderboardRow]) -> str:
         **parts,
         model_rows=model_rows(results),
         rates=results.keys_of("memorization_rate")[:1],
-        audit_citation=cite("kowalczuk2026finding"),
+        audit_citations=list(dict.fromkeys(shown.citation for shown in audits)),
         plots=by_section,
         shown=shown.cells,
         many=_MANY,

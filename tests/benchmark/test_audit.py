@@ -21,19 +21,21 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nemo_bench import Diffusion, Neurons, resolve
-from nemo_bench.benchmark.audit import cells_of, verdict
+from nemo_bench.benchmark.audit import cells_of, inverted_groups, verdict
+from nemo_bench.benchmark.inversion import divergence
 from nemo_bench.benchmark.stages.audit import AuditSettings
 from nemo_bench.cli import main
 from nemo_bench.config import build, grid, options
 from nemo_bench.diffusion import Conditioning, fitted_picture
 from nemo_bench.diffusion.noise import require_finite
+from nemo_bench.errors import ConfigError
 from nemo_bench.methods import Batch, NeMo
 from nemo_bench.metrics import SSIM, PixelDistance
 from nemo_bench.prompts.tasks import seeds_of
 from nemo_bench.records.data import Prompt
 from nemo_bench.records.images import open_image
 from nemo_bench.records.results import load_results
-from nemo_bench.records.schema import SearchRecord
+from nemo_bench.records.schema import Inversion, Inverted, SearchRecord
 from nemo_bench.records.store import Store, read_localizations
 from nemo_bench.report.audit import CellAudit, audits_of
 from nemo_bench.report.terminal import terminal_audits
@@ -265,6 +267,67 @@ def test_an_audit_without_controls_has_no_verdict_and_says_so(copy: Path, capsys
     assert (entry["compared"], entry["verdict"]) == ({}, {"memorized": "no controls"})
 
 
+def test_pictures_are_inverted_beside_the_search_for_embeddings(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["audit", str(cell(copy, "nemo")), "audit=inversion", "steps=2", "check=2", "samples=1", "guidances=[3]"]
+    words += ["images=1", "limit=1", "trainer=cpu"]
+    assert main(words) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "InvMM: 0 of 2 pictures of memorized prompts replicated; 0 of 2 pictures of controls replicated." in shown
+    (entry,) = audits(copy, "nemo")
+    assert (entry["settings"]["audit"], entry["settings"]["guidances"]) == ("inversion", [3.0])
+    assert list(entry["states"]) == ["prompt", "found"]
+    assert entry["inverted"]["memorized"] == {"pictures": 2, "reached": 0}
+    assert entry["inverted_auc"] == 0.5  # none was replicated, and so they are equal
+    (record, *_) = read_records(cell(copy, "nemo"), "audit").values()
+    assert record["inversion"]["steps"] == 2
+    tensors = load_file(cell(copy, "nemo") / record["file"])
+    mean, log_variance = tensors["mean"], tensors["log_variance"]
+    expected = float(divergence(mean, log_variance))
+    assert record["inversion"]["divergence"] == pytest.approx(expected, rel=1e-4)
+    passes = 2 * 2 + 2 * 3 + 2 * 3  # two steps forward and back; a guided image of three steps of the check, and one
+    assert entry["cost"]["row_passes_per_search"] == passes
+    count = lines(cell(copy, "nemo"))
+    assert main(words) == 0
+    assert lines(cell(copy, "nemo")) == count == 2 * 4
+    assert "at most 2 steps of 1 samples at rate 0.1" in (copy / "report.html").read_text()
+    # Another memorization rate may end an inversion elsewhere, so it is another one.
+    (one,) = cells_of(cell(copy, "nemo"), words[2:-1])
+    (other,) = cells_of(cell(copy, "nemo"), [*words[2:-1], "metrics.memorized.threshold=0.2"])
+    assert not {task.id for task in one.searches} & {task.id for task in other.searches}
+
+
+def test_ends_of_searches_from_random_starts_are_compared(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = cell(copy, "nemo")
+    words = ["audit", str(place), *QUICK, "steps=1", "samples=1", "images=1", "limit=1"]
+    assert main([*words, "starts=2", "ratio=0.1"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "2 searches from random numbers for 2 pictures. Mean distance of embeddings: what they found" in shown
+    (entry,) = audits(copy, "nemo")
+    assert (entry["settings"]["starts"], entry["settings"]["ratio"]) == (2, 0.1)
+    own, control, *_ = entry["searches"]
+    assert "diagnosis" not in control
+    diagnosis = own["diagnosis"]
+    assert diagnosis["spread"]["found"]["embeddings"] == 2
+    assert set(diagnosis["activations"]["mid_block"]) == {"found", "memorized"}
+    with pytest.raises(ConfigError, match="starts=1 leaves no pairs"):
+        cells_of(place, [*QUICK, "starts=1"])
+
+
+def test_how_well_divergences_tell_memorized_pictures_from_controls() -> None:
+    """Pictures that were not replicated come last, whatever their divergence."""
+
+    def ended(divergence: float, *, reached: bool = True) -> Inversion:
+        return Inversion(divergence=divergence, reached=reached, steps=50, guidance=3.0)
+
+    memorized = [ended(0.1), ended(0.3), ended(0.01, reached=False)]
+    controls = [ended(0.2), ended(0.02, reached=False)]
+    found, auc = inverted_groups({"memorized": memorized, "control": controls})
+    assert found["memorized"] == Inverted(pictures=3, reached=2, median=0.3)
+    assert found["control"] == Inverted(pictures=2, reached=1)
+    assert auc == pytest.approx((2 + 1 + 0.5) / 6)
+    assert inverted_groups({"memorized": memorized, "control": []})[1] is None
+
+
 def set_dtype(place: Path, dtype: str) -> None:
     env = read_json(place / "env.json")
     env[-1]["settings"]["model"]["dtype"] = dtype
@@ -342,6 +405,8 @@ def test_cells_that_cannot_be_audited_are_left_out_or_explained(
     assert "can't be audited" in error(str(cell(copy, "embedding_noise")))
     assert "Choices: embedding_noise, nemo, none" in error(run, "--cell", "nemoo")
     assert "unknown setting 'step=3'" in error(run, "step=3")
+    assert "unknown audit 'inverson'. Did you mean 'inversion'?" in error(run, "audit=inverson")
+    assert "unknown setting 'start=random'" in error(run, "audit=inversion", "start=random")
     assert "Did you mean 'steps'?" in error(run, "step=3")
     assert "steps=0: expected greater than or equal to 1" in error(run, "steps=0")
     assert "steps=many: expected a whole number" in error(run, "steps=many")

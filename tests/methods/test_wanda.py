@@ -40,7 +40,7 @@ def test_empty_prompt_counts_as_often_as_there_are_memorized_ones(tiny: Diffusio
 
     method, layers = Watched(), feed_forward_layers(tiny)
     method.setup(tiny, Setup(prompts=MEMORIZED))
-    once = method.input_squares(tiny, layers, [""])
+    once = method.input_squares(tiny, layers, tiny.encode([""]))
     for (_, empty), squares in zip(given, once.values(), strict=True):
         torch.testing.assert_close(empty, 2 * squares)
 
@@ -57,7 +57,7 @@ def test_norms_are_those_of_rows_of_length_one(tiny: Diffusion) -> None:
     layers, texts = feed_forward_layers(tiny), ["red sun map", "fox big hat", "cup dog"]
     method, inputs = Wanda(calls=3), {name: list[torch.Tensor]() for name in layers}
     method.setup(tiny, Setup(prompts=MEMORIZED, batch_size=2))
-    found = method.input_squares(tiny, layers, texts)
+    found = method.input_squares(tiny, layers, tiny.encode(texts))
     hooks = [
         layer.register_forward_pre_hook(lambda _m, args, kept=inputs[name]: kept.append(args[0]))
         for name, layer in layers.items()

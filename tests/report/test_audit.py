@@ -10,7 +10,7 @@ from rich.table import Table
 from fake_results import METRICS
 from nemo_bench.records.io import write_json
 from nemo_bench.records.results import load_results
-from nemo_bench.records.schema import Audit, Paired, SearchResult
+from nemo_bench.records.schema import Agreement, Audit, Diagnosis, Inverted, Paired, SearchResult, Spread
 from nemo_bench.report import write_report
 from nemo_bench.report.audit import audits_of
 from nemo_bench.report.terminal import terminal_audits
@@ -60,6 +60,46 @@ def test_an_audit_is_on_the_page_and_in_the_terminal(default: Path) -> None:
     assert says in page.text
     assert "Pictures of 1 of 1 searches" in page.text
     assert "Picture and images of vm-01" in [image["alt"] for image in page.all("img")]
+
+
+def test_inversions_and_many_searches_are_told_in_words(default: Path) -> None:
+    (cell,) = default.glob("*__nemo__*")
+    spread = Spread(embeddings=3, mean=4.0, low=3.0, median=4.0, high=5.0, cosine=0.5)
+    diagnosis = Diagnosis(
+        spread={"found": spread, "starts": spread},
+        activations={"a": {"found": 0.5, "memorized": 1.0}, "b": {"found": 1.0, "memorized": 2.0}},
+        agreement={"ff": Agreement(iou=0.25, random=0.005, share=0.01, empty=0)},
+    )
+    search = SearchResult(
+        prompt="vm-01", source="vm-01", text="golden harbor", group="memorized", sheet="audit/none.png",
+        scores={"ssim": {"found": 0.8}}, diagnosis=diagnosis,
+    )  # fmt: skip
+    settings = {"audit": "inversion", "steps": 2000, "samples": 16, "rate": 0.1, "starts": 3}
+    controls = Inverted(pictures=2, reached=0)
+    audit = Audit(
+        id="a", settings=settings, states={"prompt": "a", "found": "b"}, metrics={"ssim": METRICS["ssim"]},
+        groups={"memorized": 2}, scores={"memorized": scores(0.1, 0.8)}, failed={"memorized": 0}, compared={},
+        verdict={"ssim": "no controls"}, searches=[search], cost={},
+        inverted={"memorized": Inverted(pictures=2, reached=2, median=0.0125), "control": controls},
+        inverted_auc=1.0,
+    )  # fmt: skip
+    write_json(cell / "audit.json", [audit])
+    (shown,) = audits_of(load_results(default))
+    assert shown.title == "NeMo: inversion in at most 2000 steps of 16 samples at rate 0.1"
+    found, inverted, searches = shown.sentences
+    assert "80% with the noise and tokens found" in found
+    assert inverted == (
+        "InvMM: 2 of 2 pictures of memorized prompts replicated (median divergence 0.013); 0 of 2 pictures of controls "
+        "replicated. Memorized pictures come before controls with AUC 1.00."
+    )
+    assert searches == (
+        "3 searches from random numbers for 1 picture. Mean distance of embeddings: what they found 4.0 (cosine 0.50), "
+        "their starts 4.0 (cosine 0.50). Of activations, in units of their norm: what they found 0.75, memorized "
+        "prompts 1.50. Wanda's weights, 1.0% of each layer: intersection over union 0.25, 0.005 for random ones."
+    )
+    page = write_report(load_results(default)).read_text(encoding="utf-8")
+    assert "An Inversion-based Measure of Memorization" in page
+    assert "Finding {DoRI}" not in page
 
 
 def test_a_run_without_audits_has_no_section_of_them(page: str) -> None:

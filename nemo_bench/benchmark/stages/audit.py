@@ -7,43 +7,39 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from nemo_bench.benchmark.diagnostics import diagnose
 from nemo_bench.benchmark.stages.base import UNLOCALIZED, Chunk, Stage, file_name, save_tensors, to_image
-from nemo_bench.diffusion import Conditioning, fitted_picture
+from nemo_bench.diffusion import fitted_picture
 from nemo_bench.errors import NotFiniteError
-from nemo_bench.methods import Batch, Method, NoMitigation
+from nemo_bench.methods import Batch, Method, NoMitigation, Wanda
 from nemo_bench.methods.embedding_search import RATE, SAMPLES, STEPS, random_embeddings, search_embeddings
 from nemo_bench.metrics import BenchMetric
 from nemo_bench.prompts.tasks import seeds_of
-from nemo_bench.records.data import Prompt
+from nemo_bench.records.data import GENERAL, Prompt
 from nemo_bench.records.images import open_image
 from nemo_bench.records.io import batched, digest, file_digest, seed_of
-from nemo_bench.records.ranges import Count, Positive
-from nemo_bench.records.schema import Cost, SearchRecord, SearchScoreRecord
-
-STATES = {
-    "prompt": "images of its prompt",
-    "found": "images of the embedding found",
-    "unmitigated": "the same without mitigation",
-}
-"""What images of a search are generated from, and whether the method is applied."""
+from nemo_bench.records.ranges import Count, Index, Positive, Share
+from nemo_bench.records.schema import Cost, Diagnosis, SearchRecord, SearchScoreRecord
 
 
 @dataclass
-class AuditSettings:
-    """How an audit searches."""
+class SearchSettings:
+    """What all kinds of audits share."""
 
-    #: Steps of Adam. Enough of them bring back any picture, so stay with those of Kowalczuk et al. (2025).
-    steps: Count = STEPS
-    rate: Positive = RATE  #: Learning rate.
-    samples: Count = SAMPLES  #: Noisy pictures a step.
-    #: What a search starts from, the embedded ``prompt`` or ``random`` numbers.
-    start: Literal["prompt", "random"] = "prompt"
-    images: Count = 4  #: Images generated from a prompt and from what was found, of the seeds that the run has first.
+    #: Name of the kind.
+    audit: ClassVar[str]
+    #: Classes of pipelines that it works with; None for all.
+    families: ClassVar[frozenset[str] | None] = None
+    #: What images of a search are generated from, by row of its sheet.
+    states: ClassVar[Mapping[str, str]]
+    images: Count  #: Images of each state.
+
     #: Prompts with pictures that the model was not trained on; None for the general prompts of the run that have
     #: reference images, or else those that belong to its prompts.
     controls: str | None = None
@@ -52,7 +48,8 @@ class AuditSettings:
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that change the result of a search."""
-        return {key: value for key, value in asdict(self).items() if key not in ("controls", "limit")}
+        kind = {} if self.audit == "embeddings" else {"audit": self.audit}  # the default kind is not written down
+        return {**kind, **{key: value for key, value in asdict(self).items() if key not in ("controls", "limit")}}
 
     @property
     def key(self) -> str:
@@ -60,8 +57,37 @@ class AuditSettings:
         return digest(self.identity, 8)
 
 
+@dataclass
+class AuditSettings(SearchSettings):
+    """How an audit searches for embeddings: ``audit=embeddings``, the default."""
+
+    audit = "embeddings"
+    states: ClassVar[Mapping[str, str]] = {
+        "prompt": "images of its prompt",
+        "found": "images of the embedding found",
+        "unmitigated": "the same without mitigation",
+    }
+
+    #: Steps of Adam. Enough of them bring back any picture, so stay with those of Kowalczuk et al. (2025).
+    steps: Count = STEPS
+    rate: Positive = RATE  #: Learning rate.
+    samples: Count = SAMPLES  #: Noisy pictures a step.
+    #: What a search starts from, the embedded ``prompt`` or ``random`` numbers.
+    start: Literal["prompt", "random"] = "prompt"
+    images: Count = 4  #: Images generated from a prompt and from what was found, of the seeds that the run has first.
+    #: Searches more from random numbers for the picture of each memorized prompt, whose ends are compared with one
+    #: another (see :func:`nemo_bench.benchmark.diagnostics.diagnose`); 0 for none. Kowalczuk et al. (2026) have 100.
+    starts: Index = 0
+    ratio: Share = 0.01  #: Share of weights that Wanda chooses for each of those.
+
+    @property
+    @override
+    def identity(self) -> dict[str, Any]:
+        return {key: value for key, value in super().identity.items() if self.starts or key not in ("starts", "ratio")}
+
+
 class Search(NamedTuple):
-    """A search for an embedding that brings a picture back."""
+    """A search for what brings a picture back."""
 
     id: str  #: Record id.
     prompt: Prompt  #: Whose neurons are blocked.
@@ -70,16 +96,16 @@ class Search(NamedTuple):
     picture: Path  #: The picture.
 
     @classmethod
-    def from_prompts(cls, prompt: Prompt, source: Prompt, settings: AuditSettings) -> Search:
-        """The search for the first reference image of a prompt."""
+    def from_prompts(cls, prompt: Prompt, source: Prompt, settings: SearchSettings, *judge: Any) -> Search:
+        """The search for the first reference image of a prompt; what judges its success, if anything, is part of it."""
         picture = source.references[0]
-        content = [settings.identity, prompt.id, prompt.text, source.id, source.text, file_digest(picture)]
+        content = [settings.identity, prompt.id, prompt.text, source.id, source.text, file_digest(picture), *judge]
         return cls(digest(content), prompt, source, picture)
 
     @property
     def is_control(self) -> bool:
         """Whether its picture is none of the prompt's."""
-        return self.source is not self.prompt
+        return self.source != self.prompt  # a loop of Lightning copies tasks
 
     @property
     def name(self) -> str:
@@ -87,68 +113,107 @@ class Search(NamedTuple):
         return "--".join([*dict.fromkeys((file_name(self.prompt), file_name(self.source))), self.id[:8]])
 
 
-def search(stage: Stage, tasks: Sequence[Search], settings: AuditSettings) -> list[SearchRecord]:
+def search(
+    stage: Stage, tasks: Sequence[Search], settings: AuditSettings, prompts: Sequence[Prompt]
+) -> list[SearchRecord]:
     """Searches for embeddings that bring pictures back, and generates from them.
 
-    Every search leaves a sheet of pictures, a row for each of :data:`STATES`: the picture it was after, then images.
-    A search fails where its embedding or an image is not finite.
+    Every search leaves a sheet of pictures, a row for each of the states: the picture it was after, then images.
+    A search fails where its embedding or an image is not finite. ``prompts`` are all of the cell, with whose embeddings
+    those of searches from many starts are compared.
     """
     localized = [task for task in tasks if task.prompt.id in stage.neurons]
-    failed = [_record(task, None, failed=UNLOCALIZED) for task in tasks if task not in localized]
-    return [*failed, *(_search(stage, localized, settings) if localized else [])]
+    failed = [unsuccessful(task, None, UNLOCALIZED) for task in tasks if task not in localized]
+    return [*failed, *(_search(stage, localized, settings, prompts) if localized else [])]
 
 
-def _search(stage: Stage, tasks: Sequence[Search], settings: AuditSettings) -> list[SearchRecord]:
+def _search(
+    stage: Stage, tasks: Sequence[Search], settings: AuditSettings, prompts: Sequence[Prompt]
+) -> list[SearchRecord]:
     before = stage.model.row_passes
     try:
-        return _search_together(stage, tasks, settings)
+        return _search_together(stage, tasks, settings, prompts)
     except NotFiniteError as error:
         reason = str(error)
     if len(tasks) == 1:
-        return [_record(tasks[0], stage.model.row_passes - before, failed=reason)]
+        return [unsuccessful(tasks[0], stage.model.row_passes - before, reason)]
     # It does not say which searches it is about.
-    return [record for task in tasks for record in _search(stage, [task], settings)]
+    return [record for task in tasks for record in _search(stage, [task], settings, prompts)]
 
 
-def _search_together(stage: Stage, tasks: Sequence[Search], settings: AuditSettings) -> list[SearchRecord]:
-    model, store = stage.model, stage.store
+def _search_together(
+    stage: Stage, tasks: Sequence[Search], settings: AuditSettings, prompts: Sequence[Prompt]
+) -> list[SearchRecord]:
+    model = stage.model
     before = model.row_passes
     method = stage.method()
     pictures = torch.stack([fitted_picture(task.picture, model.image_size) for task in tasks])
-    text = model.encode([task.source.text for task in tasks])
-    seeds = tuple(seed_of([SearchRecord.stage, task.prompt.id, task.source.id]) for task in tasks)
-    start = text if settings.start == "prompt" else random_embeddings(model, text, seeds)
-    neurons = tuple(stage.neurons[task.prompt.id] for task in tasks)
-    batch = Batch(tuple(task.prompt for task in tasks), start, model.latents(seeds), seeds, neurons)
+    batch = batch_of(stage, tasks)
+    text = batch.text
+    if settings.start == "random":
+        batch = replace(batch, text=random_embeddings(model, text, batch.seeds))
     targets = model.encode_images(pictures)
     found = search_embeddings(
         model, method, batch, targets, steps=settings.steps, rate=settings.rate, samples=settings.samples
     )
     after = replace(batch, text=found.text.to(model.dtype))
-    generated = partial(_generated, stage, tasks, settings.images)
-    rows = {"prompt": generated(method, replace(batch, text=text)), "found": generated(method, after)}
+    make = partial(generated, stage, tasks, settings.images)
+    rows = {"prompt": make(method, replace(batch, text=text)), "found": make(method, after)}
     if not isinstance(method, NoMitigation):
-        rows["unmitigated"] = generated(NoMitigation(), after)
+        rows["unmitigated"] = make(NoMitigation(), after)
+    diagnoses = [
+        None if task.is_control or not settings.starts
+        else _diagnose(stage, method, batch.rows([row]), targets[[row]], settings, prompts)
+        for row, task in enumerate(tasks)
+    ]  # fmt: skip
     passes = round((model.row_passes - before) / len(tasks), 2)
-    folder = f"{SearchRecord.stage}/{settings.key}"
-    (store.folder / folder).mkdir(parents=True, exist_ok=True)
     records = []
     for row, task in enumerate(tasks):
         embedding = found.text.rows([row])
-        if reason := _failure(embedding, {state: images[row] for state, images in rows.items()}):
-            records.append(_record(task, passes, failed=reason))
+        own = {state: images[row] for state, images in rows.items()}
+        if not embedding.text.isfinite().all() or (
+            embedding.pooled is not None and not embedding.pooled.isfinite().all()
+        ):
+            records.append(unsuccessful(task, passes, "the embedding found is not finite"))
             continue
-        name = f"{folder}/{task.name}"
         pooled = {} if embedding.pooled is None else {"pooled": embedding.pooled}
         tensors = {"text": embedding.text, "losses": found.losses[row], **pooled}
-        save_tensors(store.folder / f"{name}.safetensors", tensors)
-        sheet = [torch.cat([pictures[row].to(images), *images[row]], 2) for images in rows.values()]
-        image = store.save_image(f"{name}.png", to_image(torch.cat(sheet, 1)))
-        records.append(_record(task, passes, states=list(rows), file=f"{name}.safetensors", image=image))
+        record = kept(stage, task, pictures[row], own, tensors, passes, settings)
+        records.append(record.model_copy(update={"diagnosis": diagnoses[row]}))
     return records
 
 
-def _generated(stage: Stage, tasks: Sequence[Search], count: int, method: Method, batch: Batch) -> Tensor:
+def _diagnose(
+    stage: Stage, method: Method, batch: Batch, target: Tensor, settings: AuditSettings, prompts: Sequence[Prompt]
+) -> Diagnosis:
+    """Compares the ends of searches from many starts for one picture, that of the only row of a batch."""
+    model, count = stage.model, settings.starts
+    seeds = tuple(seed_of(["start", batch.seeds[0], number]) for number in range(count))
+    rows = batch.rows([0] * count)
+    starts = random_embeddings(model, rows.text, seeds)
+    found = search_embeddings(
+        model, method, replace(rows, text=starts, seeds=seeds), target.expand(count, -1, -1, -1),
+        steps=settings.steps, rate=settings.rate, samples=settings.samples,
+    )  # fmt: skip
+    if not found.text.text.isfinite().all():
+        raise NotFiniteError("an embedding found from random numbers is not finite")
+    memorized = [prompt.text for prompt in prompts if prompt.kind][:count]
+    general = [prompt.text for prompt in prompts if prompt.group == GENERAL][:count]
+    wanda = Wanda(ratio=settings.ratio)
+    wanda.batch_size = stage.batch_size
+    with torch.inference_mode(False), method.apply(model, batch):
+        return diagnose(model, found.text, starts, memorized, general, seed=batch.seeds[0], wanda=wanda)
+
+
+def batch_of(stage: Stage, tasks: Sequence[Search]) -> Batch:
+    """Searches as rows of a batch: prompt and neurons of the prompt, embedding of the source, and seed of a search."""
+    seeds = tuple(seed_of([SearchRecord.stage, task.prompt.id, task.source.id]) for task in tasks)
+    text = stage.model.encode([task.source.text for task in tasks])
+    neurons = tuple(stage.neurons[task.prompt.id] for task in tasks)
+    return Batch(tuple(task.prompt for task in tasks), text, stage.model.latents(seeds), seeds, neurons)
+
+
+def generated(stage: Stage, tasks: Sequence[Search], count: int, method: Method, batch: Batch) -> Tensor:
     """Images of each task, (tasks, images, 3, height, width), from the noise that the run starts them from."""
     model = stage.model
     rows = [row for row in range(len(tasks)) for _ in range(count)]
@@ -162,17 +227,40 @@ def _generated(stage: Stage, tasks: Sequence[Search], count: int, method: Method
     return torch.cat(images).unflatten(0, (len(tasks), count))
 
 
+def kept(
+    stage: Stage, task: Search, picture: Tensor, rows: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
+    passes: float, settings: SearchSettings,
+) -> SearchRecord:  # fmt: skip
+    """Writes what a search found and its sheet, and gives its record; it failed where an image is not finite.
+
+    Args:
+        stage: The stage.
+        task: The search.
+        picture: The picture it was after, (3, height, width).
+        rows: Images by state, (images, 3, height, width).
+        tensors: What it found, by name.
+        passes: UNet passes of it.
+        settings: How it searched.
+    """
+    if wrong := [settings.states[state] for state, images in rows.items() if not images.isfinite().all()]:
+        return unsuccessful(task, passes, f"not finite: {', '.join(wrong)}")
+    store, name = stage.store, f"{SearchRecord.stage}/{settings.key}/{task.name}"
+    file = store.folder / f"{name}.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(file, tensors)
+    sheet = [torch.cat([picture.to(images), *images], 2) for images in rows.values()]
+    image = store.save_image(f"{name}.png", to_image(torch.cat(sheet, 1)))
+    return _record(task, passes, states=list(rows), file=f"{name}.safetensors", image=image)
+
+
+def unsuccessful(task: Search, passes: float | None, reason: str) -> SearchRecord:
+    """The record of a search that failed."""
+    return _record(task, passes, failed=reason)
+
+
 def _record(task: Search, passes: float | None, **result: Any) -> SearchRecord:
     cost = None if passes is None else Cost(row_passes=passes)
     return SearchRecord(id=task.id, prompt=task.prompt.id, source=task.source.id, cost=cost, **result)
-
-
-def _failure(text: Conditioning, images: Mapping[str, Tensor]) -> str:
-    """Why a search failed, given its embedding and its images by state; empty where it did not."""
-    if not text.text.isfinite().all() or (text.pooled is not None and not text.pooled.isfinite().all()):
-        return "the embedding found is not finite"
-    states = [STATES[state] for state, those in images.items() if not those.isfinite().all()]
-    return f"not finite: {', '.join(states)}" if states else ""
 
 
 def score_sheets(
