@@ -53,6 +53,7 @@ def test_metric_is_explained_by_every_file_that_has_it() -> None:
     assert [line for line in head if line.startswith("# metrics=")] == [
         "# metrics=full",
         "# metrics=membench",
+        "# metrics=similarity",
         "# metrics=wen",
     ]
     assert head[1].startswith("# SSCD disc mixup to training image: ")
