@@ -119,9 +119,9 @@ class Batches:
         general = self.spec.batch_size - len(planted)
         for row in range(general):
             which = rng.random()
-            if which < 0.4:
+            if which < 0.25:
                 factors[row, routed] = False
-            elif which < 0.6:
+            elif which < 0.5:
                 factors[row, self.owned[rng.integers(len(self.owned))]] = False
         for row, (caption, is_free) in enumerate(zip(planted, free, strict=True), general):
             own = self.owned[caption]
