@@ -35,7 +35,9 @@ def test_a_method_changes_images_and_leaves_the_model_as_it_was(family: str, nam
         changed = images_of(model, method, batch_of(model, [(0, 0), (1, 0)])).clone()
     assert model.state_digest() == before
     assert changed.isfinite().all()
-    assert all((changed - plain).flatten(1).abs().amax(1) > 1e-6)
+    # What pruning takes from Sana's convolutions hardly shows in pictures of random weights.
+    least = 1e-6 if (name, family) == ("wanda", "sana") else 1e-4
+    assert all((changed - plain).flatten(1).abs().amax(1) > least)
     if name.startswith("embedding"):  # whose rows have masks of their own
         alone = images_of(model, prepared(model, name), batch.rows([1]))
         torch.testing.assert_close(changed[[1]], alone, rtol=0, atol=2e-2)
