@@ -378,8 +378,9 @@ async def _body(answer: aiohttp.ClientResponse, megabytes: float) -> bytes:
 
 def _seconds(retry_after: str) -> float:
     """Wait that a server asks for, as seconds or date; 0 if it does not."""
-    if retry_after.isascii() and retry_after.strip().isdigit():
-        return float(retry_after)
+    seconds = retry_after.strip()
+    if seconds.isascii() and seconds.isdigit():
+        return float(seconds)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
     except (ValueError, OverflowError):

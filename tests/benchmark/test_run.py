@@ -268,7 +268,7 @@ def test_the_same_id_in_two_files_is_an_error(finished: tuple[Path, Path], tmp_p
 
 
 def test_prompts_without_a_finite_memorization_score_are_counted_and_left_out_of_detection() -> None:
-    cell = SimpleNamespace(is_mitigated=False, prompts=[Prompt("a", "a", "VM"), Prompt("b", "b")])
+    cell = SimpleNamespace(is_mitigated=False, originals=[Prompt("a", "a", "VM"), Prompt("b", "b")])
     measured = [MemorizationRecord(id=name, prompt=name, score=score) for name, score in (("a", 0.9), ("b", 0.1))]
 
     def detected(*more: MemorizationRecord) -> Roc:
@@ -276,6 +276,6 @@ def test_prompts_without_a_finite_memorization_score_are_counted_and_left_out_of
 
     assert detected().auc == 1
     assert detected().failed == 0
-    cell.prompts.append(Prompt("c", "c", "VM"))
+    cell.originals.append(Prompt("c", "c", "VM"))
     lost = detected(MemorizationRecord(id="c", prompt="c", failed="noise differences are not finite"))
     assert (lost.auc, lost.failed) == (1, 1)

@@ -51,8 +51,7 @@ def test_attention_to_the_end_is_that_of_each_prompts_last_token() -> None:
 
 
 def test_scores_differ_by_the_noise_over_its_level() -> None:
-    # A signal of 0.75 leaves noise of standard deviation 0.5.
-    assert score_difference(torch.tensor([3.0]), 0.75).tolist() == [-6.0]
+    assert score_difference(torch.tensor([3.0]), 0.5).tolist() == [-6.0]
 
 
 def test_tiled_distance_is_that_of_the_worst_tile() -> None:
