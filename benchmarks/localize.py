@@ -5,7 +5,8 @@ The words key=value are settings of `nemo-bench run`, such as model=sd14. Both s
 the similarity of --similarity, so the plain side makes the passes of the public scripts: for every tested set of
 neurons the text is encoded again and two UNet steps run on all seeds, one prompt at a time; statistics are collected in
 UNet passes, one prompt at a time. It is the slow implementation that the tests compare with, and takes longest by far:
---plain is the number of prompts, from the first, that it runs on, and ratios are of those. A row pass is one sample
+--plain is the number of prompts, from the first, that it runs on, and ratios are of those. Where the selection runs
+out, its limit is ours, so that neurons without effect are not kept or dropped by rounding. A row pass is one sample
 through the UNet. Passes that start at a replayed prefix compute less, and gradients of bisection more: `pass` counts
 the multiplications of convolutions and linear layers (twice where gradients flow back), in full passes; `row` counts
 samples, whatever part of the UNet they pass. `rebatched` is the exact search in batches of another size, which round
@@ -46,6 +47,7 @@ from nemo_bench.localization import (
     pair_values,
     threshold,
 )
+from nemo_bench.localization.nemo import ROUNDING
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 import reference_nemo as plain
@@ -109,6 +111,16 @@ def both_steps(pipe: Any, text: str, latents: Tensor, blocked: Any = None, numbe
 
 
 plain.noise_differences = both_steps
+_refinement = plain.refinement
+
+
+def refinement_without_ties(tau: float) -> Callable[..., Any]:
+    """The refinement of the scripts by our limit where the selection ran out.
+
+    The limit is then a similarity that was reached before. Neurons that do not matter reach it again but for rounding,
+    by which the scripts keep or drop them; in ours they are kept.
+    """
+    return lambda neurons, score, limit: _refinement(neurons, score, limit - ROUNDING if limit > tau else limit)
 
 
 def plain_statistics(model: Diffusion, texts: list[str], latent: Tensor) -> None:
@@ -185,6 +197,7 @@ def main() -> None:
         tau, fast_threshold = per_prompt(model, lambda t: our_threshold(model, t, latents, protocol), general[:64])
     tau = tau if arguments.threshold is None else arguments.threshold
     calibration = Calibration(mean, std, tau, len(general))
+    plain.refinement = refinement_without_ties(tau)
 
     meters = {name: Meter() for name in ("plain", *SIDES)}
     lines: list[dict[str, Any]] = []
