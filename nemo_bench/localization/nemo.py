@@ -1,11 +1,12 @@
 """NeMo: gate, initial selection and refinement for one prompt (Hintersdorf et al. 2024, section 3 and algorithm 1).
 
 The result is that of the published sequence of tests, but for ties where the selection ran out: the limit is then a
-similarity that was reached, which neurons without effect reach again but for rounding; they are kept. A test blocks a set of neurons, and passes if the noise
-differences of all seeds change. It takes fewer passes here: a test fails with its first failing seed, the computation
-before the tested layer is replayed, and tests run in batches on guesses about the tests before them; a test whose
-guesses were wrong is repeated. Where similarities depend on the seeds compared at once (see
-:data:`nemo_bench.diffusion.Measure`), every test takes all seeds in a batch of its own, and only replaying is left.
+similarity that was reached, which neurons without effect reach again but for rounding; they are kept. A test blocks a
+set of neurons, and passes if the noise differences of all seeds change. It takes fewer passes here: a test fails with
+its first failing seed, the computation before the tested layer is replayed, and tests run in batches on guesses about
+the tests before them; a test whose guesses were wrong is repeated. Where similarities depend on the seeds compared at
+once (see :data:`nemo_bench.diffusion.Measure`), every test takes all seeds in a batch of its own, and only replaying is
+left.
 """
 
 from __future__ import annotations
