@@ -2,7 +2,7 @@
 
 Run: python benchmarks/full_size.py [sd14 sd21 sdxl sd35_medium] [--dtype bfloat16] [--steps 2] [--folder DIR] [--json]
 Nothing is downloaded: every network is built from its published configuration, its weights drawn at random, and saved
-as a pipeline folder, which `nemo-bench run` loads as it would load the true one. Tokenizers are tiny ones, and Stable
+as a pipeline folder, which `nemo-bench run` loads as it would load the true one. Tokenizers know few words, and Stable
 Diffusion 3.5 goes without T5, whose place zeros take. One prompt, one image; NeMo tests one neuron a layer at first.
 What images look like says nothing; that every stage ends, and what it needs, is what is measured. Peak memory is that
 of the process until the end of the stage.
@@ -39,6 +39,7 @@ from published_sizes import FULL_SIZE_TRANSFORMERS, FULL_SIZE_UNETS
 from tiny import NOISE, tiny_tokenizer
 
 STAGES = "localize", "memorization", "generate", "score"
+VOCABULARY = 49_408
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 OPEN_CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
 OPEN_CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
@@ -50,13 +51,22 @@ AUTOENCODER = {
 }
 
 
+def full_tokenizer() -> CLIPTokenizer:
+    """A tokenizer of few words with as many tokens as CLIP's, most of which stand for nothing."""
+    tokenizer = tiny_tokenizer(77)
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    vocab = tokenizer.get_vocab()
+    vocab |= {f"<unused {number}>": number for number in range(len(vocab), VOCABULARY)}
+    return CLIPTokenizer(vocab=vocab, merges=[tuple(pair) for pair in model["merges"]], model_max_length=77)
+
+
 def clip(size: dict[str, int], tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return CLIPTextConfig(**size, **ids, projection_dim=size["hidden_size"], hidden_act="gelu")
 
 
 def stable_diffusion(unet: str, text: dict[str, int], prediction: str) -> StableDiffusionPipeline:
-    tokenizer = tiny_tokenizer(77)
+    tokenizer = full_tokenizer()
     return StableDiffusionPipeline(
         vae=AutoencoderKL(**AUTOENCODER, sample_size=512),
         text_encoder=CLIPTextModel(clip(text, tokenizer)),
@@ -70,7 +80,7 @@ def stable_diffusion(unet: str, text: dict[str, int], prediction: str) -> Stable
 
 
 def stable_diffusion_xl() -> StableDiffusionXLPipeline:
-    tokenizer = tiny_tokenizer(77)
+    tokenizer = full_tokenizer()
     return StableDiffusionXLPipeline(
         vae=AutoencoderKL(**AUTOENCODER, sample_size=1024, scaling_factor=0.13025, force_upcast=True),
         text_encoder=CLIPTextModel(clip(CLIP_L, tokenizer)),
@@ -84,7 +94,7 @@ def stable_diffusion_xl() -> StableDiffusionXLPipeline:
 
 
 def stable_diffusion_3(transformer: str) -> StableDiffusion3Pipeline:
-    tokenizer = tiny_tokenizer(77)
+    tokenizer = full_tokenizer()
     quant = {"use_quant_conv": False, "use_post_quant_conv": False}
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(**FULL_SIZE_TRANSFORMERS[transformer][2]),
