@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import shutil
 import sys
 import tempfile
@@ -144,7 +145,12 @@ def words(name: str, dtype: str, steps: int, folder: Path) -> list[str]:
 
 def trial(name: str, dtype: str, steps: int, folder: Path) -> dict[str, Any]:
     """Builds one model, runs it, and reads what its records say of every stage."""
-    build(name, getattr(torch, dtype), folder / name)
+    # In a process of its own, since others would count its memory as theirs.
+    builder = multiprocessing.get_context("spawn").Process(
+        target=build, args=(name, getattr(torch, dtype), folder / name)
+    )
+    builder.start()
+    builder.join()
     whole = measure(command("run", *words(name, dtype, steps, folder)))
     report = measure(command("report", str(folder / f"{name}-run")))
     (cell,) = {path.parents[1] for path in (folder / f"{name}-run").glob("*/records/generate*")}
@@ -155,7 +161,7 @@ def trial(name: str, dtype: str, steps: int, folder: Path) -> dict[str, Any]:
             raise SystemExit(f"{name}: {stage} failed: {failed[0]}")
         costs = [record["cost"] for record in records]
         rows[stage] = {
-            "seconds": sum(cost.get("seconds", 0) + cost.get("once_seconds", 0) for cost in costs),
+            "seconds": sum(cost["seconds"] for cost in costs),
             "passes": sum(cost.get("row_passes", 0) for cost in costs),
             "peak_mb": max((cost.get("peak_memory_mb") or 0 for cost in costs), default=0),
         }
