@@ -169,7 +169,7 @@ def trial(name: str, dtype: str, steps: int, folder: Path) -> dict[str, Any]:
 
 
 def _usage(usage: Usage) -> dict[str, float]:
-    return {"seconds": usage.seconds, "cpu_seconds": usage.cpu_seconds, "peak_mb": usage.peak_mb}
+    return {"seconds": usage.seconds, "cpu_seconds": usage.cpu_seconds, "peak_mb": usage.peak_mb * 2**20 / 1e6}
 
 
 def main() -> None:
