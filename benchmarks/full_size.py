@@ -3,7 +3,7 @@
 Run: python benchmarks/full_size.py [sd14 sd21 sdxl sd35_medium] [--dtype bfloat16] [--steps 2] [--folder DIR] [--json]
 Nothing is downloaded: every network is built from its published configuration, its weights drawn at random, and saved
 as a pipeline folder, which `nemo-bench run` loads as it would load the true one. Tokenizers know few words, and Stable
-Diffusion 3.5 goes without T5, whose place zeros take. One prompt, one image; NeMo tests one neuron a layer at first.
+Diffusion 3.5 goes without T5, whose place zeros take. Two prompts, an image each; NeMo begins with one neuron a layer.
 What images look like says nothing; that every stage ends, and what it needs, is what is measured. Peak memory is that
 of the process until the end of the stage.
 """
@@ -132,7 +132,7 @@ def build(name: str, dtype: torch.dtype, folder: Path) -> None:
 
 
 def words(name: str, dtype: str, steps: int, folder: Path) -> list[str]:
-    """Settings of a run of one prompt, whose images need no weights from elsewhere to be judged."""
+    """Settings of a run of two prompts, whose images need no weights from elsewhere to be judged."""
     return [
         f"model={name}", f"model.source={folder / name}", "model.local_files_only=true", f"model.dtype={dtype}",
         f"model.steps={steps}", "model.clip=local-dir:package:planted/model/clip", "model.clip_pretrained=null",
