@@ -23,7 +23,7 @@ from nemo_bench.environment import prepare_process
 from nemo_bench.errors import ConfigError, NemoBenchError, StoreError, did_you_mean, shortened
 
 if TYPE_CHECKING:
-    from nemo_bench.config import CellConfig, LoggerSettings
+    from nemo_bench.config import CellConfig, LoggerSettings, RunSettings
     from nemo_bench.planted.spec import TrainSpec
 
 
@@ -323,36 +323,43 @@ def _similarity(options: argparse.Namespace) -> None:
     from nemo_bench.config import similarity_settings
 
     settings = similarity_settings(options.overrides, options.conf)  # before torch loads
-    from nemo_bench.benchmark.copies import compare, open_run, read_pairs
-    from nemo_bench.records.io import digest, read_file
+    from nemo_bench.benchmark.copies import compare, open_comparison, read_pairs
+    from nemo_bench.records.io import read_file
     from nemo_bench.records.schema import SimilarityTable
     from nemo_bench.report.console import show
     from nemo_bench.report.copies import FILES
     from nemo_bench.report.terminal import terminal_similarity
 
     start = time.perf_counter()
-    pairs, source = options.pairs, f"Pairs of {options.pairs}"
+    if options.pairs is None and settings.model.family != "planted":
+        raise ConfigError("only the pictures of the embedded models are known: give model=planted_routed or --pairs")
+    pairs = None if options.pairs is None else read_pairs(options.pairs)  # before a folder is made
+    comparison, source = open_comparison(settings), f"Pairs of {options.pairs}"
     if pairs is None:
-        if settings.model.family != "planted":
-            raise ConfigError(
-                "only the pictures of the embedded models are known: give model=planted_routed or --pairs"
-            )
         source = "Pairs of the embedded model and its world"
-        pairs = open_run(settings) / f"pairs-{digest([asdict(settings.model), settings.seeds], 8)}"
-        if not (pairs / "copies.csv").is_file():
-            from nemo_bench.benchmark.runner import load_model
-            from nemo_bench.config import resolve
-            from nemo_bench.planted.copies import write_pairs
-            from nemo_bench.prompts import read_prompts
-
-            general = read_prompts(resolve("package:planted/prompts/general.jsonl"))
-            write_pairs(pairs, load_model(settings.model), general, settings.seeds)
-    page = compare(read_pairs(pairs), source, settings, progress=not options.quiet)
+        pairs = read_pairs(_planted_pairs(settings, comparison.folder))
+    page = compare(comparison, pairs, source, progress=not options.quiet)
     if options.json:
         print((page.parent / FILES[0]).read_text(encoding="utf-8"))
     else:
         show(terminal_similarity(read_file(page.parent / FILES[0], SimilarityTable)))
         print(f"{time.perf_counter() - start:.0f} s\nreport:  {page}")
+
+
+def _planted_pairs(settings: RunSettings, folder: Path) -> Path:
+    """Makes the pairs of the embedded model in a run's folder, unless they are there, and returns theirs."""
+    from nemo_bench.benchmark.runner import load_model
+    from nemo_bench.config import resolve
+    from nemo_bench.planted.copies import write_pairs
+    from nemo_bench.prompts import read_prompts
+    from nemo_bench.records.data import PAIRS_FILE
+    from nemo_bench.records.io import digest
+
+    pairs = folder / f"pairs-{digest([asdict(settings.model), settings.seeds], 8)}"
+    if not (pairs / PAIRS_FILE).is_file():
+        general = read_prompts(resolve("package:planted/prompts/general.jsonl"))
+        write_pairs(pairs, load_model(settings.model), general, settings.seeds)
+    return pairs
 
 
 def _print_settings(choices: Sequence[CellConfig], as_json: bool) -> None:

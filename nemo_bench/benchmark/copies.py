@@ -6,7 +6,7 @@ import csv
 import io
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,13 +23,12 @@ from nemo_bench.metrics.roc import best_threshold, rates
 from nemo_bench.metrics.spaces import to_tensor
 from nemo_bench.metrics.transformations import TRANSFORMATIONS, UNCHANGED
 from nemo_bench.prompts import read_rows
+from nemo_bench.records.data import PAIRS_FILE
 from nemo_bench.records.images import open_image
 from nemo_bench.records.io import batched, check_writable, write_text
 from nemo_bench.records.schema import MetricInfo, Operating, PairKind, Roc, SimilarityRow, SimilarityTable
 from nemo_bench.report.copies import FILES, SHEET, write_similarity
 
-PAIRS_FILE = "copies.csv"
-"""The list in a folder of pairs."""
 LABELS = {"copy": True, "1": True, "true": True, "other": False, "0": False, "false": False}
 _BATCH = 64  # Pairs whose pictures are in memory at a time.
 _SHOWN = 160  # Longest side of a picture in the sheet, in pixels.
@@ -112,7 +111,15 @@ def measures_of(settings: RunSettings) -> tuple[dict[str, Measure], dict[str, st
     return found, left_out
 
 
-def open_run(settings: RunSettings) -> Path:
+class Comparison(NamedTuple):
+    """A run that is ready to measure pairs."""
+
+    folder: Path  #: Of the run.
+    measures: Mapping[str, Measure]  #: By the name of the metric.
+    left_out: Mapping[str, str]  #: By the name of other metrics, why they can't be measured.
+
+
+def open_comparison(settings: RunSettings) -> Comparison:
     """Makes the folder of the run, once some metric can be measured.
 
     Raises:
@@ -120,21 +127,20 @@ def open_run(settings: RunSettings) -> Path:
     """
     folder = Path(settings.root) / settings.name
     check_writable(folder)
-    measures_of(settings)
+    measures, left_out = measures_of(settings)
     open_folder(folder, [])
-    return folder
+    for name, why in left_out.items():
+        log.warning("%s is left out: %s", name, why)
+    return Comparison(folder, measures, left_out)
 
 
-def compare(pairs: Sequence[Pair], source: str, settings: RunSettings, *, progress: bool = True) -> Path:
+def compare(comparison: Comparison, pairs: Sequence[Pair], source: str, *, progress: bool = True) -> Path:
     """Measures pairs with all metrics and transformations, to ``similarity.{html,md,csv,json}`` in the run's folder.
 
     Raises:
-        NemoBenchError: See :func:`open_run`; also where a metric can't be measured on these images.
+        NemoBenchError: A metric can't be measured on these images.
     """
-    folder = open_run(settings)
-    measures, left_out = measures_of(settings)
-    for name, why in left_out.items():
-        log.warning("%s is left out: %s", name, why)
+    folder, measures, left_out = comparison
     scores = score_pairs(pairs, [measure.space for measure in measures.values()], progress=progress)
     by_metric = dict(zip(measures, scores, strict=True))
     rows = [row for name, measure in measures.items() for row in _rows(name, measure, pairs, by_metric[name])]
@@ -145,7 +151,7 @@ def compare(pairs: Sequence[Pair], source: str, settings: RunSettings, *, progre
         kinds={pair.kind: PairKind(is_copy=pair.is_copy, pairs=count[pair.kind]) for pair in pairs},
         metrics={name: _info(measure) for name, measure in measures.items()},
         rows=rows,
-        left_out=left_out,
+        left_out=dict(left_out),
     )
     _save_sheet(folder / SHEET, next(pair for pair in pairs if pair.is_copy))
     write_text(folder / FILES[1], _csv(pairs, by_metric))

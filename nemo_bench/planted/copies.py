@@ -16,7 +16,7 @@ from nemo_bench.diffusion.pictures import fitted_picture
 from nemo_bench.planted.prompts import planted_names
 from nemo_bench.planted.world import PLANTED, planted_picture, render
 from nemo_bench.prompts.tasks import seeds_of
-from nemo_bench.records.data import Prompt
+from nemo_bench.records.data import PAIRS_FILE, Prompt
 from nemo_bench.records.io import replacing
 
 Line = tuple[str, str, str, str]
@@ -61,7 +61,7 @@ def write_pairs(
         made = model.generate(prompt.text, seeds_of(prompt, "similarity", range(seeds)))
         beside = [f"{names[verbatim[(place * seeds + seed) % len(verbatim)]]}.png" for seed in range(seeds)]
         lines += _save(folder, prompt.id, made, beside, "other", "general prompt")
-    with replacing(folder / "copies.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
+    with replacing(folder / PAIRS_FILE) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([("image", "reference", "label", "kind"), *lines])
 

@@ -24,6 +24,8 @@ Axis = Literal["rewording", "paraphrase", "translation", "neighbour"]
 """How a prompt varies another: in nearly the same words, in others, in another language; or it only resembles it."""
 GENERAL = "general"
 """The name under which prompts without a kind are grouped in tables."""
+PAIRS_FILE = "copies.csv"
+"""The list in a folder of pairs of images of which it is known whether one copies the other."""
 
 
 class Prompt(NamedTuple):

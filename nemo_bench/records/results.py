@@ -122,9 +122,9 @@ class CellResults:
         return {prompt: fmean(of_prompt) for prompt, of_prompt in values.items() if of_prompt}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Results:
-    """A run."""
+    """A run; equal only to itself."""
 
     folder: Path  #: Its folder.
     run: schema.Run  #: ``run.json``.

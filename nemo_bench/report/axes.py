@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -32,8 +32,8 @@ def axes_of(results: Results) -> list[AxisRow]:
         cells = [cell for cell in results.cells if cell.count(axis)]
         found = [row for cell in cells if (row := _row(results, cell, axis, keys)).values]
         for key in keys:
-            found = _corrected(found, key, lambda value: value.gap, "gap")
-            found = _corrected(found, key, lambda value: value.change, "change")
+            found = _corrected(found, key, "gap")
+            found = _corrected(found, key, "change")
         rows += found
     return rows
 
@@ -85,11 +85,9 @@ def _difference(own: Mapping[str, float], other: Mapping[str, float]) -> Paired 
     return paired(np.array(both)) if both else None
 
 
-def _corrected(
-    rows: Sequence[AxisRow], key: str, test_of: Callable[[AxisValue], Paired | None], field: str
-) -> list[AxisRow]:
+def _corrected(rows: Sequence[AxisRow], key: str, field: Literal["gap", "change"]) -> list[AxisRow]:
     """The rows with p of one of their tests corrected over all of them."""
-    tests = {row.cell: test for row in rows if key in row.values and (test := test_of(row.values[key]))}
+    tests = {row.cell: test for row in rows if key in row.values and (test := getattr(row.values[key], field))}
     corrected = holm({cell: test.p for cell, test in tests.items()})
     done = []
     for row in rows:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -19,6 +20,9 @@ MOST_MEMORIZED = 0.1
 """Largest memorized share, on the prompts to choose by, of a setting that is chosen for its alignment."""
 SHARE = 0.5
 """Expected share of the memorized prompts by which settings are chosen; the others are reported."""
+
+
+_KNOWN: WeakKeyDictionary[Results, Strengths | None] = WeakKeyDictionary()
 
 
 def chooses(prompt: str) -> bool:
@@ -97,8 +101,14 @@ def strengths_of(results: Results) -> Strengths | None:
     """The curves of a run with ``strengths=true``; None for other runs, and without the metrics that it takes.
 
     A memorized share is the first metric of the role ``memorization_rate``, alignment the first of its family; both are
-    means over memorized prompts that have training images.
+    means over memorized prompts that have training images. They are computed once for all tables and figures.
     """
+    if results not in _KNOWN:
+        _KNOWN[results] = _strengths_of(results)
+    return _KNOWN[results]
+
+
+def _strengths_of(results: Results) -> Strengths | None:
     rates, alignment = results.keys_of("memorization_rate"), results.leading.get("alignment")
     if not rates or not alignment or not any(cell.name in results.run.strengths for cell in results.cells):
         return None
