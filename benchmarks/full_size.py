@@ -1,9 +1,10 @@
 """Runs networks of published size, with random weights, through all stages on this machine: time and memory of each.
 
-Run: python benchmarks/full_size.py [sd14 sd21 sdxl sd35_medium] [--dtype bfloat16] [--steps 2] [--folder DIR] [--json]
+Run: python benchmarks/full_size.py [sd14 sd21 sdxl sd35_medium] [--size PIXELS] [--method nemo] [--dtype bfloat16]
+       [--steps 2] [--folder DIR] [--json]
 Nothing is downloaded: every network is built from its published configuration, its weights drawn at random, and saved
 as a pipeline folder, which `nemo-bench run` loads as it would load the true one. Tokenizers know few words, and Stable
-Diffusion 3.5 goes without T5, whose place zeros take. Two prompts, an image each; NeMo begins with one neuron a layer.
+Diffusion 3.5 goes without T5, whose place zeros take. One prompt, one image; NeMo begins with one neuron a layer.
 What images look like says nothing; that every stage ends, and what it needs, is what is measured. Peak memory is that
 of the process until the end of the stage.
 """
@@ -131,27 +132,34 @@ def build(name: str, dtype: torch.dtype, folder: Path) -> None:
     pipeline.to(dtype).save_pretrained(folder)
 
 
-def words(name: str, dtype: str, steps: int, folder: Path) -> list[str]:
-    """Settings of a run of two prompts, whose images need no weights from elsewhere to be judged."""
+def words(name: str, arguments: argparse.Namespace, folder: Path) -> list[str]:
+    """Settings of a run of one prompt, whose images need no weights from elsewhere to be judged."""
+    size = [] if arguments.size is None else [f"model.size={arguments.size}"]
+    nemo = [
+        "method.outliers=false", "method.initial_k=1", "method.gate_threshold=-1", "method.threshold=0.9999",
+        "method.refinement=sequential",
+    ]  # fmt: skip
     return [
-        f"model={name}", f"model.source={folder / name}", "model.local_files_only=true", f"model.dtype={dtype}",
-        f"model.steps={steps}", "model.clip=local-dir:package:planted/model/clip", "model.clip_pretrained=null",
-        "prompts=planted", "prompts.limit=1", "prompts.calibration_limit=2", "seeds=1", "localize_seeds=2",
-        "batch_size=2", "trainer=cpu", "logger=none", f"root={folder}", f"name={name}-run",
-        "method=nemo", "method.outliers=false", "method.initial_k=1", "method.gate_threshold=-1",
-        "method.threshold=0.9999", "method.refinement=sequential",
+        f"model={name}", f"model.source={folder / name}", "model.local_files_only=true",
+        f"model.dtype={arguments.dtype}", f"model.steps={arguments.steps}", *size,
+        "model.clip=local-dir:package:planted/model/clip", "model.clip_pretrained=null",
+        "prompts=planted", "prompts.files=package:planted/prompts/planted.jsonl", "prompts.limit=1",
+        "prompts.calibration=package:planted/prompts/calibration.txt", "prompts.calibration_limit=2",
+        "seeds=1", "localize_seeds=2", "batch_size=2", "trainer=cpu", "logger=none",
+        f"root={folder}", f"name={name}-run", f"method={arguments.method}",
+        *(nemo if arguments.method == "nemo" else ()),
     ]  # fmt: skip
 
 
-def trial(name: str, dtype: str, steps: int, folder: Path) -> dict[str, Any]:
+def trial(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Builds one model, runs it, and reads what its records say of every stage."""
     # In a process of its own, since others would count its memory as theirs.
     builder = multiprocessing.get_context("spawn").Process(
-        target=build, args=(name, getattr(torch, dtype), folder / name)
+        target=build, args=(name, getattr(torch, arguments.dtype), folder / name)
     )
     builder.start()
     builder.join()
-    whole = measure(command("run", *words(name, dtype, steps, folder)))
+    whole = measure(command("run", *words(name, arguments, folder)))
     report = measure(command("report", str(folder / f"{name}-run")))
     (cell,) = {path.parents[1] for path in (folder / f"{name}-run").glob("*/records/generate*")}
     rows: dict[str, Any] = {}
@@ -165,7 +173,7 @@ def trial(name: str, dtype: str, steps: int, folder: Path) -> dict[str, Any]:
             "passes": sum(cost.get("row_passes", 0) for cost in costs),
             "peak_mb": max((cost.get("peak_memory_mb") or 0 for cost in costs), default=0),
         }
-    return {"dtype": dtype, "stages": rows, "run": _usage(whole), "report": _usage(report)}
+    return {"dtype": arguments.dtype, "stages": rows, "run": _usage(whole), "report": _usage(report)}
 
 
 def _usage(usage: Usage) -> dict[str, float]:
@@ -175,6 +183,8 @@ def _usage(usage: Usage) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("names", nargs="*", default=[*BUILD], metavar="NAME", help=", ".join(BUILD))
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the images; default: that of the model")
+    parser.add_argument("--method", choices=("nemo", "none"), default="nemo", help="none: images without localizing")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument(
@@ -187,7 +197,7 @@ def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         for name in arguments.names:
-            found[name] = trial(name, arguments.dtype, arguments.steps, Path(folder))
+            found[name] = trial(name, arguments, Path(folder))
             shutil.rmtree(Path(folder) / name)
     if arguments.json:
         print(json.dumps(found))
