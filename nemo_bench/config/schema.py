@@ -259,10 +259,8 @@ def words_within(words: Iterable[str], keys: Collection[str]) -> list[str]:
 def unknown_key(key: str, depth: int, known: Iterable[Any]) -> ConfigError:
     """The error about a key whose part at an index is none of the known names."""
     parts = key.split(".")
-    where = f" in '{'.'.join(parts[:depth])}'" if depth else ""
-    return ConfigError(
-        f"unknown key '{key}': there is no '{parts[depth]}'{where}. {did_you_mean(parts[depth], map(str, known))}"
-    )
+    missing = f": there is no '{parts[depth]}' in '{'.'.join(parts[:depth])}'" if depth else ""
+    return ConfigError(f"unknown key '{key}'{missing}. {did_you_mean(parts[depth], map(str, known))}")
 
 
 def check_values(settings: RunSettings) -> None:
