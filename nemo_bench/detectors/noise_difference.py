@@ -32,7 +32,7 @@ class NoiseDifference(Detector):
 
     title = "Noise difference"
     summary = "SSIM between first-step noise differences of seeds, NeMo's memorization score"
-    sourcing = "paper and public code"
+    sourcing = "paper and public code; transformers: ours"
     citation = cite("hintersdorf2024nemo")
     families = frozenset(FAMILIES)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
-from nemo_bench.diffusion.attention import Edit, cross_attentions, edit_attention
+from nemo_bench.diffusion.attention import Edit, edit_attention
 from nemo_bench.diffusion.families import Conditioning, Layers, Segment, family_of
 from nemo_bench.diffusion.flops import flops_of_pass
 from nemo_bench.diffusion.masks import NeuronMasks
@@ -91,6 +91,7 @@ class Diffusion(nn.Module):
         self.spans = {name: self.family.span(name) for name in self.value_layers}
         self.masks = NeuronMasks(self.value_layers, self.network, self.spans)
         self.text_projections = self.family.text_projections(self.network)
+        self.stacked = self.family.stacked  # Whether both halves of guidance share a pass.
         self.compiled = compiled
         if compiled:
             # A compiled network ignores hooks that are registered later, so the masks come first.
@@ -170,6 +171,11 @@ class Diffusion(nn.Module):
             len(getattr(self.pipeline, name)(text, truncation=False, verbose=False).input_ids) > span.stop - span.start
             for name, span in self.family.segments(self.pipeline)
         )
+
+    @property
+    def begins(self) -> list[int]:
+        """Positions of begin tokens in a text, none where its tokenizers have no such token."""
+        return self.family.begins(self.pipeline)
 
     def tokens(self, text: str) -> list[str]:
         """Tokens of a prompt, from begin to end token without padding, by the first tokenizer, if there is any."""
@@ -391,17 +397,28 @@ class Diffusion(nn.Module):
         return Prefix(self.family.parts(self.network, list(layers)), layers)
 
     def edit_attention(self, edit: Edit, blocks: str | tuple[str, ...] = "") -> AbstractContextManager[None]:
-        """Edits the logits of cross-attention inside a context, in layers by the beginning of their module path.
+        """Edits the logits of attention to text inside a context, in layers by the beginning of their module path.
 
-        The edit is called in every UNet pass, once a layer, with all rows of the pass; see
-        :func:`nemo_bench.diffusion.attention.conditional_rows`. Raises ModelError if there is no such layer, the
-        UNet is compiled, or the network is none.
+        The edit is called in every pass, once a layer, with all rows of the pass; see
+        :func:`nemo_bench.diffusion.attention.conditional_rows`. With joint attention it sees the logits of the
+        picture's positions for those of the text; one softmax goes over these and the picture's own. The logits of all
+        rows and heads of a layer are in memory at once. Raises ModelError if there is no such layer, or the network is
+        compiled.
         """
-        if self.family.network != "unet":
-            raise ModelError(f"attention can be edited in UNets alone, given a {self.family.pipeline_class}")
         if self.compiled:
             raise ModelError("model.compiled=True: a method that edits attention needs model.compiled=false")
-        return edit_attention(cross_attentions(self.network, blocks), edit)
+        layers = self.family.attentions(self.network, blocks)
+        return self._editing(edit_attention(layers, edit, self.family.crossing(self.network.config)))
+
+    @contextmanager
+    def _editing(self, edited: AbstractContextManager[None]) -> Iterator[None]:
+        """Keeps both halves of guidance in one pass, by which edits tell them apart."""
+        before, self.stacked = self.stacked, True
+        try:
+            with edited:
+                yield
+        finally:
+            self.stacked = before
 
     def state_digest(self) -> str:
         """Digest of all weights, 16 hexadecimal digits; it shows whether a method restored them."""

@@ -109,7 +109,7 @@ class Sampling:
     def predict(self) -> None:
         """Makes the predictions of the current step, in as many passes as the pipeline does."""
         model, timestep = self.model, self._scheduler.timesteps[self.number]
-        if self._is_guided and not model.family.stacked:
+        if self._is_guided and not model.stacked:
             size = len(self.latents)
             halves = [self._text.rows(range(start, start + size)) for start in (0, size)]
             self.output = torch.cat([model.network_output(self.latents, timestep, half) for half in halves])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,7 +12,7 @@ from pydantic import FiniteFloat
 from torch import Tensor
 from typing_extensions import override
 
-from nemo_bench.diffusion import Diffusion, conditional_rows
+from nemo_bench.diffusion import FAMILIES, UNETS, Diffusion, conditional_rows
 from nemo_bench.methods.base import Batch, Method
 from nemo_bench.records.citations import cite
 from nemo_bench.records.ranges import NotNegative
@@ -32,17 +32,21 @@ class AttentionAttenuation(Method):
     token is never one. Unconditional rows stay as they are. With the published thresholds near 0 about half of all
     tokens are spikes; 3, as the word suggests, is hardly ever reached.
 
+    Nothing is published for transformers; there it is our adaptation, in all layers. Padding that the network masks is
+    no token, and T5 has no start token. With joint attention the logits are those of the picture's positions for the
+    text's, among those for the picture itself.
+
     A factor below 1 raises the attention to a spike where its logit is negative: ``raised`` in the notes of an image is
     the share of such logits among those of spikes, ``spikes`` the share of spikes among tokens. In the embedded model
     neither is rare, so it can't show the effect. Attention is computed step by step, which differs from fused attention
-    by rounding; a factor of 1 leaves it alone.
+    by rounding, and holds the logits of a layer in memory; a factor of 1 leaves it alone.
     """
 
     title = "Attention attenuation"
     summary = "cross-attention weakened to the tokens that stand out"
-    touches = "cross-attention"
-    sourcing = "public code; paper second hand"
-    limits = "edits the logits of cross-attention, which are reached in UNets alone"
+    touches = "attention to text"
+    sourcing = "public code; paper second hand; transformers: ours"
+    families = frozenset(FAMILIES)
     citation = cite("zhao2026attention")
     needs = frozenset({"uncompiled"})
 
@@ -50,8 +54,8 @@ class AttentionAttenuation(Method):
     #: :class:`GUARD` 0.1.
     threshold: FiniteFloat = 0.01
     factor: NotNegative = 0.3  #: On the logits of spikes; published for all cases.
-    #: Layers: the seven of the down path and the middle in Stable Diffusion 1.x, as published, those of the middle, or
-    #: all.
+    #: Layers of a UNet: the seven of the down path and the middle in Stable Diffusion 1.x, as published, those of the
+    #: middle, or all. In transformers it is all.
     blocks: Literal["down+mid", "mid", "all"] = "down+mid"
     #: What spikes are found by: the largest ``"logit"``, as in the public code, or ``"probability"``, as in the paper.
     measure: Literal["logit", "probability"] = "logit"
@@ -77,6 +81,7 @@ class Attenuation:
         self.images = images
         self.active = True
         self.notes: tuple[dict[str, float], ...] = tuple({} for _ in range(images)) if method.factor != 1 else ()
+        self._begins: Sequence[int] = ()
         self._counts = torch.zeros(images, 4, dtype=torch.long)
 
     @contextmanager
@@ -85,7 +90,9 @@ class Attenuation:
         if self.method.factor == 1:
             yield
             return
-        with model.edit_attention(self._edit, BLOCKS[self.method.blocks]):
+        self._begins = model.begins
+        is_unet = model.family.pipeline_class in UNETS
+        with model.edit_attention(self._edit, BLOCKS[self.method.blocks if is_unet else "all"]):
             yield
         for note, (spikes, tokens, raised, logits) in zip(self.notes, self._counts.tolist(), strict=True):
             note["spikes"] = round(spikes / max(tokens, 1), 4)
@@ -96,7 +103,7 @@ class Attenuation:
             return logits
         rows = conditional_rows(len(logits), self.images)
         own = logits[rows]
-        is_spike = spikes(own, self.method.threshold, self.method.measure)
+        is_spike = spikes(own, self.method.threshold, self.method.measure, self._begins)
         self._count(own, is_spike)
         edited = logits.clone()
         edited[rows] = torch.where(is_spike[:, :, None], self.method.factor * own, own)
@@ -104,25 +111,35 @@ class Attenuation:
 
     def _count(self, logits: Tensor, is_spike: Tensor) -> None:
         found = is_spike.sum((1, 2))
-        tokens = torch.full_like(found, is_spike[0, :, 1:].numel())
+        tokens = _candidates(logits, self._begins).sum((1, 2))
         raised = ((logits < 0).sum(2) * is_spike).sum((1, 2))
         counts = torch.stack([found, tokens, raised, found * logits.shape[2]], 1)
         self._counts = self._counts.to(counts.device) + counts
 
 
-def spikes(logits: Tensor, threshold: float, measure: str = "logit") -> Tensor:
-    """Finds the tokens that stand out in cross-attention (Zhao et al. 2026).
+def spikes(logits: Tensor, threshold: float, measure: str = "logit", begins: Sequence[int] = (0,)) -> Tensor:
+    """Finds the tokens that stand out in attention to text (Zhao et al. 2026).
 
     Args:
-        logits: (N, heads, queries, tokens), of two tokens after the start at least.
+        logits: (N, heads, queries, tokens); those of masked padding are -inf.
         threshold: Standard deviations above the mean.
         measure: ``"logit"`` or ``"probability"``, compared by its largest value over queries.
+        begins: Positions of start tokens.
 
     Returns:
-        Booleans, (N, heads, tokens); false for the start token.
+        Booleans, (N, heads, tokens); false for start tokens and masked padding, and where there is one token alone.
     """
-    largest = (logits if measure == "logit" else logits.softmax(-1)).amax(2)
-    std, mean = torch.std_mean(largest[..., 1:], -1, keepdim=True)
-    is_spike = (largest - mean) / (std + TINY) > threshold
-    is_spike[..., 0] = False
-    return is_spike
+    counted = _candidates(logits, begins)
+    number = counted.sum(-1, keepdim=True)
+    largest = (logits if measure == "logit" else logits.softmax(-1)).amax(2).masked_fill(~counted, 0)
+    mean = largest.sum(-1, keepdim=True) / number
+    deviation = (largest - mean).masked_fill(~counted, 0)
+    std = (deviation.square().sum(-1, keepdim=True) / (number - 1)).sqrt()
+    return counted & (deviation / (std + TINY) > threshold)
+
+
+def _candidates(logits: Tensor, begins: Sequence[int]) -> Tensor:
+    """Tokens that may be spikes, (N, heads, tokens)."""
+    found = logits.amax(2) > -torch.inf
+    found[..., list(begins)] = False
+    return found

@@ -99,7 +99,7 @@ class OptimizedEmbedding(Method):
             noise = latents[list(part)].flatten(0, 1)
             measure = self.measure(model, [prompts[row] for row in owners], text.rows(owners), noise)
             free = model.family.used(text.rows(part))
-            free[:, model.family.begins(model.pipeline)] = False
+            free[:, model.begins] = False
             loss = partial(self._loss, measure, images, free)
             target = -math.inf if self.target is None else self.target
             end = descend(text.rows(part).text, loss, target=target, steps=self.steps, rate=self.rate)

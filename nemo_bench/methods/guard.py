@@ -37,7 +37,7 @@ class GUARD(AttentionAttenuation):
 
     title = "GUARD"
     summary = "guidance to the prompt with weakened attention, away from the prompt as it is"
-    touches = "cross-attention and guidance"
+    touches = "attention to text and guidance"
     makes_passes = True
     needs = frozenset({"guidance", "uncompiled"})
 

@@ -48,7 +48,7 @@ class NeMo(BlockNeurons, NemoSearch):
 
     title = "NeMo"
     summary = "value neurons with outlier activations, refined on noise differences, switched off"
-    sourcing = "paper and public code"
+    sourcing = "paper and public code; transformers: ours"
     citation = cite("hintersdorf2024nemo")
     needs_calibration = True
 

@@ -113,7 +113,7 @@ class Wanda(Method):
         """
         total: dict[str, Tensor] = {}
         # FLUX predicts both halves of guidance one after the other.
-        passes = 1 if model.family.stacked or model.guidance <= 1 else 2
+        passes = 1 if model.stacked or model.guidance <= 1 else 2
         for part in batched(range(len(text)), max(1, self.batch_size)):
             squares: dict[str, list[Tensor]] = {name: [] for name in layers}
             with ExitStack() as hooks:

@@ -20,6 +20,7 @@ from nemo_bench.benchmark.plan import plan
 from nemo_bench.benchmark.run import run
 from nemo_bench.config import grid, options
 from nemo_bench.diffusion import UNETS, Lora, Similarity, Source, pipeline_class_of
+from nemo_bench.diffusion.attention import edit_attention
 from nemo_bench.diffusion.families import FAMILIES, family_of
 from nemo_bench.diffusion.flops import count_flops
 from nemo_bench.errors import ModelError
@@ -32,7 +33,7 @@ from nemo_bench.localization import (
     noise_differences,
 )
 from nemo_bench.localization.localizers import Activation, Inputs
-from nemo_bench.methods import Batch, NeMo, NoMitigation, UpdateNorms
+from nemo_bench.methods import AttentionRescaling, Batch, NeMo, NoMitigation, UpdateNorms
 from nemo_bench.methods.embedding_search import random_embeddings, search_embeddings
 from on_disk import read_records
 from published_sizes import FULL_SIZE_TRANSFORMERS
@@ -375,8 +376,78 @@ def test_methods_that_do_not_serve_say_why(model: Diffusion) -> None:
     NeMo().check(name, 4.0, "float32")
     with pytest.raises(ModelError, match=r"StableDiffusionXLPipeline \(its steps are those of DDIM"):
         UpdateNorms("general.jsonl").check(name, 4.0, "float32")
-    with pytest.raises(ModelError, match="attention can be edited in UNets alone"):
-        model.edit_attention(lambda layer, logits: logits)
+    if name in ("PixArtAlphaPipeline", "FluxPipeline"):
+        with pytest.raises(ModelError, match=r"begin token, which T5 lacks\), given a"):
+            AttentionRescaling().check(name, 4.0, "float32")
+    else:
+        AttentionRescaling().check(name, 4.0, "float32")
+        with pytest.raises(ModelError, match="mask_end=true masks CLIP's end token, of UNets alone"):
+            AttentionRescaling(mask_end=True).check(name, 4.0, "float32")
+
+
+@pytest.mark.parametrize("name", [*CASES])
+def test_attention_that_is_not_edited_is_the_models_own(name: str) -> None:
+    model = CASES[name].model()
+    text, latents = model.encode(tiny_texts(2)), model.latents([1, 2])
+    plain = model.generate(text, latents)
+    seen: dict[str, Tensor] = {}
+
+    def look(layer: str, logits: Tensor) -> Tensor:
+        seen[layer] = logits
+        return logits
+
+    with model.edit_attention(look):
+        torch.testing.assert_close(model.generate(text, latents), plain, rtol=0, atol=2e-3)
+    assert torch.equal(model.generate(text, latents), plain)
+    positions = model.network.config.sample_size**2 if name.startswith("sana") else 64
+    rows = 4 if model.guidance > 1 else 2
+    assert {logits.shape[0] for logits in seen.values()} == {rows}
+    assert {logits.shape[2:] for logits in seen.values()} == {(positions, text.text.shape[1])}
+    assert len(seen) == len(model.family.value_layers(model.network, "all"))
+    if not model.family.joint and text.mask is not None:
+        for logits in seen.values():
+            assert torch.equal(logits[2:].isinf().all(2).all(1), text.mask == 0)
+
+
+@pytest.mark.parametrize("name", ["sd3", "pixart-sigma", "sana"])  # whose queries and keys are not normed
+def test_edits_see_products_of_the_pictures_queries_and_the_texts_keys(name: str) -> None:
+    model = CASES[name].model()
+    layer, module = next(iter(model.family.attentions(model.network).items()))
+    parts: dict[str, Tensor] = {}
+    names = ("to_q", "add_k_proj" if model.family.joint else "to_k")
+    hooks = [
+        module.get_submodule(part).register_forward_hook(lambda _m, _a, out, part=part: parts.update({part: out}))
+        for part in names
+    ]
+    seen: dict[str, Tensor] = {}
+    with model.edit_attention(lambda layer, logits: seen.setdefault(layer, logits)):
+        model.predict_noise(model.latents([1]), 500, model.encode(["red sun"]))
+    for hook in hooks:
+        hook.remove()
+    query, key = (parts[part].unflatten(-1, (module.heads, -1)).transpose(1, 2) for part in names)
+    expected = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5
+    kept = seen[layer].isfinite()
+    assert kept.any()
+    torch.testing.assert_close(seen[layer][kept], expected[kept])
+
+
+@pytest.mark.parametrize("name", ["sd3.5", "flux-dev-guided", "flux-schnell"])
+def test_a_picture_that_sees_no_text_depends_on_pooled_vectors_alone(name: str) -> None:
+    model = CASES[name].model()
+    text, latents = model.encode(tiny_texts(2)), model.latents([1])
+    text = replace(text, pooled=text.pooled[[0, 0]])
+    plain = [model.predict_noise(latents, 500, text.rows([row])) for row in (0, 1)]
+    assert not torch.equal(*plain)
+    with model.edit_attention(lambda layer, logits: torch.full_like(logits, -torch.inf)):
+        assert torch.equal(*(model.predict_noise(latents, 500, text.rows([row])) for row in (0, 1)))
+
+
+def test_attention_that_is_not_pytorchs_is_an_error() -> None:
+    layer = nn.Identity()
+    edited = edit_attention({"blocks.0": layer}, lambda name, logits: logits)
+    with edited, pytest.raises(ModelError, match=r"blocks\.0: its attention is none of PyTorch's"):
+        layer(torch.ones(1))
+    assert torch.equal(layer(torch.ones(1)), torch.ones(1))
 
 
 def test_single_blocks_of_flux_are_blocked_at_text_positions_alone() -> None:

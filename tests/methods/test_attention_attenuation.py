@@ -11,6 +11,7 @@ import torch
 
 from batches import batch_of
 from nemo_bench import Diffusion
+from nemo_bench.diffusion.families.unet import StableDiffusion
 from nemo_bench.methods import AttentionAttenuation
 from nemo_bench.methods.attention_attenuation import spikes
 
@@ -20,6 +21,9 @@ LARGEST = [5.0, 1.0, 1.0, 1.0, 3.0]
 
 class Layer:
     """Stands in for a model: feeds the edit with logits of one head, (rows, queries, tokens)."""
+
+    begins = (0,)
+    family = StableDiffusion
 
     def __init__(self, logits: list[list[list[float]]]) -> None:
         self.logits, self.edited, self.blocks = torch.tensor(logits)[:, None], torch.empty(0), ("",)
@@ -53,6 +57,14 @@ def test_probabilities_are_compared_where_they_are_the_measure() -> None:
     logits = torch.tensor([[[[9.0, 0.0, 0.0, 3.0], [0.0, 0.0, 2.0, 0.0]]]])
     assert spikes(logits, 0.5).tolist() == [[[False, False, False, True]]]
     assert spikes(logits, 0.5, "probability").tolist() == [[[False, False, True, False]]]
+
+
+def test_padding_that_is_masked_is_no_token_and_without_a_begin_token_the_first_may_be_a_spike() -> None:
+    logits = torch.tensor([[[[3.0, 1.0, 1.0, 1.0, -torch.inf]]]])  # mean 1.5, standard deviation 1
+    assert spikes(logits, 1.49, begins=()).tolist() == [[[True, False, False, False, False]]]
+    assert not spikes(logits, 1.51, begins=()).any()
+    assert spikes(logits, -1.0, "probability", begins=()).tolist() == [[[True, True, True, True, False]]]
+    assert not spikes(logits[..., :1], 0.0, begins=()).any()  # one token has no deviation
 
 
 def test_every_head_and_image_has_spikes_of_its_own() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from batches import batch_of
 from nemo_bench import ConfigError, Diffusion
+from nemo_bench.diffusion import Conditioning
 from nemo_bench.methods import AttentionRescaling
 
 INF = float("inf")
@@ -16,6 +18,8 @@ INF = float("inf")
 
 class Layer:
     """Stands in for a model: feeds the edit with given logits of one head and one query."""
+
+    begins = (0,)
 
     def __init__(self, lengths: dict[str, int], logits: list[list[float]]) -> None:
         self.lengths, self.logits, self.edited = lengths, torch.tensor(logits)[:, None, None], [[0.0]]
@@ -31,7 +35,7 @@ class Layer:
 
 def edited(tiny: Diffusion, rows: int, **settings: Any) -> list[list[float]]:
     """What becomes of logits 1, 2, 3, 4, 5 where the first prompt has three tokens and the second four."""
-    batch = batch_of(tiny, [(0, 0), (1, 0)], ["three", "four"])
+    batch = replace(batch_of(tiny, [(0, 0), (1, 0)], ["three", "four"]), text=Conditioning(torch.empty(2, 5, 1)))
     layer = Layer({"three": 3, "four": 4}, [[1.0, 2.0, 3.0, 4.0, 5.0]] * rows)
     with AttentionRescaling(**settings).apply(layer, batch):  # type: ignore[arg-type]
         pass

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from nemo_bench.methods import (
     PRSS,
     SAIL,
     AdjustedNoise,
+    AttentionRescaling,
     EmbeddingOptimization,
     OptimizedNoise,
     Wanda,
@@ -41,6 +44,24 @@ def test_a_method_changes_images_and_leaves_the_model_as_it_was(family: str, nam
     if name.startswith("embedding"):  # whose rows have masks of their own
         alone = images_of(model, prepared(model, name), batch.rows([1]))
         torch.testing.assert_close(changed[[1]], alone, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("family", ["sd3", "sana"])
+def test_rescaling_draws_attention_to_begin_tokens(family: str) -> None:
+    model = tiny_transformer(family)
+    batch = batch_of(model, [(0, 0), (3, 0)])
+    found = []
+    edited = SimpleNamespace(begins=model.begins, edit_attention=lambda edit: nullcontext(found.append(edit)))
+    with AttentionRescaling(2.0).apply(edited, batch):  # type: ignore[arg-type]
+        (edit,) = found
+    mask = batch.text.mask
+    assert mask is not None
+    logits = torch.rand(4, 2, 3, mask.shape[1])
+    expected = logits.masked_fill((mask == 0).repeat(2, 1)[:, None, None], -torch.inf)
+    expected[2:, ..., 0] *= 2  # CLIP's and Gemma's, of the conditional rows
+    assert torch.equal(edit("layer", logits), expected)
+    plain = model.generate(batch.text, batch.latents)
+    assert (images_of(model, AttentionRescaling(2.0), batch) - plain).abs().max() > 1e-3
 
 
 def test_without_strength_images_are_exactly_the_models_own() -> None:

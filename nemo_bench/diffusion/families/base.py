@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nemo_bench.diffusion.attention import EVERYWHERE, Crossing
 from nemo_bench.diffusion.schedule import Schedule
 from nemo_bench.errors import ModelError
 
@@ -167,6 +168,17 @@ class Family(ABC):
     @abstractmethod
     def parts(self, network: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]:
         """Modules by path, called one after another, whose outputs are enough to start at some of the value layers."""
+
+    @abstractmethod
+    def attentions(self, network: nn.Module, blocks: str | tuple[str, ...] = "") -> dict[str, nn.Module]:
+        """Layers in which the picture attends to text by module path, in network order.
+
+        ``blocks`` are beginnings of module paths; ModelError if there is no such layer.
+        """
+
+    def crossing(self, network: Mapping[str, Any]) -> Crossing:
+        """Where the picture attends to text in these layers, of a network of this configuration."""
+        return EVERYWHERE
 
     def span(self, layer: str) -> slice:
         """Positions of text in what a value layer gives, by its module path; most give nothing else."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from nemo_bench.diffusion.attention import Crossing
 from nemo_bench.diffusion.families.base import Conditioning, Layers, Segment
 from nemo_bench.diffusion.families.transformer import Transformer
 from nemo_bench.diffusion.schedule import Flow
@@ -93,6 +94,10 @@ class Flux(Transformer):
     def value_layers(self, network: nn.Module, layers: Layers) -> dict[str, nn.Module]:
         found = super().value_layers(network, layers)
         return {name: layer for name, layer in found.items() if layers == "all" or name.startswith("transformer")}
+
+    @override
+    def crossing(self, network: Mapping[str, Any]) -> Crossing:
+        return Crossing(slice(self.tokens, None), slice(0, self.tokens))
 
     @override
     def span(self, layer: str) -> slice:

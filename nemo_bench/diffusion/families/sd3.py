@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
+from nemo_bench.diffusion.attention import Crossing
 from nemo_bench.diffusion.families.base import Conditioning, Segment
 from nemo_bench.diffusion.families.transformer import Transformer
 
@@ -25,7 +26,7 @@ class StableDiffusion3(Transformer):
     """
 
     pipeline_class = "StableDiffusion3Pipeline"
-    names = frozenset({"sd3"})
+    names = frozenset({"sd3", "planted_mmdit"})
     loading: ClassVar[Mapping[str, Any]] = {"feature_extractor": None, "image_encoder": None}
     networks: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
     network_class = "SD3Transformer2DModel"
@@ -63,6 +64,11 @@ class StableDiffusion3(Transformer):
     def used(self, text: Conditioning) -> Tensor:
         # CLIP's states are widened to those of T5 by zeros, and so are encoders that are absent.
         return text.text != 0
+
+    @override
+    def crossing(self, network: Mapping[str, Any]) -> Crossing:
+        positions = self.positions(network)
+        return Crossing(slice(0, positions), slice(positions, None))
 
     @override
     def predict(

@@ -75,5 +75,14 @@ class Transformer(Family):
         return found
 
     @override
+    def attentions(self, network: nn.Module, blocks: str | tuple[str, ...] = "") -> dict[str, nn.Module]:
+        # Each has one value projection of text.
+        layers = [name.rpartition(".")[0] for name in self.value_layers(network, "all")]
+        found = {name: network.get_submodule(name) for name in layers if name.startswith(blocks)}
+        if not found:
+            raise ModelError(f"no attention to text in {blocks} of this {self.pipeline_class}")
+        return found
+
+    @override
     def parts(self, network: nn.Module, layers: Sequence[str]) -> dict[str, nn.Module]:
         return {name: module for name, module in network.named_modules() if _BLOCK.fullmatch(name)}

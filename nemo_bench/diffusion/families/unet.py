@@ -109,6 +109,10 @@ class StableDiffusion(Family):
         return found
 
     @override
+    def attentions(self, network: nn.Module, blocks: str | tuple[str, ...] = "") -> dict[str, nn.Module]:
+        return cross_attentions(network, blocks)
+
+    @override
     def text_projections(self, network: nn.Module) -> list[nn.Module]:
         return [projection for layer in cross_attentions(network).values() for projection in (layer.to_k, layer.to_v)]
 
