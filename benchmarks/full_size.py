@@ -42,6 +42,7 @@ from tiny import NOISE, tiny_tokenizer
 
 STAGES = "localize", "memorization", "generate", "score"
 VOCABULARY = 49_408
+PIXELS = 8  # for each latent, along a side
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 OPEN_CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
 OPEN_CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
@@ -121,27 +122,29 @@ BUILD: dict[str, Any] = {
 }
 
 
-def build(name: str, dtype: torch.dtype, folder: Path) -> None:
-    """Saves a pipeline of random weights."""
+def build(name: str, dtype: torch.dtype, size: int | None, folder: Path) -> None:
+    """Saves a pipeline of random weights, whose images have sides of ``size`` pixels."""
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     try:
         pipeline = BUILD[name]()
     finally:
         torch.set_default_dtype(torch.float32)
+    if size is not None:
+        network = getattr(pipeline, "unet", None) or pipeline.transformer
+        network.register_to_config(sample_size=size // PIXELS)
     pipeline.to(dtype).save_pretrained(folder)
 
 
 def words(name: str, arguments: argparse.Namespace, folder: Path) -> list[str]:
     """Settings of a run of one prompt, whose images need no weights from elsewhere to be judged."""
-    size = [] if arguments.size is None else [f"model.size={arguments.size}"]
     nemo = [
         "method.outliers=false", "method.initial_k=1", "method.gate_threshold=-1", "method.threshold=0.9999",
         "method.refinement=sequential",
     ]  # fmt: skip
     return [
         f"model={name}", f"model.source={folder / name}", "model.local_files_only=true",
-        f"model.dtype={arguments.dtype}", f"model.steps={arguments.steps}", *size,
+        f"model.dtype={arguments.dtype}", f"model.steps={arguments.steps}",
         "model.clip=local-dir:package:planted/model/clip", "model.clip_pretrained=null",
         "prompts=planted", "prompts.files=package:planted/prompts/planted.jsonl", "prompts.limit=1",
         "prompts.calibration=package:planted/prompts/calibration.txt", "prompts.calibration_limit=2",
@@ -155,7 +158,7 @@ def trial(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, A
     """Builds one model, runs it, and reads what its records say of every stage."""
     # In a process of its own, since others would count its memory as theirs.
     builder = multiprocessing.get_context("spawn").Process(
-        target=build, args=(name, getattr(torch, arguments.dtype), folder / name)
+        target=build, args=(name, getattr(torch, arguments.dtype), arguments.size, folder / name)
     )
     builder.start()
     builder.join()
