@@ -156,9 +156,16 @@ class MemorizationMonitor(Checked, L.Callback):
         values: dict[str, float] = {}
         for name, all_scores in scores.items():
             own, others = all_scores[: len(captions)], all_scores[len(captions) :]
+            counts = [int(np.isfinite(part).sum()) for part in (own, others)]
+            if counts[0] == 0 or counts[1] < 2:
+                log.warning(
+                    "step %d: %s can't tell: of %d captions %d have a finite score, of %d general ones %d",
+                    *(step, name, len(own), counts[0], len(others), counts[1]),
+                )
+                continue
             threshold = float(np.nanmean(others) + self.deviations * np.nanstd(others))
             above = own > threshold
-            shares.append(float(above.mean()))
+            shares.append(float(above.sum() / counts[0]))
             figures = (float(np.nanmean(own)), float(np.nanmax(own)), threshold, shares[-1])
             keys = ("mean", "max", "threshold", "flagged")
             values |= {f"{self.name}/{name}/{key}": value for key, value in zip(keys, figures, strict=True)}
@@ -171,7 +178,7 @@ class MemorizationMonitor(Checked, L.Callback):
                 logger.log_table(f"{self.name}/flags", columns=list(asdict(self.flags[0])), data=rows, step=step)
         if now := {flag.caption for flag in self.flags if flag.step == step}:
             log.warning("step %d: %d of %d captions look memorized: %s", step, len(now), len(captions), _few(now))
-        if self.stop_at is not None and max(shares) >= self.stop_at:
+        if self.stop_at is not None and max(shares, default=0.0) >= self.stop_at:
             log.warning("step %d: the training stops, since the share is %.2f or more", step, self.stop_at)
             trainer.should_stop = True
 

@@ -130,6 +130,26 @@ def test_memorized_captions_are_flagged_and_stop_the_training(
     assert "the training stops" in caplog.text
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_frozen_parts_may_have_another_dtype(tmp_path: Path, precision: str) -> None:
+    pipeline = tiny_pipeline()
+    pipeline.text_encoder.to(torch.bfloat16)
+    pipeline.vae.to(torch.bfloat16)
+    monitor = watching(pipeline, detectors={"magnitude": Magnitude(seeds=1, steps=2)}, deviations=0.0)
+    fit(FineTuning(pipeline), tmp_path, monitor, precision=precision)
+    assert monitor.flags
+
+
+def test_scores_that_are_not_finite_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pipeline = tiny_pipeline()
+    monitor = watching(pipeline, detectors={"magnitude": Magnitude(seeds=1, steps=2)}, stop_at=0.1)
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias.fill_(torch.nan)
+    fit(FineTuning(pipeline, steps=1), tmp_path, monitor)
+    assert not monitor.flags
+    assert "magnitude can't tell: of 6 captions 0 have a finite score, of 6 general ones 0" in caplog.text
+
+
 def test_flags_are_kept_in_checkpoints_and_a_step_is_checked_once(tmp_path: Path) -> None:
     pipeline = tiny_pipeline()
     first = watching(pipeline, deviations=0.0, detectors={"pairs": NoiseDifference(seeds=2)})

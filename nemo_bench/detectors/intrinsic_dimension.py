@@ -45,8 +45,9 @@ class IntrinsicDimension(Detector):
     derives = True
 
     seeds: Count = 1
-    #: Where: ``"clean"``, the generated latents scaled to the timestep without noise, as the estimator is defined; or
-    #: ``"running"``, the latents of sampling at that step, as in the public code on memorization.
+    #: Where: ``"clean"``, the clean latents predicted in the last step, scaled to the timestep without noise, as the
+    #: estimator is defined; or ``"running"``, the latents of sampling at that step, as in the public code on
+    #: memorization.
     at: Literal["clean", "running"] = "clean"
     #: Which of 50 steps, from 0, has the timestep, as in the public code. ``"clean"`` takes that timestep whatever the
     #: number of steps; ``"running"`` of N steps the one numbered ``step`` N / 50, rounded down.

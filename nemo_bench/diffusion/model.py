@@ -149,15 +149,15 @@ class Diffusion(nn.Module):
         return flops_of_pass(self)
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """Encodes N prompts, truncated to the length of the tokenizer, to N rows."""
+        """Encodes N prompts, truncated to the length of the tokenizer, to N rows in the dtype of the network."""
         with torch.no_grad(), without_advice():
-            return self.family.encode(self.pipeline, texts, self.device)
+            return self.family.encode(self.pipeline, texts, self.device).to(self.dtype)
 
     def unconditional(self, rows: int) -> Conditioning:
         """The conditioning that guidance leads away from: the empty prompt, or zeros if the pipeline (SDXL) says so."""
         if self._unconditional is None or self._unconditional.text.device != self.device:
             with torch.no_grad(), without_advice():
-                self._unconditional = self.family.empty(self.pipeline, self.device)
+                self._unconditional = self.family.empty(self.pipeline, self.device).to(self.dtype)
         return self._unconditional.rows([0] * rows)
 
     def forget(self) -> None:

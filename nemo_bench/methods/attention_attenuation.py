@@ -57,7 +57,8 @@ class AttentionAttenuation(Method):
     #: Layers of a UNet: the seven of the down path and the middle in Stable Diffusion 1.x, as published, those of the
     #: middle, or all. In transformers it is all.
     blocks: Literal["down+mid", "mid", "all"] = "down+mid"
-    #: What spikes are found by: the largest ``"logit"``, as in the public code, or ``"probability"``, as in the paper.
+    #: What spikes are found by: the largest ``"logit"``, as in the public code, or ``"probability"``, the paper's
+    #: statistic, which the paper reads from a plain pass, but here is that of the attenuated one.
     measure: Literal["logit", "probability"] = "logit"
 
     @override

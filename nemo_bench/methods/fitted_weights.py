@@ -94,7 +94,9 @@ class FittedWeights(FittedMethod):
         super().setup(model, setup)
         if setup.fitted is None or not setup.fitted.is_file():
             raise ConfigError(f"{self.title} has no weights: fit them, and give Setup(fitted=...) their file")
-        self._difference = load_file(setup.fitted)
+        # Once here, since it is added anew for every batch.
+        difference = load_file(setup.fitted, device=str(model.device))
+        self._difference = {name: part.to(model.dtype) for name, part in difference.items()}
 
     @override
     @contextmanager

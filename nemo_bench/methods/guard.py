@@ -43,7 +43,8 @@ class GUARD(AttentionAttenuation):
 
     threshold: FiniteFloat = 0.1
     repulsion: NotNegative = 2.0  #: r, in guidance scales; 0 leaves attenuation alone. Default of the public script: 3.
-    #: Whether what attraction shares with repulsion is taken from it, where the cosine of the two is above 0.9.
+    #: Whether what attraction shares with repulsion is taken from it, where the cosine of the two is above 0.9; with a
+    #: factor of 1, where they are the same, never.
     orthogonal: bool = False
 
     @override
@@ -57,7 +58,7 @@ class GUARD(AttentionAttenuation):
                 attenuation.active = False
                 repelled = model.predict_noise(step.latents, step.timestep, batch.text) - step.unconditional
                 attenuation.active = True
-            if self.orthogonal:
+            if self.orthogonal and self.factor != 1:
                 attracted = projected(attracted, repelled)
             weight = self.repulsion * math.cos(math.pi * step.number / (2 * model.steps))
             return step.unconditional + step.scale * attracted - weight * repelled

@@ -45,8 +45,9 @@ class PaddingFix(Method):
     logit is 0, and it still takes attention. Notes have the number of padding tokens; a prompt that fills the input has
     none, and changes of the padding leave it as it is.
 
-    A tokenizer that lacks ``token``, or pads with it already, is a ModelError: before weights load where the files of
-    the tokenizer tell, else once the model is loaded.
+    A tokenizer that lacks ``token`` is a ModelError, and so is one that pads with it already where that leaves no
+    change (``"pad"``; ``"pad_and_end"`` is ``"zero_end"`` there): before weights load where the files of the tokenizer
+    tell, else once the model is loaded.
 
     The embedded model has 16 tokens, of which a caption leaves about half to the padding; there the words carry much of
     the memory, as ``"zero_prompt"`` shows.

@@ -84,7 +84,9 @@ class Unlearning(FittedWeights):
     The gradient is G_x - c G_a / |G_a| for SISS, with c by ``scaling_norm``, and G_x + max(eta - <G_x, G_a> / |G_a|^2,
     0) G_a for EraseDiff. It is clipped to norm 1, and AdamW takes ``updates`` steps of ``batch`` rows.
 
-    All reference images of the memorized prompts are forgotten by one model; the source fits one for each prompt.
+    An update of SISS that drew no picture to forget keeps alone. All reference images of the memorized prompts are
+    forgotten by one model; the source fits one for each prompt. Latents are the autoencoder's means, and pictures are
+    not flipped; the source samples latents, and flips at random.
     Pictures to keep are those of ``keep``, or images that the model generates for its prompts; the source keeps other
     images of the memorized prompt. Each picture is conditioned on its own prompt, and timesteps are of the whole range;
     the public scripts condition all on the memorized prompt and take timestep 999 alone, where only the first step of
@@ -118,6 +120,11 @@ class Unlearning(FittedWeights):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.loss == "siss" and self.forgetting == 1 and self.scaling_norm is None:
+            raise ConfigError(
+                "forgetting=1 leaves nothing to keep, by whose gradient scaling_norm=null scales; "
+                "give scaling_norm, or forgetting below 1"
+            )
         self.title = f"{TITLES[self.loss]} (fitted on training images)"
 
     @override
@@ -171,7 +178,9 @@ class UnlearningFit(Fit):
                     found = torch.autograd.grad(loss / method.batch, weights, retain_graph=True)
                     for one, other in zip(total, found, strict=True):
                         one += other
-        combined = combine(method, keep, forget)
+        # Rows to keep weigh in the forget loss by next to nothing, which scaling would blow up.
+        keeps = method.loss == "siss" and not drawn.is_forgotten.any()
+        combined = keep if keeps else combine(method, keep, forget)
         length = finite_norm(combined, f"update {number + 1} of {self.updates}")
         return [gradient * (LARGEST / length) for gradient in combined] if length > LARGEST else combined
 
@@ -237,7 +246,7 @@ def combine(method: Unlearning, keep: Sequence[Tensor], forget: Sequence[Tensor]
     if method.loss == "neg_grad":
         return [-method.superfactor * gradient for gradient in forget]
     length = norm(forget)
-    if not length:  # no row of SISS was one to forget
+    if not length:
         return [*keep]
     if method.loss == "erase_diff":
         inner = sum(float((one * other).sum()) for one, other in zip(keep, forget, strict=True))

@@ -42,9 +42,10 @@ class MaskedSSIM(BenchMetric):
     """SSIM to a training image of one part of the image alone, after FB-Mem (Di et al. 2026).
 
     The mean of SSIM over the pixels of the part, with all others gray in both pictures; of several training images the
-    most similar one counts. High in both parts is a verbatim copy, high in one a copy of that part. Where a part has
-    no pixel, the other one counts for it. FB-Mem's parts are foreground and background, by a segmenter; its public code
-    has MS-SSIM, which needs pictures of more than 160 pixels, a segmentation by BiRefNet, and the mean of both parts.
+    one that is most similar in this part counts. With one training image, high in both parts is a verbatim copy, high
+    in one a copy of that part. Where a part has no pixel, the other one counts for it. FB-Mem's parts are foreground
+    and background, by a segmenter; its public code has MS-SSIM, which needs pictures of more than 160 pixels, a
+    segmentation by BiRefNet, and the mean of both parts.
 
     Args:
         part: ``"inside"`` the mask, where it is white, or ``"outside"``.

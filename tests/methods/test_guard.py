@@ -15,12 +15,13 @@ from nemo_bench.methods import GUARD, AttentionAttenuation
 from nemo_bench.methods.guard import projected
 
 
+@pytest.mark.parametrize("orthogonal", [False, True])
 @pytest.mark.parametrize("number", [0, 25, 49])
-def test_a_factor_of_1_is_plain_guidance_at_a_lower_scale(tiny: Diffusion, number: int) -> None:
+def test_a_factor_of_1_is_plain_guidance_at_a_lower_scale(tiny: Diffusion, number: int, orthogonal: bool) -> None:
     latents, unconditional, conditional = torch.randn(3, 1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     step = Step(number, 1, 7.5, latents, unconditional, conditional)
     model = SimpleNamespace(steps=50)  # makes no pass
-    with GUARD(factor=1).apply(model, batch_of(tiny, [(0, 0)])) as changed:  # type: ignore[arg-type]
+    with GUARD(factor=1, orthogonal=orthogonal).apply(model, batch_of(tiny, [(0, 0)])) as changed:  # type: ignore[arg-type]
         assert changed.rule
         found = changed.rule(step)
     torch.testing.assert_close(found, step.guided(7.5 - 2 * math.cos(math.pi * number / 100)))

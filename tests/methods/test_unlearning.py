@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from nemo_bench.benchmark.stages.fit import COST, FITTED, fit_weights
 from nemo_bench.diffusion import NO_SIGNAL, Conditioning, Similarity, fitted_picture
 from nemo_bench.methods import Setup, Unlearning
 from nemo_bench.methods.fitted_weights import Pictures, norm
-from nemo_bench.methods.unlearning import Loss, UnlearningFit, combine, importance
+from nemo_bench.methods.unlearning import Draw, Loss, UnlearningFit, combine, importance
 from on_disk import read_json
 from tiny import tiny_pipeline
 
@@ -62,6 +63,28 @@ def test_without_a_norm_forgetting_is_a_tenth_of_keeping() -> None:
     assert torch.cat(combine(Unlearning(), keep, forget)).tolist() == pytest.approx([3.0, 3.5])
 
 
+def test_an_update_that_drew_no_picture_to_forget_keeps_alone(
+    tiny: Diffusion, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of such rows in the forget loss are tiny, not 0, and would be scaled to the whole norm."""
+    fit = fit_of(tiny, Unlearning(scaling_norm=750.0, batch=1), prompts)
+    draw = fit.draw
+
+    def kept(rows: int, generator: torch.Generator) -> Draw:
+        return replace(draw(rows, generator), is_forgotten=torch.zeros(rows, dtype=torch.bool))
+
+    monkeypatch.setattr(fit, "draw", kept)
+    with_norm = fit.gradients(0)
+    fit.method = Unlearning(scaling_norm=1e-6, batch=1)
+    assert all(map(torch.equal, fit.gradients(0), with_norm))
+
+
+def test_forgetting_alone_needs_a_norm() -> None:
+    with pytest.raises(ConfigError, match="give scaling_norm, or forgetting below 1"):
+        Unlearning(forgetting=1.0)
+    Unlearning(forgetting=1.0, scaling_norm=750.0)
+
+
 def test_nothing_to_forget_leaves_what_is_kept() -> None:
     keep, none = [torch.tensor([3.0, 4.0])], [torch.zeros(2)]
     for loss in ("siss", "erase_diff"):
@@ -84,7 +107,7 @@ def test_losses_are_those_of_the_formulas(tiny: Diffusion, prompts: list[Prompt]
     picture = tiny.encode_images(fitted_picture(prompts[0].references[0], tiny.image_size)[None])
     own = tiny.encode([prompts[0].text])
     pictures = Pictures(picture, own)
-    method = Unlearning(loss=loss, forgetting=1.0, earliest=400)
+    method = Unlearning(loss=loss, forgetting=1.0, scaling_norm=750.0, earliest=400)
     fit = UnlearningFit(method, tiny, Pictures(torch.zeros_like(picture), tiny.encode(["cup dog"])), pictures)
     with torch.no_grad():
         drawn = fit.draw(1, torch.Generator().manual_seed(3))

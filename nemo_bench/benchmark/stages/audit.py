@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from nemo_bench.benchmark.diagnostics import diagnose
 from nemo_bench.benchmark.stages.base import UNLOCALIZED, Chunk, Stage, file_name, save_tensors, to_image
-from nemo_bench.diffusion import fitted_picture
+from nemo_bench.diffusion import Conditioning, fitted_picture
 from nemo_bench.errors import NotFiniteError
 from nemo_bench.methods import Batch, Method, NoMitigation, Wanda
 from nemo_bench.methods.embedding_search import RATE, SAMPLES, STEPS, random_embeddings, search_embeddings
@@ -171,9 +171,7 @@ def _search_together(
     for row, task in enumerate(tasks):
         embedding = found.text.rows([row])
         own = {state: images[row] for state, images in rows.items()}
-        if not embedding.text.isfinite().all() or (
-            embedding.pooled is not None and not embedding.pooled.isfinite().all()
-        ):
+        if not _is_finite(embedding):
             records.append(unsuccessful(task, passes, "the embedding found is not finite"))
             continue
         pooled = {} if embedding.pooled is None else {"pooled": embedding.pooled}
@@ -181,6 +179,11 @@ def _search_together(
         record = kept(stage, task, pictures[row], own, tensors, passes, settings)
         records.append(record.model_copy(update={"diagnosis": diagnoses[row]}))
     return records
+
+
+def _is_finite(embedding: Conditioning) -> bool:
+    parts = [part for part in (embedding.text, embedding.pooled) if part is not None]
+    return all(bool(part.isfinite().all()) for part in parts)
 
 
 def _diagnose(
@@ -195,7 +198,7 @@ def _diagnose(
         model, method, replace(rows, text=starts, seeds=seeds), target.expand(count, -1, -1, -1),
         steps=settings.steps, rate=settings.rate, samples=settings.samples,
     )  # fmt: skip
-    if not found.text.text.isfinite().all():
+    if not _is_finite(found.text):
         raise NotFiniteError("an embedding found from random numbers is not finite")
     memorized = [prompt.text for prompt in prompts if prompt.kind][:count]
     general = [prompt.text for prompt in prompts if prompt.group == GENERAL][:count]
