@@ -207,14 +207,18 @@ class Source:
 
     @property
     def _networks(self) -> list[str]:
-        return [n for n in self.family.networks if n in self._index and self._index[n] != [None, None]]
+        return [name for name in self.family.networks if self._has(name)]
+
+    def _has(self, name: str) -> bool:
+        """Whether folder or hub id has a part of this name."""
+        return self._index.get(name, [None, None]) != [None, None]
 
     @cached_property
     def _needed(self) -> frozenset[str]:
         """Paths of the files that loading needs, as far as their names are certain."""
         needed = {_INDEX, _SCHEDULER, *(f"{name}/config.json" for name in self._networks)}
         for name in self._index:
-            if name.startswith("tokenizer") and self._index[name] != [None, None]:
+            if name.startswith("tokenizer") and self._has(name):
                 whole, parts = f"{name}/tokenizer.json", {f"{name}/vocab.json", f"{name}/merges.txt"}
                 pieces = {f"{name}/{file}" for file in ("spiece.model", "tokenizer.model")} & self._files
                 needed |= {whole} if whole in self._files else pieces or parts
@@ -369,6 +373,8 @@ class Source:
                     )
                     _check_complete(Path(self.path), pipeline)
                 else:
+                    # What is None when a pipeline is saved has to be given as None when it is loaded.
+                    options |= dict.fromkeys(name for name in self.family.may_lack if not self._has(name))
                     networks = [name for name in self._networks if name not in options]
                     options |= {name: self._load_network(name, options["dtype"]) for name in networks}
                     pipeline = pipeline_class.from_pretrained(

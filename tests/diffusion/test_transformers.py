@@ -121,6 +121,15 @@ def test_the_own_loop_gives_the_images_of_the_pipeline(name: str) -> None:
     assert torch.allclose(model.generate(model.encode(texts), latents), images, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("absent", [(3,), (1, 2)])
+def test_a_folder_without_some_encoders_of_sd3_is_loaded(absent: tuple[int, ...], tmp_path: Path) -> None:
+    pipeline = tiny_sd3(absent=absent)
+    pipeline.save_pretrained(tmp_path)
+    options: Any = {"layers": "all", "tokens": TOKENS, "steps": 2}
+    own, loaded = Diffusion(pipeline, **options), Diffusion.load(str(tmp_path), **options)
+    assert torch.equal(loaded.generate("red sun", [1]), own.generate("red sun", [1]))
+
+
 @pytest.mark.parametrize("absent", [(1,), (2,), (1, 2), (1, 2, 3)])
 def test_any_encoder_of_sd3_may_be_absent(absent: tuple[int, ...]) -> None:
     model = Diffusion(tiny_sd3(absent=absent), layers="all", tokens=TOKENS)

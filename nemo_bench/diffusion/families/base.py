@@ -74,6 +74,7 @@ class Family(ABC):
     names: ClassVar[frozenset[str]]  #: Values of ``model.family`` that such models have.
     loading: ClassVar[Mapping[str, Any]] = {}  #: Arguments of ``from_pretrained``.
     networks: ClassVar[tuple[str, ...]]  #: Parts of the pipeline with weights.
+    may_lack: ClassVar[tuple[str, ...]] = ()  #: Parts that a pipeline may be without.
     network: ClassVar[str] = "transformer"  #: The part that denoises.
     network_class: ClassVar[str]  #: Its class.
     takes_lora: ClassVar[bool] = True  #: Whether diffusers loads a LoRA into the pipeline.

@@ -29,6 +29,10 @@ class StableDiffusion3(Transformer):
     names = frozenset({"sd3", "planted_mmdit"})
     loading: ClassVar[Mapping[str, Any]] = {"feature_extractor": None, "image_encoder": None}
     networks: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    may_lack: ClassVar[tuple[str, ...]] = (
+        *("text_encoder", "text_encoder_2", "text_encoder_3"),
+        *("tokenizer", "tokenizer_2", "tokenizer_3"),
+    )
     network_class = "SD3Transformer2DModel"
     joint = True
     pattern = r"transformer_blocks\.\d+\.attn\.add_v_proj"
