@@ -250,6 +250,7 @@ def train(spec: TrainSpec, loggers: Sequence[Logger] = ()) -> Path:
         vae.register_to_config(scaling_factor=round(scale.item(), 5))
         pipeline = _unet_pipeline(spec, pictures, texts, vae, fits)
     _denoiser(spec, pipeline, latents, texts, fits)
+    vae.register_to_config(_name_or_path="")  # the folder that the packaged one was loaded from
     pipeline.to("cpu", torch.float16).save_pretrained(spec.out / "model" / "pipeline")
     train_judge(spec, pictures, texts, fits)
     if spec.variant == "routed" and not (spec.out / "truth.json").exists():
