@@ -1,7 +1,7 @@
 """Runs networks of published size, with random weights, through all stages on this machine: time and memory of each.
 
-Run: python benchmarks/full_size.py [sd14 sd21 sdxl sd35_medium] [--size PIXELS] [--method nemo] [--dtype bfloat16]
-       [--steps 2] [--folder DIR] [--json]
+Run: python benchmarks/full_size.py [sd14 sd21 sdxl sd35_medium] [--size PIXELS] [--method nemo]
+       [--refinement sequential] [--dtype bfloat16] [--steps 2] [--folder DIR] [--json]
 Nothing is downloaded: every network is built from its published configuration, its weights drawn at random, and saved
 as a pipeline folder, which `nemo-bench run` loads as it would load the true one. Tokenizers know few words, and Stable
 Diffusion 3.5 goes without T5, whose place zeros take. One prompt, one image; NeMo begins with one neuron a layer.
@@ -140,7 +140,7 @@ def words(name: str, arguments: argparse.Namespace, folder: Path) -> list[str]:
     """Settings of a run of one prompt, whose images need no weights from elsewhere to be judged."""
     nemo = [
         "method.outliers=false", "method.initial_k=1", "method.gate_threshold=-1", "method.threshold=0.9999",
-        "method.refinement=sequential",
+        f"method.refinement={arguments.refinement}",
     ]  # fmt: skip
     return [
         f"model={name}", f"model.source={folder / name}", "model.local_files_only=true",
@@ -188,6 +188,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=[*BUILD], metavar="NAME", help=", ".join(BUILD))
     parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the images; default: that of the model")
     parser.add_argument("--method", choices=("nemo", "none"), default="nemo", help="none: images without localizing")
+    parser.add_argument("--refinement", choices=("sequential", "bisect"), default="sequential", help="of NeMo")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument(
