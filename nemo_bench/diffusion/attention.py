@@ -78,6 +78,10 @@ class _PlainAttention(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        if dropout_p or is_causal or enable_gqa:
+            raise ModelError(
+                "attention with dropout, causal mask or shared keys can't be edited; leave this method out"
+            )
         logits = (query.shape[-1] ** -0.5 if scale is None else scale) * (query.float() @ key.float().transpose(-1, -2))
         if attn_mask is not None:
             masked = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask <= MASKED

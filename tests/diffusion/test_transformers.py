@@ -459,6 +459,16 @@ def test_attention_that_is_not_pytorchs_is_an_error() -> None:
     assert torch.equal(layer(torch.ones(1)), torch.ones(1))
 
 
+def test_attention_of_a_kind_that_edits_would_change_is_an_error() -> None:
+    class Causal(nn.Module):
+        def forward(self, values: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(values, values, values, is_causal=True)
+
+    layer, values = Causal(), torch.rand(1, 1, 3, 2)
+    with edit_attention({"blocks.0": layer}, lambda name, logits: logits), pytest.raises(ModelError, match="causal"):
+        layer(values)
+
+
 def test_single_blocks_of_flux_are_blocked_at_text_positions_alone() -> None:
     """Their values are those of text and picture in one tensor; their weights serve both, and can't be exported."""
     model = CASES["flux-schnell"].model()
